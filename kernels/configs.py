@@ -1,0 +1,92 @@
+"""Launch configurations in a plain table: read here, chosen on the host, nothing tuned at run time.
+
+An autotuner would have to run every candidate at every new shape: it stalls the first request, cannot run inside a
+CUDA graph's capture, and picks differently from run to run, so results would too.
+
+What the numbers aim at. Decoding reads K and V once: a multiprocessor needs some 30-60 KB on its way from memory all
+the time (Little: 3-5 TB/s × ~0.7 µs over ~130 multiprocessors). A stage holds ``block_n · head_dim`` of K and of V,
+``num_stages − 1`` stages are in flight per program, and two or three programs share a multiprocessor. Larger tiles of
+packed rows are bound by arithmetic: more warps, fewer programs. ``python -m anabranch.kernels.report`` shows what the
+compiler makes of each: registers, spills, shared memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Config", "attention_config", "column_split", "max_block_m", "next_power_of_two"]
+
+# At most 64-99 KB of shared memory a block; sm_80 has 163, sm_90 and sm_100 have 227.
+SMALL_SHARED = {75, 86, 87, 89, 120, 121}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to launch the attention kernel."""
+
+    block_n: int  # tokens a step of the main loop
+    num_warps: int
+    num_stages: int  # blocks of K and V in shared memory, the one in use included
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def column_split(head_dim: int) -> tuple[int, int]:
+    """Cuts ``head_dim`` columns into two powers of two (d0, d1), each at least 16; d1 = 0 when one is enough.
+
+    80 → (64, 16), 96 → (64, 32), 192 → (128, 64), 128 → (128, 0). Columns past head_dim are padding: zeros.
+    """
+    d0 = max(16, 1 << (head_dim.bit_length() - 1))
+    if head_dim <= d0:
+        return d0, 0
+    d1 = max(16, next_power_of_two(head_dim - d0))
+    return d0, d1
+
+
+def max_block_m(head_dim: int, itemsize: int) -> int:
+    """The widest tile of packed rows whose accumulator still fits in registers."""
+    if itemsize == 4:
+        return 32  # float32 runs on plain FMAs; a wider tile spills
+    return 128 if head_dim <= 128 else 64
+
+
+# (head_dim up to, itemsize, block_m) -> Config, for 163 KB of shared memory and more
+_LARGE: dict[tuple[int, int, int], Config] = {
+    (64, 2, 16): Config(128, 4, 4),
+    (64, 2, 32): Config(128, 4, 4),
+    (64, 2, 64): Config(64, 4, 4),
+    (64, 2, 128): Config(64, 8, 4),
+    (128, 2, 16): Config(64, 4, 4),
+    (128, 2, 32): Config(64, 4, 4),
+    (128, 2, 64): Config(64, 8, 4),
+    (128, 2, 128): Config(64, 8, 3),
+    (256, 2, 16): Config(32, 4, 4),
+    (256, 2, 32): Config(32, 4, 4),
+    (256, 2, 64): Config(32, 8, 3),
+    (64, 4, 16): Config(32, 4, 3),
+    (64, 4, 32): Config(32, 4, 3),
+    (128, 4, 16): Config(32, 8, 3),
+    (128, 4, 32): Config(32, 8, 3),
+    (256, 4, 16): Config(16, 8, 3),
+    (256, 4, 32): Config(16, 8, 3),
+}
+# … and where a block has less: one or two stages fewer, the same tiles
+_SMALL: dict[tuple[int, int, int], Config] = {
+    key: Config(c.block_n, c.num_warps, 2 if key[2] >= 64 or key[1] == 4 else 3) for key, c in _LARGE.items()
+}
+
+
+def attention_config(head_dim: int, itemsize: int, block_m: int, arch: int) -> Config:
+    """The configuration for one kernel variant.
+
+    Args:
+        head_dim: 1 to 256.
+        itemsize: bytes of an element of q, k and v: 2 or 4.
+        block_m: packed rows of a program: 16, 32, 64 or 128, at most ``max_block_m(head_dim, itemsize)``.
+        arch: compute capability as an integer, 90 for sm_90.
+    """
+    table = _SMALL if arch in SMALL_SHARED else _LARGE
+    d = next(limit for limit in (64, 128, 256) if head_dim <= limit)
+    return table[(d, itemsize, block_m)]

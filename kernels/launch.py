@@ -1,0 +1,160 @@
+"""Launching the kernels: grids, constants and scratch memory. Arguments are checked by the caller."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from .attention import tree_attention_kernel
+from .configs import attention_config, column_split, max_block_m, next_power_of_two
+from .merge import merge_kernel
+from .pages import copy_pages_kernel, write_kv_kernel
+
+__all__ = ["INTERPRETED", "Device", "attention", "block_rows", "copy_pages", "device_traits", "write_kv"]
+
+# Decided when the kernels were decorated, that is by TRITON_INTERPRET at import, whatever the variable says now.
+INTERPRETED = not isinstance(tree_attention_kernel, triton.JITFunction)
+
+MERGE_BLOCK = 8  # partials a step of the merge: most rows have two to five
+
+
+class Device(NamedTuple):
+    """What a launch needs to know of the device."""
+
+    arch: int  # compute capability, 90 = sm_90
+    multiprocessors: int
+
+
+@functools.cache
+def device_traits(device: torch.device) -> Device:
+    """Capability and multiprocessor count; in the interpreter those of an H100, so that the same code paths run."""
+    if device.type != "cuda":
+        return Device(arch=90, multiprocessors=132)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.major * 10 + properties.minor, properties.multi_processor_count)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device; make that the tensors' own."""
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+def block_rows(packed: int, head_dim: int, itemsize: int) -> int:
+    """BLOCK_M for items of up to ``packed`` (rows × group) packed rows; wider items take several programs."""
+    return min(max(16, next_power_of_two(packed)), max_block_m(head_dim, itemsize))
+
+
+def attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    arrays: Any,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both launches of tree attention: every item's partials, then the merge.
+
+    Args:
+        q: [rows, Hq, D]; the last stride 1.
+        k_pages, v_pages: [pages, page_size, Hkv, D]; any strides, the last 1.
+        arrays: PlanArrays for this group (docs/architecture.md). With a ``counts`` tensor (int32 on the device:
+            num_items, num_partials, num_merge) its host ints are capacities and the true numbers are read on the
+            device, which is what a captured graph needs.
+
+    Returns:
+        out [rows, Hq, D] in q's dtype and lse [rows, Hq] float32, natural log.
+    """
+    rows, num_q_heads, head_dim = q.shape
+    page_size, num_kv_heads = k_pages.shape[1], k_pages.shape[2]
+    group = num_q_heads // num_kv_heads
+    # The interpreter rounds bfloat16 stores toward zero; there PyTorch rounds the output instead.
+    upcast = INTERPRETED and q.dtype == torch.bfloat16
+    out = torch.empty(q.shape, dtype=torch.float32 if upcast else q.dtype, device=q.device)
+    lse = torch.empty((rows, num_q_heads), dtype=torch.float32, device=q.device)
+    part_acc = torch.empty((arrays.num_partials, num_q_heads, head_dim), dtype=torch.float32, device=q.device)
+    part_ml = torch.empty((arrays.num_partials, num_q_heads, 2), dtype=torch.float32, device=q.device)
+    counts = getattr(arrays, "counts", None)
+
+    with _on(q.device):
+        if arrays.num_items:
+            packed = arrays.tile_rows * group
+            block_m = block_rows(packed, head_dim, q.element_size())
+            config = attention_config(head_dim, q.element_size(), block_m, device_traits(q.device).arch)
+            d0, d1 = column_split(head_dim)
+            grid = (arrays.num_items * num_kv_heads, triton.cdiv(packed, block_m))
+            tree_attention_kernel[grid](
+                q, k_pages, v_pages, out, lse, part_acc, part_ml,
+                arrays.items, arrays.kv_slots, arrays.kv_positions, arrays.rows, arrays.limits, arrays.dest,
+                arrays.row_positions, lse if sinks is None else sinks, arrays.items if counts is None else counts,
+                arrays.num_items, num_kv_heads, float(scale), float(softcap or 0.0), int(window or 0),
+                q.stride(0), q.stride(1),
+                k_pages.stride(0), k_pages.stride(1), k_pages.stride(2),
+                v_pages.stride(0), v_pages.stride(1), v_pages.stride(2),
+                out.stride(0), out.stride(1),
+                GROUP=group, HEAD_DIM=head_dim, D0=d0, D1=d1, PAGE_SIZE=page_size,
+                BLOCK_M=block_m, BLOCK_N=config.block_n,
+                HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None, HAS_SINKS=sinks is not None,
+                HAS_COUNTS=counts is not None, UPCAST=upcast,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
+        if arrays.num_merge:
+            merge_kernel[(arrays.num_merge * num_q_heads,)](
+                part_acc, part_ml, arrays.merge_rows, arrays.merge_ptr, out, lse,
+                lse if sinks is None else sinks, arrays.items if counts is None else counts,
+                arrays.num_merge, num_q_heads, out.stride(0), out.stride(1),
+                HEAD_DIM=head_dim, BLOCK_D=next_power_of_two(head_dim), BLOCK_P=MERGE_BLOCK,
+                HAS_SINKS=sinks is not None, HAS_COUNTS=counts is not None, num_warps=4, num_stages=2,
+            )  # fmt: skip
+    return out.to(q.dtype), lse
+
+
+def write_kv(
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """k, v [rows, Hkv, D] into slots [rows] (int32, on the device; negative: skipped) of the pages, in place."""
+    rows, num_kv_heads, head_dim = k.shape
+    if rows == 0:
+        return
+    block_d = next_power_of_two(head_dim)
+    block_h = min(next_power_of_two(num_kv_heads), max(1, 1024 // block_d))
+    with _on(k.device):
+        write_kv_kernel[(rows, triton.cdiv(num_kv_heads, block_h))](
+            k, v, k_pages, v_pages, slots, num_kv_heads,
+            k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            k_pages.stride(0), k_pages.stride(1), k_pages.stride(2),
+            v_pages.stride(0), v_pages.stride(1), v_pages.stride(2),
+            PAGE_SIZE=k_pages.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_H=block_h, num_warps=4,
+        )  # fmt: skip
+
+
+def copy_pages(pool: torch.Tensor, src: torch.Tensor, dst: torch.Tensor, filled: torch.Tensor) -> None:
+    """The first ``filled[i]`` slots of page ``src[i]`` to page ``dst[i]``, in every plane of the pool, one launch.
+
+    Args:
+        pool: [planes, pages, Hkv, page_size, D], the last stride 1.
+        src, dst, filled: int32 [n] on the CPU: they go to the device in one transfer, which does not wait.
+    """
+    copies = torch.stack((src, dst, filled)).to(torch.int32)
+    num_copies = copies.shape[1]
+    if num_copies == 0:
+        return
+    if pool.device.type == "cuda":
+        copies = copies.pin_memory().to(pool.device, non_blocking=True)
+    planes, _, num_kv_heads, page_size, head_dim = pool.shape
+    block_d = next_power_of_two(head_dim)
+    block_t = min(next_power_of_two(page_size), max(1, 2048 // block_d))
+    with _on(pool.device):
+        copy_pages_kernel[(num_copies * planes * num_kv_heads,)](
+            pool, copies, num_copies, planes, num_kv_heads,
+            pool.stride(0), pool.stride(1), pool.stride(2), pool.stride(3),
+            HEAD_DIM=head_dim, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4,
+        )  # fmt: skip

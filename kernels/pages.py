@@ -1,0 +1,83 @@
+"""Moving KV: a step's rows into their slots, and whole pages for copy-on-write."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["num_kv_heads"])
+def write_kv_kernel(
+    k_ptr,  # [rows, Hkv, D]
+    v_ptr,  # [rows, Hkv, D]
+    k_pages_ptr,  # [pages, PAGE_SIZE, Hkv, D], any strides, the last 1
+    v_pages_ptr,  # like k_pages
+    slots_ptr,  # int32 [rows]; a negative slot writes nothing (rows that only fill up a captured graph)
+    num_kv_heads,
+    stride_k_row,
+    stride_k_head,
+    stride_v_row,
+    stride_v_head,
+    stride_kp_page,
+    stride_kp_slot,
+    stride_kp_head,
+    stride_vp_page,
+    stride_vp_slot,
+    stride_vp_head,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One program a (row, block of heads): K and V in the same launch. Values are moved, never computed with."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + row)
+    if slot < 0:
+        return
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    d = tl.arange(0, BLOCK_D)
+    keep = (h < num_kv_heads)[:, None] & (d < HEAD_DIM)[None, :]
+    h = h.to(tl.int64)
+    page = (slot // PAGE_SIZE).to(tl.int64)
+    offset = (slot % PAGE_SIZE).to(tl.int64)
+    k = tl.load(k_ptr + row * stride_k_row + h[:, None] * stride_k_head + d[None, :], mask=keep)
+    v = tl.load(v_ptr + row * stride_v_row + h[:, None] * stride_v_head + d[None, :], mask=keep)
+    k_to = page * stride_kp_page + offset * stride_kp_slot + h * stride_kp_head
+    v_to = page * stride_vp_page + offset * stride_vp_slot + h * stride_vp_head
+    tl.store(k_pages_ptr + k_to[:, None] + d[None, :], k, mask=keep)
+    tl.store(v_pages_ptr + v_to[:, None] + d[None, :], v, mask=keep)
+
+
+@triton.jit(do_not_specialize=["num_kv_heads", "num_planes", "num_copies"])
+def copy_pages_kernel(
+    pool_ptr,  # [planes, pages, Hkv, page_size, D], any strides, the last 1
+    copies_ptr,  # int32 [3, num_copies]: source page, destination page, filled slots
+    num_copies,
+    num_planes,
+    num_kv_heads,
+    stride_plane,
+    stride_page,
+    stride_head,
+    stride_slot,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program a (copy, plane, head): the first ``filled`` slots only, every layer's K and V in one launch.
+
+    A destination page was free a moment ago, so it is nobody's source: the copies need no order among themselves.
+    """
+    head = (tl.program_id(0) % num_kv_heads).to(tl.int64)
+    plane = (tl.program_id(0) // num_kv_heads % num_planes).to(tl.int64)
+    copy = tl.program_id(0) // num_kv_heads // num_planes
+    src = tl.load(copies_ptr + copy).to(tl.int64)
+    dst = tl.load(copies_ptr + num_copies + copy).to(tl.int64)
+    filled = tl.load(copies_ptr + 2 * num_copies + copy)
+    base = pool_ptr + plane * stride_plane + head * stride_head
+    d = tl.arange(0, BLOCK_D)
+    for start in range(0, filled, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        keep = (t < filled)[:, None] & (d < HEAD_DIM)[None, :]
+        at = t.to(tl.int64)[:, None] * stride_slot + d[None, :]
+        x = tl.load(base + src * stride_page + at, mask=keep)
+        tl.store(base + dst * stride_page + at, x, mask=keep)

@@ -1,0 +1,1 @@
+"""The project's benchmarks: `python -m benchmarks --help` teaches, `benchmarks/results/` holds what was measured."""

@@ -1,0 +1,226 @@
+"""`python -m benchmarks`: measure, print, save, draw."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from . import attention, report
+from .contenders import ALL
+from .floor import Floor
+from .shapes import parse_heads
+from .store import Store, load
+
+console = Console()
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="""Measure anabranch beside other ways to do the same, on this machine, in one run.
+
+[bold]attention[/bold]  tree shapes × head shapes × dtypes; SDPA, masked, two-phase, FlexAttention, the floor
+[bold]e2e[/bold]        SmolLM2: 16 branches through our engine, through model.generate and, optionally, through vLLM
+[bold]host[/bold]       what a fork, a step and a plan cost; what a cache holds
+[bold]all[/bold]        the three of them (also what runs when no command is given)
+[bold]report[/bold]     Markdown tables and figures from a results file
+
+Every contender is checked against float64 before it is timed; rounds are interleaved (A B C A B C …) with cold caches;
+what cannot run here is listed with the reason. Times are medians with the smallest and largest beside them.
+
+Examples:
+
+  python -m benchmarks attention --quick
+  python -m benchmarks attention --only headline --heads 32/8 --dtype bfloat16
+  python -m benchmarks all --json benchmarks/results/mine.json --plot docs/
+  python -m benchmarks e2e --peer vllm-env/bin/python
+  python -m benchmarks report benchmarks/results/mine.json
+""",
+)
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Quick = Annotated[bool, typer.Option("--quick", help="A few telling cases and fewer rounds: a minute or two.")]
+Only = Annotated[str, typer.Option(help="Regular expression on a case's name or family: headline, GRPO, draft …")]
+Dtypes = Annotated[list[Dtype] | None, typer.Option("--dtype", help="May be repeated. Default: float32 and bfloat16.")]
+HeadShapes = Annotated[list[str] | None, typer.Option("--heads", help="Query/KV heads such as 32/8; may be repeated.")]
+HeadDims = Annotated[list[int] | None, typer.Option("--head-dim", help="May be repeated. Default: 128.")]
+Contenders = Annotated[list[str] | None, typer.Option("--contender", help=f"May be repeated: {', '.join(ALL)}.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write results here as they come; extends an existing file.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the figures into this folder.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds aimed at for each case.")]
+Memory = Annotated[float, typer.Option(help="GB that the layouts of one case may take together.")]
+Peer = Annotated[Path | None, typer.Option("--peer", help="Python of an environment with vLLM (see peer_vllm.py).")]
+Threads = Annotated[int | None, typer.Option(min=1, help="torch's threads. Default: as torch chooses.")]
+
+
+def _settings(quick, only, dtypes, heads, head_dims, contenders, rounds, memory) -> attention.Settings:
+    for shape in heads or ():
+        try:
+            parse_heads(shape)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--heads") from None
+    for name in contenders or ():
+        if name not in ALL:
+            raise typer.BadParameter(f"{name!r}: expected one of {', '.join(ALL)}", param_hint="--contender")
+    options = {}
+    if dtypes:
+        options["dtypes"] = tuple(getattr(torch, d.value) for d in dtypes)
+    if contenders:
+        options["contenders"] = tuple(contenders)
+    return attention.Settings(
+        quick=quick, only=only, heads=tuple(heads) if heads else None,
+        head_dims=tuple(head_dims) if head_dims else None,
+        rounds=min(rounds, 5) if quick else rounds, budget=3.0 if quick else 6.0, memory=memory * 1e9, **options,
+    )  # fmt: skip
+
+
+def _progress() -> Progress:
+    return Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=console, transient=True,
+    )  # fmt: skip
+
+
+def _run_attention(settings: attention.Settings, store: Store) -> None:
+    work = list(attention.jobs(settings))
+    if not work:
+        raise typer.BadParameter(f"no case matches {settings.only!r}", param_hint="--only")
+    with _progress() as progress:
+        task = progress.add_task("the machine's own ceiling", total=len(work))
+        floor = Floor().measure(settings.dtypes)
+        store.set("floor", floor.as_dict())
+        for number, job in enumerate(work):
+            result = attention.run_job(job, settings, floor, lambda text: progress.update(task, description=text))
+            store.put("attention", ("case", "heads", "head_dim", "dtype"), result)
+            progress.console.print(report.case_line(result))
+            progress.update(task, completed=number + 1)
+        # Again at the end: a floor measured in a noisy moment would flatter everybody.
+        store.set("floor", floor.measure(settings.dtypes).as_dict())
+    for entry in store.data["attention"]:
+        seconds, bound = floor.seconds(entry["bytes"], entry["flops"], getattr(torch, entry["dtype"]))
+        entry.update(floor_us=round(seconds * 1e6, 2), bound=bound)
+    store.save()
+    console.print(report.attention_table(store.data))
+
+
+def _run_host(store: Store, quick: bool) -> None:
+    from . import host
+
+    with console.status("host costs"):
+        for entry in host.run(quick=quick):
+            store.put("host", ("name",), entry)
+    console.print(report.host_table(store.data))
+
+
+def _run_e2e(store: Store, quick: bool, dtypes: list[Dtype] | None, peer: Path | None, rounds: int, only: str) -> None:
+    from . import e2e
+
+    names = [d.value for d in dtypes] if dtypes else ["bfloat16", "float32"]
+    with console.status("loading the model") as status:
+        for entry in e2e.run(quick=quick, dtypes=names, peer=peer, rounds=rounds, only=only, report=status.update):
+            store.put("e2e", ("contender", "prompt", "dtype", "n"), entry)
+            console.print(report.e2e_line(entry))
+    console.print(report.e2e_table(store.data))
+
+
+def _finish(store: Store, plot: Path | None) -> None:
+    machine = store.data["machine"]
+    console.print(f"[dim]{machine['cpu']}, {machine['threads']} threads, commit {machine['commit']}[/dim]")
+    if store.path:
+        console.print(f"results: {store.path}")
+    if plot is not None:
+        from . import plots
+
+        for path in plots.draw(store.data, plot):
+            console.print(f"figure: {path}")
+
+
+def _start(threads: int | None, json: Path | None) -> Store:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        return Store(json)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--json") from None
+
+
+@app.command("attention")
+def attention_command(
+    quick: Quick = False, only: Only = "", dtype: Dtypes = None, heads: HeadShapes = None, head_dim: HeadDims = None,
+    contender: Contenders = None, rounds: Rounds = 9, memory: Memory = 8.0, threads: Threads = None, json: Json = None,
+    plot: Plot = None,
+) -> None:  # fmt: skip
+    """Attention over trees: every shape beside its peers and the machine's floor."""
+    settings = _settings(quick, only, dtype, heads, head_dim, contender, rounds, memory)
+    store = _start(threads, json)
+    _run_attention(settings, store)
+    _finish(store, plot)
+
+
+@app.command("host")
+def host_command(quick: Quick = False, threads: Threads = None, json: Json = None) -> None:
+    """Forks, steps, plans and memory: what the bookkeeping costs."""
+    store = _start(threads, json)
+    _run_host(store, quick)
+    _finish(store, None)
+
+
+@app.command("e2e")
+def e2e_command(
+    quick: Quick = False, only: Only = "", dtype: Dtypes = None, peer: Peer = None, rounds: Rounds = 3,
+    threads: Threads = None, json: Json = None, plot: Plot = None,
+) -> None:  # fmt: skip
+    """A real model: our engine, model.generate and, with --peer, vLLM on the same prompts."""
+    store = _start(threads, json)
+    _run_e2e(store, quick, dtype, peer, rounds, only)
+    _finish(store, plot)
+
+
+@app.command("all")
+def all_command(
+    quick: Quick = False, peer: Peer = None, memory: Memory = 8.0, threads: Threads = None, json: Json = None,
+    plot: Plot = None,
+) -> None:  # fmt: skip
+    """Everything, one after another."""
+    store = _start(threads, json)
+    _run_attention(_settings(quick, "", None, None, None, None, 9, memory), store)
+    _run_host(store, quick)
+    _run_e2e(store, quick, None, peer, 1 if quick else 3, "")
+    _finish(store, plot)
+
+
+@app.command("report")
+def report_command(
+    file: Annotated[Path, typer.Argument(help="A results file.", exists=True, dir_okay=False)],
+    full: Annotated[bool, typer.Option("--full", help="Every head shape instead of the README's selection.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the Markdown here instead of printing it.")] = None,
+    plot: Plot = None,
+) -> None:
+    """Markdown tables (and figures) from a results file; numbers in documents come from here alone."""
+    data = load(file)
+    text = report.markdown(data, full=full)
+    if out is None:
+        print(text)
+    else:
+        out.write_text(text)
+    if plot is not None:
+        from . import plots
+
+        for path in plots.draw(data, plot):
+            console.print(f"figure: {path}")
+
+
+@app.callback(invoke_without_command=True)
+def main(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        context.invoke(all_command, quick=False, peer=None, memory=8.0, threads=None, json=None, plot=None)

@@ -1,0 +1,242 @@
+"""Results as text: tables for the terminal and Markdown for documents, both from the results file's dict."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+OURS = "anabranch"
+PEERS = {
+    "sdpa": "SDPA per branch",
+    "sdpa_packed": "SDPA, GQA packed",
+    "masked": "dense masked SDPA",
+    "two_phase": "two-phase torch",
+    "flex": "FlexAttention",
+}
+SHORT = {"sdpa": "SDPA", "sdpa_packed": "packed", "masked": "masked", "two_phase": "2-phase", "flex": "Flex"}
+
+
+def micro(us: float | None) -> str:
+    """Microseconds in the unit that suits them."""
+    if us is None:
+        return "–"
+    if us < 1000:
+        return f"{us:.0f} µs" if us >= 10 else f"{us:.1f} µs"
+    if us < 1e6:
+        return f"{us / 1e3:.1f} ms" if us < 1e5 else f"{us / 1e3:.0f} ms"
+    return f"{us / 1e6:.1f} s"
+
+
+def median(entry: dict[str, Any], name: str) -> float | None:
+    return entry.get("contenders", {}).get(name, {}).get("median_us")
+
+
+def ratio(entry: dict[str, Any], name: str) -> float | None:
+    """How many times as long as ours `name` takes."""
+    ours, theirs = median(entry, OURS), median(entry, name)
+    return theirs / ours if ours and theirs else None
+
+
+def of_floor(entry: dict[str, Any]) -> float | None:
+    """The floor as a share of our time: 1 would be the machine's own ceiling."""
+    ours = median(entry, OURS)
+    return entry["floor_us"] / ours if ours else None
+
+
+def _times(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.0f}×" if value >= 20 else f"{value:.1f}×" if value >= 1.95 else f"{value:.2f}×"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def case_line(entry: dict[str, Any]) -> str:
+    """One finished case as a line for the terminal."""
+    label = f"[bold]{escape(entry['case'])}[/bold] {entry['heads']} D{entry['head_dim']} {entry['dtype']}"
+    if "left_out" in entry:
+        return f"{label}: [yellow]left out[/yellow], {escape(entry['left_out'])}"
+    parts = [f"floor {micro(entry['floor_us'])}"]
+    for name, result in entry["contenders"].items():
+        if "left_out" in result:
+            parts.append(f"[yellow]{name}: {escape(result['left_out'])}[/yellow]")
+        elif name == OURS:
+            share = _percent(of_floor(entry))
+            parts.append(f"[green]{name} {micro(result['median_us'])}[/green] ({share} of the ceiling)")
+        else:
+            times = ratio(entry, name)
+            parts.append(f"{name} {micro(result['median_us'])}" + (f" ({_times(times)})" if times else ""))
+    return f"{label}: " + ", ".join(parts)
+
+
+def attention_table(data: dict[str, Any]) -> Table:
+    """The whole attention table for the terminal; peers as multiples of our time."""
+    table = Table(title="Attention: peers as multiples of our time (above 1: slower than ours)", title_justify="left")
+    for name in ("case", "heads", "D", "dtype", "floor", "ours", "of ceiling", *SHORT.values()):
+        table.add_column(name, justify="left" if name in ("case", "dtype") else "right", no_wrap=name != "case")
+    for e in data.get("attention", []):
+        if "left_out" in e:
+            table.add_row(escape(e["case"]), e["heads"], str(e["head_dim"]), e["dtype"], "–", escape(e["left_out"]))
+            continue
+        peers = [_times(ratio(e, p)) if ratio(e, p) else micro(median(e, p)) for p in PEERS]
+        table.add_row(
+            escape(e["case"]), e["heads"], str(e["head_dim"]), e["dtype"], micro(e["floor_us"]),
+            micro(median(e, OURS)), _percent(of_floor(e)), *peers,
+        )  # fmt: skip
+    return table
+
+
+def host_table(data: dict[str, Any]) -> Table:
+    table = Table(title="Host costs", title_justify="left")
+    for name in ("what", "median", "min – max", "more"):
+        table.add_column(name, justify="left" if name in ("what", "more") else "right")
+    for e in data.get("host", []):
+        spread = f"{micro(e['min_us'])} – {micro(e['max_us'])}" if "min_us" in e else ""
+        table.add_row(escape(e["title"]), micro(e.get("median_us")), spread, escape(e.get("more", "")))
+    return table
+
+
+def e2e_line(entry: dict[str, Any]) -> str:
+    label = f"[bold]{entry['contender']}[/bold] {entry['prompt']} prompt, n = {entry['n']}, {entry['dtype']}"
+    if "left_out" in entry:
+        return f"{label}: [yellow]left out[/yellow], {escape(entry['left_out'])}"
+    return (
+        f"{label}: {entry['total_tokens_per_s']:.1f} tokens/s in all, decoding {entry['decode_tokens_per_s']:.1f}, "
+        f"prefill {entry['prefill_seconds']:.2f} s"
+    )
+
+
+def e2e_table(data: dict[str, Any]) -> Table:
+    table = Table(title="End to end: tokens a second", title_justify="left")
+    for name in ("prompt", "n", "dtype", "contender", "prefill", "decoding tokens/s", "in all tokens/s", "more"):
+        table.add_column(name, justify="left" if name in ("contender", "more") else "right")
+    for e in data.get("e2e", []):
+        if "left_out" in e:
+            table.add_row(e["prompt"], str(e["n"]), e["dtype"], e["title"], "–", "–", "–", escape(e["left_out"]))
+            continue
+        table.add_row(
+            f"{e['prompt']} ({e['prompt_tokens']})", str(e["n"]), e["dtype"], e["title"],
+            f"{e['prefill_seconds']:.2f} s", f"{e['decode_tokens_per_s']:.1f}", f"{e['total_tokens_per_s']:.1f}",
+            escape(e.get("more", "")),
+        )  # fmt: skip
+    return table
+
+
+# -- Markdown ---------------------------------------------------------------------------------------------------------
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
+
+
+def _head(*cells: str) -> list[str]:
+    return [_row(*cells), "|" + "|".join(" --- " if i == 0 else " ---: " for i in range(len(cells))) + "|"]
+
+
+def _spread(entry: dict[str, Any], name: str) -> str:
+    e = entry["contenders"].get(name, {})
+    if "median_us" not in e:
+        return "–"
+    return f"{micro(e['median_us'])} ({micro(e['min_us'])} – {micro(e['max_us'])})"
+
+
+def markdown(data: dict[str, Any], full: bool = False) -> str:
+    """All sections that the results have, with where and how they were measured above them."""
+    out = _where(data)
+    if data.get("attention"):
+        out += _attention_markdown(data, full)
+    if data.get("e2e"):
+        out += _e2e_markdown(data)
+    if data.get("host"):
+        out += _host_markdown(data)
+    return "\n".join(out) + "\n"
+
+
+def _where(data: dict[str, Any]) -> list[str]:
+    m, f = data["machine"], data.get("floor")
+    versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items() if v)
+    entries = [e for section in ("attention", "e2e", "host") for e in data.get(section, [])]
+    commits = sorted({e["commit"] for e in entries if e.get("commit")})
+    loads = [e["load"] for e in entries if e.get("load") is not None]
+    out = [
+        f"Measured on {m['cpu']} ({m['cores']} cores, {', '.join(m['isa'])}), {m['threads']} threads, {m['os']}, "
+        f"Python {m['python']}, {versions}; commit {', '.join(commits)}; {m['date']}."
+    ]
+    if loads:
+        out[0] += f" Load average while measuring: {min(loads):.1f} – {max(loads):.1f}."
+    if f:
+        rates = ", ".join(f"{v / 1e9:.1f} GFLOP/s {k} matrix product" for k, v in f["gemm"].items())
+        out += [
+            "",
+            f"The machine's ceiling, measured in the same run: copy {f['copy'] / 1e9:.1f} GB/s (read + write), "
+            f"read {f['read'] / 1e9:.1f} GB/s, multiply-adds in registers {f['fma'] / 1e9:.1f} GFLOP/s, {rates}.",
+        ]
+    return [*out, ""]
+
+
+def _attention_markdown(data: dict[str, Any], full: bool) -> list[str]:
+    entries = data["attention"]
+    if not full:
+        entries = [e for e in entries if e["heads"] == "32/8" and e["head_dim"] == 128]
+    peers = [p for p in PEERS if any(p in e.get("contenders", {}) for e in entries)]
+    out = [
+        "Times of one layer's attention, cold caches, medians of interleaved rounds; peers as multiples of ours "
+        "(above 1: slower than ours). *Ceiling*: floor ÷ ours, where the floor is max(unique bytes ÷ bandwidth, "
+        "FLOPs ÷ multiply-add rate).",
+        "",
+        *_head("case", "heads", "dtype", "unique / logical tokens", "floor", "ours (min – max)", "ceiling",
+               *(PEERS[p] for p in peers)),
+    ]
+    for e in entries:
+        heads = e["heads"] if e["head_dim"] == 128 else f"{e['heads']}, D {e['head_dim']}"
+        tokens = f"{e['unique_tokens']:,} / {e['logical_tokens']:,}"
+        if "left_out" in e:
+            out.append(_row(e["case"], heads, e["dtype"], tokens, micro(e["floor_us"]), f"left out: {e['left_out']}",
+                            "", *("" for _ in peers)))
+            continue
+        cells = [_times(ratio(e, p)) if ratio(e, p) else micro(median(e, p)) for p in peers]
+        out.append(_row(e["case"], heads, e["dtype"], tokens, micro(e["floor_us"]), _spread(e, OURS),
+                        _percent(of_floor(e)), *cells))
+    notes = _notes(entries)
+    return [*out, "", *notes, *([""] if notes else [])]
+
+
+def _notes(entries: list[dict[str, Any]]) -> list[str]:
+    """What was left out, one line a reason, so that no dash stays unexplained."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for e in entries:
+        for name, result in e.get("contenders", {}).items():
+            if "left_out" in result:
+                reasons.setdefault((PEERS.get(name, name), result["left_out"]), []).append(f"{e['case']} {e['dtype']}")
+    return [f"- {name}, {'; '.join(dict.fromkeys(cases))}: {reason}." for (name, reason), cases in reasons.items()]
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(math.log(v) for v in values) / len(values))
+
+
+def _e2e_markdown(data: dict[str, Any]) -> list[str]:
+    out = [
+        "SmolLM2-135M-Instruct, every branch exactly as many tokens as in the other contenders.",
+        "",
+        *_head("prompt", "branches", "dtype", "contender", "prefill", "decoding, tokens/s", "in all, tokens/s"),
+    ]
+    for e in data["e2e"]:
+        first = f"{e['prompt']} ({e['prompt_tokens']} tokens)" if "prompt_tokens" in e else e["prompt"]
+        if "left_out" in e:
+            out.append(_row(first, e["n"], e["dtype"], e["title"], f"left out: {e['left_out']}", "", ""))
+            continue
+        out.append(_row(first, e["n"], e["dtype"], e["title"], f"{e['prefill_seconds']:.2f} s",
+                        f"{e['decode_tokens_per_s']:.1f}", f"{e['total_tokens_per_s']:.1f}"))
+    return [*out, ""]
+
+
+def _host_markdown(data: dict[str, Any]) -> list[str]:
+    out = _head("bookkeeping", "median (min – max)", "more")
+    for e in data["host"]:
+        spread = f"{micro(e['median_us'])} ({micro(e['min_us'])} – {micro(e['max_us'])})" if "median_us" in e else ""
+        out.append(_row(e["title"], spread, e.get("more", "")))
+    return [*out, ""]

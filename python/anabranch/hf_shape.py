@@ -1,0 +1,244 @@
+"""What a Hugging Face decoder looks like to a tree cache, found by asking the model itself.
+
+Configurations name the same thing in many ways, so `describe` reads only refusals from them. The facts (layers, heads,
+windows, softcaps) come from a *probe*: one forward of two rows in which every attention call is recorded and answered
+with zeros. It also proves what no configuration says: that keywords reach every attention layer, and that nothing but
+attention mixes rows (a convolution or a state-space layer would).
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}  # of config.layer_types: what a tree can honour
+
+
+class UnsupportedModel(ValueError):
+    """The model cannot run over a tree; the message names the part that stands in the way."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a `TreeCache` and an engine need to know about a decoder."""
+
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    """Type of the keys and values."""
+    device: torch.device
+    windows: tuple[int | None, ...]
+    """Sliding window of each layer in tokens; None = full attention."""
+    softcap: float | None
+    """Cap of the attention scores, the same in all layers; None = none."""
+    sinks: bool
+    """Whether any layer has attention sinks (one learned logit a query head)."""
+    max_positions: int | None
+    """Longest context the configuration promises, in tokens; None where it names none."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One attention call of the probe."""
+
+    layer: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    window: int | None
+    softcap: float | None
+    sinks: bool
+
+
+class Probe:
+    """Stands in for a step in the probe's forward: every attention call reports here and gets zeros back."""
+
+    ROWS = 2
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+
+    def record(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        window: int | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """Checks one call, remembers its shape and returns zeros ``[1, T, Hq, D]``."""
+        name, layer = type(module).__name__, getattr(module, "layer_idx", None)
+        if not isinstance(layer, int):
+            raise UnsupportedModel(f"{name} has no layer_idx, so its keys and values have no place in a TreeCache")
+        is_causal = kwargs.get("is_causal")
+        if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+            raise UnsupportedModel(f"{name} (layer {layer}) is not causal: only decoders can run over a tree")
+        if key.shape != value.shape:
+            raise UnsupportedModel(
+                f"{name} (layer {layer}) has keys of shape {tuple(key.shape)} and values of shape "
+                f"{tuple(value.shape)}; a TreeCache stores both with one head_dim"
+            )
+        if key.shape[2] != self.ROWS or query.shape[2] != self.ROWS or query.shape[3] != key.shape[3]:
+            raise UnsupportedModel(
+                f"{name} (layer {layer}) attends from {tuple(query.shape)} to {tuple(key.shape)}: "
+                "not self-attention of the rows given"
+            )
+        if query.shape[1] % key.shape[1]:
+            raise UnsupportedModel(
+                f"{name} (layer {layer}) has {query.shape[1]} query heads on {key.shape[1]} KV "
+                "heads: not a whole number of query heads a KV head"
+            )
+        self.calls.append(
+            _Call(
+                layer,
+                query.shape[1],
+                key.shape[1],
+                key.shape[3],
+                key.dtype,
+                key.device,
+                window,
+                kwargs.get("softcap"),
+                kwargs.get("s_aux") is not None,
+            )
+        )
+        return torch.zeros_like(query).transpose(1, 2).contiguous()
+
+
+def uses_anabranch(model: Any) -> bool:
+    """Whether the model's decoder layers call ``attn_implementation="anabranch"``."""
+    config = _text_config(model)
+    return getattr(config, "_attn_implementation", None) == "anabranch"
+
+
+def _text_config(model: Any) -> Any:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise TypeError(f"model: expected a Transformers model with a config, got {type(model).__name__}")
+    return config.get_text_config(decoder=True)
+
+
+def refuse_by_config(model: Any) -> None:
+    """Raise `UnsupportedModel` for what the configuration alone rules out; touches nothing."""
+    config, name = _text_config(model), type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise UnsupportedModel(
+            f"{name} is an encoder–decoder or has cross-attention layers; a TreeCache serves decoder-only models"
+        )
+    strange = [t for t in dict.fromkeys(getattr(config, "layer_types", None) or []) if t not in _LAYER_TYPES]
+    if strange:
+        raise UnsupportedModel(
+            f"{name} has layers of type {', '.join(map(str, strange))} (config.layer_types); "
+            "only full_attention and sliding_attention layers can fork and join"
+        )
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModel(
+            f"{name} keeps a recurrent state (state-space or linear-attention layers), which cannot "
+            "be shared between branches token by token as keys and values can"
+        )
+    if getattr(config, "attention_chunk_size", None):
+        raise UnsupportedModel(f"{name} has chunked attention (config.attention_chunk_size); windows must slide")
+    if not getattr(model, "_supports_attention_backend", False) or not hasattr(model, "set_attn_implementation"):
+        raise UnsupportedModel(
+            f"{name} does not call attention through Transformers' attention registry with its "
+            "keywords (_supports_attention_backend is not set), so no other attention can be used"
+        )
+    if any(p.is_meta for p in model.parameters()):
+        raise UnsupportedModel(f"{name} has parameters on the meta device: load its weights first")
+
+
+_known: weakref.WeakKeyDictionary[Any, tuple[Any, ModelShape]] = weakref.WeakKeyDictionary()
+
+
+def describe(model: Any) -> ModelShape:
+    """The model's `ModelShape`, by a probe of two rows (kept: later calls cost nothing while dtype and device stay).
+
+    The model must use ``attn_implementation="anabranch"``. Raises `UnsupportedModel`, naming the reason, for models
+    that cannot run over a tree: encoders, cross-attention, state-space or linear-attention layers, convolutions between
+    tokens, layers with different KV heads or head_dim, values narrower than keys, layers on several devices.
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    refuse_by_config(model)
+    if not uses_anabranch(model):
+        raise ValueError(
+            f"model: {type(model).__name__} uses attn_implementation="
+            f'"{model.config._attn_implementation}"; load it with attn_implementation="anabranch" or call anabranch.hf.enable(model)'
+        )
+    first = next(model.parameters())
+    state = (first.dtype, first.device)
+    known = _known.get(model)
+    if known is None or known[0] != state:
+        known = (state, _probe(model))
+        _known[model] = known
+    return known[1]
+
+
+@torch.no_grad()
+def _probe(model: Any) -> ModelShape:
+    config, name, probe = _text_config(model), type(model).__name__, Probe()
+    embedding = model.get_input_embeddings()
+    device = embedding.weight.device
+    # Twice the same token at the same position: whatever makes the rows differ mixes rows, and is not attention.
+    ids = torch.full((1, Probe.ROWS), embedding.weight.shape[0] // 2, device=device)
+    positions = torch.zeros(1, Probe.ROWS, dtype=torch.long, device=device)
+    training = [part for part in model.modules() if part.training]
+    devices = [device] if device.type == "cuda" else []
+    try:
+        model.eval()
+        with torch.random.fork_rng(devices=devices):
+            logits = model(
+                input_ids=ids,
+                position_ids=positions,
+                tree_step=probe,
+                use_cache=False,
+                logits_to_keep=torch.arange(Probe.ROWS, device=device),
+            ).logits
+    except TypeError as error:
+        raise UnsupportedModel(f"{name}.forward does not take what a forward over a tree passes: {error}") from error
+    finally:
+        for part in training:
+            part.training = True
+    return _shape_of(name, config, probe.calls, logits)
+
+
+def _shape_of(name: str, config: Any, calls: list[_Call], logits: torch.Tensor) -> ModelShape:
+    layers = sorted(call.layer for call in calls)
+    expected = list(range(len(layers)))
+    promised = getattr(config, "num_hidden_layers", len(layers))
+    if layers != expected or len(layers) < promised:
+        raise UnsupportedModel(
+            f"{name} has {promised} layers, but its attention was reached with tree_step for layers "
+            f"{layers}: each layer must call it once and pass its keywords on"
+        )
+    calls = sorted(calls, key=lambda call: call.layer)
+    for what in ("q_heads", "kv_heads", "head_dim", "dtype", "device", "softcap"):
+        found = {getattr(call, what): call.layer for call in reversed(calls)}
+        if len(found) > 1:
+            each = ", ".join(f"{value} (layer {layer})" for value, layer in sorted(found.items(), key=lambda x: x[1]))
+            raise UnsupportedModel(f"{name} has layers that differ in {what}: {each}; a TreeCache has one shape")
+    a, b = logits[0, 0].float(), logits[0, 1].float()
+    if not torch.allclose(a, b, rtol=0, atol=0.02 * float(a.abs().max().nan_to_num(0.0)), equal_nan=True):
+        raise UnsupportedModel(
+            f"{name} mixes tokens outside of attention (convolution or recurrent layers): two equal "
+            "rows at the same position gave different logits"
+        )
+    first = calls[0]
+    return ModelShape(
+        num_layers=len(calls),
+        num_q_heads=first.q_heads,
+        num_kv_heads=first.kv_heads,
+        head_dim=first.head_dim,
+        dtype=first.dtype,
+        device=first.device,
+        windows=tuple(call.window for call in calls),
+        softcap=first.softcap,
+        sinks=any(call.sinks for call in calls),
+        max_positions=getattr(config, "max_position_embeddings", None),
+    )

@@ -1,0 +1,338 @@
+// anabranch._core: the tree of spans and the planner for Python. Metadata in, numpy arrays out; no tensor, no device.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <list>
+#include <memory>
+
+#include "plan.hpp"
+#include "tree.hpp"
+
+namespace py = pybind11;
+using namespace anabranch;
+
+namespace {
+
+// The handle users hold. It never keeps KV alive by itself: `release` does, or the cache going away.
+struct Branch {
+  std::shared_ptr<Tree> tree;
+  i32 id;
+  i64 serial;
+
+  bool alive() const {
+    const BranchState& b = tree->peek(id);
+    return b.alive && b.serial == serial;
+  }
+  const BranchState& state(const char* what = nullptr) const {
+    if (!alive())
+      throw DeadBranch((what ? std::string(what) + ": " : std::string()) + "branch " + std::to_string(serial) +
+                       " was released or joined; fork another or start one with cache.branch()");
+    return tree->peek(id);
+  }
+};
+
+template <class T>
+py::array_t<T> array_of(std::vector<T> values) {  // hands the memory over, no copy
+  auto* kept = new std::vector<T>(std::move(values));
+  py::capsule owner(kept, [](void* p) { delete static_cast<std::vector<T>*>(p); });
+  return py::array_t<T>({static_cast<py::ssize_t>(kept->size())}, {sizeof(T)}, kept->data(), owner);
+}
+
+struct Step {
+  std::shared_ptr<Tree> tree;
+  StepState state;
+
+  // Index of the first branch whose context has changed since, or −1.
+  i64 moved_on() const {
+    for (size_t i = 0; i < state.branches.size(); ++i) {
+      const BranchState& b = tree->peek(state.branches[i]);
+      if (!b.alive || b.version != state.versions[i]) return static_cast<i64>(i);
+    }
+    return -1;
+  }
+};
+
+struct PlanResult {
+  py::array_t<i32> buffer;
+  std::vector<i64> begin;
+  PlanData data;
+  i64 build = 0;
+};
+
+py::tuple result_of(const PlanData& data, i64 build) {
+  auto* kept = new std::shared_ptr<std::vector<i32>>(data.buffer);
+  py::capsule owner(kept, [](void* p) { delete static_cast<std::shared_ptr<std::vector<i32>>*>(p); });
+  py::array_t<i32> buffer({static_cast<py::ssize_t>(data.buffer->size())}, {sizeof(i32)}, data.buffer->data(), owner);
+  py::tuple begin(kSections + 1);
+  for (int s = 0; s <= kSections; ++s) begin[s] = data.begin[s];
+  return py::make_tuple(build, buffer, begin,
+                        py::make_tuple(data.num_items, data.num_partials, data.num_merge, data.tile_rows, data.num_runs,
+                                       data.num_absorbed, data.kv_tokens));
+}
+
+class Cache {
+ public:
+  Cache(i32 num_pages, i32 page_size) : tree_(std::make_shared<Tree>(num_pages, page_size)) {}
+
+  const Branch& mine(const Branch& b, const char* what) const {
+    if (b.tree != tree_)
+      throw py::value_error(std::string(what) + ": the branch belongs to another cache; use the one that made it");
+    b.state(what);
+    return b;
+  }
+  Branch handle(i32 id) const { return {tree_, id, tree_->peek(id).serial}; }
+
+  Branch branch() { return handle(tree_->new_branch()); }
+
+  std::vector<Branch> fork(const Branch& parent, i64 n) {
+    mine(parent, "fork");
+    if (n < 1 || n > (1 << 20)) throw py::value_error("fork: n must be from 1 to 2^20, got " + std::to_string(n));
+    std::vector<Branch> out;
+    out.reserve(n);
+    for (i32 id : tree_->fork(parent.id, static_cast<i32>(n))) out.push_back(handle(id));
+    return out;
+  }
+
+  // rows: {Branch: count}; positions: {Branch: int64 array}, checked for type by the caller.
+  Step step(const py::dict& rows, const py::dict& positions) {
+    std::vector<i32> ids, counts;
+    ids.reserve(rows.size());
+    counts.reserve(rows.size());
+    for (const auto& [key, value] : rows) {
+      if (!py::isinstance<Branch>(key))
+        throw py::type_error("step: the keys of rows must be branches, got " + py::repr(key).cast<std::string>());
+      const Branch& b = mine(key.cast<const Branch&>(), "step");
+      i64 count = 0;
+      try {
+        count = value.cast<i64>();
+      } catch (const py::cast_error&) {
+        throw py::type_error("step: the number of rows must be an integer, got " + py::repr(value).cast<std::string>());
+      }
+      if (count < 1 || count > (1 << 30))
+        throw py::value_error("step: rows for branch " + std::to_string(b.serial) + " must be at least 1, got " +
+                              std::to_string(count) + "; leave the branch out of this step instead");
+      ids.push_back(b.id);
+      counts.push_back(static_cast<i32>(count));
+    }
+    if (ids.empty()) throw py::value_error("step: no rows; give at least one branch, as in cache.step({branch: 1})");
+    std::vector<std::vector<i64>> where(ids.size());
+    if (positions.size() > 0) {
+      size_t used = 0, i = 0;
+      for (const auto& [key, value] : rows) {
+        if (positions.contains(key)) {
+          const auto given = py::array_t<i64, py::array::c_style>::ensure(positions[key]);
+          if (!given || given.ndim() != 1 || given.size() != counts[i])
+            throw py::value_error("positions: expected shape [" + std::to_string(counts[i]) + "] for branch " +
+                                  std::to_string(key.cast<const Branch&>().serial) + ", got " +
+                                  std::to_string(given ? given.size() : 0) + " values");
+          where[i].assign(given.data(), given.data() + given.size());
+          for (i64 x : where[i])
+            if (x < 0) throw py::value_error("positions: must not be negative, got " + std::to_string(x));
+          ++used;
+        }
+        ++i;
+      }
+      if (used != positions.size())
+        throw py::value_error("positions: names a branch that has no rows in this step");
+    }
+    return {tree_, tree_->step(ids, counts, where)};
+  }
+
+  void join(const Branch& trunk, const std::vector<Branch>& kids) {
+    mine(trunk, "join: trunk");
+    std::vector<i32> ids;
+    for (size_t i = 0; i < kids.size(); ++i) {
+      const std::string what = "join: kids[" + std::to_string(i) + "]";
+      mine(kids[i], what.c_str());
+      if (tree_->peek(kids[i].id).parent_serial != trunk.serial)
+        throw py::value_error(what + " (branch " + std::to_string(kids[i].serial) + ") was not forked from the trunk " +
+                              "(branch " + std::to_string(trunk.serial) + "); join it into its own parent first");
+      for (i32 id : ids)
+        if (id == kids[i].id) throw py::value_error(what + " is given twice");
+      ids.push_back(kids[i].id);
+    }
+    tree_->join(trunk.id, ids);
+  }
+
+  void truncate(const Branch& b, i64 length) {
+    const i64 now = mine(b, "truncate").state().length;
+    if (length < 0 || length > now)
+      throw py::value_error("truncate: length must be from 0 to " + std::to_string(now) + " (the branch's length), got " +
+                            std::to_string(length));
+    tree_->truncate(b.id, length);
+  }
+
+  void release(const Branch& b) {
+    mine(b, "release");
+    tree_->release(b.id);
+  }
+
+  py::tuple plan(const Step& step, const PlanParams& params) {
+    for (LivePlan& live : live_) {
+      if (live.advance(step.state, params)) return result_of(live.data(), live.builds * 64 + serial_of(live));
+    }
+    // Reuse the slot with the same parameters; keep a few, one a (backend, head shape).
+    LivePlan* slot = nullptr;
+    for (size_t i = 0; i < live_.size(); ++i)
+      if (keys_[i] == params) slot = &*std::next(live_.begin(), static_cast<long>(i));
+    if (slot == nullptr) {
+      if (live_.size() == kKept) {
+        live_.pop_front();
+        keys_.erase(keys_.begin());
+      }
+      live_.emplace_back();
+      keys_.push_back(params);
+      slot = &live_.back();
+    }
+    slot->rebuild(*tree_, step.state, params);
+    ++builds_;
+    return result_of(slot->data(), slot->builds * 64 + serial_of(*slot));
+  }
+
+  py::tuple stats() const {
+    i64 advances = 0;
+    for (const LivePlan& live : live_) advances += live.advances;
+    return py::make_tuple(builds_, advances);
+  }
+
+  const std::shared_ptr<Tree>& tree() const { return tree_; }
+
+ private:
+  static constexpr size_t kKept = 4;
+  i64 serial_of(const LivePlan& live) const {
+    i64 at = 0;
+    for (const LivePlan& other : live_) {
+      if (&other == &live) return at;
+      ++at;
+    }
+    return -1;
+  }
+  std::shared_ptr<Tree> tree_;
+  std::list<LivePlan> live_;
+  std::vector<PlanParams> keys_;
+  i64 builds_ = 0;
+};
+
+// (ptr [B + 1], slots, positions) of contexts, flat: what the dense reference reads.
+py::tuple flat(const Contexts& c) {
+  std::vector<i64> ptr{0};
+  std::vector<i32> slots, positions;
+  for (size_t b = 0; b + 1 < c.piece_ptr.size(); ++b) {
+    for (i32 i = c.piece_ptr[b]; i < c.piece_ptr[b + 1]; ++i) {
+      const Contexts::Piece& p = c.pieces[c.piece_ids[i]];
+      slots.insert(slots.end(), p.slots, p.slots + p.length);
+      positions.insert(positions.end(), p.positions, p.positions + p.length);
+    }
+    ptr.push_back(static_cast<i64>(slots.size()));
+  }
+  return py::make_tuple(array_of(std::move(ptr)), array_of(std::move(slots)), array_of(std::move(positions)),
+                        array_of(std::vector<i32>(c.row_ptr)), array_of(std::vector<i64>(c.row_positions)));
+}
+
+// A static plan over a user's own tables.
+class Tables {
+ public:
+  Tables(const py::array_t<i32, py::array::c_style>& tables, const py::array_t<i64, py::array::c_style>& lengths,
+         const py::array_t<i64, py::array::c_style>& queries, i32 page_size)
+      : paged_(contexts_of_tables(tables.data(), tables.shape(0), tables.shape(1), lengths.data(), queries.data(),
+                                  page_size)) {}
+  py::tuple plan(const PlanParams& params) const {
+    return result_of(Planner::build(paged_.contexts, params, 0, nullptr, nullptr), ++builds_);
+  }
+  py::tuple contexts() const { return flat(paged_.contexts); }
+  i32 max_page() const { return paged_.max_page; }
+  i64 unique_tokens() const { return static_cast<i64>(paged_.slots.size()); }
+
+ private:
+  PagedContexts paged_;
+  mutable i64 builds_ = 0;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "Tree of spans, page allocator and planner (C++). Used through anabranch.TreeCache and anabranch.Plan.";
+
+  auto name_as_public = [](py::object type, const char* doc) {
+    type.attr("__module__") = "anabranch";
+    type.attr("__doc__") = doc;
+  };
+  name_as_public(py::register_exception<OutOfPages>(m, "OutOfPages", PyExc_RuntimeError),
+                 "No pages are left for a step. Raised before anything changed: release or truncate branches and retry.");
+  name_as_public(py::register_exception<DeadBranch>(m, "DeadBranch", PyExc_RuntimeError),
+                 "A branch was used after it was released or joined.");
+
+  py::class_<Branch>(m, "Branch", "One line of thought: an ordered list of spans of KV tokens. Made by TreeCache.")
+      .def_property_readonly("length", [](const Branch& b) { return b.state("length").length; },
+                             "Number of tokens in its context.")
+      .def_property_readonly("position", [](const Branch& b) { return b.state("position").position; },
+                             "Logical position of its next token.")
+      .def_property_readonly("alive", &Branch::alive, "False once released or joined.")
+      .def_property_readonly("fork_length", [](const Branch& b) { return b.state("fork_length").fork_length; },
+                             "Context length at its fork; tokens beyond are its own.")
+      .def_property_readonly("serial", [](const Branch& b) { return b.serial; }, "A number no other branch of the cache has.")
+      .def("__repr__", [](const Branch& b) {
+        if (!b.alive()) return "Branch(" + std::to_string(b.serial) + ", dead)";
+        const BranchState& s = b.state();
+        return "Branch(" + std::to_string(b.serial) + ", length=" + std::to_string(s.length) +
+               ", position=" + std::to_string(s.position) + ")";
+      });
+
+  py::class_<Step>(m, "Step")
+      .def_property_readonly("num_rows", [](const Step& s) { return s.state.slots.size(); })
+      .def("slots", [](const Step& s) { return array_of(std::vector<i32>(s.state.slots)); })
+      .def("positions", [](const Step& s) { return array_of(std::vector<i64>(s.state.positions)); })
+      .def("row_ptr", [](const Step& s) { return array_of(std::vector<i32>(s.state.row_ptr)); })
+      .def("copies",
+           [](const Step& s) {  // [3, n]: src, dst, filled
+             const size_t n = s.state.copies.size();
+             py::array_t<i32> out({static_cast<py::ssize_t>(3), static_cast<py::ssize_t>(n)});
+             i32* p = out.mutable_data();
+             for (size_t i = 0; i < n; ++i) {
+               p[i] = s.state.copies[i].src;
+               p[n + i] = s.state.copies[i].dst;
+               p[2 * n + i] = s.state.copies[i].filled;
+             }
+             return out;
+           })
+      .def_property_readonly("num_copies", [](const Step& s) { return s.state.copies.size(); })
+      .def("moved_on", &Step::moved_on)
+      .def("contexts", [](const Step& s) { return flat(contexts_of(*s.tree, s.state)); });
+
+  py::class_<PlanParams>(m, "PlanParams")
+      .def(py::init([](i32 group, i32 tile, i32 chunk, i32 parallelism, i32 num_kv_heads, i32 elem_size) {
+             return PlanParams{group, tile, chunk, parallelism, num_kv_heads, elem_size};
+           }),
+           py::arg("group"), py::arg("tile"), py::arg("chunk"), py::arg("parallelism"), py::arg("num_kv_heads"),
+           py::arg("elem_size"));
+
+  py::class_<Tables>(m, "Tables")
+      .def(py::init<const py::array_t<i32, py::array::c_style>&, const py::array_t<i64, py::array::c_style>&,
+                    const py::array_t<i64, py::array::c_style>&, i32>())
+      .def("plan", &Tables::plan)
+      .def("contexts", &Tables::contexts)
+      .def_property_readonly("max_page", &Tables::max_page)
+      .def_property_readonly("unique_tokens", &Tables::unique_tokens);
+
+  py::class_<Cache>(m, "Cache")
+      .def(py::init<i32, i32>(), py::arg("num_pages"), py::arg("page_size"))
+      .def("branch", &Cache::branch)
+      .def("fork", &Cache::fork)
+      .def("step", &Cache::step)
+      .def("join", &Cache::join)
+      .def("truncate", &Cache::truncate)
+      .def("release", &Cache::release)
+      .def("check_branch", [](const Cache& c, const Branch& b, const char* what) { c.mine(b, what); })
+      .def("plan", &Cache::plan)
+      .def("plan_stats", &Cache::stats)
+      .def("usage",
+           [](const Cache& c) {
+             const Usage u = c.tree()->usage();
+             return py::make_tuple(u.pages_total, u.pages_free, u.tokens_logical, u.tokens_physical, u.pages_copied);
+           })
+      .def("slots", [](const Cache& c, const Branch& b) { return array_of(c.tree()->slots(c.mine(b, "read").id)); })
+      .def("positions",
+           [](const Cache& c, const Branch& b) { return array_of(c.tree()->positions(c.mine(b, "positions").id)); })
+      .def("check", [](const Cache& c) { c.tree()->check(); });
+}

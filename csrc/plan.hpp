@@ -1,0 +1,95 @@
+// The planner: contexts (lists of token pieces) → work items for the kernels.
+//
+// Pieces with the same visitors are put into one *run*, whatever their order in the contexts: attention does not care in
+// which order keys come, and fewer, longer runs make fewer partial results. A run is cut into items: a tile of the rows
+// that see it × a range of its tokens. Linear in pieces listed + rows + tokens.
+//
+// The layout of the arrays is the contract in docs/architecture.md.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "tree.hpp"
+
+namespace anabranch {
+
+// What the planner is told: B contexts, each a list of pieces and its number of query rows. The rows of a context are
+// its last tokens: row j of n sees everything but the last n − 1 − j tokens.
+struct Contexts {
+  struct Piece {
+    const i32* slots;
+    const i32* positions;
+    i32 length;
+  };
+  std::vector<Piece> pieces;
+  std::vector<i32> piece_ptr;    // [B + 1]
+  std::vector<i32> piece_ids;    // piece_ids[piece_ptr[b] : piece_ptr[b+1]] in context order
+  std::vector<i32> row_ptr;      // [B + 1]
+  std::vector<i64> row_positions;  // [rows]
+};
+
+struct PlanParams {
+  i32 group;         // query heads a KV head
+  i32 tile;          // packed rows (rows × group) an item
+  i32 chunk;         // grain of token ranges
+  i32 parallelism;   // items × KV heads a run should at least be split into
+  i32 num_kv_heads;
+  i32 elem_size;     // bytes of one KV element
+  bool operator==(const PlanParams& o) const {
+    return group == o.group && tile == o.tile && chunk == o.chunk && parallelism == o.parallelism &&
+           num_kv_heads == o.num_kv_heads && elem_size == o.elem_size;
+  }
+};
+
+constexpr i32 kItemFields = 8;
+enum ItemField { kKvBegin, kKvLen, kRowBegin, kRowCount, kMasked, kKvPosMax, kRowPosMin };
+
+// One int32 buffer with the sections of PlanArrays, in this order.
+enum Section { kItems, kKvSlots, kKvPositions, kRows, kLimits, kDest, kRowPositions, kMergeRows, kMergePtr, kSections };
+
+struct PlanData {
+  std::shared_ptr<std::vector<i32>> buffer;
+  i64 begin[kSections + 1];  // section s is buffer[begin[s] : begin[s + 1]]
+  i64 num_items = 0, num_partials = 0, num_merge = 0, tile_rows = 0, num_runs = 0, num_absorbed = 0, kv_tokens = 0;
+};
+
+class Planner {
+ public:
+  // `slack`: free places behind the tokens of single-row tails, so that `advance` can append.
+  static PlanData build(const Contexts& contexts, const PlanParams& params, i32 slack, std::vector<i32>* tail_items,
+                        std::vector<i32>* tail_capacity);
+};
+
+// A plan that is kept while the topology stays: each further decode step appends one token to each tail.
+class LivePlan {
+ public:
+  // True when `data` now describes `step`.
+  bool advance(const StepState& step, const PlanParams& params);
+  void rebuild(const Tree& tree, const StepState& step, const PlanParams& params);
+  const PlanData& data() const { return data_; }
+  i64 builds = 0, advances = 0;
+
+ private:
+  PlanParams params_{};
+  PlanData data_;
+  std::vector<i32> branches_;
+  std::vector<i64> lengths_;
+  i64 topology_ = -1;
+  std::vector<i32> tail_items_;     // the item each branch's next token goes to; −1 where there is none
+  std::vector<i32> tail_capacity_;  // the kv_len up to which it may grow in place
+};
+
+Contexts contexts_of(const Tree& tree, const StepState& step);
+
+// Contexts of a user's own page pool. Sharing is found from the tables: the same page in the same column is one piece.
+struct PagedContexts {
+  Contexts contexts;
+  std::vector<i32> slots, positions;  // what the pieces point into
+  i32 max_page = -1;
+};
+// tables: [batch, columns]; lengths, queries: [batch]. Entries are checked by the caller.
+PagedContexts contexts_of_tables(const i32* tables, i64 batch, i64 columns, const i64* lengths, const i64* queries,
+                                 i32 page_size);
+
+}  // namespace anabranch

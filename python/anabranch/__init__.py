@@ -1,0 +1,49 @@
+"""anabranch: fork, think in parallel, join.
+
+Tree attention kernels, a copy-on-write paged KV cache, and a fork/join runtime for Hugging Face models.
+``import anabranch as ab``; names are loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+__version__ = "0.1.0"
+
+if not (Path(__file__).parent / "kernels").is_dir():
+    # A checkout on PYTHONPATH: anabranch.kernels is the folder kernels/ at its root.
+    __path__.append(str(Path(__file__).resolve().parents[2]))
+
+_HOME = {
+    "TreeCache": "cache",
+    "Branch": "cache",
+    "Step": "cache",
+    "Usage": "cache",
+    "Plan": "plan",
+    "tree_attention": "attention",
+    "paged_tree_attention": "attention",
+    "OutOfPages": "errors",
+    "DeadBranch": "errors",
+    "BackendUnavailable": "errors",
+    "Engine": "engine",
+    "SelfConsistency": "strategies",
+}
+_MODULES = ("backends", "cache", "cli", "engine", "errors", "hf", "metrics", "models", "ops", "plan", "strategies", "trace")
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"anabranch.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"anabranch.{name}")
+    raise AttributeError(f"module 'anabranch' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_MODULES])

@@ -1,0 +1,178 @@
+"""``tree_attention`` and ``paged_tree_attention``: the checks a caller deserves, then the torch op."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from anabranch import ops
+from anabranch.plan import Plan
+
+if TYPE_CHECKING:
+    from anabranch.cache import Step, TreeCache
+
+
+def tree_attention(
+    q: Tensor,
+    cache: TreeCache,
+    layer: int,
+    step: Step,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of a step's rows over their own branches' contexts.
+
+    Row i of branch b sees every token of b up to and including its own, in context order. Four branches forked from a
+    three-token trunk, one new row each (rows 0–3), columns = trunk tokens and the four new ones::
+
+        1 1 1   1 0 0 0
+        1 1 1   0 1 0 0
+        1 1 1   0 0 1 0
+        1 1 1   0 0 0 1
+
+    The trunk's KV is read once for all four. Works under ``torch.no_grad()``, ``torch.compile(fullgraph=True)`` and with
+    decode, prefill and mixed steps alike; it has no backward.
+
+    Args:
+        q: [rows, num_q_heads, head_dim], contiguous, in the cache's dtype and on its device; rows in the step's order.
+            Query head h reads KV head h // (num_q_heads // num_kv_heads).
+        cache: the cache whose ``write`` put this step's K and V in.
+        layer: 0 … num_layers − 1.
+        step: what ``cache.step`` returned.
+        scale: factor on q·k; default head_dim ** -0.5.
+        softcap: scores become softcap · tanh(score / softcap), before the mask (Gemma 2).
+        window: a key is visible when q_position − k_position < window (logical positions, as in Transformers).
+        sinks: [num_q_heads], an extra logit a head that takes part in the softmax only (gpt-oss).
+        backend: "auto", "cpu", "triton" or "reference".
+        return_lse: also return the log-sum-exp of the scores.
+
+    Returns:
+        out [rows, num_q_heads, head_dim] in q's dtype; with ``return_lse`` also lse [rows, num_q_heads], float32,
+        natural logarithm, sinks included.
+
+    Raises:
+        ValueError: a shape, dtype, device, layer or option that does not fit; nothing was computed.
+        DeadBranch, ValueError: the step is stale because one of its branches moved on.
+    """
+    if step.cache is not cache:
+        raise ValueError("step: made by another cache; pass the cache that made it")
+    if not 0 <= layer < cache.num_layers:
+        raise ValueError(f"layer: must be from 0 to {cache.num_layers - 1}, got {layer}")
+    return _attend(
+        q, cache.k_pages(layer), cache.v_pages(layer), step.handle, step.num_rows, layer, scale, softcap, window, sinks,
+        backend, return_lse,
+    )  # fmt: skip
+
+
+def paged_tree_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: Plan,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The same attention over a page pool of the user's own.
+
+    Args:
+        q: [rows, num_q_heads, head_dim], contiguous; the rows of sequence 0, then of sequence 1, … (``query_lengths`` of
+            the plan; one each by default).
+        k_pages, v_pages: [num_pages, page_size, num_kv_heads, head_dim], q's dtype and device; the last dimension must
+            have stride 1, the others are free.
+        plan: ``Plan.from_block_tables(...)``; one plan serves all layers.
+        scale, softcap, window, sinks, backend, return_lse: as for ``tree_attention``; positions count from 0 in each
+            sequence.
+
+    Returns:
+        as ``tree_attention``. A sequence of length 0 has no rows unless ``query_lengths`` is left out: then its row is 0
+        and its lse −inf.
+
+    Raises:
+        ValueError: a shape, dtype, device or option that does not fit.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a Plan (Plan.from_block_tables), got {type(plan).__name__}")
+    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        if not isinstance(pages, Tensor) or pages.dim() != 4:
+            raise ValueError(f"{name}: expected a tensor [num_pages, page_size, num_kv_heads, head_dim], got {shape_of(pages)}")
+        if pages.stride(3) != 1:
+            raise ValueError(f"{name}: the last dimension must have stride 1, got {pages.stride(3)}; call .contiguous()")
+    if k_pages.shape != v_pages.shape:
+        raise ValueError(f"v_pages: expected k_pages' shape {list(k_pages.shape)}, got {list(v_pages.shape)}")
+    if v_pages.dtype != k_pages.dtype or v_pages.device != k_pages.device:
+        raise ValueError(
+            f"v_pages: expected {k_pages.dtype} on {k_pages.device} like k_pages, got {v_pages.dtype} on {v_pages.device}"
+        )
+    return _attend(
+        q, k_pages, v_pages, plan.handle, plan.num_rows, 0, scale, softcap, window, sinks, backend, return_lse
+    )  # fmt: skip
+
+
+def shape_of(value: object) -> str:
+    return f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _attend(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    handle: Tensor,
+    num_rows: int,
+    layer: int,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None,
+    backend: str,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    num_kv_heads, head_dim = k_pages.shape[2], k_pages.shape[3]
+    if not isinstance(q, Tensor) or q.dim() != 3:
+        raise ValueError(f"q: expected a tensor [rows, num_q_heads, head_dim], got {shape_of(q)}")
+    if q.shape[0] != num_rows or q.shape[2] != head_dim:
+        raise ValueError(
+            f"q: expected shape [{num_rows}, num_q_heads, {head_dim}] (the step's rows, the cache's head_dim), "
+            f"got {list(q.shape)}"
+        )
+    if q.shape[1] == 0 or q.shape[1] % num_kv_heads != 0:
+        raise ValueError(f"q: {q.shape[1]} query heads are not a multiple of the {num_kv_heads} KV heads")
+    if q.dtype != k_pages.dtype:
+        raise ValueError(f"q: expected dtype {k_pages.dtype} like the pages, got {q.dtype}; call q.to({k_pages.dtype})")
+    if q.device != k_pages.device:
+        raise ValueError(f"q: expected device {k_pages.device} like the pages, got {q.device}; move it there")
+    if not q.is_contiguous():
+        raise ValueError(f"q: must be contiguous, got strides {list(q.stride())}; call q.contiguous()")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: must be positive, or None for none, got {softcap}")
+    if window is not None and not window >= 1:
+        raise ValueError(f"window: must be at least 1 (the row's own token), or None for none, got {window}")
+    if sinks is not None:
+        if sinks.dim() != 1 or sinks.shape[0] != q.shape[1]:
+            raise ValueError(f"sinks: expected shape [{q.shape[1]}] (one a query head), got {list(sinks.shape)}")
+        if sinks.device != q.device:
+            raise ValueError(f"sinks: expected device {q.device} like q, got {sinks.device}")
+        sinks = sinks.detach().to(torch.float32).contiguous()
+    out, lse = torch.ops.anabranch.tree_attention(
+        q,
+        k_pages,
+        v_pages,
+        handle,
+        sinks,
+        float(head_dim**-0.5 if scale is None else scale),
+        ops.NO_SOFTCAP if softcap is None else float(softcap),
+        ops.NO_WINDOW if window is None else int(window),
+        layer,
+        backend,
+        return_lse,
+    )
+    return (out, lse) if return_lse else out

@@ -1,0 +1,431 @@
+"""``TreeCache``: a paged KV cache whose branches fork for free and join without a copy.
+
+The bookkeeping (pages, spans, reference counts, plans) is C++ in ``anabranch._core``; this file holds the tensors, the
+checks and the one device call a step may need, the copy of shared tail pages.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anabranch import _core, backends
+from anabranch.attention import shape_of
+from anabranch.plan import FlatContexts, Plan, PlanArrays, Profile, core_params, split_buffer
+
+Branch = _core.Branch
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a cache holds, in pages and tokens.
+
+    Attributes:
+        pages_total, pages_free: pages of the pool.
+        tokens_logical: Σ of the branches' lengths, as if nothing were shared.
+        tokens_physical: tokens that really take up a slot.
+        pages_copied: shared tail pages copied since the cache was made (each for all layers, K and V).
+    """
+
+    pages_total: int
+    pages_free: int
+    tokens_logical: int
+    tokens_physical: int
+    pages_copied: int
+
+
+class StepPlan(Plan):
+    """The plan of one step. Work items are cut when a kernel first asks; while the topology stays, the arrays of the last
+    step are advanced in place instead."""
+
+    def __init__(self, cache: TreeCache, core: _core.Step) -> None:
+        super().__init__(core.num_rows, cache.device)
+        self._cache = cache
+        self._core = core
+        self._arrays: dict[tuple[int, Profile], PlanArrays] = {}
+        self._slots: Tensor | None = None
+        self._written: set[int] = set()
+
+    def arrays(self, group: int, profile: Profile) -> PlanArrays:
+        key = (group, profile)
+        found = self._arrays.get(key)
+        if found is None:
+            found = self._arrays[key] = self._cache._plan_arrays(self._core, key)
+        return found
+
+    def contexts(self) -> FlatContexts:
+        return FlatContexts(*self._core.contexts())
+
+    @property
+    def slots(self) -> Tensor:
+        """int32 [rows] on the cache's device."""
+        if self._slots is None:
+            self._slots = torch.from_numpy(self._core.slots()).to(self._cache.device)
+        return self._slots
+
+    def _require_current(self) -> None:
+        at = self._core.moved_on()
+        if at >= 0:
+            raise ValueError(
+                f"step: its branch number {at} has moved on (a later step, a join, a truncation or a release); "
+                "make a new step and use that"
+            )
+
+    def check(self, layer: int, k_pages: Tensor) -> None:
+        self._require_current()
+        if layer not in self._written:
+            raise ValueError(f"layer: {layer} of this step has no K and V yet; call cache.write({layer}, k, v, step) first")
+
+    def begin_write(self, layer: int) -> Tensor:
+        self._require_current()
+        if layer in self._written:
+            raise ValueError(f"step: layer {layer} was already written; a step is used once, make a new one for new rows")
+        return self.slots
+
+    def end_write(self, layer: int) -> None:
+        self._written.add(layer)
+
+
+class Rows(Mapping[Branch, slice]):
+    """Branch → slice of the step's rows."""
+
+    def __init__(self, branches: Sequence[Branch], row_ptr: Sequence[int]) -> None:
+        self._slices = {b: slice(row_ptr[i], row_ptr[i + 1]) for i, b in enumerate(branches)}
+
+    def __getitem__(self, branch: Branch) -> slice:
+        try:
+            return self._slices[branch]
+        except KeyError:
+            raise KeyError(f"{branch!r} has no rows in this step") from None
+
+    def __iter__(self) -> Iterator[Branch]:
+        return iter(self._slices)
+
+    def __len__(self) -> int:
+        return len(self._slices)
+
+
+class Step:
+    """Rows reserved by ``TreeCache.step``: one packed forward's worth.
+
+    Attributes:
+        num_rows: rows of all branches together.
+        position_ids: int64 [rows], on the cache's device.
+        branches: the branches, in row order.
+        handle: names the step's plan to the torch op.
+    """
+
+    def __init__(self, cache: TreeCache, core: _core.Step, branches: tuple[Branch, ...]) -> None:
+        self.cache = cache
+        self.branches = branches
+        self.num_rows: int = core.num_rows
+        self.position_ids = torch.from_numpy(core.positions()).to(cache.device)
+        self.plan = StepPlan(cache, core)
+        self.handle = self.plan.handle
+        self._core = core
+        self._rows: Rows | None = None
+        self._last_rows: Tensor | None = None
+
+    @property
+    def rows(self) -> Mapping[Branch, slice]:
+        """Branch → slice of rows."""
+        if self._rows is None:
+            self._rows = Rows(self.branches, self._core.row_ptr().tolist())
+        return self._rows
+
+    @property
+    def last_rows(self) -> Tensor:
+        """int64 [branches]: each branch's last row, in order; for ``logits_to_keep``."""
+        if self._last_rows is None:
+            self._last_rows = torch.from_numpy(self._core.row_ptr()[1:].astype("int64") - 1).to(self.cache.device)
+        return self._last_rows
+
+    @property
+    def slots(self) -> Tensor:
+        """int32 [rows]: where each row's K and V go (page · page_size + offset)."""
+        return self.plan.slots
+
+    def __repr__(self) -> str:
+        return f"Step(rows={self.num_rows}, branches={len(self.branches)})"
+
+
+class TreeCache:
+    """A paged, copy-on-write KV cache for branches that fork and join.
+
+    Example::
+
+        cache = ab.TreeCache(num_layers=2, num_kv_heads=2, head_dim=64, num_pages=256)
+        trunk = cache.branch()
+        step = cache.step({trunk: 20})                      # 20 new rows
+        cache.write(0, k, v, step)                          # k, v: [20, 2, 64]
+        out = ab.tree_attention(q, cache, 0, step)          # q: [20, heads, 64]
+        kids = cache.fork(trunk, 4)                         # nothing is copied
+        step = cache.step({kid: 1 for kid in kids})         # one row each; the shared tail page is copied, once a kid
+
+    Args:
+        num_layers, num_kv_heads, head_dim: the model's.
+        num_pages: pages of the pool; a page holds ``page_size`` tokens of K and of V for every layer, that is
+            2 · num_layers · page_size · num_kv_heads · head_dim elements.
+        page_size: tokens a page.
+        dtype: float32, float16, bfloat16 (float64 with the reference backend only).
+        device: "cpu" or a CUDA device.
+
+    Not safe for use by several threads at once.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        page_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for name, value in (
+            ("num_layers", num_layers),
+            ("num_kv_heads", num_kv_heads),
+            ("head_dim", head_dim),
+            ("num_pages", num_pages),
+            ("page_size", page_size),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
+        if num_pages * page_size > 2**31 - 1:
+            raise ValueError(f"num_pages: {num_pages} pages × {page_size} tokens exceed 2^31 − 1 slots; take fewer pages")
+        self.num_layers = num_layers
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.dtype = dtype
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.device = device
+        # Raises for a dtype, device or head_dim that nothing here can serve, before memory is taken.
+        self._backend = backends.choose("auto", self.device, dtype, head_dim)
+        # A head's tokens lie together in a page, so that a kernel's (item × KV head) streams whole pages.
+        self._pool = torch.empty(
+            2 * num_layers, num_pages, num_kv_heads, page_size, head_dim, dtype=dtype, device=self.device
+        )
+        self._k = [self._pool[i].transpose(1, 2) for i in range(num_layers)]
+        self._v = [self._pool[num_layers + i].transpose(1, 2) for i in range(num_layers)]
+        self._core = _core.Cache(num_pages, page_size)
+        self._params: dict[tuple[int, Profile], _core.PlanParams] = {}
+        self._last_arrays: dict[tuple[int, Profile], tuple[int, PlanArrays]] = {}
+
+    @classmethod
+    def for_model(
+        cls,
+        model: Any,
+        num_pages: int | None = None,
+        page_size: int = 16,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> TreeCache:
+        """A cache with a Hugging Face model's shape.
+
+        Args:
+            model: a decoder; its config gives layers, heads and head_dim, its weights dtype and device.
+            num_pages: default: a quarter of the machine's free memory (nine tenths of a GPU's), at most 2^20 tokens.
+
+        Raises:
+            ValueError: a model whose layers are not all plain self-attention; the message names what is in the way.
+        """
+        from anabranch.hf import describe  # hf rests on this file
+
+        shape = describe(model)
+        dtype = dtype or shape.dtype
+        device = torch.device(device or shape.device)
+        if num_pages is None:
+            page_bytes = 2 * shape.num_layers * page_size * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+            num_pages = max(1, min(free_memory(device) // page_bytes, 2**20 // page_size))
+        return cls(shape.num_layers, shape.num_kv_heads, shape.head_dim, num_pages, page_size, dtype, device)
+
+    # -- branches ----------------------------------------------------------------------------------------------------
+    def branch(self) -> Branch:
+        """A new, empty branch (``.length``, ``.position``, ``.alive``)."""
+        return self._core.branch()
+
+    def fork(self, branch: Branch, n: int = 1) -> list[Branch]:
+        """``n`` new branches that see all of ``branch``. Metadata only: no KV is copied, whatever the length.
+
+        Raises:
+            DeadBranch, ValueError: a dead or foreign branch, n < 1.
+        """
+        return self._core.fork(branch, n)
+
+    def step(self, rows: Mapping[Branch, int], positions: Mapping[Branch, Tensor] | None = None) -> Step:
+        """Reserves new rows: slots for their K and V, positions, and the plan of who sees what.
+
+        A branch whose part-filled tail page is shared gets its own copy of that page first: all such branches, all
+        layers, K and V, in one call. The last holder goes on in place.
+
+        Args:
+            rows: how many new tokens each branch gets; rows follow the dict's order.
+            positions: logical positions for some branches, integers [rows of that branch]; default: from
+                ``branch.position`` on. The branch goes on from the last one given + 1.
+
+        Raises:
+            OutOfPages: too few free pages for all branches together; nothing was changed.
+            DeadBranch, ValueError, TypeError: a dead or foreign branch, no rows, positions that do not fit.
+        """
+        given: dict[Branch, Any] = {}
+        if positions:
+            for branch, value in positions.items():
+                if not isinstance(value, Tensor):
+                    value = torch.as_tensor(value)
+                if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+                    raise ValueError(f"positions: expected integers for {branch!r}, got {value.dtype}")
+                given[branch] = value.detach().to("cpu", torch.int64).contiguous().numpy()
+        rows = rows if type(rows) is dict else dict(rows)
+        core = self._core.step(rows, given)
+        if core.num_copies:
+            src, dst, filled = torch.from_numpy(core.copies()).unbind(0)
+            self._backend.copy_pages(self._pool, src, dst, filled)
+        return Step(self, core, tuple(rows))
+
+    def join(self, trunk: Branch, kids: Sequence[Branch], mode: str = "concat") -> None:
+        """Ends ``kids`` and gives the trunk what they wrote since their fork.
+
+        With ``"concat"`` the trunk's context becomes its own tokens, then each kid's own, in the order given; nothing is
+        copied or recomputed, positions stay what they were, and the trunk's next position is the largest of all. With
+        ``"discard"`` the trunk keeps its own tokens only. The trunk may have gone on meanwhile. (Joins that prefill
+        text again, ``"reprefill"`` and ``"summary"``, are the engine's: they need the model.)
+
+        Raises:
+            DeadBranch, ValueError: a dead or foreign branch, a kid that was not forked from the trunk, an unknown mode.
+        """
+        if mode not in ("concat", "discard"):
+            raise ValueError(
+                f"mode: expected 'concat' or 'discard', got {mode!r}"
+                + ("; this one needs the model: use Engine" if mode in ("reprefill", "summary") else "")
+            )
+        kids = list(kids)
+        if mode == "discard":
+            for branch in (trunk, *kids):
+                self._core.check_branch(branch, "join")
+            for kid in kids:
+                self._core.release(kid)
+            return
+        self._core.join(trunk, kids)
+
+    def truncate(self, branch: Branch, length: int) -> None:
+        """Forgets the tokens from index ``length`` on; pages that nobody else holds are free at once.
+
+        ``branch.position`` becomes one past the last token left (0 when none is).
+
+        Raises:
+            DeadBranch, ValueError: a dead or foreign branch; a length below 0 or beyond the branch's.
+        """
+        self._core.truncate(branch, length)
+
+    def release(self, branch: Branch) -> None:
+        """Drops the branch's references; pages that nobody else holds are free at once.
+
+        Raises:
+            DeadBranch, ValueError: already released or joined; another cache's.
+        """
+        self._core.release(branch)
+
+    # -- tensors -----------------------------------------------------------------------------------------------------
+    def k_pages(self, layer: int) -> Tensor:
+        """A view of the layer's K pool: [num_pages, page_size, num_kv_heads, head_dim] (not contiguous)."""
+        return self._k[layer]
+
+    def v_pages(self, layer: int) -> Tensor:
+        """A view of the layer's V pool, like ``k_pages``."""
+        return self._v[layer]
+
+    def write(self, layer: int, k: Tensor, v: Tensor, step: Step, backend: str = "auto") -> None:
+        """Puts a step's K and V (after rotary embedding) into its slots.
+
+        Args:
+            layer: 0 … num_layers − 1.
+            k, v: [rows, num_kv_heads, head_dim], contiguous, in the cache's dtype and on its device.
+            step: what ``step`` returned; each layer of it is written once.
+
+        Raises:
+            ValueError: a shape, dtype, device or layer that does not fit; a step that is stale or already written.
+        """
+        if step.cache is not self:
+            raise ValueError("step: made by another cache; write to the cache that made it")
+        self._check_layer(layer)
+        expected = (step.num_rows, self.num_kv_heads, self.head_dim)
+        for name, x in (("k", k), ("v", v)):
+            if not isinstance(x, Tensor) or x.shape != expected:
+                raise ValueError(f"{name}: expected shape {list(expected)} (rows, num_kv_heads, head_dim), got {shape_of(x)}")
+            if x.dtype != self.dtype:
+                raise ValueError(f"{name}: expected dtype {self.dtype} like the cache, got {x.dtype}; call {name}.to(...)")
+            if x.device != self.device:
+                raise ValueError(f"{name}: expected device {self.device} like the cache, got {x.device}")
+            if not x.is_contiguous():
+                raise ValueError(f"{name}: must be contiguous, got strides {list(x.stride())}; call {name}.contiguous()")
+        torch.ops.anabranch.write_kv(
+            k.detach(), v.detach(), self._k[layer], self._v[layer], step.handle, layer, backend
+        )
+
+    def read(self, branch: Branch, layer: int) -> tuple[Tensor, Tensor]:
+        """Dense copies of a branch's K and V: [length, num_kv_heads, head_dim] each, in context order."""
+        self._check_layer(layer)
+        slots = torch.from_numpy(self._core.slots(branch)).to(self.device).long()
+        page, offset = slots // self.page_size, slots % self.page_size
+        return self._k[layer][page, offset], self._v[layer][page, offset]
+
+    def positions(self, branch: Branch) -> Tensor:
+        """Logical positions of a branch's tokens, int64 [length], in context order, on the CPU."""
+        return torch.from_numpy(self._core.positions(branch))
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer: must be from 0 to {self.num_layers - 1}, got {layer}")
+
+    # -- accounts ----------------------------------------------------------------------------------------------------
+    def usage(self) -> Usage:
+        """Pages and tokens held now, and pages copied so far."""
+        return Usage(*self._core.usage())
+
+    def plan_stats(self) -> tuple[int, int]:
+        """(plans built from scratch, plans advanced in place) since the cache was made."""
+        return self._core.plan_stats()
+
+    def check(self) -> None:
+        """Raises ``RuntimeError`` unless reference counts, free list, spans and branches agree (for tests; linear)."""
+        self._core.check()
+
+    def _plan_arrays(self, core: _core.Step, key: tuple[int, Profile]) -> PlanArrays:
+        params = self._params.get(key)
+        if params is None:
+            params = self._params[key] = core_params(*key)
+        result = self._core.plan(core, params)
+        last = self._last_arrays.get(key)
+        if last is not None and last[0] == result[0] and self.device.type == "cpu":
+            return last[1]  # advanced in place: the same memory, already wrapped
+        arrays = split_buffer(result, self.device)
+        self._last_arrays[key] = (result[0], arrays)
+        return arrays
+
+    def __repr__(self) -> str:
+        u = self.usage()
+        return (
+            f"TreeCache(layers={self.num_layers}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"{str(self.dtype).removeprefix('torch.')}, {self.device}, pages={u.pages_total - u.pages_free}/{u.pages_total} × "
+            f"{self.page_size}, tokens={u.tokens_physical} for {u.tokens_logical})"
+        )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes a cache may take by default: nine tenths of a GPU's free memory, a quarter of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] * 9 // 10
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    except (ValueError, OSError):  # not on every system
+        return 2**30

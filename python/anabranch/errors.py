@@ -1,0 +1,11 @@
+"""The errors a caller may want to catch. Everything else is a ``ValueError`` or ``TypeError`` that names the argument."""
+
+from __future__ import annotations
+
+from anabranch._core import DeadBranch, OutOfPages
+
+__all__ = ["BackendUnavailable", "DeadBranch", "OutOfPages"]
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot run here; the message says why and what to do about it."""

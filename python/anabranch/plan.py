@@ -1,0 +1,271 @@
+"""Plans: which query rows attend to which KV slots, cut into work items for a kernel.
+
+A plan is made once a topology, serves all layers, and knows no cache and no model. ``TreeCache.step`` makes one a step;
+``Plan.from_block_tables`` makes one for a page pool of the user's own. The array layout is in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anabranch import _core
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How a backend wants its work cut.
+
+    Attributes:
+        tile: packed query vectors (rows × group) an item, at most (one row when the group is larger).
+        chunk: grain of token ranges, in tokens.
+        parallelism: items × KV heads that a run of tokens should be split into at least.
+        num_kv_heads: KV heads, which multiply the items.
+        elem_size: bytes of one KV element, for the absorb rule.
+    """
+
+    tile: int
+    chunk: int
+    parallelism: int
+    num_kv_heads: int = 8
+    elem_size: int = 2
+
+
+@dataclass(frozen=True)
+class PlanArrays:
+    """Work items as int32 tensors on one device. See docs/architecture.md for every field."""
+
+    items: Tensor  # [num_items, 8]
+    kv_slots: Tensor
+    kv_positions: Tensor
+    rows: Tensor
+    limits: Tensor
+    dest: Tensor
+    row_positions: Tensor  # [num_rows]
+    merge_rows: Tensor  # [num_merge]
+    merge_ptr: Tensor  # [num_merge + 1]
+    num_items: int
+    num_partials: int
+    num_merge: int
+    tile_rows: int
+    num_runs: int
+    num_absorbed: int
+    kv_tokens: int  # tokens listed over all runs: unique ones plus those re-read by the absorb rule
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_positions.shape[0]
+
+
+@dataclass(frozen=True)
+class FlatContexts:
+    """What each row sees, spelled out token by token: the view of the dense reference.
+
+    Context ``c`` holds the tokens ``slots[ptr[c]:ptr[c+1]]`` in order; its query rows ``row_ptr[c]:row_ptr[c+1]`` are its
+    last tokens, and row j of n sees all but the last n − 1 − j.
+    """
+
+    ptr: np.ndarray  # int64 [contexts + 1]
+    slots: np.ndarray  # int32 [tokens]
+    positions: np.ndarray  # int32 [tokens]
+    row_ptr: np.ndarray  # int32 [contexts + 1]
+    row_positions: np.ndarray  # int64 [rows]
+
+
+_SECTIONS = ("items", "kv_slots", "kv_positions", "rows", "limits", "dest", "row_positions", "merge_rows", "merge_ptr")
+_LENGTHS = {"items": None, "row_positions": None}
+
+# Plans by handle, so that the torch op can be given a tensor instead of a Python object. Weak: a plan lives as long as
+# the Step or the variable that holds it.
+_plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
+_handles = itertools.count(1)
+
+
+def plan_of(handle: Tensor) -> Plan:
+    """The live plan behind a handle tensor; raises ``ValueError`` when it is gone."""
+    plan = _plans.get(int(handle))
+    if plan is None:
+        raise ValueError("plan: the plan behind this handle no longer exists; keep its Step or Plan alive while it is used")
+    return plan
+
+
+class Plan:
+    """Who attends to what, ready to be cut into work items.
+
+    Attributes:
+        num_rows: query rows that attention expects.
+        handle: int64 CPU tensor [1] that names this plan to ``torch.ops.anabranch.tree_attention``.
+        device: where the arrays go.
+    """
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self.num_rows = num_rows
+        self.device = device
+        number = next(_handles)
+        self.handle = torch.tensor([number], dtype=torch.int64)
+        _plans[number] = self
+
+    # -- what a kernel asks ------------------------------------------------------------------------------------------
+    def arrays(self, group: int, profile: Profile) -> PlanArrays:
+        """Work items for ``group`` query heads a KV head, cut as ``profile`` says. Cached."""
+        raise NotImplementedError  # by every kind of plan
+
+    def contexts(self) -> FlatContexts:
+        """What each row sees, token by token."""
+        raise NotImplementedError
+
+    def check(self, layer: int, k_pages: Tensor) -> None:
+        """Raises when the plan no longer fits: stale, or made for other pages."""
+
+    def begin_write(self, layer: int) -> Tensor:
+        """The slots that a write of this layer goes to, int32 [rows]; raises when it must not happen."""
+        raise ValueError("plan: only a step of a TreeCache can be written through; write to your own pages yourself")
+
+    def end_write(self, layer: int) -> None:
+        """The layer's K and V are in their slots."""
+
+    # -- plans for a pool of one's own -------------------------------------------------------------------------------
+    @staticmethod
+    def from_block_tables(
+        block_tables: Tensor, lengths: Tensor | Sequence[int], page_size: int, query_lengths: Tensor | Sequence[int] | None = None
+    ) -> Plan:
+        """A plan over a page pool of the user's own; shared pages are found, not declared.
+
+        Sequences whose tables name the same page in the same column share the work for it, wherever that is: common
+        prefixes, trees of them, or pages that meet again after a fork. Nothing is copied from the tables' KV.
+
+        Args:
+            block_tables: [batch, max_pages], integers, any device. Row b lists the pages of sequence b; entries behind
+                its length are not read (−1 is a common filler).
+            lengths: [batch], tokens in each sequence's context, the new ones included. 0 gives an output of zeros.
+            page_size: tokens a page.
+            query_lengths: [batch], query rows of each sequence, its last tokens (causal among themselves). Default: one
+                row each (decode). ``q`` then holds the rows of all sequences, one after another.
+
+        Returns:
+            a plan for ``anabranch.paged_tree_attention``; reusable for all layers until a length changes.
+
+        Raises:
+            ValueError: shapes that do not fit, a negative page inside a length, or more rows than tokens.
+        """
+        return TablePlan(block_tables, lengths, page_size, query_lengths)
+
+
+def split_buffer(result: tuple, device: torch.device) -> PlanArrays:
+    """Views into the planner's one int32 buffer (uploaded in one copy when the device is not the CPU)."""
+    _, buffer, begin, counts = result
+    num_items, num_partials, num_merge, tile_rows, num_runs, num_absorbed, kv_tokens = counts
+    data = torch.from_numpy(buffer)
+    if device.type != "cpu":
+        data = data.to(device, non_blocking=True)
+    parts = {name: data[begin[i] : begin[i + 1]] for i, name in enumerate(_SECTIONS)}
+    parts["items"] = parts["items"][: num_items * 8].view(num_items, 8)
+    parts["merge_rows"] = parts["merge_rows"][:num_merge]
+    parts["merge_ptr"] = parts["merge_ptr"][: num_merge + 1]
+    return PlanArrays(
+        **parts,
+        num_items=num_items,
+        num_partials=num_partials,
+        num_merge=num_merge,
+        tile_rows=tile_rows,
+        num_runs=num_runs,
+        num_absorbed=num_absorbed,
+        kv_tokens=kv_tokens,
+    )
+
+
+def core_params(group: int, profile: Profile) -> _core.PlanParams:
+    return _core.PlanParams(
+        group, profile.tile, profile.chunk, profile.parallelism, profile.num_kv_heads, profile.elem_size
+    )
+
+
+def _ints(name: str, value: Tensor | Sequence[int] | np.ndarray, ndim: int) -> np.ndarray:
+    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, got {array.dtype}")
+    if array.ndim != ndim:
+        raise ValueError(f"{name}: expected {ndim} dimension{'s' * (ndim > 1)}, got shape {list(array.shape)}")
+    return array
+
+
+class TablePlan(Plan):
+    """``Plan.from_block_tables``."""
+
+    def __init__(
+        self,
+        block_tables: Tensor,
+        lengths: Tensor | Sequence[int],
+        page_size: int,
+        query_lengths: Tensor | Sequence[int] | None,
+    ) -> None:
+        if page_size < 1:
+            raise ValueError(f"page_size: must be at least 1, got {page_size}")
+        tables = _ints("block_tables", block_tables, 2)
+        held = _ints("lengths", lengths, 1).astype(np.int64)
+        batch, columns = tables.shape
+        if held.shape[0] != batch:
+            raise ValueError(f"lengths: expected shape [{batch}] (one a row of block_tables), got {list(held.shape)}")
+        if batch == 0:
+            raise ValueError("block_tables: no sequences")
+        if query_lengths is None:
+            queries = np.ones(batch, dtype=np.int64)
+        else:
+            queries = _ints("query_lengths", query_lengths, 1).astype(np.int64)
+            if queries.shape[0] != batch:
+                raise ValueError(f"query_lengths: expected shape [{batch}], got {list(queries.shape)}")
+            bad = np.flatnonzero((queries < 0) | (queries > held))
+            if bad.size:
+                i = int(bad[0])
+                raise ValueError(f"query_lengths[{i}]: {queries[i]} rows do not fit in lengths[{i}] = {held[i]} tokens")
+        bad = np.flatnonzero((held < 0) | (held > columns * page_size))
+        if bad.size:
+            i = int(bad[0])
+            raise ValueError(
+                f"lengths[{i}]: must be from 0 to {columns} pages × {page_size} = {columns * page_size}, got {held[i]}"
+            )
+        used = np.arange(columns)[None, :] * page_size < held[:, None]
+        bad = np.argwhere(used & ((tables < 0) | (tables.astype(np.int64) * page_size + page_size > 2**31 - 1)))
+        if bad.size:
+            i, j = map(int, bad[0])
+            raise ValueError(f"block_tables[{i}, {j}]: page {tables[i, j]} is inside lengths[{i}] but out of range")
+        device = block_tables.device if isinstance(block_tables, Tensor) else torch.device("cpu")
+        super().__init__(int(queries.sum()), device)
+        self.page_size = page_size
+        self._tables = _core.Tables(np.ascontiguousarray(tables, dtype=np.int32), held, queries, page_size)
+        self._arrays: dict[tuple[int, Profile], PlanArrays] = {}
+
+    def arrays(self, group: int, profile: Profile) -> PlanArrays:
+        key = (group, profile)
+        if key not in self._arrays:
+            self._arrays[key] = split_buffer(self._tables.plan(core_params(group, profile)), self.device)
+        return self._arrays[key]
+
+    def contexts(self) -> FlatContexts:
+        return FlatContexts(*self._tables.contexts())
+
+    @property
+    def unique_tokens(self) -> int:
+        """Tokens after sharing: what attention has to read."""
+        return self._tables.unique_tokens
+
+    def check(self, layer: int, k_pages: Tensor) -> None:
+        num_pages, page_size = k_pages.shape[:2]
+        if self.device != k_pages.device:  # tables made on the host, pages on the GPU
+            self.device = k_pages.device
+            self._arrays.clear()
+        if page_size != self.page_size:
+            raise ValueError(f"k_pages: page size {page_size}, but the plan was made for {self.page_size}")
+        if self._tables.max_page >= num_pages:
+            raise ValueError(f"k_pages: {num_pages} pages, but the plan's block tables name page {self._tables.max_page}")
+
+    def __repr__(self) -> str:
+        return f"Plan(rows={self.num_rows}, unique_tokens={self.unique_tokens}, page_size={self.page_size})"

@@ -48,7 +48,24 @@ def _store_rows(ptr, offsets, d, value, keep, HEAD_DIM: tl.constexpr, PADDED: tl
         tl.store(ptr + offsets[:, None] + d[None, :], value, mask=keep[:, None])
 
 
-@triton.jit(do_not_specialize=["num_items", "num_kv_heads", "window"])
+# A plan's arrays are slices of one buffer: a variant for each pattern of their alignments would be compiled as it came
+# up, in the middle of a run, and would not be any faster (every read starts at some item's own offset).
+PLAN_ARRAYS = [
+    "items_ptr",
+    "kv_slots_ptr",
+    "kv_positions_ptr",
+    "rows_ptr",
+    "limits_ptr",
+    "dest_ptr",
+    "row_positions_ptr",
+]
+OTHERS = ["lse_ptr", "sinks_ptr", "counts_ptr"]
+
+
+@triton.jit(
+    do_not_specialize=["num_items", "num_kv_heads", "window"],
+    do_not_specialize_on_alignment=[*PLAN_ARRAYS, *OTHERS],
+)
 def tree_attention_kernel(
     q_ptr,  # [rows, Hq, D]
     k_ptr,  # [pages, PAGE_SIZE, Hkv, D], any strides, the last 1

@@ -36,10 +36,13 @@ def next_power_of_two(n: int) -> int:
 def column_split(head_dim: int) -> tuple[int, int]:
     """Cuts ``head_dim`` columns into two powers of two (d0, d1), each at least 16; d1 = 0 when one is enough.
 
-    80 → (64, 16), 96 → (64, 32), 192 → (128, 64), 128 → (128, 0). Columns past head_dim are padding: zeros.
+    80 → (64, 16), 96 → (64, 32), 192 → (128, 64), 128 → (128, 0). Columns past head_dim are padding: zeros. Up to 64
+    padding is cheaper than the second part's addresses.
     """
-    d0 = max(16, 1 << (head_dim.bit_length() - 1))
-    if head_dim <= d0:
+    if head_dim <= 64:
+        return max(16, next_power_of_two(head_dim)), 0
+    d0 = 1 << (head_dim.bit_length() - 1)
+    if head_dim == d0:
         return d0, 0
     d1 = max(16, next_power_of_two(head_dim - d0))
     return d0, d1
@@ -52,23 +55,35 @@ def max_block_m(head_dim: int, itemsize: int) -> int:
     return 128 if head_dim <= 128 else 64
 
 
-# (head_dim up to, itemsize, block_m) -> Config, for 163 KB of shared memory and more
+# (head_dim class, itemsize, block_m) -> Config, for 163 KB of shared memory and more. Classes 96 and 192 are head
+# dims of two column parts: every part has its own addresses, so smaller blocks keep them in registers.
 _LARGE: dict[tuple[int, int, int], Config] = {
     (64, 2, 16): Config(128, 4, 4),
-    (64, 2, 32): Config(128, 4, 4),
+    (64, 2, 32): Config(64, 4, 5),
     (64, 2, 64): Config(64, 4, 4),
     (64, 2, 128): Config(64, 8, 4),
+    (96, 2, 16): Config(32, 4, 5),
+    (96, 2, 32): Config(32, 4, 5),
+    (96, 2, 64): Config(64, 8, 4),
+    (96, 2, 128): Config(64, 8, 3),
     (128, 2, 16): Config(64, 4, 4),
     (128, 2, 32): Config(64, 4, 4),
     (128, 2, 64): Config(64, 8, 4),
     (128, 2, 128): Config(64, 8, 3),
+    (192, 2, 16): Config(32, 4, 4),
+    (192, 2, 32): Config(32, 8, 4),
+    (192, 2, 64): Config(32, 8, 3),
     (256, 2, 16): Config(32, 4, 4),
-    (256, 2, 32): Config(32, 4, 4),
+    (256, 2, 32): Config(32, 8, 4),
     (256, 2, 64): Config(32, 8, 3),
-    (64, 4, 16): Config(32, 4, 3),
-    (64, 4, 32): Config(32, 4, 3),
+    (64, 4, 16): Config(32, 8, 3),
+    (64, 4, 32): Config(32, 8, 3),
+    (96, 4, 16): Config(32, 8, 3),
+    (96, 4, 32): Config(32, 8, 3),
     (128, 4, 16): Config(32, 8, 3),
-    (128, 4, 32): Config(32, 8, 3),
+    (128, 4, 32): Config(16, 8, 3),
+    (192, 4, 16): Config(16, 8, 3),
+    (192, 4, 32): Config(16, 8, 3),
     (256, 4, 16): Config(16, 8, 3),
     (256, 4, 32): Config(16, 8, 3),
 }
@@ -88,5 +103,7 @@ def attention_config(head_dim: int, itemsize: int, block_m: int, arch: int) -> C
         arch: compute capability as an integer, 90 for sm_90.
     """
     table = _SMALL if arch in SMALL_SHARED else _LARGE
-    d = next(limit for limit in (64, 128, 256) if head_dim <= limit)
-    return table[(d, itemsize, block_m)]
+    d0, d1 = column_split(head_dim)
+    widest = 256 if d0 + d1 > 128 else 128 if d0 + d1 > 64 else 64
+    head_dim_class = {256: 192, 128: 96}[widest] if d1 else widest
+    return table[(head_dim_class, itemsize, block_m)]

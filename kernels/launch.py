@@ -86,7 +86,8 @@ def attention(
 
     with _on(q.device):
         if arrays.num_items:
-            packed = arrays.tile_rows * group
+            # tile_rows is what the profile allows; a small batch has fewer rows in all, and needs no wide tile.
+            packed = min(arrays.tile_rows, rows) * group
             block_m = block_rows(packed, head_dim, q.element_size())
             config = attention_config(head_dim, q.element_size(), block_m, device_traits(q.device).arch)
             d0, d1 = column_split(head_dim)

@@ -6,7 +6,10 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["num_merge", "num_q_heads"])
+@triton.jit(
+    do_not_specialize=["num_merge", "num_q_heads"],
+    do_not_specialize_on_alignment=["merge_rows_ptr", "merge_ptr_ptr", "lse_ptr", "sinks_ptr", "counts_ptr"],
+)
 def merge_kernel(
     part_acc_ptr,  # float32 [partials, Hq, D], contiguous
     part_ml_ptr,  # float32 [partials, Hq, 2], contiguous: m, l

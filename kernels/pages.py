@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["num_kv_heads"])
+@triton.jit(do_not_specialize=["num_kv_heads"], do_not_specialize_on_alignment=["slots_ptr"])
 def write_kv_kernel(
     k_ptr,  # [rows, Hkv, D]
     v_ptr,  # [rows, Hkv, D]

@@ -13,10 +13,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed (it has wheels for Linux only)")
 
-from triton_cases import check, dense, random_case, relative_error  # noqa: E402
+from anabranch.kernels import configs, launch
+from anabranch.kernels.merge import merge_kernel
 
-from anabranch.kernels import configs, launch  # noqa: E402
-from anabranch.kernels.merge import merge_kernel  # noqa: E402
+from triton_cases import check, dense, random_case, relative_error
 
 pytestmark = pytest.mark.skipif(
     not launch.INTERPRETED,

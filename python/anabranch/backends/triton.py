@@ -64,6 +64,8 @@ def profile(num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dty
         tile=configs.max_block_m(head_dim, dtype.itemsize),
         chunk=CHUNK,
         parallelism=2 * launch.device_traits(device).multiprocessors,
+        num_kv_heads=num_kv_heads,
+        elem_size=dtype.itemsize,
     )
 
 

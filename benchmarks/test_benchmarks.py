@@ -1,0 +1,129 @@
+"""pytest-benchmark cases, small ones: `pytest benchmarks/test_benchmarks.py` times, `--benchmark-disable` checks them.
+
+Every case also checks what it computes, so that a fast wrong answer fails. The whole table is `python -m benchmarks`.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import attention, host, plots, report
+from benchmarks.contenders import ALL, Unfit
+from benchmarks.floor import Floor
+from benchmarks.shapes import Case, all_cases, chunk, draft, levels
+from benchmarks.store import Store
+from benchmarks.timing import interleaved
+from benchmarks.workload import TOLERANCE, Workload, oracle, relative_error, sampled_rows
+
+SMALL = [
+    levels("small tree", [1, 2, 8], [70, 33, 5]),
+    levels("small forest", [2, 4], [40, 9]),
+    levels("one-token leaves", [1, 6], [50, 1]),
+    draft("small draft", 37, 9),
+    chunk("small prefill", 45, 12),
+]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", [n for n in ALL if n != "flex"])  # flex compiles for seconds: in the table alone
+@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
+def test_attention(benchmark, case: Case, name: str, dtype: torch.dtype) -> None:
+    work = Workload(case, 8, 2, 64, dtype)
+    contender = ALL[name](work)
+    try:
+        contender.prepare()
+    except Unfit as reason:
+        pytest.skip(str(reason))
+    rows = sampled_rows(case)
+    out = benchmark(contender.call)
+    assert out.shape == work.q.shape and out.dtype == dtype
+    assert relative_error(out[rows], oracle(work, rows)) <= TOLERANCE[dtype]
+    contender.finish()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_headline(benchmark, dtype: torch.dtype) -> None:
+    work = Workload(next(c for c in all_cases() if c.group == "headline"), 32, 8, 128, dtype)
+    contender = ALL["anabranch"](work)
+    contender.prepare()
+    out = benchmark.pedantic(contender.call, rounds=3, warmup_rounds=1)
+    assert relative_error(out[:2], oracle(work, [0, 1])) <= TOLERANCE[dtype]
+
+
+def test_step_of_1000_branches(benchmark) -> None:
+    wood, cut = host.forest(512, 1000, 64), host.profile()
+    wood.step(cut)
+    benchmark.pedantic(wood.step, args=(cut,), rounds=20)
+    assert all(b.length == wood.branches[0].length for b in wood.branches)
+
+
+def test_fork_copies_nothing(benchmark) -> None:
+    entry = benchmark.pedantic(host.fork_cost, args=(5,), rounds=1)
+    assert entry["bytes_copied"] == 0
+
+
+def test_memory_is_shared() -> None:
+    entry = host.memory_held(8, 100, 20)
+    assert entry["tokens_ideal"] <= entry["tokens_physical"] <= entry["tokens_ideal"] + 8 * 16
+
+
+def test_cases_are_what_they_say() -> None:
+    """Counts that the literature gives for these shapes, and the interval form of the mask against the tree itself."""
+    cases = {c.name: c for c in all_cases()}
+    assert len(cases) == len(all_cases()), "two cases of one name"
+    for name, unique, logical in (
+        ("few-shot 1,10 / 4000,400", 8_000, 44_000),
+        ("1,16,64 / 1024,256,32", 7_168, 83_968),
+        ("1,4,16,512 / 1024,256,128,32", 20_480, 737_280),
+        ("forest 8,16,32,256 / 512,512,256,32", 28_672, 335_872),
+    ):
+        assert (cases[name].unique_tokens, cases[name].logical_tokens) == (unique, logical)
+    for case in SMALL:
+        work = Workload(case, 1, 1, 32, torch.float32)
+        keys = torch.arange(case.unique_tokens)
+        seen = (keys <= work.row_index[:, None]) & (work.row_index[:, None] < work.key_end)
+        assert seen.sum(1).tolist() == case.row_lengths
+
+
+def test_interleaved_rounds() -> None:
+    order: list[str] = []
+    timings = interleaved([lambda: order.append("a"), lambda: order.append("b")], rounds=3, cold=False)
+    assert order == ["a", "b"] * 3
+    assert [len(t.seconds) for t in timings] == [3, 3]
+
+
+def test_a_wrong_contender_is_left_out(monkeypatch) -> None:
+    class Wrong(ALL["sdpa"]):
+        def variants(self):
+            return {name: (lambda call=call: call() * 1.01) for name, call in super().variants().items()}
+
+    monkeypatch.setitem(ALL, "sdpa", Wrong)
+    floor = Floor(copy=1e10, fma=1e11)
+    job = attention.Job(SMALL[0], "4/2", 32, torch.float32)
+    result = attention.run_job(job, attention.Settings(contenders=("anabranch", "sdpa"), rounds=2, budget=0.1), floor)
+    assert "wrong" in result["contenders"]["sdpa"]["left_out"]
+    assert result["contenders"]["anabranch"]["rounds"] == 2
+
+
+def test_results_become_tables_and_figures(tmp_path) -> None:
+    store = Store(tmp_path / "results.json")
+    floor = Floor(copy=1e10, fma=1e11, gemm={"float32": 9e10})
+    store.set("floor", floor.as_dict())
+    settings = attention.Settings(contenders=("anabranch", "sdpa", "two_phase"), rounds=2, budget=0.1)
+    for case in SMALL[:2]:
+        result = attention.run_job(attention.Job(case, "32/8", 128, torch.float32), settings, floor)
+        store.put("attention", ("case", "heads", "head_dim", "dtype"), result)
+        store.put("attention", ("case", "heads", "head_dim", "dtype"), result)  # replaces, does not double
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert [e["case"] for e in data["attention"]] == [c.name for c in SMALL[:2]]
+    assert data["machine"]["threads"] == torch.get_num_threads() and data["machine"]["versions"]["torch"]
+    text = report.markdown(data)
+    assert all(c.name in text for c in SMALL[:2]) and "two-phase torch" in text
+    pytest.importorskip("matplotlib")
+    files = plots.draw(data, tmp_path / "figures")
+    assert [f.name for f in files] == ["benchmark-attention.svg", "benchmark-attention.png"]
+    assert all(f.stat().st_size > 2000 for f in files)

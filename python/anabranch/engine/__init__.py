@@ -1,0 +1,7 @@
+"""The loop: one packed forward a step for all threads of all prompts."""
+
+from .core import Engine
+from .events import Discard, Event, Finish, Fork, Join, Token
+from .result import Node, Result
+
+__all__ = ["Discard", "Engine", "Event", "Finish", "Fork", "Join", "Node", "Result", "Token"]

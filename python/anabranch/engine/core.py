@@ -1,0 +1,144 @@
+"""`Engine`: a model, its cache and the loop, behind generate() and stream()."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .. import hf
+from ..cache import TreeCache
+from ..strategies import Plain, Strategy
+from .events import Event
+from .loop import Run
+from .prompts import Prompt, Text, split_prompts
+from .request import Request
+from .result import Result
+from .sampling import Samplers, prepare_config
+
+
+class Engine:
+    """Runs strategies on a Hugging Face decoder.
+
+    model: any decoder; it is switched to ``attn_implementation="anabranch"`` if it is not already (an encoder, a
+        state-space model or the like is refused, with the reason).
+    tokenizer: None: prompts, headers and answers are token ids.
+    num_pages: pages of the cache, each of `page_size` tokens; None: as many as free memory allows.
+    backend: attention backend of every forward: "auto", "cpu", "triton" or "reference".
+    max_rows: most tokens one forward takes; longer prompts are prefilled in chunks, beside what is decoding.
+
+    ``engine.cache`` is its `TreeCache`. An engine serves one Python thread at a time; `abort` may come from any.
+
+    >>> engine = ab.Engine(model, tokenizer)
+    >>> engine.generate("Is the sea salty?", strategy=ab.SelfConsistency(8), max_new_tokens=64).text
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, num_pages: int | None = None, page_size: int = 16,
+                 backend: str = "auto", max_rows: int = 512):
+        if not isinstance(max_rows, int) or max_rows < 1:
+            raise ValueError(f"max_rows={max_rows!r}; pass a whole number of at least 1 (tokens a forward)")
+        hf.enable(model)
+        self.model, self.tokenizer, self.backend, self.max_rows = model, tokenizer, backend, max_rows
+        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
+        self.cache = TreeCache.for_model(model, num_pages=num_pages, page_size=page_size)
+        self._runs: set[Run] = set()
+
+    # ---------------------------------------------------------------------------------------- public
+
+    def generate(
+        self,
+        prompt: Prompt | list[Prompt],
+        strategy: Strategy | None = None,
+        generation_config: Any = None,
+        seed: int | list[int] = 0,
+        max_new_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Answer one prompt (→ `Result`) or many (→ a list of them); many share their forwards.
+
+        prompt: a string, tokenised as it stands (no chat template); a list of token ids; or a chat
+            (``[{"role": "user", "content": …}]``) through the tokenizer's chat template. A list of those is many.
+        strategy: None decodes plainly: greedy, it equals ``model.generate(do_sample=False)`` token for token in float32.
+        generation_config: Transformers' own; by default the model's. Further keywords set its fields
+            (``do_sample=True, temperature=0.7``); ``logits_processor=`` and ``stopping_criteria=`` take lists, as in Transformers.
+        seed: of all sampling; a thread's stream depends on the seed and the thread's place in the tree alone, so the same
+            seed gives the same answer whatever else is in the call. A list gives each prompt its own.
+        max_new_tokens: most tokens sampled one after another (along the critical path) for one prompt; default: the
+            config's ``max_new_tokens``, else 256. ``max_total_tokens=``: most tokens sampled over all threads of a prompt.
+
+        Raises ValueError, before anything ran, for an empty prompt, ids outside the vocabulary, an option that is not
+        honoured, or a prompt that can never fit in ``num_pages``. Whatever is raised, later or by a strategy, or Ctrl-C:
+        all pages are free again and the engine is as good as new.
+        """
+        run, many = self._prepare(prompt, strategy, generation_config, seed, max_new_tokens, kwargs, streaming=False)
+        for _ in self._drive(run):
+            pass
+        return list(run.results) if many else run.results[0]
+
+    def stream(
+        self,
+        prompt: Prompt | list[Prompt],
+        strategy: Strategy | None = None,
+        generation_config: Any = None,
+        seed: int | list[int] = 0,
+        max_new_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> Iterator[Event]:
+        """Like `generate`, as it happens: yields `Token`, `Fork`, `Join`, `Discard` and, for each prompt, `Finish` with
+        its `Result`. Leaving the loop early frees everything."""
+        run, _ = self._prepare(prompt, strategy, generation_config, seed, max_new_tokens, kwargs, streaming=True)
+        return self._drive(run)
+
+    def abort(self) -> None:
+        """End everything that is running and free every page. generate() then returns what there was so far."""
+        for run in list(self._runs):
+            run.abort()
+
+    # ---------------------------------------------------------------------------------------- inside
+
+    def _drive(self, run: Run) -> Iterator[Event]:
+        self._runs.add(run)
+        try:
+            yield from run.drive()
+        finally:
+            run.release()
+            self._runs.discard(run)
+
+    def _prepare(self, prompt: Any, strategy: Any, config: Any, seed: Any, max_new_tokens: Any, kwargs: dict[str, Any],
+                 streaming: bool) -> tuple[Run, bool]:
+        """Check everything and set up the run; nothing in the cache changes here."""
+        strategy = Plain() if strategy is None else strategy
+        if not isinstance(strategy, Strategy):
+            raise TypeError(f"strategy: got {strategy!r}; pass an instance of a Strategy, such as ab.SelfConsistency(n=8), or None")
+        device = torch.device(self.model.device)
+        if device != torch.device(self.cache.device):
+            raise ValueError(f"model: is on {device}, but the engine's cache is on {self.cache.device}; move it back, or make a new Engine")
+        extra, criteria = kwargs.pop("logits_processor", None), kwargs.pop("stopping_criteria", None)
+        budget = kwargs.pop("max_total_tokens", None)
+        if budget is not None and (not isinstance(budget, int) or budget < 1):
+            raise ValueError(f"max_total_tokens={budget!r}; pass a whole number of at least 1, or None")
+        prepared = prepare_config(self.model, config, max_new_tokens, kwargs)
+        samplers = Samplers(self.model, self.tokenizer, prepared, extra, criteria)
+        text = Text(self.tokenizer, self.vocab_size, samplers.base.eos_ids)
+        prompts, many = split_prompts(prompt)
+        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * len(prompts)
+        if len(seeds) != len(prompts) or not all(isinstance(s, int) and s >= 0 for s in seeds):
+            raise ValueError(f"seed={seed!r}; pass a whole number ≥ 0, or a list of {len(prompts)} (one a prompt)")
+        ids = [text.prompt_ids(p, f"prompt[{i}]" if many else "prompt") for i, p in enumerate(prompts)]
+        room = self.cache.num_pages * self.cache.page_size
+        for i, tokens in enumerate(ids):
+            if len(tokens) > room:
+                raise ValueError(
+                    f"prompt{f'[{i}]' if many else ''}: {len(tokens)} tokens can never fit in num_pages={self.cache.num_pages} of "
+                    f"{self.cache.page_size} tokens; make the engine with num_pages of at least {-(-len(tokens) // self.cache.page_size) + 1}"
+                )
+        buffer: deque[Event] = deque()
+        requests = [
+            Request(i, tokens, strategy, s, cache=self.cache, text=text, samplers=samplers, max_total_tokens=budget,
+                    max_new_tokens=prepared.max_new_tokens, emit=buffer.append if streaming else None)
+            for i, (tokens, s) in enumerate(zip(ids, seeds, strict=True))
+        ]
+        return Run(self, requests, buffer), many
+

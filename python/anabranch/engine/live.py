@@ -1,0 +1,177 @@
+"""A thread's place in the cache: its branch, the tokens not cached yet, and how it comes back after a pre-emption.
+
+A thread's tokens are always known to the host; its KV is not always in the cache. What is missing is at the end: the
+token just sampled (its KV is computed by the step that needs the next token's scores) and whatever was inserted since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..strategies.protocol import Segment, Thread
+from .prompts import Detokenizer
+
+
+@dataclass
+class Feed:
+    """A run of tokens to be cached next: on `branch`, from position `position`, the first `done` of them already."""
+
+    branch: Any
+    token_ids: list[int]
+    position: int
+    done: int = 0
+
+    @property
+    def left(self) -> int:
+        return len(self.token_ids) - self.done
+
+
+class Live:
+    """Engine-side state of one thread."""
+
+    def __init__(self, thread: Thread, serial: int, stream: np.random.Generator):
+        self.thread, self.serial, self.stream = thread, serial, stream
+        self.branch: Any = None  # None: not in the cache (not started, or pre-empted)
+        self.scores: tuple[Any, int] | None = None  # (logits of a step [rows, vocabulary], row): the next token's
+        self.scores_at = -1  # thread length they belong to
+        self.pinned = False  # cannot be rebuilt from its tokens, so it is never pre-empted
+        self.born = True
+        self.last_step = 0  # the last step it had rows in
+        self.detokenizer: Detokenizer | None = None
+        self._rebuild: Iterator[Feed] | None = None
+        self._feed: Feed | None = None
+        self._scratch: list[Any] = []  # branches that exist only while it is being rebuilt
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose KV is not in the cache (while it is being rebuilt: at most so many)."""
+        if self.branch is not None:
+            return max(self.thread.length - self.branch.length, int(self._rebuild is not None))
+        return self.thread.length - len(self.thread._prefix)  # a fork's parent holds the rest
+
+    @property
+    def has_scores(self) -> bool:
+        return self.scores is not None and self.scores_at == self.thread.length
+
+    @property
+    def in_cache(self) -> bool:
+        """All of it, ready to fork or be joined."""
+        return self.branch is not None and self._rebuild is None and self.branch.length == self.thread.length
+
+    def age(self) -> tuple[int, int]:
+        """Order of arrival: of its prompt, then its own."""
+        return self.thread._host.index, self.serial  # type: ignore[attr-defined]
+
+    # ---------------------------------------------------------------------------------------- what to cache next
+
+    @property
+    def may_open(self) -> bool:
+        """Whether what it continues is in the cache."""
+        if self.thread.role != "fork":
+            return True
+        parent: Live = self.thread.parent._live  # type: ignore[union-attr]
+        return parent.branch is not None and parent._rebuild is None and parent.branch.length >= len(self.thread._prefix)
+
+    def open(self, cache: Any) -> None:
+        """Give it a branch; call it when `may_open`."""
+        thread = self.thread
+        if thread.role == "fork":
+            assert thread.parent is not None
+            self.branch = cache.fork(thread.parent._live.branch, 1)[0]
+            if self.branch.length > len(thread._prefix):  # the parent has gone on since
+                cache.truncate(self.branch, len(thread._prefix))
+        else:
+            self.branch = cache.branch()
+        if any(s.spliced is not None for s in thread._segments):
+            self._rebuild = self._program(cache, thread, self.branch)
+            self.settle()
+
+    def next_feed(self) -> Feed:
+        """What the next step should cache of this thread; it is open and has tokens `pending`."""
+        if self._feed is not None:
+            return self._feed
+        thread, missing = self.thread, self.thread.length - self.branch.length
+        return Feed(self.branch, thread._own[len(thread._own) - missing :], thread._position - missing)
+
+    def settle(self) -> None:
+        """After a step: when a feed of the rebuilding is through, go on to the next."""
+        while self._rebuild is not None and (self._feed is None or not self._feed.left):
+            self._feed = next(self._rebuild, None)
+            if self._feed is None:
+                self._rebuild = None
+
+    def _program(self, cache: Any, thread: Thread, branch: Any) -> Iterator[Feed]:
+        """Rebuild a thread that holds joined siblings, by the same forks and joins.
+
+        Its tokens in a flat row would let the second sibling see the first, and give other KV than before.
+        """
+        joined = [s.spliced for s in thread._segments if s.spliced is not None]
+        waiting = {id(k): k for k in joined}
+        anchors: dict[int, Any] = {}
+
+        def anchor_here() -> None:
+            for key, kid in list(waiting.items()):
+                if len(kid._prefix) == branch.length:
+                    anchors[key] = cache.fork(branch, 1)[0]
+                    self._scratch.append(anchors[key])
+                    del waiting[key]
+
+        anchor_here()
+        for segment in thread._segments:
+            if segment.spliced is None:
+                ids, at = segment.token_ids, 0
+                while at < len(ids):
+                    cuts = [len(k._prefix) - branch.length for k in waiting.values() if len(k._prefix) > branch.length]
+                    size = min([len(ids) - at, *cuts])
+                    yield Feed(branch, ids[at : at + size], segment.position + at)
+                    at += size
+                    anchor_here()
+            else:
+                kid = anchors.pop(id(segment.spliced))
+                yield from self._program(cache, segment.spliced, kid)
+                cache.join(branch, [kid], mode="concat")
+                self._scratch.remove(kid)
+                anchor_here()
+
+    # ---------------------------------------------------------------------------------------- leaving the cache
+
+    def release(self, cache: Any) -> None:
+        """Give its pages back; its tokens and scores stay."""
+        for branch in [*self._scratch, self.branch]:
+            if branch is not None and branch.alive:
+                cache.release(branch)
+        self.branch, self._rebuild, self._feed, self._scratch = None, None, None, []
+
+
+def append(thread: Thread, token_ids: list[int], kind: str, source: str | None = None) -> None:
+    """Add tokens at the end of a thread, on the positions that follow."""
+    last = thread._segments[-1] if thread._segments else None
+    if last is not None and (last.kind, last.source, last.spliced) == (kind, source, None):
+        last.token_ids.extend(token_ids)
+    else:
+        thread._segments.append(Segment(kind, list(token_ids), thread._position, source))
+    thread._own.extend(token_ids)
+    thread._position += len(token_ids)
+    thread._depth += len(token_ids)
+
+
+def cut(thread: Thread, length: int) -> bool:
+    """Forget a thread's tokens from context length `length` on; False when the cut went through joined siblings' tokens."""
+    excess, clean = thread.length - length, True
+    del thread._own[len(thread._own) - excess :]
+    while excess:
+        segment = thread._segments[-1]
+        gone = min(excess, len(segment.token_ids))
+        start = len(segment.token_ids) - gone
+        clean = clean and (segment.spliced is None or start == 0)
+        thread._forgotten.append(Segment(segment.kind, segment.token_ids[start:], segment.position + start, segment.source))
+        del segment.token_ids[start:]
+        thread._position = segment.position + start
+        if not segment.token_ids:
+            thread._segments.pop()
+        excess -= gone
+    return clean

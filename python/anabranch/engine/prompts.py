@@ -1,0 +1,130 @@
+"""Prompts and text: what a caller may pass, and the way between text and token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from os.path import commonprefix
+from typing import Any
+
+import torch
+
+Prompt = Any  # str | list[int] | list[dict]: see Engine.generate
+
+
+def split_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
+    """``(prompts, many)``: a string, a list of ints and a list of dicts are one prompt; a list of those is many."""
+    if isinstance(prompt, torch.Tensor):
+        if prompt.ndim not in (1, 2) or prompt.is_floating_point():
+            raise ValueError(f"prompt: a tensor of shape {tuple(prompt.shape)}, {prompt.dtype}; pass token ids of shape [tokens] or [prompts, tokens]")
+        prompt = prompt.tolist()
+    if isinstance(prompt, str):
+        return [prompt], False
+    if not isinstance(prompt, Sequence) or not len(prompt):
+        raise ValueError(f"prompt: got {prompt!r}; pass a string, token ids or a chat, or a non-empty list of those")
+    kinds = {int if isinstance(p, int) else dict if isinstance(p, dict) else None for p in prompt}
+    if kinds == {int} or kinds == {dict}:
+        return [prompt], False
+    if kinds != {None}:
+        raise ValueError("prompt: the list mixes token ids or chat messages with other things; pass one kind of prompt a list")
+    return [p.tolist() if isinstance(p, torch.Tensor) else p for p in prompt], True
+
+
+class Text:
+    """A tokenizer (or none) with the engine's rules: ids are checked, text survives cuts in the middle of a word."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_ids: frozenset[int] = frozenset()):
+        self.tokenizer, self.vocab_size, self.eos_ids = tokenizer, vocab_size, eos_ids
+        self._blank: dict[int, bool] = {}
+
+    def prompt_ids(self, prompt: Prompt, name: str = "prompt") -> list[int]:
+        """Token ids of one prompt: a string with the tokenizer's own special tokens, a chat through its template."""
+        if isinstance(prompt, str):
+            self._need_tokenizer(name)
+            ids = self.tokenizer(prompt)["input_ids"]
+        elif len(prompt) and all(isinstance(m, dict) for m in prompt):
+            self._need_tokenizer(name)
+            for i, message in enumerate(prompt):
+                if not {"role", "content"} <= message.keys():
+                    raise ValueError(f"{name}[{i}]: a chat message needs 'role' and 'content', got the keys {sorted(message)}")
+            if not getattr(self.tokenizer, "chat_template", None):
+                raise ValueError(f"{name} is a chat, but the tokenizer has no chat template; pass a string or token ids")
+            ids = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)["input_ids"]
+        else:
+            ids = self.check_ids(prompt, name)
+        if not len(ids):
+            raise ValueError(f"{name} is empty; a model needs at least one token to go on from")
+        return self.check_ids(ids, name)
+
+    def encode(self, text: str) -> list[int]:
+        self._need_tokenizer(f"the text {text!r}" if text else "a stop string")
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    def check_ids(self, token_ids: Iterable[int], name: str) -> list[int]:
+        ids = list(token_ids)
+        for i, token in enumerate(ids):
+            if not isinstance(token, int):
+                raise ValueError(f"{name}: item {i} is {token!r}; pass text or a list of token ids (ints)")
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"{name}: token id {token} at {i} is outside the model's vocabulary of {self.vocab_size}")
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def text(self, token_ids: Sequence[int], before: Sequence[int] = ()) -> str | None:
+        """Text of `token_ids` where they stand behind `before`, a final EOS left out; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        ids = list(token_ids)
+        while ids and ids[-1] in self.eos_ids:
+            ids.pop()
+        if not ids:
+            return ""
+        if not len(before):
+            return self.decode(ids)
+        # Some tokenizers drop the space of a first token, so ids are read behind a few that precede them.
+        head = self.decode(list(before)[-8:])
+        whole = self.decode(list(before)[-8:] + ids)
+        return whole[len(head) :] if whole.startswith(head) else self.decode(ids)
+
+    def is_blank(self, token_id: int) -> bool:
+        """Whether a token is an EOS or nothing but white space."""
+        if token_id not in self._blank:
+            text = "x" if self.tokenizer is None else self.decode([token_id])
+            self._blank[token_id] = token_id in self.eos_ids or not text.strip()
+        return self._blank[token_id]
+
+    def _need_tokenizer(self, name: str) -> None:
+        if self.tokenizer is None:
+            raise ValueError(f"{name} needs a tokenizer, and the engine has none; pass token ids, or Engine(model, tokenizer)")
+
+
+class Detokenizer:
+    """Text of a growing thread, piece by piece; holds back the bytes of a character that is not whole yet."""
+
+    def __init__(self, text: Text, before: Sequence[int]):
+        self._text = text
+        self._ids = list(before)[-8:]
+        self._done = len(self._ids)  # ids whose text is out
+
+    def push(self, token_ids: Sequence[int]) -> str | None:
+        if self._text.tokenizer is None:
+            return None
+        self._ids.extend(token_ids)
+        # Reading from a few ids before the new ones keeps both the cost of a token and its spaces right.
+        start = max(0, self._done - 8)
+        head = self._text.decode(self._ids[start : self._done])
+        whole = self._text.decode(self._ids[start:])
+        if whole.endswith("\ufffd"):
+            return ""
+        self._done = len(self._ids)
+        return whole[len(commonprefix([head, whole])) :]
+
+    def flush(self) -> str:
+        """What was held back and will not become whole any more."""
+        if self._text.tokenizer is None or self._done == len(self._ids):
+            return ""
+        start = max(0, self._done - 8)
+        head, whole = self._text.decode(self._ids[start : self._done]), self._text.decode(self._ids[start:])
+        self._done = len(self._ids)
+        return whole[len(commonprefix([head, whole])) :]

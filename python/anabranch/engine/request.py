@@ -1,0 +1,437 @@
+"""One prompt in the engine: its threads, the queue of each, its strategy's tasks and its counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from inspect import isgenerator
+from typing import Any
+
+from ..strategies.protocol import Awaitable, Decode, Ended, Fork, Insert, Join, Op, Segment, Strategy, Thread, Truncate
+from . import events
+from .live import Live, append, cut
+from .prompts import Detokenizer, Text
+from .sampling import Samplers, random_stream
+from .tasks import Task, Tasks
+
+
+class Request:
+    """The `Host` of one prompt's threads. Carries out what needs no forward; says what does."""
+
+    def __init__(
+        self,
+        index: int,
+        token_ids: list[int],
+        strategy: Strategy,
+        seed: int,
+        *,
+        cache: Any,
+        text: Text,
+        samplers: Samplers,
+        max_new_tokens: int,
+        max_total_tokens: int | None,
+        emit: Callable[[events.Event], None] | None,
+    ):
+        self.index, self.strategy, self.seed = index, strategy, seed
+        self.cache, self.samplers, self._text = cache, samplers, text
+        self.max_new_tokens, self.max_total_tokens = max_new_tokens, max_total_tokens
+        self.emit = emit
+        self.sequential = bool(getattr(strategy, "sequential", False))
+        self.tasks = Tasks(type(strategy).__name__)
+        self.threads: list[Thread] = []
+        self.queued: dict[Thread, None] = {}  # threads with something in their queue, in order of arrival
+        self.sampled = self.inserted = self.max_concurrency = self.longest_context = 0
+        self.malformed_reasons: list[str] = []
+        self.answers: Any = None
+        self.started: float | None = None
+        self.finished = False
+        self.trunk = self._make(None, "trunk", (0,))
+        self.trunk._prompt_length = len(token_ids)
+        append(self.trunk, token_ids, "prompt")
+        self.trunk._depth = 0  # the prompt is not part of the answer's critical path
+        self.main: Task | None = None
+
+    # ---------------------------------------------------------------------------------------- life
+
+    def start_strategy(self) -> None:
+        self.started = time.perf_counter()
+        running = self.strategy.run(self.trunk)
+        if isgenerator(running):
+            self.main = self.tasks.start(running, 0)
+        else:  # a run() without any yield has already queued all it wants
+            self.main = Task((x for x in ()), 0)
+            self.main._resolve(running, 0)
+
+    @property
+    def over(self) -> bool:
+        return self.main is not None and self.main.done and not self.trunk._ops
+
+    def critical_path(self) -> int:
+        assert self.main is not None
+        # Run one after another, every token is on the path.
+        return self.sampled + self.inserted if self.sequential else max(self.main.now, self.trunk._depth)
+
+    def release(self) -> None:
+        """Give back every page and end every generator. Safe at any moment, and twice."""
+        for thread in self.threads:
+            thread._live.release(self.cache)
+            thread._live.scores = None
+        self.tasks.close()
+
+    # ---------------------------------------------------------------------------------------- Host
+
+    def clock(self) -> int:
+        return self.tasks.current.now if self.tasks.current is not None else 0
+
+    def encode(self, text: str) -> list[int]:
+        return self._text.encode(text)
+
+    def text(self, token_ids: Sequence[int], before: Sequence[int]) -> str | None:
+        return self._text.text(token_ids, before)
+
+    def is_blank(self, token_id: int) -> bool:
+        return self._text.is_blank(token_id)
+
+    def check_ids(self, token_ids: Iterable[int], name: str) -> list[int]:
+        return self._text.check_ids(token_ids, name)
+
+    def check_sampling(self, sampling: Mapping[str, Any] | None) -> None:
+        self.samplers.get(tuple(sorted((sampling or {}).items())))
+
+    def submit(self, op: Op) -> None:
+        self.queued[op.thread] = None
+
+    def start(self, generator: Generator[Any, Any, Any]) -> Awaitable:
+        return self.tasks.start(generator, self.clock())
+
+    def malformed(self, thread: Thread, why: str) -> None:
+        self.malformed_reasons.append(f"thread {thread.id}: {why}")
+
+    def new_thread(self, parent: Thread, role: str) -> Thread:
+        path = (*parent.path, parent._next_child)
+        parent._next_child += 1
+        return self._make(parent, role, path)
+
+    def _make(self, parent: Thread | None, role: str, path: tuple[int, ...]) -> Thread:
+        thread = Thread(self, parent, path, role)
+        thread._live = Live(thread, len(self.threads), random_stream(self.seed, path))
+        thread._live.born = role != "fork"  # a fork begins when its parent gets to the Fork in its queue
+        self.threads.append(thread)
+        if role == "fresh" and parent is not None:
+            parent._forks.append((parent.length, [thread]))
+            thread._depth, thread._path_sampled = self.clock(), parent._path_sampled
+            if self.emit:
+                self.emit(events.Fork(self.index, parent.id, (thread.id,), "fresh"))
+        return thread
+
+    def kill(self, thread: Thread, fate: str) -> None:
+        if not thread.alive:
+            return
+        for _, children in thread._forks:
+            for child in children:
+                self.kill(child, fate)
+        for op in thread._ops:
+            if isinstance(op, Decode):
+                self._end(op, "killed")
+            elif isinstance(op, Fork):  # children that never came to be
+                for child in op.kids:
+                    self.kill(child, fate)
+            op._resolve(None, thread._depth)
+        thread._ops.clear()
+        self._retire(thread, fate)
+        if self.emit:
+            self.emit(events.Discard(self.index, thread.id, fate))
+
+    def _retire(self, thread: Thread, fate: str) -> None:
+        thread.alive, thread.fate = False, fate
+        thread._live.release(self.cache)
+        thread._live.scores = None
+        self._drained(thread)
+
+    # ---------------------------------------------------------------------------------------- the queues
+
+    def advance(self) -> bool:
+        """Run the strategy and carry out every queued op that needs no forward, until nothing moves; whether anything did."""
+        moved = any_moved = self.tasks.run_ready()
+        while True:
+            for thread in list(self.queued):
+                while thread._ops and self._carry_out(thread._ops[0]):
+                    moved = True
+                if not thread._ops:
+                    self._drained(thread)
+            moved = self.tasks.run_ready() or moved
+            if not moved:
+                return any_moved
+            any_moved, moved = True, False
+
+    def _drained(self, thread: Thread) -> None:
+        self.queued.pop(thread, None)
+        waiting, thread._waiting = thread._waiting, []
+        for wait in waiting:
+            wait._resolve(thread, thread._depth)
+
+    def _carry_out(self, op: Op) -> bool:
+        """Do `op`, the first in its thread's queue, if that is possible now."""
+        thread = op.thread
+        if not thread._live.born:
+            return False  # its parent has yet to fork
+        if isinstance(op, Decode):
+            return self._begin(op)
+        if not self._ready(op):
+            return False
+        thread._depth = max(thread._depth, op.issued)
+        thread._ops.popleft()
+        if isinstance(op, Insert):
+            self._insert(thread, op.token_ids, op.kind)
+        elif isinstance(op, Fork):
+            self._fork(op)
+        elif isinstance(op, Join):
+            self._join(op)
+        elif isinstance(op, Truncate):
+            self._truncate(thread, op.length, f"truncate: length={op.length}")
+        op._resolve(op.kids if isinstance(op, Fork) else None, thread._depth)
+        return True
+
+    def needs(self, op: Op) -> list[Thread]:
+        """Threads that must be wholly in the cache before `op` can be carried out (or, for a Decode, go on).
+
+        A fork's children are to share the parent's last token, and what a join splices is KV: the token that was
+        sampled last has none yet, so it is computed first. That costs one more row in a step that other threads use as
+        well, and the row's scores serve children without a header. (Leaving the token to the children instead would
+        compute it once a child, and a concat join would then bring it back once a child.)
+        """
+        thread = op.thread
+        if isinstance(op, (Fork, Decode)):
+            return [thread]
+        if isinstance(op, Join) and op.mode in ("concat", "reprefill") and not self._adoptable(op):
+            return [thread, *(op.kids if op.mode == "concat" else op.kids[:1])]
+        return []
+
+    def _ready(self, op: Op) -> bool:
+        if isinstance(op, Join) and any(kid._ops or not kid._live.born for kid in op.kids):
+            return False
+        if isinstance(op, Fork) and not op.thread._live.has_scores and self._rewind(op.thread):
+            return False
+        return all(t._live.in_cache for t in self.needs(op))
+
+    # ---------------------------------------------------------------------------------------- each op
+
+    def _insert(self, thread: Thread, token_ids: list[int], kind: str, source: str | None = None) -> None:
+        if not token_ids:
+            return
+        position, depth = thread._position, thread._depth
+        append(thread, token_ids, kind, source)
+        if kind == "inserted":
+            self.inserted += len(token_ids)
+        else:
+            thread._depth = depth  # a fresh thread's prompt, like the trunk's, is not part of the answer
+        if kind == "prompt":
+            thread._prompt_length = len(token_ids)
+        self._tell(thread, token_ids, position, kind != "sampled")
+
+    def _fork(self, op: Fork) -> None:
+        thread, live = op.thread, op.thread._live
+        context = (*thread._prefix, *thread._own)  # one tuple for all children
+        branches = self.cache.fork(live.branch, len(op.kids))
+        thread._forks.append((thread.length, op.kids))
+        for kid, branch in zip(op.kids, branches, strict=True):
+            kid._prefix, kid._position, kid._depth = context, thread._position, thread._depth
+            kid._path_sampled = thread._path_sampled
+            kid._live.branch, kid._live.scores, kid._live.scores_at = branch, live.scores, live.scores_at
+            kid._live.born = True
+        if self.emit:
+            self.emit(events.Fork(self.index, thread.id, tuple(k.id for k in op.kids)))
+
+    def _adoptable(self, op: Join) -> bool:
+        """Whether the thread may simply become its only remaining child: nothing to splice, so nothing to compute first.
+
+        Only for a thread that no parent will join (a branch knows its own tokens by where it was forked).
+        """
+        thread, kids = op.thread, op.kids
+        others = [k for _, children in thread._forks for k in children if k.alive and k.role == "fork" and k not in kids]
+        return (
+            thread.role != "fork" and len(kids) == 1 and not others and thread.length == len(kids[0]._prefix)
+            and not any(k.alive for _, children in kids[0]._forks for k in children)
+        )
+
+    def _join(self, op: Join) -> None:
+        thread, kids, mode = op.thread, op.kids, op.mode
+        for kid in kids:
+            thread._depth = max(thread._depth, kid._depth)
+            thread._path_sampled = max(thread._path_sampled, kid._path_sampled)
+        if mode == "summary":
+            if op.keep is not None:
+                self._truncate(thread, op.keep, f"join: keep={op.keep}")
+            for kid in kids:
+                self._end_children(kid)
+                self._retire(kid, "joined")
+            self._insert(thread, op.token_ids, "inserted")
+        elif self._adoptable(op):
+            self._adopt(thread, kids[0])
+        elif mode == "concat":
+            self._splice(thread, kids)
+        else:
+            self._reprefill(thread, kids)
+        if self.emit:
+            self.emit(events.Join(self.index, thread.id, tuple(k.id for k in kids), mode, thread.length))
+
+    def _adopt(self, thread: Thread, kid: Thread) -> None:
+        mine, its = thread._live, kid._live
+        mine.release(self.cache)
+        mine.branch, mine.scores, mine.scores_at = its.branch, its.scores, its.scores_at
+        mine._rebuild, mine._feed, mine._scratch = its._rebuild, its._feed, its._scratch
+        its.branch, its._rebuild, its._feed, its._scratch = None, None, None, []
+        mine.pinned = mine.pinned or its.pinned
+        for segment in kid._segments:
+            thread._segments.append(Segment("joined", list(segment.token_ids), segment.position, kid.id, segment.spliced))
+        thread._own.extend(kid._own)
+        thread._position = kid._position
+        self._retire(kid, "joined")
+
+    def _splice(self, thread: Thread, kids: list[Thread]) -> None:
+        for kid in kids:
+            self._end_children(kid)
+        # The tree takes a kid's tokens since its fork from the branch itself; positions come from our own books.
+        self.cache.join(thread._live.branch, [kid._live.branch for kid in kids], mode="concat")
+        mine, its = thread._live, kids[-1]._live
+        if len(kids) == 1 and thread.length == len(kids[0]._prefix) and its.has_scores:
+            # One child and nothing in between: one plain sequence, so the child's next-token scores are the thread's.
+            mine.scores, mine.scores_at = its.scores, its.scores_at
+        for kid in kids:
+            kid._live.branch = None
+            if kid._own:
+                thread._segments.append(Segment("joined", list(kid._own), kid._segments[0].position, kid.id, kid))
+                thread._own.extend(kid._own)
+            thread._position = max(thread._position, kid._position)
+            thread._live.pinned = thread._live.pinned or kid._live.pinned
+            self._retire(kid, "joined")
+
+    def _reprefill(self, thread: Thread, kids: list[Thread]) -> None:
+        rest = kids
+        if thread.length == len(kids[0]._prefix):
+            # Nothing stands between the fork and the first child: its KV is what computing it again would give.
+            self._splice(thread, kids[:1])
+            rest = kids[1:]
+        for kid in rest:
+            self._end_children(kid)
+            depth = thread._depth
+            if kid._own:
+                append(thread, kid._own, "joined", kid.id)
+            thread._depth = depth  # these tokens were counted in their own thread
+            self._retire(kid, "joined")
+
+    def _end_children(self, thread: Thread) -> None:
+        for _, children in thread._forks:
+            for child in children:
+                self.kill(child, "killed")
+
+    def _truncate(self, thread: Thread, length: int, what: str) -> None:
+        least = len(thread._prefix) + thread._prompt_length
+        if not least <= length <= thread.length:
+            raise ValueError(f"{what}: thread {thread.id} can be cut to a length of {least} (all but its own tokens) to {thread.length}")
+        if length == thread.length:
+            return
+        live = thread._live
+        if live._rebuild is not None:
+            live.release(self.cache)
+        elif live.branch is not None and live.branch.length > length:
+            self.cache.truncate(live.branch, length)
+        live.pinned = not cut(thread, length) or live.pinned
+        live.scores = None
+        for _, children in thread._forks:
+            for child in children:
+                child._live.pinned = child._live.pinned or (child.alive and len(child._prefix) > length)
+
+    def _rewind(self, thread: Thread) -> bool:
+        """Forget the last token's KV, so that computing it again gives the scores that are missing; whether it could.
+
+        Needed after a truncation: scores belong to the token that was cut off.
+        """
+        live, last = thread._live, thread._segments[-1] if thread._segments else None
+        if not live.in_cache or last is None or last.spliced is not None:
+            return False
+        self.cache.truncate(live.branch, thread.length - 1)
+        return True
+
+    # ---------------------------------------------------------------------------------------- decoding
+
+    def _begin(self, op: Decode) -> bool:
+        """Settle a decode that has come to the head of its queue; True when it ends at once."""
+        thread = op.thread
+        if op._limit is None:
+            left = self.max_new_tokens - thread._path_sampled
+            op._limit = left if op.max_new_tokens is None else min(left, op.max_new_tokens)
+            op._sampler = self.samplers.get(op.sampling)
+            op._before = list((*thread._prefix[-8:], *thread._own[-8:])[-8:])
+            thread._depth = max(thread._depth, op.issued)
+        if op._limit <= 0 or self._out_of_budget():
+            thread._ops.popleft()
+            self._end(op, "length" if op._limit <= 0 else "budget")
+            return True
+        live = thread._live
+        if live.in_cache and not live.has_scores and not self._rewind(thread):
+            raise ValueError(
+                f"decode: thread {thread.id} has nothing to go on from: its last tokens are "
+                f"{'joined siblings' if thread._segments else 'its parents'}; insert() at least one token first"
+            )
+        return False
+
+    def _out_of_budget(self) -> bool:
+        return self.max_total_tokens is not None and self.sampled >= self.max_total_tokens
+
+    def took(self, op: Decode, token: int) -> None:
+        """A token was sampled for `op`: book it, and see whether that ends it."""
+        thread = op.thread
+        position = thread._position
+        append(thread, [token], "sampled")
+        op.token_ids.append(token)
+        thread._path_sampled += 1
+        self.sampled += 1
+        self.longest_context = max(self.longest_context, thread.length)
+        self._tell(thread, [token], position, False)
+        sampler = op._sampler
+        reason, stop = None, None
+        if token in op.stop_ids:
+            reason, stop = "stop", token
+        elif token in sampler.eos_ids:
+            reason = "eos"
+        elif (stop := self._stop_string(op)) is not None or sampler.stops(lambda: [*thread._prefix, *thread._own]):
+            reason = "stop"
+        elif op.until is not None and op.until(op):
+            reason = "until"
+        elif len(op.token_ids) >= (op._limit or 0):
+            reason = "length"
+        elif self._out_of_budget():
+            reason = "budget"
+        if reason is not None:
+            thread._ops.popleft()
+            self._end(op, reason, stop)
+            if not thread._ops:
+                self._drained(thread)
+
+    def _stop_string(self, op: Decode) -> str | None:
+        if not op.stop_strings:
+            return None
+        # A token is at least one byte of text, so the match lies in so many last tokens; two more, because a tokenizer
+        # may read the first of a run differently.
+        most = max(len(s.encode()) for s in op.stop_strings) + 2
+        tail = self._text.decode(op.token_ids[-most:])
+        return next((s for s in op.stop_strings if s in tail), None)
+
+    def _end(self, op: Decode, reason: str, stop: str | int | None = None) -> None:
+        thread = op.thread
+        thread.ended = Ended(reason, tuple(op.token_ids), op.text, stop, tuple(op.stats))
+        op._resolve(thread.ended, thread._depth)
+        detokenizer = thread._live.detokenizer
+        if self.emit and detokenizer is not None and (held := detokenizer.flush()):
+            self.emit(events.Token(self.index, thread.id, (), held, thread._position))
+
+    def _tell(self, thread: Thread, token_ids: list[int], position: int, inserted: bool) -> None:
+        if not self.emit:
+            return
+        live = thread._live
+        if live.detokenizer is None:
+            before = [*thread._prefix[-8:], *thread._own[: -len(token_ids)]]
+            live.detokenizer = Detokenizer(self._text, before)
+        text = live.detokenizer.push(token_ids)
+        self.emit(events.Token(self.index, thread.id, tuple(token_ids), text, position, inserted))

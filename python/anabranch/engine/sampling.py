@@ -1,0 +1,192 @@
+"""The next token of each thread, by Transformers' own rules: GenerationConfig, LogitsProcessors, StoppingCriteria.
+
+Many threads are sampled in one vectorised pass; only the uniform draw comes from the thread's own random stream, which
+depends on the seed and the thread's path in the tree and on nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import logits_process as lp
+from transformers.generation.stopping_criteria import StopStringCriteria
+
+from ..strategies.protocol import TokenStats
+
+# Processors that look at the scores alone: one call serves all threads. Any other sees each thread's own tokens.
+_CONTEXT_FREE = (
+    lp.TemperatureLogitsWarper,
+    lp.TopKLogitsWarper,
+    lp.TopPLogitsWarper,
+    lp.MinPLogitsWarper,
+    lp.TypicalLogitsWarper,
+    lp.EpsilonLogitsWarper,
+    lp.EtaLogitsWarper,
+    lp.SuppressTokensLogitsProcessor,
+    lp.InfNanRemoveLogitsProcessor,
+    lp.LogitNormalization,
+)
+
+# GenerationConfig fields that ask for another kind of decoding, with the value that means "off", and what to do instead.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_beams": ((None, 1), "beam search is not available"),
+    "num_return_sequences": ((None, 1), "use strategy=ab.SelfConsistency(n=…) for several samples"),
+    "guidance_scale": ((None, 1, 1.0), "classifier-free guidance is not available"),
+    "penalty_alpha": ((None, 0, 0.0), "contrastive search is not available"),
+    "dola_layers": ((None,), "DoLa decoding is not available"),
+    "prompt_lookup_num_tokens": ((None,), "assisted decoding is not available"),
+    "constraints": ((None,), "constrained beam search is not available"),
+    "force_words_ids": ((None,), "constrained beam search is not available"),
+    "token_healing": ((None, False), "token healing is not available"),
+    "max_time": ((None,), "use Engine.abort() or leave the stream"),
+}
+
+
+def random_stream(seed: int, path: tuple[int, ...]) -> np.random.Generator:
+    """A thread's own uniform stream; numpy's SeedSequence makes streams of different paths independent."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy=seed, spawn_key=path)))
+
+
+class Sampler:
+    """One GenerationConfig, ready to use: `choose` a token for many threads, `stops` for one."""
+
+    def __init__(self, model: Any, tokenizer: Any, config: GenerationConfig, extra: LogitsProcessorList, criteria: StoppingCriteriaList):
+        for name, (off, remedy) in _REFUSED.items():
+            if getattr(config, name, None) not in off:
+                raise ValueError(f"generation_config: {name}={getattr(config, name)!r} is not honoured by this engine; {remedy}")
+        self.model, self.config, self.extra = model, config, extra
+        self.greedy = not config.do_sample
+        model._prepare_special_tokens(config, device=model.device)
+        eos = config._eos_token_tensor
+        self.eos_ids: frozenset[int] = frozenset() if eos is None else frozenset(eos.tolist())
+        self.criteria = StoppingCriteriaList(criteria)
+        if config.stop_strings is not None:
+            if tokenizer is None:
+                raise ValueError("generation_config: stop_strings needs a tokenizer; pass Engine(model, tokenizer)")
+            self.criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
+        shared = self._processors(1)
+        self.context_free = all(type(p) in _CONTEXT_FREE for p in shared)
+        self._per_thread: dict[int, LogitsProcessorList] = {1: shared}
+
+    def _processors(self, prompt_length: int) -> LogitsProcessorList:
+        # The list `generate` would build, in its order; every option of GenerationConfig means the same here.
+        return self.model._get_logits_processor(
+            generation_config=self.config,
+            input_ids_seq_length=prompt_length,
+            logits_processor=self.extra,
+            device=self.model.device,
+            model_kwargs={},
+        )
+
+    def choose(
+        self,
+        logits: torch.Tensor,
+        contexts: Sequence[Callable[[], list[int]]],
+        prompt_lengths: Sequence[int],
+        streams: Sequence[np.random.Generator],
+    ) -> list[int]:
+        """One token a row of `logits` [rows, vocabulary] (float32, left unchanged).
+
+        contexts[i]() gives thread i's whole token sequence (asked for only by processors that look at it);
+        prompt_lengths[i] is what ``min_new_tokens`` and its like count from; streams[i] draws one uniform when sampling.
+        """
+        scores = logits
+        if self.context_free:
+            if self._per_thread[1]:
+                scores = self._per_thread[1](None, logits.clone())  # type: ignore[arg-type]
+        else:
+            rows = []
+            for row, context, length in zip(logits, contexts, prompt_lengths, strict=True):
+                if length not in self._per_thread:
+                    self._per_thread[length] = self._processors(length)
+                ids = torch.tensor([context()], dtype=torch.long, device=logits.device)
+                rows.append(self._per_thread[length](ids, row[None].clone()))
+            scores = torch.cat(rows)
+        if self.greedy:
+            return scores.argmax(-1).tolist()
+        # Inverse transform sampling. float64, so that the draw is exact over a large vocabulary; a token of probability
+        # zero leaves the cumulated sum where it was and is never the first to pass the draw.
+        cdf = torch.softmax(scores, -1).cumsum(-1, dtype=torch.float64)
+        draws = torch.tensor([s.random() for s in streams], dtype=torch.float64, device=logits.device)
+        return torch.searchsorted(cdf, draws[:, None] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)[:, 0].tolist()
+
+    def stops(self, context: Callable[[], list[int]]) -> bool:
+        """Whether the config's own stop strings, or criteria given to generate(), end a thread here."""
+        if not self.criteria:
+            return False
+        ids = torch.tensor([context()], dtype=torch.long, device=self.model.device)
+        return bool(self.criteria(ids, None).any())  # type: ignore[arg-type]
+
+
+class Samplers:
+    """The samplers of one call: one for the call's config, one for each set of fields that a strategy overrides."""
+
+    def __init__(self, model: Any, tokenizer: Any, config: GenerationConfig, extra: Any = None, criteria: Any = None):
+        self._args = (model, tokenizer)
+        self._config = config
+        self._extra, self._criteria = LogitsProcessorList(extra or []), StoppingCriteriaList(criteria or [])
+        self._made: dict[tuple[tuple[str, Any], ...], Sampler] = {}
+        self.settings: dict[str, Any] = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
+        self.base = self.get(())
+
+    def get(self, overrides: tuple[tuple[str, Any], ...]) -> Sampler:
+        key = overrides if _hashable(overrides) else tuple((k, repr(v)) for k, v in overrides)
+        if key not in self._made:
+            config = copy.deepcopy(self._config)
+            for name, value in overrides:
+                if name in ("max_new_tokens", "max_length") or not hasattr(config, name):
+                    raise ValueError(f"sampling: {name!r} is not a sampling field of GenerationConfig; pass e.g. do_sample, temperature, top_p")
+                setattr(config, name, value)
+            config.validate()
+            self._made[key] = Sampler(*self._args, config, self._extra, self._criteria)
+        return self._made[key]
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def prepare_config(model: Any, config: GenerationConfig | None, max_new_tokens: int | None, kwargs: dict[str, Any]) -> GenerationConfig:
+    """The config `model.generate` would arrive at, with ``max_new_tokens`` always settled (256 when nobody says)."""
+    if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
+        raise ValueError(f"max_new_tokens={max_new_tokens!r}; pass a whole number of at least 1")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise TypeError(f"generation_config: got {type(config).__name__}; pass a transformers.GenerationConfig")
+    if config is not None and kwargs:
+        config = copy.deepcopy(config)
+        unknown = config.update(**kwargs)
+        kwargs = {}
+    else:
+        unknown = {}
+    prepared, left = model._prepare_generation_config(config, **kwargs)
+    unknown = unknown | {k: v for k, v in left.items() if k not in ("output_attentions", "output_hidden_states")}
+    if unknown:
+        raise ValueError(f"generate: unknown argument {sorted(unknown)[0]!r}; it takes the fields of GenerationConfig")
+    if max_new_tokens is not None:
+        prepared.max_new_tokens = max_new_tokens
+    elif prepared.max_new_tokens is None:
+        prepared.max_new_tokens = 256
+    if prepared.max_new_tokens < 1:
+        raise ValueError(f"generation_config: max_new_tokens={prepared.max_new_tokens}; pass a whole number of at least 1")
+    return prepared
+
+
+def token_stats(logits: torch.Tensor, tokens: Sequence[int], k: Sequence[int]) -> list[TokenStats]:
+    """`TokenStats` of each row of raw `logits` [rows, vocabulary]; k[i] is how many tokens row i's top-k mean takes."""
+    logp = logits.float().log_softmax(-1)
+    # p · log p is 0 at p = 0, not NaN.
+    entropy = -(logp.exp() * logp).nan_to_num(nan=0.0, neginf=0.0, posinf=0.0).sum(-1)
+    best = logp.topk(min(max(k), logp.shape[-1]), dim=-1).values
+    chosen = logp.gather(-1, torch.tensor(tokens, device=logp.device)[:, None])[:, 0]
+    return [
+        TokenStats(float(chosen[i]), float(entropy[i]), float(best[i, : k[i]].mean())) for i in range(len(tokens))
+    ]

@@ -1,0 +1,99 @@
+"""Runs the generators of one prompt's strategy: resumes each when what it yielded is done."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator
+from inspect import isgenerator
+from typing import Any
+
+from ..strategies.protocol import Awaitable, Thread, _Combined, _Gather
+
+
+class Task(Awaitable):
+    """A running generator; done, with what it returned, when it is exhausted. ``now`` is its Lamport clock."""
+
+    def __init__(self, generator: Generator[Any, Any, Any], now: int):
+        super().__init__()
+        self.generator, self.now = generator, now
+        self.waiting_for: Any = None
+
+
+class Tasks:
+    """All generators of one prompt."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.current: Task | None = None
+        self._ready: deque[tuple[Task, Awaitable | None]] = deque()
+        self._all: list[Task] = []
+
+    def start(self, generator: Any, now: int) -> Task:
+        if not isgenerator(generator):
+            raise TypeError(f"{self.name}: start() takes a generator (call the function with yield in it), got {generator!r}")
+        task = Task(generator, now)
+        self._all.append(task)
+        self._ready.append((task, None))
+        return task
+
+    def run_ready(self) -> bool:
+        """Resume whatever can go on, until nothing can; whether anything did."""
+        moved = bool(self._ready)
+        while self._ready:
+            task, waited = self._ready.popleft()
+            self._advance(task, waited)
+        return moved
+
+    def _advance(self, task: Task, waited: Awaitable | None) -> None:
+        value = None
+        if waited is not None:
+            value, task.now = waited.value, max(task.now, waited.clock)
+        outer, self.current = self.current, task
+        try:
+            yielded = task.generator.send(value)
+            try:
+                target = self._awaitable(yielded, task)
+            except TypeError as error:
+                yielded = task.generator.throw(error)  # so that the traceback shows the strategy's own line
+                target = self._awaitable(yielded, task)
+        except StopIteration as stop:
+            task._resolve(stop.value, task.now)
+            return
+        finally:
+            self.current = outer
+        task.waiting_for = yielded
+        target._when_done(lambda: self._ready.append((task, target)))
+
+    def _awaitable(self, item: Any, task: Task) -> Awaitable:
+        if isinstance(item, Awaitable):
+            return item
+        if isinstance(item, Thread):
+            return drained(item)
+        if isinstance(item, (list, tuple)):
+            return _Gather([self._awaitable(i, task) for i in item])
+        if isinstance(item, _Combined):
+            return item.kind([self._awaitable(i, task) for i in item.items])
+        if isgenerator(item):
+            return self.start(item, task.now)
+        raise TypeError(
+            f"{self.name} yielded {item!r}; yield what decode(), insert(), join(), start(), gather() or first() returned, "
+            "a thread, a generator, or a list of these"
+        )
+
+    def describe_wait(self) -> str:
+        return "; ".join(repr(t.waiting_for) for t in self._all if not t.done) or "nothing"
+
+    def close(self) -> None:
+        """End all generators where they stand (their ``finally`` blocks run)."""
+        for task in self._all:
+            task.generator.close()
+
+
+def drained(thread: Thread) -> Awaitable:
+    """Done, with the thread as value, once it has nothing queued."""
+    wait = Awaitable()
+    if thread._ops and thread.alive:
+        thread._waiting.append(wait)
+    else:
+        wait._resolve(thread, thread._depth)
+    return wait

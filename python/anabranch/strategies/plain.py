@@ -1,0 +1,37 @@
+"""No fork at all, and any strategy with its threads one after another: the two baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+from .protocol import Strategy, Thread
+
+
+@dataclass(frozen=True)
+class Plain(Strategy):
+    """Ordinary decoding, what ``strategy=None`` means: one thread until EOS or the token limit."""
+
+    def run(self, trunk: Thread) -> Generator[Any, Any, Any]:
+        yield trunk.decode()
+
+
+@dataclass(frozen=True)
+class Sequential(Strategy):
+    """`strategy` with its threads run one after another: the same format and the same tokens, no concurrency.
+
+    The fair baseline of a parallel strategy. It is a rule of the loop, not of the strategy: of all threads of a prompt
+    that have something to do, only the first in order (children before their parent) moves.
+    """
+
+    strategy: Strategy
+
+    sequential = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.strategy, Strategy):
+            raise TypeError(f"Sequential: strategy={self.strategy!r} is not a Strategy; pass an instance such as ab.Aspects()")
+
+    def run(self, trunk: Thread) -> Generator[Any, Any, Any]:
+        return (yield from self.strategy.run(trunk))

@@ -1,0 +1,426 @@
+"""What a strategy sees of the engine: threads, what one can ask of them, and how to wait for it.
+
+A strategy's ``run(trunk)`` is a generator. The methods of a `Thread` only *queue* work and return at once; ``yield``
+waits for it and evaluates to its result. The loop serves all threads of all prompts together, so whatever is queued
+on several threads happens in the same steps::
+
+    def run(self, trunk):
+        yield trunk.decode(stop=["\\n"])                      # wait: the first line
+        kids = trunk.fork(["Pros:", "Cons:"])                # two threads, sharing all of it
+        yield [kid.decode(64) for kid in kids]               # both decode together
+        trunk.join(kids)                                     # their KV becomes the trunk's, side by side
+        trunk.insert("\\nIn short,")
+        yield trunk.decode()
+
+No tensor and no model is in sight here, and nothing in this file imports one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+__all__ = ["Decode", "Ended", "Strategy", "Thread", "TokenStats", "first", "gather"]
+
+JOIN_MODES = ("concat", "reprefill", "summary", "discard")
+
+
+class Strategy:
+    """Base class of all strategies: subclass it as a frozen dataclass and write ``run``.
+
+    ``run(trunk)`` is a generator (see the module docstring). What it returns becomes ``result.answers``. It may call
+    `Thread.malformed` to count model output that broke the strategy's format.
+    """
+
+    sequential = False  # True: the loop runs one thread of a prompt at a time (see `Sequential`)
+
+    def run(self, trunk: Thread) -> Generator[Any, Any, Any]:
+        raise NotImplementedError(f"{type(self).__name__} must define run(self, trunk)")
+
+
+class TokenStats(NamedTuple):
+    """How sure the model was of one sampled token, from its raw scores (before any logits processor); in nats."""
+
+    logprob: float  # log-probability of the token that was sampled
+    entropy: float  # of the whole next-token distribution
+    topk_logprob: float  # mean log-probability of the k likeliest tokens (DeepConf's confidence is its negative)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one `Thread.decode` ended and what it sampled.
+
+    ``reason``: "stop" (a stop string or id), "eos", "length" (its own or the answer's token limit), "budget" (the
+    prompt's token budget over all threads), "until" (the caller's predicate), "killed". ``token_ids`` includes the
+    token that ended it; ``text`` leaves a final EOS out and is None without a tokenizer; ``stop`` is the stop string or
+    id that matched; ``stats`` has one entry a token when asked for, else none.
+    """
+
+    reason: str
+    token_ids: tuple[int, ...] = ()
+    text: str | None = None
+    stop: str | int | None = None
+    stats: tuple[TokenStats, ...] = ()
+
+
+class Awaitable:
+    """Something to ``yield``: it is done at some point, then has a value.
+
+    ``clock`` is the length in tokens of the longest chain of work it depended on (a Lamport clock): the critical path
+    of an answer is the clock at its end, whatever the strategy did.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+        self.value: Any = None
+        self.clock = 0
+        self._callbacks: list[Callable[[], None]] = []
+
+    def _resolve(self, value: Any, clock: int) -> None:
+        if self.done:
+            return
+        self.done, self.value, self.clock = True, value, clock
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
+
+    def _when_done(self, callback: Callable[[], None]) -> None:
+        if self.done:
+            callback()
+        else:
+            self._callbacks.append(callback)
+
+
+class _Gather(Awaitable):
+    def __init__(self, items: Sequence[Awaitable]):
+        super().__init__()
+        self.items, self.missing = list(items), len(items)
+        if not items:
+            self._resolve([], 0)
+        for item in self.items:
+            item._when_done(self._one_done)
+
+    def _one_done(self) -> None:
+        self.missing -= 1
+        if self.missing == 0:
+            self._resolve([i.value for i in self.items], max(i.clock for i in self.items))
+
+
+class _First(Awaitable):
+    def __init__(self, items: Sequence[Awaitable]):
+        super().__init__()
+        if not items:
+            raise ValueError("first(): nothing to wait for; pass at least one decode, thread or task")
+        for index, item in enumerate(items):
+            item._when_done(lambda index=index, item=item: self._resolve((index, item.value), item.clock))
+
+
+@dataclass(frozen=True)
+class _Combined:
+    """`gather` and `first` before the loop has turned generators among their items into running tasks."""
+
+    kind: Callable[[Sequence[Awaitable]], Awaitable]
+    items: tuple[Any, ...]
+
+
+def gather(*items: Any) -> Any:
+    """Wait for all of `items` (what ``decode``, ``insert``, ``start`` … returned, threads, generators); their values, in order.
+
+    Yielding a list or tuple means the same.
+    """
+    return _Combined(_Gather, items)
+
+
+def first(*items: Any) -> Any:
+    """Wait until one of `items` is done; evaluates to ``(its index, its value)``. The others go on."""
+    return _Combined(_First, items)
+
+
+class Op(Awaitable):
+    """One queued request of a thread; done when the loop has carried it out."""
+
+    def __init__(self, thread: Thread):
+        super().__init__()
+        self.thread = thread
+        self.issued = thread._host.clock()
+
+
+class Insert(Op):
+    def __init__(self, thread: Thread, token_ids: list[int], kind: str):
+        super().__init__(thread)
+        self.token_ids, self.kind = token_ids, kind
+
+
+class Fork(Op):
+    def __init__(self, thread: Thread, kids: list[Thread]):
+        super().__init__(thread)
+        self.kids = kids
+
+
+class Join(Op):
+    def __init__(self, thread: Thread, kids: list[Thread], mode: str, token_ids: list[int], keep: int | None):
+        super().__init__(thread)
+        self.kids, self.mode, self.token_ids, self.keep = kids, mode, token_ids, keep
+
+
+class Truncate(Op):
+    def __init__(self, thread: Thread, length: int):
+        super().__init__(thread)
+        self.length = length
+
+
+class Decode(Op):
+    """A decoding in progress, as ``until`` sees it: ``thread``, ``token_ids`` so far, ``text`` so far, ``stats`` so far."""
+
+    def __init__(
+        self,
+        thread: Thread,
+        max_new_tokens: int | None,
+        stop: Sequence[str | int],
+        sampling: Mapping[str, Any] | None,
+        until: Callable[[Decode], bool] | None,
+        stats: int,
+    ):
+        super().__init__(thread)
+        self.max_new_tokens = max_new_tokens
+        self.stop_strings = tuple(s for s in stop if isinstance(s, str))
+        self.stop_ids = frozenset(s for s in stop if not isinstance(s, str))
+        self.sampling = tuple(sorted((sampling or {}).items()))
+        self.until, self.topk = until, stats
+        self.token_ids: list[int] = []
+        self.stats: list[TokenStats] = []
+        self._limit: int | None = None  # of tokens, settled when it starts
+        self._sampler: Any = None
+        self._before: list[int] = []  # a few tokens of context, for text that depends on what precedes it
+
+    @property
+    def text(self) -> str | None:
+        return self.thread._host.text(self.token_ids, self._before)
+
+
+class Host(Protocol):
+    """What a thread needs from the engine; one a prompt."""
+
+    def clock(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+    def text(self, token_ids: Sequence[int], before: Sequence[int]) -> str | None: ...
+    def is_blank(self, token_id: int) -> bool: ...
+    def check_ids(self, token_ids: Iterable[int], name: str) -> list[int]: ...
+    def check_sampling(self, sampling: Mapping[str, Any] | None) -> None: ...
+    def submit(self, op: Op) -> None: ...
+    def new_thread(self, parent: Thread, role: str) -> Thread: ...
+    def kill(self, thread: Thread, fate: str) -> None: ...
+    def start(self, generator: Generator[Any, Any, Any]) -> Awaitable: ...
+    def malformed(self, thread: Thread, why: str) -> None: ...
+
+
+@dataclass
+class Segment:
+    """A run of tokens of one origin. ``kind``: "prompt", "inserted" (by the runtime), "sampled", "joined" (from `source`).
+
+    Positions are `position`, `position` + 1, … ; `spliced`: the tokens lie in the cache as the thread `source` wrote
+    them, blind to its siblings.
+    """
+
+    kind: str
+    token_ids: list[int]
+    position: int
+    source: str | None = None
+    spliced: Thread | None = None
+
+
+class Thread:
+    """One line of tokens. The trunk is a thread, and so is every fork; all methods return at once (see the module docstring).
+
+    Attributes: ``id`` ("0" is the trunk, "0.2" its third child), ``path`` (the same as a tuple: what seeds its sampling),
+    ``parent``, ``role`` ("trunk", "fork" or "fresh"), ``alive``, ``length`` (tokens of its context, prompt included),
+    ``token_ids`` (its own: those since its fork, or since the prompt), ``text`` (of these), ``ended`` (its last `Ended`).
+    """
+
+    def __init__(self, host: Host, parent: Thread | None, path: tuple[int, ...], role: str):
+        self._host = host
+        self.parent, self.path, self.role = parent, path, role
+        self.id = ".".join(map(str, path))
+        self.alive = True
+        self.ended: Ended | None = None
+        self.fate: str | None = None  # how it left: "joined", "discarded", "killed", "finished"
+        self._ops: deque[Op] = deque()
+        self._next_child = 0
+        self._waiting: list[Awaitable] = []  # who waits for this thread to have nothing queued
+        # Written by the loop:
+        self._prefix: tuple[int, ...] = ()  # context at its fork
+        self._own: list[int] = []  # tokens since; prompt included for a trunk or a fresh thread
+        self._segments: list[Segment] = []
+        self._position = 0  # of the next token
+        self._forks: list[tuple[int, list[Thread]]] = []  # (length, children) in order
+        self._forgotten: list[Segment] = []
+        self._depth = 0  # Lamport clock at its end
+        self._path_sampled = 0  # sampled tokens on the longest way here
+        self._prompt_length = 0
+        self._live: Any = None
+
+    def __repr__(self) -> str:
+        return f"Thread({self.id!r}, {self.role}, length={self.length}{'' if self.alive else ', ' + str(self.fate)})"
+
+    @property
+    def length(self) -> int:
+        return len(self._prefix) + len(self._own)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(self._own[self._prompt_length :])
+
+    @property
+    def text(self) -> str | None:
+        before = self._own[: self._prompt_length] or self._prefix
+        return self._host.text(self._own[self._prompt_length :], before[-8:])
+
+    def decode(
+        self,
+        max_new_tokens: int | None = None,
+        *,
+        stop: str | int | Sequence[str | int] = (),
+        sampling: Mapping[str, Any] | None = None,
+        until: Callable[[Decode], bool] | None = None,
+        stats: bool | int = False,
+    ) -> Decode:
+        """Sample until something ends it; ``yield`` gives the `Ended`.
+
+        max_new_tokens: at most so many tokens (the answer's own limit holds as well).
+        stop: strings and token ids that end it, matched in what *this* call samples; EOS always ends.
+        sampling: fields of Transformers' GenerationConfig that differ here, e.g. ``{"do_sample": True, "temperature": 0.8}``.
+        until: called after every token with this `Decode`; True ends it.
+        stats: True (or the k of its top-k mean, 20 by default) records a `TokenStats` a token.
+        """
+        self._check_alive("decode")
+        if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
+            raise ValueError(f"decode: max_new_tokens={max_new_tokens!r}; pass a whole number of at least 1, or None")
+        stops = [stop] if isinstance(stop, (str, int)) else list(stop)
+        if any(isinstance(s, str) and not s for s in stops):
+            raise ValueError("decode: stop holds an empty string, which would end every text at once; leave it out")
+        if any(not isinstance(s, (str, int)) for s in stops):
+            raise TypeError(f"decode: stop={stop!r}; pass strings and token ids")
+        self._host.check_ids([s for s in stops if not isinstance(s, str)], "stop")
+        if any(isinstance(s, str) for s in stops):
+            self._host.encode("")  # says so when there is no tokenizer
+        self._host.check_sampling(sampling)
+        return self._submit(Decode(self, max_new_tokens, stops, sampling, until, 20 if stats is True else int(stats)))
+
+    def insert(self, text_or_ids: str | Sequence[int]) -> Insert:
+        """Append tokens that the model did not sample; they are prefilled and marked as inserted."""
+        self._check_alive("insert")
+        return self._submit(Insert(self, self._tokens(text_or_ids, "insert"), "inserted"))
+
+    def fork(self, headers: int | Sequence[str | Sequence[int] | None]) -> list[Thread]:
+        """Children that share all of this thread's context, in one block; no KV is copied.
+
+        headers: how many, or one header a child (text, token ids or None), inserted at its beginning.
+        """
+        self._check_alive("fork")
+        heads = [None] * headers if isinstance(headers, int) else list(headers)
+        if isinstance(headers, str) or not heads:
+            raise ValueError(f"fork: headers={headers!r}; pass a number of at least 1, or a list of one header a child")
+        tokens = [None if h is None else self._tokens(h, f"fork: headers[{i}]") for i, h in enumerate(heads)]
+        kids = [self._host.new_thread(self, "fork") for _ in heads]
+        self._submit(Fork(self, kids))
+        for kid, ids in zip(kids, tokens, strict=True):
+            if ids:
+                kid._submit(Insert(kid, ids, "inserted"))
+        return kids
+
+    def spawn(self, prompt: str | Sequence[int]) -> Thread:
+        """A child with a context of its own: it sees `prompt` and nothing else, from position 0."""
+        self._check_alive("spawn")
+        ids = self._tokens(prompt, "spawn: prompt")
+        if not ids:
+            raise ValueError("spawn: prompt is empty; a fresh thread needs at least one token")
+        kid = self._host.new_thread(self, "fresh")
+        kid._submit(Insert(kid, ids, "prompt"))
+        return kid
+
+    def join(
+        self,
+        kids: Thread | Sequence[Thread],
+        mode: str = "concat",
+        *,
+        text: str | Sequence[int] | None = None,
+        keep: int | None = None,
+    ) -> Join:
+        """Take children back, in the order given, once they have nothing left to do. They are gone afterwards.
+
+        mode "concat": their KV becomes part of this thread's context, nothing is computed again; siblings stay blind to
+        one another and share positions; position = the largest. "reprefill": their tokens follow one another as if
+        written one after the other (the first one's KV is kept). "summary": forget this thread's tokens from length
+        `keep` on (default: none), then insert `text`. "discard": nothing comes back; children still decoding are killed.
+        """
+        self._check_alive("join")
+        kids = [kids] if isinstance(kids, Thread) else list(kids)
+        if mode not in JOIN_MODES:
+            raise ValueError(f"join: mode={mode!r}; pass one of {', '.join(map(repr, JOIN_MODES))}")
+        if (text is not None) != (mode == "summary") or (keep is not None and mode != "summary"):
+            raise ValueError(f"join: mode={mode!r} with text={text!r}, keep={keep!r}; summary takes text (and keep), no other mode does")
+        for i, kid in enumerate(kids):
+            if not isinstance(kid, Thread) or kid.parent is not self:
+                raise ValueError(f"join: kids[{i}]={kid!r} is not a child of {self!r}")
+            kid._check_alive(f"join: kids[{i}]")
+            if kid.role == "fresh" and mode in ("concat", "reprefill"):
+                raise ValueError(f"join: kids[{i}] has a context of its own; join it by 'summary' or 'discard'")
+            if any(kid is other for other in kids[:i]):
+                raise ValueError(f"join: kids[{i}]={kid!r} is given twice")
+        if not kids:
+            raise ValueError("join: kids is empty; pass at least one child")
+        if mode == "discard":  # at once: a child still decoding must not cost another step
+            op = Join(self, kids, mode, [], None)
+            for kid in kids:
+                self._host.kill(kid, "discarded")
+            op._resolve(None, op.issued)
+            return op
+        ids = [] if text is None else self._tokens(text, "join: text")
+        return self._submit(Join(self, kids, mode, ids, keep))
+
+    def truncate(self, length: int) -> Truncate:
+        """Forget this thread's tokens from context length `length` on (see ``thread.length``); only its own can go."""
+        self._check_alive("truncate")
+        if not isinstance(length, int) or length < 0:
+            raise ValueError(f"truncate: length={length!r}; pass a context length, as thread.length gives it")
+        return self._submit(Truncate(self, length))
+
+    def rstrip(self) -> Truncate:
+        """Forget the EOS and the tokens of nothing but white space that its last decode ended with."""
+        self._check_alive("rstrip")
+        if self._ops:
+            raise ValueError(f"rstrip: thread {self.id} still has work queued; yield it first")
+        sampled = self._segments[-1].token_ids if self._segments and self._segments[-1].kind == "sampled" else []
+        blank = 0
+        while blank < len(sampled) and self._host.is_blank(sampled[-1 - blank]):
+            blank += 1
+        return self.truncate(self.length - blank)
+
+    def kill(self) -> None:
+        """End it now, with its children; a decode in progress ends with reason "killed", and its pages are free."""
+        if self.parent is None:
+            raise ValueError("kill: this is the trunk; return from run() instead")
+        if self.alive:
+            self._host.kill(self, "killed")
+
+    def start(self, generator: Generator[Any, Any, Any]) -> Awaitable:
+        """Run another generator beside this one (a child's own program); ``yield`` what this returns to wait for its result."""
+        return self._host.start(generator)
+
+    def malformed(self, why: str) -> None:
+        """Count this answer as breaking the strategy's format (``metrics.format_correctness``)."""
+        self._host.malformed(self, why)
+
+    def _tokens(self, value: str | Sequence[int], name: str) -> list[int]:
+        return self._host.encode(value) if isinstance(value, str) else self._host.check_ids(value, name)
+
+    def _check_alive(self, what: str) -> None:
+        if not self.alive:
+            raise ValueError(f"{what}: thread {self.id} was {self.fate} and takes nothing more")
+
+    def _submit(self, op: Any) -> Any:
+        self._ops.append(op)
+        self._host.submit(op)
+        return op

@@ -1,0 +1,204 @@
+"""Traces: a finished generation as versioned JSON, to keep, to view and to compare; checked field by field when read.
+
+Layout (version 1)::
+
+    {"schema": "anabranch.trace", "version": 1,
+     "model": str, "strategy": str, "seed": int, "config": {…},
+     "prompt_token_ids": [int], "token_ids": [int], "text": str | null, "answers": any JSON, "malformed": [str],
+     "tree": {"id", "role", "token_ids", "text", "start", "stop", "forked_at", "ended", "fate",
+              "runs": [{"kind", "token_ids", "position", "source", "spliced"}], "forgotten": [as runs], "children": [nodes]},
+     "metrics": {…}}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .engine.result import Node, Result, Run
+from .metrics import Metrics
+
+__all__ = ["SCHEMA", "VERSION", "Trace", "load", "save"]
+
+SCHEMA, VERSION = "anabranch.trace", 1
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One finished generation. ``version`` is the layout's (see the module docstring)."""
+
+    model: str
+    strategy: str
+    seed: int
+    config: Mapping[str, Any]
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str | None
+    tree: Node
+    metrics: Metrics
+    answers: Any = None
+    malformed: tuple[str, ...] = ()
+    version: int = field(default=VERSION)
+
+    @classmethod
+    def of(cls, result: Result) -> Trace:
+        """The trace of a `Result`."""
+        info = result.info
+        return cls(
+            model=info["model"],
+            strategy=info["strategy"],
+            seed=info["seed"],
+            config=_plain(info["config"]),
+            prompt_token_ids=result.prompt_token_ids,
+            token_ids=result.token_ids,
+            text=result.text,
+            tree=result.tree,
+            metrics=result.metrics,
+            answers=_plain(result.answers),
+            malformed=result.malformed,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dict, as it is written."""
+        return {"schema": SCHEMA, **_plain(asdict(self))}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON; a file already there is replaced only once the new one is whole."""
+        text = json.dumps(self.as_dict(), ensure_ascii=False, indent=1)
+        partial = f"{os.fspath(path)}.partial"
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+        os.replace(partial, path)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Trace:
+        """Check `data` field by field; ValueError names the first field that is wrong."""
+        _want(data, dict, "trace")
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"trace.schema: expected {SCHEMA!r}, got {data.get('schema')!r}; is this file a trace?")
+        version = _get(data, "version", "trace", int)
+        if version != VERSION:
+            raise ValueError(f"trace.version: {version} is not readable here (this is version {VERSION}); use the anabranch that wrote it")
+        metrics = _get(data, "metrics", "trace", dict)
+        known = {f.name for f in fields(Metrics)}
+        for f in fields(Metrics):
+            if f.name in metrics:
+                continue
+            raise ValueError(f"trace.metrics.{f.name}: missing")
+        for name, value in metrics.items():
+            if name not in known:
+                raise ValueError(f"trace.metrics.{name}: unknown")
+            if name not in ("threads_per_block", "seconds"):
+                _want(value, (int, float), f"trace.metrics.{name}")
+        tree = _node(_get(data, "tree", "trace", dict), "trace.tree")
+        return cls(
+            model=_get(data, "model", "trace", str),
+            strategy=_get(data, "strategy", "trace", str),
+            seed=_get(data, "seed", "trace", int),
+            config=_get(data, "config", "trace", dict),
+            prompt_token_ids=_ids(data, "prompt_token_ids", "trace"),
+            token_ids=_ids(data, "token_ids", "trace"),
+            text=_get(data, "text", "trace", (str, type(None))),
+            tree=tree,
+            metrics=Metrics(**{**metrics, "threads_per_block": _ids(metrics, "threads_per_block", "trace.metrics")}),
+            answers=data.get("answers"),
+            malformed=tuple(_list(data, "malformed", "trace", lambda v, at: _want(v, str, at))),
+        )
+
+
+def save(trace: Trace | Result, path: str | os.PathLike[str]) -> None:
+    """Write a trace (or a result's) to `path`."""
+    (trace.trace() if isinstance(trace, Result) else trace).save(path)
+
+
+def load(path: str | os.PathLike[str]) -> Trace:
+    """Read and check a trace; ValueError names the file and the field that is wrong."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            data = json.load(file)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{os.fspath(path)}: not JSON ({error})") from None
+    try:
+        return Trace.from_dict(data)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """JSON's types only; anything else by its repr (a strategy may return what it likes)."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, (str, int, float, bool)) else repr(value)
+
+
+def _want(value: Any, kind: Any, at: str) -> Any:
+    # bool is an int to Python, but not in a trace.
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"{at}: expected {names}, got {value!r:.60}")
+    return value
+
+
+def _get(data: Mapping[str, Any], name: str, at: str, kind: Any) -> Any:
+    if name not in data:
+        raise ValueError(f"{at}.{name}: missing")
+    return _want(data[name], kind, f"{at}.{name}")
+
+
+def _list(data: Mapping[str, Any], name: str, at: str, item: Callable[[Any, str], Any]) -> list[Any]:
+    values = _get(data, name, at, (list, tuple))
+    return [item(value, f"{at}.{name}[{i}]") for i, value in enumerate(values)]
+
+
+def _natural(value: Any, at: str) -> int:
+    if _want(value, int, at) < 0:
+        raise ValueError(f"{at}: expected a number ≥ 0, got {value}")
+    return value
+
+
+def _ids(data: Mapping[str, Any], name: str, at: str) -> tuple[int, ...]:
+    return tuple(_list(data, name, at, _natural))
+
+
+def _run(data: Any, at: str) -> Run:
+    _want(data, dict, at)
+    kind = _get(data, "kind", at, str)
+    if kind not in ("prompt", "inserted", "sampled", "joined"):
+        raise ValueError(f"{at}.kind: expected 'prompt', 'inserted', 'sampled' or 'joined', got {kind!r}")
+    return Run(
+        kind=kind,
+        token_ids=_ids(data, "token_ids", at),
+        position=_natural(_get(data, "position", at, int), f"{at}.position"),
+        source=_get(data, "source", at, (str, type(None))),
+        spliced=_get(data, "spliced", at, bool),
+    )
+
+
+def _node(data: Any, at: str) -> Node:
+    _want(data, dict, at)
+    role = _get(data, "role", at, str)
+    if role not in ("trunk", "fork", "fresh"):
+        raise ValueError(f"{at}.role: expected 'trunk', 'fork' or 'fresh', got {role!r}")
+    node = Node(
+        id=_get(data, "id", at, str),
+        role=role,
+        token_ids=_ids(data, "token_ids", at),
+        text=_get(data, "text", at, (str, type(None))),
+        start=_natural(_get(data, "start", at, int), f"{at}.start"),
+        stop=_natural(_get(data, "stop", at, int), f"{at}.stop"),
+        forked_at=_natural(_get(data, "forked_at", at, int), f"{at}.forked_at"),
+        ended=_get(data, "ended", at, (str, type(None))),
+        fate=_get(data, "fate", at, (str, type(None))),
+        runs=tuple(_list(data, "runs", at, _run)),
+        forgotten=tuple(_list(data, "forgotten", at, _run)),
+        children=tuple(_list(data, "children", at, _node)),
+    )
+    held = [t for run in node.runs if run.kind != "prompt" for t in run.token_ids]
+    if held != list(node.token_ids):
+        raise ValueError(f"{at}.runs: hold {len(held)} tokens that are not those of {at}.token_ids ({len(node.token_ids)})")
+    return node

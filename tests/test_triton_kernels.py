@@ -1,6 +1,7 @@
-"""The Triton kernels in Triton's interpreter, against a dense float64 computation (tests/triton_cases.py).
+"""The Triton kernels against a dense float64 computation (tests/triton_cases.py).
 
-tests/conftest.py sets TRITON_INTERPRET=1 before Triton is imported. The same cases, larger, run on a GPU in tests/gpu.
+Without a GPU they run in the interpreter of Triton (tests/conftest.py sets TRITON_INTERPRET=1 before Triton is
+imported), on a machine with one they run there. tests/gpu adds what only a GPU can show.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ pytest.importorskip("triton", reason="Triton is not installed (it has wheels for
 
 from anabranch.kernels import configs, launch
 from anabranch.kernels.merge import merge_kernel
-
 from triton_cases import check, dense, random_case, relative_error
 
+DEVICE = "cpu" if launch.INTERPRETED else "cuda"
 pytestmark = pytest.mark.skipif(
-    not launch.INTERPRETED,
-    reason="Triton was imported without TRITON_INTERPRET=1; `python tests/gpu/run.py` tests GPUs",
+    not launch.INTERPRETED and not torch.cuda.is_available(),
+    reason="no GPU, and Triton was imported without TRITON_INTERPRET=1",
 )
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NO_OPTIONS = dict(softcap=None, window=None, sinks=None)
+
+
+def make_case(seed, **shape):
+    return random_case(seed, device=DEVICE, **shape)
 
 
 def run(case, **options):
@@ -67,7 +72,7 @@ def with_sinks(options, case):
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"d{s['head_dim']}g{s['group']}")
 def test_attention_shapes(shape, dtype, options):
-    case = random_case(shape["head_dim"] + shape["group"], dtype=dtype, **{"rows": 5, "max_len": 70, **shape})
+    case = make_case(shape["head_dim"] + shape["group"], dtype=dtype, **{"rows": 5, "max_len": 70, **shape})
     got, options = run(case, **with_sinks(options, case))
     check(case, got, **options)
 
@@ -75,13 +80,13 @@ def test_attention_shapes(shape, dtype, options):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_attention_options(options, seed):
-    case = random_case(100 + seed, rows=9, segments=5, head_dim=64, tile_rows=3, dtype=DTYPES[seed])
+    case = make_case(100 + seed, rows=9, segments=5, head_dim=64, tile_rows=3, dtype=DTYPES[seed])
     got, options = run(case, **with_sinks(options, case))
     check(case, got, **options)
 
 
 def test_same_bits_every_time_and_whoever_else_is_there():
-    case = random_case(3, rows=9, segments=5)
+    case = make_case(3, rows=9, segments=5)
     (out, lse), _ = run(case, window=40)
     again, _ = run(case, window=40)
     assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
@@ -104,15 +109,15 @@ def test_same_bits_every_time_and_whoever_else_is_there():
 
 def test_grid_larger_than_the_work():
     """What a captured graph launches: host ints are capacities, the device's counts are the truth."""
-    case = random_case(11, rows=8)
+    case = make_case(11, rows=8)
     (out, lse), options = run(case, softcap=3.0)
     a = case.arrays
-    garbage = torch.full((5, 8), 2**30, dtype=torch.int32)
+    garbage = torch.full((5, 8), 2**30, dtype=torch.int32, device=DEVICE)
     padded = SimpleNamespace(**vars(a))
     padded.items = torch.cat([a.items, garbage])
     padded.merge_rows = torch.cat([a.merge_rows, garbage[:, 0]])
     padded.merge_ptr = torch.cat([a.merge_ptr, garbage[:, 0]])
-    padded.counts = torch.tensor([a.num_items, a.num_partials, a.num_merge], dtype=torch.int32)
+    padded.counts = torch.tensor([a.num_items, a.num_partials, a.num_merge], dtype=torch.int32, device=DEVICE)
     padded.num_items, padded.num_merge, padded.num_partials = a.num_items + 5, a.num_merge + 5, a.num_partials + 9
     case.arrays = padded
     got, _ = run(case, softcap=3.0)
@@ -122,9 +127,9 @@ def test_grid_larger_than_the_work():
 
 def test_window_never_reads_what_nobody_sees():
     """Slots that slid out of every row's window may have been given away: they hold NaN here."""
-    case = random_case(21, rows=5, segments=2, max_len=200, head_dim=32)
+    case = make_case(21, rows=5, segments=2, max_len=200, head_dim=32)
     window = 30
-    visible = torch.zeros(case.k_pages.shape[0] * case.k_pages.shape[1], dtype=torch.bool)
+    visible = torch.zeros(case.k_pages.shape[0] * case.k_pages.shape[1], dtype=torch.bool, device=DEVICE)
     for row, (slots, positions) in enumerate(case.context):
         visible[slots[case.row_positions[row] - positions < window]] = True
     before = int(torch.isfinite(case.k_pages).all(-1).all(-1).sum())
@@ -138,21 +143,21 @@ def test_window_never_reads_what_nobody_sees():
 
 
 def test_all_rows_empty():
-    case = random_case(5, rows=3)
+    case = make_case(5, rows=3)
     case.arrays.num_items = case.arrays.num_partials = 0
     case.arrays.num_merge = 3
-    case.arrays.merge_rows = torch.arange(3, dtype=torch.int32)
-    case.arrays.merge_ptr = torch.zeros(4, dtype=torch.int32)
+    case.arrays.merge_rows = torch.arange(3, dtype=torch.int32, device=DEVICE)
+    case.arrays.merge_ptr = torch.zeros(4, dtype=torch.int32, device=DEVICE)
     (out, lse), _ = run(case)
     assert bool((out == 0).all()) and bool((lse == -math.inf).all())
-    sinks = torch.randn(case.q.shape[1])
+    sinks = torch.randn(case.q.shape[1], device=DEVICE)
     (out, lse), _ = run(case, sinks=sinks)
     assert bool((out == 0).all()) and torch.allclose(lse, sinks.expand_as(lse))
 
 
 @pytest.mark.parametrize("magnitude", [1e4, -1e4, 1e-4])
 def test_hostile_scores(magnitude):
-    case = random_case(31, rows=6, magnitude=magnitude)
+    case = make_case(31, rows=6, magnitude=magnitude)
     if magnitude < 0:  # all scores about −1e4: a maximum that starts at 0 or a mask of −1e6 would lose them
         case.q.copy_(case.q.abs())
         case.k_pages.abs_()
@@ -165,20 +170,20 @@ def test_hostile_scores(magnitude):
     # A float32 score of 1e4 is only good to about 1e-3, and so is its exponential.
     assert relative_error(out, want) < (1e-5 if abs(magnitude) < 1 else 2e-2)
     finite = torch.isfinite(want_lse)
-    assert torch.allclose(lse.double()[finite], want_lse[finite], rtol=1e-5, atol=1e-5)
+    assert torch.allclose(lse.cpu().double()[finite], want_lse[finite], rtol=1e-5, atol=1e-5)
 
 
 def test_sinks_of_minus_infinity_are_no_sinks():
-    case = random_case(41, rows=6)
+    case = make_case(41, rows=6)
     (out, lse), _ = run(case)
-    (with_sink, lse_sink), _ = run(case, sinks=torch.full((case.q.shape[1],), -math.inf))
+    (with_sink, lse_sink), _ = run(case, sinks=torch.full((case.q.shape[1],), -math.inf, device=DEVICE))
     assert torch.equal(out, with_sink) and torch.equal(lse, lse_sink)
 
 
 def test_strided_queries():
-    case = random_case(51, rows=6)
+    case = make_case(51, rows=6)
     (want, _), _ = run(case)
-    wide = torch.full((6, 2 * case.q.shape[1], 3 * case.q.shape[2]), math.nan)
+    wide = torch.full((6, 2 * case.q.shape[1], 3 * case.q.shape[2]), math.nan, device=DEVICE)
     wide[:, ::2, 64:128] = case.q
     case.q = wide[:, ::2, 64:128]
     (got, _), _ = run(case)
@@ -186,14 +191,17 @@ def test_strided_queries():
 
 
 def test_offsets_beyond_32_bits(tmp_path):
-    """A pool of more than 2^31 elements (a sparse file, only two pages of it are touched)."""
-    case = random_case(61, rows=4, segments=2, max_len=20, head_dim=32, dtype=torch.float16, page_size=64)
+    """A pool of more than 2^31 elements; on the CPU a sparse file, of which a few pages are touched."""
+    case = make_case(61, rows=4, segments=2, max_len=20, head_dim=32, dtype=torch.float16, page_size=64)
     (want, want_lse), _ = run(case)
     pages, page_size, heads, dim = case.k_pages.shape
     far = 2**31 // (pages - 1) + 64 & ~15
     size = far * (pages - 1) + page_size * heads * dim
-    file = torch.from_file(str(tmp_path / "pool"), shared=True, size=size, dtype=torch.float16)
-    moved = file.as_strided((pages, page_size, heads, dim), (far, heads * dim, dim, 1))
+    if DEVICE == "cpu":
+        pool = torch.from_file(str(tmp_path / "pool"), shared=True, size=size, dtype=torch.float16)
+    else:
+        pool = torch.zeros(size, dtype=torch.float16, device=DEVICE)
+    moved = pool.as_strided((pages, page_size, heads, dim), (far, heads * dim, dim, 1))
     used = sorted({int(s) // page_size for slots, _ in case.context for s in slots})
     order = [p for p in range(pages) if p not in used] + used  # the pages in use move to the far end
     place = {page: at for at, page in enumerate(order)}
@@ -201,7 +209,9 @@ def test_offsets_beyond_32_bits(tmp_path):
         moved[place[page]] = case.k_pages[page]
     slots = case.arrays.kv_slots
     case.arrays.kv_slots = torch.tensor(
-        [place[int(s) // page_size] * page_size + int(s) % page_size for s in slots], dtype=torch.int32
+        [place[int(s) // page_size] * page_size + int(s) % page_size for s in slots],
+        dtype=torch.int32,
+        device=DEVICE,
     )
     keys = case.k_pages
     case.k_pages = moved
@@ -227,14 +237,17 @@ def test_merge(sinks):
     m[empty], l[empty], acc[empty] = -math.inf, 0.0, math.nan
     ptr = torch.tensor([0, *lengths]).cumsum(0).int()
     rows = torch.tensor([4, 0, 2, 5, 1, 3], dtype=torch.int32)
-    out = torch.full((6, heads, dim), math.nan)
-    lse = torch.full((6, heads), math.nan)
     sink = torch.zeros(heads) if sinks is None else torch.full((heads,), sinks)
+    out = torch.full((6, heads, dim), math.nan, device=DEVICE)
+    lse = torch.full((6, heads), math.nan, device=DEVICE)
+    on_device = [x.to(DEVICE) for x in (acc, torch.stack([m, l], -1).contiguous(), rows, ptr)]
+    sink_device = sink.to(DEVICE)
     merge_kernel[(len(lengths) * heads,)](
-        acc, torch.stack([m, l], -1).contiguous(), rows, ptr, out, lse, sink, ptr,
+        *on_device, out, lse, sink_device, on_device[3],
         len(lengths), heads, out.stride(0), out.stride(1),
         HEAD_DIM=dim, BLOCK_D=32, BLOCK_P=8, HAS_SINKS=sinks is not None, HAS_COUNTS=False,
     )  # fmt: skip
+    out, lse = out.cpu(), lse.cpu()
     for i, row in enumerate(rows.tolist()):
         part = slice(int(ptr[i]), int(ptr[i + 1]))
         mm, ll = m[part].double(), l[part].double()
@@ -256,12 +269,14 @@ def test_merge(sinks):
 @pytest.mark.parametrize("heads,dim,page_size", [(2, 64, 16), (3, 80, 7), (40, 32, 4)])
 def test_write_kv(heads, dim, page_size, dtype):
     gen = torch.Generator().manual_seed(dim)
-    pool = torch.randn(2, 2, 5, heads, page_size, dim, generator=gen).to(dtype)  # as TreeCache: [2, layers, pages, …]
+    pool = torch.randn(2, 2, 5, heads, page_size, dim, generator=gen).to(
+        DEVICE, dtype
+    )  # as TreeCache: [2, layers, pages, …]
     before = pool.clone()
     k_pages, v_pages = (pool[i, 1].permute(0, 2, 1, 3) for i in (0, 1))
-    packed = torch.randn(6, 2, heads, dim, generator=gen).to(dtype)  # k and v as slices of one projection
+    packed = torch.randn(6, 2, heads, dim, generator=gen).to(DEVICE, dtype)  # k and v as slices of one projection
     k, v = packed[:, 0], packed[:, 1]
-    slots = torch.tensor([0, 5 * page_size - 1, -1, page_size, 3, page_size + 2], dtype=torch.int32)
+    slots = torch.tensor([0, 5 * page_size - 1, -1, page_size, 3, page_size + 2], dtype=torch.int32, device=DEVICE)
     launch.write_kv(k, v, k_pages, v_pages, slots)
     for row, slot in enumerate(slots.tolist()):
         if slot >= 0:
@@ -276,7 +291,7 @@ def test_write_kv(heads, dim, page_size, dtype):
 def test_copy_pages(dtype):
     planes, pages, heads, page_size, dim = 3, 6, 2, 20, 96
     gen = torch.Generator().manual_seed(1)
-    pool = torch.randn(planes, pages, heads, page_size, dim, generator=gen).to(dtype)
+    pool = torch.randn(planes, pages, heads, page_size, dim, generator=gen).to(DEVICE, dtype)
     pool[:, 1, :, 15:] = math.nan  # the unfilled tail of a source stays where it is
     want = pool.clone()
     src, dst, filled = (torch.tensor(x, dtype=torch.int32) for x in ([1, 1, 4], [0, 3, 5], [15, 1, 20]))
@@ -312,14 +327,14 @@ def test_backend_contract():
     from anabranch.backends import triton as backend
 
     assert backend.name == "triton" and backend.unavailable() is None
-    cpu = torch.device("cpu")
-    assert backend.refuses(cpu, torch.bfloat16, 128) is None
-    assert "float64" in backend.refuses(cpu, torch.float64, 128)
-    assert "257" in backend.refuses(cpu, torch.float32, 257)
+    device = torch.device(DEVICE)
+    assert backend.refuses(device, torch.bfloat16, 128) is None
+    assert "float64" in backend.refuses(device, torch.float64, 128)
+    assert "257" in backend.refuses(device, torch.float32, 257)
     assert "meta" in backend.refuses(torch.device("meta"), torch.float32, 64)
-    profile = backend.profile(32, 8, 128, torch.bfloat16, cpu)
+    profile = backend.profile(32, 8, 128, torch.bfloat16, device)
     assert profile.tile == 128 and profile.chunk > 0 and profile.parallelism > 0
-    case = random_case(71, rows=5)
+    case = make_case(71, rows=5)
     calls = []
 
     class OnePlan:
@@ -332,3 +347,30 @@ def test_backend_contract():
     check(case, (out, lse), **options)
     out, lse = backend.attention(case.q, case.k_pages, case.v_pages, OnePlan(), return_lse=False, **options)
     assert lse is None and calls[0][0] == 2
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_through_a_cache(window):
+    """The package's own planner: prefill, fork, uneven growth, join and decode, against the reference in float64."""
+    import anabranch as ab
+
+    gen = torch.Generator().manual_seed(5)
+    cache = ab.TreeCache(1, 2, 64, num_pages=32, page_size=8, dtype=torch.float32, device=DEVICE)
+    trunk = cache.branch()
+
+    def step(rows):
+        s = cache.step(rows)
+        k, v = (torch.randn(s.num_rows, 2, 64, generator=gen).to(DEVICE) for _ in range(2))
+        cache.write(0, k, v, s, backend="triton")
+        q = torch.randn(s.num_rows, 6, 64, generator=gen).to(DEVICE)
+        out, lse = ab.tree_attention(q, cache, 0, s, window=window, backend="triton", return_lse=True)
+        want, want_lse = ab.tree_attention(q, cache, 0, s, window=window, backend="reference", return_lse=True)
+        assert relative_error(out, want.cpu()) <= 1e-5
+        assert torch.allclose(lse, want_lse.float(), atol=1e-5)
+
+    step({trunk: 21})
+    kids = cache.fork(trunk, 3)
+    step({kids[0]: 1, kids[1]: 1, kids[2]: 1})
+    step({kids[0]: 5, kids[2]: 1, trunk: 2})
+    cache.join(trunk, kids)
+    step({trunk: 1})

@@ -56,6 +56,7 @@ def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     return None
 
 
+@functools.lru_cache(maxsize=256)
 def profile(num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Profile:
     """Tile, chunk and parallelism for this device: every multiprocessor should have two programs to switch between."""
     from anabranch.kernels import configs, launch

@@ -1,0 +1,209 @@
+#include "cpu/attention.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+
+#include "cpu/parallel.hpp"
+
+namespace anabranch::cpu {
+namespace {
+
+// Memory for one call, kept from call to call: partial results, and every thread's scratch.
+struct Workspace {
+  char* data = nullptr;
+  size_t size = 0;
+  ~Workspace() { std::free(data); }
+  void reserve(size_t bytes) {
+    if (bytes <= size) return;
+    std::free(data);
+    size = 0;
+    data = static_cast<char*>(std::aligned_alloc(64, (bytes + 4095) / 4096 * 4096));
+    if (!data) throw std::bad_alloc();
+    size = (bytes + 4095) / 4096 * 4096;
+  }
+};
+
+std::mutex spare_mutex;
+std::vector<std::unique_ptr<Workspace>>& spare() {
+  static auto* list = new std::vector<std::unique_ptr<Workspace>>;
+  return *list;
+}
+
+// One for each call in flight; concurrent calls get one each.
+class Lease {
+ public:
+  Lease() {
+    std::lock_guard<std::mutex> guard(spare_mutex);
+    if (spare().empty()) {
+      held_ = std::make_unique<Workspace>();
+    } else {
+      held_ = std::move(spare().back());
+      spare().pop_back();
+    }
+  }
+  ~Lease() {
+    std::lock_guard<std::mutex> guard(spare_mutex);
+    spare().push_back(std::move(held_));
+  }
+  Workspace* operator->() { return held_.get(); }
+
+ private:
+  std::unique_ptr<Workspace> held_;
+};
+
+// Indices [0, count) in blocks, taken by whichever thread is free.
+template <class Body>
+void for_each(int threads, int64_t count, int64_t block, Body body) {
+  struct Region {
+    std::atomic<int64_t> next{0};
+    std::atomic<int> thread{0};
+    int64_t count, block;
+    Body* body;
+  } region;
+  region.count = count;
+  region.block = block;
+  region.body = &body;
+  threads = int(std::min<int64_t>(threads, (count + block - 1) / block));
+  parallel(threads, [](void* p) {
+    Region& r = *static_cast<Region*>(p);
+    int thread = r.thread.fetch_add(1, std::memory_order_relaxed);
+    for (;;) {
+      int64_t begin = r.next.fetch_add(r.block, std::memory_order_relaxed);
+      if (begin >= r.count) return;
+      (*r.body)(thread, begin, std::min(begin + r.block, r.count));
+    }
+  }, &region);
+}
+
+// Below these, waking threads costs more than they bring.
+constexpr int64_t SERIAL_WORK = 1 << 17;   // multiply-adds
+constexpr int64_t SERIAL_BYTES = 1 << 17;  // bytes copied
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+std::vector<const Kernels*> compiled() {
+  std::vector<const Kernels*> all;
+#ifdef ANABRANCH_X86
+  all.push_back(&kernels_wide());  // the 64-byte code under AVX2: for tests only, hence the least preferred
+#endif
+  all.push_back(&kernels_plain());
+#ifdef ANABRANCH_X86
+  all.push_back(&kernels_avx2());
+  all.push_back(&kernels_avx512());
+#endif
+  return all;
+}
+
+bool runnable(const Kernels& k) {
+#ifdef ANABRANCH_X86
+  __builtin_cpu_init();
+  const std::string isa = k.isa;
+  if (isa == "avx2" || isa == "wide") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == "avx512")
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+#endif
+  (void)k;
+  return true;
+}
+
+void use(const std::string& isa) {
+  if (isa.empty()) {
+    chosen = nullptr;
+    return;
+  }
+  std::string names;
+  for (const Kernels* k : compiled()) {
+    if (isa == k->isa) {
+      if (!runnable(*k)) throw std::invalid_argument("instruction set '" + isa + "' does not run on this machine");
+      chosen = k;
+      return;
+    }
+    names += std::string(names.empty() ? "" : ", ") + k->isa;
+  }
+  throw std::invalid_argument("instruction set '" + isa + "' is unknown; this build has: " + names);
+}
+
+const Kernels& active() {
+  const Kernels* k = chosen.load(std::memory_order_acquire);
+  if (k) return *k;
+  const char* wish = std::getenv("ANABRANCH_CPU_ISA");
+  if (wish && *wish) {
+    use(wish);
+    return *chosen.load();
+  }
+  for (const Kernels* each : compiled())
+    if (runnable(*each)) k = each;
+  chosen = k;
+  return *k;
+}
+
+void attention(Attention& a, int threads) {
+  const Kernels& kernels = active();
+  int rows = 1;
+  int64_t work = 0;
+  for (int i = 0; i < a.num_items; ++i) {
+    const int32_t* item = a.items + 8 * int64_t(i);
+    rows = std::max(rows, item[3] * a.group);
+    work += int64_t(item[1]) * item[3] * a.num_q_heads;
+  }
+  if (work * a.head_dim * 2 < SERIAL_WORK) threads = 1;
+  const int64_t partials = a.num_merge ? a.merge_ptr[a.num_merge] : 0, entries = partials * a.num_q_heads;
+  const size_t line = 64, head = (size_t(entries) * 4 + line - 1) / line * line;
+  const size_t each = (kernels.scratch_bytes(rows, a.head_dim) + line - 1) / line * line;
+  Lease space;
+  space->reserve(2 * head + size_t(entries) * a.head_dim * 4 + line + each * size_t(threads));
+  a.part_m = reinterpret_cast<float*>(space->data);
+  a.part_l = reinterpret_cast<float*>(space->data + head);
+  a.part_acc = reinterpret_cast<float*>(space->data + 2 * head);
+  char* scratch = space->data + 2 * head + (size_t(entries) * a.head_dim * 4 + line - 1) / line * line;
+
+  for_each(threads, int64_t(a.num_items) * a.num_kv_heads, 1, [&](int thread, int64_t u, int64_t) {
+    kernels.unit(a, int(u / a.num_kv_heads), int(u % a.num_kv_heads), scratch + each * size_t(thread));
+  });
+  const int64_t merges = int64_t(a.num_merge) * a.num_q_heads;
+  if (merges == 0) return;
+  if ((merges + entries) * a.head_dim < SERIAL_WORK) threads = 1;
+  for_each(threads, merges, threads == 1 ? merges : 16, [&](int, int64_t begin, int64_t end) {
+    kernels.merge(a, begin, end);
+  });
+}
+
+void write(const Write& w, int64_t rows, int threads) {
+  const int64_t size = int64_t(size_of(w.type)), bytes = w.head_dim * size;
+  if (rows * w.num_kv_heads * bytes < SERIAL_BYTES) threads = 1;
+  for_each(threads, rows, threads == 1 ? std::max<int64_t>(rows, 1) : 16, [&](int, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t page = w.slots[r] / w.page_size, offset = w.slots[r] % w.page_size;
+      const char* from = static_cast<const char*>(w.src) + r * w.src_row * size;
+      char* to = static_cast<char*>(const_cast<void*>(w.dst.data)) + (page * w.dst.page + offset * w.dst.slot) * size;
+      for (int h = 0; h < w.num_kv_heads; ++h)
+        std::memcpy(to + h * w.dst.head * size, from + h * w.src_head * size, size_t(bytes));
+    }
+  });
+}
+
+void copy_pages(const Copy& c, int64_t count, int threads) {
+  int64_t tokens = 0;
+  for (int64_t i = 0; i < count; ++i) tokens += c.filled[i];
+  if (tokens * c.planes * c.heads * c.row < SERIAL_BYTES) threads = 1;
+  const int64_t jobs = count * c.planes;
+  for_each(threads, jobs, threads == 1 ? std::max<int64_t>(jobs, 1) : 4, [&](int, int64_t begin, int64_t end) {
+    for (int64_t job = begin; job < end; ++job) {
+      const int64_t plane = job / count, i = job % count;
+      char* base = c.data + plane * c.plane;
+      for (int64_t h = 0; h < c.heads; ++h)
+        std::memcpy(base + c.dst[i] * c.page + h * c.head, base + c.src[i] * c.page + h * c.head,
+                    size_t(c.filled[i] * c.row));
+    }
+  });
+}
+
+}  // namespace anabranch::cpu

@@ -1,0 +1,29 @@
+// Entry points over whole tensors: threads, scratch and the choice of the instruction set.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.hpp"
+
+namespace anabranch::cpu {
+
+std::vector<const Kernels*> compiled();     // in order of preference, best last
+bool runnable(const Kernels&);
+const Kernels& active();                    // ANABRANCH_CPU_ISA, or the best that runs here; throws std::invalid_argument
+void use(const std::string& isa);           // "" = the default again; throws std::invalid_argument
+
+// Needs part_m, part_l, part_acc unset: they live in scratch here. `partials` = merge_ptr[num_merge].
+void attention(Attention& a, int threads);
+
+void write(const Write& w, int64_t rows, int threads);
+
+// pool [planes, pages, heads, page_size, D] with byte strides for the first three and tokens of `row` bytes in a run.
+struct Copy {
+  char* data;
+  int64_t planes, heads, plane, page, head, row;
+  const int32_t *src, *dst, *filled;
+};
+void copy_pages(const Copy& c, int64_t count, int threads);
+
+}  // namespace anabranch::cpu

@@ -1,0 +1,77 @@
+// The attention kernels of one instruction set: this file is compiled once for each (see CMakeLists.txt).
+#include "cpu/kernels.hpp"
+
+#include "cpu/packed.hpp"
+#include "cpu/stream.hpp"
+
+#ifndef ANABRANCH_ISA
+#define ANABRANCH_ISA plain
+#endif
+#define ANABRANCH_PASTE(a, b) a##b
+#define ANABRANCH_NAMED(a, b) ANABRANCH_PASTE(a, b)
+#define ANABRANCH_QUOTE(a) #a
+#define ANABRANCH_STRING(a) ANABRANCH_QUOTE(a)
+
+namespace anabranch::cpu {
+namespace {
+
+size_t scratch_bytes(int packed_rows, int head_dim) {
+  size_t packed, stream;
+  PackedScratch(nullptr, packed_rows, head_dim, &packed);
+  StreamScratch<float>(nullptr, head_dim, &stream);
+  return packed > stream ? packed : stream;
+}
+
+template <class T>
+void unit_of(const Attention& a, int item, int kv_head, void* scratch) {
+  Unit u(a, item, kv_head);
+  if (u.packed <= STREAM_ROWS)
+    stream_unit<T>(a, u, scratch);
+  else
+    packed_unit<T>(a, u, scratch);
+}
+
+void unit(const Attention& a, int item, int kv_head, void* scratch) {
+  switch (a.type) {
+    case Type::f32: return unit_of<float>(a, item, kv_head, scratch);
+    case Type::bf16: return unit_of<bf16>(a, item, kv_head, scratch);
+    case Type::f16: return unit_of<f16>(a, item, kv_head, scratch);
+  }
+}
+
+// Partials of one row and query head, in the plan's order, so that a result does not depend on who finished first.
+template <class T>
+void merge_of(const Attention& a, int64_t begin, int64_t end) {
+  const int heads = a.num_q_heads, d = a.head_dim;
+  for (int64_t e = begin; e < end; ++e) {
+    int i = int(e / heads), h = int(e % heads);
+    float m = -INF, l = 0, acc[256] = {};
+    for (int32_t p = a.merge_ptr[i]; p < a.merge_ptr[i + 1]; ++p) m = larger(m, a.part_m[int64_t(p) * heads + h]);
+    for (int32_t p = a.merge_ptr[i]; p < a.merge_ptr[i + 1]; ++p) {
+      int64_t at = int64_t(p) * heads + h;
+      if (a.part_m[at] == -INF) continue;  // an empty partial
+      float weight = expf(a.part_m[at] - m);
+      l += a.part_l[at] * weight;
+      const float* from = a.part_acc + at * d;
+      for (int c = 0; c < d; ++c) acc[c] += from[c] * weight;
+    }
+    finish<T>(a, a.merge_rows[i], h, m, l, acc);
+  }
+}
+
+void merge(const Attention& a, int64_t begin, int64_t end) {
+  switch (a.type) {
+    case Type::f32: return merge_of<float>(a, begin, end);
+    case Type::bf16: return merge_of<bf16>(a, begin, end);
+    case Type::f16: return merge_of<f16>(a, begin, end);
+  }
+}
+
+}  // namespace
+
+const Kernels& ANABRANCH_NAMED(kernels_, ANABRANCH_ISA)() {
+  static constexpr Kernels table = {ANABRANCH_STRING(ANABRANCH_ISA), ANABRANCH_VECTOR_BYTES, scratch_bytes, unit, merge};
+  return table;
+}
+
+}  // namespace anabranch::cpu

@@ -1,0 +1,64 @@
+// What the kernels are given and what each instruction set offers. docs/architecture.md defines the plan's arrays.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace anabranch::cpu {
+
+enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+inline size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
+
+// One of K or V: element strides of [page, slot in page, head, D]; the last dimension is contiguous.
+struct Pool {
+  const void* data;
+  int64_t page, slot, head;
+};
+
+struct Attention {
+  Type type;
+  int head_dim, num_q_heads, num_kv_heads, group;
+  const void* q;  // [rows, num_q_heads, D], element strides below
+  int64_t q_row, q_head;
+  Pool k, v;
+  int page_size, page_shift;  // page_shift = log2(page_size), or −1 when it is no power of two
+  // The plan, int32 as in docs/architecture.md.
+  const int32_t *items, *kv_slots, *kv_positions, *rows, *limits, *dest, *row_positions, *merge_rows, *merge_ptr;
+  int num_items, num_merge;
+  float scale;         // natural units
+  float softcap;       // 0: off
+  bool windowed;
+  int window;
+  const float* sinks;  // [num_q_heads] or null
+  void* out;           // [rows, num_q_heads, D] contiguous, of `type`
+  float* lse;          // [rows, num_q_heads] or null
+  float *part_m, *part_l, *part_acc;  // [partials, num_q_heads], the same, [partials, num_q_heads, D]
+};
+
+struct Write {  // new rows of K or V into their slots
+  Type type;
+  int head_dim, num_kv_heads, page_size;
+  const void* src;  // [rows, num_kv_heads, D]
+  int64_t src_row, src_head;
+  Pool dst;
+  const int32_t* slots;
+};
+
+// The functions of one instruction set. `unit` is one (item × KV head); `merge` takes merge entries [begin, end).
+struct Kernels {
+  const char* isa;
+  int vector_bytes;
+  size_t (*scratch_bytes)(int packed_rows, int head_dim);
+  void (*unit)(const Attention&, int item, int kv_head, void* scratch);
+  void (*merge)(const Attention&, int64_t begin, int64_t end);
+};
+
+const Kernels& kernels_plain();
+#ifdef ANABRANCH_X86
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+const Kernels& kernels_wide();
+#endif
+
+}  // namespace anabranch::cpu

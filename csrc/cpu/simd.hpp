@@ -1,0 +1,173 @@
+// Vectors by GCC's vector extensions: one source for every instruction set. Everything here sits in an unnamed
+// namespace, so that no function compiled for one instruction set can be linked into another's code.
+//
+// AVX512-BF16's dot product is left out on purpose: no machine of this project can run it, and nothing is shipped blind.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+#ifndef ANABRANCH_VECTOR_BYTES
+#if defined(__AVX512F__)
+#define ANABRANCH_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define ANABRANCH_VECTOR_BYTES 32
+#else
+#define ANABRANCH_VECTOR_BYTES 16
+#endif
+#endif
+
+#define ANABRANCH_INLINE inline __attribute__((always_inline))
+
+namespace anabranch::cpu {
+namespace {
+
+constexpr int W = ANABRANCH_VECTOR_BYTES / 4;  // float32 lanes
+#if ANABRANCH_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int LONG = 12;  // 32 vector registers: 12 × 2 accumulators
+#else
+constexpr int LONG = 6;  // 16 vector registers: 6 × 2 accumulators
+#endif
+
+typedef float vf __attribute__((vector_size(ANABRANCH_VECTOR_BYTES)));
+typedef int32_t vi __attribute__((vector_size(ANABRANCH_VECTOR_BYTES)));
+typedef uint32_t vu __attribute__((vector_size(ANABRANCH_VECTOR_BYTES)));
+typedef uint16_t vh __attribute__((vector_size(ANABRANCH_VECTOR_BYTES / 2)));
+typedef vf vf_at __attribute__((aligned(4), may_alias));
+typedef vi vi_at __attribute__((aligned(4), may_alias));
+typedef vh vh_at __attribute__((aligned(2), may_alias));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+constexpr float INF = __builtin_inff();
+
+ANABRANCH_INLINE vf splat(float x) { return x - (vf){}; }
+ANABRANCH_INLINE vi splat(int32_t x) { return x - (vi){}; }
+ANABRANCH_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_at*>(p); }
+ANABRANCH_INLINE vi load(const int32_t* p) { return *reinterpret_cast<const vi_at*>(p); }
+ANABRANCH_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_at*>(p) = x; }
+
+ANABRANCH_INLINE vf load(const bf16* p) {
+  vh h = *reinterpret_cast<const vh_at*>(p);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+
+ANABRANCH_INLINE vf load(const f16* p) {
+#if defined(__F16C__) && ANABRANCH_VECTOR_BYTES >= 32
+  vf x;
+  for (int i = 0; i < W; i += 8) {
+    __m256 part = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i)));
+    __builtin_memcpy(reinterpret_cast<float*>(&x) + i, &part, sizeof part);
+  }
+  return x;
+#else
+  vu h = __builtin_convertvector(*reinterpret_cast<const vh_at*>(p), vu);
+  vu sign = (h & 0x8000u) << 16;
+  vu magnitude = (h & 0x7fffu) << 13;
+  vf scaled = (vf)magnitude * 0x1p112f;  // re-biases the exponent; exact for subnormals too
+  vi special = (vi)magnitude >= 0x0f800000;  // infinities and NaN
+  return (vf)(sign | (special ? (magnitude | 0x7f800000u) : (vu)scaled));
+#endif
+}
+
+ANABRANCH_INLINE float to_float(float x) { return x; }
+ANABRANCH_INLINE float to_float(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float y;
+  __builtin_memcpy(&y, &bits, 4);
+  return y;
+}
+ANABRANCH_INLINE float to_float(f16 x) {
+  uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, bits;
+  float y;
+  __builtin_memcpy(&y, &magnitude, 4);
+  y *= 0x1p112f;
+  __builtin_memcpy(&bits, &y, 4);
+  if (magnitude >= 0x0f800000u) bits = magnitude | 0x7f800000u;
+  bits |= uint32_t(x.bits & 0x8000) << 16;
+  __builtin_memcpy(&y, &bits, 4);
+  return y;
+}
+
+// To nearest, ties to even.
+ANABRANCH_INLINE void put(float* p, float x) { *p = x; }
+ANABRANCH_INLINE void put(bf16* p, float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+  p->bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
+}
+ANABRANCH_INLINE void put(f16* p, float x) {
+  uint32_t bits, half;
+  __builtin_memcpy(&bits, &x, 4);
+  uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (bits >= 0x477ff000u) {  // 65520 and above round to infinity
+    half = 0x7c00u;
+  } else if (bits < 0x38800000u) {  // subnormal: adding 0.5 leaves units of 2^-24, rounded by the hardware
+    float y;
+    __builtin_memcpy(&y, &bits, 4);
+    y += 0.5f;
+    __builtin_memcpy(&bits, &y, 4);
+    half = bits - 0x3f000000u;
+  } else {
+    half = (bits + 0xc8000fffu + ((bits >> 13) & 1)) >> 13;
+  }
+  p->bits = uint16_t(sign | half);
+}
+
+ANABRANCH_INLINE vf larger(vf a, vf b) { return b > a ? b : a; }
+ANABRANCH_INLINE float larger(float a, float b) { return b > a ? b : a; }
+
+ANABRANCH_INLINE float sum(vf x) {
+  typedef float v4 __attribute__((vector_size(16)));
+  v4 parts[W / 4];
+  __builtin_memcpy(parts, &x, sizeof x);
+  v4 s = parts[0];
+  for (int i = 1; i < W / 4; ++i) s += parts[i];
+  return (s[0] + s[2]) + (s[1] + s[3]);
+}
+
+// e^x for x ≤ 88 within about 2 ulp; 0 below −87.33 (e^−inf = 0); NaN stays NaN. Cephes' polynomial.
+ANABRANCH_INLINE vf exp_(vf x) {
+  const float magic = 12582912.0f + 127.0f;  // 1.5·2^23: adding it rounds to an integer; + the exponent's bias
+  vf t = x * 1.44269504088896341f + magic;
+  vf n = t - magic;
+  vf r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  vf y = p * (vf)((vu)t << 23);
+  return x < -87.33f ? (vf){} : y;
+}
+
+ANABRANCH_INLINE vf tanh_(vf x) {
+  vf z = x * x;
+  vf p = z * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * z + -5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z + -3.33332819422e-1f;
+  vf small = p * z * x + x;
+  vf twice = (vf)((vu)(x + x) & 0x7fffffffu);
+  twice = twice > 20.0f ? splat(20.0f) : twice;  // tanh is 1 there; a NaN fails the test and passes through
+  vf big = 1.0f - 2.0f / (exp_(twice) + 1.0f);
+  big = (vf)((vu)big | ((vu)x & 0x80000000u));
+  return twice < 1.25f ? small : big;
+}
+
+}  // namespace
+}  // namespace anabranch::cpu

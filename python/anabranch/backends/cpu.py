@@ -1,0 +1,183 @@
+"""C++ kernels (``anabranch._cpu``): the default without a GPU. The contract is docs/architecture.md's.
+
+They run on torch's own OpenMP threads, as many as ``torch.get_num_threads()`` says, with the best instruction set of
+this machine; ``ANABRANCH_CPU_ISA`` (plain, avx2, avx512) overrides the choice. Arguments are checked already.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from anabranch.plan import Profile
+
+if TYPE_CHECKING:
+    from anabranch.plan import Plan
+
+__all__ = ["attention", "copy_pages", "info", "name", "profile", "refuses", "unavailable", "write_kv"]
+
+name = "cpu"
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MAX_HEAD_DIM = 256
+MAX_GROUP = 1024
+# Packed rows an item. 64 rows amortise the conversion of K and V to a few percent and leave Q, scores, accumulators and
+# a tile of K and V together inside 512 KB of second-level cache at head_dim 256.
+TILE = 64
+# Tokens. Partial results of a chunk cost about as much traffic as 8 · rows tokens; below 256 that begins to show.
+CHUNK = 256
+UNITS_PER_THREAD = 4  # for balance: the last unit to end then holds up the others for an eighth of the time at most
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the kernels cannot run here, with the remedy; None when they can."""
+    try:
+        from anabranch import _cpu
+    except ImportError as error:
+        return f"anabranch._cpu cannot be imported ({error}); install with `pip install .`, or build with `make build`"
+    try:
+        _cpu.info()
+    except ValueError as error:
+        return f"ANABRANCH_CPU_ISA: {error}; unset it or name another"
+    return None
+
+
+def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why this call cannot be served, with the remedy; None when it can."""
+    if device.type != "cpu":
+        return f"the cpu backend takes CPU tensors, got device {device}; use backend='triton' or move the tensors"
+    if dtype not in TYPES:
+        return f"the cpu backend takes float32, float16 and bfloat16, got {dtype}; use backend='reference' or convert"
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        return f"the cpu backend takes head_dim 1 to {MAX_HEAD_DIM}, got {head_dim}; use backend='reference'"
+    return None
+
+
+def profile(num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Profile:
+    """How plans for these kernels are to be cut."""
+    return Profile(
+        tile=TILE,
+        chunk=CHUNK,
+        parallelism=UNITS_PER_THREAD * torch.get_num_threads(),
+        num_kv_heads=num_kv_heads,
+        elem_size=dtype.itemsize,
+    )
+
+
+def info() -> dict[str, Any]:
+    """For ``doctor``: isa, vector_bytes, compiled, runnable, parallel (whose threads)."""
+    from anabranch import _cpu
+
+    return _cpu.info()
+
+
+def attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """out [rows, Hq, D] in q's dtype; lse [rows, Hq] float32 (natural log) or None."""
+    from anabranch import _cpu
+
+    num_rows, num_q_heads, head_dim = q.shape
+    page_size, num_kv_heads = k_pages.shape[1], k_pages.shape[2]
+    arrays = plan.arrays(
+        num_q_heads // num_kv_heads, profile(num_q_heads, num_kv_heads, head_dim, q.dtype, q.device)
+    )
+    if q.stride(2) != 1:
+        q = q.contiguous()
+    if sinks is not None:
+        sinks = sinks.to(torch.float32).contiguous()
+    out = torch.empty((num_rows, num_q_heads, head_dim), dtype=q.dtype)
+    lse = torch.empty((num_rows, num_q_heads), dtype=torch.float32) if return_lse else None
+    _cpu.attention(
+        TYPES[q.dtype],
+        head_dim,
+        num_q_heads,
+        num_kv_heads,
+        page_size,
+        (q.data_ptr(), q.stride(0), q.stride(1)),
+        (k_pages.data_ptr(), *k_pages.stride()[:3]),
+        (v_pages.data_ptr(), *v_pages.stride()[:3]),
+        (
+            arrays.items.data_ptr(),
+            arrays.kv_slots.data_ptr(),
+            arrays.kv_positions.data_ptr(),
+            arrays.rows.data_ptr(),
+            arrays.limits.data_ptr(),
+            arrays.dest.data_ptr(),
+            arrays.row_positions.data_ptr(),
+            arrays.merge_rows.data_ptr(),
+            arrays.merge_ptr.data_ptr(),
+        ),
+        arrays.items.shape[0],
+        arrays.merge_rows.shape[0],
+        scale,
+        0.0 if softcap is None else softcap,
+        -1 if window is None else window,
+        0 if sinks is None else sinks.data_ptr(),
+        out.data_ptr(),
+        0 if lse is None else lse.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    """k, v [rows, Hkv, D] into slots int32 [rows] of the pages, in place."""
+    from anabranch import _cpu
+
+    rows, num_kv_heads, head_dim = k.shape
+    threads = torch.get_num_threads()
+    slots = slots.contiguous()
+    for new, pages in ((k, k_pages), (v, v_pages)):
+        if new.stride(2) != 1:
+            new = new.contiguous()
+        _cpu.write_kv(
+            TYPES[new.dtype],
+            head_dim,
+            num_kv_heads,
+            pages.shape[1],
+            (new.data_ptr(), new.stride(0), new.stride(1)),
+            (pages.data_ptr(), *pages.stride()[:3]),
+            slots.data_ptr(),
+            rows,
+            threads,
+        )
+
+
+def copy_pages(pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor) -> None:
+    """Pages ``src`` to ``dst`` (int32 CPU tensors [n]) in every plane of pool [planes, pages, Hkv, page_size, D], the
+    first ``filled`` slots only."""
+    from anabranch import _cpu
+
+    planes, _, heads, _, head_dim = pool.shape
+    if pool.stride(4) != 1 or pool.stride(3) != head_dim:
+        raise ValueError(
+            f"pool: the tokens of a head must be contiguous in a page (strides [..., {head_dim}, 1]), "
+            f"got {list(pool.stride())}"
+        )
+    size = pool.element_size()
+    src, dst, filled = src.contiguous(), dst.contiguous(), filled.contiguous()
+    _cpu.copy_pages(
+        pool.data_ptr(),
+        planes,
+        heads,
+        (pool.stride(0) * size, pool.stride(1) * size, pool.stride(2) * size, head_dim * size),
+        src.data_ptr(),
+        dst.data_ptr(),
+        filled.data_ptr(),
+        src.shape[0],
+        torch.get_num_threads(),
+    )

@@ -197,10 +197,10 @@ class Run:
         clock.prefill += (done - forward) * prefill / rows
         clock.decode += (done - forward) * (rows - prefill) / rows
         for i, (live, feed, n) in enumerate(entries):
+            live.thread._host.longest_context = max(live.thread._host.longest_context, feed.branch.length)
+            live.last_step = clock.steps
             feed.done += n
             live.settle()
-            live.last_step = clock.steps
-            live.thread._host.longest_context = max(live.thread._host.longest_context, feed.branch.length)
             if i in keep:
                 live.scores, live.scores_at = (logits, keep.index(i)), live.thread.length
         usage = self.cache.usage()

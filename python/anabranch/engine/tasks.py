@@ -7,7 +7,7 @@ from collections.abc import Generator
 from inspect import isgenerator
 from typing import Any
 
-from ..strategies.protocol import Awaitable, Thread, _Combined, _Gather
+from ..strategies.protocol import Awaitable, Thread, ThreadGone, _Combined, _Gather
 
 
 class Task(Awaitable):
@@ -17,6 +17,7 @@ class Task(Awaitable):
         super().__init__()
         self.generator, self.now = generator, now
         self.waiting_for: Any = None
+        self.beside = False  # started by another task
 
 
 class Tasks:
@@ -32,6 +33,7 @@ class Tasks:
         if not isgenerator(generator):
             raise TypeError(f"{self.name}: start() takes a generator (call the function with yield in it), got {generator!r}")
         task = Task(generator, now)
+        task.beside = self.current is not None
         self._all.append(task)
         self._ready.append((task, None))
         return task
@@ -58,6 +60,11 @@ class Tasks:
                 target = self._awaitable(yielded, task)
         except StopIteration as stop:
             task._resolve(stop.value, task.now)
+            return
+        except ThreadGone:
+            if not task.beside:
+                raise
+            task._resolve(None, task.now)  # its thread was taken away
             return
         finally:
             self.current = outer

@@ -2,7 +2,7 @@
 
 from .aspects import Aspects
 from .plain import Plain, Sequential
-from .protocol import Decode, Ended, Strategy, Thread, TokenStats, first, gather
+from .protocol import Decode, Ended, Strategy, Thread, ThreadGone, TokenStats, first, gather
 from .self_consistency import SelfConsistency
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Sequential",
     "Strategy",
     "Thread",
+    "ThreadGone",
     "TokenStats",
     "first",
     "gather",

@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-__all__ = ["Decode", "Ended", "Strategy", "Thread", "TokenStats", "first", "gather"]
+__all__ = ["Decode", "Ended", "Strategy", "Thread", "ThreadGone", "TokenStats", "first", "gather"]
 
 JOIN_MODES = ("concat", "reprefill", "summary", "discard")
 
@@ -38,6 +38,13 @@ class Strategy:
 
     def run(self, trunk: Thread) -> Generator[Any, Any, Any]:
         raise NotImplementedError(f"{type(self).__name__} must define run(self, trunk)")
+
+
+class ThreadGone(ValueError):
+    """Something was asked of a thread that was joined, discarded or killed.
+
+    A program that runs beside the strategy (`Thread.start`) may let it pass: it then just ends, with None.
+    """
 
 
 class TokenStats(NamedTuple):
@@ -399,7 +406,10 @@ class Thread:
         return self.truncate(self.length - blank)
 
     def kill(self) -> None:
-        """End it now, with its children; a decode in progress ends with reason "killed", and its pages are free."""
+        """End it now, with its children; a decode in progress ends with reason "killed", and its pages are free.
+
+        A program of its own (`start`) ends the next time it asks something of the thread.
+        """
         if self.parent is None:
             raise ValueError("kill: this is the trunk; return from run() instead")
         if self.alive:
@@ -418,7 +428,7 @@ class Thread:
 
     def _check_alive(self, what: str) -> None:
         if not self.alive:
-            raise ValueError(f"{what}: thread {self.id} was {self.fate} and takes nothing more")
+            raise ThreadGone(f"{what}: thread {self.id} was {self.fate} and takes nothing more")
 
     def _submit(self, op: Any) -> Any:
         self._ops.append(op)

@@ -168,8 +168,8 @@ def describe(model: Any) -> ModelShape:
     refuse_by_config(model)
     if not uses_anabranch(model):
         raise ValueError(
-            f"model: {type(model).__name__} uses attn_implementation="
-            f'"{model.config._attn_implementation}"; load it with attn_implementation="anabranch" or call anabranch.hf.enable(model)'
+            f"model: {type(model).__name__} uses attn_implementation={model.config._attn_implementation!r}; load it "
+            'with attn_implementation="anabranch" or call anabranch.hf.enable(model)'
         )
     first = next(model.parameters())
     state = (first.dtype, first.device)

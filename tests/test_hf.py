@@ -1,0 +1,488 @@
+"""Hugging Face decoders, built small and random: over a tree, as usual, and refused.
+
+The oracle of the tree runs keeps every token ever written in one list, with what it may see, and recomputes all of them
+in one dense, eager forward. It shares nothing with the cache but the program.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import anabranch as ab
+import pytest
+import torch
+import transformers
+from anabranch import hf
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+VOCAB = 97
+SMALL = {
+    "vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "initializer_range": 0.15,
+}  # fmt: skip
+WINDOW = 6  # small enough to hide most of each context
+MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+FAMILIES = {
+    "llama": ("LlamaConfig", {}),
+    "llama-mha": ("LlamaConfig", {"num_key_value_heads": 4, "head_dim": 64}),
+    "qwen2": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen3": ("Qwen3Config", {"head_dim": 48}),
+    "mistral": ("MistralConfig", {"sliding_window": WINDOW}),
+    "gemma2": ("Gemma2Config", MIXED | {"head_dim": 32, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}),
+    "gemma3": ("Gemma3TextConfig", MIXED | {"head_dim": 32, "query_pre_attn_scalar": 24}),
+    "gpt-oss": ("GptOssConfig", MIXED | {
+        "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }),
+    "phi3": ("Phi3Config", {"sliding_window": WINDOW}),
+    "olmo2": ("Olmo2Config", {}),
+    "granite": ("GraniteConfig", {
+        "attention_multiplier": 0.3, "residual_multiplier": 0.7, "embedding_multiplier": 2.0, "logits_scaling": 2.0,
+    }),
+}  # fmt: skip
+
+
+def build(config_class: str, seed: int = 0, attn: str = "anabranch", **options) -> nn.Module:
+    torch.manual_seed(seed)
+    config = getattr(transformers, config_class)(**SMALL | options)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):  # near zero as initialised: too small to be missed
+            nn.init.normal_(parameter, std=2.0)
+    return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from more, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """family → (model with anabranch, its eager twin); built once."""
+    made: dict[str, tuple[nn.Module, nn.Module]] = {}
+
+    def get(family: str) -> tuple[nn.Module, nn.Module]:
+        if family not in made:
+            config_class, options = FAMILIES[family]
+            made[family] = build(config_class, **options), build(config_class, attn="eager", **options)
+        return made[family]
+
+    return get
+
+
+# ---------------------------------------------------------------------------------------------------- over a tree
+
+
+@dataclass
+class Oracle:
+    """Every token ever written: its id, position, and the earlier tokens it sees (indices, in context order)."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    sees: list[list[int]] = field(default_factory=list)
+
+    def append(self, context: list[int], token: int, position: int) -> None:
+        self.ids.append(token)
+        self.positions.append(position)
+        context.append(len(self.ids) - 1)
+        self.sees.append(list(context))
+
+    def logits(self, eager: nn.Module) -> torch.Tensor:
+        """[tokens, vocab], in one dense forward with the whole history as its mask."""
+        count = len(self.ids)
+        visible = torch.zeros(count, count, dtype=torch.bool)
+        for row, seen in enumerate(self.sees):
+            visible[row, seen] = True
+        position = torch.tensor(self.positions)
+        masks = {}
+        window = getattr(eager.config, "sliding_window", None)
+        for kind in ("full_attention", "sliding_attention"):
+            if kind == "sliding_attention" and window:
+                visible = visible & (position[:, None] - position[None, :] < window)
+            masks[kind] = torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
+        if getattr(eager.config, "layer_types", None):
+            mask = masks
+        else:  # one kind for all layers
+            mask = masks["sliding_attention" if window else "full_attention"]
+        with torch.no_grad():
+            return eager(
+                input_ids=torch.tensor([self.ids]), position_ids=position[None], attention_mask=mask, use_cache=False
+            ).logits[0]
+
+
+class Run:
+    """A fork/join program, carried out by the cache and the oracle side by side."""
+
+    def __init__(self, model: nn.Module, backend: str, seed: int) -> None:
+        self.model, self.backend, self.random = model, backend, random.Random(seed)
+        self.cache = ab.TreeCache.for_model(model, num_pages=128, page_size=4)
+        self.oracle = Oracle()
+        self.contexts: dict[ab.Branch, list[int]] = {}
+        self.forked_at: dict[ab.Branch, int] = {}
+        self.got: list[torch.Tensor] = []
+
+    def branch(self) -> ab.Branch:
+        branch = self.cache.branch()
+        self.contexts[branch] = []
+        return branch
+
+    def fork(self, branch: ab.Branch, n: int) -> list[ab.Branch]:
+        kids = self.cache.fork(branch, n)
+        for kid in kids:
+            self.contexts[kid] = list(self.contexts[branch])
+            self.forked_at[kid] = len(self.contexts[branch])
+        return kids
+
+    def step(self, rows: dict[ab.Branch, int], positions: dict[ab.Branch, list[int]] | None = None) -> ab.Step:
+        given = {branch: torch.tensor(p) for branch, p in (positions or {}).items()}
+        step = self.cache.step(rows, positions=given or None)
+        ids = [self.random.randrange(3, VOCAB) for _ in range(step.num_rows)]
+        with torch.no_grad():
+            logits = self.model(
+                input_ids=torch.tensor([ids]), position_ids=step.position_ids[None], tree_step=step, use_cache=False,
+                tree_backend=self.backend,
+            ).logits  # fmt: skip
+        assert logits.shape == (1, step.num_rows, VOCAB)
+        self.got.append(logits[0])
+        for branch in rows:
+            part = step.rows[branch]
+            for token, position in zip(ids[part], step.position_ids[part].tolist(), strict=True):
+                self.oracle.append(self.contexts[branch], token, position)
+        return step
+
+    def join(self, trunk: ab.Branch, kids: list[ab.Branch]) -> None:
+        self.cache.join(trunk, kids, mode="concat")
+        for kid in kids:
+            self.contexts[trunk] += self.contexts.pop(kid)[self.forked_at[kid] :]
+
+    def truncate(self, branch: ab.Branch, length: int) -> None:
+        self.cache.truncate(branch, length)
+        del self.contexts[branch][length:]
+
+
+def program(run: Run) -> None:
+    """Prefill, fork, packed decode, nested fork, truncate, mixed prefill and decode, nested and outer concat joins."""
+    pick = run.random.randint
+    trunk = run.branch()
+    run.step({trunk: pick(9, 14)})
+    a, b, c = run.fork(trunk, 3)
+    for _ in range(pick(2, 5)):
+        run.step({c: 1, a: 1, trunk: 1, b: 1})
+    a1, a2 = run.fork(a, 2)
+    run.step({a1: pick(1, 3), b: pick(3, 5), a2: 1})
+    run.truncate(b, run.forked_at[b] + 1)
+    other = run.branch()
+    run.step({c: 1, other: pick(5, 8), b: 1, a2: 2, a1: 1})
+    run.join(a, [a2, a1])
+    run.step({a: 2, other: 1, b: 1})
+    run.step({c: 2}, positions={c: [c.position + 3, c.position + 4]})  # a position leap inside a branch
+    run.join(trunk, [b, a, c])  # each kid's positions start again where the trunk was forked
+    run.step({trunk: pick(4, 6)})
+    run.step({trunk: 1, other: 1})
+    run.truncate(trunk, len(run.contexts[trunk]) - 3)
+    run.step({trunk: 1, other: 1})
+    assert trunk.length == len(run.contexts[trunk])
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
+    error = (got - want).norm(dim=-1) / want.norm(dim=-1)
+    worst = int(error.argmax())
+    assert error[worst] < 2e-5, f"row {worst} of {len(error)} differs by {float(error[worst]):.1e}"
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fork_join_program_equals_dense_recomputation(models, family, backend):
+    if reason := ab.backends.unavailable(backend):
+        pytest.skip(reason)
+    model, eager = models(family)
+    for seed in (1, 2):
+        run = Run(model, backend, seed)
+        program(run)
+        assert_close(torch.cat(run.got), run.oracle.logits(eager))
+        run.cache.check()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_branch_equals_plain_forward_without_any_mask(models, family):
+    """The oracle's hand-made masks aside: an unforked branch is an ordinary sequence."""
+    model, eager = models(family)
+    run = Run(model, "auto", seed=3)
+    branch = run.branch()
+    for rows in (11, 1, 1, 5, 1):
+        run.step({branch: rows})
+    with torch.no_grad():
+        want = eager(input_ids=torch.tensor([run.oracle.ids]), use_cache=False).logits[0]
+    assert_close(torch.cat(run.got), want)
+
+
+def tree_call(model, rows=5, page_size=4, **kwargs):
+    """One forward over a new one-branch tree; returns (output, cache, branch)."""
+    cache = ab.TreeCache.for_model(model, num_pages=16, page_size=page_size)
+    branch = cache.branch()
+    step = cache.step({branch: rows})
+    given = {"input_ids": torch.arange(3, 3 + rows)[None], "position_ids": step.position_ids[None], "tree_step": step,
+             "use_cache": False} | {k: v(step) if callable(v) else v for k, v in kwargs.items()}  # fmt: skip
+    return model(**{k: v for k, v in given.items() if v is not ...}), cache, branch
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits_to_keep_and_tree_mask(models, family):
+    model, _ = models(family)
+    everything = tree_call(model)[0].logits
+    last = tree_call(model, logits_to_keep=lambda step: step.last_rows, attention_mask=hf.tree_mask)[0].logits
+    assert last.shape == (1, 1, VOCAB)
+    torch.testing.assert_close(last[:, 0], everything[:, -1])
+
+
+@torch.no_grad()
+def test_no_dense_mask_is_built_over_a_tree(models, monkeypatch):
+    model, _ = models("mistral")
+    monkeypatch.setattr(hf.DeferredMask, "resolve", lambda self: pytest.fail("the mask was built"))
+    tree_call(model)
+
+
+def test_gradients_fail_loudly_instead_of_being_cut(models):
+    model, _ = models("llama")
+    logits = tree_call(model)[0].logits
+    with pytest.raises(RuntimeError, match="branch_attention"):
+        logits.sum().backward()
+    model.zero_grad()
+
+
+@torch.no_grad()
+def test_bfloat16(models):
+    model, eager = copy.deepcopy(models("gemma2")[0]).bfloat16(), models("gemma2")[1]
+    output, cache, _ = tree_call(model, rows=12)
+    want = eager(input_ids=torch.arange(3, 15)[None]).logits
+    assert cache.dtype == torch.bfloat16
+    assert (output.logits.float() - want).norm() < 0.05 * want.norm()
+
+
+MISUSES = {
+    "batch": (
+        {"input_ids": torch.zeros(2, 5, dtype=torch.long), "position_ids": ...},
+        ValueError,
+        "input_ids.*batch of 2",
+    ),
+    "rows": ({"input_ids": torch.zeros(1, 4, dtype=torch.long), "position_ids": ...}, ValueError, "5 rows.*4 tokens"),
+    "use_cache": ({"use_cache": True}, ValueError, "use_cache: must be False"),
+    "use_cache by default": ({"use_cache": ...}, ValueError, "use_cache: must be False"),
+    "padding": ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}, ValueError, "attention_mask: must not be given"),
+    "4-D mask": ({"attention_mask": torch.ones(1, 1, 5, 5)}, ValueError, "attention_mask: must not be given"),
+    "positions": ({"position_ids": torch.arange(5)[None] + 1}, ValueError, r"position_ids.*step\.position_ids"),
+    "attentions": ({"output_attentions": True}, ValueError, "output_attentions"),
+    "not a step": ({"tree_step": 7}, TypeError, "tree_step: expected the Step.*got int"),
+    "backend": ({"tree_backend": "abacus"}, ValueError, "backend: 'abacus'"),
+    "not causal": ({"is_causal": False}, ValueError, "not causal"),
+    "packed": ({"cu_seq_lens_q": torch.tensor([0, 5])}, ValueError, "cu_seq_lens_q"),
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+@torch.no_grad()
+def test_misuse_is_refused_before_anything_is_written(models, misuse):
+    kwargs, error, message = MISUSES[misuse]
+    model, _ = models("llama")
+    step = None
+
+    def remember(s):
+        nonlocal step
+        step = s
+        return s
+
+    with pytest.raises(error, match=message):
+        tree_call(model, **{"tree_step": remember} | kwargs)
+    if step is not None:  # still good: nothing was written with it
+        model(input_ids=torch.arange(5)[None], position_ids=step.position_ids[None], tree_step=step, use_cache=False)
+
+
+@torch.no_grad()
+def test_training_mode_is_refused(models):
+    model = copy.deepcopy(models("llama")[0]).train()
+    with pytest.raises(ValueError, match=r"training mode.*model\.eval\(\)"):
+        tree_call(model)
+
+
+@torch.no_grad()
+def test_cache_of_another_model_is_refused(models):
+    model, _ = models("llama")
+    cache = ab.TreeCache(num_layers=2, num_kv_heads=2, head_dim=32, num_pages=4)
+    step = cache.step({cache.branch(): 3})
+    with pytest.raises(ValueError, match="layer 2, but the cache has layers 0…1"):
+        model(input_ids=torch.ones(1, 3, dtype=torch.long), position_ids=step.position_ids[None], tree_step=step,
+              use_cache=False)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- as usual
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_ordinary_use_equals_eager(models, family):
+    model, eager = models(family)
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(3, VOCAB, (3, 17), generator=generator)
+    padding = torch.ones_like(ids)
+    padding[0, :5] = padding[2, :9] = 0
+    visible = padding.bool()
+    assert_close(model(ids, attention_mask=padding).logits[visible], eager(ids, attention_mask=padding).logits[visible])
+    assert_close(model(ids[1:2]).logits[0], eager(ids[1:2]).logits[0])  # the deferred mask, looked at
+    assert not torch.allclose(eager(ids).logits[visible], eager(ids, attention_mask=padding).logits[visible])
+    for cache in (None, "static"):
+        options = {"max_new_tokens": 10, "do_sample": False, "cache_implementation": cache, "attention_mask": padding}
+        assert torch.equal(model.generate(ids, **options), eager.generate(ids, **options))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss"])
+@torch.no_grad()
+def test_attention_weights_come_from_the_eager_formula(models, family):
+    model, eager = models(family)
+    ids = torch.arange(3, 12)[None]
+    got, want = model(ids, output_attentions=True).attentions, eager(ids, output_attentions=True).attentions
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_deferred_mask_is_an_ordinary_tensor_to_others():
+    mask = hf.mask(1, 4, 4, device="cpu", local_size=2, mask_function=lambda b, h, q, k: (k <= q) & (k > q - 2))
+    assert isinstance(mask, hf.DeferredMask) and mask.window == 2 and mask.shape == (1, 1, 4, 4)
+    band = torch.ones(4, 4, dtype=torch.bool).tril().triu(-1)
+    assert torch.equal(mask[0, 0, :, :], band)
+    assert torch.equal(torch.where(mask, 1.0, 0.0)[0, 0], band.float())
+    with pytest.raises(ValueError, match="tree_mask serves only"):
+        hf.DeferredMask((1, 1, 4, 4), "cpu", None, None).resolve()
+
+
+def test_tree_backend_without_tree_step_is_refused(models):
+    with pytest.raises(ValueError, match="tree_backend: given without tree_step"):
+        models("llama")[0](torch.ones(1, 3, dtype=torch.long), tree_backend="cpu")
+
+
+# ---------------------------------------------------------------------------------------------------- describe, enable
+
+
+def test_describe(models):
+    shape = hf.describe(models("gpt-oss")[0])
+    assert shape == hf.ModelShape(
+        num_layers=3, num_q_heads=4, num_kv_heads=2, head_dim=32, dtype=torch.float32, device=torch.device("cpu"),
+        windows=(WINDOW, None, WINDOW), softcap=None, sinks=True, max_positions=256,
+    )  # fmt: skip
+    assert hf.describe(models("gemma2")[0]).softcap == 2.0
+    assert hf.describe(models("qwen2")[0]).windows == (None, WINDOW, WINDOW)
+
+
+def test_describe_leaves_model_and_random_state_alone(models):
+    model = copy.deepcopy(models("llama")[0]).train()
+    model.model.layers[1].eval()
+    before, modes = torch.get_rng_state(), [m.training for m in model.modules()]
+    hf.describe(model)
+    assert torch.equal(before, torch.get_rng_state()) and modes == [m.training for m in model.modules()]
+
+
+def test_describe_notices_a_new_dtype(models):
+    model = copy.deepcopy(models("llama")[0])
+    assert hf.describe(model).dtype == torch.float32
+    assert hf.describe(model.bfloat16()).dtype == torch.bfloat16
+
+
+def test_enable_and_uses(models):
+    model = build("LlamaConfig", attn="sdpa")
+    assert not hf.uses_anabranch(model)
+    with pytest.raises(ValueError, match=r"uses attn_implementation='sdpa'.*anabranch\.hf\.enable"):
+        ab.TreeCache.for_model(model)
+    assert hf.enable(model) == hf.describe(models("llama")[0])
+    assert hf.uses_anabranch(model)
+    with pytest.raises(TypeError, match="model: expected a Transformers model"):
+        hf.describe(nn.Linear(2, 2))
+
+
+REFUSED = {
+    "encoder": ("BertConfig", {}, "BertLMHeadModel", "not causal"),
+    "encoder–decoder": ("T5Config", {"d_kv": 32, "num_layers": 2}, "T5ForConditionalGeneration", "encoder–decoder"),
+    "cross-attention": ("GPT2Config", {"add_cross_attention": True}, "GPT2LMHeadModel", "cross-attention"),
+    "state-space": ("MambaConfig", {"state_size": 8}, "MambaForCausalLM", "linear_attention|recurrent state"),
+    "hybrid": ("Qwen3NextConfig", {"head_dim": 32, "num_experts": 4}, "Qwen3NextForCausalLM", "linear_attention"),
+    "convolution": ("Lfm2Config", {"full_attn_idxs": [1]}, "Lfm2ForCausalLM", "conv"),
+    "latent": ("DeepseekV3Config", {"num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 32,
+                                    "first_k_dense_replace": 3}, "DeepseekV3ForCausalLM", "values of shape"),
+    "chunked": ("Llama4TextConfig", {"num_local_experts": 2, "head_dim": 32}, "Llama4ForCausalLM", "chunked_attention"),
+    "no registry": ("BloomConfig", {"n_head": 4, "n_layer": 2}, "BloomForCausalLM", "_supports_attention_backend"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_models_that_cannot_run_over_a_tree_are_refused_unchanged(kind):
+    config_class, options, model_class, message = REFUSED[kind]
+    config = getattr(transformers, config_class)(**SMALL | options)
+    model = getattr(transformers, model_class)(config).eval()
+    before = model.config._attn_implementation
+    with pytest.raises(hf.UnsupportedModel, match=message):
+        hf.enable(model)
+    assert model.config._attn_implementation == before
+
+
+def test_keywords_lost_on_the_way_are_noticed(models):
+    model = copy.deepcopy(models("llama")[0])
+    layer = model.model.layers[1].self_attn
+    forward = layer.forward
+
+    def forgetful(hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+        return forward(hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask)
+
+    layer.forward = forgetful
+    with pytest.raises(hf.UnsupportedModel, match=r"3 layers.*for layers \[0, 2\]"):
+        hf.describe(model)
+
+
+def test_mixing_outside_attention_is_noticed(models):
+    class Shift(nn.Module):
+        def forward(self, x):
+            return x + x.cumsum(1)
+
+    model = copy.deepcopy(models("llama")[0])
+    model.model.layers[1].mlp = Shift()
+    with pytest.raises(hf.UnsupportedModel, match="mixes tokens outside of attention"):
+        hf.describe(model)
+
+
+def test_layers_of_different_shape_are_refused(models):
+    model = copy.deepcopy(models("llama")[0])
+    attn = model.model.layers[2].self_attn
+    attn.k_proj, attn.v_proj = nn.Linear(128, 128, bias=False), nn.Linear(128, 128, bias=False)
+    with pytest.raises(hf.UnsupportedModel, match=r"differ in kv_heads: 2 \(layer 0\), 4 \(layer 2\)"):
+        hf.describe(model)
+
+
+# ---------------------------------------------------------------------------------------------------- registration
+
+
+@pytest.mark.parametrize("imports", ["import anabranch, transformers", "import transformers.modeling_utils, anabranch"])
+def test_registered_whichever_is_imported_first(imports):
+    code = f"""{imports}
+import inspect, sys
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+assert "anabranch" in ALL_ATTENTION_FUNCTIONS and "anabranch" in ALL_MASK_ATTENTION_FUNCTIONS
+assert "class PreTrainedModel" in inspect.getsource(PreTrainedModel)
+assert not [f for f in sys.meta_path if type(f).__module__.startswith("anabranch")]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_importing_anabranch_imports_neither_torch_nor_transformers():
+    code = "import anabranch, sys; assert not {'torch', 'transformers'} & set(sys.modules), 'heavy import'"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

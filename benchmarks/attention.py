@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,21 +50,23 @@ class Job:
         return f"{self.case.name} · {self.heads} · D{self.head_dim} · {dtype}"
 
 
-def jobs(settings: Settings) -> Iterator[Job]:
-    """All combinations that the settings ask for, case by case."""
+def jobs(settings: Settings) -> list[Job]:
+    """All combinations that the settings ask for: every case with the default heads first, then the sweep."""
     pattern = re.compile(settings.only, re.IGNORECASE) if settings.only else None
+    first: list[Job] = []
+    sweep: list[Job] = []
     for case in all_cases():
         if pattern is not None and not (pattern.search(case.name) or pattern.search(case.group)):
             continue
         if settings.quick and pattern is None and not case.quick:
             continue
-        sweep = case.sweep and not settings.quick
-        heads = settings.heads or (HEADS if sweep else (DEFAULT_HEADS,))
-        for dtype in settings.dtypes:
-            for shape in heads:
-                dims = settings.head_dims or ((128, 64) if sweep and shape == DEFAULT_HEADS else (128,))
-                for dim in dims:
-                    yield Job(case, shape, dim, dtype)
+        wide = case.sweep and not settings.quick
+        for shape in settings.heads or (HEADS if wide else (DEFAULT_HEADS,)):
+            for dim in settings.head_dims or ((128, 64) if wide and shape == DEFAULT_HEADS else (128,)):
+                for dtype in settings.dtypes:
+                    plain = (shape, dim) == (DEFAULT_HEADS, 128)
+                    (first if plain else sweep).append(Job(case, shape, dim, dtype))
+    return first + sweep
 
 
 def run_job(job: Job, settings: Settings, floor: Floor, report: Callable[[str], None] = lambda _: None) -> dict:
@@ -122,6 +124,8 @@ def _prepare(contender, settings, floor, taken, budget, report, job) -> float:
     """Build one contender, or raise `Unfit` with the reason before anything large is allocated."""
     if contender.name == "sdpa_packed" and contender.work.group == 1:
         raise Unfit("no GQA: the same call as SDPA per branch")
+    if contender.name == "flex" and settings.heads is None and (job.heads, job.head_dim) != (DEFAULT_HEADS, 128):
+        raise Unfit("compiles for many seconds a shape: measured with 32/8 and head_dim 128 unless --heads asks for it")
     need = contender.bytes_needed()
     if taken + need > budget:
         raise Unfit(f"needs {need / 1e9:.1f} GB beside {taken / 1e9:.1f} GB in use; {budget / 1e9:.1f} GB set aside")

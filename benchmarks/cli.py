@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -57,6 +59,7 @@ HeadDims = Annotated[list[int] | None, typer.Option("--head-dim", help="May be r
 Contenders = Annotated[list[str] | None, typer.Option("--contender", help=f"May be repeated: {', '.join(ALL)}.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write results here as they come; extends an existing file.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the figures into this folder.")]
+Minutes = Annotated[float, typer.Option(help="Start no new case after this time; the telling ones come first.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds aimed at for each case.")]
 Memory = Annotated[float, typer.Option(help="GB that the layouts of one case may take together.")]
 Peer = Annotated[Path | None, typer.Option("--peer", help="Python of an environment with vLLM (see peer_vllm.py).")]
@@ -80,7 +83,7 @@ def _settings(quick, only, dtypes, heads, head_dims, contenders, rounds, memory)
     return attention.Settings(
         quick=quick, only=only, heads=tuple(heads) if heads else None,
         head_dims=tuple(head_dims) if head_dims else None,
-        rounds=min(rounds, 5) if quick else rounds, budget=3.0 if quick else 6.0, memory=memory * 1e9, **options,
+        rounds=min(rounds, 5) if quick else rounds, budget=2.0 if quick else 4.0, memory=memory * 1e9, **options,
     )  # fmt: skip
 
 
@@ -91,15 +94,20 @@ def _progress() -> Progress:
     )  # fmt: skip
 
 
-def _run_attention(settings: attention.Settings, store: Store) -> None:
-    work = list(attention.jobs(settings))
+def _run_attention(settings: attention.Settings, store: Store, minutes: float = math.inf) -> None:
+    work = attention.jobs(settings)
     if not work:
         raise typer.BadParameter(f"no case matches {settings.only!r}", param_hint="--only")
     with _progress() as progress:
         task = progress.add_task("the machine's own ceiling", total=len(work))
         floor = Floor().measure(settings.dtypes)
         store.set("floor", floor.as_dict())
+        end = time.monotonic() + 60 * minutes
         for number, job in enumerate(work):
+            if time.monotonic() > end:
+                left = f"{len(work) - number} of {len(work)} left out"
+                console.print(f"[yellow]--minutes {minutes:g} are over: {left}[/yellow]")
+                break
             result = attention.run_job(job, settings, floor, lambda text: progress.update(task, description=text))
             store.put("attention", ("case", "heads", "head_dim", "dtype"), result)
             progress.console.print(report.case_line(result))
@@ -157,13 +165,13 @@ def _start(threads: int | None, json: Path | None) -> Store:
 @app.command("attention")
 def attention_command(
     quick: Quick = False, only: Only = "", dtype: Dtypes = None, heads: HeadShapes = None, head_dim: HeadDims = None,
-    contender: Contenders = None, rounds: Rounds = 9, memory: Memory = 8.0, threads: Threads = None, json: Json = None,
-    plot: Plot = None,
+    contender: Contenders = None, rounds: Rounds = 9, memory: Memory = 8.0, minutes: Minutes = math.inf,
+    threads: Threads = None, json: Json = None, plot: Plot = None,
 ) -> None:  # fmt: skip
     """Attention over trees: every shape beside its peers and the machine's floor."""
     settings = _settings(quick, only, dtype, heads, head_dim, contender, rounds, memory)
     store = _start(threads, json)
-    _run_attention(settings, store)
+    _run_attention(settings, store, minutes)
     _finish(store, plot)
 
 
@@ -188,12 +196,12 @@ def e2e_command(
 
 @app.command("all")
 def all_command(
-    quick: Quick = False, peer: Peer = None, memory: Memory = 8.0, threads: Threads = None, json: Json = None,
-    plot: Plot = None,
+    quick: Quick = False, peer: Peer = None, memory: Memory = 8.0, minutes: Minutes = math.inf, threads: Threads = None,
+    json: Json = None, plot: Plot = None,
 ) -> None:  # fmt: skip
     """Everything, one after another."""
     store = _start(threads, json)
-    _run_attention(_settings(quick, "", None, None, None, None, 9, memory), store)
+    _run_attention(_settings(quick, "", None, None, None, None, 9, memory), store, minutes)
     _run_host(store, quick)
     _run_e2e(store, quick, None, peer, 1 if quick else 3, "")
     _finish(store, plot)
@@ -223,4 +231,5 @@ def report_command(
 @app.callback(invoke_without_command=True)
 def main(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
-        context.invoke(all_command, quick=False, peer=None, memory=8.0, threads=None, json=None, plot=None)
+        options = {"quick": False, "peer": None, "memory": 8.0, "minutes": math.inf, "threads": None, "json": None}
+        context.invoke(all_command, **options, plot=None)

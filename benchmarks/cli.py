@@ -18,6 +18,7 @@ from .contenders import ALL
 from .floor import Floor
 from .shapes import parse_heads
 from .store import Store, load
+from .timing import CLOCKS, set_clock
 
 console = Console()
 app = typer.Typer(
@@ -63,6 +64,9 @@ Minutes = Annotated[float, typer.Option(help="Start no new case after this time;
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds aimed at for each case.")]
 Memory = Annotated[float, typer.Option(help="GB that the layouts of one case may take together.")]
 Peer = Annotated[Path | None, typer.Option("--peer", help="Python of an environment with vLLM (see peer_vllm.py).")]
+ClockOption = Annotated[
+    str, typer.Option("--clock", help="wall, or cpu: CPU time of one thread (--threads 1), for a machine that is busy.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="torch's threads. Default: as torch chooses.")]
 
 
@@ -153,11 +157,17 @@ def _finish(store: Store, plot: Path | None) -> None:
             console.print(f"figure: {path}")
 
 
-def _start(threads: int | None, json: Path | None) -> Store:
+def _start(threads: int | None, json: Path | None, clock: str = "wall") -> Store:
     if threads is not None:
         torch.set_num_threads(threads)
+    if clock not in CLOCKS:
+        raise typer.BadParameter(f"{clock!r}: expected one of {', '.join(CLOCKS)}", param_hint="--clock")
     try:
-        return Store(json)
+        set_clock(clock)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--clock") from None
+    try:
+        return Store(json, clock)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--json") from None
 
@@ -166,11 +176,11 @@ def _start(threads: int | None, json: Path | None) -> Store:
 def attention_command(
     quick: Quick = False, only: Only = "", dtype: Dtypes = None, heads: HeadShapes = None, head_dim: HeadDims = None,
     contender: Contenders = None, rounds: Rounds = 9, memory: Memory = 8.0, minutes: Minutes = math.inf,
-    threads: Threads = None, json: Json = None, plot: Plot = None,
+    threads: Threads = None, clock: ClockOption = "wall", json: Json = None, plot: Plot = None,
 ) -> None:  # fmt: skip
     """Attention over trees: every shape beside its peers and the machine's floor."""
     settings = _settings(quick, only, dtype, heads, head_dim, contender, rounds, memory)
-    store = _start(threads, json)
+    store = _start(threads, json, clock)
     _run_attention(settings, store, minutes)
     _finish(store, plot)
 

@@ -9,7 +9,6 @@ import ctypes
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .timing import once
+from .timing import now, once
 
 
 @dataclass
@@ -91,9 +90,9 @@ class Floor:
                 return library.read_run(source.data_ptr() + 4 * part * thread, part, ctypes.byref(sinks[thread]))
 
             def rate(loop: Callable[[int], float]) -> float:
-                start = time.perf_counter()
+                start = now()
                 done = sum(pool.map(loop, range(threads)))
-                return done / (time.perf_counter() - start)
+                return done / (now() - start)
 
             self.fma = max(self.fma, *(rate(multiply) for _ in range(4 * tries)))
             if not self.fma:  # neither AVX2 nor AVX-512: the read loop is AVX2 too

@@ -19,18 +19,18 @@ class Store:
     and the load average of its moment, so a file may be made in several runs.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, clock: str = "wall") -> None:
         self.path = path
-        self.machine = describe()
+        self.machine = {**describe(), "clock": clock}
         self.data: dict[str, Any] = {"schema": SCHEMA, "machine": self.machine}
         if path is not None and path.exists():
             old = json.loads(path.read_text())
             if old.get("schema") != SCHEMA:
                 raise ValueError(f"{path}: schema {old.get('schema')!r}, expected {SCHEMA}; choose another file")
-            for name in ("cpu", "cores", "threads"):
+            for name in ("cpu", "cores", "threads", "clock"):
                 if old["machine"].get(name) != self.machine[name]:
                     raise ValueError(
-                        f"{path}: measured on another machine ({name} {old['machine'].get(name)!r}, here "
+                        f"{path}: measured on another machine or otherwise ({name} {old['machine'].get(name)!r}, here "
                         f"{self.machine[name]!r}); choose another file"
                     )
             self.data = {**old, "machine": self.machine}

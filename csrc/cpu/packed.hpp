@@ -18,6 +18,7 @@ struct PackedScratch {
   int rows, dv;  // padded to W
   float *q, *k, *v, *s, *o, *m, *l, *alpha;
   int32_t *limit, *position;
+  const void **here, **next;  // the K rows of a tile, then its V rows
 
   PackedScratch(void* base, int packed, int d, size_t* bytes = nullptr) {
     Scratch take(base);
@@ -33,7 +34,21 @@ struct PackedScratch {
     alpha = take.take<float>(rows);
     limit = take.take<int32_t>(rows);
     position = take.take<int32_t>(rows);
+    here = take.take<const void*>(2 * TILE);
+    next = take.take<const void*>(2 * TILE);
     if (bytes) *bytes = size_t(take.next - static_cast<char*>(base));
+  }
+};
+
+// Brings the next tile's rows into the second-level cache while this one is worked on, a few at each block of scores:
+// rows of a page pool lie far apart, where the hardware's own prefetcher does not follow.
+struct Fetcher {
+  const void* const* row;
+  const void* const* end;
+  int bytes, each;  // of a row; rows a block
+  ANABRANCH_INLINE void step() {
+    for (int i = 0; i < each && row < end; ++i, ++row)
+      for (int b = 0; b < bytes; b += LINE) __builtin_prefetch(static_cast<const char*>(*row) + b, 0, 2);
   }
 };
 
@@ -58,9 +73,12 @@ ANABRANCH_INLINE void score_block(const float* q, int d, const float* k, float* 
 
 // The last block may run past n: its surplus rows of K are stale scratch and its surplus scores are never read.
 template <int NV>
-void scores(const float* q, int d, const float* k, int n, float* s) {
+void scores(const float* q, int d, const float* k, int n, float* s, Fetcher& fetcher) {
   constexpr int KB = NV == 2 ? LONG : 12;
-  for (int j = 0; j < n; j += KB) score_block<NV, KB>(q, d, k + int64_t(j) * d, s + int64_t(j) * NV * W);
+  for (int j = 0; j < n; j += KB) {
+    fetcher.step();
+    score_block<NV, KB>(q, d, k + int64_t(j) * d, s + int64_t(j) * NV * W);
+  }
 }
 
 template <int NV>
@@ -211,14 +229,28 @@ template <class T>
 void packed_unit(const Attention& a, const Unit& u, void* base) {
   const int d = a.head_dim;
   PackedScratch w(base, u.packed, d);
+  const auto locate = [&](int begin, const void** rows) {
+    int n = smaller(TILE, u.n - begin);
+    for (int j = 0; j < n; ++j) {
+      rows[j] = at<T>(a.k, a, u.head, u.slots[begin + j]);
+      rows[n + j] = at<T>(a.v, a, u.head, u.slots[begin + j]);
+    }
+    return n > 0 ? 2 * n : 0;
+  };
+  const int blocks = w.rows >= PANEL ? w.rows / PANEL * (TILE / LONG) : TILE / 12;  // of scores in a tile
+  locate(0, w.next);
   pack_queries<T>(a, u, w);
   for (int begin = 0; begin < u.n; begin += TILE) {
+    const void** spent = w.here;
+    w.here = w.next;
+    w.next = spent;
+    const int coming = locate(begin + TILE, w.next);
     Tile tile(a, u, begin, smaller(TILE, u.n - begin));
     if (tile.hidden) continue;
+    Fetcher fetcher{w.next, w.next + coming, d * int(sizeof(T)), (coming + blocks - 1) / blocks};
     for (int j = 0; j < tile.n; ++j) {
-      int32_t slot = u.slots[begin + j];
-      copy_row(at<T>(a.k, a, u.head, slot), d, w.k + int64_t(j) * d);
-      pack_value(at<T>(a.v, a, u.head, slot), d, w.dv, j, w.v);
+      copy_row(static_cast<const T*>(w.here[j]), d, w.k + int64_t(j) * d);
+      pack_value(static_cast<const T*>(w.here[tile.n + j]), d, w.dv, j, w.v);
     }
     bool exact = tile.cut() && !all_finite(w.v, tile.n, w.dv);
     for (int row = 0; row < w.rows; row += PANEL) {
@@ -231,11 +263,11 @@ void packed_unit(const Attention& a, const Unit& u, void* base) {
       }
       const float* q = w.q + int64_t(row) * d;
       if (width == PANEL) {
-        scores<2>(q, d, w.k, n, w.s);
+        scores<2>(q, d, w.k, n, w.s, fetcher);
         if (a.softcap > 0 || tile.cut()) cap_and_mask<2>(a, u, tile, w, row, n, w.s);
         soften<2>(w.s, n, w.m + row, w.l + row, w.alpha + row);
       } else {
-        scores<1>(q, d, w.k, n, w.s);
+        scores<1>(q, d, w.k, n, w.s, fetcher);
         if (a.softcap > 0 || tile.cut()) cap_and_mask<1>(a, u, tile, w, row, n, w.s);
         soften<1>(w.s, n, w.m + row, w.l + row, w.alpha + row);
       }
@@ -244,9 +276,9 @@ void packed_unit(const Attention& a, const Unit& u, void* base) {
         weigh_visible(rows, w.s, width, w.v, n, o, w.dv, w.alpha + row);
         continue;
       }
-      int blocks = (rows + LONG - 1) / LONG;
-      for (int b = 0; b < blocks; ++b) {
-        int from = rows * b / blocks, to = rows * (b + 1) / blocks;
+      int parts = (rows + LONG - 1) / LONG;
+      for (int b = 0; b < parts; ++b) {
+        int from = rows * b / parts, to = rows * (b + 1) / parts;
         weigh(to - from, w.s + from, width, w.v, n, o + int64_t(from) * w.dv, w.dv, w.alpha + row + from);
       }
     }

@@ -7,7 +7,8 @@
 namespace anabranch::cpu {
 namespace {
 
-constexpr int STREAM_ROWS = 4;   // at most so many packed rows take this path
+constexpr int STREAM_ROWS = 8;   // at most so many packed rows take this path
+constexpr int STREAM_BLOCK = 4;  // of which so many share a load of K or V
 constexpr int STREAM_TILE = 32;  // tokens
 
 template <class T>
@@ -32,13 +33,13 @@ struct StreamScratch {
 };
 
 // s[r][b] = q_r · k_b for KB tokens; fetches the same tokens' V.
-template <class T, int R, int KB>
+template <class T, int R, int KB, bool FETCH>
 ANABRANCH_INLINE void dots(const float* q, int dv, const T* const* k, const T* const* v, float* s) {
   vf acc[R][KB] = {};
   const T* row[KB];
   for (int b = 0; b < KB; ++b) {
     row[b] = k[b];
-    fetch(v[b], dv * int(sizeof(T)));
+    if (FETCH) fetch(v[b], dv * int(sizeof(T)));
   }
   for (int c = 0; c < dv; c += W) {
     vf x[KB];
@@ -53,12 +54,12 @@ ANABRANCH_INLINE void dots(const float* q, int dv, const T* const* k, const T* c
 }
 
 // o[r][c : c + VB · W] = alpha_r · o + Σ p v over the tile; fetches the same bytes of the next tile's K.
-template <class T, int R, int VB>
+template <class T, int R, int VB, bool FETCH>
 ANABRANCH_INLINE void weigh_stream(const float* p, const T* const* v, int n, const T* const* next, float* o, int dv,
                                    int c, const float* alpha) {
   vf acc[R][VB] = {};
   for (int j = 0; j < n; ++j) {
-    fetch(next[j] + c, VB * W * int(sizeof(T)));
+    if (FETCH) fetch(next[j] + c, VB * W * int(sizeof(T)));
     vf x[VB];
     for (int i = 0; i < VB; ++i) x[i] = load(v[j] + c + i * W);
     for (int r = 0; r < R; ++r) {
@@ -73,12 +74,12 @@ ANABRANCH_INLINE void weigh_stream(const float* p, const T* const* v, int n, con
     }
 }
 
-template <class T, int R, int VB>
+template <class T, int R, int VB, bool FETCH>
 ANABRANCH_INLINE void weigh_stream_all(const float* p, const T* const* v, int n, const T* const* next, float* o, int dv,
                                        int c, const float* alpha) {
-  for (; c + VB * W <= dv; c += VB * W) weigh_stream<T, R, VB>(p, v, n, next, o, dv, c, alpha);
+  for (; c + VB * W <= dv; c += VB * W) weigh_stream<T, R, VB, FETCH>(p, v, n, next, o, dv, c, alpha);
   if constexpr (VB > 1) {
-    if (c < dv) weigh_stream_all<T, R, VB / 2>(p, v, n, next, o, dv, c, alpha);
+    if (c < dv) weigh_stream_all<T, R, VB / 2, FETCH>(p, v, n, next, o, dv, c, alpha);
   }
 }
 
@@ -122,14 +123,47 @@ inline float soften_row(const Attention& a, const Unit& u, const Tile& tile, int
   return alpha;
 }
 
-template <class T, int R>
-void stream_rows(const Attention& a, const Unit& u, void* scratch) {
-  constexpr int KB = R == 1 ? 8 : R == 2 ? 4 : R == 3 ? 3 : 2, VB = R == 1 ? 8 : R == 2 ? 4 : 2;
-  const int d = a.head_dim;
+// What R rows do with a tile's K: scores. Keys past n, up to a block, are valid addresses whose scores are not read.
+template <class T, int R, bool FETCH>
+void dots_all(const float* q, int dv, const T* const* k, const T* const* v, int n, float* s) {
+  constexpr int KB = R == 1 ? 8 : R == 2 ? 4 : 2;
+  for (int j = 0; j < n; j += KB) dots<T, R, KB, FETCH>(q, dv, k + j, v + j, s + j);
+}
+
+// … and with its V.
+template <class T, int R, bool FETCH>
+void weigh_all(const float* p, const T* const* v, int n, const T* const* next, float* o, int dv, const float* alpha) {
+  constexpr int VB = R == 1 ? 8 : R == 2 ? 4 : 2;
+  weigh_stream_all<T, R, VB, FETCH>(p, v, n, next, o, dv, 0, alpha);
+}
+
+// The first block of rows does the prefetching for all.
+template <class T>
+struct StreamSteps {
+  decltype(&dots_all<T, 1, true>) dots;
+  decltype(&weigh_all<T, 1, true>) weigh;
+};
+template <class T>
+ANABRANCH_INLINE StreamSteps<T> steps_for(int rows, bool first) {
+  static constexpr StreamSteps<T> table[2][STREAM_BLOCK] = {
+      {{dots_all<T, 1, false>, weigh_all<T, 1, false>},
+       {dots_all<T, 2, false>, weigh_all<T, 2, false>},
+       {dots_all<T, 3, false>, weigh_all<T, 3, false>},
+       {dots_all<T, 4, false>, weigh_all<T, 4, false>}},
+      {{dots_all<T, 1, true>, weigh_all<T, 1, true>},
+       {dots_all<T, 2, true>, weigh_all<T, 2, true>},
+       {dots_all<T, 3, true>, weigh_all<T, 3, true>},
+       {dots_all<T, 4, true>, weigh_all<T, 4, true>}}};
+  return table[first][rows - 1];
+}
+
+template <class T>
+void stream_unit(const Attention& a, const Unit& u, void* scratch) {
+  const int d = a.head_dim, rows = u.packed;
   StreamScratch<T> w(scratch, d);
   const float factor = query_factor(a);
-  float m[R], l[R], alpha[R];
-  for (int r = 0; r < R; ++r) {
+  float m[STREAM_ROWS], l[STREAM_ROWS], alpha[STREAM_ROWS];
+  for (int r = 0; r < rows; ++r) {
     const T* from = query<T>(a, u, r);
     for (int c = 0; c < w.dv; ++c) {
       w.q[r * w.dv + c] = c < d ? to_float(from[c]) * factor : 0;
@@ -138,6 +172,9 @@ void stream_rows(const Attention& a, const Unit& u, void* scratch) {
     m[r] = -INF;
     l[r] = 0;
   }
+  // One block of up to four rows, or two of nearly equal size.
+  const int cut = rows <= STREAM_BLOCK ? rows : (rows + 1) / 2;
+  const StreamSteps<T> head = steps_for<T>(cut, true), tail = steps_for<T>(rows > cut ? rows - cut : 1, false);
   auto locate = [&](int begin, int half) {
     int n = smaller(STREAM_TILE, u.n - begin);
     for (int j = 0; j < n; ++j) {
@@ -167,37 +204,24 @@ void stream_rows(const Attention& a, const Unit& u, void* scratch) {
         v[j] = to_v;
       }
     }
-    for (int j = 0; j < tile.n; j += KB) {
-      if (j + KB <= STREAM_TILE) {
-        dots<T, R, KB>(w.q, w.dv, k + j, v + j, w.s + j);
-      } else {
-        for (int i = j; i < tile.n; ++i) dots<T, R, 1>(w.q, w.dv, k + i, v + i, w.s + i);
-      }
-    }
-    for (int r = 0; r < R; ++r) alpha[r] = soften_row(a, u, tile, r, w.s + r * STREAM_TILE, m + r, l + r);
+    head.dots(w.q, w.dv, k, v, tile.n, w.s);
+    if (rows > cut) tail.dots(w.q + cut * w.dv, w.dv, k, v, tile.n, w.s + cut * STREAM_TILE);
+    for (int r = 0; r < rows; ++r) alpha[r] = soften_row(a, u, tile, r, w.s + r * STREAM_TILE, m + r, l + r);
     if (tile.cut() && !all_finite(v, tile.n, w.dv)) {  // 0 · NaN must not reach the rows that do not see it
-      for (int r = 0; r < R; ++r)
+      for (int r = 0; r < rows; ++r)
         for (int c = 0; c < d; ++c) {
           float x = 0, *s = w.s + r * STREAM_TILE;
           for (int j = 0; j < tile.n; ++j)
             if (s[j] != 0) x += s[j] * to_float(v[j][c]);
           w.o[r * w.dv + c] = w.o[r * w.dv + c] * alpha[r] + x;
         }
-    } else {
-      weigh_stream_all<T, R, VB>(w.s, v, tile.n, w.k + STREAM_TILE - half, w.o, w.dv, 0, alpha);
+      continue;
     }
+    head.weigh(w.s, v, tile.n, w.k + STREAM_TILE - half, w.o, w.dv, alpha);
+    if (rows > cut)
+      tail.weigh(w.s + cut * STREAM_TILE, v, tile.n, nullptr, w.o + cut * w.dv, w.dv, alpha + cut);
   }
-  for (int r = 0; r < R; ++r) emit<T>(a, u, r, m[r], l[r], w.o + r * w.dv);
-}
-
-template <class T>
-void stream_unit(const Attention& a, const Unit& u, void* scratch) {
-  switch (u.packed) {
-    case 1: return stream_rows<T, 1>(a, u, scratch);
-    case 2: return stream_rows<T, 2>(a, u, scratch);
-    case 3: return stream_rows<T, 3>(a, u, scratch);
-    default: return stream_rows<T, 4>(a, u, scratch);
-  }
+  for (int r = 0; r < rows; ++r) emit<T>(a, u, r, m[r], l[r], w.o + r * w.dv);
 }
 
 }  // namespace

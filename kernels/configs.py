@@ -48,17 +48,18 @@ def column_split(head_dim: int) -> tuple[int, int]:
     return d0, d1
 
 
-def max_block_m(head_dim: int, itemsize: int) -> int:
-    """The widest tile of packed rows whose accumulator still fits in registers."""
+def max_block_m(head_dim: int, itemsize: int, arch: int) -> int:
+    """The widest tile of packed rows whose queries and accumulator still fit in registers."""
     if itemsize == 4:
         return 32  # float32 runs on plain FMAs; a wider tile spills
-    return 128 if head_dim <= 128 else 64
+    # wgmma and tcgen05 (sm_90 and later) take the queries from shared memory, mma.sync from registers.
+    return 128 if head_dim <= (128 if arch >= 90 else 96) else 64
 
 
 # (head_dim class, itemsize, block_m) -> Config, for 163 KB of shared memory and more. Classes 96 and 192 are head
 # dims of two column parts: every part has its own addresses, so smaller blocks keep them in registers.
 _LARGE: dict[tuple[int, int, int], Config] = {
-    (64, 2, 16): Config(128, 4, 4),
+    (64, 2, 16): Config(64, 4, 5),
     (64, 2, 32): Config(64, 4, 5),
     (64, 2, 64): Config(64, 4, 4),
     (64, 2, 128): Config(64, 8, 4),
@@ -79,17 +80,26 @@ _LARGE: dict[tuple[int, int, int], Config] = {
     (64, 4, 16): Config(32, 8, 3),
     (64, 4, 32): Config(32, 8, 3),
     (96, 4, 16): Config(32, 8, 3),
-    (96, 4, 32): Config(32, 8, 3),
-    (128, 4, 16): Config(32, 8, 3),
+    (96, 4, 32): Config(16, 8, 3),
+    (128, 4, 16): Config(16, 8, 3),
     (128, 4, 32): Config(16, 8, 3),
     (192, 4, 16): Config(16, 8, 3),
     (192, 4, 32): Config(16, 8, 3),
     (256, 4, 16): Config(16, 8, 3),
     (256, 4, 32): Config(16, 8, 3),
 }
+# sm_80 multiplies out of registers (mma.sync) where later ones do out of shared memory: wide tiles take smaller blocks.
+_SM80 = _LARGE | {
+    (64, 2, 128): Config(32, 8, 4),
+    (96, 2, 64): Config(32, 8, 4),
+    (96, 2, 128): Config(32, 8, 3),
+    (128, 2, 64): Config(32, 8, 4),
+    (192, 2, 64): Config(16, 8, 3),
+    (256, 2, 64): Config(16, 8, 3),
+}
 # … and where a block has less: one or two stages fewer, the same tiles
 _SMALL: dict[tuple[int, int, int], Config] = {
-    key: Config(c.block_n, c.num_warps, 2 if key[2] >= 64 or key[1] == 4 else 3) for key, c in _LARGE.items()
+    key: Config(c.block_n, c.num_warps, 2 if key[2] >= 64 or key[1] == 4 else 3) for key, c in _SM80.items()
 }
 
 
@@ -99,10 +109,10 @@ def attention_config(head_dim: int, itemsize: int, block_m: int, arch: int) -> C
     Args:
         head_dim: 1 to 256.
         itemsize: bytes of an element of q, k and v: 2 or 4.
-        block_m: packed rows of a program: 16, 32, 64 or 128, at most ``max_block_m(head_dim, itemsize)``.
+        block_m: packed rows of a program: 16, 32, 64 or 128, at most ``max_block_m(head_dim, itemsize, arch)``.
         arch: compute capability as an integer, 90 for sm_90.
     """
-    table = _SMALL if arch in SMALL_SHARED else _LARGE
+    table = _SMALL if arch in SMALL_SHARED else _SM80 if arch < 90 else _LARGE
     d0, d1 = column_split(head_dim)
     widest = 256 if d0 + d1 > 128 else 128 if d0 + d1 > 64 else 64
     head_dim_class = {256: 192, 128: 96}[widest] if d1 else widest

@@ -45,9 +45,9 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def block_rows(packed: int, head_dim: int, itemsize: int) -> int:
+def block_rows(packed: int, head_dim: int, itemsize: int, arch: int) -> int:
     """BLOCK_M for items of up to ``packed`` (rows × group) packed rows; wider items take several programs."""
-    return min(max(16, next_power_of_two(packed)), max_block_m(head_dim, itemsize))
+    return min(max(16, next_power_of_two(packed)), max_block_m(head_dim, itemsize, arch))
 
 
 def attention(
@@ -88,8 +88,9 @@ def attention(
         if arrays.num_items:
             # tile_rows is what the profile allows; a small batch has fewer rows in all, and needs no wide tile.
             packed = min(arrays.tile_rows, rows) * group
-            block_m = block_rows(packed, head_dim, q.element_size())
-            config = attention_config(head_dim, q.element_size(), block_m, device_traits(q.device).arch)
+            arch = device_traits(q.device).arch
+            block_m = block_rows(packed, head_dim, q.element_size(), arch)
+            config = attention_config(head_dim, q.element_size(), block_m, arch)
             d0, d1 = column_split(head_dim)
             grid = (arrays.num_items * num_kv_heads, triton.cdiv(packed, block_m))
             tree_attention_kernel[grid](

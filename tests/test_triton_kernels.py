@@ -317,7 +317,7 @@ def test_every_variant_has_a_configuration():
         for head_dim in range(1, 257):
             for itemsize in (2, 4):
                 block_m = 16
-                while block_m <= configs.max_block_m(head_dim, itemsize):
+                while block_m <= configs.max_block_m(head_dim, itemsize, arch):
                     config = configs.attention_config(head_dim, itemsize, block_m, arch)
                     assert config.block_n >= 16 and config.num_stages >= 2
                     block_m *= 2

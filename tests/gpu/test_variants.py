@@ -12,12 +12,13 @@ from anabranch.kernels import configs, launch
 from anabranch.kernels.variants import HEAD_DIMS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ARCH = launch.device_traits(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")).arch
 VARIANTS = [
     (head_dim, dtype, block_m)
     for dtype in DTYPES
     for head_dim in HEAD_DIMS
     for block_m in (16, 32, 64, 128)
-    if block_m <= configs.max_block_m(head_dim, DTYPES[dtype].itemsize)
+    if block_m <= configs.max_block_m(head_dim, DTYPES[dtype].itemsize, ARCH)
 ]
 
 

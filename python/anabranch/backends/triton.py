@@ -61,10 +61,11 @@ def profile(num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dty
     """Tile, chunk and parallelism for this device: every multiprocessor should have two programs to switch between."""
     from anabranch.kernels import configs, launch
 
+    traits = launch.device_traits(device)
     return Profile(
-        tile=configs.max_block_m(head_dim, dtype.itemsize),
+        tile=configs.max_block_m(head_dim, dtype.itemsize, traits.arch),
         chunk=CHUNK,
-        parallelism=2 * launch.device_traits(device).multiprocessors,
+        parallelism=2 * traits.multiprocessors,
         num_kv_heads=num_kv_heads,
         elem_size=dtype.itemsize,
     )

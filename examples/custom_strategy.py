@@ -47,7 +47,7 @@ def main(question: str) -> None:
     print(result.text, "\n")
     print(result.tree.pretty(), "\n")
     m = result.metrics
-    print(f"{m.num_forks} forks, {m.total_tokens} tokens in all, {m.critical_path_tokens} one after another, {m.wall_seconds:.1f} s")
+    print(f"{m.num_forks} forks, {m.total_tokens} tokens ({m.critical_path_tokens} in a row), {m.wall_seconds:.1f} s")
 
 
 if __name__ == "__main__":

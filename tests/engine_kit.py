@@ -1,23 +1,39 @@
-"""Shared by the engine's tests: tiny random models, a byte tokenizer, and a dense recomputation of any fork/join tree."""
+"""Shared by the engine's tests: tiny random models, a byte tokenizer, a dense recomputation of any tree."""
 
 from __future__ import annotations
 
 import copy
 from functools import cache
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
 import anabranch as ab
+import torch
 from anabranch.engine import Result
 from anabranch.engine.result import Node
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 VOCAB, BOS, EOS, PAD = 260, 257, 258, 256
 SIZES = dict(
-    vocab_size=VOCAB, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
-    num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
-    initializer_range=0.3, tie_word_embeddings=False,
+    vocab_size=VOCAB,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=2048,
+    bos_token_id=BOS,
+    eos_token_id=EOS,
+    pad_token_id=PAD,
+    initializer_range=0.3,
+    tie_word_embeddings=False,
 )
 FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 
@@ -34,7 +50,9 @@ def make_model(family: str = "llama"):
     return copy.deepcopy(_weights(family))
 
 
-def make_engine(family: str = "llama", tokenizer=None, num_pages: int = 256, page_size: int = 4, **options) -> ab.Engine:
+def make_engine(
+    family: str = "llama", tokenizer=None, num_pages: int = 256, page_size: int = 4, **options
+) -> ab.Engine:
     return ab.Engine(make_model(family), tokenizer, num_pages=num_pages, page_size=page_size, **options)
 
 
@@ -47,12 +65,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(["<pad>", "<bos>", "<eos>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+    )
     return tokenizer
 
 
 class Recorder(LogitsProcessor):
-    """A logits processor that changes nothing and keeps (context, scores) of every token that was about to be sampled."""
+    """A logits processor that changes nothing and keeps (context, scores) of every token about to be sampled."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[tuple[int, ...], torch.Tensor]] = []
@@ -64,7 +84,7 @@ class Recorder(LogitsProcessor):
 
 
 class Dense:
-    """Every token of a tree once, and which others it sees; the model's eager attention under that mask is the oracle."""
+    """Every token of a tree once, and which others it sees: under that mask, eager attention is the oracle."""
 
     def __init__(self, result: Result, family: str):
         self.ids: list[int] = []
@@ -78,7 +98,9 @@ class Dense:
             mask[row, seen] = 0
         with torch.no_grad():
             self.logits = _weights(family)(
-                input_ids=torch.tensor([self.ids]), position_ids=torch.tensor([self.positions]), attention_mask=mask[None, None],
+                input_ids=torch.tensor([self.ids]),
+                position_ids=torch.tensor([self.positions]),
+                attention_mask=mask[None, None],
             ).logits[0]
         self.by_context = {tuple(self.ids[i] for i in seen): self.logits[row] for row, seen in enumerate(self.sees)}
 

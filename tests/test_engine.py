@@ -1,16 +1,15 @@
-"""The loop: exact against Transformers and against a dense recomputation, whatever the batch, the chunks and the pages."""
+"""The loop: exact against Transformers and a dense recomputation, whatever the batch, the chunks, the pages."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import anabranch as ab
 import pytest
 import torch
-from engine_kit import EOS, Recorder, assert_dense, assert_nothing_held, byte_tokenizer, make_engine, make_model
-
-import anabranch as ab
 from anabranch.engine import Discard, Finish, Fork, Join, Token
 from anabranch.strategies import SelfConsistency, Sequential, Strategy, first, gather
+from engine_kit import EOS, Recorder, assert_dense, assert_nothing_held, byte_tokenizer, make_engine, make_model
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
 
@@ -54,10 +53,17 @@ def test_plain_equals_generate(family):
     assert_nothing_held(engine)
 
 
-@pytest.mark.parametrize("options", [
-    dict(repetition_penalty=1.7), dict(no_repeat_ngram_size=2), dict(min_new_tokens=12, eos_token_id=[EOS, 80]),
-    dict(suppress_tokens=[1, 2, 3]), dict(bad_words_ids=[[9], [8, 7]]), dict(eos_token_id=[12, 200, 201]),
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(repetition_penalty=1.7),
+        dict(no_repeat_ngram_size=2),
+        dict(min_new_tokens=12, eos_token_id=[EOS, 80]),
+        dict(suppress_tokens=[1, 2, 3]),
+        dict(bad_words_ids=[[9], [8, 7]]),
+        dict(eos_token_id=[12, 200, 201]),
+    ],
+)
 def test_processors_and_eos_equal_generate(options):
     engine = make_engine()
     expected = [greedy(make_model(), p, max_new_tokens=20, **options) for p in (PROMPT, [1, 2, 3])]
@@ -69,7 +75,9 @@ def test_processors_and_eos_equal_generate(options):
 @pytest.mark.parametrize("max_rows", [512, 3])
 def test_every_row_of_a_fork_join_tree_equals_a_dense_recomputation(family, max_rows):
     engine, recorder = make_engine(family, max_rows=max_rows), Recorder()
-    result = engine.generate(PROMPT, strategy=Nested(), max_new_tokens=100, logits_processor=[recorder], eos_token_id=None)
+    result = engine.generate(
+        PROMPT, strategy=Nested(), max_new_tokens=100, logits_processor=[recorder], eos_token_id=None
+    )
     assert assert_dense(result, recorder, family) == result.metrics.sampled_tokens == 6 + 17 + 8 + 3 + 5 + 10 + 4
     assert_nothing_held(engine)
 
@@ -82,7 +90,17 @@ def test_positions_of_a_concat_join_are_shared_and_go_on_from_the_longest():
     conclusion = next(r for r in result.tree.runs if r.kind == "inserted")
     assert conclusion.position == max(k.stop for k in kids[:3])
     assert [r.kind for r in result.tree.runs] == [
-        "prompt", "sampled", "joined", "joined", "joined", "inserted", "sampled", "joined", "joined", "inserted", "sampled",
+        "prompt",
+        "sampled",
+        "joined",
+        "joined",
+        "joined",
+        "inserted",
+        "sampled",
+        "joined",
+        "joined",
+        "inserted",
+        "sampled",
     ]
 
 
@@ -224,7 +242,9 @@ def test_nan_scores_are_an_error_that_names_the_model_and_the_step():
     engine = make_engine()
     with torch.no_grad():
         engine.model.lm_head.weight[17] = float("nan")
-    with pytest.raises(ValueError, match="LlamaForCausalLM returned NaN scores in step 1 for prompt 0, thread 0, position 6"):
+    with pytest.raises(
+        ValueError, match="LlamaForCausalLM returned NaN scores in step 1 for prompt 0, thread 0, position 6"
+    ):
         engine.generate(PROMPT)
     assert_nothing_held(engine)
 
@@ -242,7 +262,9 @@ def test_training_mode_is_put_back():
 def test_stream_tells_the_whole_story():
     tokenizer = byte_tokenizer()
     engine = make_engine(tokenizer=tokenizer)
-    strategy = ab.strategies.Aspects(headers=("é:", "ü:"), conclusion="→", after=(), intro_tokens=9, aspect_tokens=11, aspect_stop=())
+    strategy = ab.strategies.Aspects(
+        headers=("é:", "ü:"), conclusion="→", after=(), intro_tokens=9, aspect_tokens=11, aspect_stop=()
+    )
     options = dict(strategy=strategy, max_new_tokens=30, seed=2, do_sample=True, eos_token_id=None)
     events = list(engine.stream(["ab", "cde"], **options))
     results = [e.result for e in events if isinstance(e, Finish)]
@@ -259,7 +281,9 @@ def test_stream_tells_the_whole_story():
             if node.id != "0":
                 assert "".join(e.text for e in said) == tokenizer.decode(written)
         assert [(e.thread, e.children) for e in mine if isinstance(e, Fork)] == [("0", ("0.0", "0.1"))]
-        assert [(e.thread, e.children, e.mode) for e in mine if isinstance(e, Join)] == [("0", ("0.0", "0.1"), "concat")]
+        assert [(e.thread, e.children, e.mode) for e in mine if isinstance(e, Join)] == [
+            ("0", ("0.0", "0.1"), "concat")
+        ]
         assert isinstance(mine[-1], Finish) and not any(isinstance(e, Discard) for e in mine)
     inserted = [e for e in events if isinstance(e, Token) and e.inserted and e.thread == "0.0"]
     assert inserted[0].text == "é:" and inserted[0].position == len("ab") + 9
@@ -337,7 +361,9 @@ def test_engines_that_cannot_be():
         make_engine(max_rows=0)
     from transformers import BertConfig, BertModel
 
-    bert = BertModel(BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    bert = BertModel(
+        BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    )
     with pytest.raises(ValueError):
         ab.Engine(bert)
     engine = make_engine()

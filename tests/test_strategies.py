@@ -8,10 +8,9 @@ from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
 import torch
-from engine_kit import EOS, Recorder, assert_dense, assert_nothing_held, byte_tokenizer, make_engine, make_model
-
 from anabranch.metrics import summary
 from anabranch.strategies import Aspects, Ended, SelfConsistency, Sequential, Strategy, gather
+from engine_kit import EOS, Recorder, assert_dense, assert_nothing_held, byte_tokenizer, make_engine, make_model
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
 
@@ -25,7 +24,9 @@ def end(text):
 
 def test_votes():
     numbers = SelfConsistency(5, vote="number")
-    answers = [numbers.answer(end(t)) for t in ("it is 1,204.", "so 12 + 3 = 15", "none", "x = 15", "1204 and then 1204")]
+    answers = [
+        numbers.answer(end(t)) for t in ("it is 1,204.", "so 12 + 3 = 15", "none", "x = 15", "1204 and then 1204")
+    ]
     assert answers == ["1204", "15", None, "15", "1204"]
     assert numbers.elect(answers, []) == 0  # a tie goes to the earlier branch
     assert numbers.elect([None, None], []) == 0
@@ -42,7 +43,9 @@ def test_the_trunk_becomes_the_winner():
     last = SelfConsistency(6, vote=lambda text: len(text) % 2, max_new_tokens=9, temperature=1.5)
     result = engine.generate("abc", strategy=last, seed=4)
     assert len(result.answers) == 6
-    winner = result.answers.index(max(set(result.answers), key=lambda a: (result.answers.count(a), -result.answers.index(a))))
+    winner = result.answers.index(
+        max(set(result.answers), key=lambda a: (result.answers.count(a), -result.answers.index(a)))
+    )
     kids = result.tree.children
     assert [k.fate for k in kids] == ["joined" if i == winner else "discarded" for i in range(6)]
     assert result.token_ids == kids[winner].token_ids
@@ -50,7 +53,12 @@ def test_the_trunk_becomes_the_winner():
     metrics = result.metrics
     assert metrics.critical_path_tokens == max(len(k.token_ids) for k in kids)
     assert metrics.total_tokens == sum(len(k.token_ids) for k in kids) and metrics.parallel_ratio == 1
-    assert (metrics.num_threads, metrics.num_forks, metrics.threads_per_block, metrics.max_concurrency) == (6, 1, (6,), 6)
+    assert (metrics.num_threads, metrics.num_forks, metrics.threads_per_block, metrics.max_concurrency) == (
+        6,
+        1,
+        (6,),
+        6,
+    )
     assert_nothing_held(engine)
 
 
@@ -75,7 +83,9 @@ def test_the_winner_can_go_on():
             return answers
 
     engine, recorder = make_engine(), Recorder()
-    result = engine.generate(PROMPT, strategy=Onward(3, max_new_tokens=4), logits_processor=[recorder], eos_token_id=None)
+    result = engine.generate(
+        PROMPT, strategy=Onward(3, max_new_tokens=4), logits_processor=[recorder], eos_token_id=None
+    )
     with torch.no_grad():
         logits = make_model()(torch.tensor([[*PROMPT, *result.token_ids]])).logits[0]
     assert len(result.token_ids) == 9 and result.metrics.critical_path_tokens == 9
@@ -88,13 +98,21 @@ def test_the_winner_can_go_on():
 def test_aspects_fork_in_mid_answer_and_join():
     tokenizer = byte_tokenizer()
     engine, recorder = make_engine(tokenizer=tokenizer), Recorder()
-    strategy = Aspects(("A:", "B:", "C:"), "so", after=(), intro_tokens=7, aspect_tokens=5, aspect_stop=(), conclusion_tokens=4)
+    strategy = Aspects(
+        ("A:", "B:", "C:"), "so", after=(), intro_tokens=7, aspect_tokens=5, aspect_stop=(), conclusion_tokens=4
+    )
     result = engine.generate("hello", strategy=strategy, logits_processor=[recorder], eos_token_id=None)
     assert_dense(result, recorder, "llama")
     assert [tokenizer.decode(k.token_ids)[:2] for k in result.tree.children] == ["A:", "B:", "C:"]
     runs = result.tree.runs
     assert [(r.kind, r.source) for r in runs] == [
-        ("prompt", None), ("sampled", None), ("joined", "0.0"), ("joined", "0.1"), ("joined", "0.2"), ("inserted", None), ("sampled", None),
+        ("prompt", None),
+        ("sampled", None),
+        ("joined", "0.0"),
+        ("joined", "0.1"),
+        ("joined", "0.2"),
+        ("inserted", None),
+        ("sampled", None),
     ]
     base = len("hello") + 7
     assert {k.start for k in result.tree.children} == {base}
@@ -108,7 +126,9 @@ def test_aspects_fork_in_mid_answer_and_join():
 
 def test_aspects_forks_inside_a_page_and_copies_it_only_then():
     engine = make_engine(page_size=8)
-    strategy = Aspects(([1], [2], [3]), [4], after=(), intro_tokens=6, aspect_tokens=3, aspect_stop=(), conclusion_tokens=2)
+    strategy = Aspects(
+        ([1], [2], [3]), [4], after=(), intro_tokens=6, aspect_tokens=3, aspect_stop=(), conclusion_tokens=2
+    )
     result = engine.generate(PROMPT, strategy=strategy, eos_token_id=None)
     assert result.metrics.pages_copied == 3  # 13 tokens at the fork: one shared tail page, a copy for each child
 
@@ -117,7 +137,9 @@ def test_aspects_drops_blank_ends_and_leaves_a_finished_answer_alone():
     tokenizer = byte_tokenizer()
     engine = make_engine(tokenizer=tokenizer)
     plain = engine.generate("hello", max_new_tokens=12, eos_token_id=None).token_ids
-    done = engine.generate("hello", strategy=Aspects(after=(), intro_tokens=9), max_new_tokens=40, eos_token_id=[plain[4]])
+    done = engine.generate(
+        "hello", strategy=Aspects(after=(), intro_tokens=9), max_new_tokens=40, eos_token_id=[plain[4]]
+    )
     assert done.token_ids == plain[:5] and done.metrics.trigger_rate == 0.0 and done.tree.ended == "eos"
 
     class Newlines(Recorder):
@@ -132,14 +154,17 @@ def test_aspects_drops_blank_ends_and_leaves_a_finished_answer_alone():
     assert result.text.startswith("\n") and "so" in result.text
 
 
-@pytest.mark.parametrize(("build", "message"), [
-    (lambda: SelfConsistency(0), "n=0"),
-    (lambda: SelfConsistency(vote="("), "neither one of number, boxed, letter, line nor a regular expression"),
-    (lambda: SelfConsistency(vote=3), "vote=3"),
-    (lambda: Aspects(headers=()), "headers="),
-    (lambda: Aspects(conclusion=""), "conclusion is empty"),
-    (lambda: Sequential("x"), "not a Strategy"),
-])
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: SelfConsistency(0), "n=0"),
+        (lambda: SelfConsistency(vote="("), "neither one of number, boxed, letter, line nor a regular expression"),
+        (lambda: SelfConsistency(vote=3), "vote=3"),
+        (lambda: Aspects(headers=()), "headers="),
+        (lambda: Aspects(conclusion=""), "conclusion is empty"),
+        (lambda: Sequential("x"), "not a Strategy"),
+    ],
+)
 def test_strategies_check_their_fields(build, message):
     with pytest.raises((ValueError, TypeError), match=message):
         build()
@@ -194,7 +219,9 @@ def test_stop_strings_match_what_this_decode_samples_across_tokens():
     plain = run(lambda trunk: (yield trunk.decode(30)))
     text = plain.text
     # Two characters whose first appearance together is not at the beginning.
-    at = next(i for i in range(4, len(text) - 2) if text.index(text[i : i + 2]) == i and "\ufffd" not in text[i : i + 2])
+    at = next(
+        i for i in range(4, len(text) - 2) if text.index(text[i : i + 2]) == i and "\ufffd" not in text[i : i + 2]
+    )
     stop = text[at : at + 2]
     seen = []
 
@@ -216,7 +243,11 @@ def test_stats_are_those_of_the_raw_scores():
 
     result = run(body)
     with torch.no_grad():
-        logp = make_model()(torch.tensor([PROMPT + list(result.token_ids)])).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
+        logp = (
+            make_model()(torch.tensor([PROMPT + list(result.token_ids)]))
+            .logits[0, len(PROMPT) - 1 : -1]
+            .log_softmax(-1)
+        )
     assert len(seen[0].stats) == 4 and seen[1].stats == ()
     for i, stat in enumerate(seen[0].stats):
         assert stat.logprob == pytest.approx(float(logp[i, result.token_ids[i]]), abs=1e-3)
@@ -346,7 +377,10 @@ MISUSE = [
     (lambda trunk: trunk.fork([[1], [260]]), r"fork: headers\[1\]: token id 260"),
     (lambda trunk: trunk.spawn(""), "spawn: prompt is empty"),
     (lambda trunk: trunk.join([], "concat"), "kids is empty"),
-    (lambda trunk: trunk.join(trunk.fork(2), "merge"), "mode='merge'; pass one of 'concat', 'reprefill', 'summary', 'discard'"),
+    (
+        lambda trunk: trunk.join(trunk.fork(2), "merge"),
+        "mode='merge'; pass one of 'concat', 'reprefill', 'summary', 'discard'",
+    ),
     (lambda trunk: trunk.join(trunk.fork(2), "concat", text="x"), "summary takes text"),
     (lambda trunk: trunk.join(trunk.fork(2), "summary"), "summary takes text"),
     (lambda trunk: trunk.join(trunk.fork(1) * 2), "given twice"),
@@ -397,7 +431,7 @@ def test_a_dead_thread_takes_nothing_and_a_stuck_strategy_is_told():
         kids = trunk.fork(1)
         yield kids[0].join(kids[0].fork(1)) and trunk.join(kids) and waits_for_ever()
 
-    from anabranch.strategies.protocol import Awaitable
+    from anabranch.strategies.ops import Awaitable
 
     def waits_for_ever():
         return Awaitable()
@@ -447,7 +481,9 @@ class Anything(Strategy):
                     yield self.work(kid, rng, 2)
                     yield thread.join(kid, "summary", text=[rng.randrange(200)])
                     continue
-                kids = thread.fork([[rng.randrange(200) for _ in range(rng.randint(1, 3))] for _ in range(rng.randint(1, 4))])
+                kids = thread.fork(
+                    [[rng.randrange(200) for _ in range(rng.randint(1, 3))] for _ in range(rng.randint(1, 4))]
+                )
                 seeds = [random.Random(rng.random()) for _ in kids]
                 yield [self.work(kid, r, depth + 1) for kid, r in zip(kids, seeds, strict=True)]
                 if rng.random() < 0.2:

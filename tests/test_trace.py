@@ -6,17 +6,18 @@ import copy
 import json
 
 import pytest
-from engine_kit import byte_tokenizer, make_engine
-
 from anabranch import trace
 from anabranch.strategies import Aspects, SelfConsistency
+from engine_kit import byte_tokenizer, make_engine
 
 
 @pytest.fixture(scope="module")
 def result():
     engine = make_engine(tokenizer=byte_tokenizer())
     strategy = Aspects(("é:", "B:"), "so", after=(), intro_tokens=7, aspect_tokens=5, aspect_stop=())
-    return engine.generate("hello", strategy=strategy, seed=3, max_new_tokens=20, do_sample=True, temperature=0.9, eos_token_id=None)
+    return engine.generate(
+        "hello", strategy=strategy, seed=3, max_new_tokens=20, do_sample=True, temperature=0.9, eos_token_id=None
+    )
 
 
 def test_a_trace_comes_back_as_it_was(result, tmp_path):
@@ -52,23 +53,34 @@ def broken(data, path, value):
     return data
 
 
-@pytest.mark.parametrize(("path", "value", "message"), [
-    (["schema"], "other", "trace.schema: expected 'anabranch.trace'"),
-    (["version"], 2, "trace.version: 2 is not readable here"),
-    (["version"], True, "trace.version: expected int, got True"),
-    (["seed"], "3", "trace.seed: expected int, got '3'"),
-    (["model"], ..., "trace.model: missing"),
-    (["token_ids", 2], -5, r"trace.token_ids\[2\]: expected a number ≥ 0, got -5"),
-    (["tree", "children", 1, "role"], "leaf", r"trace.tree.children\[1\].role: expected 'trunk', 'fork' or 'fresh'"),
-    (["tree", "children", 0, "token_ids", 0], 1.5, r"trace.tree.children\[0\].token_ids\[0\]: expected int, got 1.5"),
-    (["tree", "runs", 1, "kind"], "dreamt", r"trace.tree.runs\[1\].kind: expected 'prompt'"),
-    (["tree", "runs", 1, "spliced"], 0, r"trace.tree.runs\[1\].spliced: expected bool"),
-    (["tree", "token_ids"], [1], "trace.tree.runs: hold .* tokens that are not those of trace.tree.token_ids"),
-    (["tree", "children"], {}, r"trace.tree.children: expected list or tuple"),
-    (["metrics", "token_speedup"], ..., "trace.metrics.token_speedup: missing"),
-    (["metrics", "token_speedup"], "fast", "trace.metrics.token_speedup: expected int or float"),
-    (["metrics", "speed"], 1, "trace.metrics.speed: unknown"),
-])
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["schema"], "other", "trace.schema: expected 'anabranch.trace'"),
+        (["version"], 2, "trace.version: 2 is not readable here"),
+        (["version"], True, "trace.version: expected int, got True"),
+        (["seed"], "3", "trace.seed: expected int, got '3'"),
+        (["model"], ..., "trace.model: missing"),
+        (["token_ids", 2], -5, r"trace.token_ids\[2\]: expected a number ≥ 0, got -5"),
+        (
+            ["tree", "children", 1, "role"],
+            "leaf",
+            r"trace.tree.children\[1\].role: expected 'trunk', 'fork' or 'fresh'",
+        ),
+        (
+            ["tree", "children", 0, "token_ids", 0],
+            1.5,
+            r"trace.tree.children\[0\].token_ids\[0\]: expected int, got 1.5",
+        ),
+        (["tree", "runs", 1, "kind"], "dreamt", r"trace.tree.runs\[1\].kind: expected 'prompt'"),
+        (["tree", "runs", 1, "spliced"], 0, r"trace.tree.runs\[1\].spliced: expected bool"),
+        (["tree", "token_ids"], [1], "trace.tree.runs: hold .* tokens that are not those of trace.tree.token_ids"),
+        (["tree", "children"], {}, r"trace.tree.children: expected list or tuple"),
+        (["metrics", "token_speedup"], ..., "trace.metrics.token_speedup: missing"),
+        (["metrics", "token_speedup"], "fast", "trace.metrics.token_speedup: expected int or float"),
+        (["metrics", "speed"], 1, "trace.metrics.speed: unknown"),
+    ],
+)
 def test_a_wrong_field_is_named(result, path, value, message):
     with pytest.raises(ValueError, match=message):
         trace.Trace.from_dict(broken(result.trace().as_dict(), path, value))

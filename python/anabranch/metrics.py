@@ -79,10 +79,19 @@ class Metrics:
 
 
 def measure(
-    *, sampled: int, inserted: int, in_threads: int, critical: int, blocks: Iterable[int], max_concurrency: int,
-    longest_context: int, well_formed: bool = True, **machine: Any,
+    *,
+    sampled: int,
+    inserted: int,
+    in_threads: int,
+    critical: int,
+    blocks: Iterable[int],
+    max_concurrency: int,
+    longest_context: int,
+    well_formed: bool = True,
+    **machine: Any,
 ) -> Metrics:
-    """`Metrics` from counts: `in_threads` of the tokens were written outside the trunk, `blocks` are the threads of each fork."""
+    """`Metrics` from counts: `in_threads` of the tokens were written outside the trunk, `blocks` are the threads of
+    each fork."""
     total, per_block = sampled + inserted, tuple(blocks)
     return Metrics(
         total_tokens=total,
@@ -113,7 +122,15 @@ def summary(results: Iterable[Any]) -> dict[str, float]:
         raise ValueError("summary: no results; pass at least one")
     n = len(all_metrics)
     out: dict[str, float] = {"answers": n}
-    for name in ("total_tokens", "sampled_tokens", "inserted_tokens", "critical_path_tokens", "num_threads", "num_forks", "prompt_tokens"):
+    for name in (
+        "total_tokens",
+        "sampled_tokens",
+        "inserted_tokens",
+        "critical_path_tokens",
+        "num_threads",
+        "num_forks",
+        "prompt_tokens",
+    ):
         out[name] = sum(getattr(m, name) for m in all_metrics)
     total, critical = out["total_tokens"], out["critical_path_tokens"]
     out["acceleration_ratio"] = 1 - critical / total if total else 0.0

@@ -6,8 +6,8 @@ Layout (version 1)::
      "model": str, "strategy": str, "seed": int, "config": {…},
      "prompt_token_ids": [int], "token_ids": [int], "text": str | null, "answers": any JSON, "malformed": [str],
      "tree": {"id", "role", "token_ids", "text", "start", "stop", "forked_at", "ended", "fate",
-              "runs": [{"kind", "token_ids", "position", "source", "spliced"}], "forgotten": [as runs], "children": [nodes]},
-     "metrics": {…}}
+              "runs": [{"kind", "token_ids", "position", "source", "spliced"}], "forgotten": [as runs], "children":
+     [nodes]}, "metrics": {…}}
 """
 
 from __future__ import annotations
@@ -81,7 +81,10 @@ class Trace:
             raise ValueError(f"trace.schema: expected {SCHEMA!r}, got {data.get('schema')!r}; is this file a trace?")
         version = _get(data, "version", "trace", int)
         if version != VERSION:
-            raise ValueError(f"trace.version: {version} is not readable here (this is version {VERSION}); use the anabranch that wrote it")
+            raise ValueError(
+                f"trace.version: {version} is not readable here (this is version {VERSION}); "
+                "use the anabranch that wrote it"
+            )
         metrics = _get(data, "metrics", "trace", dict)
         known = {f.name for f in fields(Metrics)}
         for f in fields(Metrics):
@@ -200,5 +203,7 @@ def _node(data: Any, at: str) -> Node:
     )
     held = [t for run in node.runs if run.kind != "prompt" for t in run.token_ids]
     if held != list(node.token_ids):
-        raise ValueError(f"{at}.runs: hold {len(held)} tokens that are not those of {at}.token_ids ({len(node.token_ids)})")
+        raise ValueError(
+            f"{at}.runs: hold {len(held)} tokens that are not those of {at}.token_ids ({len(node.token_ids)})"
+        )
     return node

@@ -15,7 +15,6 @@ from .events import Event
 from .loop import Run
 from .prompts import Prompt, Text, split_prompts
 from .request import Request
-from .result import Result
 from .sampling import Samplers, prepare_config
 
 
@@ -35,8 +34,15 @@ class Engine:
     >>> engine.generate("Is the sea salty?", strategy=ab.SelfConsistency(8), max_new_tokens=64).text
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None, num_pages: int | None = None, page_size: int = 16,
-                 backend: str = "auto", max_rows: int = 512):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        num_pages: int | None = None,
+        page_size: int = 16,
+        backend: str = "auto",
+        max_rows: int = 512,
+    ):
         if not isinstance(max_rows, int) or max_rows < 1:
             raise ValueError(f"max_rows={max_rows!r}; pass a whole number of at least 1 (tokens a forward)")
         hf.enable(model)
@@ -60,17 +66,20 @@ class Engine:
 
         prompt: a string, tokenised as it stands (no chat template); a list of token ids; or a chat
             (``[{"role": "user", "content": …}]``) through the tokenizer's chat template. A list of those is many.
-        strategy: None decodes plainly: greedy, it equals ``model.generate(do_sample=False)`` token for token in float32.
+        strategy: None decodes plainly: greedy, it equals ``model.generate(do_sample=False)`` token for token in
+        float32.
         generation_config: Transformers' own; by default the model's. Further keywords set its fields
-            (``do_sample=True, temperature=0.7``); ``logits_processor=`` and ``stopping_criteria=`` take lists, as in Transformers.
-        seed: of all sampling; a thread's stream depends on the seed and the thread's place in the tree alone, so the same
-            seed gives the same answer whatever else is in the call. A list gives each prompt its own.
+            (``do_sample=True, temperature=0.7``); ``logits_processor=`` and ``stopping_criteria=`` take lists, as in
+            Transformers.
+        seed: of all sampling; a thread's stream depends on the seed and the thread's place in the tree alone, so the
+            same seed gives the same answer whatever else is in the call. A list gives each prompt its own.
         max_new_tokens: most tokens sampled one after another (along the critical path) for one prompt; default: the
-            config's ``max_new_tokens``, else 256. ``max_total_tokens=``: most tokens sampled over all threads of a prompt.
+            config's ``max_new_tokens``, else 256. ``max_total_tokens=``: most tokens sampled over all threads of a
+            prompt.
 
         Raises ValueError, before anything ran, for an empty prompt, ids outside the vocabulary, an option that is not
-        honoured, or a prompt that can never fit in ``num_pages``. Whatever is raised, later or by a strategy, or Ctrl-C:
-        all pages are free again and the engine is as good as new.
+        honoured, or a prompt that can never fit in ``num_pages``. Whatever is raised, later or by a strategy, or
+        Ctrl-C: all pages are free again and the engine is as good as new.
         """
         run, many = self._prepare(prompt, strategy, generation_config, seed, max_new_tokens, kwargs, streaming=False)
         for _ in self._drive(run):
@@ -106,15 +115,28 @@ class Engine:
             run.release()
             self._runs.discard(run)
 
-    def _prepare(self, prompt: Any, strategy: Any, config: Any, seed: Any, max_new_tokens: Any, kwargs: dict[str, Any],
-                 streaming: bool) -> tuple[Run, bool]:
+    def _prepare(
+        self,
+        prompt: Any,
+        strategy: Any,
+        config: Any,
+        seed: Any,
+        max_new_tokens: Any,
+        kwargs: dict[str, Any],
+        streaming: bool,
+    ) -> tuple[Run, bool]:
         """Check everything and set up the run; nothing in the cache changes here."""
         strategy = Plain() if strategy is None else strategy
         if not isinstance(strategy, Strategy):
-            raise TypeError(f"strategy: got {strategy!r}; pass an instance of a Strategy, such as ab.SelfConsistency(n=8), or None")
+            raise TypeError(
+                f"strategy: got {strategy!r}; pass an instance of a Strategy, such as ab.SelfConsistency(n=8), or None"
+            )
         device = torch.device(self.model.device)
         if device != torch.device(self.cache.device):
-            raise ValueError(f"model: is on {device}, but the engine's cache is on {self.cache.device}; move it back, or make a new Engine")
+            raise ValueError(
+                f"model: is on {device}, but the engine's cache is on {self.cache.device}; "
+                "move it back, or make a new Engine"
+            )
         extra, criteria = kwargs.pop("logits_processor", None), kwargs.pop("stopping_criteria", None)
         budget = kwargs.pop("max_total_tokens", None)
         if budget is not None and (not isinstance(budget, int) or budget < 1):
@@ -127,18 +149,29 @@ class Engine:
         if len(seeds) != len(prompts) or not all(isinstance(s, int) and s >= 0 for s in seeds):
             raise ValueError(f"seed={seed!r}; pass a whole number ≥ 0, or a list of {len(prompts)} (one a prompt)")
         ids = [text.prompt_ids(p, f"prompt[{i}]" if many else "prompt") for i, p in enumerate(prompts)]
-        room = self.cache.num_pages * self.cache.page_size
+        size = self.cache.page_size
+        room = self.cache.num_pages * size
         for i, tokens in enumerate(ids):
             if len(tokens) > room:
                 raise ValueError(
-                    f"prompt{f'[{i}]' if many else ''}: {len(tokens)} tokens can never fit in num_pages={self.cache.num_pages} of "
-                    f"{self.cache.page_size} tokens; make the engine with num_pages of at least {-(-len(tokens) // self.cache.page_size) + 1}"
+                    f"prompt{f'[{i}]' if many else ''}: {len(tokens)} tokens can never fit in "
+                    f"num_pages={self.cache.num_pages} of {size} tokens; make the engine with num_pages of at least "
+                    f"{-(-len(tokens) // size) + 1}"
                 )
         buffer: deque[Event] = deque()
         requests = [
-            Request(i, tokens, strategy, s, cache=self.cache, text=text, samplers=samplers, max_total_tokens=budget,
-                    max_new_tokens=prepared.max_new_tokens, emit=buffer.append if streaming else None)
+            Request(
+                i,
+                tokens,
+                strategy,
+                s,
+                cache=self.cache,
+                text=text,
+                samplers=samplers,
+                max_total_tokens=budget,
+                max_new_tokens=prepared.max_new_tokens,
+                emit=buffer.append if streaming else None,
+            )
             for i, (tokens, s) in enumerate(zip(ids, seeds, strict=True))
         ]
         return Run(self, requests, buffer), many
-

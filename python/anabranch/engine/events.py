@@ -1,4 +1,5 @@
-"""What `Engine.stream` yields. ``prompt`` is the index of the prompt in the call; ``thread`` an id such as "0.2" (trunk: "0")."""
+"""What `Engine.stream` yields. ``prompt`` is the index of the prompt in the call; ``thread`` an id such as "0.2"
+(trunk: "0")."""
 
 from __future__ import annotations
 

@@ -74,7 +74,9 @@ class Live:
         if self.thread.role != "fork":
             return True
         parent: Live = self.thread.parent._live  # type: ignore[union-attr]
-        return parent.branch is not None and parent._rebuild is None and parent.branch.length >= len(self.thread._prefix)
+        return (
+            parent.branch is not None and parent._rebuild is None and parent.branch.length >= len(self.thread._prefix)
+        )
 
     def open(self, cache: Any) -> None:
         """Give it a branch; call it when `may_open`."""
@@ -160,7 +162,7 @@ def append(thread: Thread, token_ids: list[int], kind: str, source: str | None =
 
 
 def cut(thread: Thread, length: int) -> bool:
-    """Forget a thread's tokens from context length `length` on; False when the cut went through joined siblings' tokens."""
+    """Forget a thread's tokens from context length `length` on; False when that cut through spliced tokens."""
     excess, clean = thread.length - length, True
     del thread._own[len(thread._own) - excess :]
     while excess:
@@ -168,7 +170,9 @@ def cut(thread: Thread, length: int) -> bool:
         gone = min(excess, len(segment.token_ids))
         start = len(segment.token_ids) - gone
         clean = clean and (segment.spliced is None or start == 0)
-        thread._forgotten.append(Segment(segment.kind, segment.token_ids[start:], segment.position + start, segment.source))
+        thread._forgotten.append(
+            Segment(segment.kind, segment.token_ids[start:], segment.position + start, segment.source)
+        )
         del segment.token_ids[start:]
         thread._position = segment.position + start
         if not segment.token_ids:

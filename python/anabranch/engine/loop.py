@@ -14,7 +14,8 @@ import torch
 
 from ..errors import OutOfPages
 from ..hf import tree_mask
-from ..strategies.protocol import Decode, Join, Thread
+from ..strategies.ops import Decode, Join
+from ..strategies.protocol import Thread
 from . import events
 from .live import Feed, Live
 from .request import Request
@@ -124,10 +125,20 @@ class Run:
         self.clock.strategy += time.perf_counter() - begin
 
     def _step(self) -> None:
-        ready = [t for request in self.active for t in self._may_decode(request) if t._live.has_scores and not t._live.pending]
+        ready = [
+            t
+            for request in self.active
+            for t in self._may_decode(request)
+            if t._live.has_scores and not t._live.pending
+        ]
         if not ready:
             self._forward()
-            ready = [t for request in self.active for t in self._may_decode(request) if t._live.has_scores and not t._live.pending]
+            ready = [
+                t
+                for request in self.active
+                for t in self._may_decode(request)
+                if t._live.has_scores and not t._live.pending
+            ]
         if ready:
             self._sample(ready)
 
@@ -135,7 +146,7 @@ class Run:
 
     @staticmethod
     def _may_decode(request: Request) -> list[Thread]:
-        """Threads whose queue begins with a decode; for a sequential strategy only the first of them, children first."""
+        """Threads whose queue begins with a decode; for a sequential strategy only the first, children first."""
         threads = [t for t in request.queued if t._ops and isinstance(t._ops[0], Decode) and t._live.born]
         if request.sequential and threads:
             return [min(threads, key=lambda t: (*t.path, inf))]
@@ -160,7 +171,8 @@ class Run:
                     wanted.update(dict.fromkeys(reversed(chain)))
         if not wanted and not any(t._live.has_scores and not t._live.pending for t in decoding):
             raise RuntimeError(
-                f"{type(request.strategy).__name__}: nothing is left to do, but run() still waits for {request.tasks.describe_wait()}; "
+                f"{type(request.strategy).__name__}: nothing is left to do, but run() still waits for "
+                f"{request.tasks.describe_wait()}; "
                 "was the thread it waits for killed, or does a join wait for a child that waits for its parent?"
             )
         return [t._live for t in wanted]
@@ -179,14 +191,23 @@ class Run:
         device = self.cache.device
         ids = torch.tensor([t for _, f, n in entries for t in f.token_ids[f.done : f.done + n]], device=device)
         # Only threads whose last token is now in need the head. Lengths already include this step.
-        keep = [i for i, (live, f, n) in enumerate(entries) if f.branch is live.branch and f.branch.length == live.thread.length]
+        keep = [
+            i
+            for i, (live, f, n) in enumerate(entries)
+            if f.branch is live.branch and f.branch.length == live.thread.length
+        ]
         last = step.last_rows[torch.tensor(keep or [0], device=device)]
         options = {} if self.engine.backend == "auto" else {"tree_backend": self.engine.backend}
         forward = time.perf_counter()
         with torch.inference_mode():
             logits = self.engine.model(
-                input_ids=ids[None], position_ids=step.position_ids[None], tree_step=step, use_cache=False,
-                attention_mask=tree_mask(step), logits_to_keep=last, **options,
+                input_ids=ids[None],
+                position_ids=step.position_ids[None],
+                tree_step=step,
+                use_cache=False,
+                attention_mask=tree_mask(step),
+                logits_to_keep=last,
+                **options,
             ).logits[0]
             self._check(logits, keep, entries)
         done = time.perf_counter()
@@ -210,7 +231,7 @@ class Run:
         clock.plan += forward - begin + time.perf_counter() - done
 
     def _choose(self, wanted: list[Live]) -> list[tuple[Live, Feed, int]]:
-        """Rows of the next step: every thread that goes on by a token, then prompts and other runs in order, in chunks."""
+        """Rows of the next step: every thread that goes on by a token, then longer runs in order, in chunks."""
         room = self.engine.max_rows
         free = self.cache.usage().pages_free
         size = self.cache.page_size
@@ -221,8 +242,8 @@ class Run:
             if room <= 0:
                 break
             if live.branch is None:
-                # One that is not in the cache enters when it fits beside those that are, and leaves each a page to grow;
-                # else they would push one another out in turns. Alone it may always try.
+                # One that is not in the cache enters when it fits beside those that are, and leaves each a page to
+                # grow; else they would push one another out in turns. Alone it may always try.
                 if entries and live.pending // size + 2 + running > free:
                     continue
                 if not live.may_open:
@@ -238,14 +259,17 @@ class Run:
             room -= count
         return entries
 
-    def _reserve(self, entries: list[tuple[Live, Feed, int]], wanted: list[Live]) -> tuple[Any, list[tuple[Live, Feed, int]]]:
-        """Reserve the rows in the cache; under a page shortage make room first, by what is idle, then by what came last."""
+    def _reserve(
+        self, entries: list[tuple[Live, Feed, int]], wanted: list[Live]
+    ) -> tuple[Any, list[tuple[Live, Feed, int]]]:
+        """Reserve the rows in the cache; in a page shortage make room: what is idle goes first, then the youngest."""
         if not entries:
             return None, entries  # only branches had to be opened
         while True:
             positions = {
                 feed.branch: torch.arange(feed.position + feed.done, feed.position + feed.done + count)
-                for _, feed, count in entries if feed.branch.position != feed.position + feed.done
+                for _, feed, count in entries
+                if feed.branch.position != feed.position + feed.done
             }
             try:
                 return self.cache.step({feed.branch: count for _, feed, count in entries}, positions or None), entries
@@ -266,14 +290,15 @@ class Run:
             else:
                 total, size = self.cache.num_pages, self.cache.page_size
                 raise ValueError(
-                    f"num_pages={total} (of {size} tokens) is too small for prompt {oldest.age()[0]}: thread {oldest.thread.id} needs "
-                    f"{oldest.thread.length} tokens beside those that cannot leave the cache now; make the engine with a larger num_pages, "
+                    f"num_pages={total} (of {size} tokens) is too small for prompt {oldest.age()[0]}: thread "
+                    f"{oldest.thread.id} needs {oldest.thread.length} tokens beside those that cannot leave now; "
+                    "make the engine with a larger num_pages, "
                     f"or use a shorter prompt, fewer threads or a smaller max_new_tokens ({shortage})"
                 )
 
     def _victim(self, oldest: Live) -> Live | None:
-        """Whose pages to take for `oldest`: a thread that nothing waits for, else the youngest of those younger than it;
-        never one that another thread in the cache is built on."""
+        """Whose pages to take for `oldest`: a thread that nothing waits for, else the youngest of those younger than
+        it; never one that another thread in the cache is built on."""
         best: Live | None = None
         best_key: tuple[bool, int, int] | None = None
         for request in self.active:
@@ -296,8 +321,9 @@ class Run:
         row = int(bad.nonzero()[0, 0])
         live, feed, _ = entries[keep[row] if keep else 0]
         raise ValueError(
-            f"{type(self.engine.model).__name__} returned NaN scores in step {self.clock.steps + 1} for prompt {live.thread._host.index}, "
-            f"thread {live.thread.id}, position {feed.branch.position - 1}; check the weights for NaN or infinite values, "
+            f"{type(self.engine.model).__name__} returned NaN scores in step {self.clock.steps + 1} for "
+            f"prompt {live.age()[0]}, thread {live.thread.id}, position {feed.branch.position - 1}; "
+            "check the weights for NaN or infinite values, "
             "or load the model in a wider dtype (float16 overflows where bfloat16 does not)"
         )
 
@@ -317,7 +343,9 @@ class Run:
                 tokens = sampler.choose(logits, contexts, lengths, [t._live.stream for t in threads])
                 asked = [i for i, t in enumerate(threads) if t._ops[0].topk]
                 if asked:
-                    stats = token_stats(logits[asked], [tokens[i] for i in asked], [threads[i]._ops[0].topk for i in asked])
+                    stats = token_stats(
+                        logits[asked], [tokens[i] for i in asked], [threads[i]._ops[0].topk for i in asked]
+                    )
                     for i, stat in zip(asked, stats, strict=True):
                         threads[i]._ops[0].stats.append(stat)
             for thread, token in zip(threads, tokens, strict=True):
@@ -330,7 +358,7 @@ class Run:
 
 
 def _rows(scores: list[Any]) -> torch.Tensor:
-    """The score rows of several threads as one [threads, vocabulary] tensor; no copy where they are a step's own, in order."""
+    """The score rows of several threads, [threads, vocabulary]; no copy where they are a step's own, in order."""
     tensor = scores[0][0]
     rows = [row for _, row in scores]
     if all(t is tensor for t, _ in scores):

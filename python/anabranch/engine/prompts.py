@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -15,7 +14,10 @@ def split_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
     """``(prompts, many)``: a string, a list of ints and a list of dicts are one prompt; a list of those is many."""
     if isinstance(prompt, torch.Tensor):
         if prompt.ndim not in (1, 2) or prompt.is_floating_point():
-            raise ValueError(f"prompt: a tensor of shape {tuple(prompt.shape)}, {prompt.dtype}; pass token ids of shape [tokens] or [prompts, tokens]")
+            raise ValueError(
+                f"prompt: a tensor of shape {tuple(prompt.shape)}, {prompt.dtype}; "
+                "pass token ids of shape [tokens] or [prompts, tokens]"
+            )
         prompt = prompt.tolist()
     if isinstance(prompt, str):
         return [prompt], False
@@ -25,7 +27,9 @@ def split_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
     if kinds == {int} or kinds == {dict}:
         return [prompt], False
     if kinds != {None}:
-        raise ValueError("prompt: the list mixes token ids or chat messages with other things; pass one kind of prompt a list")
+        raise ValueError(
+            "prompt: the list mixes token ids or chat messages with other things; pass one kind of prompt a list"
+        )
     return [p.tolist() if isinstance(p, torch.Tensor) else p for p in prompt], True
 
 
@@ -45,10 +49,16 @@ class Text:
             self._need_tokenizer(name)
             for i, message in enumerate(prompt):
                 if not {"role", "content"} <= message.keys():
-                    raise ValueError(f"{name}[{i}]: a chat message needs 'role' and 'content', got the keys {sorted(message)}")
+                    raise ValueError(
+                        f"{name}[{i}]: a chat message needs 'role' and 'content', got the keys {sorted(message)}"
+                    )
             if not getattr(self.tokenizer, "chat_template", None):
-                raise ValueError(f"{name} is a chat, but the tokenizer has no chat template; pass a string or token ids")
-            ids = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)["input_ids"]
+                raise ValueError(
+                    f"{name} is a chat, but the tokenizer has no chat template; pass a string or token ids"
+                )
+            ids = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
         else:
             ids = self.check_ids(prompt, name)
         if not len(ids):
@@ -65,7 +75,9 @@ class Text:
             if not isinstance(token, int):
                 raise ValueError(f"{name}: item {i} is {token!r}; pass text or a list of token ids (ints)")
             if not 0 <= token < self.vocab_size:
-                raise ValueError(f"{name}: token id {token} at {i} is outside the model's vocabulary of {self.vocab_size}")
+                raise ValueError(
+                    f"{name}: token id {token} at {i} is outside the model's vocabulary of {self.vocab_size}"
+                )
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -96,7 +108,15 @@ class Text:
 
     def _need_tokenizer(self, name: str) -> None:
         if self.tokenizer is None:
-            raise ValueError(f"{name} needs a tokenizer, and the engine has none; pass token ids, or Engine(model, tokenizer)")
+            raise ValueError(
+                f"{name} needs a tokenizer, and the engine has none; pass token ids, or Engine(model, tokenizer)"
+            )
+
+
+def _rest(whole: str, head: str) -> str:
+    """`whole` without what it shares with `head` (all of `head`, unless that ended in half a character)."""
+    shared = next((i for i, (a, b) in enumerate(zip(whole, head, strict=False)) if a != b), min(len(whole), len(head)))
+    return whole[shared:]
 
 
 class Detokenizer:
@@ -118,7 +138,7 @@ class Detokenizer:
         if whole.endswith("\ufffd"):
             return ""
         self._done = len(self._ids)
-        return whole[len(commonprefix([head, whole])) :]
+        return _rest(whole, head)
 
     def flush(self) -> str:
         """What was held back and will not become whole any more."""
@@ -127,4 +147,4 @@ class Detokenizer:
         start = max(0, self._done - 8)
         head, whole = self._text.decode(self._ids[start : self._done]), self._text.decode(self._ids[start:])
         self._done = len(self._ids)
-        return whole[len(commonprefix([head, whole])) :]
+        return _rest(whole, head)

@@ -7,9 +7,11 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from inspect import isgenerator
 from typing import Any
 
-from ..strategies.protocol import Awaitable, Decode, Ended, Fork, Insert, Join, Op, Segment, Strategy, Thread, Truncate
+from ..strategies.ops import Awaitable, Decode, Ended, Fork, Insert, Join, Op, Truncate
+from ..strategies.protocol import Strategy, Thread
 from . import events
-from .live import Live, append, cut
+from .joins import adoptable, join, rewind, truncate
+from .live import Live, append
 from .prompts import Detokenizer, Text
 from .sampling import Samplers, random_stream
 from .tasks import Task, Tasks
@@ -138,11 +140,11 @@ class Request:
                     self.kill(child, fate)
             op._resolve(None, thread._depth)
         thread._ops.clear()
-        self._retire(thread, fate)
+        self.retire(thread, fate)
         if self.emit:
             self.emit(events.Discard(self.index, thread.id, fate))
 
-    def _retire(self, thread: Thread, fate: str) -> None:
+    def retire(self, thread: Thread, fate: str) -> None:
         thread.alive, thread.fate = False, fate
         thread._live.release(self.cache)
         thread._live.scores = None
@@ -151,7 +153,7 @@ class Request:
     # ---------------------------------------------------------------------------------------- the queues
 
     def advance(self) -> bool:
-        """Run the strategy and carry out every queued op that needs no forward, until nothing moves; whether anything did."""
+        """Run the strategy and all queued ops that need no forward, until nothing moves; whether anything did."""
         moved = any_moved = self.tasks.run_ready()
         while True:
             for thread in list(self.queued):
@@ -182,13 +184,13 @@ class Request:
         thread._depth = max(thread._depth, op.issued)
         thread._ops.popleft()
         if isinstance(op, Insert):
-            self._insert(thread, op.token_ids, op.kind)
+            self.insert(thread, op.token_ids, op.kind)
         elif isinstance(op, Fork):
             self._fork(op)
         elif isinstance(op, Join):
-            self._join(op)
+            join(self, op)
         elif isinstance(op, Truncate):
-            self._truncate(thread, op.length, f"truncate: length={op.length}")
+            truncate(self.cache, thread, op.length, f"truncate: length={op.length}")
         op._resolve(op.kids if isinstance(op, Fork) else None, thread._depth)
         return True
 
@@ -203,20 +205,20 @@ class Request:
         thread = op.thread
         if isinstance(op, (Fork, Decode)):
             return [thread]
-        if isinstance(op, Join) and op.mode in ("concat", "reprefill") and not self._adoptable(op):
+        if isinstance(op, Join) and op.mode in ("concat", "reprefill") and not adoptable(op):
             return [thread, *(op.kids if op.mode == "concat" else op.kids[:1])]
         return []
 
     def _ready(self, op: Op) -> bool:
         if isinstance(op, Join) and any(kid._ops or not kid._live.born for kid in op.kids):
             return False
-        if isinstance(op, Fork) and not op.thread._live.has_scores and self._rewind(op.thread):
+        if isinstance(op, Fork) and not op.thread._live.has_scores and rewind(self.cache, op.thread):
             return False
         return all(t._live.in_cache for t in self.needs(op))
 
     # ---------------------------------------------------------------------------------------- each op
 
-    def _insert(self, thread: Thread, token_ids: list[int], kind: str, source: str | None = None) -> None:
+    def insert(self, thread: Thread, token_ids: list[int], kind: str, source: str | None = None) -> None:
         if not token_ids:
             return
         position, depth = thread._position, thread._depth
@@ -242,117 +244,6 @@ class Request:
         if self.emit:
             self.emit(events.Fork(self.index, thread.id, tuple(k.id for k in op.kids)))
 
-    def _adoptable(self, op: Join) -> bool:
-        """Whether the thread may simply become its only remaining child: nothing to splice, so nothing to compute first.
-
-        Only for a thread that no parent will join (a branch knows its own tokens by where it was forked).
-        """
-        thread, kids = op.thread, op.kids
-        others = [k for _, children in thread._forks for k in children if k.alive and k.role == "fork" and k not in kids]
-        return (
-            thread.role != "fork" and len(kids) == 1 and not others and thread.length == len(kids[0]._prefix)
-            and not any(k.alive for _, children in kids[0]._forks for k in children)
-        )
-
-    def _join(self, op: Join) -> None:
-        thread, kids, mode = op.thread, op.kids, op.mode
-        for kid in kids:
-            thread._depth = max(thread._depth, kid._depth)
-            thread._path_sampled = max(thread._path_sampled, kid._path_sampled)
-        if mode == "summary":
-            if op.keep is not None:
-                self._truncate(thread, op.keep, f"join: keep={op.keep}")
-            for kid in kids:
-                self._end_children(kid)
-                self._retire(kid, "joined")
-            self._insert(thread, op.token_ids, "inserted")
-        elif self._adoptable(op):
-            self._adopt(thread, kids[0])
-        elif mode == "concat":
-            self._splice(thread, kids)
-        else:
-            self._reprefill(thread, kids)
-        if self.emit:
-            self.emit(events.Join(self.index, thread.id, tuple(k.id for k in kids), mode, thread.length))
-
-    def _adopt(self, thread: Thread, kid: Thread) -> None:
-        mine, its = thread._live, kid._live
-        mine.release(self.cache)
-        mine.branch, mine.scores, mine.scores_at = its.branch, its.scores, its.scores_at
-        mine._rebuild, mine._feed, mine._scratch = its._rebuild, its._feed, its._scratch
-        its.branch, its._rebuild, its._feed, its._scratch = None, None, None, []
-        mine.pinned = mine.pinned or its.pinned
-        for segment in kid._segments:
-            thread._segments.append(Segment("joined", list(segment.token_ids), segment.position, kid.id, segment.spliced))
-        thread._own.extend(kid._own)
-        thread._position = kid._position
-        self._retire(kid, "joined")
-
-    def _splice(self, thread: Thread, kids: list[Thread]) -> None:
-        for kid in kids:
-            self._end_children(kid)
-        # The tree takes a kid's tokens since its fork from the branch itself; positions come from our own books.
-        self.cache.join(thread._live.branch, [kid._live.branch for kid in kids], mode="concat")
-        mine, its = thread._live, kids[-1]._live
-        if len(kids) == 1 and thread.length == len(kids[0]._prefix) and its.has_scores:
-            # One child and nothing in between: one plain sequence, so the child's next-token scores are the thread's.
-            mine.scores, mine.scores_at = its.scores, its.scores_at
-        for kid in kids:
-            kid._live.branch = None
-            if kid._own:
-                thread._segments.append(Segment("joined", list(kid._own), kid._segments[0].position, kid.id, kid))
-                thread._own.extend(kid._own)
-            thread._position = max(thread._position, kid._position)
-            thread._live.pinned = thread._live.pinned or kid._live.pinned
-            self._retire(kid, "joined")
-
-    def _reprefill(self, thread: Thread, kids: list[Thread]) -> None:
-        rest = kids
-        if thread.length == len(kids[0]._prefix):
-            # Nothing stands between the fork and the first child: its KV is what computing it again would give.
-            self._splice(thread, kids[:1])
-            rest = kids[1:]
-        for kid in rest:
-            self._end_children(kid)
-            depth = thread._depth
-            if kid._own:
-                append(thread, kid._own, "joined", kid.id)
-            thread._depth = depth  # these tokens were counted in their own thread
-            self._retire(kid, "joined")
-
-    def _end_children(self, thread: Thread) -> None:
-        for _, children in thread._forks:
-            for child in children:
-                self.kill(child, "killed")
-
-    def _truncate(self, thread: Thread, length: int, what: str) -> None:
-        least = len(thread._prefix) + thread._prompt_length
-        if not least <= length <= thread.length:
-            raise ValueError(f"{what}: thread {thread.id} can be cut to a length of {least} (all but its own tokens) to {thread.length}")
-        if length == thread.length:
-            return
-        live = thread._live
-        if live._rebuild is not None:
-            live.release(self.cache)
-        elif live.branch is not None and live.branch.length > length:
-            self.cache.truncate(live.branch, length)
-        live.pinned = not cut(thread, length) or live.pinned
-        live.scores = None
-        for _, children in thread._forks:
-            for child in children:
-                child._live.pinned = child._live.pinned or (child.alive and len(child._prefix) > length)
-
-    def _rewind(self, thread: Thread) -> bool:
-        """Forget the last token's KV, so that computing it again gives the scores that are missing; whether it could.
-
-        Needed after a truncation: scores belong to the token that was cut off.
-        """
-        live, last = thread._live, thread._segments[-1] if thread._segments else None
-        if not live.in_cache or last is None or last.spliced is not None:
-            return False
-        self.cache.truncate(live.branch, thread.length - 1)
-        return True
-
     # ---------------------------------------------------------------------------------------- decoding
 
     def _begin(self, op: Decode) -> bool:
@@ -369,7 +260,7 @@ class Request:
             self._end(op, "length" if op._limit <= 0 else "budget")
             return True
         live = thread._live
-        if live.in_cache and not live.has_scores and not self._rewind(thread):
+        if live.in_cache and not live.has_scores and not rewind(self.cache, thread):
             raise ValueError(
                 f"decode: thread {thread.id} has nothing to go on from: its last tokens are "
                 f"{'joined siblings' if thread._segments else 'its parents'}; insert() at least one token first"

@@ -34,7 +34,8 @@ class Node:
     """One thread of the tree.
 
     ``role``: "trunk", "fork" or "fresh". ``token_ids`` and ``text``: what it held at its end beyond what it shared with
-    its parent (a trunk's or fresh thread's prompt left out), joined siblings included. ``start``, ``stop``: its position
+    its parent (a trunk's or fresh thread's prompt left out), joined siblings included. ``start``, ``stop``: its
+    position
     range, ``stop`` not included. ``forked_at``: context length at its fork. ``ended``: how its last decode ended (see
     `Ended.reason`; None when it never decoded). ``fate``: "finished", "joined", "discarded" or "killed".
     ``runs``: its tokens by origin, prompt included; ``forgotten``: what was cut off on the way.
@@ -65,7 +66,8 @@ class Node:
         for node in self.walk():
             shown = repr(node.text if node.text is not None else list(node.token_ids))
             shown = shown if len(shown) <= width else shown[: width - 1] + "…"
-            lines.append(f"{'  ' * node.id.count('.')}{node.id} {node.role} [{node.start}:{node.stop}] {node.ended}/{node.fate} {shown}")
+            head = f"{'  ' * node.id.count('.')}{node.id} {node.role} [{node.start}:{node.stop}]"
+            lines.append(f"{head} {node.ended}/{node.fate} {shown}")
         return "\n".join(lines)
 
 

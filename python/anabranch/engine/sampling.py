@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import logits_process as lp
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from ..strategies.protocol import TokenStats
+from ..strategies.ops import TokenStats
 
 # Processors that look at the scores alone: one call serves all threads. Any other sees each thread's own tokens.
 _CONTEXT_FREE = (
@@ -32,7 +32,8 @@ _CONTEXT_FREE = (
     lp.LogitNormalization,
 )
 
-# GenerationConfig fields that ask for another kind of decoding, with the value that means "off", and what to do instead.
+# GenerationConfig fields that ask for another kind of decoding, with the value that means "off", and what to do
+# instead.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_beams": ((None, 1), "beam search is not available"),
     "num_return_sequences": ((None, 1), "use strategy=ab.SelfConsistency(n=…) for several samples"),
@@ -55,10 +56,19 @@ def random_stream(seed: int, path: tuple[int, ...]) -> np.random.Generator:
 class Sampler:
     """One GenerationConfig, ready to use: `choose` a token for many threads, `stops` for one."""
 
-    def __init__(self, model: Any, tokenizer: Any, config: GenerationConfig, extra: LogitsProcessorList, criteria: StoppingCriteriaList):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: GenerationConfig,
+        extra: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+    ):
         for name, (off, remedy) in _REFUSED.items():
             if getattr(config, name, None) not in off:
-                raise ValueError(f"generation_config: {name}={getattr(config, name)!r} is not honoured by this engine; {remedy}")
+                raise ValueError(
+                    f"generation_config: {name}={getattr(config, name)!r} is not honoured by this engine; {remedy}"
+                )
         self.model, self.config, self.extra = model, config, extra
         self.greedy = not config.do_sample
         model._prepare_special_tokens(config, device=model.device)
@@ -93,7 +103,8 @@ class Sampler:
         """One token a row of `logits` [rows, vocabulary] (float32, left unchanged).
 
         contexts[i]() gives thread i's whole token sequence (asked for only by processors that look at it);
-        prompt_lengths[i] is what ``min_new_tokens`` and its like count from; streams[i] draws one uniform when sampling.
+        prompt_lengths[i] is what ``min_new_tokens`` and its like count from; streams[i] draws one uniform when
+        sampling.
         """
         scores = logits
         if self.context_free:
@@ -113,7 +124,11 @@ class Sampler:
         # zero leaves the cumulated sum where it was and is never the first to pass the draw.
         cdf = torch.softmax(scores, -1).cumsum(-1, dtype=torch.float64)
         draws = torch.tensor([s.random() for s in streams], dtype=torch.float64, device=logits.device)
-        return torch.searchsorted(cdf, draws[:, None] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)[:, 0].tolist()
+        return (
+            torch.searchsorted(cdf, draws[:, None] * cdf[:, -1:], right=True)
+            .clamp_(max=cdf.shape[-1] - 1)[:, 0]
+            .tolist()
+        )
 
     def stops(self, context: Callable[[], list[int]]) -> bool:
         """Whether the config's own stop strings, or criteria given to generate(), end a thread here."""
@@ -140,7 +155,10 @@ class Samplers:
             config = copy.deepcopy(self._config)
             for name, value in overrides:
                 if name in ("max_new_tokens", "max_length") or not hasattr(config, name):
-                    raise ValueError(f"sampling: {name!r} is not a sampling field of GenerationConfig; pass e.g. do_sample, temperature, top_p")
+                    raise ValueError(
+                        f"sampling: {name!r} is not a sampling field of GenerationConfig; "
+                        "pass e.g. do_sample, temperature, top_p"
+                    )
                 setattr(config, name, value)
             config.validate()
             self._made[key] = Sampler(*self._args, config, self._extra, self._criteria)
@@ -155,7 +173,9 @@ def _hashable(value: Any) -> bool:
     return True
 
 
-def prepare_config(model: Any, config: GenerationConfig | None, max_new_tokens: int | None, kwargs: dict[str, Any]) -> GenerationConfig:
+def prepare_config(
+    model: Any, config: GenerationConfig | None, max_new_tokens: int | None, kwargs: dict[str, Any]
+) -> GenerationConfig:
     """The config `model.generate` would arrive at, with ``max_new_tokens`` always settled (256 when nobody says)."""
     if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
         raise ValueError(f"max_new_tokens={max_new_tokens!r}; pass a whole number of at least 1")
@@ -176,7 +196,9 @@ def prepare_config(model: Any, config: GenerationConfig | None, max_new_tokens: 
     elif prepared.max_new_tokens is None:
         prepared.max_new_tokens = 256
     if prepared.max_new_tokens < 1:
-        raise ValueError(f"generation_config: max_new_tokens={prepared.max_new_tokens}; pass a whole number of at least 1")
+        raise ValueError(
+            f"generation_config: max_new_tokens={prepared.max_new_tokens}; pass a whole number of at least 1"
+        )
     return prepared
 
 
@@ -187,6 +209,4 @@ def token_stats(logits: torch.Tensor, tokens: Sequence[int], k: Sequence[int]) -
     entropy = -(logp.exp() * logp).nan_to_num(nan=0.0, neginf=0.0, posinf=0.0).sum(-1)
     best = logp.topk(min(max(k), logp.shape[-1]), dim=-1).values
     chosen = logp.gather(-1, torch.tensor(tokens, device=logp.device)[:, None])[:, 0]
-    return [
-        TokenStats(float(chosen[i]), float(entropy[i]), float(best[i, : k[i]].mean())) for i in range(len(tokens))
-    ]
+    return [TokenStats(float(chosen[i]), float(entropy[i]), float(best[i, : k[i]].mean())) for i in range(len(tokens))]

@@ -7,7 +7,8 @@ from collections.abc import Generator
 from inspect import isgenerator
 from typing import Any
 
-from ..strategies.protocol import Awaitable, Thread, ThreadGone, _Combined, _Gather
+from ..strategies.ops import Awaitable, ThreadGone, _Combined, _Gather
+from ..strategies.protocol import Thread
 
 
 class Task(Awaitable):
@@ -31,7 +32,9 @@ class Tasks:
 
     def start(self, generator: Any, now: int) -> Task:
         if not isgenerator(generator):
-            raise TypeError(f"{self.name}: start() takes a generator (call the function with yield in it), got {generator!r}")
+            raise TypeError(
+                f"{self.name}: start() takes a generator (call the function that has the yield), got {generator!r}"
+            )
         task = Task(generator, now)
         task.beside = self.current is not None
         self._all.append(task)
@@ -83,8 +86,8 @@ class Tasks:
         if isgenerator(item):
             return self.start(item, task.now)
         raise TypeError(
-            f"{self.name} yielded {item!r}; yield what decode(), insert(), join(), start(), gather() or first() returned, "
-            "a thread, a generator, or a list of these"
+            f"{self.name} yielded {item!r}; yield what decode(), insert(), join(), start(), gather() or first() "
+            "returned, a thread, a generator, or a list of these"
         )
 
     def describe_wait(self) -> str:

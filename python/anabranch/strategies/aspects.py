@@ -1,4 +1,4 @@
-"""A fork in mid-answer that needs no training: several aspects of one answer, written at the same time, then a conclusion."""
+"""A fork in mid-answer that needs no training: aspects of one answer, written side by side, then a conclusion."""
 
 from __future__ import annotations
 

@@ -31,7 +31,9 @@ class Sequential(Strategy):
 
     def __post_init__(self) -> None:
         if not isinstance(self.strategy, Strategy):
-            raise TypeError(f"Sequential: strategy={self.strategy!r} is not a Strategy; pass an instance such as ab.Aspects()")
+            raise TypeError(
+                f"Sequential: strategy={self.strategy!r} is not a Strategy; pass an instance such as ab.Aspects()"
+            )
 
     def run(self, trunk: Thread) -> Generator[Any, Any, Any]:
         return (yield from self.strategy.run(trunk))

@@ -20,9 +20,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-__all__ = ["Decode", "Ended", "Strategy", "Thread", "ThreadGone", "TokenStats", "first", "gather"]
+from .ops import Awaitable, Decode, Ended, Fork, Insert, Join, Op, ThreadGone, Truncate
+
+__all__ = ["Segment", "Strategy", "Thread"]
 
 JOIN_MODES = ("concat", "reprefill", "summary", "discard")
 
@@ -38,173 +40,6 @@ class Strategy:
 
     def run(self, trunk: Thread) -> Generator[Any, Any, Any]:
         raise NotImplementedError(f"{type(self).__name__} must define run(self, trunk)")
-
-
-class ThreadGone(ValueError):
-    """Something was asked of a thread that was joined, discarded or killed.
-
-    A program that runs beside the strategy (`Thread.start`) may let it pass: it then just ends, with None.
-    """
-
-
-class TokenStats(NamedTuple):
-    """How sure the model was of one sampled token, from its raw scores (before any logits processor); in nats."""
-
-    logprob: float  # log-probability of the token that was sampled
-    entropy: float  # of the whole next-token distribution
-    topk_logprob: float  # mean log-probability of the k likeliest tokens (DeepConf's confidence is its negative)
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How one `Thread.decode` ended and what it sampled.
-
-    ``reason``: "stop" (a stop string or id), "eos", "length" (its own or the answer's token limit), "budget" (the
-    prompt's token budget over all threads), "until" (the caller's predicate), "killed". ``token_ids`` includes the
-    token that ended it; ``text`` leaves a final EOS out and is None without a tokenizer; ``stop`` is the stop string or
-    id that matched; ``stats`` has one entry a token when asked for, else none.
-    """
-
-    reason: str
-    token_ids: tuple[int, ...] = ()
-    text: str | None = None
-    stop: str | int | None = None
-    stats: tuple[TokenStats, ...] = ()
-
-
-class Awaitable:
-    """Something to ``yield``: it is done at some point, then has a value.
-
-    ``clock`` is the length in tokens of the longest chain of work it depended on (a Lamport clock): the critical path
-    of an answer is the clock at its end, whatever the strategy did.
-    """
-
-    def __init__(self) -> None:
-        self.done = False
-        self.value: Any = None
-        self.clock = 0
-        self._callbacks: list[Callable[[], None]] = []
-
-    def _resolve(self, value: Any, clock: int) -> None:
-        if self.done:
-            return
-        self.done, self.value, self.clock = True, value, clock
-        callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            callback()
-
-    def _when_done(self, callback: Callable[[], None]) -> None:
-        if self.done:
-            callback()
-        else:
-            self._callbacks.append(callback)
-
-
-class _Gather(Awaitable):
-    def __init__(self, items: Sequence[Awaitable]):
-        super().__init__()
-        self.items, self.missing = list(items), len(items)
-        if not items:
-            self._resolve([], 0)
-        for item in self.items:
-            item._when_done(self._one_done)
-
-    def _one_done(self) -> None:
-        self.missing -= 1
-        if self.missing == 0:
-            self._resolve([i.value for i in self.items], max(i.clock for i in self.items))
-
-
-class _First(Awaitable):
-    def __init__(self, items: Sequence[Awaitable]):
-        super().__init__()
-        if not items:
-            raise ValueError("first(): nothing to wait for; pass at least one decode, thread or task")
-        for index, item in enumerate(items):
-            item._when_done(lambda index=index, item=item: self._resolve((index, item.value), item.clock))
-
-
-@dataclass(frozen=True)
-class _Combined:
-    """`gather` and `first` before the loop has turned generators among their items into running tasks."""
-
-    kind: Callable[[Sequence[Awaitable]], Awaitable]
-    items: tuple[Any, ...]
-
-
-def gather(*items: Any) -> Any:
-    """Wait for all of `items` (what ``decode``, ``insert``, ``start`` … returned, threads, generators); their values, in order.
-
-    Yielding a list or tuple means the same.
-    """
-    return _Combined(_Gather, items)
-
-
-def first(*items: Any) -> Any:
-    """Wait until one of `items` is done; evaluates to ``(its index, its value)``. The others go on."""
-    return _Combined(_First, items)
-
-
-class Op(Awaitable):
-    """One queued request of a thread; done when the loop has carried it out."""
-
-    def __init__(self, thread: Thread):
-        super().__init__()
-        self.thread = thread
-        self.issued = thread._host.clock()
-
-
-class Insert(Op):
-    def __init__(self, thread: Thread, token_ids: list[int], kind: str):
-        super().__init__(thread)
-        self.token_ids, self.kind = token_ids, kind
-
-
-class Fork(Op):
-    def __init__(self, thread: Thread, kids: list[Thread]):
-        super().__init__(thread)
-        self.kids = kids
-
-
-class Join(Op):
-    def __init__(self, thread: Thread, kids: list[Thread], mode: str, token_ids: list[int], keep: int | None):
-        super().__init__(thread)
-        self.kids, self.mode, self.token_ids, self.keep = kids, mode, token_ids, keep
-
-
-class Truncate(Op):
-    def __init__(self, thread: Thread, length: int):
-        super().__init__(thread)
-        self.length = length
-
-
-class Decode(Op):
-    """A decoding in progress, as ``until`` sees it: ``thread``, ``token_ids`` so far, ``text`` so far, ``stats`` so far."""
-
-    def __init__(
-        self,
-        thread: Thread,
-        max_new_tokens: int | None,
-        stop: Sequence[str | int],
-        sampling: Mapping[str, Any] | None,
-        until: Callable[[Decode], bool] | None,
-        stats: int,
-    ):
-        super().__init__(thread)
-        self.max_new_tokens = max_new_tokens
-        self.stop_strings = tuple(s for s in stop if isinstance(s, str))
-        self.stop_ids = frozenset(s for s in stop if not isinstance(s, str))
-        self.sampling = tuple(sorted((sampling or {}).items()))
-        self.until, self.topk = until, stats
-        self.token_ids: list[int] = []
-        self.stats: list[TokenStats] = []
-        self._limit: int | None = None  # of tokens, settled when it starts
-        self._sampler: Any = None
-        self._before: list[int] = []  # a few tokens of context, for text that depends on what precedes it
-
-    @property
-    def text(self) -> str | None:
-        return self.thread._host.text(self.token_ids, self._before)
 
 
 class Host(Protocol):
@@ -225,7 +60,8 @@ class Host(Protocol):
 
 @dataclass
 class Segment:
-    """A run of tokens of one origin. ``kind``: "prompt", "inserted" (by the runtime), "sampled", "joined" (from `source`).
+    """A run of tokens of one origin. ``kind``: "prompt", "inserted" (by the runtime), "sampled", "joined" (from
+    `source`).
 
     Positions are `position`, `position` + 1, … ; `spliced`: the tokens lie in the cache as the thread `source` wrote
     them, blind to its siblings.
@@ -239,11 +75,13 @@ class Segment:
 
 
 class Thread:
-    """One line of tokens. The trunk is a thread, and so is every fork; all methods return at once (see the module docstring).
+    """One line of tokens. The trunk is a thread, and so is every fork; all methods return at once (see the module
+    docstring).
 
-    Attributes: ``id`` ("0" is the trunk, "0.2" its third child), ``path`` (the same as a tuple: what seeds its sampling),
-    ``parent``, ``role`` ("trunk", "fork" or "fresh"), ``alive``, ``length`` (tokens of its context, prompt included),
-    ``token_ids`` (its own: those since its fork, or since the prompt), ``text`` (of these), ``ended`` (its last `Ended`).
+    Attributes: ``id`` ("0" is the trunk, "0.2" its third child), ``path`` (the same as a tuple: what seeds its
+    sampling), ``parent``, ``role`` ("trunk", "fork" or "fresh"), ``alive``, ``length`` (tokens of its context, prompt
+    included), ``token_ids`` (its own: those since its fork, or since the prompt), ``text`` (of these), ``ended`` (its
+    last `Ended`).
     """
 
     def __init__(self, host: Host, parent: Thread | None, path: tuple[int, ...], role: str):
@@ -297,7 +135,8 @@ class Thread:
 
         max_new_tokens: at most so many tokens (the answer's own limit holds as well).
         stop: strings and token ids that end it, matched in what *this* call samples; EOS always ends.
-        sampling: fields of Transformers' GenerationConfig that differ here, e.g. ``{"do_sample": True, "temperature": 0.8}``.
+        sampling: fields of Transformers' GenerationConfig that differ here, e.g. ``{"do_sample": True, "temperature":
+        0.8}``.
         until: called after every token with this `Decode`; True ends it.
         stats: True (or the k of its top-k mean, 20 by default) records a `TokenStats` a token.
         """
@@ -360,14 +199,18 @@ class Thread:
         mode "concat": their KV becomes part of this thread's context, nothing is computed again; siblings stay blind to
         one another and share positions; position = the largest. "reprefill": their tokens follow one another as if
         written one after the other (the first one's KV is kept). "summary": forget this thread's tokens from length
-        `keep` on (default: none), then insert `text`. "discard": nothing comes back; children still decoding are killed.
+        `keep` on (default: none), then insert `text`. "discard": nothing comes back; children still decoding are
+        killed.
         """
         self._check_alive("join")
         kids = [kids] if isinstance(kids, Thread) else list(kids)
         if mode not in JOIN_MODES:
             raise ValueError(f"join: mode={mode!r}; pass one of {', '.join(map(repr, JOIN_MODES))}")
         if (text is not None) != (mode == "summary") or (keep is not None and mode != "summary"):
-            raise ValueError(f"join: mode={mode!r} with text={text!r}, keep={keep!r}; summary takes text (and keep), no other mode does")
+            raise ValueError(
+                f"join: mode={mode!r} with text={text!r}, keep={keep!r}; "
+                "summary takes text (and keep), no other mode does"
+            )
         for i, kid in enumerate(kids):
             if not isinstance(kid, Thread) or kid.parent is not self:
                 raise ValueError(f"join: kids[{i}]={kid!r} is not a child of {self!r}")
@@ -416,7 +259,7 @@ class Thread:
             self._host.kill(self, "killed")
 
     def start(self, generator: Generator[Any, Any, Any]) -> Awaitable:
-        """Run another generator beside this one (a child's own program); ``yield`` what this returns to wait for its result."""
+        """Run another generator beside this one (a child's own program); ``yield`` the return value for its result."""
         return self._host.start(generator)
 
     def malformed(self, why: str) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Generator, Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from .protocol import Ended, Strategy, Thread
+from .ops import Ended
+from .protocol import Strategy, Thread
 
 # What a vote by name looks for: the last match counts, its first group if it has one.
 EXTRACTORS = {
@@ -48,9 +49,13 @@ class SelfConsistency(Strategy):
                 re.compile(EXTRACTORS.get(self.vote, self.vote))
             except re.error as error:
                 names = ", ".join(EXTRACTORS)
-                raise ValueError(f"SelfConsistency: vote={self.vote!r} is neither one of {names} nor a regular expression: {error}") from None
+                raise ValueError(
+                    f"SelfConsistency: vote={self.vote!r} is neither one of {names} nor a regular expression: {error}"
+                ) from None
         elif self.vote is not None and not callable(self.vote):
-            raise TypeError(f"SelfConsistency: vote={self.vote!r}; pass a function of the text, a regular expression, a name or None")
+            raise TypeError(
+                f"SelfConsistency: vote={self.vote!r}; pass a function of the text, a pattern, a name or None"
+            )
 
     def run(self, trunk: Thread) -> Generator[Any, Any, list[Any]]:
         chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
@@ -69,7 +74,9 @@ class SelfConsistency(Strategy):
         if self.vote is None:
             return end.token_ids if end.text is None else end.text
         if end.text is None:
-            raise ValueError("SelfConsistency: vote reads text, but the engine has no tokenizer; pass one, or vote=None")
+            raise ValueError(
+                "SelfConsistency: vote reads text, but the engine has no tokenizer; pass one, or vote=None"
+            )
         if callable(self.vote):
             return self.vote(end.text)
         matches = list(re.finditer(EXTRACTORS.get(self.vote, self.vote), end.text))
@@ -81,6 +88,8 @@ class SelfConsistency(Strategy):
     def elect(self, answers: list[Any], ends: list[Ended]) -> int:
         """Index of the winning branch."""
         if self.vote is None:
-            return max(range(len(ends)), key=lambda i: sum(s.logprob for s in ends[i].stats) / max(1, len(ends[i].stats)))
+            return max(
+                range(len(ends)), key=lambda i: sum(s.logprob for s in ends[i].stats) / max(1, len(ends[i].stats))
+            )
         votes = Counter(a for a in answers if a is not None)
         return answers.index(votes.most_common(1)[0][0]) if votes else 0

@@ -1,0 +1,143 @@
+"""How a thread takes its children back, and how it forgets: tokens, positions and cache under each join mode."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..strategies.ops import Join
+from ..strategies.protocol import Segment, Thread
+from . import events
+from .live import append, cut
+
+if TYPE_CHECKING:
+    from .request import Request
+
+
+def adoptable(op: Join) -> bool:
+    """Whether the thread may simply become its only remaining child: nothing to splice, so nothing to compute first.
+
+    Only for a thread that no parent will join (a branch knows its own tokens by where it was forked).
+    """
+    thread, kids = op.thread, op.kids
+    others = [k for _, children in thread._forks for k in children if k.alive and k.role == "fork" and k not in kids]
+    return (
+        thread.role != "fork"
+        and len(kids) == 1
+        and not others
+        and thread.length == len(kids[0]._prefix)
+        and not any(k.alive for _, children in kids[0]._forks for k in children)
+    )
+
+
+def join(request: Request, op: Join) -> None:
+    """Carry out a join (not "discard", which needs no waiting); all that `Request.needs` named is in the cache."""
+    thread, kids, mode = op.thread, op.kids, op.mode
+    for kid in kids:
+        thread._depth = max(thread._depth, kid._depth)
+        thread._path_sampled = max(thread._path_sampled, kid._path_sampled)
+    if mode == "summary":
+        if op.keep is not None:
+            truncate(request.cache, thread, op.keep, f"join: keep={op.keep}")
+        for kid in kids:
+            _end_children(request, kid)
+            request.retire(kid, "joined")
+        request.insert(thread, op.token_ids, "inserted")
+    elif adoptable(op):
+        _adopt(request, thread, kids[0])
+    elif mode == "concat":
+        _splice(request, thread, kids)
+    else:
+        _reprefill(request, thread, kids)
+    if request.emit:
+        request.emit(events.Join(request.index, thread.id, tuple(k.id for k in kids), mode, thread.length))
+
+
+def _adopt(request: Request, thread: Thread, kid: Thread) -> None:
+    """The thread becomes its child: takes over its branch and its scores, so not a row is computed for the join."""
+    mine, its = thread._live, kid._live
+    mine.release(request.cache)
+    if its._rebuild is None:
+        mine.branch, its.branch = its.branch, None
+    mine.scores, mine.scores_at = (
+        its.scores,
+        its.scores_at,
+    )  # a child not in the cache is rebuilt as its parent, if needed
+    mine.pinned = mine.pinned or its.pinned
+    for segment in kid._segments:
+        thread._segments.append(Segment("joined", list(segment.token_ids), segment.position, kid.id, segment.spliced))
+    thread._own.extend(kid._own)
+    thread._position = kid._position
+    request.retire(kid, "joined")
+
+
+def _splice(request: Request, thread: Thread, kids: list[Thread]) -> None:
+    for kid in kids:
+        _end_children(request, kid)
+    # The tree takes a kid's tokens since its fork from the branch itself; positions come from our own books.
+    request.cache.join(thread._live.branch, [kid._live.branch for kid in kids], mode="concat")
+    mine, its = thread._live, kids[-1]._live
+    if len(kids) == 1 and thread.length == len(kids[0]._prefix) and its.has_scores:
+        # One child and nothing in between: one plain sequence, so the child's next-token scores are the thread's.
+        mine.scores, mine.scores_at = its.scores, its.scores_at
+    for kid in kids:
+        kid._live.branch = None
+        if kid._own:
+            thread._segments.append(Segment("joined", list(kid._own), kid._segments[0].position, kid.id, kid))
+            thread._own.extend(kid._own)
+        thread._position = max(thread._position, kid._position)
+        thread._live.pinned = thread._live.pinned or kid._live.pinned
+        request.retire(kid, "joined")
+
+
+def _reprefill(request: Request, thread: Thread, kids: list[Thread]) -> None:
+    rest = kids
+    if thread.length == len(kids[0]._prefix):
+        # Nothing stands between the fork and the first child: its KV is what computing it again would give.
+        _splice(request, thread, kids[:1])
+        rest = kids[1:]
+    for kid in rest:
+        _end_children(request, kid)
+        depth = thread._depth
+        if kid._own:
+            append(thread, kid._own, "joined", kid.id)
+        thread._depth = depth  # these tokens were counted in their own thread
+        request.retire(kid, "joined")
+
+
+def _end_children(request: Request, thread: Thread) -> None:
+    for _, children in thread._forks:
+        for child in children:
+            request.kill(child, "killed")
+
+
+def truncate(cache: Any, thread: Thread, length: int, what: str) -> None:
+    """Cut a thread to a context length; ValueError (it begins with `what`) when more than its own would go."""
+    least = len(thread._prefix) + thread._prompt_length
+    if not least <= length <= thread.length:
+        raise ValueError(
+            f"{what}: thread {thread.id} can be cut to a length of {least} (all but its own tokens) to {thread.length}"
+        )
+    if length == thread.length:
+        return
+    live = thread._live
+    if live._rebuild is not None:
+        live.release(cache)
+    elif live.branch is not None and live.branch.length > length:
+        cache.truncate(live.branch, length)
+    live.pinned = not cut(thread, length) or live.pinned
+    live.scores = None
+    for _, children in thread._forks:
+        for child in children:
+            child._live.pinned = child._live.pinned or (child.alive and len(child._prefix) > length)
+
+
+def rewind(cache: Any, thread: Thread) -> bool:
+    """Forget the last token's KV, so that computing it again gives the scores that are missing; whether it could.
+
+    Needed after a truncation: scores belong to the token that was cut off.
+    """
+    live, last = thread._live, thread._segments[-1] if thread._segments else None
+    if not live.in_cache or last is None or last.spliced is not None:
+        return False
+    cache.truncate(live.branch, thread.length - 1)
+    return True

@@ -1,0 +1,178 @@
+"""What a thread can be asked for, as data, and how to wait for it. Pure bookkeeping; the engine does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from .protocol import Thread
+
+
+class ThreadGone(ValueError):
+    """Something was asked of a thread that was joined, discarded or killed.
+
+    A program that runs beside the strategy (`Thread.start`) may let it pass: it then just ends, with None.
+    """
+
+
+class TokenStats(NamedTuple):
+    """How sure the model was of one sampled token, from its raw scores (before any logits processor); in nats."""
+
+    logprob: float  # log-probability of the token that was sampled
+    entropy: float  # of the whole next-token distribution
+    topk_logprob: float  # mean log-probability of the k likeliest tokens (DeepConf's confidence is its negative)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one `Thread.decode` ended and what it sampled.
+
+    ``reason``: "stop" (a stop string or id), "eos", "length" (its own or the answer's token limit), "budget" (the
+    prompt's token budget over all threads), "until" (the caller's predicate), "killed". ``token_ids`` includes the
+    token that ended it; ``text`` leaves a final EOS out and is None without a tokenizer; ``stop`` is the stop string or
+    id that matched; ``stats`` has one entry a token when asked for, else none.
+    """
+
+    reason: str
+    token_ids: tuple[int, ...] = ()
+    text: str | None = None
+    stop: str | int | None = None
+    stats: tuple[TokenStats, ...] = ()
+
+
+class Awaitable:
+    """Something to ``yield``: it is done at some point, then has a value.
+
+    ``clock`` is the length in tokens of the longest chain of work it depended on (a Lamport clock): the critical path
+    of an answer is the clock at its end, whatever the strategy did.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+        self.value: Any = None
+        self.clock = 0
+        self._callbacks: list[Callable[[], None]] = []
+
+    def _resolve(self, value: Any, clock: int) -> None:
+        if self.done:
+            return
+        self.done, self.value, self.clock = True, value, clock
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
+
+    def _when_done(self, callback: Callable[[], None]) -> None:
+        if self.done:
+            callback()
+        else:
+            self._callbacks.append(callback)
+
+
+class _Gather(Awaitable):
+    def __init__(self, items: Sequence[Awaitable]):
+        super().__init__()
+        self.items, self.missing = list(items), len(items)
+        if not items:
+            self._resolve([], 0)
+        for item in self.items:
+            item._when_done(self._one_done)
+
+    def _one_done(self) -> None:
+        self.missing -= 1
+        if self.missing == 0:
+            self._resolve([i.value for i in self.items], max(i.clock for i in self.items))
+
+
+class _First(Awaitable):
+    def __init__(self, items: Sequence[Awaitable]):
+        super().__init__()
+        if not items:
+            raise ValueError("first(): nothing to wait for; pass at least one decode, thread or task")
+        for index, item in enumerate(items):
+            item._when_done(lambda index=index, item=item: self._resolve((index, item.value), item.clock))
+
+
+@dataclass(frozen=True)
+class _Combined:
+    """`gather` and `first` before the loop has turned generators among their items into running tasks."""
+
+    kind: Callable[[Sequence[Awaitable]], Awaitable]
+    items: tuple[Any, ...]
+
+
+def gather(*items: Any) -> Any:
+    """Wait for all of `items` (what ``decode``, ``insert``, ``start`` … returned, threads, generators); their values,
+    in order.
+
+    Yielding a list or tuple means the same.
+    """
+    return _Combined(_Gather, items)
+
+
+def first(*items: Any) -> Any:
+    """Wait until one of `items` is done; evaluates to ``(its index, its value)``. The others go on."""
+    return _Combined(_First, items)
+
+
+class Op(Awaitable):
+    """One queued request of a thread; done when the loop has carried it out."""
+
+    def __init__(self, thread: Thread):
+        super().__init__()
+        self.thread = thread
+        self.issued = thread._host.clock()
+
+
+class Insert(Op):
+    def __init__(self, thread: Thread, token_ids: list[int], kind: str):
+        super().__init__(thread)
+        self.token_ids, self.kind = token_ids, kind
+
+
+class Fork(Op):
+    def __init__(self, thread: Thread, kids: list[Thread]):
+        super().__init__(thread)
+        self.kids = kids
+
+
+class Join(Op):
+    def __init__(self, thread: Thread, kids: list[Thread], mode: str, token_ids: list[int], keep: int | None):
+        super().__init__(thread)
+        self.kids, self.mode, self.token_ids, self.keep = kids, mode, token_ids, keep
+
+
+class Truncate(Op):
+    def __init__(self, thread: Thread, length: int):
+        super().__init__(thread)
+        self.length = length
+
+
+class Decode(Op):
+    """A decoding in progress, as ``until`` sees it: ``thread``, and ``token_ids``, ``text``, ``stats`` so far."""
+
+    def __init__(
+        self,
+        thread: Thread,
+        max_new_tokens: int | None,
+        stop: Sequence[str | int],
+        sampling: Mapping[str, Any] | None,
+        until: Callable[[Decode], bool] | None,
+        stats: int,
+    ):
+        super().__init__(thread)
+        self.max_new_tokens = max_new_tokens
+        self.stop_strings = tuple(s for s in stop if isinstance(s, str))
+        self.stop_ids = frozenset(s for s in stop if not isinstance(s, str))
+        self.sampling = tuple(sorted((sampling or {}).items()))
+        self.until, self.topk = until, stats
+        self.token_ids: list[int] = []
+        self.stats: list[TokenStats] = []
+        self._limit: int | None = None  # of tokens, settled when it starts
+        self._sampler: Any = None
+        self._before: list[int] = []  # a few tokens of context, for text that depends on what precedes it
+
+    @property
+    def text(self) -> str | None:
+        return self.thread._host.text(self.token_ids, self._before)

@@ -1,0 +1,115 @@
+"""Random fork/join programs, run on a TreeCache and its naive twin at once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import torch
+
+import anabranch as ab
+from anabranch.naive import NaiveCache
+
+
+class Twins:
+    """A TreeCache and a NaiveCache that are always told the same."""
+
+    def __init__(
+        self, num_pages: int = 512, page_size: int = 8, layers: int = 1, heads: int = 2, dim: int = 32,
+        dtype: torch.dtype = torch.float32, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.cache = ab.TreeCache(layers, heads, dim, num_pages, page_size, dtype)
+        self.naive = NaiveCache(layers, heads, dim, dtype)
+        self.layers, self.heads, self.dim, self.dtype = layers, heads, dim, dtype
+        self.pairs: list[tuple] = []  # (Branch, NaiveBranch), alive
+        self.generator = torch.Generator().manual_seed(seed)
+        self.random = random.Random(seed)
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.dtype)
+
+    def branch(self) -> tuple:
+        pair = (self.cache.branch(), self.naive.branch())
+        self.pairs.append(pair)
+        return pair
+
+    def fork(self, pair: tuple, n: int) -> list[tuple]:
+        kids = list(zip(self.cache.fork(pair[0], n), self.naive.fork(pair[1], n), strict=True))
+        self.pairs += kids
+        return kids
+
+    def step(self, rows: dict[int, int], positions: dict[int, list[int]] | None = None) -> tuple:
+        """rows: index into ``pairs`` → number of new tokens. Writes random K and V to all layers."""
+        where = positions or {}
+        step = self.cache.step(
+            {self.pairs[i][0]: n for i, n in rows.items()},
+            {self.pairs[i][0]: torch.tensor(p) for i, p in where.items()},
+        )
+        twin = self.naive.step({self.pairs[i][1]: n for i, n in rows.items()}, {self.pairs[i][1]: p for i, p in where.items()})
+        assert torch.equal(step.position_ids, twin.position_ids)
+        assert [step.rows[self.pairs[i][0]] for i in rows] == [twin.rows[self.pairs[i][1]] for i in rows]
+        for layer in range(self.layers):
+            k, v = self.randn(step.num_rows, self.heads, self.dim), self.randn(step.num_rows, self.heads, self.dim)
+            self.cache.write(layer, k, v, step)
+            self.naive.write(layer, k, v, twin)
+        return step, twin
+
+    def kids_of(self, pair: tuple) -> list[tuple]:
+        return [p for p in self.pairs if p[1].parent is pair[1]]
+
+    def join(self, pair: tuple, kids: list[tuple]) -> None:
+        self.cache.join(pair[0], [k[0] for k in kids])
+        self.naive.join(pair[1], [k[1] for k in kids])
+        self.pairs = [p for p in self.pairs if p not in kids]
+
+    def truncate(self, pair: tuple, length: int) -> None:
+        self.cache.truncate(pair[0], length)
+        self.naive.truncate(pair[1], length)
+
+    def release(self, pair: tuple) -> None:
+        self.cache.release(pair[0])
+        self.naive.release(pair[1])
+        self.pairs.remove(pair)
+
+    def compare(self, layers: range | None = None) -> None:
+        """Same lengths, positions and KV in every live branch, and an account that adds up."""
+        self.cache.check()
+        for branch, twin in self.pairs:
+            assert branch.alive and (branch.length, branch.position) == (twin.length, twin.position)
+            assert self.cache.positions(branch).tolist() == twin.positions
+            for layer in layers if layers is not None else range(self.layers):
+                for ours, theirs in zip(self.cache.read(branch, layer), self.naive.read(twin, layer), strict=True):
+                    assert torch.equal(ours, theirs)
+        usage = self.cache.usage()
+        assert usage.tokens_logical == sum(t.length for _, t in self.pairs)
+        assert usage.tokens_physical <= usage.tokens_logical
+
+    def random_change(self, max_branches: int = 12, max_rows: int = 9) -> None:
+        """One random call other than the attention itself."""
+        r = self.random
+        if not self.pairs:
+            self.branch()
+        pair = r.choice(self.pairs)
+        action = r.choice(("fork", "fork", "step", "step", "step", "join", "truncate", "release", "branch"))
+        if action == "fork" and len(self.pairs) < max_branches:
+            self.fork(pair, r.randint(1, 3))
+        elif action == "join" and self.kids_of(pair):
+            kids = self.kids_of(pair)
+            self.join(pair, r.sample(kids, r.randint(1, len(kids))))
+        elif action == "truncate" and pair[1].length:
+            self.truncate(pair, r.randint(0, pair[1].length))
+        elif action == "release" and len(self.pairs) > 1:
+            self.release(pair)
+        elif action == "branch" and len(self.pairs) < max_branches:
+            self.branch()
+        elif action == "step":
+            self.random_step(max_rows)
+
+    def random_step(self, max_rows: int = 9, chooser: Callable[[], int] | None = None) -> tuple:
+        r = self.random
+        chosen = r.sample(range(len(self.pairs)), r.randint(1, len(self.pairs)))
+        rows = {i: 1 if r.random() < 0.6 else r.randint(1, max_rows) for i in chosen}
+        where = {
+            i: sorted(r.randint(0, 60) for _ in range(n)) for i, n in rows.items() if r.random() < 0.1
+        }  # positions given by hand, as a strategy that restarts them does
+        return self.step(rows, where)

@@ -53,22 +53,15 @@ struct Step {
   }
 };
 
-struct PlanResult {
-  py::array_t<i32> buffer;
-  std::vector<i64> begin;
-  PlanData data;
-  i64 build = 0;
-};
-
 py::tuple result_of(const PlanData& data, i64 build) {
-  auto* kept = new std::shared_ptr<std::vector<i32>>(data.buffer);
-  py::capsule owner(kept, [](void* p) { delete static_cast<std::shared_ptr<std::vector<i32>>*>(p); });
-  py::array_t<i32> buffer({static_cast<py::ssize_t>(data.buffer->size())}, {sizeof(i32)}, data.buffer->data(), owner);
+  auto* kept = new std::shared_ptr<i32[]>(data.buffer);
+  py::capsule owner(kept, [](void* p) { delete static_cast<std::shared_ptr<i32[]>*>(p); });
+  py::array_t<i32> buffer({static_cast<py::ssize_t>(data.begin[kSections])}, {sizeof(i32)}, data.buffer.get(), owner);
   py::tuple begin(kSections + 1);
   for (int s = 0; s <= kSections; ++s) begin[s] = data.begin[s];
   return py::make_tuple(build, buffer, begin,
                         py::make_tuple(data.num_items, data.num_partials, data.num_merge, data.tile_rows, data.num_runs,
-                                       data.num_absorbed, data.kv_tokens));
+                                       data.num_absorbed, data.kv_tokens, data.num_rows));
 }
 
 class Cache {

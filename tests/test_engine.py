@@ -392,3 +392,17 @@ def test_first_and_running_a_generator_beside():
     result = make_engine().generate(PROMPT, strategy=Race(), eos_token_id=None)
     assert result.answers == (1, 4) and len(result.token_ids) == 4
     assert result.tree.children[0].fate == "killed" and result.metrics.critical_path_tokens == 4
+
+
+@pytest.mark.parametrize(
+    "options", [dict(top_k=7), dict(top_k=5, top_p=0.8, temperature=0.7), dict(top_k=9, min_p=0.05)]
+)
+def test_drawing_among_the_top_k_is_the_draw_over_the_vocabulary(options, monkeypatch):
+    from anabranch.engine.sampling import Sampler
+
+    engine = make_engine()
+    call = dict(strategy=SelfConsistency(8, temperature=None), max_new_tokens=12, seed=3, do_sample=True, **options)
+    quick = engine.generate(PROMPT, **call).answers
+    monkeypatch.setattr(Sampler, "_top_k_of", staticmethod(lambda processors: None))
+    assert engine.generate(PROMPT, **call).answers == quick
+    assert len(set(quick)) > 4

@@ -341,7 +341,7 @@ class Run:
                 contexts = [lambda t=t: [*t._prefix, *t._own] for t in threads]
                 lengths = [t._host.trunk._prompt_length for t in threads]
                 tokens = sampler.choose(logits, contexts, lengths, [t._live.stream for t in threads])
-                asked = [i for i, t in enumerate(threads) if t._ops[0].topk]
+                asked = [i for i, t in enumerate(threads) if t._ops[0].topk is not None]
                 if asked:
                     stats = token_stats(
                         logits[asked], [tokens[i] for i in asked], [threads[i]._ops[0].topk for i in asked]

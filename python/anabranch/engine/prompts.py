@@ -38,7 +38,7 @@ class Text:
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_ids: frozenset[int] = frozenset()):
         self.tokenizer, self.vocab_size, self.eos_ids = tokenizer, vocab_size, eos_ids
-        self._blank: dict[int, bool] = {}
+        self._pieces: dict[int, str] = {}
 
     def prompt_ids(self, prompt: Prompt, name: str = "prompt") -> list[int]:
         """Token ids of one prompt: a string with the tokenizer's own special tokens, a chat through its template."""
@@ -101,10 +101,13 @@ class Text:
 
     def is_blank(self, token_id: int) -> bool:
         """Whether a token is an EOS or nothing but white space."""
-        if token_id not in self._blank:
-            text = "x" if self.tokenizer is None else self.decode([token_id])
-            self._blank[token_id] = token_id in self.eos_ids or not text.strip()
-        return self._blank[token_id]
+        return token_id in self.eos_ids or (self.tokenizer is not None and not self.piece(token_id).strip())
+
+    def piece(self, token_id: int) -> str:
+        """Text of one token alone (remembered); needs a tokenizer."""
+        if token_id not in self._pieces:
+            self._pieces[token_id] = self.decode([token_id])
+        return self._pieces[token_id]
 
     def _need_tokenizer(self, name: str) -> None:
         if self.tokenizer is None:

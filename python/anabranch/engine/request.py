@@ -61,7 +61,7 @@ class Request:
         if isgenerator(running):
             self.main = self.tasks.start(running, 0)
         else:  # a run() without any yield has already queued all it wants
-            self.main = Task((x for x in ()), 0)
+            self.main = Task(iter(()), 0)  # type: ignore[arg-type]
             self.main._resolve(running, 0)
 
     @property
@@ -281,7 +281,8 @@ class Request:
         self.longest_context = max(self.longest_context, thread.length)
         self._tell(thread, [token], position, False)
         sampler = op._sampler
-        reason, stop = None, None
+        reason: str | None = None
+        stop: str | int | None = None
         if token in op.stop_ids:
             reason, stop = "stop", token
         elif token in sampler.eos_ids:
@@ -302,6 +303,11 @@ class Request:
 
     def _stop_string(self, op: Decode) -> str | None:
         if not op.stop_strings:
+            return None
+        # A match ends in the last token, so most tokens rule it out by themselves. (White space at a token's edge, and
+        # characters that are not whole, do not show in a token alone.)
+        piece = self._text.piece(op.token_ids[-1])
+        if "\ufffd" not in piece and not any(s[-1] in piece or s[-1].isspace() for s in op.stop_strings):
             return None
         # A token is at least one byte of text, so the match lies in so many last tokens; two more, because a tokenizer
         # may read the first of a run differently.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,17 @@ _CONTEXT_FREE = (
     lp.SuppressTokensLogitsProcessor,
     lp.InfNanRemoveLogitsProcessor,
     lp.LogitNormalization,
+)
+
+# Of these, the ones that treat all tokens alike: they may be shown the likeliest few instead of the whole vocabulary.
+_AMONG_CANDIDATES = (
+    lp.TemperatureLogitsWarper,
+    lp.TopKLogitsWarper,
+    lp.TopPLogitsWarper,
+    lp.MinPLogitsWarper,
+    lp.TypicalLogitsWarper,
+    lp.EpsilonLogitsWarper,
+    lp.EtaLogitsWarper,
 )
 
 # GenerationConfig fields that ask for another kind of decoding, with the value that means "off", and what to do
@@ -82,6 +94,7 @@ class Sampler:
         shared = self._processors(1)
         self.context_free = all(type(p) in _CONTEXT_FREE for p in shared)
         self._per_thread: dict[int, LogitsProcessorList] = {1: shared}
+        self._top_k = self._top_k_of(shared)
 
     def _processors(self, prompt_length: int) -> LogitsProcessorList:
         # The list `generate` would build, in its order; every option of GenerationConfig means the same here.
@@ -92,6 +105,15 @@ class Sampler:
             device=self.model.device,
             model_kwargs={},
         )
+
+    @staticmethod
+    def _top_k_of(processors: LogitsProcessorList) -> int | None:
+        """k, when all that the processors look at is the k highest scores (ties aside); else None."""
+        kinds = [type(p) for p in processors]
+        if lp.TopKLogitsWarper not in kinds or not set(kinds) <= set(_AMONG_CANDIDATES):
+            return None
+        at = kinds.index(lp.TopKLogitsWarper)
+        return processors[at].top_k if set(kinds[:at]) <= {lp.TemperatureLogitsWarper} else None
 
     def choose(
         self,
@@ -106,6 +128,8 @@ class Sampler:
         prompt_lengths[i] is what ``min_new_tokens`` and its like count from; streams[i] draws one uniform when
         sampling.
         """
+        if self._top_k is not None and not self.greedy and (found := self._among_top(logits, streams)) is not None:
+            return found
         scores = logits
         if self.context_free:
             if self._per_thread[1]:
@@ -120,15 +144,23 @@ class Sampler:
             scores = torch.cat(rows)
         if self.greedy:
             return scores.argmax(-1).tolist()
-        # Inverse transform sampling. float64, so that the draw is exact over a large vocabulary; a token of probability
-        # zero leaves the cumulated sum where it was and is never the first to pass the draw.
-        cdf = torch.softmax(scores, -1).cumsum(-1, dtype=torch.float64)
-        draws = torch.tensor([s.random() for s in streams], dtype=torch.float64, device=logits.device)
-        return (
-            torch.searchsorted(cdf, draws[:, None] * cdf[:, -1:], right=True)
-            .clamp_(max=cdf.shape[-1] - 1)[:, 0]
-            .tolist()
-        )
+        return _draw(scores, streams).tolist()
+
+    def _among_top(self, logits: torch.Tensor, streams: Sequence[np.random.Generator]) -> list[int] | None:
+        """The same draw from the same distribution, over the few highest scores instead of the whole vocabulary.
+
+        A top-k warper leaves nothing below the k-th score, and what runs after it is not touched by what is gone.
+        Scores tied with the k-th stay in (Transformers' rule), so a few more than k are looked at; None when not all of
+        the ties can be seen that way.
+        """
+        k = min(self._top_k or 1, logits.shape[-1])
+        seen = min(k + 32, logits.shape[-1])
+        values, ids = logits.topk(seen, dim=-1)
+        if seen < logits.shape[-1] and bool((values[:, -1] >= values[:, k - 1]).any()):
+            return None
+        ids, order = ids.sort(dim=-1)  # by token, as over the whole vocabulary
+        scores = self._per_thread[1](None, values.gather(-1, order))  # type: ignore[arg-type]
+        return ids.gather(-1, _draw(scores, streams)[:, None])[:, 0].tolist()
 
     def stops(self, context: Callable[[], list[int]]) -> bool:
         """Whether the config's own stop strings, or criteria given to generate(), end a thread here."""
@@ -136,6 +168,18 @@ class Sampler:
             return False
         ids = torch.tensor([context()], dtype=torch.long, device=self.model.device)
         return bool(self.criteria(ids, None).any())  # type: ignore[arg-type]
+
+
+def _draw(scores: torch.Tensor, streams: Sequence[np.random.Generator]) -> torch.Tensor:
+    """Index drawn from softmax(scores[i]) by streams[i]'s next uniform; int64 [rows].
+
+    Inverse transform sampling, in float64, so that the draw is exact over a large vocabulary. What has probability zero
+    leaves the cumulated sum where it was and is never the first to pass the draw.
+    """
+    cdf = torch.softmax(scores, -1).cumsum(-1, dtype=torch.float64)
+    draws = torch.tensor([s.random() for s in streams], dtype=torch.float64, device=scores.device)
+    found = torch.searchsorted(cdf, draws[:, None] * cdf[:, -1:], right=True)
+    return found.clamp_(max=scores.shape[-1] - 1)[:, 0]
 
 
 class Samplers:
@@ -160,7 +204,8 @@ class Samplers:
                         "pass e.g. do_sample, temperature, top_p"
                     )
                 setattr(config, name, value)
-            config.validate()
+            if overrides:
+                config.validate()
             self._made[key] = Sampler(*self._args, config, self._extra, self._criteria)
         return self._made[key]
 
@@ -202,11 +247,21 @@ def prepare_config(
     return prepared
 
 
-def token_stats(logits: torch.Tensor, tokens: Sequence[int], k: Sequence[int]) -> list[TokenStats]:
-    """`TokenStats` of each row of raw `logits` [rows, vocabulary]; k[i] is how many tokens row i's top-k mean takes."""
-    logp = logits.float().log_softmax(-1)
-    # p · log p is 0 at p = 0, not NaN.
-    entropy = -(logp.exp() * logp).nan_to_num(nan=0.0, neginf=0.0, posinf=0.0).sum(-1)
-    best = logp.topk(min(max(k), logp.shape[-1]), dim=-1).values
-    chosen = logp.gather(-1, torch.tensor(tokens, device=logp.device)[:, None])[:, 0]
-    return [TokenStats(float(chosen[i]), float(entropy[i]), float(best[i, : k[i]].mean())) for i in range(len(tokens))]
+def token_stats(logits: torch.Tensor, tokens: Sequence[int], asked: Sequence[int]) -> list[TokenStats]:
+    """`TokenStats` of each row of raw `logits` [rows, vocabulary], float32.
+
+    asked[i]: k of row i's top-k mean; 0: its log-probability alone, which costs a quarter.
+    """
+    total = logits.logsumexp(-1)
+    chosen = logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0] - total
+    stats = [TokenStats(float(logprob), nan, nan) for logprob in chosen]
+    full = [i for i, k in enumerate(asked) if k]
+    if full:
+        rows = logits[full] if len(full) < len(tokens) else logits
+        logp = rows - total[full, None]
+        # −Σ p · log p; a score of −inf adds 0 to it, not NaN.
+        entropy = -torch.where(logp.isneginf(), 0.0, logp.exp() * logp).sum(-1)
+        best = logp.topk(min(max(asked), logp.shape[-1]), dim=-1).values
+        for at, i in enumerate(full):
+            stats[i] = TokenStats(stats[i].logprob, float(entropy[at]), float(best[at, : asked[i]].mean()))
+    return stats

@@ -26,7 +26,7 @@ class Aspects(Strategy):
 
     headers: tuple[str, ...] = ("\n\nAdvantages:", "\n\nDisadvantages:", "\n\nExample:")
     conclusion: str = "\n\nIn conclusion,"
-    after: str | tuple[str, ...] = ("\n", ". ", ".\n", ".")
+    after: str | tuple[str, ...] = ("\n", ".")
     intro_tokens: int = 48
     aspect_tokens: int = 64
     aspect_stop: str | tuple[str, ...] = "\n\n"

@@ -159,7 +159,7 @@ class Decode(Op):
         stop: Sequence[str | int],
         sampling: Mapping[str, Any] | None,
         until: Callable[[Decode], bool] | None,
-        stats: int,
+        stats: int | None,
     ):
         super().__init__(thread)
         self.max_new_tokens = max_new_tokens

@@ -85,13 +85,13 @@ class Thread:
     """
 
     def __init__(self, host: Host, parent: Thread | None, path: tuple[int, ...], role: str):
-        self._host = host
+        self._host: Any = host
         self.parent, self.path, self.role = parent, path, role
         self.id = ".".join(map(str, path))
         self.alive = True
         self.ended: Ended | None = None
         self.fate: str | None = None  # how it left: "joined", "discarded", "killed", "finished"
-        self._ops: deque[Op] = deque()
+        self._ops: deque[Any] = deque()
         self._next_child = 0
         self._waiting: list[Awaitable] = []  # who waits for this thread to have nothing queued
         # Written by the loop:
@@ -129,7 +129,7 @@ class Thread:
         stop: str | int | Sequence[str | int] = (),
         sampling: Mapping[str, Any] | None = None,
         until: Callable[[Decode], bool] | None = None,
-        stats: bool | int = False,
+        stats: bool | int | str = False,
     ) -> Decode:
         """Sample until something ends it; ``yield`` gives the `Ended`.
 
@@ -138,7 +138,8 @@ class Thread:
         sampling: fields of Transformers' GenerationConfig that differ here, e.g. ``{"do_sample": True, "temperature":
         0.8}``.
         until: called after every token with this `Decode`; True ends it.
-        stats: True (or the k of its top-k mean, 20 by default) records a `TokenStats` a token.
+        stats: True (or the k of its top-k mean, 20 by default) records a `TokenStats` a token; "logprob" leaves its
+            other fields NaN and is cheaper.
         """
         self._check_alive("decode")
         if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
@@ -152,7 +153,10 @@ class Thread:
         if any(isinstance(s, str) for s in stops):
             self._host.encode("")  # says so when there is no tokenizer
         self._host.check_sampling(sampling)
-        return self._submit(Decode(self, max_new_tokens, stops, sampling, until, 20 if stats is True else int(stats)))
+        if not (isinstance(stats, int) and stats >= 0) and stats != "logprob":
+            raise ValueError(f"decode: stats={stats!r}; pass True, False, a k of at least 1, or 'logprob'")
+        topk = 20 if stats is True else 0 if stats == "logprob" else int(stats) or None
+        return self._submit(Decode(self, max_new_tokens, stops, sampling, until, topk))
 
     def insert(self, text_or_ids: str | Sequence[int]) -> Insert:
         """Append tokens that the model did not sample; they are prefilled and marked as inserted."""

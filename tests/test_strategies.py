@@ -289,6 +289,39 @@ def test_reprefill_join_lets_siblings_see_each_other_and_is_dense():
     assert result.metrics.rows == len(PROMPT) + 5 + 5 + (2 + 2 - 1) + (1 + 6 - 1) + (4 + 7) + 6 - 1
 
 
+def test_reprefill_join_may_replace_headers():
+    def body(trunk):
+        kids = trunk.fork([[20, 21], [20, 31], [20, 41]])
+        ends = yield [kid.decode(2) for kid in kids]
+        trunk.join(kids, "reprefill", headers=[None, [31], None])
+        yield trunk.decode(1)
+        return [end.token_ids for end in ends]
+
+    result = run(body)
+    a, b, c = result.answers
+    assert result.token_ids[:-1] == (20, 21, *a, 31, *b, 20, 41, *c)
+    assert (result.metrics.inserted_tokens, result.metrics.sampled_tokens) == (6, 7)
+    first = run(lambda trunk: (yield from replaced_first(trunk)))
+    assert first.token_ids[:1] == (9,) and not any(r.spliced for r in first.tree.runs)
+
+
+def replaced_first(trunk):
+    kid = trunk.fork([[20, 21]])[0]
+    yield kid.decode(3)
+    yield trunk.join(kid, "reprefill", headers=[[9]])
+
+
+def test_threads_spawned_in_one_go_are_one_block():
+    def body(trunk):
+        kids = [trunk.spawn([1, i]) for i in (2, 3, 4)]
+        yield [kid.decode(2) for kid in kids]
+        trunk.join(kids, "summary", text=[5])
+        yield trunk.spawn([6]).decode(1)
+
+    result = run(body)
+    assert result.metrics.threads_per_block == (3, 1) and result.metrics.num_threads == 4
+
+
 def test_summary_join_forgets_and_inserts():
     recorder = Recorder()
 
@@ -384,6 +417,9 @@ MISUSE = [
     (lambda trunk: trunk.join(trunk.fork(2), "concat", text="x"), "summary takes text"),
     (lambda trunk: trunk.join(trunk.fork(2), "summary"), "summary takes text"),
     (lambda trunk: trunk.join(trunk.fork(1) * 2), "given twice"),
+    (lambda trunk: trunk.join(trunk.fork(2), headers=[None, None]), "headers=.*mode 'reprefill' takes one for each"),
+    (lambda trunk: trunk.join(trunk.fork(2), "reprefill", headers=["x"]), "one for each of the 2 kids"),
+    (lambda trunk: trunk.decode(stats="entropy"), "stats='entropy'"),
     (lambda trunk: trunk.join(trunk.spawn("x")), "context of its own"),
     (lambda trunk: trunk.fork(2)[0].join(trunk.fork(1)), "is not a child of"),
     (lambda trunk: trunk.truncate(-1), "truncate: length=-1"),

@@ -21,7 +21,8 @@ def adoptable(op: Join) -> bool:
     thread, kids = op.thread, op.kids
     others = [k for _, children in thread._forks for k in children if k.alive and k.role == "fork" and k not in kids]
     return (
-        thread.role != "fork"
+        op.headers == [None]
+        and thread.role != "fork"
         and len(kids) == 1
         and not others
         and thread.length == len(kids[0]._prefix)
@@ -47,7 +48,7 @@ def join(request: Request, op: Join) -> None:
     elif mode == "concat":
         _splice(request, thread, kids)
     else:
-        _reprefill(request, thread, kids)
+        _reprefill(request, thread, op)
     if request.emit:
         request.emit(events.Join(request.index, thread.id, tuple(k.id for k in kids), mode, thread.length))
 
@@ -89,17 +90,21 @@ def _splice(request: Request, thread: Thread, kids: list[Thread]) -> None:
         request.retire(kid, "joined")
 
 
-def _reprefill(request: Request, thread: Thread, kids: list[Thread]) -> None:
-    rest = kids
-    if thread.length == len(kids[0]._prefix):
+def _reprefill(request: Request, thread: Thread, op: Join) -> None:
+    rest = list(zip(op.kids, op.headers, strict=True))
+    if thread.length == len(op.kids[0]._prefix) and op.headers[0] is None:
         # Nothing stands between the fork and the first child: its KV is what computing it again would give.
-        _splice(request, thread, kids[:1])
-        rest = kids[1:]
-    for kid in rest:
+        _splice(request, thread, op.kids[:1])
+        rest = rest[1:]
+    for kid, header in rest:
         _end_children(request, kid)
         depth = thread._depth
-        if kid._own:
-            append(thread, kid._own, "joined", kid.id)
+        own = kid._own
+        if header is not None:
+            first = kid._segments[0] if kid._segments else None
+            own = header + own[len(first.token_ids) if first is not None and first.kind == "inserted" else 0 :]
+        if own:
+            append(thread, own, "joined", kid.id)
         thread._depth = depth  # these tokens were counted in their own thread
         request.retire(kid, "joined")
 

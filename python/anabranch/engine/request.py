@@ -120,7 +120,11 @@ class Request:
         thread._live.born = role != "fork"  # a fork begins when its parent gets to the Fork in its queue
         self.threads.append(thread)
         if role == "fresh" and parent is not None:
-            parent._forks.append((parent.length, [thread]))
+            if parent._spawned_at == self.tasks.turn:
+                parent._forks[-1][1].append(thread)  # spawned in one go: one block
+            else:
+                parent._forks.append((parent.length, [thread]))
+                parent._spawned_at = self.tasks.turn
             thread._depth, thread._path_sampled = self.clock(), parent._path_sampled
             if self.emit:
                 self.emit(events.Fork(self.index, parent.id, (thread.id,), "fresh"))
@@ -236,6 +240,7 @@ class Request:
         context = (*thread._prefix, *thread._own)  # one tuple for all children
         branches = self.cache.fork(live.branch, len(op.kids))
         thread._forks.append((thread.length, op.kids))
+        thread._spawned_at = -1
         for kid, branch in zip(op.kids, branches, strict=True):
             kid._prefix, kid._position, kid._depth = context, thread._position, thread._depth
             kid._path_sampled = thread._path_sampled

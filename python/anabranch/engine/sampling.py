@@ -55,6 +55,13 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "prompt_lookup_num_tokens": ((None,), "assisted decoding is not available"),
     "constraints": ((None,), "constrained beam search is not available"),
     "force_words_ids": ((None,), "constrained beam search is not available"),
+    "use_mtp": ((None, False), "multi-token prediction is not available"),
+    "forced_eos_token_id": ((None,), "have the strategy insert() it"),
+    "return_dict_in_generate": ((None, False), "the Result holds everything"),
+    "output_scores": ((None, False), "use decode(stats=True)"),
+    "output_logits": ((None, False), "use decode(stats=True)"),
+    "output_attentions": ((None, False), "there are no attention weights over a tree"),
+    "output_hidden_states": ((None, False), "call the model itself with tree_step"),
     "token_healing": ((None, False), "token healing is not available"),
     "max_time": ((None,), "use Engine.abort() or leave the stream"),
 }
@@ -226,6 +233,8 @@ def prepare_config(
         raise ValueError(f"max_new_tokens={max_new_tokens!r}; pass a whole number of at least 1")
     if config is not None and not isinstance(config, GenerationConfig):
         raise TypeError(f"generation_config: got {type(config).__name__}; pass a transformers.GenerationConfig")
+    if "max_length" in kwargs or (config is not None and config.max_length and not config.max_new_tokens):
+        raise ValueError("max_length: counts the prompt, which threads share; pass max_new_tokens instead")
     if config is not None and kwargs:
         config = copy.deepcopy(config)
         unknown = config.update(**kwargs)
@@ -233,7 +242,7 @@ def prepare_config(
     else:
         unknown = {}
     prepared, left = model._prepare_generation_config(config, **kwargs)
-    unknown = unknown | {k: v for k, v in left.items() if k not in ("output_attentions", "output_hidden_states")}
+    unknown = unknown | {k: v for k, v in left.items() if not hasattr(prepared, k)}
     if unknown:
         raise ValueError(f"generate: unknown argument {sorted(unknown)[0]!r}; it takes the fields of GenerationConfig")
     if max_new_tokens is not None:

@@ -27,6 +27,7 @@ class Tasks:
     def __init__(self, name: str) -> None:
         self.name = name
         self.current: Task | None = None
+        self.turn = 0  # how often a generator was resumed
         self._ready: deque[tuple[Task, Awaitable | None]] = deque()
         self._all: list[Task] = []
 
@@ -50,6 +51,7 @@ class Tasks:
         return moved
 
     def _advance(self, task: Task, waited: Awaitable | None) -> None:
+        self.turn += 1
         value = None
         if waited is not None:
             value, task.now = waited.value, max(task.now, waited.clock)

@@ -24,7 +24,7 @@ class Aspects(Strategy):
     at a child's end are dropped.
     """
 
-    headers: tuple[str, ...] = ("\n\nAdvantages:", "\n\nDisadvantages:", "\n\nExample:")
+    headers: tuple[str, ...] = ("\n\nOn the one hand,", "\n\nOn the other hand,", "\n\nFor example,")
     conclusion: str = "\n\nIn conclusion,"
     after: str | tuple[str, ...] = ("\n", ".")
     intro_tokens: int = 48

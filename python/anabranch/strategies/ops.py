@@ -138,9 +138,18 @@ class Fork(Op):
 
 
 class Join(Op):
-    def __init__(self, thread: Thread, kids: list[Thread], mode: str, token_ids: list[int], keep: int | None):
+    def __init__(
+        self,
+        thread: Thread,
+        kids: list[Thread],
+        mode: str,
+        token_ids: list[int] | None = None,
+        keep: int | None = None,
+        headers: list[list[int] | None] | None = None,
+    ):
         super().__init__(thread)
-        self.kids, self.mode, self.token_ids, self.keep = kids, mode, token_ids, keep
+        self.kids, self.mode, self.token_ids, self.keep = kids, mode, token_ids or [], keep
+        self.headers = headers or [None] * len(kids)  # token ids that take the place of each kid's own header
 
 
 class Truncate(Op):

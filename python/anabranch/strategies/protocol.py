@@ -99,7 +99,8 @@ class Thread:
         self._own: list[int] = []  # tokens since; prompt included for a trunk or a fresh thread
         self._segments: list[Segment] = []
         self._position = 0  # of the next token
-        self._forks: list[tuple[int, list[Thread]]] = []  # (length, children) in order
+        self._forks: list[tuple[int, list[Thread]]] = []  # (length, children) of each block, in order
+        self._spawned_at = -1  # the turn of the strategy in which the last block, of fresh threads, was begun
         self._forgotten: list[Segment] = []
         self._depth = 0  # Lamport clock at its end
         self._path_sampled = 0  # sampled tokens on the longest way here
@@ -197,14 +198,16 @@ class Thread:
         *,
         text: str | Sequence[int] | None = None,
         keep: int | None = None,
+        headers: Sequence[str | Sequence[int] | None] | None = None,
     ) -> Join:
         """Take children back, in the order given, once they have nothing left to do. They are gone afterwards.
 
         mode "concat": their KV becomes part of this thread's context, nothing is computed again; siblings stay blind to
         one another and share positions; position = the largest. "reprefill": their tokens follow one another as if
-        written one after the other (the first one's KV is kept). "summary": forget this thread's tokens from length
-        `keep` on (default: none), then insert `text`. "discard": nothing comes back; children still decoding are
-        killed.
+        written one after the other, so that each sees those before it; the first one's KV is what that gives, and is
+        kept. `headers` may replace a child's header there (None: it stays), when it reads differently behind a sibling.
+        "summary": forget this thread's tokens from length `keep` on (default: none), then insert `text`. "discard":
+        nothing comes back; children still decoding are killed.
         """
         self._check_alive("join")
         kids = [kids] if isinstance(kids, Thread) else list(kids)
@@ -215,6 +218,10 @@ class Thread:
                 f"join: mode={mode!r} with text={text!r}, keep={keep!r}; "
                 "summary takes text (and keep), no other mode does"
             )
+        if not kids:
+            raise ValueError("join: kids is empty; pass at least one child")
+        if headers is not None and (mode != "reprefill" or isinstance(headers, str) or len(headers) != len(kids)):
+            raise ValueError(f"join: headers={headers!r}; mode 'reprefill' takes one for each of the {len(kids)} kids")
         for i, kid in enumerate(kids):
             if not isinstance(kid, Thread) or kid.parent is not self:
                 raise ValueError(f"join: kids[{i}]={kid!r} is not a child of {self!r}")
@@ -223,16 +230,15 @@ class Thread:
                 raise ValueError(f"join: kids[{i}] has a context of its own; join it by 'summary' or 'discard'")
             if any(kid is other for other in kids[:i]):
                 raise ValueError(f"join: kids[{i}]={kid!r} is given twice")
-        if not kids:
-            raise ValueError("join: kids is empty; pass at least one child")
         if mode == "discard":  # at once: a child still decoding must not cost another step
-            op = Join(self, kids, mode, [], None)
+            op = Join(self, kids, mode)
             for kid in kids:
                 self._host.kill(kid, "discarded")
             op._resolve(None, op.issued)
             return op
         ids = [] if text is None else self._tokens(text, "join: text")
-        return self._submit(Join(self, kids, mode, ids, keep))
+        heads = [None if h is None else self._tokens(h, f"join: headers[{i}]") for i, h in enumerate(headers or [])]
+        return self._submit(Join(self, kids, mode, ids, keep, heads))
 
     def truncate(self, length: int) -> Truncate:
         """Forget this thread's tokens from context length `length` on (see ``thread.length``); only its own can go."""

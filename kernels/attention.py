@@ -63,7 +63,7 @@ OTHERS = ["lse_ptr", "sinks_ptr", "counts_ptr"]
 
 
 @triton.jit(
-    do_not_specialize=["num_items", "num_kv_heads", "window"],
+    do_not_specialize=["item_begin", "num_items", "num_kv_heads", "window"],
     do_not_specialize_on_alignment=[*PLAN_ARRAYS, *OTHERS],
 )
 def tree_attention_kernel(
@@ -83,6 +83,7 @@ def tree_attention_kernel(
     row_positions_ptr,
     sinks_ptr,  # [Hq], read when HAS_SINKS
     counts_ptr,  # int32 [>= 1], read when HAS_COUNTS
+    item_begin,  # this launch computes items item_begin … num_items − 1
     num_items,
     num_kv_heads,
     scale,
@@ -112,7 +113,7 @@ def tree_attention_kernel(
     UPCAST: tl.constexpr,  # interpreter only: its bfloat16 arithmetic is wrong, so compute in float32 there
 ):
     # Heads of an item are neighbours: they read the same slots, rows and limits while these are in L2.
-    item = tl.program_id(0) // num_kv_heads
+    item = item_begin + tl.program_id(0) // num_kv_heads
     kv_head = tl.program_id(0) % num_kv_heads
     if HAS_COUNTS:
         num_items = tl.load(counts_ptr)

@@ -19,6 +19,7 @@ __all__ = ["INTERPRETED", "Device", "attention", "block_rows", "copy_pages", "de
 # Decided when the kernels were decorated, that is by TRITON_INTERPRET at import, whatever the variable says now.
 INTERPRETED = not isinstance(tree_attention_kernel, triton.JITFunction)
 
+NARROW = 16  # packed rows of the smallest tile
 MERGE_BLOCK = 8  # partials a step of the merge: most rows have two to five
 
 
@@ -48,6 +49,26 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def block_rows(packed: int, head_dim: int, itemsize: int, arch: int) -> int:
     """BLOCK_M for items of up to ``packed`` (rows × group) packed rows; wider items take several programs."""
     return min(max(16, next_power_of_two(packed)), max_block_m(head_dim, itemsize, arch))
+
+
+def tile_classes(arrays: Any, widest: int, num_kv_heads: int, multiprocessors: int) -> list[tuple[int, int, int]]:
+    """Launches as (first item, end, packed rows at most): the wide items and the narrow ones, or all together.
+
+    A leaf of a tree has one row, the root has all: in the root's tile a leaf would waste most lanes and, worse, the
+    shared memory that lets several programs hide each other's waits. A plan with ``num_wide`` has its items in that
+    order, wide ones first. A second launch costs a few µs, so a few narrow items ride with the wide ones.
+    """
+    count = arrays.num_items
+    num_wide = getattr(arrays, "num_wide", None)
+    if count == 0:
+        return []
+    if num_wide is None or widest <= NARROW or getattr(arrays, "counts", None) is not None:
+        return [(0, count, widest)]
+    if num_wide == 0:
+        return [(0, count, NARROW)]
+    if (count - num_wide) * num_kv_heads < 2 * multiprocessors:
+        return [(0, count, widest)]
+    return [(0, num_wide, widest), (num_wide, count, NARROW)]
 
 
 def attention(
@@ -85,19 +106,19 @@ def attention(
     counts = getattr(arrays, "counts", None)
 
     with _on(q.device):
-        if arrays.num_items:
-            # tile_rows is what the profile allows; a small batch has fewer rows in all, and needs no wide tile.
-            packed = min(arrays.tile_rows, rows) * group
-            arch = device_traits(q.device).arch
+        arch, multiprocessors = device_traits(q.device)
+        d0, d1 = column_split(head_dim)
+        # tile_rows is what the profile allows; a small batch has fewer rows in all, and needs no wide tile.
+        widest = min(arrays.tile_rows, rows) * group
+        for item_begin, item_end, packed in tile_classes(arrays, widest, num_kv_heads, multiprocessors):
             block_m = block_rows(packed, head_dim, q.element_size(), arch)
             config = attention_config(head_dim, q.element_size(), block_m, arch)
-            d0, d1 = column_split(head_dim)
-            grid = (arrays.num_items * num_kv_heads, triton.cdiv(packed, block_m))
+            grid = ((item_end - item_begin) * num_kv_heads, triton.cdiv(packed, block_m))
             tree_attention_kernel[grid](
                 q, k_pages, v_pages, out, lse, part_acc, part_ml,
                 arrays.items, arrays.kv_slots, arrays.kv_positions, arrays.rows, arrays.limits, arrays.dest,
                 arrays.row_positions, lse if sinks is None else sinks, arrays.items if counts is None else counts,
-                arrays.num_items, num_kv_heads, float(scale), float(softcap or 0.0), int(window or 0),
+                item_begin, item_end, num_kv_heads, float(scale), float(softcap or 0.0), int(window or 0),
                 q.stride(0), q.stride(1),
                 k_pages.stride(0), k_pages.stride(1), k_pages.stride(2),
                 v_pages.stride(0), v_pages.stride(1), v_pages.stride(2),

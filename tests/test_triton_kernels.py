@@ -125,6 +125,23 @@ def test_grid_larger_than_the_work():
     check(case, got, **options)
 
 
+def test_wide_and_narrow_items_in_launches_of_their_own(monkeypatch):
+    case = make_case(13, rows=16, segments=4, tile_rows=6, group=4)
+    a = case.arrays
+    classes = launch.tile_classes(a, 24, num_kv_heads=2, multiprocessors=1)
+    assert classes == [(0, a.num_wide, 24), (a.num_wide, a.num_items, 16)] and 0 < a.num_wide < a.num_items
+    together, options = run(case)  # few items: one launch
+    assert len(launch.tile_classes(a, 24, num_kv_heads=2, multiprocessors=132)) == 1
+    monkeypatch.setattr(launch, "device_traits", lambda device: launch.Device(arch=90, multiprocessors=1))
+    apart, _ = run(case)
+    check(case, together, **options)
+    check(case, apart, **options)
+    a.num_wide = 0  # all narrow: the tile shrinks, and is wide enough for what it is given
+    assert launch.tile_classes(a, 24, 2, 1) == [(0, a.num_items, 16)]
+    a.num_items = 0
+    assert launch.tile_classes(a, 24, 2, 1) == []
+
+
 def test_window_never_reads_what_nobody_sees():
     """Slots that slid out of every row's window may have been given away: they hold NaN here."""
     case = make_case(21, rows=5, segments=2, max_len=200, head_dim=32)

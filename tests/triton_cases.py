@@ -71,6 +71,8 @@ def random_case(
         for begin, end in itertools.pairwise(cuts):
             for at in range(0, len(who), tile_rows):
                 items.append((segment, int(begin), int(end), [int(r) for r in who[at : at + tile_rows]]))
+    items.sort(key=lambda item: len(item[3]) * group <= 16)  # those of more than 16 packed rows first
+    num_wide = sum(len(item[3]) * group > 16 for item in items)
     holders = [[i for i, item in enumerate(items) if row in item[3]] for row in range(rows)]
     merge_rows = [row for row in range(rows) if len(holders[row]) != 1]
     merge_ptr = np.r_[0, np.cumsum([len(holders[row]) for row in merge_rows])].astype(np.int32)
@@ -100,6 +102,7 @@ def random_case(
         rows=tensor(item_rows), limits=tensor(limits), dest=tensor(dest), row_positions=tensor(row_positions),
         merge_rows=tensor(merge_rows), merge_ptr=tensor(merge_ptr),
         num_items=len(items), num_partials=len(partial), num_merge=len(merge_rows), tile_rows=tile_rows,
+        num_wide=num_wide,
     )  # fmt: skip
 
     context = []

@@ -196,10 +196,10 @@ def host_command(quick: Quick = False, threads: Threads = None, json: Json = Non
 @app.command("e2e")
 def e2e_command(
     quick: Quick = False, only: Only = "", dtype: Dtypes = None, peer: Peer = None, rounds: Rounds = 3,
-    threads: Threads = None, json: Json = None, plot: Plot = None,
+    threads: Threads = None, clock: ClockOption = "wall", json: Json = None, plot: Plot = None,
 ) -> None:  # fmt: skip
     """A real model: our engine, model.generate and, with --peer, vLLM on the same prompts."""
-    store = _start(threads, json)
+    store = _start(threads, json, clock)
     _run_e2e(store, quick, dtype, peer, rounds, only)
     _finish(store, plot)
 

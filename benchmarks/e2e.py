@@ -12,7 +12,6 @@ import os
 import statistics
 import subprocess
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from pathlib import Path
 import anabranch as ab
 import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+
+from .timing import clock_name, now
 
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 TITLES = {
@@ -60,7 +61,7 @@ class Clock(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if self.first is None:
-            self.first = time.perf_counter()
+            self.first = now()
         return scores
 
 
@@ -77,9 +78,9 @@ def _timed(call: Callable[[LogitsProcessorList], int], expected: int) -> Measure
     with warnings.catch_warnings():
         # Transformers renames an argument of generate within 5.x; the old name works in all of them.
         warnings.simplefilter("ignore", FutureWarning)
-        start = time.perf_counter()
+        start = now()
         tokens = call(LogitsProcessorList([clock]))
-    total = time.perf_counter() - start
+    total = now() - start
     if tokens != expected:
         raise RuntimeError(f"{tokens} tokens came out, not {expected}: the comparison would not be fair")
     return Measured((clock.first or start) - start, total)
@@ -145,9 +146,9 @@ class Bench:
         ids = torch.randint(0, 1000, (1, 64))
         with torch.no_grad():
             self.plain(ids, logits_to_keep=1)
-            start = time.perf_counter()
+            start = now()
             self.plain(ids, logits_to_keep=1)
-        return (time.perf_counter() - start) / 64
+        return (now() - start) / 64
 
     def entry(self, name: str, prompt: Prompt, n: int, runs: list[Measured]) -> dict[str, object]:
         total = statistics.median(r.total for r in runs)
@@ -235,7 +236,7 @@ def _vllm(bench: Bench, cases: list[tuple[Prompt, int]], peer: Path, rounds: int
         file.write_text(json.dumps({name: p.ids for name, p in names.items()}))
         command = [str(peer), str(script), "--model", str(folder), "--prompt-ids", str(file), "--dtype", bench.dtype,
                    "--new-tokens", str(bench.new_tokens), "--rounds", str(rounds), "--threads",
-                   str(torch.get_num_threads()), "--n", *map(str, counts)]
+                   str(torch.get_num_threads()), "--clock", clock_name(), "--n", *map(str, counts)]
         # The peer's own environment must not find our packages first.
         clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
         try:

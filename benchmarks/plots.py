@@ -54,6 +54,12 @@ def draw(data: dict[str, Any], folder: Path) -> list[Path]:
     return out
 
 
+def _threads(machine: dict[str, Any]) -> str:
+    one = machine["threads"] == 1
+    clock = ", CPU time" if machine.get("clock") == "cpu" else ""
+    return f"{machine['threads']} thread{'' if one else 's'}{clock}"
+
+
 def _label(name: str) -> str:
     """`1,16,64 / 1024,256,32` on two lines where it is long."""
     return name.replace(" / ", "\n/ ") if len(name) > 24 else name
@@ -105,7 +111,7 @@ def _attention(data: dict[str, Any], plt):
     figure.legend(handles, labels, loc="lower center", ncol=len(labels), frameon=False, fontsize=9,
                   bbox_to_anchor=(0.5, -0.02 - 0.2 / (1.6 + 0.36 * rows)))
     m = data["machine"]
-    figure.suptitle(f"Attention over trees, 32/8 heads, head_dim 128 · {m['cpu']}, {m['threads']} threads",
+    figure.suptitle(f"Attention over trees, 32/8 heads, head_dim 128 · {m['cpu']}, {_threads(m)}",
                     x=0.01, ha="left", fontsize=11.5, fontweight="bold")
     figure.tight_layout()
     return figure
@@ -147,7 +153,7 @@ def _end_to_end(data: dict[str, Any], plt):
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=len(labels), frameon=False, bbox_to_anchor=(0.5, -0.06))
     m = data["machine"]
-    figure.suptitle(f"SmolLM2-135M, end to end · {m['cpu']}, {m['threads']} threads", x=0.01, ha="left", fontsize=11.5,
+    figure.suptitle(f"SmolLM2-135M, end to end · {m['cpu']}, {_threads(m)}", x=0.01, ha="left", fontsize=11.5,
                     fontweight="bold")
     figure.tight_layout()
     return figure

@@ -22,6 +22,10 @@ def set_clock(name: str) -> None:
     _clock = CLOCKS[name]
 
 
+def clock_name() -> str:
+    return next(name for name, clock in CLOCKS.items() if clock is _clock)
+
+
 def now() -> float:
     """Seconds on the chosen clock."""
     return _clock()

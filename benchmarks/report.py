@@ -161,8 +161,9 @@ def _where(data: dict[str, Any]) -> list[str]:
     entries = [e for section in ("attention", "e2e", "host") for e in data.get(section, [])]
     commits = sorted({e["commit"] for e in entries if e.get("commit")})
     loads = [e["load"] for e in entries if e.get("load") is not None]
+    threads = f"{m['threads']} thread{'s' * (m['threads'] > 1)}"
     out = [
-        f"Measured on {m['cpu']} ({m['cores']} cores, {', '.join(m['isa'])}), {m['threads']} thread{'s' * (m['threads'] > 1)}, {m['os']}, "
+        f"Measured on {m['cpu']} ({m['cores']} cores, {', '.join(m['isa'])}), {threads}, {m['os']}, "
         f"{'CPU time of one thread, ' if m.get('clock') == 'cpu' else ''}"
         f"Python {m['python']}, {versions}; commit {', '.join(commits)}; {m['date']}."
     ]

@@ -12,13 +12,14 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 
-import anabranch as ab
 import pytest
 import torch
 import transformers
-from anabranch import hf
 from torch import nn
 from transformers import AutoModelForCausalLM
+
+import anabranch as ab
+from anabranch import hf
 
 VOCAB = 97
 SMALL = {
@@ -420,6 +421,10 @@ REFUSED = {
     "latent": ("DeepseekV3Config", {"num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 32,
                                     "first_k_dense_replace": 3}, "DeepseekV3ForCausalLM", "values of shape"),
     "chunked": ("Llama4TextConfig", {"num_local_experts": 2, "head_dim": 32}, "Llama4ForCausalLM", "chunked_attention"),
+    "own mask": ("DogeConfig", {}, "DogeForCausalLM", "mask of its own"),
+    "two head dims": ("Gemma4TextConfig", MIXED | {"head_dim": 32, "global_head_dim": 64, "num_kv_shared_layers": 0,
+                      "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}, "Gemma4ForCausalLM",
+                      "differ in head_dim: 32 .layer 0., 64 .layer 1."),
     "no registry": ("BloomConfig", {"n_head": 4, "n_layer": 2}, "BloomForCausalLM", "_supports_attention_backend"),
 }  # fmt: skip
 

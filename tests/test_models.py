@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from anabranch import models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from anabranch import models
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed (pip install gguf)")
 

@@ -116,6 +116,11 @@ def attention(
             raise ValueError("tree_backend: given without tree_step; pass tree_step=step too, or leave it out")
         return _ordinary(module, query, key, value, attention_mask, *args, **kwargs)
     if isinstance(step, Probe):
+        if attention_mask is not None and not isinstance(attention_mask, DeferredMask):
+            raise UnsupportedModel(
+                f"{type(module).__name__} gives attention a mask of its own making "
+                f"(shape {tuple(attention_mask.shape)}), which cannot be honoured over a tree"
+            )
         return step.record(module, query, key, value, _window(module, attention_mask, kwargs), kwargs), None
     return _over_tree(module, query, key, value, attention_mask, step, kwargs), None
 

@@ -34,7 +34,7 @@ class Settings:
     rounds: int = 9
     budget: float = 6.0
     memory: float = 8e9
-    patience: float = 3.0
+    patience: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _prepare(contender, settings, floor, taken, budget, report, job) -> float:
         raise Unfit(f"needs {need / 1e9:.1f} GB beside {taken / 1e9:.1f} GB in use; {budget / 1e9:.1f} GB set aside")
     seconds = contender.flops() / floor.rate(torch.float32)
     if seconds > settings.patience:
-        raise Unfit(f"{contender.flops() / 1e9:.0f} GFLOP, at least {seconds:.0f} s a call")
+        raise Unfit(f"computes {contender.flops() / 1e9:.0f} GFLOP, at least {seconds:.1f} s a call")
     report(f"{job.label}: {contender.title}")
     with torch.no_grad():
         contender.prepare()

@@ -1,0 +1,226 @@
+"""The commands and their options; what they do is in one file each. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anabranch import __version__
+from anabranch.cli.common import USAGE, Mistake, command, set_debug
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Fork a language model in mid-answer, let it think in several branches at once, and join them again.
+
+[bold]Start here:[/bold]  anabranch demo
+
+Branches share one paged, copy-on-write KV cache: what they have in common is computed once and lies in memory once.""",
+    epilog="Exit codes: 0 done · 1 failed, with the reason · 2 wrong usage · 130 interrupted (Ctrl-C). "
+    "`anabranch COMMAND --help` has examples.",
+)
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class StrategyName(str, Enum):
+    none = "none"
+    self_consistency = "self-consistency"
+    aspects = "aspects"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"anabranch {__version__}")
+        raise typer.Exit
+
+
+DebugOption = Annotated[
+    bool, typer.Option("--debug", callback=set_debug, is_eager=True, help="Show the traceback of an error.")
+]
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="A model's name, or a Transformers folder on this machine.")
+]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="Of the weights. auto: bfloat16 where the hardware multiplies it, else float32.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="The same seed gives the same answer.")]
+SaveOption = Annotated[Path | None, typer.Option("--save", help="Write the trace here, for `anabranch view`.")]
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="Examples:  anabranch demo  ·  anabranch demo 'Is it a good idea to work from home?' --branches 3  ·  "
+    "anabranch demo --sequential  ·  anabranch demo --header 'Yes, because' --header 'No, because'  ·  "
+    "anabranch demo --json | jq .metrics"
+)
+@command
+def demo(
+    prompt: Annotated[str | None, typer.Argument(help="A question. Left out: one of ours.", show_default=False)] = None,
+    model: ModelOption = "smollm2",
+    branches: Annotated[
+        int | None, typer.Option("--branches", "-n", min=1, max=8, help="How many, with our lead-ins. [default: 4]")
+    ] = None,
+    header: Annotated[
+        list[str] | None,
+        typer.Option("--header", "--headers", help="Words a branch begins with; give it once for each branch."),
+    ] = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="The same branches one after another: the fair baseline.")
+    ] = False,
+    seed: SeedOption = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens sampled one after another, from the first to the last.")
+    ] = 160,
+    branch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a branch.")] = 48,
+    compare: Annotated[
+        bool, typer.Option("--compare/--no-compare", help="Time the same fork through model.generate as well.")
+    ] = True,
+    save: SaveOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Watch a real model fork in mid-answer, write several branches at once, and join them.
+
+    The model begins to answer. In the middle its live cache is forked, one branch a lead-in; all branches are written
+    in the same forward passes over one shared cache, then joined by splicing their KV, and the model, which now sees
+    all of them, concludes. At the end: tokens, pages, time, and the same fork through `model.generate`.
+    """
+    from anabranch.cli import demo as body
+
+    body.run(
+        body.Options(
+            prompt=body.QUESTION if prompt is None else prompt, model=model, sequential=sequential, as_json=json,
+            seed=seed, max_new_tokens=max_new_tokens, branch_tokens=branch_tokens, save=save, compare=compare,
+            dtype=dtype.value, headers=body.headers(branches, header),
+        )
+    )  # fmt: skip
+
+
+@app.command(
+    epilog="Examples:  anabranch generate 'Name three rivers.'  ·  "
+    "anabranch generate 'What is 17 + 25?' --strategy self-consistency -n 8 --vote number  ·  "
+    "cat question.txt | anabranch generate - --stream  ·  "
+    "anabranch generate 'Once upon a time' --raw --model ./my-model"
+)
+@command
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    model: ModelOption = "smollm2",
+    strategy: Annotated[
+        StrategyName, typer.Option("--strategy", "-s", help="Who forks, and when.")
+    ] = StrategyName.none,
+    n: Annotated[int | None, typer.Option("-n", "--branches", min=1, help="Branches of the strategy.")] = None,
+    vote: Annotated[
+        str | None,
+        typer.Option(
+            help="self-consistency: number, boxed, letter, line or a pattern. Default: the likeliest branch wins."
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", "-t", min=0.0, help="0 is greedy. Default: the model's own settings."),
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = None,
+    seed: SeedOption = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens sampled one after another.")] = 256,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--raw", help="Through the chat template (default where there is one), or as is."),
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Show the answer as it is written.")] = False,
+    save: SaveOption = None,
+    num_pages: Annotated[int | None, typer.Option(min=1, help="Pages of the cache. Default: by free memory.")] = None,
+    page_size: Annotated[int, typer.Option(min=1, help="Tokens a page.")] = 16,
+    backend: Annotated[str, typer.Option(help="Attention backend: auto, cpu, triton, reference.")] = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Answer a prompt: plainly, by a vote of sampled branches, or in several aspects.
+
+    The answer goes to standard output, a line about its cost to standard error.
+    """
+    from anabranch.cli import generate as body
+
+    body.run(
+        body.Options(
+            prompt=prompt, model=model, strategy=strategy.value, n=n, vote=vote, temperature=temperature, top_p=top_p,
+            seed=seed, max_new_tokens=max_new_tokens, chat=chat, stream=stream, as_json=json, save=save,
+            num_pages=num_pages, page_size=page_size, backend=backend, dtype=dtype.value,
+        )
+    )  # fmt: skip
+
+
+@app.command(epilog="Examples:  anabranch demo --save trace.json && anabranch view trace.json")
+@command
+def view(
+    trace: Annotated[Path, typer.Argument(help="A file that --save wrote.", show_default=False)],
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show a saved trace: the tree with its texts, and what it cost."""
+    from anabranch.cli import view as body
+
+    body.run(trace, json)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Examples:  anabranch bench --quick  ·  anabranch bench --builtin --json  ·  "
+    "in a checkout:  anabranch bench attention --only headline --heads 32/8",
+)
+@command
+def bench(
+    context: typer.Context,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller: a minute or two.")] = False,
+    builtin: Annotated[bool, typer.Option("--builtin", help="The small measurement, in a checkout too.")] = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure this machine: tree attention beside ordinary attention.
+
+    In a checkout this is `python -m benchmarks` with the arguments given (its own page: `python -m benchmarks --help`).
+    An installed package measures one telling shape: 16 branches of 128 tokens on a shared prefix of 4,096, in one call
+    and branch by branch through SDPA, checked before it is timed.
+    """
+    from anabranch.cli import bench as body
+
+    body.run(quick=quick, builtin=builtin, as_json=json, arguments=list(context.args))
+
+
+@app.command(epilog="Examples:  anabranch doctor  ·  anabranch doctor --json | jq .backends")
+@command
+def doctor(json: JsonOption = False, debug: DebugOption = False) -> None:
+    """What works here, what does not and how to mend it: versions, hardware, backends, models; with a self-test.
+
+    Exit code 1 when something that should work on this machine does not.
+    """
+    from anabranch.cli import doctor as body
+
+    body.run(json)
+
+
+__all__ = ["USAGE", "Mistake", "app"]

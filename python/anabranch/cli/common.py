@@ -1,0 +1,188 @@
+"""What all commands share: how a mistake, a broken pipe and Ctrl-C end, consoles, and loading a model."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+INTERRUPTED = 128 + signal.SIGINT  # 130, as shells count
+FAILED, USAGE = 1, 2
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# bfloat16 matrix products in hardware. Without them the CPU converts, and a step of 16 rows of SmolLM2 takes 2.2 times
+# as long as in float32 (AVX2, one thread), though one of a single row, which only reads weights, takes 0.7 times.
+BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")
+
+_debug = False
+
+
+class Mistake(Exception):
+    """Something the user can put right; printed as it is, without a traceback."""
+
+    def __init__(self, message: str, code: int = FAILED):
+        super().__init__(message)
+        self.code = code
+
+
+def set_debug(value: bool) -> bool:
+    """--debug: from now on mistakes show their traceback."""
+    global _debug
+    _debug = _debug or value
+    return value
+
+
+def consoles() -> tuple[Console, Console]:
+    """(stdout, stderr)."""
+    from rich.console import Console
+
+    return Console(highlight=False), Console(stderr=True, highlight=False)
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a command: mistakes become one message on stderr and exit code 1, Ctrl-C one line and exit code 130."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        import typer
+
+        try:
+            function(*args, **kwargs)
+        except KeyboardInterrupt as interrupt:
+            print(f"anabranch: interrupted{'; ' + str(interrupt) if str(interrupt) else ''}", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:  # `anabranch … | head`: the reader has what it wanted
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except Exception as error:
+            code = _mistake(error)
+            if _debug or code is None:
+                raise
+            print(f"anabranch: {error}", file=sys.stderr)
+            raise typer.Exit(code) from None
+
+    return wrapped
+
+
+def _mistake(error: Exception) -> int | None:
+    """Exit code of an error whose message was written for the user; None for a defect, which shows its traceback."""
+    if isinstance(error, Mistake):
+        return error.code
+    # The library's own errors name the argument and the remedy; only its modules are asked for them, once loaded.
+    known = [("anabranch.models", "ModelUnavailable"), ("anabranch.hf_shape", "UnsupportedModel")]
+    known += [("anabranch.errors", name) for name in ("OutOfPages", "BackendUnavailable")]
+    classes = [getattr(sys.modules[module], name) for module, name in known if module in sys.modules]
+    files = (FileNotFoundError, PermissionError, IsADirectoryError)
+    return FAILED if isinstance(error, (ValueError, *files, *classes)) else None
+
+
+def plain_terminal(console: Console) -> bool:
+    """Whether output is read by a program, a log or a terminal without cursor movement: lines only, no live display."""
+    return not console.is_terminal or console.is_dumb_terminal
+
+
+def check_save(path: Path | None) -> None:
+    """Before minutes of work: a file can be written there."""
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise Mistake(f"--save {str(path)!r}: there is no folder {str(folder)!r}", USAGE)
+    if path.is_dir() or not os.access(folder, os.W_OK):
+        raise Mistake(f"--save {str(path)!r}: cannot write a file there", USAGE)
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+def cpu() -> tuple[str, list[str]]:
+    """(model name, feature flags) of the CPU; flags are empty where the system does not tell."""
+    import platform
+
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine(), []
+    block = text.split("\n\n")[0].splitlines()
+    fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in block)}
+    return fields.get("model name", platform.machine()), (fields.get("flags") or fields.get("Features") or "").split()
+
+
+def choose_dtype(wish: str = "auto") -> tuple[torch.dtype, str]:
+    """(dtype of the weights, why): bfloat16 on a GPU and on CPUs that multiply it in hardware, float32 elsewhere."""
+    import torch
+
+    if wish not in DTYPES:
+        raise Mistake(f"--dtype {wish!r}: expected one of {', '.join(DTYPES)}", USAGE)
+    if wish != "auto":
+        return getattr(torch, wish), "asked for"
+    if torch.cuda.is_available():
+        return torch.bfloat16, "there is a GPU"
+    found = [f for f in BF16_FEATURES if f in cpu()[1]]
+    if found:
+        return torch.bfloat16, f"the CPU has {found[0]}"
+    return torch.float32, "the CPU has no bfloat16 arithmetic, where float32 is faster for several branches"
+
+
+def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any, torch.dtype]:
+    """(model, tokenizer, dtype) of a model by name, or of a Transformers folder on this machine."""
+    from anabranch import models
+
+    kind, _ = choose_dtype(dtype)
+    if name in models.names():
+        models.path(name)  # converts on the first call, with a bar of its own on stderr
+        return (*models.load(name, dtype=kind), kind)
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        known = ", ".join(models.names())
+        raise Mistake(
+            f"--model {name!r}: neither a model's name ({known}) nor a folder here. Pass one of these names, or the "
+            "path of a folder that holds a Transformers model (config.json, safetensors, tokenizer)"
+        )
+    if not (folder / "config.json").is_file():
+        raise Mistake(f"--model {name!r}: this folder has no config.json, so it is not a Transformers model")
+    return (*_load_folder(folder, kind), kind)
+
+
+def _load_folder(folder: Path, kind: torch.dtype) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from anabranch import hf
+
+    hf.register()
+    logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=kind, attn_implementation="anabranch", local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise Mistake(f"--model {str(folder)!r}: Transformers cannot load it: {error}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def machine_note() -> str:
+    """One line that says where something was measured."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}; torch {torch.__version__}"
+    name, flags = cpu()
+    best = next((f for f in ("avx512_bf16", "avx512f", "avx2", "asimd") if f in flags), "")
+    busy = ""
+    if hasattr(os, "getloadavg"):
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        if load > 1.5 * cores:
+            busy = f"; busy: load {load:.1f} on {cores} cores, so times are too long"
+    return f"{name} ({best}), {torch.get_num_threads()} threads; torch {torch.__version__}{busy}".replace(" ()", "")

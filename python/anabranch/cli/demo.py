@@ -1,0 +1,200 @@
+"""``anabranch demo``: a real model forks in mid-answer, thinks in several branches at once, and joins."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anabranch.cli.common import FAILED, USAGE, Mistake, check_save, consoles, load_model, plain_terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from anabranch.engine.result import Result
+
+QUESTION = "Should I learn to play the piano as an adult?"
+# Lead-ins, not titles: a small model goes on with a sentence behind them, but behind a title likes to leave a blank
+# line, which ends the branch.
+HEADERS = (
+    "On the one hand,",
+    "On the other hand,",
+    "For example,",
+    "A common mistake is",
+    "Most importantly,",
+    "In practice,",
+    "Over time,",
+    "For a beginner,",
+)
+CONCLUSION = "In conclusion,"
+SAMPLING = {"do_sample": True, "temperature": 0.5, "top_p": 0.9}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for."""
+
+    prompt: str
+    model: str = "smollm2"
+    sequential: bool = False
+    as_json: bool = False
+    seed: int = 0
+    max_new_tokens: int = 160
+    branch_tokens: int = 48
+    save: Path | None = None
+    headers: tuple[str, ...] = HEADERS[:4]
+    compare: bool = True
+    dtype: str = "auto"
+
+
+def headers(branches: int | None, own: list[str] | None) -> tuple[str, ...]:
+    """The lead-ins of the branches, from --branches and --header."""
+    if own:
+        if branches is not None and branches != len(own):
+            raise Mistake(f"--branches {branches} with {len(own)} --header: leave --branches out", USAGE)
+        if not all(h.strip() for h in own):
+            raise Mistake("--header is empty: give each branch the words that it begins with", USAGE)
+        return tuple(h.strip() for h in own)
+    count = 4 if branches is None else branches
+    if count > len(HEADERS):
+        raise Mistake(
+            f"--branches {count}: there are {len(HEADERS)} lead-ins; give your own with --header, once a branch", USAGE
+        )
+    return HEADERS[:count]
+
+
+def run(options: Options) -> None:
+    """The whole command."""
+    if not options.prompt.strip():
+        raise Mistake("PROMPT is empty: ask something, or leave it out for a question of ours", USAGE)
+    check_save(options.save)
+    out, err = consoles()
+    quiet = options.as_json
+    live = not quiet and not plain_terminal(out)
+    engine, dtype = _engine(options, out if live else None)
+    story_result, context = _follow(engine, options, out, live, quiet, dtype)
+    comparison = None
+    if not quiet:
+        from anabranch.cli import score
+
+        score.show(out, story_result, engine.cache.page_size)
+    if options.save is not None:
+        story_result.trace().save(options.save)
+        if not quiet:
+            out.print(f"\ntrace saved; look at it with: anabranch view {options.save}", style="dim", soft_wrap=True)
+    if options.compare:
+        comparison = _compare(engine, story_result, context, options, out if live else None)
+        if comparison is None:
+            (err if quiet else out).print(
+                "\nThe answer ended before it could fork, so there is nothing to compare.", style="dim"
+            )
+        elif not quiet:
+            from anabranch.cli import score
+
+            score.show_comparison(out, comparison, dtype)
+    if quiet:
+        from anabranch.cli import score
+
+        report = score.as_json(
+            story_result, model=options.model, dtype=dtype, prompt=options.prompt, comparison=comparison, command="demo"
+        )
+        print(json.dumps(report, ensure_ascii=False, default=str))
+
+
+def _engine(options: Options, console: Console | None) -> tuple[Any, str]:
+    if console is not None:
+        from anabranch import models
+
+        if options.model in models.names():
+            models.path(options.model)  # its bar and our spinner must not draw at the same time
+    with console.status("loading the model …") if console is not None else nullcontext():
+        import anabranch as ab
+
+        model, tokenizer, dtype = load_model(options.model, options.dtype)
+        if not getattr(tokenizer, "chat_template", None):
+            raise Mistake(
+                f"--model {options.model!r}: its tokenizer has no chat template, and the demo asks a question; "
+                "use `anabranch generate --raw` for a base model",
+                FAILED,
+            )
+        return ab.Engine(model, tokenizer), str(dtype).removeprefix("torch.")
+
+
+def _strategy(options: Options) -> Any:
+    from anabranch.strategies import Aspects, Sequential
+
+    aspects = Aspects(
+        headers=tuple(f"\n\n{h}" for h in options.headers),
+        conclusion=f"\n\n{CONCLUSION}",
+        aspect_tokens=options.branch_tokens,
+        conclusion_tokens=48,
+    )
+    return Sequential(aspects) if options.sequential else aspects
+
+
+def _follow(
+    engine: Any, options: Options, console: Console, live: bool, quiet: bool, dtype: str
+) -> tuple[Result, list[int]]:
+    """Run it, drawing; returns the result and the token ids in front of the fork (none when it never forked)."""
+    from anabranch.cli.display import Lines, Picture, follow
+    from anabranch.cli.story import Story
+
+    story = Story(engine.cache)
+    chat = [{"role": "user", "content": options.prompt}]
+    stream = engine.stream(
+        chat, strategy=_strategy(options), seed=options.seed, max_new_tokens=options.max_new_tokens, **SAMPLING
+    )
+    heading = _heading(options, dtype)
+    lines = None if live or quiet else Lines(console, story)
+    if not quiet and not live:
+        for part in heading[:-1]:
+            console.print(part)
+    try:
+        with ExitStack() as stack:
+            if live:
+                stack.enter_context(follow(console, story, heading))
+            for event in stream:
+                story.take(event)
+                if lines is not None:
+                    lines.take(event)
+    except KeyboardInterrupt:
+        engine.abort()
+        used = engine.cache.usage()
+        raise KeyboardInterrupt(
+            f"{story.sampled} tokens were written, {used.pages_total - used.pages_free} pages are still held"
+        ) from None
+    finally:
+        stream.close()
+    if live:
+        for part in heading:
+            console.print(part)
+        console.print(Picture(story, live=False))
+    assert story.result is not None
+    result = story.result
+    tree = result.tree
+    if not tree.children:
+        return result, []
+    before = tree.children[0].forked_at - len(result.prompt_token_ids)
+    return result, [*result.prompt_token_ids, *result.token_ids[:before]]
+
+
+def _heading(options: Options, dtype: str) -> list[RenderableType]:
+    from rich.text import Text
+
+    name = "SmolLM2-135M-Instruct" if options.model == "smollm2" else options.model
+    how = "one branch after another" if options.sequential else f"{len(options.headers)} branches at once"
+    title = Text.assemble(("anabranch", "bold"), (f"  {name}, {dtype}, {how}", "dim"))
+    return [title, Text.assemble(("Q ", "bold cyan"), (options.prompt, "bold")), Text("")]
+
+
+def _compare(engine: Any, result: Result, context: list[int], options: Options, console: Console | None) -> Any:
+    from anabranch.cli.compare import compare
+
+    kids = result.tree.children
+    if not kids or not context:
+        return None
+    longest = max(sum(len(r.token_ids) for r in kid.runs if r.kind in ("sampled", "inserted")) for kid in kids)
+    with console.status("the same fork through model.generate …") if console is not None else nullcontext():
+        return compare(engine, context, len(kids), longest)

@@ -1,0 +1,284 @@
+"""``anabranch doctor``: what works on this machine, what does not, and the remedy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import time
+from typing import Any
+
+from anabranch import __version__
+from anabranch.cli.common import FAILED, Mistake, consoles, cpu
+
+# Every variable that our code reads, or that decides what it can do here (a test looks for any that is missing).
+VARIABLES = {
+    "ANABRANCH_CPU_ISA": "instruction set of the CPU kernels: plain, avx2 or avx512",
+    "ANABRANCH_CACHE": "folder of converted models",
+    "XDG_CACHE_HOME": "its parent, where ANABRANCH_CACHE is not set",
+    "ANABRANCH_CUDA": "when building: 0, 1 or auto",
+    "CMAKE_BUILD_PARALLEL_LEVEL": "when building: compilers at once",
+    "TRITON_INTERPRET": "1: Triton kernels run in its interpreter, on the CPU, slowly",
+    "OMP_NUM_THREADS": "threads of torch, which the CPU kernels follow",
+    "CUDA_VISIBLE_DEVICES": "GPUs that torch may see",
+}
+FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+NEVER_ON_A_GPU = (
+    "The Triton kernels of this version have never run on a GPU. They were run in Triton's interpreter against the "
+    "reference, and compiled for sm_80, sm_90 and sm_100. `python tests/gpu/run.py` in a checkout tests them on yours."
+)
+ALLOWED = 1e-5  # relative error of float32
+
+
+def run(as_json: bool) -> None:
+    """Look, test, print; raises `Mistake` (exit code 1) when something that should work does not."""
+    report = examine()
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        _show(report)
+    if report["problems"]:
+        raise Mistake("doctor: " + "; ".join(report["problems"]), FAILED)
+
+
+def examine() -> dict[str, Any]:
+    """Everything, as plain data."""
+    problems: list[str] = []
+    report: dict[str, Any] = {"schema": "anabranch.doctor", "version": 1, "versions": _versions()}
+    report["cpu"] = _cpu_facts()
+    try:
+        import torch
+    except ImportError as error:
+        return {**report, "problems": [f"torch cannot be imported ({error}); `pip install torch`"]}
+    report["cpu"]["torch_threads"] = torch.get_num_threads()
+    report["gpus"] = _gpus()
+    try:
+        from anabranch import backends
+    except ImportError as error:
+        remedy = "reinstall with `pip install .`, or build in place with `make build`"
+        return {**report, "problems": [f"anabranch's C++ core cannot be imported ({error}); {remedy}"]}
+    report["backends"] = {name: _backend(name) for name in backends.NAMES}
+    report["backends"]["cuda"] = {
+        "works": False,
+        "reason": "CUDA C++ kernels are not part of this version; GPUs are served by triton",
+        "expected": False,
+    }
+    for name, entry in report["backends"].items():
+        if entry["expected"] and not entry["works"]:
+            problems.append(f"{name}: {entry['reason']}")
+        elif entry.get("selftest") and not entry["selftest"]["passed"]:
+            problems.append(f"{name}: the self-test failed ({entry['selftest']['detail']})")
+    report["auto"] = _auto()
+    from anabranch.cli.common import choose_dtype
+
+    dtype, why = choose_dtype()
+    report["dtype"] = {"auto": str(dtype).removeprefix("torch."), "why": why}
+    report["cuda_extension"] = {"built": importlib.util.find_spec("anabranch._cuda") is not None}
+    report["never_on_a_gpu"] = NEVER_ON_A_GPU
+    report["models"] = _models()
+    report["environment"] = {n: {"value": os.environ.get(n), "meaning": m} for n, m in VARIABLES.items()}
+    return {**report, "problems": problems}
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"anabranch": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "triton", "numpy", "gguf"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {**versions, "system": platform.platform()}
+
+
+def _cpu_facts() -> dict[str, Any]:
+    name, flags = cpu()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    features = [f for f in FEATURES if f in flags]
+    return {"model": name, "cores": os.cpu_count(), "usable_cores": usable, "features": features}
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    found = []
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        p = torch.cuda.get_device_properties(i)
+        memory, capability = round(p.total_memory / 2**30, 1), f"{p.major}.{p.minor}"
+        found.append({"name": p.name, "memory_gib": memory, "capability": capability})
+    return found
+
+
+def _backend(name: str) -> dict[str, Any]:
+    import torch
+
+    from anabranch import backends
+
+    gpu = torch.cuda.is_available()
+    entry: dict[str, Any] = {"expected": name in ("reference", "cpu") or (name == "triton" and gpu)}
+    reason = backends.unavailable(name)
+    entry["works"], entry["reason"] = reason is None, reason
+    if reason is None:
+        entry["selftest"] = selftest(name, "cuda" if name == "triton" and gpu else "cpu")
+        if name == "cpu":
+            entry.update(backends.get("cpu").info())
+        if name == "triton":
+            entry["interpreted"] = not gpu
+    return entry
+
+
+def selftest(backend: str, device: str) -> dict[str, Any]:
+    """A fork, a copy-on-write, a join and a decode step through `backend`, against dense float64 attention."""
+    import torch
+
+    from anabranch import TreeCache, tree_attention
+
+    begin = time.perf_counter()
+    try:
+        rng = torch.Generator().manual_seed(0)
+        heads, kv_heads, dim = 4, 2, 32
+
+        def values(*shape: int) -> Any:
+            return torch.randn(*shape, generator=rng).to(device)
+
+        cache = TreeCache(1, kv_heads, dim, num_pages=16, page_size=8, device=device)
+        worst = 0.0
+
+        def advance(rows: dict[Any, int]) -> None:
+            nonlocal worst
+            step = cache.step(rows)
+            n = sum(rows.values())
+            cache.write(0, values(n, kv_heads, dim), values(n, kv_heads, dim), step, backend=backend)
+            q = values(n, heads, dim)
+            out = tree_attention(q, cache, 0, step, backend=backend).cpu().double()
+            want = torch.cat([_dense(q[step.rows[b]], cache.read(b, 0), heads // kv_heads) for b in rows])
+            error = float((out - want).norm() / want.norm())
+            worst = max(worst, error if error == error else float("inf"))  # NaN would lose every comparison
+
+        trunk = cache.branch()
+        advance({trunk: 11})
+        kids = cache.fork(trunk, 3)
+        for length in (1, 2):
+            advance({kid: length for kid in kids})
+        cache.join(trunk, kids)
+        advance({trunk: 1})
+        cache.check()
+        passed, detail = worst <= ALLOWED, f"relative error {worst:.1e}, at most {ALLOWED:.0e} allowed"
+    except Exception as error:  # whatever breaks here is the finding
+        passed, detail = False, f"{type(error).__name__}: {error}"
+    return {"passed": passed, "detail": detail, "seconds": round(time.perf_counter() - begin, 3), "device": device}
+
+
+def _dense(q: Any, kv: tuple[Any, Any], group: int) -> Any:
+    """Causal attention of a branch's last rows over its whole context, in float64 on the CPU."""
+    import torch
+
+    q, k, v = (x.cpu().double() for x in (q, *kv))
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    ahead = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool).triu(k.shape[0] - q.shape[0] + 1)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(ahead, float("-inf")).softmax(-1), v)
+
+
+def _auto() -> dict[str, Any]:
+    import torch
+
+    from anabranch import backends
+
+    chosen: dict[str, Any] = {}
+    for device in ("cpu", "cuda"):
+        if device == "cuda" and not torch.cuda.is_available():
+            chosen[device] = {"backend": None, "why": "torch sees no GPU"}
+            continue
+        try:
+            name = backends.choose("auto", torch.device(device), torch.float32, 64).name
+        except ValueError as error:
+            chosen[device] = {"backend": None, "why": str(error)}
+            continue
+        better = backends._PREFERRED[device]
+        passed_over = [f"{b}: {backends.unavailable(b)}" for b in better[: better.index(name)]]
+        chosen[device] = {"backend": name, "why": "; ".join(passed_over) or "the fastest for this device, and it works"}
+    return chosen
+
+
+def _models() -> dict[str, Any]:
+    from anabranch import models
+
+    folder = models.cache_folder()
+    entries = {}
+    for name in models.names():
+        converted = folder / models._SMOLLM2_FOLDER if name == "smollm2" else folder / name
+        if converted.is_dir():
+            entries[name] = {"state": "ready", "detail": str(converted)}
+            continue
+        try:
+            models._smollm2_gguf()
+            entries[name] = {"state": "installed", "detail": "will be converted when first used (some seconds)"}
+        except models.ModelUnavailable as error:
+            entries[name] = {"state": "missing", "detail": str(error)}
+    return {"cache_folder": str(folder), "available": entries}
+
+
+# ------------------------------------------------------------------------------------------------ on paper
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    out, _ = consoles()
+
+    def section(title: str, rows: list[tuple[str, str]]) -> None:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(min_width=14, no_wrap=True)
+        table.add_column(ratio=1)
+        for left, right in rows:
+            table.add_row(left, right)
+        out.print(f"\n[bold]{title}[/bold]")
+        out.print(table)
+
+    good, bad, off = "[green]works[/green]", "[red]broken[/red]", "[dim]not here[/dim]"
+    versions = report["versions"]
+    section("Versions", [(n, escape(v) if v else "[dim]not installed[/dim]") for n, v in versions.items()])
+    c = report["cpu"]
+    cores = f"{c['usable_cores']} of {c['cores']} cores usable"
+    hardware = [("CPU", f"{escape(c['model'])}, {cores}, {' '.join(c['features'])}")]
+    if "torch_threads" in c:
+        hardware.append(("threads", f"{c['torch_threads']} (torch's; the CPU kernels follow them)"))
+        gpus = [f"{g['name']}, {g['memory_gib']} GiB, compute capability {g['capability']}" for g in report["gpus"]]
+        hardware.append(("GPU", escape("; ".join(gpus)) if gpus else "none that torch sees"))
+    section("Hardware", hardware)
+    if "backends" in report:
+        rows = []
+        for name, b in report["backends"].items():
+            if not b["works"]:
+                rows.append((name, f"{bad if b['expected'] else off}  {escape(b['reason'])}"))
+                continue
+            test = b["selftest"]
+            text = f"{good if test['passed'] else bad}  self-test: {escape(test['detail'])}, {test['seconds']:.2f} s"
+            if name == "cpu":
+                text += escape(f"\n{b['isa']} of {', '.join(b['compiled'])}; threads: {b['parallel']}")
+            if b.get("interpreted"):
+                text += "\nin Triton's interpreter: right, but slow"
+            rows.append((name, text))
+        section("Backends", rows)
+        auto = [(d, f"{a['backend'] or '–'}  [dim]{escape(a['why'])}[/dim]") for d, a in report["auto"].items()]
+        auto.append(("dtype", f"{report['dtype']['auto']}  [dim]{escape(report['dtype']['why'])}[/dim]"))
+        section("What auto takes", auto)
+        section("Not run on a GPU", [("", escape(report["never_on_a_gpu"]))])
+        available = report["models"]["available"].items()
+        found = [(n, f"{m['state']}  [dim]{escape(m['detail'])}[/dim]") for n, m in available]
+        section("Models", [*found, ("cache folder", escape(report["models"]["cache_folder"]))])
+        rows = []
+        for name, e in report["environment"].items():
+            value = "[dim]–[/dim]" if e["value"] is None else escape(e["value"])
+            rows.append((name, f"{value}  [dim]{e['meaning']}[/dim]"))
+        section("Environment variables", rows)
+    out.print()
+    if report["problems"]:
+        out.print("[bold red]Something that should work here does not:[/bold red]")
+        for problem in report["problems"]:
+            out.print(f"  {problem}", markup=False)
+    else:
+        out.print("[green]All that should work on this machine works.[/green]")

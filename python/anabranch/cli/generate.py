@@ -1,0 +1,165 @@
+"""``anabranch generate``: one prompt through the engine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anabranch.cli.common import USAGE, Mistake, check_save, consoles, load_model, plain_terminal
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for; None leaves a default alone."""
+
+    prompt: str
+    model: str = "smollm2"
+    strategy: str = "none"
+    n: int | None = None
+    vote: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+    max_new_tokens: int = 256
+    chat: bool | None = None
+    stream: bool = False
+    as_json: bool = False
+    save: Path | None = None
+    num_pages: int | None = None
+    page_size: int = 16
+    backend: str = "auto"
+    dtype: str = "auto"
+
+
+def run(options: Options) -> None:
+    """The whole command."""
+    _check(options)
+    prompt = _read(options.prompt)
+    out, err = consoles()
+    interactive = not options.as_json and not plain_terminal(err)
+    if interactive:
+        from anabranch import models
+
+        if options.model in models.names():
+            models.path(options.model)  # its bar and our spinner must not draw at the same time
+    with err.status("loading the model …") if interactive else nullcontext():
+        import anabranch as ab
+
+        model, tokenizer, dtype = load_model(options.model, options.dtype)
+        chat = bool(getattr(tokenizer, "chat_template", None)) if options.chat is None else options.chat
+        engine = ab.Engine(
+            model, tokenizer, num_pages=options.num_pages, page_size=options.page_size, backend=options.backend
+        )
+    asked: Any = [{"role": "user", "content": prompt}] if chat else prompt
+    call = {
+        "strategy": _strategy(options),
+        "seed": options.seed,
+        "max_new_tokens": options.max_new_tokens,
+        **_sampling(options),
+    }
+    try:
+        if options.stream and not options.as_json:
+            result = _stream(engine, asked, call, out, options)
+        else:
+            with err.status("writing …") if interactive else nullcontext():
+                result = engine.generate(asked, **call)
+    except KeyboardInterrupt:
+        engine.abort()
+        raise
+    if options.save is not None:
+        result.trace().save(options.save)
+    if options.as_json:
+        from anabranch.cli.score import as_json
+
+        report = as_json(
+            result, model=options.model, dtype=str(dtype).removeprefix("torch."), prompt=prompt, comparison=None,
+            command="generate",
+        )  # fmt: skip
+        print(json.dumps(report, ensure_ascii=False, default=str))
+        return
+    if not options.stream:
+        print((result.text or "").strip())
+        if options.strategy == "self-consistency" and options.vote is not None:
+            answers = ", ".join(str(a) for a in result.answers)
+            err.print(f"answers: {answers}", style="dim", markup=False)
+    m = result.metrics
+    parts = [f"{m.total_tokens} tokens in {m.wall_seconds:.2f} s ({m.total_tokens / m.wall_seconds:.1f}/s)"]
+    if m.num_threads:
+        parts.append(f"{m.num_threads} threads, {m.token_speedup:.2f}× in tokens, cache shared {m.sharing:.2f}×")
+    err.print(" · ".join(parts), style="dim")
+
+
+def _check(options: Options) -> None:
+    if options.strategy == "none" and options.n is not None:
+        raise Mistake("-n needs a strategy; add --strategy self-consistency or --strategy aspects", USAGE)
+    if options.vote is not None and options.strategy != "self-consistency":
+        raise Mistake("--vote is for --strategy self-consistency", USAGE)
+    names = ("auto", "cpu", "triton", "reference")
+    if options.backend not in names:
+        raise Mistake(f"--backend {options.backend!r}: expected one of {', '.join(names)}", USAGE)
+    check_save(options.save)
+
+
+def _read(prompt: str) -> str:
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise Mistake("PROMPT is empty" + (" (nothing came on standard input)" if prompt == "-" else ""), USAGE)
+    return text.rstrip("\n") if prompt == "-" else text
+
+
+def _strategy(options: Options) -> Any:
+    from anabranch import strategies
+
+    if options.strategy == "self-consistency":
+        temperature = 0.8 if options.temperature is None else options.temperature
+        if not temperature:
+            raise Mistake("--temperature 0 makes all branches of self-consistency the same; pass one above 0", USAGE)
+        return strategies.SelfConsistency(options.n or 8, options.vote, temperature, options.top_p)
+    if options.strategy == "aspects":
+        from anabranch.cli.demo import CONCLUSION, headers
+
+        leads = tuple(f"\n\n{h}" for h in headers(options.n, None))
+        return strategies.Aspects(headers=leads, conclusion=f"\n\n{CONCLUSION}")
+    return None
+
+
+def _sampling(options: Options) -> dict[str, Any]:
+    if options.temperature is None and options.top_p is None:
+        return {}
+    if options.temperature == 0.0:
+        return {"do_sample": False}
+    chosen = {"temperature": options.temperature, "top_p": options.top_p}
+    return {"do_sample": True} | {k: v for k, v in chosen.items() if v is not None}
+
+
+def _stream(engine: Any, prompt: Any, call: dict[str, Any], out: Any, options: Options) -> Any:
+    """Plain decoding: the text as it comes. With a strategy: the tree, live in a terminal, as lines elsewhere."""
+    from anabranch.cli.display import Lines, Picture, follow
+    from anabranch.cli.story import Story
+
+    story, plain = Story(engine.cache), options.strategy == "none"
+    live = not plain and not plain_terminal(out)
+    lines = None if plain or live else Lines(out, story)
+    stream = engine.stream(prompt, **call)
+    try:
+        with ExitStack() as stack:
+            if live:
+                stack.enter_context(follow(out, story, []))
+            for event in stream:
+                story.take(event)
+                if plain and (text := getattr(event, "text", None)):
+                    print(text, end="", flush=True)
+                elif lines is not None:
+                    lines.take(event)
+    finally:
+        stream.close()
+        if plain:
+            print()
+    if live:
+        out.print(Picture(story, live=False))
+    assert story.result is not None
+    return story.result

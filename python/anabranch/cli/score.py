@@ -1,0 +1,120 @@
+"""The score card at the end of a demo, and what ``--json`` prints."""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from anabranch.cli.common import machine_note
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from anabranch.cli.compare import Comparison
+    from anabranch.engine.result import Result
+    from anabranch.metrics import Metrics
+
+
+def overhead(metrics: Metrics) -> float:
+    """Share of the time that went into choosing rows, planning, forks, joins and queues."""
+    s = metrics.seconds
+    whole = sum(s.values())
+    return (s["plan"] + s["strategy"]) / whole if whole else 0.0
+
+
+def card(m: Metrics, page_size: int | None = None) -> Table:
+    """Everything that one generation cost."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", justify="right", min_width=12)
+    table.add_column(style="bold", justify="right", no_wrap=True)
+    table.add_column(style="dim")
+    inserted = f"{m.sampled_tokens} sampled, {m.inserted_tokens} inserted (headers)"
+    table.add_row("tokens", f"{m.total_tokens}", inserted)
+    table.add_row("critical path", f"{m.critical_path_tokens}", "had to wait for one another")
+    table.add_row("token speed-up", f"{m.token_speedup:.2f}×", "tokens ÷ critical path")
+    forks = f"{m.num_forks} fork{'' if m.num_forks == 1 else 's'}"
+    table.add_row("threads", f"{m.num_threads}", f"in {forks}; at most {m.max_concurrency} at once")
+    table.add_row(
+        "cache shared", f"{m.sharing:.2f}×", f"{m.tokens_logical_peak} tokens seen, {m.tokens_physical_peak} held"
+    )
+    copied = f"{m.pages_copied} page{'' if m.pages_copied == 1 else 's'} copied on write"
+    size = f"of {page_size} tokens, " if page_size else ""
+    table.add_row("pages", f"{m.pages_peak}", f"{size}at most; {copied}")
+    table.add_row("time", f"{m.wall_seconds:.2f} s", f"{m.steps} steps, {m.total_tokens / m.wall_seconds:.1f} tokens/s")
+    table.add_row("overhead", f"{100 * overhead(m):.1f} %", "planning, forks, joins and bookkeeping")
+    return table
+
+
+def comparison_table(c: Comparison) -> Table:
+    """The two sides with their ratio."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", justify="right", min_width=12)
+    for _ in range(3):
+        table.add_column(justify="right", no_wrap=True)
+    table.add_row("", *(f"[dim]{h}[/dim]" for h in ("seconds", "tokens/s", "prompt tokens")))
+    best = min(c.engine.seconds, c.generate.seconds)
+    for label, side in (("anabranch", c.engine), ("generate", c.generate)):
+        style = "bold" if side.seconds == best else ""
+        row = (f"{side.seconds:.2f}", f"{side.tokens_per_second:.1f}", f"{side.prompt_tokens_computed}")
+        table.add_row(label, *row, style=style)
+    table.add_row("ratio", f"{c.ratio:.2f}×", "", "")
+    return table
+
+
+def show(console: Console, result: Result, page_size: int) -> None:
+    console.print()
+    console.print(card(result.metrics, page_size))
+
+
+def show_comparison(console: Console, c: Comparison, dtype: str) -> None:
+    """The comparison with what it means and where it was measured."""
+    console.print()
+    rounds = "one round" if c.rounds == 1 else f"best of {c.rounds} rounds, in turns"
+    console.print(
+        f"The same fork again, without the display: {c.branches} sampled continuations of {c.length} tokens each after "
+        f"the {c.prompt_tokens} tokens before the fork; {rounds}. model.generate(num_return_sequences={c.branches}) "
+        "uses SDPA, computes the prompt once a branch and cannot join.",
+        style="dim",
+    )
+    console.print(comparison_table(c))
+    console.print()
+    console.print(f"{machine_note()}; {dtype}", style="dim")
+
+
+def as_json(
+    result: Result, *, model: str, dtype: str, prompt: Any, comparison: Comparison | None, command: str
+) -> dict[str, Any]:
+    """One object with everything; metrics by their names in `anabranch.metrics`."""
+    threads = [
+        {
+            "id": node.id,
+            "role": node.role,
+            "text": node.text,
+            "tokens": sum(len(r.token_ids) for r in node.runs if r.kind in ("sampled", "inserted")),
+            "positions": [node.start, node.stop],
+            "ended": node.ended,
+            "fate": node.fate,
+        }
+        for node in result.tree.walk()
+    ]
+    answer: dict[str, Any] = {
+        "schema": f"anabranch.{command}",
+        "version": 1,
+        "model": model,
+        "dtype": dtype,
+        "prompt": prompt,
+        "strategy": result.info["strategy"],
+        "seed": result.info["seed"],
+        "text": result.text,
+        "token_ids": list(result.token_ids),
+        "answers": result.answers,
+        "threads": threads,
+        "metrics": result.metrics.as_dict(),
+        "overhead": overhead(result.metrics),
+        "machine": {"note": machine_note(), "system": platform.platform(), "python": platform.python_version()},
+    }
+    if command == "demo":
+        answer["comparison"] = comparison.as_dict() if comparison is not None else None
+    return answer

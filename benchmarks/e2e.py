@@ -91,6 +91,7 @@ class Bench:
 
     def __init__(self, dtype: str, new_tokens: int) -> None:
         self.dtype, self.new_tokens = dtype, new_tokens
+        self.phases: dict[str, float] = {}  # wall seconds of our last call by phase, as the engine's metrics tell them
         kind = getattr(torch, dtype)
         model, self.tokenizer = ab.models.load("smollm2", dtype=kind)
         self.engine = ab.Engine(model, self.tokenizer)
@@ -107,6 +108,7 @@ class Bench:
             else:
                 strategy = ab.SelfConsistency(n=n, temperature=1.0, top_p=1.0, top_k=0)
                 result = self.engine.generate(prompt.ids, strategy=strategy, **options)
+            self.phases = {k: round(v, 4) for k, v in result.metrics.seconds.items()}
             return result.metrics.sampled_tokens
 
         return _timed(call, n * self.new_tokens)
@@ -221,7 +223,8 @@ def _case(bench: Bench, prompt: Prompt, n: int, rounds: int, price: float, patie
             report(f"{bench.dtype}, {prompt.name} prompt, n = {n}: {name}, round {r + 1}")
             runs[name].append(call(prompt, n))
     for name in ready:
-        yield bench.entry(name, prompt, n, runs[name])
+        entry = bench.entry(name, prompt, n, runs[name])
+        yield {**entry, "phases_wall_seconds": bench.phases} if name == "anabranch" else entry
     yield from left
 
 

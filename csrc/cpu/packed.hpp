@@ -3,7 +3,7 @@
 // Q is packed once as panels [D][2·W rows], scaled, float32. Scores come out as S[token][row]: the vector lanes are
 // query rows, so that maxima, exponentials and sums of the softmax are vertical and need no reduction across lanes.
 // For P·V the lanes are channels of V, packed as panels [token][2·W channels] that stay in the first-level cache.
-// K and V are converted to float32 while they are packed, once a tile and for all rows.
+// 16-bit K and V are converted to float32 once a tile, for all rows; float32 K is read where it lies.
 #pragma once
 
 #include "cpu/unit.hpp"
@@ -54,14 +54,17 @@ struct Fetcher {
 
 // s[KB tokens][NV · W rows] = K · Qᵀ
 template <int NV, int KB>
-ANABRANCH_INLINE void score_block(const float* q, int d, const float* k, float* s) {
+ANABRANCH_INLINE void score_block(const float* q, int d, const void* const* k, float* s) {
   vf acc[KB][NV] = {};
-  for (int c = 0; c < d; ++c) {
+  const float* row[KB];
+#pragma GCC unroll 16
+  for (int b = 0; b < KB; ++b) row[b] = static_cast<const float*>(k[b]);
+  for (int64_t c = 0; c < d; ++c) {
     vf x[NV];
     for (int i = 0; i < NV; ++i) x[i] = load(q + c * NV * W + i * W);
 #pragma GCC unroll 16
     for (int b = 0; b < KB; ++b) {
-      vf y = splat(k[b * d + c]);
+      vf y = splat(row[b][c]);
 #pragma GCC unroll 2
       for (int i = 0; i < NV; ++i) acc[b][i] += x[i] * y;
     }
@@ -71,13 +74,13 @@ ANABRANCH_INLINE void score_block(const float* q, int d, const float* k, float* 
     for (int i = 0; i < NV; ++i) store(s + b * NV * W + i * W, acc[b][i]);
 }
 
-// The last block may run past n: its surplus rows of K are stale scratch and its surplus scores are never read.
+// The last block may run past n: its surplus keys are valid addresses and its surplus scores are never read.
 template <int NV>
-void scores(const float* q, int d, const float* k, int n, float* s, Fetcher& fetcher) {
-  constexpr int KB = NV == 2 ? LONG : 12;
+void scores(const float* q, int d, const void* const* k, int n, float* s, Fetcher& fetcher) {
+  constexpr int KB = NV == 2 ? LONG : LONG == 6 ? 8 : 12;
   for (int j = 0; j < n; j += KB) {
     fetcher.step();
-    score_block<NV, KB>(q, d, k + int64_t(j) * d, s + int64_t(j) * NV * W);
+    score_block<NV, KB>(q, d, k + j, s + int64_t(j) * NV * W);
   }
 }
 
@@ -229,13 +232,15 @@ template <class T>
 void packed_unit(const Attention& a, const Unit& u, void* base) {
   const int d = a.head_dim;
   PackedScratch w(base, u.packed, d);
-  const auto locate = [&](int begin, const void** rows) {
+  const auto locate = [&](int begin, const void** rows) {  // returns the end of the pointers that are rows
     int n = smaller(TILE, u.n - begin);
+    if (n <= 0) return 0;
     for (int j = 0; j < n; ++j) {
       rows[j] = at<T>(a.k, a, u.head, u.slots[begin + j]);
-      rows[n + j] = at<T>(a.v, a, u.head, u.slots[begin + j]);
+      rows[TILE + j] = at<T>(a.v, a, u.head, u.slots[begin + j]);
     }
-    return n > 0 ? 2 * n : 0;
+    for (int j = n; j < TILE; ++j) rows[j] = rows[0];  // surplus keys of the last block
+    return TILE + n;
   };
   const int blocks = w.rows >= PANEL ? w.rows / PANEL * (TILE / LONG) : TILE / 12;  // of scores in a tile
   locate(0, w.next);
@@ -249,9 +254,11 @@ void packed_unit(const Attention& a, const Unit& u, void* base) {
     if (tile.hidden) continue;
     Fetcher fetcher{w.next, w.next + coming, d * int(sizeof(T)), (coming + blocks - 1) / blocks};
     for (int j = 0; j < tile.n; ++j) {
-      copy_row(static_cast<const T*>(w.here[j]), d, w.k + int64_t(j) * d);
-      pack_value(static_cast<const T*>(w.here[tile.n + j]), d, w.dv, j, w.v);
+      if constexpr (sizeof(T) == 2) copy_row(static_cast<const T*>(w.here[j]), d, w.k + int64_t(j) * d);
+      pack_value(static_cast<const T*>(w.here[TILE + j]), d, w.dv, j, w.v);
     }
+    if constexpr (sizeof(T) == 2)  // float32 rows are read where they lie
+      for (int j = 0; j < TILE; ++j) w.here[j] = w.k + int64_t(j) * d;
     bool exact = tile.cut() && !all_finite(w.v, tile.n, w.dv);
     for (int row = 0; row < w.rows; row += PANEL) {
       int width = smaller(PANEL, w.rows - row), rows = smaller(width, u.packed - row), n = tile.n;
@@ -263,11 +270,11 @@ void packed_unit(const Attention& a, const Unit& u, void* base) {
       }
       const float* q = w.q + int64_t(row) * d;
       if (width == PANEL) {
-        scores<2>(q, d, w.k, n, w.s, fetcher);
+        scores<2>(q, d, w.here, n, w.s, fetcher);
         if (a.softcap > 0 || tile.cut()) cap_and_mask<2>(a, u, tile, w, row, n, w.s);
         soften<2>(w.s, n, w.m + row, w.l + row, w.alpha + row);
       } else {
-        scores<1>(q, d, w.k, n, w.s, fetcher);
+        scores<1>(q, d, w.here, n, w.s, fetcher);
         if (a.softcap > 0 || tile.cut()) cap_and_mask<1>(a, u, tile, w, row, n, w.s);
         soften<1>(w.s, n, w.m + row, w.l + row, w.alpha + row);
       }

@@ -92,9 +92,7 @@ def attention(
 
     num_rows, num_q_heads, head_dim = q.shape
     page_size, num_kv_heads = k_pages.shape[1], k_pages.shape[2]
-    arrays = plan.arrays(
-        num_q_heads // num_kv_heads, profile(num_q_heads, num_kv_heads, head_dim, q.dtype, q.device)
-    )
+    arrays = plan.arrays(num_q_heads // num_kv_heads, profile(num_q_heads, num_kv_heads, head_dim, q.dtype, q.device))
     if q.stride(2) != 1:
         q = q.contiguous()
     if sinks is not None:

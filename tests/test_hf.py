@@ -415,7 +415,7 @@ REFUSED = {
     "encoder": ("BertConfig", {}, "BertLMHeadModel", "not causal"),
     "encoder–decoder": ("T5Config", {"d_kv": 32, "num_layers": 2}, "T5ForConditionalGeneration", "encoder–decoder"),
     "cross-attention": ("GPT2Config", {"add_cross_attention": True}, "GPT2LMHeadModel", "cross-attention"),
-    "state-space": ("MambaConfig", {"state_size": 8}, "MambaForCausalLM", "of type (linear_attention|mamba)|recurrent state"),
+    "state-space": ("MambaConfig", {"state_size": 8}, "MambaForCausalLM", "linear_attention|mamba|recurrent"),
     "hybrid": ("Qwen3NextConfig", {"head_dim": 32, "num_experts": 4}, "Qwen3NextForCausalLM", "linear_attention"),
     "convolution": ("Lfm2Config", {"full_attn_idxs": [1]}, "Lfm2ForCausalLM", "conv"),
     "latent": ("DeepseekV3Config", {"num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 32,

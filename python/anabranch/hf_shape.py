@@ -165,16 +165,17 @@ def describe(model: Any) -> ModelShape:
     tokens, layers with different KV heads or head_dim, values narrower than keys, layers on several devices.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    refuse_by_config(model)
-    if not uses_anabranch(model):
-        raise ValueError(
-            f"model: {type(model).__name__} uses attn_implementation={model.config._attn_implementation!r}; load it "
-            'with attn_implementation="anabranch" or call anabranch.hf.enable(model)'
-        )
+    enabled = uses_anabranch(model)
     first = next(model.parameters())
     state = (first.dtype, first.device)
     known = _known.get(model)
-    if known is None or known[0] != state:
+    if known is None or known[0] != state or not enabled:
+        refuse_by_config(model)
+        if not enabled:
+            raise ValueError(
+                f"model: {type(model).__name__} uses attn_implementation={model.config._attn_implementation!r}; load it "
+                'with attn_implementation="anabranch" or call anabranch.hf.enable(model)'
+            )
         known = (state, _probe(model))
         _known[model] = known
     return known[1]

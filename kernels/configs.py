@@ -12,12 +12,12 @@ compiler makes of each: registers, spills, shared memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-__all__ = ["Config", "attention_config", "column_split", "max_block_m", "next_power_of_two"]
+__all__ = ["AMD", "Config", "attention_config", "column_split", "max_block_m", "next_power_of_two"]
 
-# At most 64-99 KB of shared memory a block; sm_80 has 163, sm_90 and sm_100 have 227.
-SMALL_SHARED = {75, 86, 87, 89, 120, 121}
+# Stands for AMD's GPUs in place of a compute capability: 64 KB of shared memory a block.
+AMD = 0
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def max_block_m(head_dim: int, itemsize: int, arch: int) -> int:
     """The widest tile of packed rows whose queries and accumulator still fit in registers."""
     if itemsize == 4:
         return 32  # float32 runs on plain FMAs; a wider tile spills
-    # wgmma and tcgen05 (sm_90 and later) take the queries from shared memory, mma.sync from registers.
-    return 128 if head_dim <= (128 if arch >= 90 else 96) else 64
+    # wgmma and tcgen05 (sm_90 to sm_110) take the queries from shared memory, mma.sync from registers.
+    return 128 if head_dim <= (128 if 90 <= arch < 120 else 96) else 64
 
 
 # (head_dim class, itemsize, block_m) -> Config, for 163 KB of shared memory and more. Classes 96 and 192 are head
@@ -97,7 +97,7 @@ _SM80 = _LARGE | {
     (192, 2, 64): Config(16, 8, 3),
     (256, 2, 64): Config(16, 8, 3),
 }
-# … and where a block has less: one or two stages fewer, the same tiles
+# sm_86, sm_89, sm_120: the same tiles with fewer stages, for 99 KB of shared memory.
 _SMALL: dict[tuple[int, int, int], Config] = {
     key: Config(c.block_n, c.num_warps, 2 if key[2] >= 64 or key[1] == 4 else 3) for key, c in _SM80.items()
 }
@@ -110,10 +110,11 @@ def attention_config(head_dim: int, itemsize: int, block_m: int, arch: int) -> C
         head_dim: 1 to 256.
         itemsize: bytes of an element of q, k and v: 2 or 4.
         block_m: packed rows of a program: 16, 32, 64 or 128, at most ``max_block_m(head_dim, itemsize, arch)``.
-        arch: compute capability as an integer, 90 for sm_90.
+        arch: compute capability as an integer, 90 for sm_90; ``AMD`` for a GPU of theirs.
     """
-    table = _SMALL if arch in SMALL_SHARED else _SM80 if arch < 90 else _LARGE
+    table = _LARGE if 90 <= arch < 120 else _SM80 if arch == 80 else _SMALL
     d0, d1 = column_split(head_dim)
     widest = 256 if d0 + d1 > 128 else 128 if d0 + d1 > 64 else 64
     head_dim_class = {256: 192, 128: 96}[widest] if d1 else widest
-    return table[(head_dim_class, itemsize, block_m)]
+    config = table[(head_dim_class, itemsize, block_m)]
+    return replace(config, num_stages=2) if arch == AMD else config

@@ -10,7 +10,7 @@ import torch
 import triton
 
 from .attention import tree_attention_kernel
-from .configs import attention_config, column_split, max_block_m, next_power_of_two
+from .configs import AMD, attention_config, column_split, max_block_m, next_power_of_two
 from .merge import merge_kernel
 from .pages import copy_pages_kernel, write_kv_kernel
 
@@ -26,7 +26,7 @@ MERGE_BLOCK = 8  # partials a step of the merge: most rows have two to five
 class Device(NamedTuple):
     """What a launch needs to know of the device."""
 
-    arch: int  # compute capability, 90 = sm_90
+    arch: int  # compute capability, 90 = sm_90; configs.AMD
     multiprocessors: int
 
 
@@ -36,7 +36,8 @@ def device_traits(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(arch=90, multiprocessors=132)
     properties = torch.cuda.get_device_properties(device)
-    return Device(properties.major * 10 + properties.minor, properties.multi_processor_count)
+    arch = AMD if torch.version.hip else properties.major * 10 + properties.minor
+    return Device(arch, properties.multi_processor_count)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

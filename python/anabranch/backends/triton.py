@@ -49,6 +49,8 @@ def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 
     if device.type != "cuda" and not (launch.INTERPRETED and device.type == "cpu"):
         return f"the triton backend takes CUDA tensors, got device {device}; use backend='cpu' or move the tensors"
+    if device.type == "cuda" and launch.device_traits(device).arch in range(1, 80):
+        return f"the triton backend needs compute capability 8.0 or later, {device} has less; use backend='reference'"
     if dtype not in DTYPES:
         return f"the triton backend takes float32, float16 and bfloat16, got {dtype}; convert q and the KV pool"
     if not 1 <= head_dim <= MAX_HEAD_DIM:

@@ -173,8 +173,8 @@ def describe(model: Any) -> ModelShape:
         refuse_by_config(model)
         if not enabled:
             raise ValueError(
-                f"model: {type(model).__name__} uses attn_implementation={model.config._attn_implementation!r}; load it "
-                'with attn_implementation="anabranch" or call anabranch.hf.enable(model)'
+                f"model: {type(model).__name__} uses attn_implementation={model.config._attn_implementation!r}; load "
+                'it with attn_implementation="anabranch" or call anabranch.hf.enable(model)'
             )
         known = (state, _probe(model))
         _known[model] = known

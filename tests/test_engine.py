@@ -174,6 +174,31 @@ def test_many_samples_in_few_pages():
     assert_nothing_held(tight)
 
 
+def test_a_pre_empted_child_survives_that_its_parent_is_cut():
+    @dataclass(frozen=True)
+    class Cut(Strategy):
+        def run(self, trunk):
+            yield trunk.decode(6)
+            kids = trunk.fork([[20], [30], [40]])
+            yield [kid.decode(10) for kid in kids]
+            greedy_one = trunk.spawn(list(range(100, 130)))  # takes the pages of the idle children
+            yield greedy_one.decode(20)
+            trunk.join(greedy_one, "discard")
+            trunk.truncate(trunk.length - 4)
+            trunk.insert([9])
+            trunk.decode(3)
+            ends = yield [kid.decode(6) for kid in kids]
+            return [end.token_ids for end in ends]
+
+    options = dict(strategy=Cut(), eos_token_id=None, max_new_tokens=100)
+    expected = make_engine().generate(PROMPT, **options)
+    engine = make_engine(num_pages=23)
+    result = engine.generate(PROMPT, **options)
+    assert result.metrics.preemptions >= 1
+    assert result.answers == expected.answers and result.tree == expected.tree
+    assert_nothing_held(engine)
+
+
 def test_what_can_never_fit_is_said_at_once_or_when_nothing_else_can_give():
     engine = make_engine(num_pages=8)
     with pytest.raises(ValueError, match=r"40 tokens can never fit in num_pages=8 .* num_pages of at least 11"):

@@ -115,6 +115,12 @@ def _end_children(request: Request, thread: Thread) -> None:
             request.kill(child, "killed")
 
 
+def built_on(thread: Thread, length: int) -> list[Thread]:
+    """Its forks that share more of it than the first `length` tokens."""
+    kids = (kid for _, children in thread._forks for kid in children)
+    return [k for k in kids if k.alive and k._live.born and k.role == "fork" and len(k._prefix) > length]
+
+
 def truncate(cache: Any, thread: Thread, length: int, what: str) -> None:
     """Cut a thread to a context length; ValueError (it begins with `what`) when more than its own would go."""
     least = len(thread._prefix) + thread._prompt_length
@@ -125,15 +131,16 @@ def truncate(cache: Any, thread: Thread, length: int, what: str) -> None:
     if length == thread.length:
         return
     live = thread._live
+    for child in built_on(thread, length):
+        if child._live.branch is None:
+            child._live.open(cache)
+        child._live.pinned = True  # what it shares with this thread could not be computed again
     if live._rebuild is not None:
         live.release(cache)
     elif live.branch is not None and live.branch.length > length:
         cache.truncate(live.branch, length)
     live.pinned = not cut(thread, length) or live.pinned
     live.scores = None
-    for _, children in thread._forks:
-        for child in children:
-            child._live.pinned = child._live.pinned or (child.alive and len(child._prefix) > length)
 
 
 def rewind(cache: Any, thread: Thread) -> bool:

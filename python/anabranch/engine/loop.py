@@ -125,22 +125,16 @@ class Run:
         self.clock.strategy += time.perf_counter() - begin
 
     def _step(self) -> None:
-        ready = [
-            t
-            for request in self.active
-            for t in self._may_decode(request)
-            if t._live.has_scores and not t._live.pending
-        ]
-        if not ready:
+        if not (ready := self._ready()):
             self._forward()
-            ready = [
-                t
-                for request in self.active
-                for t in self._may_decode(request)
-                if t._live.has_scores and not t._live.pending
-            ]
+            ready = self._ready()
         if ready:
             self._sample(ready)
+
+    def _ready(self) -> list[Thread]:
+        """Threads that can be given a token without another forward."""
+        threads = (t for request in self.active for t in self._may_decode(request))
+        return [t for t in threads if t._live.has_scores and not t._live.pending]
 
     # ---------------------------------------------------------------------------------------- who wants what
 
@@ -196,6 +190,7 @@ class Run:
             for i, (live, f, n) in enumerate(entries)
             if f.branch is live.branch and f.branch.length == live.thread.length
         ]
+        head = {entry: row for row, entry in enumerate(keep)}
         last = step.last_rows[torch.tensor(keep or [0], device=device)]
         options = {} if self.engine.backend == "auto" else {"tree_backend": self.engine.backend}
         forward = time.perf_counter()
@@ -222,8 +217,8 @@ class Run:
             live.last_step = clock.steps
             feed.done += n
             live.settle()
-            if i in keep:
-                live.scores, live.scores_at = (logits, keep.index(i)), live.thread.length
+            if i in head:
+                live.scores, live.scores_at = (logits, head[i]), live.thread.length
         usage = self.cache.usage()
         clock.pages_peak = max(clock.pages_peak, usage.pages_total - usage.pages_free)
         clock.tokens_logical_peak = max(clock.tokens_logical_peak, usage.tokens_logical)
@@ -343,9 +338,8 @@ class Run:
                 tokens = sampler.choose(logits, contexts, lengths, [t._live.stream for t in threads])
                 asked = [i for i, t in enumerate(threads) if t._ops[0].topk is not None]
                 if asked:
-                    stats = token_stats(
-                        logits[asked], [tokens[i] for i in asked], [threads[i]._ops[0].topk for i in asked]
-                    )
+                    raw = logits if len(asked) == len(threads) else logits[asked]
+                    stats = token_stats(raw, [tokens[i] for i in asked], [threads[i]._ops[0].topk for i in asked])
                     for i, stat in zip(asked, stats, strict=True):
                         threads[i]._ops[0].stats.append(stat)
             for thread, token in zip(threads, tokens, strict=True):

@@ -10,7 +10,7 @@ from typing import Any
 from ..strategies.ops import Awaitable, Decode, Ended, Fork, Insert, Join, Op, Truncate
 from ..strategies.protocol import Strategy, Thread
 from . import events
-from .joins import adoptable, join, rewind, truncate
+from .joins import adoptable, built_on, join, rewind, truncate
 from .live import Live, append
 from .prompts import Detokenizer, Text
 from .sampling import Samplers, random_stream
@@ -211,6 +211,9 @@ class Request:
             return [thread]
         if isinstance(op, Join) and op.mode in ("concat", "reprefill") and not adoptable(op):
             return [thread, *(op.kids if op.mode == "concat" else op.kids[:1])]
+        length = op.length if isinstance(op, Truncate) else op.keep if isinstance(op, Join) else None
+        if length is not None and any(kid._live.branch is None for kid in built_on(thread, length)):
+            return [thread]  # a child that is not in the cache takes what it shares from here, before that is cut
         return []
 
     def _ready(self, op: Op) -> bool:

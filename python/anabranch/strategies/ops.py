@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -91,7 +92,10 @@ class _First(Awaitable):
         if not items:
             raise ValueError("first(): nothing to wait for; pass at least one decode, thread or task")
         for index, item in enumerate(items):
-            item._when_done(lambda index=index, item=item: self._resolve((index, item.value), item.clock))
+            item._when_done(partial(self._one_done, index, item))
+
+    def _one_done(self, index: int, item: Awaitable) -> None:
+        self._resolve((index, item.value), item.clock)
 
 
 @dataclass(frozen=True)

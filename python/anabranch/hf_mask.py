@@ -43,13 +43,13 @@ class DeferredMask(torch.Tensor):
         return self.build(allow_is_causal_skip=False) if found is None else found  # type: ignore[return-value]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         from torch.utils._pytree import tree_map_only
 
         args, kwargs = tree_map_only(DeferredMask, DeferredMask.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DeferredMask(shape={tuple(self.shape)}, window={self.window})"
 
 

@@ -156,7 +156,8 @@ def _over_tree(
     )
     if query.requires_grad and torch.is_grad_enabled():
         out = _NotDifferentiable.apply(out, query)
-    return out[None]
+    assert isinstance(out, torch.Tensor)  # no LSE was asked for
+    return out.unsqueeze(0)
 
 
 def _check_tree_call(
@@ -200,10 +201,10 @@ def _check_tree_call(
             f"tree_step: {where} (layer {layer}) is not causal self-attention; "
             "only decoder layers can attend over a tree"
         )
-    ours = attention_mask is None or isinstance(attention_mask, DeferredMask)
-    if not ours and not torch.compiler.is_compiling():
+    given = None if isinstance(attention_mask, DeferredMask) else attention_mask
+    if given is not None and not torch.compiler.is_compiling():
         raise ValueError(
-            f"attention_mask: must not be given with tree_step (got shape {tuple(attention_mask.shape)}): "
+            f"attention_mask: must not be given with tree_step (got shape {tuple(given.shape)}): "
             "what a row sees is its branch's context; leave the argument out"
         )
     dropout = kwargs.get("dropout") or 0.0
@@ -285,7 +286,7 @@ def _ordinary(
 
     if isinstance(attention_mask, DeferredMask):
         attention_mask = attention_mask.resolve()
-    eager, allows_sdpa = _formulas(type(module))
+    eager, allows_sdpa = _formulas(type(module))  # type: ignore[arg-type]
     beyond_sdpa = [name for name in ("softcap", "s_aux", "sinks") if kwargs.get(name) is not None]
     if allows_sdpa and not beyond_sdpa and not kwargs.get("output_attentions"):
         return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)

@@ -45,7 +45,7 @@ class Prompt:
 
 
 def prompts(tokenizer, quick: bool) -> list[Prompt]:
-    """A question of some 40 tokens, and the same after a text that makes it about 1,500 (400 with quick)."""
+    """A question of some 30 tokens, and the same after a text that makes it about 1,500 (400 with quick)."""
     target = 400 if quick else 1500
     tail = tokenizer(QUESTION)["input_ids"]
     passage = tokenizer(PASSAGE)["input_ids"]

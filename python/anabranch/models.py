@@ -64,7 +64,7 @@ def load(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     with _quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto" if dtype is None else dtype,
             attn_implementation=attn_implementation,
@@ -208,7 +208,7 @@ def _smollm2_weights(
     """(name in Transformers, bfloat16 tensor), dequantised one by one."""
     from gguf.quants import dequantize
 
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads = {"attn_q": int(config.num_attention_heads), "attn_k": int(config.num_key_value_heads or 0)}
     for tensor in reader.tensors:
         block, _, rest = tensor.name.partition(".") if tensor.name.startswith("blk.") else ("", "", tensor.name)
         layer, _, part = rest.partition(".") if block else ("", "", rest)

@@ -88,6 +88,15 @@ def plain_terminal(console: Console) -> bool:
     return not console.is_terminal or console.is_dumb_terminal
 
 
+# A model may write any byte, escape sequences that a terminal obeys among them.
+_CONTROL = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """`text` with control characters replaced: safe to show in a terminal."""
+    return text.translate(_CONTROL)
+
+
 def check_save(path: Path | None) -> None:
     """Before minutes of work: a file can be written there."""
     if path is None:
@@ -136,8 +145,15 @@ def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any, torch.dtype]:
     from anabranch import models
 
     kind, _ = choose_dtype(dtype)
+    _warn_if_slow()
     if name in models.names():
-        models.path(name)  # converts on the first call, with a bar of its own on stderr
+        try:
+            models.path(name)  # converts on the first call, with a bar of its own on stderr
+        except OSError as error:
+            place = models.cache_folder()
+            raise Mistake(
+                f"cannot convert {name} into the cache folder {str(place)!r} ({error}); set ANABRANCH_CACHE"
+            ) from error
         return (*models.load(name, dtype=kind), kind)
     folder = Path(name).expanduser()
     if not folder.exists():
@@ -149,6 +165,18 @@ def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any, torch.dtype]:
     if not (folder / "config.json").is_file():
         raise Mistake(f"--model {name!r}: this folder has no config.json, so it is not a Transformers model")
     return (*_load_folder(folder, kind), kind)
+
+
+def _warn_if_slow() -> None:
+    """Without its kernels the package still answers, through the slow reference; that should not go unnoticed."""
+    import torch
+
+    from anabranch import backends
+
+    name = "triton" if torch.cuda.is_available() else "cpu"
+    reason = backends.unavailable(name)
+    if reason is not None:
+        print(f"anabranch: the {name} kernels do not work here, so this will be slow: {reason}", file=sys.stderr)
 
 
 def _load_folder(folder: Path, kind: torch.dtype) -> tuple[Any, Any]:

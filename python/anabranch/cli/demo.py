@@ -13,6 +13,7 @@ from anabranch.cli.common import FAILED, USAGE, Mistake, check_save, consoles, l
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from anabranch.cli.story import Story
     from anabranch.engine.result import Result
 
 QUESTION = "Should I learn to play the piano as an adult?"
@@ -74,18 +75,20 @@ def run(options: Options) -> None:
     quiet = options.as_json
     live = not quiet and not plain_terminal(out)
     engine, dtype = _engine(options, out if live else None)
-    story_result, context = _follow(engine, options, out, live, quiet, dtype)
+    story, context = _follow(engine, options, out, live, quiet, dtype)
+    result = story.result
+    assert result is not None
     comparison = None
     if not quiet:
         from anabranch.cli import score
 
-        score.show(out, story_result, engine.cache.page_size)
+        score.show(out, result, engine.cache.page_size, story.peak)
     if options.save is not None:
-        story_result.trace().save(options.save)
+        result.trace().save(options.save)
         if not quiet:
             out.print(f"\ntrace saved; look at it with: anabranch view {options.save}", style="dim", soft_wrap=True)
     if options.compare:
-        comparison = _compare(engine, story_result, context, options, out if live else None)
+        comparison = _compare(engine, result, context, options, out if live else None)
         if comparison is None:
             (err if quiet else out).print(
                 "\nThe answer ended before it could fork, so there is nothing to compare.", style="dim"
@@ -98,7 +101,7 @@ def run(options: Options) -> None:
         from anabranch.cli import score
 
         report = score.as_json(
-            story_result, model=options.model, dtype=dtype, prompt=options.prompt, comparison=comparison, command="demo"
+            result, model=options.model, dtype=dtype, prompt=options.prompt, comparison=comparison, command="demo"
         )
         print(json.dumps(report, ensure_ascii=False, default=str))
 
@@ -136,8 +139,8 @@ def _strategy(options: Options) -> Any:
 
 def _follow(
     engine: Any, options: Options, console: Console, live: bool, quiet: bool, dtype: str
-) -> tuple[Result, list[int]]:
-    """Run it, drawing; returns the result and the token ids in front of the fork (none when it never forked)."""
+) -> tuple[Story, list[int]]:
+    """Run it, drawing; returns the story with its result, and the token ids before the fork (none without one)."""
     from anabranch.cli.display import Lines, Picture, follow
     from anabranch.cli.story import Story
 
@@ -175,9 +178,9 @@ def _follow(
     result = story.result
     tree = result.tree
     if not tree.children:
-        return result, []
+        return story, []
     before = tree.children[0].forked_at - len(result.prompt_token_ids)
-    return result, [*result.prompt_token_ids, *result.token_ids[:before]]
+    return story, [*result.prompt_token_ids, *result.token_ids[:before]]
 
 
 def _heading(options: Options, dtype: str) -> list[RenderableType]:
@@ -195,6 +198,8 @@ def _compare(engine: Any, result: Result, context: list[int], options: Options, 
     kids = result.tree.children
     if not kids or not context:
         return None
-    longest = max(sum(len(r.token_ids) for r in kid.runs if r.kind in ("sampled", "inserted")) for kid in kids)
+    from anabranch.cli.score import written
+
+    longest = max(map(written, kids))
     with console.status("the same fork through model.generate …") if console is not None else nullcontext():
         return compare(engine, context, len(kids), longest)

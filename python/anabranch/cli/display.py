@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from anabranch.cli.common import printable
 from anabranch.cli.story import Block, Branch, Story
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def columns(count: int, width: int) -> int:
 
 def wrapped(console: Console, text: str, width: int, style: str = "", tail: int | None = None) -> list[Text]:
     """Lines of at most `width`; with `tail` the last ones only, as a window that follows the writing."""
-    clean = text.strip()
+    clean = printable(text.strip()).expandtabs(4)
     while "\n\n\n" in clean:
         clean = clean.replace("\n\n\n", "\n\n")
     lines = list(Text(clean, style=style).wrap(console, max(8, width)))
@@ -69,7 +70,8 @@ def _panel(console: Console, branch: Branch, width: int, height: int | None) -> 
         if isinstance(part, Block):
             parts.append(Text(f"⑂ {len(part.children)} threads of its own", style=FLOW))
     mark = {None: "", "joined": " ✓", "discarded": " ✗", "killed": " ✗"}[branch.end]
-    title = branch.title if len(branch.title) <= width - 6 else branch.title[: width - 7] + "…"
+    title = printable(" ".join(branch.title.split()))
+    title = title if len(title) <= width - 6 else title[: width - 7] + "…"
     return Panel(
         Group(*parts),
         title=Text(title, style=f"bold {shade}"),
@@ -158,10 +160,9 @@ class Picture:
             wide = columns(len(last.children), width)
             rows = math.ceil(len(last.children) / wide)
             first = _fit(first, max(2, room // 4))
-            # Room for the conclusion is kept free from the start, so that nothing jumps when it comes.
-            kept = max(3, min(6, room // 5))
+            kept = 0 if last.mode is None else max(4, min(8, room // 4))  # the conclusion's, once there is one
             after = _fit(after, kept)
-            panel = min(18, (room - len(first) - kept - 2) // rows)
+            panel = min(18, (room - len(first) - kept - 1 - (last.mode is not None)) // rows)
             yield from first
             yield from _block(console, last, width, max(3, panel))
             yield from after
@@ -223,7 +224,7 @@ class Lines:
         text = self.story.branches[name].text
         new, self._shown[name] = text[self._shown.get(name, 0) :], len(text)
         if new.strip():
-            self._print(f"{name:<6} {' '.join(new.split())}")
+            self._print(f"{name:<6} {printable(' '.join(new.split()))}")
 
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)

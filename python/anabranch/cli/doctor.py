@@ -11,11 +11,11 @@ import time
 from typing import Any
 
 from anabranch import __version__
-from anabranch.cli.common import FAILED, Mistake, consoles, cpu
+from anabranch.cli.common import FAILED, consoles, cpu
 
 # Every variable that our code reads, or that decides what it can do here (a test looks for any that is missing).
 VARIABLES = {
-    "ANABRANCH_CPU_ISA": "instruction set of the CPU kernels: plain, avx2 or avx512",
+    "ANABRANCH_CPU_ISA": "instruction set of the CPU kernels, one of those under Backends",
     "ANABRANCH_CACHE": "folder of converted models",
     "XDG_CACHE_HOME": "its parent, where ANABRANCH_CACHE is not set",
     "ANABRANCH_CUDA": "when building: 0, 1 or auto",
@@ -33,14 +33,16 @@ ALLOWED = 1e-5  # relative error of float32
 
 
 def run(as_json: bool) -> None:
-    """Look, test, print; raises `Mistake` (exit code 1) when something that should work does not."""
+    """Look, test, print; exit code 1 when something that should work does not."""
+    import typer
+
     report = examine()
     if as_json:
         print(json.dumps(report, ensure_ascii=False))
     else:
         _show(report)
     if report["problems"]:
-        raise Mistake("doctor: " + "; ".join(report["problems"]), FAILED)
+        raise typer.Exit(FAILED)
 
 
 def examine() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anabranch.cli.common import USAGE, Mistake, check_save, consoles, load_model, plain_terminal
+from anabranch.cli.common import USAGE, Mistake, check_save, consoles, load_model, plain_terminal, printable
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def run(options: Options) -> None:
         print(json.dumps(report, ensure_ascii=False, default=str))
         return
     if not options.stream:
-        print((result.text or "").strip())
+        text = (result.text or "").strip()
+        print(printable(text) if out.is_terminal else text)
         if options.strategy == "self-consistency" and options.vote is not None:
             answers = ", ".join(str(a) for a in result.answers)
             err.print(f"answers: {answers}", style="dim", markup=False)
@@ -152,7 +153,7 @@ def _stream(engine: Any, prompt: Any, call: dict[str, Any], out: Any, options: O
             for event in stream:
                 story.take(event)
                 if plain and (text := getattr(event, "text", None)):
-                    print(text, end="", flush=True)
+                    print(printable(text) if out.is_terminal else text, end="", flush=True)
                 elif lines is not None:
                     lines.take(event)
     finally:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from anabranch.cli.compare import Comparison
-    from anabranch.engine.result import Result
+    from anabranch.cli.story import Pages
+    from anabranch.engine.result import Node, Result
     from anabranch.metrics import Metrics
 
 
@@ -24,8 +25,17 @@ def overhead(metrics: Metrics) -> float:
     return (s["plan"] + s["strategy"]) / whole if whole else 0.0
 
 
-def card(m: Metrics, page_size: int | None = None) -> Table:
-    """Everything that one generation cost."""
+def written(node: Node) -> int:
+    """Tokens that this thread wrote or was given, those that were cut off later included."""
+    return sum(len(run.token_ids) for run in (*node.runs, *node.forgotten) if run.kind in ("sampled", "inserted"))
+
+
+def card(m: Metrics, page_size: int | None = None, peak: Pages | None = None) -> Table:
+    """Everything that one generation cost.
+
+    peak: the cache at the moment when the branches together saw most; without it the two peaks, which may lie at
+    different moments (after a join nothing is shared any more, and the trunk holds all).
+    """
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", justify="right", min_width=12)
     table.add_column(style="bold", justify="right", no_wrap=True)
@@ -36,9 +46,12 @@ def card(m: Metrics, page_size: int | None = None) -> Table:
     table.add_row("token speed-up", f"{m.token_speedup:.2f}×", "tokens ÷ critical path")
     forks = f"{m.num_forks} fork{'' if m.num_forks == 1 else 's'}"
     table.add_row("threads", f"{m.num_threads}", f"in {forks}; at most {m.max_concurrency} at once")
-    table.add_row(
-        "cache shared", f"{m.sharing:.2f}×", f"{m.tokens_logical_peak} tokens seen, {m.tokens_physical_peak} held"
-    )
+    if peak is not None:
+        shared = f"at the fullest: {peak.logical} tokens seen, {peak.physical} held"
+        table.add_row("cache shared", f"{peak.sharing:.2f}×", shared)
+    else:
+        shared = f"{m.tokens_logical_peak} tokens seen at most, {m.tokens_physical_peak} held at most"
+        table.add_row("cache shared", f"{m.sharing:.2f}×", shared)
     copied = f"{m.pages_copied} page{'' if m.pages_copied == 1 else 's'} copied on write"
     size = f"of {page_size} tokens, " if page_size else ""
     table.add_row("pages", f"{m.pages_peak}", f"{size}at most; {copied}")
@@ -63,9 +76,10 @@ def comparison_table(c: Comparison) -> Table:
     return table
 
 
-def show(console: Console, result: Result, page_size: int) -> None:
+def show(console: Console, result: Result, page_size: int, peak: Pages) -> None:
+    """The card, with a line's distance."""
     console.print()
-    console.print(card(result.metrics, page_size))
+    console.print(card(result.metrics, page_size, peak))
 
 
 def show_comparison(console: Console, c: Comparison, dtype: str) -> None:
@@ -92,7 +106,7 @@ def as_json(
             "id": node.id,
             "role": node.role,
             "text": node.text,
-            "tokens": sum(len(r.token_ids) for r in node.runs if r.kind in ("sampled", "inserted")),
+            "tokens": written(node),
             "positions": [node.start, node.stop],
             "ended": node.ended,
             "fate": node.fate,

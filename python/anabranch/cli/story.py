@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from anabranch.cli.score import written
 from anabranch.engine.events import Discard, Finish, Fork, Join, Token
 
 if TYPE_CHECKING:
@@ -135,10 +136,10 @@ class Story:
                 self.peak = self.pages
 
 
-def from_node(node: Node, texts: dict[str, str] | None = None) -> Branch:
+def from_node(node: Node) -> Branch:
     """The same tree from a result or a trace; text that a join brought into its parent stays with the child alone."""
     branch = Branch(node.id, end=node.fate)
-    branch.tokens = sum(len(run.token_ids) for run in node.runs if run.kind in ("sampled", "inserted"))
+    branch.tokens = written(node)
     text = node.text or ""
     if not node.children:
         branch.add(text)

@@ -465,7 +465,13 @@ def test_first_and_running_a_generator_beside():
 
 
 @pytest.mark.parametrize(
-    "options", [dict(top_k=7), dict(top_k=5, top_p=0.8, temperature=0.7), dict(top_k=9, min_p=0.05)]
+    "options",
+    [
+        dict(top_k=7),
+        dict(top_k=5, top_p=0.8, temperature=0.7),
+        dict(top_k=9, min_p=0.05),
+        dict(top_k=9, min_new_tokens=5, eos_token_id=[17]),
+    ],
 )
 def test_drawing_among_the_top_k_is_the_draw_over_the_vocabulary(options, monkeypatch):
     from anabranch.engine.sampling import Sampler
@@ -473,6 +479,13 @@ def test_drawing_among_the_top_k_is_the_draw_over_the_vocabulary(options, monkey
     engine = make_engine()
     call = dict(strategy=SelfConsistency(8, temperature=None), max_new_tokens=12, seed=3, do_sample=True, **options)
     quick = engine.generate(PROMPT, **call).answers
-    monkeypatch.setattr(Sampler, "_top_k_of", staticmethod(lambda processors: None))
+    lists = Sampler._lists
+
+    def whole(self, prompt_length):
+        first, rest, k = lists(self, prompt_length)
+        assert k == options["top_k"]  # the quick way was open
+        return type(first)([*first, *rest]), type(first)(), None
+
+    monkeypatch.setattr(Sampler, "_lists", whole)
     assert engine.generate(PROMPT, **call).answers == quick
     assert len(set(quick)) > 4

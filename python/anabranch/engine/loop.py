@@ -334,8 +334,13 @@ class Run:
             with torch.inference_mode():
                 logits = _rows([t._live.scores for t in threads]).float()
                 contexts = [lambda t=t: [*t._prefix, *t._own] for t in threads]
-                lengths = [t._host.trunk._prompt_length for t in threads]
-                tokens = sampler.choose(logits, contexts, lengths, [t._live.stream for t in threads])
+                tokens = sampler.choose(
+                    logits,
+                    contexts,
+                    [t.length for t in threads],
+                    [t._host.trunk._prompt_length for t in threads],
+                    [t._live.stream for t in threads],
+                )
                 asked = [i for i, t in enumerate(threads) if t._ops[0].topk is not None]
                 if asked:
                     raw = logits if len(asked) == len(threads) else logits[asked]

@@ -33,7 +33,16 @@ _CONTEXT_FREE = (
     lp.LogitNormalization,
 )
 
-# Of these, the ones that treat all tokens alike: they may be shown the likeliest few instead of the whole vocabulary.
+# Processors that look at how long a context is, not at what is in it.
+_LENGTH_ONLY = (
+    lp.MinLengthLogitsProcessor,
+    lp.MinNewTokensLengthLogitsProcessor,
+    lp.SuppressTokensAtBeginLogitsProcessor,
+    lp.ForcedBOSTokenLogitsProcessor,
+    lp.ExponentialDecayLengthPenalty,
+)
+
+# Of the context-free ones, those that treat all tokens alike: they may be shown the likeliest few alone.
 _AMONG_CANDIDATES = (
     lp.TemperatureLogitsWarper,
     lp.TopKLogitsWarper,
@@ -98,10 +107,12 @@ class Sampler:
             if tokenizer is None:
                 raise ValueError("generation_config: stop_strings needs a tokenizer; pass Engine(model, tokenizer)")
             self.criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
-        shared = self._processors(1)
-        self.context_free = all(type(p) in _CONTEXT_FREE for p in shared)
-        self._per_thread: dict[int, LogitsProcessorList] = {1: shared}
-        self._top_k = self._top_k_of(shared)
+        self._made: dict[int, tuple[LogitsProcessorList, LogitsProcessorList, int | None]] = {}
+        lead, rest, _ = self._lists(1)
+        kinds = {type(p) for p in (*lead, *rest)}
+        # What the processors look at besides the scores: nothing, how long a context is, or its tokens.
+        self.context_free = kinds <= set(_CONTEXT_FREE)
+        self._length_only = kinds <= {*_CONTEXT_FREE, *_LENGTH_ONLY}
 
     def _processors(self, prompt_length: int) -> LogitsProcessorList:
         # The list `generate` would build, in its order; every option of GenerationConfig means the same here.
@@ -113,61 +124,87 @@ class Sampler:
             model_kwargs={},
         )
 
-    @staticmethod
-    def _top_k_of(processors: LogitsProcessorList) -> int | None:
-        """k, when all that the processors look at is the k highest scores (ties aside); else None."""
-        kinds = [type(p) for p in processors]
-        if lp.TopKLogitsWarper not in kinds or not set(kinds) <= set(_AMONG_CANDIDATES):
-            return None
-        at = kinds.index(lp.TopKLogitsWarper)
-        return processors[at].top_k if set(kinds[:at]) <= {lp.TemperatureLogitsWarper} else None
+    def _lists(self, prompt_length: int) -> tuple[LogitsProcessorList, LogitsProcessorList, int | None]:
+        """``(first, rest, k)``: where k is given, all that `rest` looks at is the k highest scores (ties aside)."""
+        if prompt_length not in self._made:
+            processors = self._processors(prompt_length)
+            at = next((i for i, p in enumerate(processors) if type(p) is lp.TopKLogitsWarper), None)
+            k, begin = None, len(processors)
+            if at is not None and all(type(p) in _AMONG_CANDIDATES for p in processors[at:]):
+                k, begin = processors[at].top_k, at
+                while begin and type(processors[begin - 1]) is lp.TemperatureLogitsWarper:
+                    begin -= 1
+            self._made[prompt_length] = (
+                LogitsProcessorList(processors[:begin]),
+                LogitsProcessorList(processors[begin:]),
+                k,
+            )
+        return self._made[prompt_length]
 
     def choose(
         self,
         logits: torch.Tensor,
         contexts: Sequence[Callable[[], list[int]]],
+        lengths: Sequence[int],
         prompt_lengths: Sequence[int],
         streams: Sequence[np.random.Generator],
     ) -> list[int]:
         """One token a row of `logits` [rows, vocabulary] (float32, left unchanged).
 
-        contexts[i]() gives thread i's whole token sequence (asked for only by processors that look at it);
-        prompt_lengths[i] is what ``min_new_tokens`` and its like count from; streams[i] draws one uniform when
+        contexts[i]() gives thread i's whole token sequence (asked for only by processors that look at it), lengths[i]
+        long; prompt_lengths[i] is what ``min_new_tokens`` and its like count from; streams[i] draws one uniform when
         sampling.
         """
-        if self._top_k is not None and not self.greedy and (found := self._among_top(logits, streams)) is not None:
-            return found
-        scores = logits
         if self.context_free:
-            if self._per_thread[1]:
-                scores = self._per_thread[1](None, logits.clone())  # type: ignore[arg-type]
-        else:
-            rows = []
-            for row, context, length in zip(logits, contexts, prompt_lengths, strict=True):
-                if length not in self._per_thread:
-                    self._per_thread[length] = self._processors(length)
-                ids = torch.tensor([context()], dtype=torch.long, device=logits.device)
-                rows.append(self._per_thread[length](ids, row[None].clone()))
-            scores = torch.cat(rows)
+            return self._choose(logits, None, 1, streams)
+        # Contexts of one length go through the processors together; a caller's own processors get one at a time.
+        groups: dict[Any, list[int]] = {}
+        for i, key in enumerate(zip(lengths, prompt_lengths, strict=True)):
+            groups.setdefault((key, i) if self.extra else key, []).append(i)
+        chosen = [0] * len(lengths)
+        for rows in groups.values():
+            if self._length_only:
+                ids = torch.zeros(1, 1, dtype=torch.long, device=logits.device).expand(len(rows), lengths[rows[0]])
+            else:
+                ids = torch.tensor([contexts[i]() for i in rows], dtype=torch.long, device=logits.device)
+            part = logits if len(rows) == len(lengths) else logits[rows]
+            for i, token in zip(
+                rows, self._choose(part, ids, prompt_lengths[rows[0]], [streams[i] for i in rows]), strict=True
+            ):
+                chosen[i] = token
+        return chosen
+
+    def _choose(self, logits: torch.Tensor, ids: Any, prompt_length: int, streams: Sequence[Any]) -> list[int]:
+        first, rest, k = self._lists(prompt_length)
+        scores = first(ids, logits.clone()) if first else logits
         if self.greedy:
             return scores.argmax(-1).tolist()
+        if k is not None:
+            found = self._among_top(scores, rest, k, streams)
+            if found is not None:
+                return found
+            scores = rest(ids, scores.clone())
         return _draw(scores, streams).tolist()
 
-    def _among_top(self, logits: torch.Tensor, streams: Sequence[np.random.Generator]) -> list[int] | None:
+    @staticmethod
+    def _among_top(
+        scores: torch.Tensor, rest: LogitsProcessorList, k: int, streams: Sequence[np.random.Generator]
+    ) -> list[int] | None:
         """The same draw from the same distribution, over the few highest scores instead of the whole vocabulary.
 
         A top-k warper leaves nothing below the k-th score, and what runs after it is not touched by what is gone.
         Scores tied with the k-th stay in (Transformers' rule), so a few more than k are looked at; None when not all of
         the ties can be seen that way.
         """
-        k = min(self._top_k or 1, logits.shape[-1])
-        seen = min(k + 32, logits.shape[-1])
-        values, ids = logits.topk(seen, dim=-1)
-        if seen < logits.shape[-1] and bool((values[:, -1] >= values[:, k - 1]).any()):
+        size = scores.shape[-1]
+        k = min(k, size)
+        seen = min(k + 32, size)
+        values, ids = scores.topk(seen, dim=-1)
+        if seen < size and bool((values[:, -1] >= values[:, k - 1]).any()):
             return None
         ids, order = ids.sort(dim=-1)  # by token, as over the whole vocabulary
-        scores = self._per_thread[1](None, values.gather(-1, order))  # type: ignore[arg-type]
-        return ids.gather(-1, _draw(scores, streams)[:, None])[:, 0].tolist()
+        few = rest(None, values.gather(-1, order))  # type: ignore[arg-type]
+        return ids.gather(-1, _draw(few, streams)[:, None])[:, 0].tolist()
 
     def stops(self, context: Callable[[], list[int]]) -> bool:
         """Whether the config's own stop strings, or criteria given to generate(), end a thread here."""

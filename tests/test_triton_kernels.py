@@ -251,6 +251,7 @@ def test_merge(sinks):
     acc = torch.randn(total, heads, dim, generator=gen)
     empty = torch.rand(total, heads, generator=gen) < 0.3
     empty[-3:] = True  # the last row: nothing but empty partials
+    empty[12:22] = True  # the row of 40: a whole step of the merge's loop without anything, then the rest
     m[empty], l[empty], acc[empty] = -math.inf, 0.0, math.nan
     ptr = torch.tensor([0, *lengths]).cumsum(0).int()
     rows = torch.tensor([4, 0, 2, 5, 1, 3], dtype=torch.int32)

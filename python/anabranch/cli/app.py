@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,6 +40,15 @@ class StrategyName(str, Enum):
     aspects = "aspects"
 
 
+def _flag(*names: str, **options: Any) -> Any:
+    """A yes-or-no option; its page needs no word for the kind of value it takes."""
+    return typer.Option(*names, metavar="", **options)
+
+
+def _examples(*lines: str) -> str:
+    return "\n\n".join(("Examples:", *lines))
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"anabranch {__version__}")
@@ -47,55 +56,70 @@ def _version(wanted: bool) -> None:
 
 
 DebugOption = Annotated[
-    bool, typer.Option("--debug", callback=set_debug, is_eager=True, help="Show the traceback of an error.")
+    bool, _flag("--debug", callback=set_debug, is_eager=True, help="Show the traceback of an error.")
 ]
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="A model's name, or a Transformers folder on this machine.")
+    str, typer.Option("--model", "-m", metavar="NAME", help="A model's name, or a Transformers folder on this machine.")
 ]
 DtypeOption = Annotated[
-    Dtype, typer.Option(help="Of the weights. auto: bfloat16 where the hardware multiplies it, else float32.")
+    Dtype,
+    typer.Option(
+        metavar="TYPE",
+        help="Of the weights: float32, bfloat16, float16 or auto, which is bfloat16 where the hardware "
+        "multiplies it, else float32.",
+    ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
-SeedOption = Annotated[int, typer.Option(min=0, help="The same seed gives the same answer.")]
-SaveOption = Annotated[Path | None, typer.Option("--save", help="Write the trace here, for `anabranch view`.")]
+JsonOption = Annotated[bool, _flag("--json", help="Print one JSON object and nothing else on standard output.")]
+SeedOption = Annotated[int, typer.Option(metavar="N", min=0, help="The same seed gives the same answer.")]
+SaveOption = Annotated[
+    Path | None, typer.Option("--save", metavar="FILE", help="Write the trace here, for `anabranch view`.")
+]
 
 
 @app.callback()
 def _root(
-    version: Annotated[
-        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print it.")
-    ] = False,
+    version: Annotated[bool, _flag("--version", "-V", callback=_version, is_eager=True, help="Print it.")] = False,
     debug: DebugOption = False,
 ) -> None:
     pass
 
 
 @app.command(
-    epilog="Examples:  anabranch demo  ·  anabranch demo 'Is it a good idea to work from home?' --branches 3  ·  "
-    "anabranch demo --sequential  ·  anabranch demo --header 'Yes, because' --header 'No, because'  ·  "
-    "anabranch demo --json | jq .metrics"
+    epilog=_examples(
+        "anabranch demo",
+        "anabranch demo 'Is it a good idea to work from home?' --branches 3",
+        "anabranch demo --header 'Yes, because' --header 'No, because'",
+        "anabranch demo --sequential",
+        "anabranch demo --save trace.json && anabranch view trace.json",
+        "anabranch demo --json | jq .metrics",
+    ),
 )
 @command
 def demo(
     prompt: Annotated[str | None, typer.Argument(help="A question. Left out: one of ours.", show_default=False)] = None,
     model: ModelOption = "smollm2",
     branches: Annotated[
-        int | None, typer.Option("--branches", "-n", min=1, max=8, help="How many, with our lead-ins. [default: 4]")
+        int | None,
+        typer.Option(
+            "--branches", "-n", metavar="N", min=1, max=8, show_default="4", help="How many, with our lead-ins."
+        ),
     ] = None,
     header: Annotated[
         list[str] | None,
-        typer.Option("--header", "--headers", help="Words a branch begins with; give it once for each branch."),
+        typer.Option(
+            "--header", "--headers", metavar="TEXT", help="Words a branch begins with; give it once for each branch."
+        ),
     ] = None,
     sequential: Annotated[
-        bool, typer.Option("--sequential", help="The same branches one after another: the fair baseline.")
+        bool, _flag("--sequential", help="The same branches one after another: the fair baseline.")
     ] = False,
     seed: SeedOption = 0,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Most tokens sampled one after another, from the first to the last.")
+        int, typer.Option(metavar="N", min=1, help="Most tokens sampled one after another, from the first to the last.")
     ] = 160,
-    branch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a branch.")] = 48,
+    branch_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens of a branch.")] = 48,
     compare: Annotated[
-        bool, typer.Option("--compare/--no-compare", help="Time the same fork through model.generate as well.")
+        bool, _flag("--compare/--no-compare", help="Time the same fork through model.generate as well.")
     ] = True,
     save: SaveOption = None,
     dtype: DtypeOption = Dtype.auto,
@@ -120,41 +144,57 @@ def demo(
 
 
 @app.command(
-    epilog="Examples:  anabranch generate 'Name three rivers.'  ·  "
-    "anabranch generate 'What is 17 + 25?' --strategy self-consistency -n 8 --vote number  ·  "
-    "cat question.txt | anabranch generate - --stream  ·  "
-    "anabranch generate 'Once upon a time' --raw --model ./my-model"
+    epilog=_examples(
+        "anabranch generate 'Name three rivers.'",
+        "anabranch generate 'What is 17 + 25?' --strategy self-consistency -n 8 --vote number",
+        "cat question.txt | anabranch generate - --stream",
+        "anabranch generate 'Once upon a time' --raw --model ./my-model",
+    ),
 )
 @command
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     model: ModelOption = "smollm2",
     strategy: Annotated[
-        StrategyName, typer.Option("--strategy", "-s", help="Who forks, and when.")
+        StrategyName,
+        typer.Option(
+            "--strategy", "-s", metavar="NAME", help="Who forks, and when: none, self-consistency or aspects."
+        ),
     ] = StrategyName.none,
-    n: Annotated[int | None, typer.Option("-n", "--branches", min=1, help="Branches of the strategy.")] = None,
+    n: Annotated[
+        int | None, typer.Option("-n", "--branches", metavar="N", min=1, help="Branches of the strategy.")
+    ] = None,
     vote: Annotated[
         str | None,
         typer.Option(
-            help="self-consistency: number, boxed, letter, line or a pattern. Default: the likeliest branch wins."
+            metavar="WHAT",
+            help="self-consistency: number, boxed, letter, line or a pattern. Default: the likeliest branch wins.",
         ),
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option("--temperature", "-t", min=0.0, help="0 is greedy. Default: the model's own settings."),
+        typer.Option(
+            "--temperature", "-t", metavar="T", min=0.0, help="0 is greedy. Default: the model's own settings."
+        ),
     ] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = None,
+    top_p: Annotated[float | None, typer.Option(metavar="P", min=0.0, max=1.0, help="Nucleus sampling.")] = None,
     seed: SeedOption = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens sampled one after another.")] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Most tokens sampled one after another.")
+    ] = 256,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--raw", help="Through the chat template (default where there is one), or as is."),
+        _flag("--chat/--raw", help="Through the chat template (default where there is one), or as is."),
     ] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Show the answer as it is written.")] = False,
+    stream: Annotated[bool, _flag("--stream", help="Show the answer as it is written.")] = False,
     save: SaveOption = None,
-    num_pages: Annotated[int | None, typer.Option(min=1, help="Pages of the cache. Default: by free memory.")] = None,
-    page_size: Annotated[int, typer.Option(min=1, help="Tokens a page.")] = 16,
-    backend: Annotated[str, typer.Option(help="Attention backend: auto, cpu, triton, reference.")] = "auto",
+    num_pages: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Pages of the cache. Default: by free memory.")
+    ] = None,
+    page_size: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens a page.")] = 16,
+    backend: Annotated[
+        str, typer.Option(metavar="NAME", help="Attention backend: auto, cpu, triton, reference.")
+    ] = "auto",
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -174,7 +214,11 @@ def generate(
     )  # fmt: skip
 
 
-@app.command(epilog="Examples:  anabranch demo --save trace.json && anabranch view trace.json")
+@app.command(
+    epilog=_examples(
+        "anabranch demo --save trace.json && anabranch view trace.json",
+    ),
+)
 @command
 def view(
     trace: Annotated[Path, typer.Argument(help="A file that --save wrote.", show_default=False)],
@@ -189,14 +233,17 @@ def view(
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Examples:  anabranch bench --quick  ·  anabranch bench --builtin --json  ·  "
-    "in a checkout:  anabranch bench attention --only headline --heads 32/8",
+    epilog=_examples(
+        "anabranch bench --quick",
+        "anabranch bench --builtin --json",
+        "anabranch bench attention --only headline --heads 32/8   (in a checkout)",
+    ),
 )
 @command
 def bench(
     context: typer.Context,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller: a minute or two.")] = False,
-    builtin: Annotated[bool, typer.Option("--builtin", help="The small measurement, in a checkout too.")] = False,
+    quick: Annotated[bool, _flag("--quick", help="Fewer and smaller: a minute or two.")] = False,
+    builtin: Annotated[bool, _flag("--builtin", help="The small measurement, in a checkout too.")] = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -211,7 +258,12 @@ def bench(
     body.run(quick=quick, builtin=builtin, as_json=json, arguments=list(context.args))
 
 
-@app.command(epilog="Examples:  anabranch doctor  ·  anabranch doctor --json | jq .backends")
+@app.command(
+    epilog=_examples(
+        "anabranch doctor",
+        "anabranch doctor --json | jq .backends",
+    ),
+)
 @command
 def doctor(json: JsonOption = False, debug: DebugOption = False) -> None:
     """What works here, what does not and how to mend it: versions, hardware, backends, models; with a self-test.

@@ -68,6 +68,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             print(f"anabranch: {error}", file=sys.stderr)
             raise typer.Exit(code) from None
 
+    # Help pages keep line breaks as they are; a paragraph is to be wrapped to the terminal instead.
+    wrapped.__doc__ = "\n\n".join(" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
     return wrapped
 
 

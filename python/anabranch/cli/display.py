@@ -173,9 +173,9 @@ class Picture:
         rate = story.sampled / story.seconds if story.seconds > 0.3 else 0.0
         pieces = [f"{story.sampled} tokens"]
         if rate:
-            pieces[0] += f" at {rate:.0f}/s"
+            pieces[0] += f", {rate:.0f}/s"
         if p.used:
-            pieces.append(f"cache: {p.logical} tokens seen, {p.physical} held ({p.sharing:.1f}× shared)")
+            pieces.append(f"{p.logical} seen, {p.physical} held in the cache ({p.sharing:.1f}×)")
             pieces.append(f"{p.used} pages, {p.copied} copied")
         text = Text("  ")
         for piece in pieces:

@@ -9,11 +9,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import pytest  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+import pytest
+from hypothesis import HealthCheck, settings
 
 settings.register_profile(
-    "anabranch", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], print_blob=True
+    "anabranch",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    print_blob=True,
 )
 settings.load_profile("anabranch")
 
@@ -27,7 +30,9 @@ def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     def poison(function):  # type: ignore[no-untyped-def]
         def filled(*args, **kwargs):  # type: ignore[no-untyped-def]
             x = function(*args, **kwargs)
-            return x.fill_(float("nan")) if isinstance(x, torch.Tensor) and x.is_floating_point() and not x.is_meta else x
+            return (
+                x.fill_(float("nan")) if isinstance(x, torch.Tensor) and x.is_floating_point() and not x.is_meta else x
+            )
 
         return filled
 

@@ -55,7 +55,10 @@ def main() -> None:
             run(sys.executable, "-c", SMOKE, cwd=folder, PYTHONPATH=str(target))
         run("ldd", str(next((folder / "site-whl/anabranch").glob("_cpu*.so"))), cwd=folder)
         linked = subprocess.run(
-            ["ldd", str(next((folder / "site-whl/anabranch").glob("_cpu*.so")))], capture_output=True, text=True, check=True
+            ["ldd", str(next((folder / "site-whl/anabranch").glob("_cpu*.so")))],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         assert "torch" not in linked and "gomp" not in linked, f"_cpu links a torch or OpenMP library:\n{linked}"
     print("sdist and wheel are good")

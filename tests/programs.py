@@ -45,7 +45,9 @@ class Twins:
             {self.pairs[i][0]: n for i, n in rows.items()},
             {self.pairs[i][0]: torch.tensor(p) for i, p in where.items()},
         )
-        twin = self.naive.step({self.pairs[i][1]: n for i, n in rows.items()}, {self.pairs[i][1]: p for i, p in where.items()})
+        twin = self.naive.step(
+            {self.pairs[i][1]: n for i, n in rows.items()}, {self.pairs[i][1]: p for i, p in where.items()}
+        )
         assert torch.equal(step.position_ids, twin.position_ids)
         assert [step.rows[self.pairs[i][0]] for i in rows] == [twin.rows[self.pairs[i][1]] for i in rows]
         for layer in range(self.layers):

@@ -20,7 +20,9 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300))
 
 
-def attend(twins: Twins, step: tuple, q: torch.Tensor, backend: str, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(
+    twins: Twins, step: tuple, q: torch.Tensor, backend: str, **options: object
+) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = ab.tree_attention(q, twins.cache, 0, step[0], backend=backend, return_lse=True, **options)
     assert out.shape == q.shape and out.dtype == q.dtype
     assert lse.shape == q.shape[:2] and not torch.isnan(out).any() and not torch.isnan(lse).any()

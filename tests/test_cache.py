@@ -15,7 +15,9 @@ from programs import Twins
 class CacheMachine(RuleBasedStateMachine):
     """Hypothesis drives both caches; after each rule they must agree to the bit and the books must balance."""
 
-    @initialize(page_size=st.sampled_from([1, 2, 3, 4, 16]), pages=st.sampled_from([24, 400]), seed=st.integers(0, 2**16))
+    @initialize(
+        page_size=st.sampled_from([1, 2, 3, 4, 16]), pages=st.sampled_from([24, 400]), seed=st.integers(0, 2**16)
+    )
     def start(self, page_size: int, pages: int, seed: int) -> None:
         self.twins = Twins(num_pages=pages, page_size=page_size, layers=2, heads=1, dim=8, seed=seed)
         self.twins.branch()
@@ -110,7 +112,9 @@ def test_a_million_operations() -> None:
 
 
 def make(**kwargs: object) -> tuple[ab.TreeCache, ab.Branch]:
-    cache = ab.TreeCache(**{"num_layers": 2, "num_kv_heads": 2, "head_dim": 32, "num_pages": 64, "page_size": 16, **kwargs})
+    cache = ab.TreeCache(
+        **{"num_layers": 2, "num_kv_heads": 2, "head_dim": 32, "num_pages": 64, "page_size": 16, **kwargs}
+    )
     return cache, cache.branch()
 
 
@@ -245,7 +249,12 @@ def test_steps_that_make_no_sense() -> None:
     unchanged(cache, ValueError, "negative", lambda: cache.step({trunk: 1}, {trunk: torch.tensor([-1])}))
     unchanged(cache, ValueError, "integers", lambda: cache.step({trunk: 1}, {trunk: torch.tensor([1.0])}))
     unchanged(cache, ValueError, "2\\^31", lambda: cache.step({trunk: 1}, {trunk: torch.tensor([2**31])}))
-    unchanged(cache, ValueError, "no rows in this step", lambda: cache.step({trunk: 1}, {cache.fork(trunk)[0]: torch.tensor([0])}))
+    unchanged(
+        cache,
+        ValueError,
+        "no rows in this step",
+        lambda: cache.step({trunk: 1}, {cache.fork(trunk)[0]: torch.tensor([0])}),
+    )
     unchanged(cache, ValueError, "from 0 to 0", lambda: cache.truncate(trunk, 1))
     unchanged(cache, ValueError, "length", lambda: cache.truncate(trunk, -1))
     unchanged(cache, ValueError, "n must be", lambda: cache.fork(trunk, 0))

@@ -10,6 +10,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from anabranch.hooks import register_when_imported
+
 __version__ = "0.1.0"
 
 if not (Path(__file__).parent / "kernels").is_dir():
@@ -30,9 +32,24 @@ _HOME = {
     "Engine": "engine",
     "SelfConsistency": "strategies",
 }
-_MODULES = ("backends", "cache", "cli", "engine", "errors", "hf", "metrics", "models", "ops", "plan", "strategies", "trace")
+_MODULES = (
+    "backends",
+    "cache",
+    "cli",
+    "engine",
+    "errors",
+    "hf",
+    "metrics",
+    "models",
+    "ops",
+    "plan",
+    "strategies",
+    "trace",
+)
 
 __all__ = ["__version__", *_HOME]
+
+register_when_imported()
 
 
 def __getattr__(name: str) -> Any:

@@ -104,9 +104,13 @@ def paged_tree_attention(
         raise TypeError(f"plan: expected a Plan (Plan.from_block_tables), got {type(plan).__name__}")
     for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
         if not isinstance(pages, Tensor) or pages.dim() != 4:
-            raise ValueError(f"{name}: expected a tensor [num_pages, page_size, num_kv_heads, head_dim], got {shape_of(pages)}")
+            raise ValueError(
+                f"{name}: expected a tensor [num_pages, page_size, num_kv_heads, head_dim], got {shape_of(pages)}"
+            )
         if pages.stride(3) != 1:
-            raise ValueError(f"{name}: the last dimension must have stride 1, got {pages.stride(3)}; call .contiguous()")
+            raise ValueError(
+                f"{name}: the last dimension must have stride 1, got {pages.stride(3)}; call .contiguous()"
+            )
     if k_pages.shape != v_pages.shape:
         raise ValueError(f"v_pages: expected k_pages' shape {list(k_pages.shape)}, got {list(v_pages.shape)}")
     if v_pages.dtype != k_pages.dtype or v_pages.device != k_pages.device:

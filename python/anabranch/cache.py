@@ -79,12 +79,16 @@ class StepPlan(Plan):
     def check(self, layer: int, k_pages: Tensor) -> None:
         self._require_current()
         if layer not in self._written:
-            raise ValueError(f"layer: {layer} of this step has no K and V yet; call cache.write({layer}, k, v, step) first")
+            raise ValueError(
+                f"layer: {layer} of this step has no K and V yet; call cache.write({layer}, k, v, step) first"
+            )
 
     def begin_write(self, layer: int) -> Tensor:
         self._require_current()
         if layer in self._written:
-            raise ValueError(f"step: layer {layer} was already written; a step is used once, make a new one for new rows")
+            raise ValueError(
+                f"step: layer {layer} was already written; a step is used once, make a new one for new rows"
+            )
         return self.slots
 
     def end_write(self, layer: int) -> None:
@@ -198,7 +202,9 @@ class TreeCache:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
         if num_pages * page_size > 2**31 - 1:
-            raise ValueError(f"num_pages: {num_pages} pages × {page_size} tokens exceed 2^31 − 1 slots; take fewer pages")
+            raise ValueError(
+                f"num_pages: {num_pages} pages × {page_size} tokens exceed 2^31 − 1 slots; take fewer pages"
+            )
         self.num_layers = num_layers
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -239,7 +245,7 @@ class TreeCache:
         Raises:
             ValueError: a model whose layers are not all plain self-attention; the message names what is in the way.
         """
-        from anabranch.hf import describe  # hf rests on this file
+        from anabranch.hf_shape import describe  # pulls in nothing of ours, but Transformers
 
         shape = describe(model)
         dtype = dtype or shape.dtype
@@ -361,13 +367,19 @@ class TreeCache:
         expected = (step.num_rows, self.num_kv_heads, self.head_dim)
         for name, x in (("k", k), ("v", v)):
             if not isinstance(x, Tensor) or x.shape != expected:
-                raise ValueError(f"{name}: expected shape {list(expected)} (rows, num_kv_heads, head_dim), got {shape_of(x)}")
+                raise ValueError(
+                    f"{name}: expected shape {list(expected)} (rows, num_kv_heads, head_dim), got {shape_of(x)}"
+                )
             if x.dtype != self.dtype:
-                raise ValueError(f"{name}: expected dtype {self.dtype} like the cache, got {x.dtype}; call {name}.to(...)")
+                raise ValueError(
+                    f"{name}: expected dtype {self.dtype} like the cache, got {x.dtype}; call {name}.to(...)"
+                )
             if x.device != self.device:
                 raise ValueError(f"{name}: expected device {self.device} like the cache, got {x.device}")
             if not x.is_contiguous():
-                raise ValueError(f"{name}: must be contiguous, got strides {list(x.stride())}; call {name}.contiguous()")
+                raise ValueError(
+                    f"{name}: must be contiguous, got strides {list(x.stride())}; call {name}.contiguous()"
+                )
         torch.ops.anabranch.write_kv(
             k.detach(), v.detach(), self._k[layer], self._v[layer], step.handle, layer, backend
         )

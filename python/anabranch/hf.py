@@ -1,7 +1,7 @@
 """`attn_implementation="anabranch"` for any Hugging Face decoder, through Transformers' own registries.
 
 Nothing is patched. `register()` puts one attention function and one mask function under the name ``"anabranch"``;
-`register_when_imported()` does so at the moment Transformers' modelling code is loaded, so that `import anabranch`
+hooks.py calls it at the moment Transformers' modelling code is loaded, so that `import anabranch`
 neither imports it (seconds) nor depends on which of the two was imported first.
 
 The attention function works in two ways:
@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from anabranch.hf_hook import register_when_imported
 from anabranch.hf_mask import DeferredMask, mask, tree_mask
 from anabranch.hf_shape import ModelShape, Probe, UnsupportedModel, describe, refuse_by_config, uses_anabranch
 
@@ -36,7 +35,6 @@ __all__ = [
     "describe",
     "enable",
     "register",
-    "register_when_imported",
     "tree_mask",
     "uses_anabranch",
 ]
@@ -66,7 +64,7 @@ _CHANGES_ATTENTION = (
 def register() -> None:
     """Register ``"anabranch"`` as attention implementation and mask function. Idempotent; imports Transformers.
 
-    `import anabranch` sees to it (see `register_when_imported`); there is no need to call this.
+    `import anabranch` sees to it (hooks.py); there is no need to call this.
     """
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
@@ -338,4 +336,3 @@ def _causal(q_length: int, kv_length: int, device: torch.device) -> torch.Tensor
     return torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=device).tril_()
 
 
-register_when_imported()  # `import anabranch` has done so; this is for whoever reaches this file some other way

@@ -55,7 +55,9 @@ class NaiveCache:
         self.alive.extend(kids)
         return kids
 
-    def step(self, rows: Mapping[NaiveBranch, int], positions: Mapping[NaiveBranch, Sequence[int]] | None = None) -> NaiveStep:
+    def step(
+        self, rows: Mapping[NaiveBranch, int], positions: Mapping[NaiveBranch, Sequence[int]] | None = None
+    ) -> NaiveStep:
         at, slices, first, ids = 0, {}, {}, []
         for branch, n in rows.items():
             new = [int(p) for p in (positions or {}).get(branch, range(branch.position, branch.position + n))]

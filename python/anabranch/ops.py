@@ -19,7 +19,9 @@ _lib.define(
     "tree_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor plan, Tensor? sinks, float scale, float softcap, "
     "int window, int layer, str backend, bool return_lse) -> (Tensor, Tensor)"
 )
-_lib.define("write_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor plan, int layer, str backend) -> ()")
+_lib.define(
+    "write_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor plan, int layer, str backend) -> ()"
+)
 
 #: values that stand for "off" in the op's schema, which has no optional numbers
 NO_SOFTCAP = 0.0
@@ -95,7 +97,9 @@ def _write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Tens
     live.end_write(layer)  # type: ignore[attr-defined]
 
 
-def _write_kv_fake(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Tensor, layer: int, backend: str) -> None:
+def _write_kv_fake(
+    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Tensor, layer: int, backend: str
+) -> None:
     return None
 
 

@@ -90,7 +90,9 @@ def plan_of(handle: Tensor) -> Plan:
     """The live plan behind a handle tensor; raises ``ValueError`` when it is gone."""
     plan = _plans.get(int(handle))
     if plan is None:
-        raise ValueError("plan: the plan behind this handle no longer exists; keep its Step or Plan alive while it is used")
+        raise ValueError(
+            "plan: the plan behind this handle no longer exists; keep its Step or Plan alive while it is used"
+        )
     return plan
 
 
@@ -132,7 +134,10 @@ class Plan:
     # -- plans for a pool of one's own -------------------------------------------------------------------------------
     @staticmethod
     def from_block_tables(
-        block_tables: Tensor, lengths: Tensor | Sequence[int], page_size: int, query_lengths: Tensor | Sequence[int] | None = None
+        block_tables: Tensor,
+        lengths: Tensor | Sequence[int],
+        page_size: int,
+        query_lengths: Tensor | Sequence[int] | None = None,
     ) -> Plan:
         """A plan over a page pool of the user's own; shared pages are found, not declared.
 
@@ -265,7 +270,9 @@ class TablePlan(Plan):
         if page_size != self.page_size:
             raise ValueError(f"k_pages: page size {page_size}, but the plan was made for {self.page_size}")
         if self._tables.max_page >= num_pages:
-            raise ValueError(f"k_pages: {num_pages} pages, but the plan's block tables name page {self._tables.max_page}")
+            raise ValueError(
+                f"k_pages: {num_pages} pages, but the plan's block tables name page {self._tables.max_page}"
+            )
 
     def __repr__(self) -> str:
         return f"Plan(rows={self.num_rows}, unique_tokens={self.unique_tokens}, page_size={self.page_size})"

@@ -84,7 +84,9 @@ def attention(
             total = total + torch.exp(sinks.to(dtype)[:, None, None] - m)
         # A key that a row must not see adds nothing, whatever its V holds.
         seen = visible.any(dim=0)
-        o = torch.einsum("hij,jhd->ihd", p / torch.where(total == 0, 1.0, total), v.masked_fill(~seen[:, None, None], 0.0))
+        o = torch.einsum(
+            "hij,jhd->ihd", p / torch.where(total == 0, 1.0, total), v.masked_fill(~seen[:, None, None], 0.0)
+        )
         out[first:last] = o
         lse[first:last] = (m + torch.log(total)).squeeze(-1).T
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

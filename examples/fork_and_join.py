@@ -67,7 +67,7 @@ def main() -> None:
     print(cache)
 
     # Join: the trunk now sees all three, side by side; no KV moves.
-    own = sum((written[kid] for kid in kids), [])
+    own = [token for kid in kids for token in written[kid]]
     cache.join(trunk, kids)
     logits = model(torch.tensor([7]), cache, cache.step({trunk: 1}))
     print(trunk, cache.usage(), sep="\n")

@@ -1,4 +1,4 @@
-"""Shared by all tests. Triton must be told to interpret before anything imports it; empty memory is poisoned with NaN."""
+"""Shared by all tests. Triton is told to interpret before anything imports it; empty memory is poisoned with NaN."""
 
 from __future__ import annotations
 

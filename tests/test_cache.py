@@ -204,7 +204,7 @@ def test_out_of_pages_is_found_before_anything_changes() -> None:
 
 def test_dead_and_foreign_branches() -> None:
     cache, trunk = make()
-    other, stranger = make()
+    _, stranger = make()
     fill(cache, cache.step({trunk: 4}))
     kid = cache.fork(trunk, 1)[0]
     grandkid = cache.fork(kid, 1)[0]

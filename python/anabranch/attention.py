@@ -36,8 +36,8 @@ def tree_attention(
         1 1 1   0 0 1 0
         1 1 1   0 0 0 1
 
-    The trunk's KV is read once for all four. Works under ``torch.no_grad()``, ``torch.compile(fullgraph=True)`` and with
-    decode, prefill and mixed steps alike; it has no backward.
+    The trunk's KV is read once for all four. Decode, prefill and mixed steps are alike; it works under
+    ``torch.compile(fullgraph=True)`` and has no backward.
 
     Args:
         q: [rows, num_q_heads, head_dim], contiguous, in the cache's dtype and on its device; rows in the step's order.
@@ -85,8 +85,8 @@ def paged_tree_attention(
     """The same attention over a page pool of the user's own.
 
     Args:
-        q: [rows, num_q_heads, head_dim], contiguous; the rows of sequence 0, then of sequence 1, … (``query_lengths`` of
-            the plan; one each by default).
+        q: [rows, num_q_heads, head_dim], contiguous; the rows of sequence 0, then of sequence 1, …
+            (``query_lengths`` of the plan; one each by default).
         k_pages, v_pages: [num_pages, page_size, num_kv_heads, head_dim], q's dtype and device; the last dimension must
             have stride 1, the others are free.
         plan: ``Plan.from_block_tables(...)``; one plan serves all layers.
@@ -94,8 +94,8 @@ def paged_tree_attention(
             sequence.
 
     Returns:
-        as ``tree_attention``. A sequence of length 0 has no rows unless ``query_lengths`` is left out: then its row is 0
-        and its lse −inf.
+        as ``tree_attention``. A sequence of length 0 has no rows unless ``query_lengths`` is left out: then its
+        row is 0 and its lse −inf.
 
     Raises:
         ValueError: a shape, dtype, device or option that does not fit.
@@ -115,7 +115,8 @@ def paged_tree_attention(
         raise ValueError(f"v_pages: expected k_pages' shape {list(k_pages.shape)}, got {list(v_pages.shape)}")
     if v_pages.dtype != k_pages.dtype or v_pages.device != k_pages.device:
         raise ValueError(
-            f"v_pages: expected {k_pages.dtype} on {k_pages.device} like k_pages, got {v_pages.dtype} on {v_pages.device}"
+            f"v_pages: expected {k_pages.dtype} on {k_pages.device} like k_pages, "
+            f"got {v_pages.dtype} on {v_pages.device}"
         )
     return _attend(
         q, k_pages, v_pages, plan.handle, plan.num_rows, 0, scale, softcap, window, sinks, backend, return_lse

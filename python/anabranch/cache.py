@@ -40,8 +40,8 @@ class Usage:
 
 
 class StepPlan(Plan):
-    """The plan of one step. Work items are cut when a kernel first asks; while the topology stays, the arrays of the last
-    step are advanced in place instead."""
+    """The plan of one step. Work items are cut when a kernel first asks; while the topology stays, the arrays of the
+    last step are advanced in place instead."""
 
     def __init__(self, cache: TreeCache, core: _core.Step) -> None:
         super().__init__(core.num_rows, cache.device)
@@ -301,8 +301,8 @@ class TreeCache:
     def join(self, trunk: Branch, kids: Sequence[Branch], mode: str = "concat") -> None:
         """Ends ``kids`` and gives the trunk what they wrote since their fork.
 
-        With ``"concat"`` the trunk's context becomes its own tokens, then each kid's own, in the order given; nothing is
-        copied or recomputed, positions stay what they were, and the trunk's next position is the largest of all. With
+        With ``"concat"`` the trunk's context becomes its own tokens, then each kid's own, in the order given; nothing
+        is copied or recomputed, positions stay what they were, and the trunk's next position is the largest of all. With
         ``"discard"`` the trunk keeps its own tokens only. The trunk may have gone on meanwhile. (Joins that prefill
         text again, ``"reprefill"`` and ``"summary"``, are the engine's: they need the model.)
 
@@ -428,8 +428,8 @@ class TreeCache:
         u = self.usage()
         return (
             f"TreeCache(layers={self.num_layers}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-            f"{str(self.dtype).removeprefix('torch.')}, {self.device}, pages={u.pages_total - u.pages_free}/{u.pages_total} × "
-            f"{self.page_size}, tokens={u.tokens_physical} for {u.tokens_logical})"
+            f"{str(self.dtype).removeprefix('torch.')}, {self.device}, "
+            f"pages={u.pages_total - u.pages_free}/{u.pages_total} × {self.page_size}, tokens={u.tokens_physical} for {u.tokens_logical})"
         )
 
 

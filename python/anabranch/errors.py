@@ -1,4 +1,4 @@
-"""The errors a caller may want to catch. Everything else is a ``ValueError`` or ``TypeError`` that names the argument."""
+"""The errors a caller may want to catch. All else is a ``ValueError`` or ``TypeError`` that names the argument."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``import anabranch`` sets up for later: the torch ops and the attention name, each at the moment its host is loaded.
+"""What ``import anabranch`` sets up for later: the torch ops and the attention name, when their hosts are loaded.
 
 So ``import anabranch`` loads neither torch nor Transformers (seconds), and it does not matter which is imported first.
 Nothing of theirs is changed: both have registries for this.
@@ -20,7 +20,7 @@ _REGISTERS = {  # module → (ours, the function to call or None: importing it i
 
 
 def register_when_imported() -> None:
-    """Register what can be registered now, and the rest as soon as its host is loaded. Called by ``import anabranch``."""
+    """Register what can be registered now, the rest as soon as its host is loaded. `import anabranch` calls this."""
     for name in _REGISTERS:
         if name in sys.modules:
             _register(name)

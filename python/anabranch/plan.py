@@ -67,8 +67,8 @@ class PlanArrays:
 class FlatContexts:
     """What each row sees, spelled out token by token: the view of the dense reference.
 
-    Context ``c`` holds the tokens ``slots[ptr[c]:ptr[c+1]]`` in order; its query rows ``row_ptr[c]:row_ptr[c+1]`` are its
-    last tokens, and row j of n sees all but the last n − 1 − j.
+    Context ``c`` holds the tokens ``slots[ptr[c]:ptr[c+1]]`` in order; its query rows ``row_ptr[c]:row_ptr[c+1]``
+    are its last tokens, and row j of n sees all but the last n − 1 − j.
     """
 
     ptr: np.ndarray  # int64 [contexts + 1]

@@ -31,7 +31,8 @@ def unavailable(name: str) -> str | None:
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType:
     """The backend for a call.
 
-    ``"auto"`` takes the first that works: on the CPU ``cpu``, then ``reference``; on a GPU ``triton``, then ``reference``.
+    ``"auto"`` takes the first that works: on the CPU ``cpu``, then ``reference``; on a GPU ``triton``, then
+    ``reference``.
 
     Raises:
         BackendUnavailable: a backend asked for by name cannot run here.

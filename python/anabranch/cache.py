@@ -302,8 +302,8 @@ class TreeCache:
         """Ends ``kids`` and gives the trunk what they wrote since their fork.
 
         With ``"concat"`` the trunk's context becomes its own tokens, then each kid's own, in the order given; nothing
-        is copied or recomputed, positions stay what they were, and the trunk's next position is the largest of all. With
-        ``"discard"`` the trunk keeps its own tokens only. The trunk may have gone on meanwhile. (Joins that prefill
+        is copied or recomputed, positions stay what they were, and the trunk's next position is the largest of all.
+        With ``"discard"`` the trunk keeps its own tokens only. The trunk may have gone on meanwhile. (Joins that prefill
         text again, ``"reprefill"`` and ``"summary"``, are the engine's: they need the model.)
 
         Raises:
@@ -426,10 +426,11 @@ class TreeCache:
 
     def __repr__(self) -> str:
         u = self.usage()
+        dtype = str(self.dtype).removeprefix("torch.")
         return (
-            f"TreeCache(layers={self.num_layers}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-            f"{str(self.dtype).removeprefix('torch.')}, {self.device}, "
-            f"pages={u.pages_total - u.pages_free}/{u.pages_total} × {self.page_size}, tokens={u.tokens_physical} for {u.tokens_logical})"
+            f"TreeCache(layers={self.num_layers}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, {dtype}, "
+            f"{self.device}, pages={u.pages_total - u.pages_free}/{u.pages_total} × {self.page_size}, "
+            f"tokens={u.tokens_physical} for {u.tokens_logical})"
         )
 
 

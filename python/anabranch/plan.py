@@ -238,9 +238,9 @@ class TablePlan(Plan):
                 f"lengths[{i}]: must be from 0 to {columns} pages × {page_size} = {columns * page_size}, got {held[i]}"
             )
         used = np.arange(columns)[None, :] * page_size < held[:, None]
-        bad = np.argwhere(used & ((tables < 0) | (tables.astype(np.int64) * page_size + page_size > 2**31 - 1)))
-        if bad.size:
-            i, j = map(int, bad[0])
+        outside = (tables < 0) | (tables.astype(np.int64) * page_size + page_size > 2**31 - 1)
+        if (used & outside).any():
+            i, j = map(int, np.argwhere(used & outside)[0])
             raise ValueError(f"block_tables[{i}, {j}]: page {tables[i, j]} is inside lengths[{i}] but out of range")
         device = block_tables.device if isinstance(block_tables, Tensor) else torch.device("cpu")
         super().__init__(int(queries.sum()), device)

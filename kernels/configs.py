@@ -100,6 +100,7 @@ _SM80 = _LARGE | {
     (64, 4, 16): Config(16, 8, 3),
     (64, 4, 32): Config(32, 4, 3),
 }
+_SM100 = _LARGE | {(64, 2, 128): Config(32, 8, 4)}  # 64 tokens spill there
 # sm_86, sm_89, sm_120: the same tiles with fewer stages, for 99 KB of shared memory.
 _SMALL: dict[tuple[int, int, int], Config] = {
     key: Config(c.block_n, c.num_warps, 2 if key[2] >= 64 or key[1] == 4 else 3) for key, c in _SM80.items()
@@ -115,7 +116,7 @@ def attention_config(head_dim: int, itemsize: int, block_m: int, arch: int) -> C
         block_m: packed rows of a program: 16, 32, 64 or 128, at most ``max_block_m(head_dim, itemsize, arch)``.
         arch: compute capability as an integer, 90 for sm_90; ``AMD`` for a GPU of theirs.
     """
-    table = _LARGE if 90 <= arch < 120 else _SM80 if arch == 80 else _SMALL
+    table = _SM80 if arch == 80 else _LARGE if arch == 90 else _SM100 if 100 <= arch < 120 else _SMALL
     d0, d1 = column_split(head_dim)
     widest = 256 if d0 + d1 > 128 else 128 if d0 + d1 > 64 else 64
     head_dim_class = {256: 192, 128: 96}[widest] if d1 else widest

@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 from functools import cache
 
-import anabranch as ab
 import torch
-from anabranch.engine import Result
-from anabranch.engine.result import Node
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -18,6 +15,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+import anabranch as ab
+from anabranch.engine import Result
+from anabranch.engine.result import Node
 
 VOCAB, BOS, EOS, PAD = 260, 257, 258, 256
 SIZES = dict(

@@ -6,9 +6,10 @@ import importlib.util
 import threading
 from dataclasses import dataclass
 
-import anabranch as ab
 import pytest
 import torch
+
+import anabranch as ab
 from anabranch.engine import Discard, Finish, Fork, Join, Token
 from anabranch.strategies import SelfConsistency, Sequential, Strategy, first, gather
 from engine_kit import EOS, Recorder, assert_dense, assert_nothing_held, byte_tokenizer, make_engine, make_model

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from anabranch.metrics import summary
 from anabranch.strategies import Aspects, Ended, SelfConsistency, Sequential, Strategy, gather
 from engine_kit import EOS, Dense, Recorder, assert_dense, assert_nothing_held, byte_tokenizer, make_engine, make_model

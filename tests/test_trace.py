@@ -6,6 +6,7 @@ import copy
 import json
 
 import pytest
+
 from anabranch import trace
 from anabranch.strategies import Aspects, SelfConsistency
 from engine_kit import byte_tokenizer, make_engine

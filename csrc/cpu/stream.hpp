@@ -9,7 +9,7 @@ namespace {
 
 constexpr int STREAM_ROWS = 8;   // at most so many packed rows take this path
 constexpr int STREAM_BLOCK = 4;  // of which so many share a load of K or V
-constexpr int STREAM_TILE = 32;  // tokens
+constexpr int STREAM_TILE = 16;  // tokens: what is prefetched stays in the first-level cache
 
 template <class T>
 struct StreamScratch {
@@ -181,7 +181,7 @@ void stream_unit(const Attention& a, const Unit& u, void* scratch) {
       w.k[half + j] = at<T>(a.k, a, u.head, u.slots[begin + j]);
       w.v[half + j] = at<T>(a.v, a, u.head, u.slots[begin + j]);
     }
-    for (int j = n > 0 ? n : 0; j < STREAM_TILE; ++j) {  // never read as tokens; a valid address for prefetch and blocks
+    for (int j = n > 0 ? n : 0; j < STREAM_TILE; ++j) {  // no tokens; valid addresses for prefetch and blocks
       w.k[half + j] = n > 0 ? w.k[half] : w.k[STREAM_TILE - half];
       w.v[half + j] = n > 0 ? w.v[half] : w.v[STREAM_TILE - half];
     }

@@ -212,7 +212,7 @@ def _case(bench: Bench, prompt: Prompt, n: int, rounds: int, price: float, patie
     # One short call each, not counted: allocations, thread pools, plans.
     full, bench.new_tokens = bench.new_tokens, 2
     for name, call in ready.items():
-        if price * prefilled[name] < patience / 8:
+        if price * prefilled[name] < patience / 30:
             report(f"{bench.dtype}, {prompt.name} prompt, n = {n}: {name}, warming up")
             call(prompt, n)
     bench.new_tokens = full

@@ -10,8 +10,8 @@ namespace anabranch::cpu {
 
 std::vector<const Kernels*> compiled();     // in order of preference, best last
 bool runnable(const Kernels&);
-const Kernels& active();                    // ANABRANCH_CPU_ISA, or the best that runs here; throws std::invalid_argument
-void use(const std::string& isa);           // "" = the default again; throws std::invalid_argument
+const Kernels& active();                    // ANABRANCH_CPU_ISA, or the best that runs here
+void use(const std::string& isa);           // "" = the default again; both throw std::invalid_argument
 
 // Needs part_m, part_l, part_acc unset: they live in scratch here. `partials` = merge_ptr[num_merge].
 void attention(Attention& a, int threads);
@@ -25,5 +25,8 @@ struct Copy {
   const int32_t *src, *dst, *filled;
 };
 void copy_pages(const Copy& c, int64_t count, int threads);
+
+// l.wide is set here.
+void linear(Linear& l, int threads);
 
 }  // namespace anabranch::cpu

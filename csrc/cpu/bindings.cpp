@@ -77,6 +77,14 @@ void py_copy(int64_t data, int64_t planes, int64_t heads, const std::array<int64
   copy_pages(c, count, threads);
 }
 
+void py_linear(int type, int64_t rows, int64_t n, int64_t k, int64_t x, int64_t x_row, int64_t w, int64_t w_row,
+               int64_t bias, int64_t out, int threads) {
+  Linear l{Type(type), rows, n, k, pointer<void>(x), pointer<void>(w), pointer<void>(bias), pointer<void>(out),
+           x_row, w_row, n, nullptr};
+  py::gil_scoped_release release;
+  linear(l, threads);
+}
+
 py::dict info() {
   py::list all, here;
   for (const Kernels* k : compiled()) {
@@ -106,6 +114,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("copy_pages", &py_copy, py::arg("data"), py::arg("planes"), py::arg("heads"), py::arg("byte_strides"),
         py::arg("src"), py::arg("dst"), py::arg("filled"), py::arg("count"), py::arg("threads"),
         "byte_strides: plane, page, head, token.");
+  m.def("linear", &py_linear, py::arg("type"), py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("x"),
+        py::arg("x_row"), py::arg("w"), py::arg("w_row"), py::arg("bias"), py::arg("out"), py::arg("threads"),
+        "out [rows, n] contiguous = x [rows, k] times w [n, k] transposed, plus bias [n] (0: none); type 1 or 2.");
   m.def("use", &use, py::arg("isa"), "Choose the instruction set by name; '' returns to the default.");
   m.def("info", &info, "isa, vector_bytes, compiled, runnable, parallel.");
 }

@@ -1,6 +1,7 @@
-// The attention kernels of one instruction set: this file is compiled once for each (see CMakeLists.txt).
+// The kernels of one instruction set: this file is compiled once for each (see CMakeLists.txt).
 #include "cpu/kernels.hpp"
 
+#include "cpu/linear.hpp"
 #include "cpu/packed.hpp"
 #include "cpu/stream.hpp"
 
@@ -70,7 +71,8 @@ void merge(const Attention& a, int64_t begin, int64_t end) {
 }  // namespace
 
 const Kernels& ANABRANCH_NAMED(kernels_, ANABRANCH_ISA)() {
-  static constexpr Kernels table = {ANABRANCH_STRING(ANABRANCH_ISA), ANABRANCH_VECTOR_BYTES, scratch_bytes, unit, merge};
+  static constexpr Kernels table = {ANABRANCH_STRING(ANABRANCH_ISA), ANABRANCH_VECTOR_BYTES, scratch_bytes, unit,
+                                    merge, linear_stride, linear_scratch, linear_pack, linear};
   return table;
 }
 

@@ -45,6 +45,16 @@ struct Write {  // new rows of K or V into their slots
   const int32_t* slots;
 };
 
+// out[rows, n] = x · wᵀ (+ bias), accumulated in float32. Element strides between rows; rows themselves contiguous.
+struct Linear {
+  Type type;  // of x, w, bias and out; 16-bit
+  int64_t rows, n, k;
+  const void *x, *w, *bias;  // bias [n] or null
+  void* out;
+  int64_t x_row, w_row, out_row;
+  float* wide;  // x as float32 [rows][linear_stride(k)], zero-padded; filled by linear_pack
+};
+
 // The functions of one instruction set. `unit` is one (item × KV head); `merge` takes merge entries [begin, end).
 struct Kernels {
   const char* isa;
@@ -52,6 +62,11 @@ struct Kernels {
   size_t (*scratch_bytes)(int packed_rows, int head_dim);
   void (*unit)(const Attention&, int item, int kv_head, void* scratch);
   void (*merge)(const Attention&, int64_t begin, int64_t end);
+  // Linear layers: `linear` computes output columns [begin, end) of all rows.
+  int64_t (*linear_stride)(int64_t k);
+  size_t (*linear_scratch)(int64_t rows);
+  void (*linear_pack)(const Linear&, int64_t begin, int64_t end);  // rows of x
+  void (*linear)(const Linear&, int64_t begin, int64_t end, void* scratch);
 };
 
 const Kernels& kernels_plain();

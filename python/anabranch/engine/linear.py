@@ -1,0 +1,178 @@
+"""Linear layers with bfloat16 or float16 weights on CPUs that cannot multiply these types.
+
+Without bf16 matrix instructions torch's own 16-bit linear is several times slower than float32. The kernel in
+``csrc/cpu/linear.hpp`` reads the weights once, where they lie, widens them in registers and accumulates in float32:
+faster than torch in either type. `WideLinear` puts it under a model for the length of a ``with`` block and leaves
+nothing behind; torch is not changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["WideLinear", "linear", "linear_context", "should_use", "takes"]
+
+_TYPES = {torch.bfloat16: 1, torch.float16: 2}
+_PLAIN = (Tensor, nn.Parameter)  # subclasses (quantised, fake, distributed) have a linear of their own
+_VARIABLE = "ANABRANCH_WIDE_LINEAR"
+
+
+def should_use(device: torch.device | str, dtype: torch.dtype, setting: bool | None = None) -> bool:
+    """Whether a model of this device and dtype is to run inside `WideLinear`.
+
+    setting: True or False decide (True only where the kernel can run: CPU, bfloat16 or float16). None: the environment
+        variable ``ANABRANCH_WIDE_LINEAR`` (0 or 1), else automatically: where the CPU has no matrix instructions for
+        `dtype` and the kernel has more than its plain variant.
+
+    Raises ValueError for another value of the variable, TypeError for another setting.
+    """
+    if setting is not None and not isinstance(setting, bool):
+        raise TypeError(f"wide_linear={setting!r}; pass True, False or None (automatic)")
+    if torch.device(device).type != "cpu" or dtype not in _TYPES:
+        return False
+    if setting is None and (text := os.environ.get(_VARIABLE, "")):
+        if text not in ("0", "1"):
+            raise ValueError(f"{_VARIABLE}={text!r}: expected 0 or 1; unset it for the automatic choice")
+        setting = text == "1"
+    if setting is None:
+        from anabranch import _cpu
+
+        return _cpu.info()["isa"] != "plain" and not _native(dtype)
+    return setting
+
+
+@cache
+def _native(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies `dtype` itself. Where torch does not tell, True: its own linear is kept."""
+    if dtype == torch.bfloat16:
+        # Not torch.ops.mkldnn._is_mkldnn_bf16_supported: it is true for every AVX-512 machine, with or without bf16.
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, lambda: True)() for name in names)
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    except (AttributeError, RuntimeError):
+        return True
+
+
+def linear_context(model: nn.Module, setting: bool | None = None) -> AbstractContextManager[Any]:
+    """A context for the forwards of `model`: `WideLinear` where `should_use` says so of some of its parameters, else
+    one that does nothing. It can be entered again and again."""
+    kinds = {(p.device, p.dtype) for p in model.parameters()}
+    wide = [should_use(device, dtype, setting) for device, dtype in kinds]
+    return WideLinear(model) if any(wide) else nullcontext()
+
+
+def takes(x: Any, weight: Any, bias: Any = None) -> bool:
+    """Whether `linear` can stand in for ``torch.nn.functional.linear`` here. No error: what it does not take is left
+    to torch, whose own errors then speak."""
+    if type(x) is not Tensor or type(weight) not in _PLAIN:
+        return False
+    dtype = weight.dtype
+    if dtype not in _TYPES or x.dtype is not dtype or not (weight.is_cpu and x.is_cpu):
+        return False
+    if weight.layout is not torch.strided or x.layout is not torch.strided or weight.dim() != 2 or x.dim() < 1:
+        return False
+    n, k = weight.shape
+    if x.shape[-1] != k or weight.stride(1) != 1 or (n > 1 and weight.stride(0) < k):
+        return False
+    if bias is not None and (
+        type(bias) not in _PLAIN or bias.dtype is not dtype or bias.shape != (n,) or not bias.is_cpu
+    ):
+        return False
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return False
+    return not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] · weight [N, K]ᵀ + bias [N] → [..., N]: all bfloat16 or all float16, on the CPU; summed in float32,
+    rounded once. A row's result does not depend on the rows beside it, nor on the number of threads.
+
+    Raises ValueError where `takes` says no.
+    """
+    if not takes(x, weight, bias):
+        raise ValueError(
+            f"x {_told(x)}, weight {_told(weight)}, bias {_told(bias)}: expected plain CPU tensors [..., K], [N, K] "
+            "with contiguous rows and [N] or None, all bfloat16 or all float16, without gradients, autocast or "
+            "torch.compile; use torch.nn.functional.linear"
+        )
+    return _linear(x, weight, bias)
+
+
+def _told(x: Any) -> str:
+    return f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else repr(x)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    n, k = weight.shape
+    flat = x if x.dim() == 2 else x.reshape(-1, k) if k else x.reshape(x.shape[:-1].numel(), 0)
+    if k > 1 and flat.stride(1) != 1:
+        flat = flat.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    _kernel()(
+        _TYPES[x.dtype],
+        flat.shape[0],
+        n,
+        k,
+        flat.data_ptr(),
+        flat.stride(0),
+        weight.data_ptr(),
+        weight.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@cache
+def _kernel() -> Callable[..., None]:
+    from anabranch import _cpu
+
+    return _cpu.linear
+
+
+class WideLinear:
+    """``with WideLinear(model): model(...)``: the model's `torch.nn.Linear` layers run `linear` on calls that `takes`
+    approves, and their own forward on all others.
+
+    Within the block a layer's ``forward`` is covered by one of ours in its ``__dict__``; behind the block, however it
+    was left, the layers are as they were. (A TorchFunctionMode would leave them alone altogether, but taxes every
+    torch call and attribute of the forward: more than the kernel wins on a single row.) Subclasses (quantised layers,
+    adapters), layers whose forward is someone else's already, and compiled models keep their own way. Layers are
+    looked up here, once; the block can be entered again and again, and by several threads: the first to leave merely
+    ends the speed-up of the others.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        compiled = any(hasattr(type(m), "_opt_mod_attributes") or "_orig_mod" in m._modules for m in modules)
+        self._layers = [] if compiled else [(m, partial(_forward, m)) for m in modules if type(m) is nn.Linear]
+
+    def __enter__(self) -> WideLinear:
+        for layer, forward in self._layers:
+            vars(layer).setdefault("forward", forward)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for layer, forward in self._layers:
+            if vars(layer).get("forward") is forward:
+                vars(layer).pop("forward", None)
+
+
+def _forward(layer: nn.Linear, input: Any) -> Any:
+    weight, bias = layer.weight, layer.bias
+    if takes(input, weight, bias):
+        return _linear(input, weight, bias)
+    return nn.Linear.forward(layer, input)

@@ -19,6 +19,7 @@ import anabranch as ab
 from anabranch import metrics
 from anabranch.cli import display, doctor
 from anabranch.cli.app import app
+from anabranch.cli.demo import EndOfThought
 from anabranch.cli.story import Block, Branch, Story, from_node
 from engine_kit import byte_tokenizer, make_engine, make_model
 
@@ -190,6 +191,18 @@ def test_demo_sequential_writes_the_same_with_all_tokens_on_the_path(tiny):
     assert one_by_one["metrics"]["max_concurrency"] == 1 and side_by_side["metrics"]["max_concurrency"] == 2
 
 
+def test_a_branch_of_the_demo_ends_with_its_sentence():
+    tokenizer = byte_tokenizer()
+    end = EndOfThought(tokenizer, enough=12)
+
+    def ends(text: str) -> bool:
+        return end.ends(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    assert not ends("Before.\n\nShort one.")  # too few tokens since the blank line
+    assert ends("Before.\n\nThis is long enough.") and ends("Before.\n\nIs it long enough? ")
+    assert not ends("Before.\n\nThis is long enough, but") and ends("Before.\n\nA\n\n")
+
+
 def test_demo_that_never_forks_says_so_instead_of_comparing(tiny):
     result = invoke("demo", "Why?", "--model", tiny, "--max-new-tokens", "1", *BRANCHES)
     assert "in 0 forks" in result.output or "in 1 fork" in result.output
@@ -261,6 +274,15 @@ def test_generate_streams_the_text_it_would_print(tiny):
     plain, streamed = invoke(*arguments), invoke(*arguments, "--stream")
     assert plain.stdout.strip() and streamed.stdout.strip() == plain.stdout.strip()
     assert "12 tokens in" in plain.stderr
+
+
+def test_an_end_of_sequence_token_is_not_text():
+    engine = make_engine("llama", byte_tokenizer(), num_pages=64)
+    story = Story(engine)
+    eos = engine.model.generation_config.eos_token_id
+    for ids, text in (((72, 105), "Hi"), ((33, eos), "!<eos>")):
+        story.take(ab.engine.events.Token(0, "0", ids, text, 0))
+    assert story.trunk.text == "Hi!" and story.sampled == 4
 
 
 def test_generate_with_strategies(tiny):
@@ -342,7 +364,7 @@ def story_of(prompt: str = "Why?", count: int = 4) -> tuple[Story, object]:
     from anabranch.strategies import Aspects
 
     engine = make_engine("llama", byte_tokenizer(), num_pages=256, page_size=4)
-    story = Story(engine.cache)
+    story = Story(engine)
     aspects = Aspects(headers=tuple(f"\n\nWay {i}:" for i in range(count)), intro_tokens=6, aspect_tokens=9)
     for event in engine.stream(prompt, strategy=aspects, max_new_tokens=40):
         story.take(event)

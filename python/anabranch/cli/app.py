@@ -116,8 +116,13 @@ def demo(
     seed: SeedOption = 0,
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, help="Most tokens sampled one after another, from the first to the last.")
-    ] = 160,
-    branch_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens of a branch.")] = 48,
+    ] = 200,
+    branch_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Enough for a branch: it ends with its sentence, at most half as many later."
+        ),
+    ] = 40,
     compare: Annotated[
         bool, _flag("--compare/--no-compare", help="Time the same fork through model.generate as well.")
     ] = True,

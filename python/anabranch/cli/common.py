@@ -216,5 +216,5 @@ def machine_note() -> str:
     if hasattr(os, "getloadavg"):
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
         if load > 1.5 * cores:
-            busy = f"; busy: load {load:.1f} on {cores} cores, so times are too long"
+            busy = f"; busy: load {load:.1f} on {cores} cores, so wall times are too long"
     return f"{name} ({best}), {threads}; torch {torch.__version__}{busy}".replace(" ()", "")

@@ -12,10 +12,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Side:
-    """One way to write the branches. Seconds of the whole call, prompt included."""
+    """One way to write the branches. Seconds of the whole call, prompt included; CPU seconds are of all threads."""
 
     name: str
     seconds: float
+    cpu_seconds: float
     tokens: int
     prompt_tokens_computed: int
 
@@ -68,17 +69,18 @@ def compare(
     tokens. The engine computes the context once; ``generate(num_return_sequences=)`` computes it once a branch, and its
     attention is SDPA.
     """
-    calls: dict[str, Callable[[int], float]] = {
+    calls: dict[str, Callable[[int], tuple[float, float]]] = {
         "engine": lambda amount: _ours(engine, context, branches, amount),
         "generate": lambda amount: _generate(engine.model, context, branches, amount),
     }
     for call in calls.values():
         call(2)
-    best = dict.fromkeys(calls, float("inf"))
+    best = dict.fromkeys(calls, (float("inf"), float("inf")))
     begin, done = time.perf_counter(), 0
     while done < rounds and (not done or time.perf_counter() - begin < patience):
         for name, call in calls.items():
-            best[name] = min(best[name], call(length))
+            wall, cpu = call(length)
+            best[name] = (min(best[name][0], wall), min(best[name][1], cpu))
         done += 1
     tokens = branches * length
     return Comparison(
@@ -86,23 +88,23 @@ def compare(
         length=length,
         prompt_tokens=len(context),
         rounds=done,
-        engine=Side("anabranch, one shared cache", best["engine"], tokens, len(context)),
-        generate=Side("model.generate, SDPA", best["generate"], tokens, branches * len(context)),
+        engine=Side("anabranch, one shared cache", *best["engine"], tokens, len(context)),
+        generate=Side("model.generate, SDPA", *best["generate"], tokens, branches * len(context)),
     )
 
 
-def _ours(engine: Any, context: Sequence[int], n: int, length: int) -> float:
+def _ours(engine: Any, context: Sequence[int], n: int, length: int) -> tuple[float, float]:
     from anabranch.strategies import SelfConsistency
 
     strategy = SelfConsistency(n=n, temperature=1.0, top_p=1.0, top_k=0)
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     result = engine.generate(list(context), strategy=strategy, min_new_tokens=length, max_new_tokens=length)
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - begin, time.process_time() - cpu
     _check(result.metrics.sampled_tokens, n * length)
     return seconds
 
 
-def _generate(model: Any, context: Sequence[int], n: int, length: int) -> float:
+def _generate(model: Any, context: Sequence[int], n: int, length: int) -> tuple[float, float]:
     import torch
 
     ids = torch.tensor([list(context)], device=model.device)
@@ -110,11 +112,11 @@ def _generate(model: Any, context: Sequence[int], n: int, length: int) -> float:
     with _attention(model, "sdpa"), warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(0)
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         if out.is_cuda:
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - begin, time.process_time() - cpu
     _check(out[:, ids.shape[1] :].numel(), n * length)
     return seconds
 

@@ -30,7 +30,7 @@ HEADERS = (
     "For a beginner,",
 )
 CONCLUSION = "In conclusion,"
-TRUNK_TOKENS = 48  # at most, before the fork and again after the join
+INTRO_TOKENS, CONCLUSION_TOKENS = 48, 72  # at most
 SAMPLING = {"do_sample": True, "temperature": 0.5, "top_p": 0.9}
 
 
@@ -43,8 +43,8 @@ class Options:
     sequential: bool = False
     as_json: bool = False
     seed: int = 0
-    max_new_tokens: int = 160
-    branch_tokens: int = 48
+    max_new_tokens: int = 200
+    branch_tokens: int = 40
     save: Path | None = None
     headers: tuple[str, ...] = HEADERS[:4]
     compare: bool = True
@@ -130,13 +130,39 @@ def _engine(options: Options, console: Console | None) -> tuple[Any, str]:
 def _pages(options: Options, tokenizer: Any) -> int:
     """Pages of 16 tokens for all that may be written, with room for a header of one token a byte."""
     ids = tokenizer.apply_chat_template(_chat(options), add_generation_prompt=True, return_dict=True)["input_ids"]
-    trunk = len(ids) + 2 * TRUNK_TOKENS + len(CONCLUSION) + 2
-    branches = sum(len(h.encode()) + 2 + options.branch_tokens for h in options.headers)
+    trunk = len(ids) + INTRO_TOKENS + CONCLUSION_TOKENS + len(CONCLUSION) + 2
+    branches = sum(len(h.encode()) + 2 + _most(options) for h in options.headers)
     return (trunk + branches) // 16 + 4 * len(options.headers) + 8
+
+
+def _most(options: Options) -> int:
+    """Tokens of a branch at most: it may finish its sentence."""
+    return options.branch_tokens + max(1, options.branch_tokens // 2)
 
 
 def _chat(options: Options) -> list[dict[str, str]]:
     return [{"role": "user", "content": options.prompt}]
+
+
+class EndOfThought:
+    """A stopping criterion: a paragraph ends at a blank line, or with its sentence once it has `enough` tokens.
+
+    Strategies limit a branch by tokens alone, which cuts in mid-sentence; a demo is to be read.
+    """
+
+    def __init__(self, tokenizer: Any, enough: int):
+        self.tokenizer, self.enough = tokenizer, enough
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        return input_ids.new_tensor([self.ends(row) for row in input_ids.tolist()]).bool()
+
+    def ends(self, ids: list[int]) -> bool:
+        """Whether a thread with this context is to stop here."""
+        last = self.tokenizer.decode(ids[-3:]).rstrip(" ")
+        if last.endswith("\n\n"):
+            return True
+        # A lead-in begins with a blank line, so one among the last `enough` tokens means that there were fewer since.
+        return last.endswith((".", "!", "?")) and "\n\n" not in self.tokenizer.decode(ids[-self.enough :])
 
 
 def _strategy(options: Options) -> Any:
@@ -145,9 +171,9 @@ def _strategy(options: Options) -> Any:
     aspects = Aspects(
         headers=tuple(f"\n\n{h}" for h in options.headers),
         conclusion=f"\n\n{CONCLUSION}",
-        aspect_tokens=options.branch_tokens,
-        intro_tokens=TRUNK_TOKENS,
-        conclusion_tokens=TRUNK_TOKENS,
+        aspect_tokens=_most(options),
+        intro_tokens=INTRO_TOKENS,
+        conclusion_tokens=CONCLUSION_TOKENS,
     )
     return Sequential(aspects) if options.sequential else aspects
 
@@ -159,8 +185,9 @@ def _follow(
     from anabranch.cli.display import Lines, Picture, follow
     from anabranch.cli.story import Story
 
-    story = Story(engine.cache)
-    sampling = {"seed": options.seed, "max_new_tokens": options.max_new_tokens, **SAMPLING}
+    story = Story(engine)
+    end = EndOfThought(engine.tokenizer, options.branch_tokens)
+    sampling = {"seed": options.seed, "max_new_tokens": options.max_new_tokens, "stopping_criteria": [end], **SAMPLING}
     stream = engine.stream(_chat(options), strategy=_strategy(options), **sampling)
     heading = _heading(options, dtype)
     lines = None if live or quiet else Lines(console, story)

@@ -141,8 +141,9 @@ def _stream(engine: Any, prompt: Any, call: dict[str, Any], out: Any, options: O
     """Plain decoding: the text as it comes. With a strategy: the tree, live in a terminal, as lines elsewhere."""
     from anabranch.cli.display import Lines, Picture, follow
     from anabranch.cli.story import Story
+    from anabranch.engine.events import Token
 
-    story, plain = Story(engine.cache), options.strategy == "none"
+    story, plain = Story(engine), options.strategy == "none"
     live = not plain and not plain_terminal(out)
     lines = None if plain or live else Lines(out, story)
     stream = engine.stream(prompt, **call)
@@ -152,7 +153,7 @@ def _stream(engine: Any, prompt: Any, call: dict[str, Any], out: Any, options: O
                 stack.enter_context(follow(out, story, []))
             for event in stream:
                 story.take(event)
-                if plain and (text := getattr(event, "text", None)):
+                if plain and isinstance(event, Token) and (text := story.text(event)):
                     print(printable(text) if out.is_terminal else text, end="", flush=True)
                 elif lines is not None:
                     lines.take(event)
@@ -163,4 +164,6 @@ def _stream(engine: Any, prompt: Any, call: dict[str, Any], out: Any, options: O
     if live:
         out.print(Picture(story, live=False))
     assert story.result is not None
+    if options.strategy == "self-consistency":  # the trunk wrote nothing itself: it became the winner
+        out.print(f"\n{printable((story.result.text or '').strip())}", markup=False, soft_wrap=True)
     return story.result

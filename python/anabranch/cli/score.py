@@ -64,15 +64,17 @@ def comparison_table(c: Comparison) -> Table:
     """The two sides with their ratio."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", justify="right", min_width=12)
-    for _ in range(3):
+    for _ in range(4):
         table.add_column(justify="right", no_wrap=True)
-    table.add_row("", *(f"[dim]{h}[/dim]" for h in ("seconds", "tokens/s", "prompt tokens")))
+    table.add_row("", *(f"[dim]{h}[/dim]" for h in ("seconds", "CPU seconds", "tokens/s", "prompt tokens")))
     best = min(c.engine.seconds, c.generate.seconds)
     for label, side in (("anabranch", c.engine), ("generate", c.generate)):
         style = "bold" if side.seconds == best else ""
-        row = (f"{side.seconds:.2f}", f"{side.tokens_per_second:.1f}", f"{side.prompt_tokens_computed}")
+        times = f"{side.seconds:.2f}", f"{side.cpu_seconds:.2f}"
+        row = (*times, f"{side.tokens_per_second:.1f}", f"{side.prompt_tokens_computed}")
         table.add_row(label, *row, style=style)
-    table.add_row("ratio", f"{c.ratio:.2f}×", "", "")
+    cpu = c.generate.cpu_seconds / c.engine.cpu_seconds
+    table.add_row("ratio", f"{c.ratio:.2f}×", f"{cpu:.2f}×", "", "")
     return table
 
 

@@ -79,7 +79,7 @@ _LARGE: dict[tuple[int, int, int], Config] = {
     (256, 2, 64): Config(32, 8, 3),
     (64, 4, 16): Config(32, 8, 3),
     (64, 4, 32): Config(32, 8, 3),
-    (96, 4, 16): Config(16, 8, 3),
+    (96, 4, 16): Config(16, 4, 3),
     (96, 4, 32): Config(16, 8, 3),
     (128, 4, 16): Config(16, 8, 3),
     (128, 4, 32): Config(16, 8, 3),
@@ -100,7 +100,8 @@ _SM80 = _LARGE | {
     (64, 4, 16): Config(16, 8, 3),
     (64, 4, 32): Config(32, 4, 3),
 }
-_SM100 = _LARGE | {(64, 2, 128): Config(32, 8, 4)}  # 64 tokens spill there
+# On sm_100 blocks of 64 tokens spill under these two tiles.
+_SM100 = _LARGE | {(64, 2, 64): Config(32, 4, 4), (64, 2, 128): Config(32, 8, 4)}
 # sm_86, sm_89, sm_120: the same tiles with fewer stages, for 99 KB of shared memory.
 _SMALL: dict[tuple[int, int, int], Config] = {
     key: Config(c.block_n, c.num_warps, 2 if key[2] >= 64 or key[1] == 4 else 3) for key, c in _SM80.items()

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import anabranch as ab
 import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+
+import anabranch as ab
 
 from .timing import clock_name, now
 
@@ -164,7 +165,6 @@ class Bench:
             "decode_tokens_per_s": n * (self.new_tokens - 1) / decode,
             "total_tokens_per_s": n * self.new_tokens / total,
             "min_total_tokens_per_s": min(rates), "max_total_tokens_per_s": max(rates),
-            "more": f"{min(rates):.1f} – {max(rates):.1f} in {len(runs)} rounds",
         }  # fmt: skip
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import anabranch as ab
 import torch
+
+import anabranch as ab
 from anabranch import backends
 from anabranch.plan import Profile
 

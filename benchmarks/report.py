@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,7 +17,7 @@ PEERS = {
     "two_phase": "two-phase torch",
     "flex": "FlexAttention",
 }
-SHORT = {"sdpa": "SDPA", "sdpa_packed": "packed", "masked": "masked", "two_phase": "2-phase", "flex": "Flex"}
+SHORT = {"sdpa": "SDPA", "sdpa_packed": "packed", "masked": "masked", "two_phase": "2-ph.", "flex": "Flex"}
 
 
 def micro(us: float | None) -> str:
@@ -74,25 +75,31 @@ def case_line(entry: dict[str, Any]) -> str:
     return f"{label}: " + ", ".join(parts)
 
 
+def _shape(entry: dict[str, Any]) -> str:
+    """Heads, dtype and, where it is not 128, head_dim in one short cell: 32/8 f32, 32/8 bf16 D64."""
+    dtype = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}.get(entry["dtype"], entry["dtype"])
+    return f"{entry['heads']} {dtype}" + (f" D{entry['head_dim']}" if entry["head_dim"] != 128 else "")
+
+
 def attention_table(data: dict[str, Any]) -> Table:
-    """The whole attention table for the terminal; peers as multiples of our time."""
-    table = Table(title="Attention: peers as multiples of our time (above 1: slower than ours)", title_justify="left")
-    for name in ("case", "heads", "D", "dtype", "floor", "ours", "of ceiling", *SHORT.values()):
-        table.add_column(name, justify="left" if name in ("case", "dtype") else "right", no_wrap=name != "case")
+    """The whole attention table for the terminal, 80 columns wide; peers as multiples of our time."""
+    table = Table(title="Attention: peers as multiples of our time (above 1: slower than ours)", title_justify="left",
+                  box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("case", min_width=13, overflow="fold")
+    table.add_column("shape", no_wrap=True)
+    for name in ("ours", "ceil.", *SHORT.values()):
+        table.add_column(name, justify="right", no_wrap=True)
     for e in data.get("attention", []):
         if "left_out" in e:
-            table.add_row(escape(e["case"]), e["heads"], str(e["head_dim"]), e["dtype"], "–", escape(e["left_out"]))
+            table.add_row(escape(e["case"]), _shape(e), "–", "–", *("–" for _ in PEERS))
             continue
         peers = [_times(ratio(e, p)) if ratio(e, p) else micro(median(e, p)) for p in PEERS]
-        table.add_row(
-            escape(e["case"]), e["heads"], str(e["head_dim"]), e["dtype"], micro(e["floor_us"]),
-            micro(median(e, OURS)), _percent(of_floor(e)), *peers,
-        )  # fmt: skip
+        table.add_row(escape(e["case"]), _shape(e), micro(median(e, OURS)), _percent(of_floor(e)), *peers)
     return table
 
 
 def host_table(data: dict[str, Any]) -> Table:
-    table = Table(title="Host costs", title_justify="left")
+    table = Table(title="Host costs", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("what", "median", "min – max", "more"):
         table.add_column(name, justify="left" if name in ("what", "more") else "right")
     for e in data.get("host", []):
@@ -112,18 +119,18 @@ def e2e_line(entry: dict[str, Any]) -> str:
 
 
 def e2e_table(data: dict[str, Any]) -> Table:
-    table = Table(title="End to end: tokens a second", title_justify="left")
-    for name in ("prompt", "n", "dtype", "contender", "prefill", "decoding tokens/s", "in all tokens/s", "more"):
-        table.add_column(name, justify="left" if name in ("contender", "more") else "right")
+    table = Table(title="End to end: tokens a second", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("prompt, branches, dtype", no_wrap=True)
+    table.add_column("contender", min_width=16, overflow="fold")
+    for name in ("prefill", "decoding", "in all"):
+        table.add_column(name, justify="right", no_wrap=True)
     for e in data.get("e2e", []):
+        what = f"{e['prompt']} ×{e['n']} {e['dtype']}"
         if "left_out" in e:
-            table.add_row(e["prompt"], str(e["n"]), e["dtype"], e["title"], "–", "–", "–", escape(e["left_out"]))
+            table.add_row(what, f"{e['title']}: {escape(e['left_out'])}", "–", "–", "–")
             continue
-        table.add_row(
-            f"{e['prompt']} ({e['prompt_tokens']})", str(e["n"]), e["dtype"], e["title"],
-            f"{e['prefill_seconds']:.2f} s", f"{e['decode_tokens_per_s']:.1f}", f"{e['total_tokens_per_s']:.1f}",
-            escape(e.get("more", "")),
-        )  # fmt: skip
+        table.add_row(what, e["title"], f"{e['prefill_seconds']:.2f} s", f"{e['decode_tokens_per_s']:.1f}",
+                      f"{e['total_tokens_per_s']:.1f}")
     return table
 
 

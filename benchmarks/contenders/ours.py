@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-import anabranch as ab
 import torch
+
+import anabranch as ab
 from anabranch import backends
 
 from ..timing import now

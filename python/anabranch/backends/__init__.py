@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from types import ModuleType
 
 import torch
@@ -57,6 +58,8 @@ def _auto(device_type: str, dtype: torch.dtype, head_dim: int) -> ModuleType:
     for name in _PREFERRED.get(device_type, ("reference",)):
         reason = unavailable(name) or get(name).refuses(device, dtype, head_dim)
         if reason is None:
+            if reasons and head_dim <= 256 and dtype.itemsize <= 4:  # said once: this function remembers its answers
+                warnings.warn(f"anabranch falls back to the {name} backend ({'; '.join(reasons)})", stacklevel=2)
             return get(name)
         reasons.append(f"{name}: {reason}")
     raise ValueError(

@@ -12,6 +12,7 @@ from .. import hf
 from ..cache import TreeCache
 from ..strategies import Plain, Strategy
 from .events import Event
+from .linear import linear_context
 from .loop import Run
 from .prompts import Prompt, Text, split_prompts
 from .request import Request
@@ -27,6 +28,8 @@ class Engine:
     num_pages: pages of the cache, each of `page_size` tokens; None: as many as free memory allows.
     backend: attention backend of every forward: "auto", "cpu", "triton" or "reference".
     max_rows: most tokens one forward takes; longer prompts are prefilled in chunks, beside what is decoding.
+    wide_linear: on a CPU without bf16 matrix instructions, 16-bit linear layers run through a kernel of ours while the
+        engine's forwards last (see engine/linear.py); True or False decide, None: where it pays.
 
     ``engine.cache`` is its `TreeCache`. An engine serves one Python thread at a time; `abort` may come from any.
 
@@ -42,6 +45,7 @@ class Engine:
         page_size: int = 16,
         backend: str = "auto",
         max_rows: int = 512,
+        wide_linear: bool | None = None,
     ):
         if not isinstance(max_rows, int) or max_rows < 1:
             raise ValueError(f"max_rows={max_rows!r}; pass a whole number of at least 1 (tokens a forward)")
@@ -49,6 +53,7 @@ class Engine:
         self.model, self.tokenizer, self.backend, self.max_rows = model, tokenizer, backend, max_rows
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self.cache = TreeCache.for_model(model, num_pages=num_pages, page_size=page_size)
+        self.linear = linear_context(model, wide_linear)
         self._runs: set[Run] = set()
 
     # ---------------------------------------------------------------------------------------- public

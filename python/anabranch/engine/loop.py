@@ -194,7 +194,7 @@ class Run:
         last = step.last_rows[torch.tensor(keep or [0], device=device)]
         options = {} if self.engine.backend == "auto" else {"tree_backend": self.engine.backend}
         forward = time.perf_counter()
-        with torch.inference_mode():
+        with torch.inference_mode(), self.engine.linear:
             logits = self.engine.model(
                 input_ids=ids[None],
                 position_ids=step.position_ids[None],

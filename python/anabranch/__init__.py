@@ -31,6 +31,7 @@ _HOME = {
     "BackendUnavailable": "errors",
     "Engine": "engine",
     "SelfConsistency": "strategies",
+    "ThreadWeaver": "strategies",
 }
 _MODULES = (
     "backends",

@@ -101,8 +101,7 @@ def _reprefill(request: Request, thread: Thread, op: Join) -> None:
         depth = thread._depth
         own = kid._own
         if header is not None:
-            first = kid._segments[0] if kid._segments else None
-            own = header + own[len(first.token_ids) if first is not None and first.kind == "inserted" else 0 :]
+            own = header + own[kid._header_length :]
         if own:
             append(thread, own, "joined", kid.id)
         thread._depth = depth  # these tokens were counted in their own thread

@@ -99,6 +99,29 @@ class Text:
         whole = self.decode(list(before)[-8:] + ids)
         return whole[len(head) :] if whole.startswith(head) else self.decode(ids)
 
+    def tag_ids(self, tags: Sequence[str]) -> dict[str, int]:
+        """The one token id of each control tag; ValueError names the tags that are not one token, and the remedy."""
+        found: dict[str, int] = {}
+        for tag in tags:
+            self._need_tokenizer(f"the control tag {tag!r}")
+            # Some tokenizers begin every text with a blank token of their own.
+            ids = [i for i in self.encode(tag) if self.piece(i).strip()]
+            if len(ids) == 1 and self.piece(ids[0]).strip() == tag:
+                found[tag] = ids[0]
+        if missing := [tag for tag in tags if tag not in found]:
+            ids = self.encode(missing[0])
+            raise ValueError(
+                f"control tag {missing[0]!r} must be one token, but this tokenizer makes it {len(ids)} ({ids}); add it "
+                f"with tokenizer.add_special_tokens({{'extra_special_tokens': {missing}}}) and "
+                "model.resize_token_embeddings(len(tokenizer)), and use a model trained with it"
+            )
+        if outside := [tag for tag in tags if found[tag] >= self.vocab_size]:
+            raise ValueError(
+                f"control tag {outside[0]!r} is token id {found[outside[0]]}, outside the model's vocabulary of "
+                f"{self.vocab_size}; call model.resize_token_embeddings(len(tokenizer)) before making the engine"
+            )
+        return found
+
     def is_blank(self, token_id: int) -> bool:
         """Whether a token is an EOS or nothing but white space."""
         return token_id in self.eos_ids or (self.tokenizer is not None and not self.piece(token_id).strip())

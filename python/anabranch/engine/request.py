@@ -91,6 +91,9 @@ class Request:
     def text(self, token_ids: Sequence[int], before: Sequence[int]) -> str | None:
         return self._text.text(token_ids, before)
 
+    def tag_ids(self, tags: Sequence[str]) -> dict[str, int]:
+        return self._text.tag_ids(tags)
+
     def is_blank(self, token_id: int) -> bool:
         return self._text.is_blank(token_id)
 

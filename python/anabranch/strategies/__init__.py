@@ -5,6 +5,8 @@ from .ops import Decode, Ended, ThreadGone, TokenStats, first, gather
 from .plain import Plain, Sequential
 from .protocol import Strategy, Thread
 from .self_consistency import SelfConsistency
+from .tagged import Tagged
+from .threadweaver import ThreadWeaver
 
 __all__ = [
     "Aspects",
@@ -14,8 +16,10 @@ __all__ = [
     "SelfConsistency",
     "Sequential",
     "Strategy",
+    "Tagged",
     "Thread",
     "ThreadGone",
+    "ThreadWeaver",
     "TokenStats",
     "first",
     "gather",

@@ -23,6 +23,8 @@ class Sequential(Strategy):
 
     The fair baseline of a parallel strategy. It is a rule of the loop, not of the strategy: of all threads of a prompt
     that have something to do, only the first in order (children before their parent) moves.
+    A thread sees what it saw before, so a tag-driven model's threads stay blind to those already written; a model that
+    writes its whole format in one go, later threads in sight of the earlier ones, is ``strategy=None``.
     """
 
     strategy: Strategy

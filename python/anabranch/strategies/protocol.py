@@ -49,6 +49,7 @@ class Host(Protocol):
     def clock(self) -> int: ...
     def encode(self, text: str) -> list[int]: ...
     def text(self, token_ids: Sequence[int], before: Sequence[int]) -> str | None: ...
+    def tag_ids(self, tags: Sequence[str]) -> dict[str, int]: ...
     def is_blank(self, token_id: int) -> bool: ...
     def check_ids(self, token_ids: Iterable[int], name: str) -> list[int]: ...
     def check_sampling(self, sampling: Mapping[str, Any] | None) -> None: ...
@@ -106,6 +107,7 @@ class Thread:
         self._depth = 0  # Lamport clock at its end
         self._path_sampled = 0  # sampled tokens on the longest way here
         self._prompt_length = 0
+        self._header_length = 0  # tokens of the header that its fork gave it
         self._live: Any = None
 
     def __repr__(self) -> str:
@@ -118,6 +120,11 @@ class Thread:
     @property
     def token_ids(self) -> tuple[int, ...]:
         return tuple(self._own[self._prompt_length :])
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """All token ids that it sees, in order: what it shares with its parent (or its prompt), then its own."""
+        return (*self._prefix, *self._own)
 
     @property
     def text(self) -> str | None:
@@ -179,6 +186,7 @@ class Thread:
         self._submit(Fork(self, kids))
         for kid, ids in zip(kids, tokens, strict=True):
             if ids:
+                kid._header_length = len(ids)
                 kid._submit(Insert(kid, ids, "inserted"))
         return kids
 
@@ -272,6 +280,18 @@ class Thread:
     def start(self, generator: Generator[Any, Any, Any]) -> Awaitable:
         """Run another generator beside this one (a child's own program); ``yield`` the return value for its result."""
         return self._host.start(generator)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, no special tokens added."""
+        return self._host.encode(text)
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, control tags shown; "" without a tokenizer."""
+        return self._host.text(token_ids, ()) or ""
+
+    def tag_ids(self, tags: Sequence[str]) -> dict[str, int]:
+        """The one token id of each control tag; ValueError, with the remedy, for a tag that is several tokens."""
+        return self._host.tag_ids(tags)
 
     def malformed(self, why: str) -> None:
         """Count this answer as breaking the strategy's format (``metrics.format_correctness``)."""

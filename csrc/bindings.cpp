@@ -61,7 +61,7 @@ py::tuple result_of(const PlanData& data, i64 build) {
   for (int s = 0; s <= kSections; ++s) begin[s] = data.begin[s];
   return py::make_tuple(build, buffer, begin,
                         py::make_tuple(data.num_items, data.num_partials, data.num_merge, data.tile_rows, data.num_runs,
-                                       data.num_absorbed, data.kv_tokens, data.num_rows));
+                                       data.num_absorbed, data.kv_tokens, data.num_rows, data.num_wide));
 }
 
 class Cache {
@@ -294,11 +294,12 @@ PYBIND11_MODULE(_core, m) {
       .def("contexts", [](const Step& s) { return flat(contexts_of(*s.tree, s.state)); });
 
   py::class_<PlanParams>(m, "PlanParams")
-      .def(py::init([](i32 group, i32 tile, i32 chunk, i32 parallelism, i32 num_kv_heads, i32 elem_size) {
-             return PlanParams{group, tile, chunk, parallelism, num_kv_heads, elem_size};
+      .def(py::init([](i32 group, i32 tile, i32 chunk, i32 parallelism, i32 num_kv_heads, i32 elem_size,
+                       i32 narrow) {
+             return PlanParams{group, tile, chunk, parallelism, num_kv_heads, elem_size, narrow};
            }),
            py::arg("group"), py::arg("tile"), py::arg("chunk"), py::arg("parallelism"), py::arg("num_kv_heads"),
-           py::arg("elem_size"));
+           py::arg("elem_size"), py::arg("narrow") = 0);
 
   py::class_<Tables>(m, "Tables")
       .def(py::init<const py::array_t<i32, py::array::c_style>&, const py::array_t<i64, py::array::c_style>&,

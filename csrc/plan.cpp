@@ -315,7 +315,11 @@ PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::
   // 7. Most expensive first, so that what is left at the end is small; ties keep their order.
   std::vector<i32> order(items.size()), place(items.size());
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](i32 a, i32 b) { return items[a].cost > items[b].cost; });
+  // With `narrow`, the items of few rows follow in an order of their own: a GPU runs them with smaller tiles.
+  const auto wide = [&](i32 i) { return static_cast<i64>(items[i].row_count) * p.group > p.narrow; };
+  std::stable_sort(order.begin(), order.end(), [&](i32 a, i32 b) {
+    return wide(a) != wide(b) ? wide(a) : items[a].cost > items[b].cost;
+  });
   for (size_t i = 0; i < order.size(); ++i) place[order[i]] = static_cast<i32>(i);
   if (tail_items != nullptr) {
     tail_items->assign(batch, -1);
@@ -365,6 +369,7 @@ PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::
   out.num_absorbed = num_absorbed;
   out.kv_tokens = kv_tokens;
   out.num_rows = num_rows;
+  out.num_wide = std::count_if(order.begin(), order.end(), wide);
   return out;
 }
 

@@ -36,9 +36,10 @@ struct PlanParams {
   i32 parallelism;   // items × KV heads a run should at least be split into
   i32 num_kv_heads;
   i32 elem_size;     // bytes of one KV element
+  i32 narrow = 0;    // items of at most this many packed rows come after all others (0: one order for all)
   bool operator==(const PlanParams& o) const {
     return group == o.group && tile == o.tile && chunk == o.chunk && parallelism == o.parallelism &&
-           num_kv_heads == o.num_kv_heads && elem_size == o.elem_size;
+           num_kv_heads == o.num_kv_heads && elem_size == o.elem_size && narrow == o.narrow;
   }
 };
 
@@ -53,7 +54,7 @@ struct PlanData {
   std::shared_ptr<i32[]> buffer;  // not initialised where nothing is written
   i64 begin[kSections + 1];  // section s is buffer[begin[s] : begin[s + 1]]
   i64 num_items = 0, num_partials = 0, num_merge = 0, tile_rows = 0, num_runs = 0, num_absorbed = 0, kv_tokens = 0,
-      num_rows = 0;
+      num_rows = 0, num_wide = 0;
 };
 
 class Planner {

@@ -367,6 +367,23 @@ def test_backend_contract():
     assert lse is None and calls[0][0] == 2
 
 
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_planner_parts_wide_and_narrow_items(group):
+    """The package's planner puts the items of more than ``narrow`` packed rows first, each part by cost."""
+    import anabranch as ab
+
+    cache = ab.TreeCache(1, 2, 64, num_pages=64, page_size=8)
+    trunk = cache.branch()
+    cache.step({trunk: 30})
+    kids = cache.fork(trunk, 19)
+    step = cache.step({kid: 1 + 2 * (i % 9 == 0) for i, kid in enumerate(kids)})
+    profile = ab.plan.Profile(tile=64, chunk=16, parallelism=1, num_kv_heads=2, elem_size=2, narrow=16)
+    arrays = step.plan.arrays(group, profile)
+    packed = arrays.items[:, 3] * group
+    assert 0 < arrays.num_wide <= arrays.num_items
+    assert bool((packed[: arrays.num_wide] > 16).all()) and bool((packed[arrays.num_wide :] <= 16).all())
+
+
 @pytest.mark.parametrize("window", [None, 20])
 def test_through_a_cache(window):
     """The package's own planner: prefill, fork, uneven growth, join and decode, against the reference in float64."""

@@ -37,7 +37,14 @@ class Step:
 
 class PlanParams:
     def __init__(
-        self, group: int, tile: int, chunk: int, parallelism: int, num_kv_heads: int, elem_size: int
+        self,
+        group: int,
+        tile: int,
+        chunk: int,
+        parallelism: int,
+        num_kv_heads: int,
+        elem_size: int,
+        narrow: int = 0,
     ) -> None: ...
 
 PlanResult = tuple[int, Ints, tuple[int, ...], tuple[int, ...]]

@@ -28,6 +28,7 @@ class Profile:
         parallelism: items × KV heads that a run of tokens should be split into at least.
         num_kv_heads: KV heads, which multiply the items.
         elem_size: bytes of one KV element, for the absorb rule.
+        narrow: items of at most this many packed query vectors come after all wider ones (0: no such parting).
     """
 
     tile: int
@@ -35,6 +36,7 @@ class Profile:
     parallelism: int
     num_kv_heads: int = 8
     elem_size: int = 2
+    narrow: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class PlanArrays:
     num_runs: int
     num_absorbed: int
     kv_tokens: int  # tokens listed over all runs: unique ones plus those re-read by the absorb rule
+    num_wide: int | None = None  # items[:num_wide] pack more than profile.narrow query vectors, the others at most that
 
     @property
     def num_rows(self) -> int:
@@ -164,7 +167,7 @@ class Plan:
 def split_buffer(result: tuple, device: torch.device) -> PlanArrays:
     """Views into the planner's one int32 buffer (uploaded in one copy when the device is not the CPU)."""
     _, buffer, begin, counts = result
-    num_items, num_partials, num_merge, tile_rows, num_runs, num_absorbed, kv_tokens, num_rows = counts
+    num_items, num_partials, num_merge, tile_rows, num_runs, num_absorbed, kv_tokens, num_rows, num_wide = counts
     data = torch.from_numpy(buffer)
     if device.type != "cpu":
         data = data.to(device, non_blocking=True)
@@ -182,13 +185,13 @@ def split_buffer(result: tuple, device: torch.device) -> PlanArrays:
         num_runs=num_runs,
         num_absorbed=num_absorbed,
         kv_tokens=kv_tokens,
+        num_wide=num_wide,
     )
 
 
 def core_params(group: int, profile: Profile) -> _core.PlanParams:
-    return _core.PlanParams(
-        group, profile.tile, profile.chunk, profile.parallelism, profile.num_kv_heads, profile.elem_size
-    )
+    p = profile
+    return _core.PlanParams(group, p.tile, p.chunk, p.parallelism, p.num_kv_heads, p.elem_size, p.narrow)
 
 
 def _ints(name: str, value: Tensor | Sequence[int] | np.ndarray, ndim: int) -> np.ndarray:

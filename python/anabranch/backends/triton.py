@@ -70,6 +70,7 @@ def profile(num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dty
         parallelism=2 * traits.multiprocessors,
         num_kv_heads=num_kv_heads,
         elem_size=dtype.itemsize,
+        narrow=launch.NARROW,
     )
 
 

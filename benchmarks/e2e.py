@@ -137,7 +137,11 @@ class Bench:
             cache.batch_repeat_interleave(n)
             many = ids.repeat(n, 1)
             out = self.plain.generate(
-                many, attention_mask=torch.ones_like(many), past_key_values=cache, logits_processor=clock, **SAMPLING,
+                many,
+                attention_mask=torch.ones_like(many),
+                past_key_values=cache,
+                logits_processor=clock,
+                **SAMPLING,
                 **self.exactly(self.new_tokens),
             )
             return out[:, ids.shape[1] :].numel()
@@ -169,7 +173,12 @@ class Bench:
 
 
 def run(
-    quick: bool, dtypes: list[str], peer: Path | None, rounds: int, only: str = "", patience: float = 600.0,
+    quick: bool,
+    dtypes: list[str],
+    peer: Path | None,
+    rounds: int,
+    only: str = "",
+    patience: float = 600.0,
     report: Callable[[str], None] = lambda _: None,
 ) -> Iterator[dict[str, object]]:
     """Every contender on every prompt, interleaved; one dict a line of the table.
@@ -237,9 +246,26 @@ def _vllm(bench: Bench, cases: list[tuple[Prompt, int]], peer: Path, rounds: int
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "prompts.json"
         file.write_text(json.dumps({name: p.ids for name, p in names.items()}))
-        command = [str(peer), str(script), "--model", str(folder), "--prompt-ids", str(file), "--dtype", bench.dtype,
-                   "--new-tokens", str(bench.new_tokens), "--rounds", str(rounds), "--threads",
-                   str(torch.get_num_threads()), "--clock", clock_name(), "--n", *map(str, counts)]
+        command = [
+            str(peer),
+            str(script),
+            "--model",
+            str(folder),
+            "--prompt-ids",
+            str(file),
+            "--dtype",
+            bench.dtype,
+            "--new-tokens",
+            str(bench.new_tokens),
+            "--rounds",
+            str(rounds),
+            "--threads",
+            str(torch.get_num_threads()),
+            "--clock",
+            clock_name(),
+            "--n",
+            *map(str, counts),
+        ]
         # The peer's own environment must not find our packages first.
         clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
         try:
@@ -250,8 +276,15 @@ def _vllm(bench: Bench, cases: list[tuple[Prompt, int]], peer: Path, rounds: int
             problem, lines = str(error).splitlines()[0], []
     if not lines:
         for prompt, n in cases:
-            yield {"contender": "vllm", "title": TITLES["vllm"], "prompt": prompt.name, "n": n, "dtype": bench.dtype,
-                   "prompt_tokens": len(prompt.ids), "left_out": problem[:300] or "it printed no result"}
+            yield {
+                "contender": "vllm",
+                "title": TITLES["vllm"],
+                "prompt": prompt.name,
+                "n": n,
+                "dtype": bench.dtype,
+                "prompt_tokens": len(prompt.ids),
+                "left_out": problem[:300] or "it printed no result",
+            }
         return
     result = json.loads(lines[-1].removeprefix("RESULT "))
     for prompt, n in cases:

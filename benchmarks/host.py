@@ -105,8 +105,14 @@ def memory_held(branches: int, prefix: int, suffix: int) -> dict[str, object]:
         f"{spare / branches:.2f} a branch more than whole ones"
     )
     title = f"memory of N = {branches} branches of S = {suffix} tokens on P = {prefix:,}"
-    return {"name": "memory", "title": title, "more": more,
-            "tokens_physical": usage.tokens_physical, "tokens_ideal": ideal, "pages": pages}
+    return {
+        "name": "memory",
+        "title": title,
+        "more": more,
+        "tokens_physical": usage.tokens_physical,
+        "tokens_ideal": ideal,
+        "pages": pages,
+    }
 
 
 def run(quick: bool = False, report: Callable[[str], None] = lambda _: None) -> Iterator[dict[str, object]]:

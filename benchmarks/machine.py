@@ -58,7 +58,9 @@ def _commit() -> str | None:
             return None
         dirty = subprocess.run(
             ["git", "status", "--porcelain", "--untracked-files=no", "--", "csrc", "kernels", "python"],
-            cwd=root, capture_output=True, text=True,
+            cwd=root,
+            capture_output=True,
+            text=True,
         )
         return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
     except OSError:

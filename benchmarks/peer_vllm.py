@@ -50,14 +50,24 @@ def main() -> None:
         prompts: dict[str, list[int]] = json.load(f)
     longest = max(len(ids) for ids in prompts.values())
     llm = LLM(
-        model=args.model, dtype=args.dtype, enforce_eager=not args.compile, enable_prefix_caching=True,
-        max_model_len=longest + args.new_tokens + 8, max_num_seqs=max(args.n), skip_tokenizer_init=True,
+        model=args.model,
+        dtype=args.dtype,
+        enforce_eager=not args.compile,
+        enable_prefix_caching=True,
+        max_model_len=longest + args.new_tokens + 8,
+        max_num_seqs=max(args.n),
+        skip_tokenizer_init=True,
         disable_log_stats=True,
     )
 
     def run(ids: list[int], n: int, new_tokens: int) -> float:
         params = SamplingParams(
-            n=n, temperature=1.0, max_tokens=new_tokens, min_tokens=new_tokens, ignore_eos=True, seed=0,
+            n=n,
+            temperature=1.0,
+            max_tokens=new_tokens,
+            min_tokens=new_tokens,
+            ignore_eos=True,
+            seed=0,
             detokenize=False,
         )
         start = now()
@@ -68,8 +78,15 @@ def main() -> None:
         assert got == [new_tokens] * n, got
         return seconds
 
-    result = {"vllm": vllm.__version__, "torch": torch.__version__, "python": sys.version.split()[0],
-              "threads": torch.get_num_threads(), "eager": not args.compile, "dtype": args.dtype, "runs": []}
+    result = {
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "threads": torch.get_num_threads(),
+        "eager": not args.compile,
+        "dtype": args.dtype,
+        "runs": [],
+    }
     for name, ids in prompts.items():
         for n in args.n:
             run(ids, n, 2)  # warm-up
@@ -78,9 +95,17 @@ def main() -> None:
                 prefill = run(ids, 1, 1)
                 first = run(ids, n, 1)  # the prefix is cached now: scheduling and one sampled token a branch
                 cached = run(ids, n, args.new_tokens)
-                result["runs"].append({"prompt": name, "prompt_tokens": len(ids), "n": n,
-                                       "new_tokens": args.new_tokens, "prefill_seconds": prefill,
-                                       "first_seconds": first, "cached_seconds": cached})
+                result["runs"].append(
+                    {
+                        "prompt": name,
+                        "prompt_tokens": len(ids),
+                        "n": n,
+                        "new_tokens": args.new_tokens,
+                        "prefill_seconds": prefill,
+                        "first_seconds": first,
+                        "cached_seconds": cached,
+                    }
+                )
     print("RESULT " + json.dumps(result), flush=True)
 
 

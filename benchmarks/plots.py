@@ -71,7 +71,8 @@ def _attention(data: dict[str, Any], plt):
     panels = []
     for dtype in dtypes:
         entries = [
-            e for e in data["attention"]
+            e
+            for e in data["attention"]
             if (e["dtype"], e["heads"], e["head_dim"]) == (dtype, "32/8", 128) and median(e, "sdpa") and median(e, OURS)
         ]
         if entries:
@@ -92,13 +93,31 @@ def _attention(data: dict[str, Any], plt):
             if peer == "sdpa" or not points:
                 continue
             xs, ys = zip(*points, strict=True)
-            axis.scatter(xs, ys, s=34, marker=MARKERS[peer], color=COLOURS[peer], edgecolor="white", linewidth=0.8,
-                         zorder=3, label=PEERS[peer])
+            axis.scatter(
+                xs,
+                ys,
+                s=34,
+                marker=MARKERS[peer],
+                color=COLOURS[peer],
+                edgecolor="white",
+                linewidth=0.8,
+                zorder=3,
+                label=PEERS[peer],
+            )
         axis.axvline(1, color="#495057", linewidth=1, zorder=4)
         for i, value in enumerate(ours):
-            axis.text(value * 1.06, i, f"{value:.1f}×", va="center", ha="left", fontsize=8.5, fontweight="bold",
-                      color=COLOURS[OURS], zorder=5,
-                      bbox={"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.8})
+            axis.text(
+                value * 1.06,
+                i,
+                f"{value:.1f}×",
+                va="center",
+                ha="left",
+                fontsize=8.5,
+                fontweight="bold",
+                color=COLOURS[OURS],
+                zorder=5,
+                bbox={"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+            )
         axis.set_xscale("log")
         axis.set_yticks(list(y), [_label(e["case"]) for e in entries], fontsize=8.5)
         axis.invert_yaxis()
@@ -108,11 +127,23 @@ def _attention(data: dict[str, Any], plt):
         axis.grid(axis="x", color="#dee2e6", linewidth=0.6, zorder=0)
         axis.set_axisbelow(True)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=len(labels), frameon=False, fontsize=9,
-                  bbox_to_anchor=(0.5, -0.02 - 0.2 / (1.6 + 0.36 * rows)))
+    figure.legend(
+        handles,
+        labels,
+        loc="lower center",
+        ncol=len(labels),
+        frameon=False,
+        fontsize=9,
+        bbox_to_anchor=(0.5, -0.02 - 0.2 / (1.6 + 0.36 * rows)),
+    )
     m = data["machine"]
-    figure.suptitle(f"Attention over trees, 32/8 heads, head_dim 128 · {m['cpu']}, {_threads(m)}",
-                    x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+    figure.suptitle(
+        f"Attention over trees, 32/8 heads, head_dim 128 · {m['cpu']}, {_threads(m)}",
+        x=0.01,
+        ha="left",
+        fontsize=11.5,
+        fontweight="bold",
+    )
     figure.tight_layout()
     return figure
 
@@ -135,13 +166,23 @@ def _end_to_end(data: dict[str, Any], plt):
         (axes[1], "decode_tokens_per_s", "decoding alone"),
     ):
         for j, name in enumerate(names):
-            found = [(i, e[field]) for i, key in enumerate(keys) for e in entries
-                     if e["contender"] == name and (e["dtype"], e["prompt"], e["n"]) == key]
+            found = [
+                (i, e[field])
+                for i, key in enumerate(keys)
+                for e in entries
+                if e["contender"] == name and (e["dtype"], e["prompt"], e["n"]) == key
+            ]
             ys = [i + (j - (len(names) - 1) / 2) * height for i, _ in found]
             axis.barh(ys, [v for _, v in found], height=0.9 * height, color=E2E_COLOURS[name], label=titles[name])
             for y, (_, value) in zip(ys, found, strict=True):
-                axis.text(value, y, f" {value:.0f}" if value >= 10 else f" {value:.1f}", va="center", fontsize=8.5,
-                          fontweight="bold" if name == OURS else "normal")
+                axis.text(
+                    value,
+                    y,
+                    f" {value:.0f}" if value >= 10 else f" {value:.1f}",
+                    va="center",
+                    fontsize=8.5,
+                    fontweight="bold" if name == OURS else "normal",
+                )
         axis.set_title(title)
         axis.set_xlabel("tokens a second")
         axis.grid(axis="x", color="#dee2e6", linewidth=0.6)
@@ -153,7 +194,8 @@ def _end_to_end(data: dict[str, Any], plt):
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=len(labels), frameon=False, bbox_to_anchor=(0.5, -0.06))
     m = data["machine"]
-    figure.suptitle(f"SmolLM2-135M, end to end · {m['cpu']}, {_threads(m)}", x=0.01, ha="left", fontsize=11.5,
-                    fontweight="bold")
+    figure.suptitle(
+        f"SmolLM2-135M, end to end · {m['cpu']}, {_threads(m)}", x=0.01, ha="left", fontsize=11.5, fontweight="bold"
+    )
     figure.tight_layout()
     return figure

@@ -83,8 +83,12 @@ def _shape(entry: dict[str, Any]) -> str:
 
 def attention_table(data: dict[str, Any]) -> Table:
     """The whole attention table for the terminal, 80 columns wide; peers as multiples of our time."""
-    table = Table(title="Attention: peers as multiples of our time (above 1: slower than ours)", title_justify="left",
-                  box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title="Attention: peers as multiples of our time (above 1: slower than ours)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("case", min_width=13, overflow="fold")
     table.add_column("shape", no_wrap=True)
     for name in ("ours", "ceil.", *SHORT.values()):
@@ -129,8 +133,13 @@ def e2e_table(data: dict[str, Any]) -> Table:
         if "left_out" in e:
             table.add_row(what, f"{e['title']}: {escape(e['left_out'])}", "–", "–", "–")
             continue
-        table.add_row(what, e["title"], f"{e['prefill_seconds']:.2f} s", f"{e['decode_tokens_per_s']:.1f}",
-                      f"{e['total_tokens_per_s']:.1f}")
+        table.add_row(
+            what,
+            e["title"],
+            f"{e['prefill_seconds']:.2f} s",
+            f"{e['decode_tokens_per_s']:.1f}",
+            f"{e['total_tokens_per_s']:.1f}",
+        )
     return table
 
 
@@ -196,19 +205,47 @@ def _attention_markdown(data: dict[str, Any], full: bool) -> list[str]:
         "(above 1: slower than ours). *Ceiling*: floor ÷ ours, where the floor is max(unique bytes ÷ bandwidth, "
         "FLOPs ÷ multiply-add rate).",
         "",
-        *_head("case", "heads", "dtype", "unique / logical tokens", "floor", "ours (min – max)", "ceiling",
-               *(PEERS[p] for p in peers)),
+        *_head(
+            "case",
+            "heads",
+            "dtype",
+            "unique / logical tokens",
+            "floor",
+            "ours (min – max)",
+            "ceiling",
+            *(PEERS[p] for p in peers),
+        ),
     ]
     for e in entries:
         heads = e["heads"] if e["head_dim"] == 128 else f"{e['heads']}, D {e['head_dim']}"
         tokens = f"{e['unique_tokens']:,} / {e['logical_tokens']:,}"
         if "left_out" in e:
-            out.append(_row(e["case"], heads, e["dtype"], tokens, micro(e["floor_us"]), f"left out: {e['left_out']}",
-                            "", *("" for _ in peers)))
+            out.append(
+                _row(
+                    e["case"],
+                    heads,
+                    e["dtype"],
+                    tokens,
+                    micro(e["floor_us"]),
+                    f"left out: {e['left_out']}",
+                    "",
+                    *("" for _ in peers),
+                )
+            )
             continue
         cells = [_times(ratio(e, p)) if ratio(e, p) else micro(median(e, p)) for p in peers]
-        out.append(_row(e["case"], heads, e["dtype"], tokens, micro(e["floor_us"]), _spread(e, OURS),
-                        _percent(of_floor(e)), *cells))
+        out.append(
+            _row(
+                e["case"],
+                heads,
+                e["dtype"],
+                tokens,
+                micro(e["floor_us"]),
+                _spread(e, OURS),
+                _percent(of_floor(e)),
+                *cells,
+            )
+        )
     notes = _notes(entries)
     return [*out, "", *notes, *([""] if notes else [])]
 
@@ -238,8 +275,17 @@ def _e2e_markdown(data: dict[str, Any]) -> list[str]:
         if "left_out" in e:
             out.append(_row(first, e["n"], e["dtype"], e["title"], f"left out: {e['left_out']}", "", ""))
             continue
-        out.append(_row(first, e["n"], e["dtype"], e["title"], f"{e['prefill_seconds']:.2f} s",
-                        f"{e['decode_tokens_per_s']:.1f}", f"{e['total_tokens_per_s']:.1f}"))
+        out.append(
+            _row(
+                first,
+                e["n"],
+                e["dtype"],
+                e["title"],
+                f"{e['prefill_seconds']:.2f} s",
+                f"{e['decode_tokens_per_s']:.1f}",
+                f"{e['total_tokens_per_s']:.1f}",
+            )
+        )
     return [*out, ""]
 
 

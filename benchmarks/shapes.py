@@ -169,8 +169,15 @@ def chunk(name: str, context: int, rows: int, **options) -> Case:
 def all_cases() -> list[Case]:
     """Every shape, cheapest families first."""
     out = [
-        levels("headline 1,16 / 4096,128", [1, 16], [4096, 128], group="headline", quick=True, sweep=True,
-               note="16 branches of 128 tokens on a 4,096-token prefix"),
+        levels(
+            "headline 1,16 / 4096,128",
+            [1, 16],
+            [4096, 128],
+            group="headline",
+            quick=True,
+            sweep=True,
+            note="16 branches of 128 tokens on a 4,096-token prefix",
+        ),
         levels("one query 1 / 512", [1], [512], group="chain", sweep=True),
         levels("one chain 1 / 32768", [1], [32768], group="chain", quick=True, sweep=True),
         levels("few-shot 1,10 / 4000,400", [1, 10], [4000, 400], sweep=True),

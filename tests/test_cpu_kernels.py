@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+
 from anabranch import _cpu
 from anabranch.backends import cpu
 from anabranch.plan import PlanArrays, Profile

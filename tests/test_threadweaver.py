@@ -569,6 +569,13 @@ def test_a_format_checks_its_fields(change, message):
         ThreadWeaver(**change)
 
 
+def test_the_example_in_the_docstring_is_a_format():
+    example = re.search(r"plans = (Tagged\(.*?\n        \))", Tagged.__doc__ or "", re.DOTALL)
+    plans = eval(example.group(1), {"Tagged": Tagged})
+    assert plans.trigger == "</plan>" and re.findall(plans.outline, "<plan>1. a 2. b</plan>") == ["1", "2"]
+    assert re.fullmatch(plans.shape, "<plan></plan><step></step><step></step><answer>")
+
+
 def test_it_prints_and_is_at_the_front_door():
     assert ab.ThreadWeaver is ThreadWeaver and hash(ab.ThreadWeaver()) == hash(ThreadWeaver())
     assert repr(Sequential(ThreadWeaver(thread_tokens=9))).startswith("Sequential(strategy=ThreadWeaver(tags=(")

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed (it has wheels for
 
 from anabranch.kernels import configs, launch
 from anabranch.kernels.merge import merge_kernel
+
 from triton_cases import check, dense, random_case, relative_error
 
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"

@@ -9,8 +9,6 @@ from .ours import Ours
 from .sdpa import SdpaPacked, SdpaPerBranch
 from .two_phase import TwoPhase
 
-ALL: dict[str, type[Contender]] = {
-    c.name: c for c in (Ours, SdpaPerBranch, SdpaPacked, MaskedDense, TwoPhase, Flex)
-}
+ALL: dict[str, type[Contender]] = {c.name: c for c in (Ours, SdpaPerBranch, SdpaPacked, MaskedDense, TwoPhase, Flex)}
 
 __all__ = ["ALL", "Contender", "Unfit"]

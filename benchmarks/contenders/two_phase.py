@@ -89,8 +89,12 @@ class TwoPhase(Contender):
             raise Unfit(f"{len(parts)} phases: the tree has no regular levels")
         rows, heads, group = len(work.case.rows), work.num_kv_heads, work.group
         additive = [
-            None if p.mask is None else torch.zeros(p.mask.shape, dtype=work.dtype)
-            .masked_fill(~p.mask, -math.inf).repeat_interleave(group, 0)[None, None] for p in parts
+            None
+            if p.mask is None
+            else torch.zeros(p.mask.shape, dtype=work.dtype)
+            .masked_fill(~p.mask, -math.inf)
+            .repeat_interleave(group, 0)[None, None]
+            for p in parts
         ]
 
         def pack(q: torch.Tensor, phase: Phase) -> torch.Tensor:

@@ -1,10 +1,12 @@
 // Linear layers with 16-bit weights on machines that cannot multiply them: weights are widened in registers and read
 // once, straight from their ordinary rows. The vector lanes run along K, so that neither x nor w has to be transposed.
 //
-// Few rows of x (1 to 4, and 8): weights go from memory into the products, bound by the bytes of w. More: a few weight
-// rows at a time are widened into the first-level cache and used by all rows of x. Either way an output element is the
+// Up to 4 rows of x: weights go from memory into the products, bound by the bytes of w. More: the first 4 leave the
+// widened weights, a few rows at a time, in the first-level cache for the others. Either way an output element is the
 // same sum in the same order, so a row's result does not depend on the rows beside it.
 #pragma once
+
+#include <type_traits>
 
 #include "cpu/unit.hpp"
 
@@ -46,12 +48,10 @@ size_t linear_scratch(int64_t rows) {
   return bytes;
 }
 
-// [0, n) elements as float32, zeros up to `padded`. Fetches the same elements `ahead` further on, if any.
+// [0, n) elements as float32, zeros up to `padded`.
 template <class T>
-ANABRANCH_INLINE void widen(const T* from, int64_t n, int64_t padded, float* to, int64_t ahead = 0) {
+ANABRANCH_INLINE void widen(const T* from, int64_t n, int64_t padded, float* to) {
   int64_t c = 0;
-  if (ahead)
-    for (int64_t e = 0; e < n; e += LINE / int64_t(sizeof(T))) __builtin_prefetch(from + ahead + e, 0, 2);
   for (; c + W <= n; c += W) store(to + c, load(from + c));
   for (; c < n; ++c) to[c] = to_float(from[c]);
   for (; c < padded; ++c) to[c] = 0;
@@ -64,19 +64,54 @@ void pack_of(const Linear& l, int64_t begin, int64_t end) {
     widen(static_cast<const T*>(l.x) + r * l.x_row, l.k, stride, l.wide + r * stride);
 }
 
+typedef float v4 __attribute__((vector_size(16)));
+typedef v4 v4_at __attribute__((aligned(4), may_alias));
+
+#ifdef __clang__
+#define ANABRANCH_SHUFFLE(x, y, a, b, c, d) __builtin_shufflevector(x, y, a, b, c, d)
+#else
+#define ANABRANCH_SHUFFLE(x, y, a, b, c, d) __builtin_shuffle(x, y, (v4i){a, b, c, d})
+typedef int32_t v4i __attribute__((vector_size(16)));
+#endif
+
+ANABRANCH_INLINE v4 fold(vf x) {
+  v4 parts[W / 4];
+  __builtin_memcpy(parts, &x, sizeof x);
+  v4 s = parts[0];
+  for (int i = 1; i < W / 4; ++i) s += parts[i];
+  return s;
+}
+
+// to[r] (+)= sum(x[r]). Four at once take a transpose, and the order of sum(): to the bit the same.
+template <int R>
+ANABRANCH_INLINE void put_sums(const vf* x, float* to, bool add) {
+  if constexpr (R == 4) {
+    v4 a = fold(x[0]), b = fold(x[1]), c = fold(x[2]), d = fold(x[3]);
+    v4 ab = ANABRANCH_SHUFFLE(a, b, 0, 4, 1, 5) + ANABRANCH_SHUFFLE(a, b, 2, 6, 3, 7);
+    v4 cd = ANABRANCH_SHUFFLE(c, d, 0, 4, 1, 5) + ANABRANCH_SHUFFLE(c, d, 2, 6, 3, 7);
+    v4 y = ANABRANCH_SHUFFLE(ab, cd, 0, 1, 4, 5) + ANABRANCH_SHUFFLE(ab, cd, 2, 3, 6, 7);
+    v4_at* at = reinterpret_cast<v4_at*>(to);
+    *at = add ? *at + y : y;
+  } else {
+    for (int r = 0; r < R; ++r) to[r] = add ? to[r] + sum(x[r]) : sum(x[r]);
+  }
+}
+
 // sums[b][r] (+)= x_r · w_b over k elements. x is readable (zeros) up to the next multiple of W; w is not, unless it is
-// scratch. AHEAD: fetches the same elements of the rows `ahead` elements further on, which come next.
-template <class X, int R, int NB, bool AHEAD>
+// scratch. FETCH: fetches the same elements of the rows `ahead` elements further on, which come next.
+// SAVE: leaves the widened weights in `saved`, [NB][saved_row], for the other rows of x.
+template <class X, int R, int NB, bool FETCH, bool SAVE>
 ANABRANCH_INLINE void product(const float* x, int64_t x_row, const X* const* w, int64_t k, int64_t ahead, float* sums,
-                              int64_t rows, bool add) {
+                              int64_t rows, bool add, float* saved = nullptr, int64_t saved_row = 0) {
   vf acc[NB][R] = {};
   const int64_t whole = sizeof(X) == 4 ? (k + W - 1) / W * W : k / W * W;
   for (int64_t c = 0; c < whole; c += W) {
     vf y[NB];
 #pragma GCC unroll 16
     for (int b = 0; b < NB; ++b) {
-      if (AHEAD) __builtin_prefetch(w[b] + c + ahead, 0, 3);
+      if (FETCH) __builtin_prefetch(w[b] + c + ahead, 0, 3);
       y[b] = load(w[b] + c);
+      if (SAVE) store(saved + b * saved_row + c, y[b]);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -91,21 +126,17 @@ ANABRANCH_INLINE void product(const float* x, int64_t x_row, const X* const* w, 
       float rest[W] = {};
       for (int64_t c = whole; c < k; ++c) rest[c - whole] = to_float(w[b][c]);
       vf y = load(rest);
+      if (SAVE) store(saved + b * saved_row + whole, y);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[b][r] += load(x + r * x_row + whole) * y;
     }
   }
 #pragma GCC unroll 16
-  for (int b = 0; b < NB; ++b)
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      float* to = sums + b * rows + r;
-      *to = add ? *to + sum(acc[b][r]) : sum(acc[b][r]);
-    }
+  for (int b = 0; b < NB; ++b) put_sums<R>(acc[b], sums + b * rows, add);
 }
 
-// Weight rows straight from where they lie: R = all rows of x, or half of them (the second half finds them in cache).
-template <class T, int R, int HALVES>
+// Weight rows straight from where they lie; R = all rows of x.
+template <class T, int R>
 void stream_columns(const Linear& l, int64_t begin, int64_t end, const LinearScratch& s) {
   constexpr int NB = R == 1 ? 8 : R == 2 ? 4 : COLS;
   static_assert(COLUMNS % NB == 0, "blocks nest");
@@ -115,48 +146,53 @@ void stream_columns(const Linear& l, int64_t begin, int64_t end, const LinearScr
     for (int b = 0; b < NB; ++b)  // surplus rows: valid addresses, results never read
       w[b] = static_cast<const T*>(l.w) + (n + b < l.n ? n + b : l.n - 1) * l.w_row;
     for (int64_t c = 0; c < l.k; c += block) {
-      const int64_t k = l.k - c < block ? l.k - c : block;
-      float* sums = s.sums + (n - begin) * s.rows;
-      product<T, R, NB, true>(l.wide + c, stride, w, k, NB * l.w_row, sums, s.rows, c > 0);
-      if (HALVES == 2)
-        product<T, R, NB, false>(l.wide + (l.rows - R) * stride + c, stride, w, k, 0, sums + l.rows - R, s.rows, c > 0);
+      product<T, R, NB, true, false>(l.wide + c, stride, w, l.k - c < block ? l.k - c : block, NB * l.w_row,
+                                     s.sums + (n - begin) * s.rows, s.rows, c > 0);
       for (int b = 0; b < NB; ++b) w[b] += block;
     }
   }
 }
 
-template <int R>
-ANABRANCH_INLINE void group_rows(const float* x, int64_t stride, const float* const* w, int64_t k, float* sums,
-                                 int64_t rows, bool add) {
+// The sums of R rows of x and a group of weight rows; the first such rows widen the weights.
+template <class X, int R>
+ANABRANCH_INLINE void group_rows(const float* x, int64_t stride, const X* const* w, int64_t k, int64_t ahead,
+                                 float* sums, int64_t rows, bool add, float* saved, int64_t saved_row) {
+  constexpr bool FIRST = sizeof(X) == 2;
   for (int b = 0; b < GROUP; b += COLS)
-    product<float, R, COLS, false>(x, stride, w + b, k, 0, sums + b * rows, rows, add);
+    product<X, R, COLS, FIRST, FIRST>(x, stride, w + b, k, ahead, sums + b * rows, rows, add, saved + b * saved_row,
+                                      saved_row);
 }
 
 // Weight rows widened a group at a time, for any number of rows of x.
 template <class T>
 void widen_columns(const Linear& l, int64_t begin, int64_t end, const LinearScratch& s) {
   const int64_t block = k_block(l.k), stride = linear_stride(l.k), w_row = block + LINE / 4;
-  const int64_t parts = (l.rows + ROWS - 1) / ROWS;
+  const int64_t parts = (l.rows + ROWS - 1) / ROWS, ahead = GROUP * l.w_row;
+  const float* wide[GROUP];
+  for (int b = 0; b < GROUP; ++b) wide[b] = s.w + b * w_row;
   for (int64_t c = 0; c < l.k; c += block) {
     const int64_t k = l.k - c < block ? l.k - c : block;
     for (int64_t n = begin; n < end; n += GROUP) {
-      const float* w[GROUP];
-      for (int b = 0; b < GROUP; ++b) {
-        const int64_t from = n + b < l.n ? n + b : l.n - 1;
-        w[b] = s.w + b * w_row;
-        widen(static_cast<const T*>(l.w) + from * l.w_row + c, k, (k + W - 1) / W * W, s.w + b * w_row,
-              GROUP * l.w_row);
-      }
+      const T* w[GROUP];
+      for (int b = 0; b < GROUP; ++b)
+        w[b] = static_cast<const T*>(l.w) + (n + b < l.n ? n + b : l.n - 1) * l.w_row + c;
       float* sums = s.sums + (n - begin) * s.rows;
       for (int64_t p = 0; p < parts; ++p) {
         const int64_t r = l.rows * p / parts, count = l.rows * (p + 1) / parts - r;
         const float* x = l.wide + r * stride + c;
-        switch (count) {
-          case 1: group_rows<1>(x, stride, w, k, sums + r, s.rows, c > 0); break;
-          case 2: group_rows<2>(x, stride, w, k, sums + r, s.rows, c > 0); break;
-          case 3: group_rows<3>(x, stride, w, k, sums + r, s.rows, c > 0); break;
-          default: group_rows<4>(x, stride, w, k, sums + r, s.rows, c > 0);
-        }
+        const auto run = [&](auto width) {
+          constexpr int R = decltype(width)::value;
+          if (p == 0)
+            group_rows<T, R>(x, stride, w, k, ahead, sums + r, s.rows, c > 0, s.w, w_row);
+          else
+            group_rows<float, R>(x, stride, wide, k, 0, sums + r, s.rows, c > 0, s.w, w_row);
+        };
+        if (count == 4)  // five rows or more in parts of at most four: never fewer than two
+          run(std::integral_constant<int, 4>());
+        else if (count == 3)
+          run(std::integral_constant<int, 3>());
+        else
+          run(std::integral_constant<int, 2>());
       }
     }
   }
@@ -168,11 +204,10 @@ void linear_of(const Linear& l, int64_t first, int64_t last, void* base) {
   for (int64_t begin = first; begin < last; begin += COLUMNS) {
     const int64_t end = last - begin < COLUMNS ? last : begin + COLUMNS;
     switch (l.rows) {
-      case 1: stream_columns<T, 1, 1>(l, begin, end, s); break;
-      case 2: stream_columns<T, 2, 1>(l, begin, end, s); break;
-      case 3: stream_columns<T, 3, 1>(l, begin, end, s); break;
-      case 4: stream_columns<T, 4, 1>(l, begin, end, s); break;
-      case 8: stream_columns<T, 4, 2>(l, begin, end, s); break;
+      case 1: stream_columns<T, 1>(l, begin, end, s); break;
+      case 2: stream_columns<T, 2>(l, begin, end, s); break;
+      case 3: stream_columns<T, 3>(l, begin, end, s); break;
+      case 4: stream_columns<T, 4>(l, begin, end, s); break;
       default: widen_columns<T>(l, begin, end, s);
     }
     const T* bias = static_cast<const T*>(l.bias);

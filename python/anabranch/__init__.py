@@ -30,6 +30,7 @@ _HOME = {
     "DeadBranch": "errors",
     "BackendUnavailable": "errors",
     "Engine": "engine",
+    "Result": "engine",
     "SelfConsistency": "strategies",
     "ThreadWeaver": "strategies",
 }

@@ -303,8 +303,8 @@ class TreeCache:
 
         With ``"concat"`` the trunk's context becomes its own tokens, then each kid's own, in the order given; nothing
         is copied or recomputed, positions stay what they were, and the trunk's next position is the largest of all.
-        With ``"discard"`` the trunk keeps its own tokens only. The trunk may have gone on meanwhile. (Joins that prefill
-        text again, ``"reprefill"`` and ``"summary"``, are the engine's: they need the model.)
+        With ``"discard"`` the trunk keeps its own tokens only. The trunk may have gone on meanwhile. (Joins that
+        prefill text again, ``"reprefill"`` and ``"summary"``, are the engine's: they need the model.)
 
         Raises:
             DeadBranch, ValueError: a dead or foreign branch, a kid that was not forked from the trunk, an unknown mode.

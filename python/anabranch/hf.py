@@ -334,5 +334,3 @@ def _additive(
 def _causal(q_length: int, kv_length: int, device: torch.device) -> torch.Tensor:
     """bool ``[1, 1, q, kv]``, aligned to the upper left, as ``is_causal`` of SDPA is (None stands for it)."""
     return torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=device).tril_()
-
-

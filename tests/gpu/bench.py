@@ -86,9 +86,10 @@ def measure(
     head_dim: int = 128,
 ) -> dict[str, Any]:
     """One tree: times in µs, and its share of the floor."""
+    from anabranch.kernels import launch
+
     import anabranch as ab
     from anabranch.backends import triton as backend
-    from anabranch.kernels import launch
 
     nodes, tokens = TREES[name]
     tables, pages = block_tables(nodes, tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from triton_cases import check, dense, random_case, relative_error
 
 pytest.importorskip("triton", reason="Triton is not installed (it has wheels for Linux only)")

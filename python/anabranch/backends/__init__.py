@@ -54,7 +54,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
 @functools.cache
 def _auto(device_type: str, dtype: torch.dtype, head_dim: int) -> ModuleType:
     device = torch.device(device_type)
-    reasons = []
+    reasons: list[str] = []
     for name in _PREFERRED.get(device_type, ("reference",)):
         reason = unavailable(name) or get(name).refuses(device, dtype, head_dim)
         if reason is None:

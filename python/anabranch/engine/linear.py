@@ -114,19 +114,24 @@ def _told(x: Any) -> str:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     n, k = weight.shape
-    flat = x if x.dim() == 2 else x.reshape(-1, k) if k else x.reshape(x.shape[:-1].numel(), 0)
-    if k > 1 and flat.stride(1) != 1:
-        flat = flat.contiguous()
+    shape = x.shape[:-1]
+    if k and x.is_contiguous():  # the usual case, without the cost of a view
+        rows, x_row = x.numel() // k, k
+    else:
+        x = x.reshape(shape.numel(), k)
+        if k > 1 and x.stride(1) != 1:
+            x = x.contiguous()
+        rows, x_row = x.shape[0], x.stride(0)
     if bias is not None:
         bias = bias.contiguous()
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    out = torch.empty((*shape, n), dtype=x.dtype)
     _kernel()(
         _TYPES[x.dtype],
-        flat.shape[0],
+        rows,
         n,
         k,
-        flat.data_ptr(),
-        flat.stride(0),
+        x.data_ptr(),
+        x_row,
         weight.data_ptr(),
         weight.stride(0),
         0 if bias is None else bias.data_ptr(),

@@ -23,7 +23,7 @@ class Tagged(Strategy):
 
         plans = Tagged(
             tags=("<plan>", "</plan>", "<step>", "</step>", "<answer>"),
-            opening="<plan>", trigger="</plan>", outline=r"(\d+)\.",      # <plan>1. … 2. …</plan>
+            opening="<plan>", trigger="</plan>", outline=r"(\d+)\. ",     # <plan>1. … 2. …</plan>
             header="\n<step>{id}.", stop="</step>", unclosed="</step>",   # <step>1. …</step>
             after="\n<answer>", closing="",                               # the runtime asks for the answer
             shape="(<plan></plan>(<step></step>)+<answer>)?", join="concat",
@@ -43,8 +43,8 @@ class Tagged(Strategy):
     shape: regular expression that the tags of a well-formed answer, all in a row, match as a whole.
     join: "reprefill" (later threads see the earlier ones) or "concat" (siblings stay blind, nothing is computed again).
     max_blocks: an answer that asks for more ends there. max_threads: threads of one answer that decode at a time; more
-        wait for their turn, which changes no token. thread_tokens: most tokens sampled in a thread; None leaves the
-        answer's own limit.
+        wait for their turn, which changes no token (unless ``max_total_tokens`` runs out meanwhile). thread_tokens:
+        most tokens sampled in a thread; None leaves the answer's own limit.
     pieces: ids of the format's own text, in place of the tokenizer's, for an engine without one: each tag and what
         headers and outlines are spelled with, e.g. ``{"<Thread>": 7, "\n": 10, ":": 11, "1": 21, …}``.
 

@@ -186,9 +186,9 @@ def attention_command(
 
 
 @app.command("host")
-def host_command(quick: Quick = False, threads: Threads = None, json: Json = None) -> None:
+def host_command(quick: Quick = False, threads: Threads = None, clock: ClockOption = "wall", json: Json = None) -> None:
     """Forks, steps, plans and memory: what the bookkeeping costs."""
-    store = _start(threads, json)
+    store = _start(threads, json, clock)
     _run_host(store, quick)
     _finish(store, None)
 

@@ -9,6 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from .shapes import all_cases
+
 OURS = "anabranch"
 PEERS = {
     "sdpa": "SDPA per branch",
@@ -33,6 +35,12 @@ def micro(us: float | None) -> str:
 
 def median(entry: dict[str, Any], name: str) -> float | None:
     return entry.get("contenders", {}).get(name, {}).get("median_us")
+
+
+def in_order(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries in the order of shapes.py, whatever the order they were measured in."""
+    place = {case.name: i for i, case in enumerate(all_cases())}
+    return sorted(entries, key=lambda e: place.get(e["case"], len(place)))
 
 
 def ratio(entry: dict[str, Any], name: str) -> float | None:
@@ -93,7 +101,7 @@ def attention_table(data: dict[str, Any]) -> Table:
     table.add_column("shape", no_wrap=True)
     for name in ("ours", "ceil.", *SHORT.values()):
         table.add_column(name, justify="right", no_wrap=True)
-    for e in data.get("attention", []):
+    for e in in_order(data.get("attention", [])):
         if "left_out" in e:
             table.add_row(escape(e["case"]), _shape(e), "–", "–", *("–" for _ in PEERS))
             continue
@@ -196,7 +204,7 @@ def _where(data: dict[str, Any]) -> list[str]:
 
 
 def _attention_markdown(data: dict[str, Any], full: bool) -> list[str]:
-    entries = data["attention"]
+    entries = in_order(data["attention"])
     if not full:
         entries = [e for e in entries if e["heads"] == "32/8" and e["head_dim"] == 128]
     peers = [p for p in PEERS if any(p in e.get("contenders", {}) for e in entries)]

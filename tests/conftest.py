@@ -44,10 +44,3 @@ def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
-
-
-def backends_here() -> list[str]:
-    """Every backend that works on this machine, the interpreter's Triton included."""
-    from anabranch import backends
-
-    return [name for name in backends.NAMES if backends.unavailable(name) is None]

@@ -115,3 +115,10 @@ class Twins:
             i: sorted(r.randint(0, 60) for _ in range(n)) for i, n in rows.items() if r.random() < 0.1
         }  # positions given by hand, as a strategy that restarts them does
         return self.step(rows, where)
+
+
+def backends_here() -> list[str]:
+    """Every backend that works on this machine, the interpreter's Triton included."""
+    from anabranch import backends
+
+    return [name for name in backends.NAMES if backends.unavailable(name) is None]

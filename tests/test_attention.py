@@ -10,8 +10,7 @@ import torch
 import anabranch as ab
 from anabranch import backends
 from anabranch.naive import NaiveCache
-from conftest import backends_here
-from programs import Twins
+from programs import Twins, backends_here
 
 FAST = [name for name in backends_here() if name != "reference"]
 

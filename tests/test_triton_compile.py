@@ -25,7 +25,6 @@ def compiled():
     return dict(zip(chosen, rows, strict=True))
 
 
-@pytest.mark.timeout(600)  # the first test waits for all; minutes on a busy machine
 @pytest.mark.parametrize("arch", variants.ARCHS)
 def test_variants_compile_without_spills(compiled, arch):
     rows = [row for variant, row in compiled.items() if variant.arch == arch]
@@ -36,7 +35,6 @@ def test_variants_compile_without_spills(compiled, arch):
         assert row["shared_bytes"] <= variants.SHARED_LIMIT[arch], row
 
 
-@pytest.mark.timeout(600)
 def test_tensor_cores(compiled):
     """16-bit dots run on tensor cores, with the instructions of the generation; float32 ones keep their precision."""
     for variant, row in compiled.items():

@@ -38,6 +38,10 @@ def tiny(tmp_path_factory) -> str:
     return str(folder)
 
 
+# Child processes import the package that this process tests: installed, or a checkout's python/.
+PACKAGES = str(Path(ab.__file__).parents[1])
+
+
 def invoke(*arguments: str, code: int = 0, **options):
     result = CliRunner().invoke(app, list(arguments), **options)
     assert result.exit_code == code, (result.output, result.stderr, result.exception)
@@ -46,7 +50,7 @@ def invoke(*arguments: str, code: int = 0, **options):
 
 def shell(*arguments: str, **options) -> subprocess.CompletedProcess:
     env = {**os.environ, "COLUMNS": "100", **options.pop("env", {})}
-    env.setdefault("PYTHONPATH", str(ROOT / "python"))
+    env.setdefault("PYTHONPATH", PACKAGES)
     command = [sys.executable, "-m", "anabranch", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, **options)
 
@@ -57,7 +61,7 @@ def shell(*arguments: str, **options) -> subprocess.CompletedProcess:
 def test_help_names_every_command_and_imports_neither_torch_nor_transformers():
     code = "import sys; from anabranch.cli.app import app; app(['--help'], standalone_mode=False); "
     code += "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
+    env = {**os.environ, "PYTHONPATH": PACKAGES}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
     assert out.strip().endswith("[]")
     assert all(name in out for name in COMMANDS)
@@ -227,7 +231,7 @@ def test_demo_with_the_real_model():
 
 
 def test_ctrl_c_ends_the_demo_with_130_one_line_and_no_page_held(tiny):
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
+    env = {**os.environ, "PYTHONPATH": PACKAGES}
     command = [
         sys.executable,
         "-u",

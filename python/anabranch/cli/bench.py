@@ -52,7 +52,8 @@ def _full(root: Path, quick: bool, arguments: list[str]) -> None:
 
     if not arguments or arguments[0] not in COMMANDS:
         arguments = ["all", *arguments]
-    paths = filter(None, (str(root / "python"), os.environ.get("PYTHONPATH")))
+    # The package that runs now, which need not be the checkout's.
+    paths = filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "benchmarks", *arguments, *(["--quick"] if quick else [])]
     code = subprocess.run(command, cwd=root, env=environment, check=False).returncode

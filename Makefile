@@ -16,7 +16,7 @@ demo: $(VENV)/.model  ## install what is needed, then watch a real model fork an
 	$(BIN)/anabranch demo
 
 test: $(VENV)/.model  ## install what is needed, then run the tests
-	$(BIN)/python -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n auto --dist worksteal --benchmark-disable
 
 test-slow: $(VENV)/.model  ## a million cache operations (about an hour)
 	$(BIN)/python -m pytest -q -m slow tests/test_cache.py

@@ -31,7 +31,10 @@ _HOME = {
     "BackendUnavailable": "errors",
     "Engine": "engine",
     "Result": "engine",
+    "Strategy": "strategies",
+    "Aspects": "strategies",
     "SelfConsistency": "strategies",
+    "Sequential": "strategies",
     "ThreadWeaver": "strategies",
 }
 _MODULES = (

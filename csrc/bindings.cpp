@@ -162,25 +162,17 @@ class Cache {
   }
 
   py::tuple plan(const Step& step, const PlanParams& params) {
-    for (LivePlan& live : live_) {
-      if (live.advance(step.state, params)) return result_of(live.data(), live.builds * 64 + serial_of(live));
-    }
-    // Reuse the slot with the same parameters; keep a few, one a (backend, head shape).
     LivePlan* slot = nullptr;
-    for (size_t i = 0; i < live_.size(); ++i)
-      if (keys_[i] == params) slot = &*std::next(live_.begin(), static_cast<long>(i));
-    if (slot == nullptr) {
-      if (live_.size() == kKept) {
-        live_.pop_front();
-        keys_.erase(keys_.begin());
-      }
-      live_.emplace_back();
-      keys_.push_back(params);
-      slot = &live_.back();
+    for (LivePlan& live : live_)
+      if (live.params() == params) slot = &live;
+    if (slot != nullptr && slot->advance(step.state, params)) return result_of(slot->data(), slot->build);
+    if (slot == nullptr) {  // a few are kept, one a (backend, head shape)
+      if (live_.size() == kKept) live_.pop_front();
+      slot = &live_.emplace_back();
     }
     slot->rebuild(*tree_, step.state, params);
-    ++builds_;
-    return result_of(slot->data(), slot->builds * 64 + serial_of(*slot));
+    slot->build = ++builds_;  // never used before: callers know by it which arrays they already hold
+    return result_of(slot->data(), slot->build);
   }
 
   py::tuple stats() const {
@@ -193,17 +185,8 @@ class Cache {
 
  private:
   static constexpr size_t kKept = 4;
-  i64 serial_of(const LivePlan& live) const {
-    i64 at = 0;
-    for (const LivePlan& other : live_) {
-      if (&other == &live) return at;
-      ++at;
-    }
-    return -1;
-  }
   std::shared_ptr<Tree> tree_;
   std::list<LivePlan> live_;
-  std::vector<PlanParams> keys_;
   i64 builds_ = 0;
 };
 

@@ -404,7 +404,6 @@ void LivePlan::rebuild(const Tree& tree, const StepState& step, const PlanParams
   branches_ = step.branches;
   lengths_ = step.lengths;
   topology_ = step.topology;
-  ++builds;
 }
 
 bool LivePlan::advance(const StepState& step, const PlanParams& params) {

@@ -71,7 +71,8 @@ class LivePlan {
   bool advance(const StepState& step, const PlanParams& params);
   void rebuild(const Tree& tree, const StepState& step, const PlanParams& params);
   const PlanData& data() const { return data_; }
-  i64 builds = 0, advances = 0;
+  const PlanParams& params() const { return params_; }
+  i64 build = 0, advances = 0;  // build: set by the owner, a number for each rebuild
 
  private:
   PlanParams params_{};

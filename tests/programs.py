@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-
 import torch
 
 import anabranch as ab
@@ -107,7 +105,7 @@ class Twins:
         elif action == "step":
             self.random_step(max_rows)
 
-    def random_step(self, max_rows: int = 9, chooser: Callable[[], int] | None = None) -> tuple:
+    def random_step(self, max_rows: int = 9) -> tuple:
         r = self.random
         chosen = r.sample(range(len(self.pairs)), r.randint(1, len(self.pairs)))
         rows = {i: 1 if r.random() < 0.6 else r.randint(1, max_rows) for i in chosen}

@@ -111,6 +111,19 @@ def test_the_same_steps_interleaved() -> None:
             check(step.plan, step.plan.arrays(1, PROFILES[0]))
 
 
+def test_more_ways_to_cut_than_plans_are_kept() -> None:
+    """Six profiles in turn, so that kept plans are dropped and made anew: none may be taken for an older one."""
+    twins = Twins(page_size=4, heads=1, dim=8)
+    for i in range(3):
+        twins.branch()
+        twins.step({i: 9 + i})
+    profiles = [Profile(64, chunk, 8) for chunk in (1, 2, 4, 8, 16, 32)]
+    for turn in range(6):
+        for i, profile in enumerate(profiles):
+            step = twins.step({(turn + i) % 3: 1, (turn + i + 1) % 3: 1})[0]
+            check(step.plan, step.plan.arrays(1, profile))
+
+
 def test_sharing_is_read_once() -> None:
     """16 branches on one prefix: the prefix is one run, whose items hold all 16 rows."""
     twins = Twins(page_size=16, heads=1, dim=8, num_pages=3000)

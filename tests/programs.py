@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+
 import torch
 
 import anabranch as ab

@@ -134,12 +134,16 @@ def _run_host(store: Store, quick: bool) -> None:
     console.print(report.host_table(store.data))
 
 
-def _run_e2e(store: Store, quick: bool, dtypes: list[Dtype] | None, peer: Path | None, rounds: int, only: str) -> None:
+def _run_e2e(
+    store: Store, quick: bool, dtypes: list[Dtype] | None, peer: Path | None, rounds: int, only: str, patience: float = 600.0
+) -> None:
     from . import e2e
 
     names = [d.value for d in dtypes] if dtypes else ["bfloat16", "float32"]
     with console.status("loading the model") as status:
-        for entry in e2e.run(quick=quick, dtypes=names, peer=peer, rounds=rounds, only=only, report=status.update):
+        for entry in e2e.run(
+            quick=quick, dtypes=names, peer=peer, rounds=rounds, only=only, patience=patience, report=status.update
+        ):
             store.put("e2e", ("contender", "prompt", "dtype", "n"), entry)
             console.print(report.e2e_line(entry))
     console.print(report.e2e_table(store.data))
@@ -197,10 +201,13 @@ def host_command(quick: Quick = False, threads: Threads = None, clock: ClockOpti
 def e2e_command(
     quick: Quick = False, only: Only = "", dtype: Dtypes = None, peer: Peer = None, rounds: Rounds = 3,
     threads: Threads = None, clock: ClockOption = "wall", json: Json = None, plot: Plot = None,
+    patience: Annotated[
+        float, typer.Option(help="Leave a contender out where its prefill alone would take more seconds than this.")
+    ] = 600.0,
 ) -> None:  # fmt: skip
     """A real model: our engine, model.generate and, with --peer, vLLM on the same prompts."""
     store = _start(threads, json, clock)
-    _run_e2e(store, quick, dtype, peer, rounds, only)
+    _run_e2e(store, quick, dtype, peer, rounds, only, patience)
     _finish(store, plot)
 
 

@@ -1,0 +1,342 @@
+"""Problems in plain English with one to six parts that do not depend on one another, and how a model should work them.
+
+Five families. Two are reasoning-gym's own tasks, scored by its own verifiers:
+
+    legs    leg_counting: a thread an animal, a running total at the join
+    sums    chain_sum: one expression, or several to be worked out; a thread an expression, the results side by side
+
+and three are made here:
+
+    bills   who pays how much for two kinds of goods each; a thread a person, the amounts side by side
+    times   who spent the most time, or has the longest thing; a thread a person, a running maximum at the join
+    story   steps that need one another: nothing to do in parallel, however many sentences there are
+
+Nothing in a thread is done in one's head that a small model cannot do: products go tens and ones apart, sums two numbers
+at a time. What a join asks for is a copy, a comparison or one addition a part.
+
+**Splits.** Train, dev and test share no name, no kind of goods, and no held-out numbers: a product (7 * 38), a step of a
+sum, an animal and its number belong to one split by a hash. Every part of a dev or test problem of a family made here is
+drawn from the held-out numbers; a reasoning-gym problem must hold at least one. Half of the dev and test problems are
+phrased in words that training has not seen. Problems are unique by prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+FAMILIES = ("legs", "sums", "bills", "times", "story")
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One independent part: its outline, the work of its thread, and what comes out."""
+
+    outline: str
+    work: str
+    result: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem and its worked answer; `threads` is what it calls for: 0 where nothing can be done side by side."""
+
+    family: str
+    prompt: str
+    parts: tuple[Part, ...]
+    join: str  # what stands between the parts and the answer; may be empty
+    answer: str
+    unseen_words: bool = False
+    entries: tuple[dict[str, Any], ...] = field(default=(), compare=False)  # reasoning-gym's, for its verifier
+
+    @property
+    def threads(self) -> int:
+        return len(self.parts) if len(self.parts) > 1 else 0
+
+
+def held_out(*numbers: object) -> str:
+    """The split that these numbers belong to: 84 % train, 4 % dev, 12 % test, by their hash."""
+    h = int.from_bytes(hashlib.blake2s(repr(numbers).encode(), digest_size=4).digest(), "big") % 100
+    return "test" if h < 12 else "dev" if h < 16 else "train"
+
+
+# ------------------------------------------------------------------------------------------------ words
+
+NAMES = {
+    "train": "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Victor Will "
+    "Zoe Adam Bella Carl Dora Eric Fiona George Helen Ivan Julia Karl Lucy Mark Nina Oscar Peter Ruth Simon".split(),
+    "dev": "Alice Boris Chloe Daniel Esther Frank".split(),
+    "test": "Maria Tom Laura Max Sarah Hugo Linda Robert Nora Martin Eva Philip".split(),
+}
+GOODS = {
+    "train": "apples pens cards stamps eggs candles books cups balls roses lemons keys bags bolts buttons cakes combs "
+    "coins dolls flags forks hats jars kites lamps masks nails nuts pears pins plates ribbons rings ropes".split(),
+    "dev": "socks bricks peaches spoons".split(),
+    "test": "oranges bottles pencils tiles carrots boxes shells bells".split(),
+}
+THINGS = {
+    "train": ["marbles", "stickers", "shells", "points", "coins", "beads", "cards", "stamps"],
+    "dev": ["buttons", "tokens"],
+    "test": ["pebbles", "tickets", "badges"],
+}
+
+
+def _words(split: str, rng: random.Random, seen: list[str], unseen: list[str], strange: bool) -> str:
+    """A phrasing: training's own, or, for half of the dev and test problems, one that training never has."""
+    return rng.choice(unseen if strange and split != "train" else seen)
+
+
+def _pick(split: str, rng: random.Random, draw: Callable[[], tuple]) -> tuple:
+    """Numbers of this split: drawn until they belong to it."""
+    while True:
+        numbers = draw()
+        if held_out(*numbers) == split:
+            return numbers
+
+
+# ------------------------------------------------------------------------------------------------ arithmetic, spelled out
+
+
+def product(a: int, b: int) -> str:
+    """``7*38: 7*30=210, 7*8=56, 210+56=266`` (a below 10, or the other way round); shorter where a digit is 0."""
+    if a > b:
+        a, b = b, a
+    tens, ones = b // 10 * 10, b % 10
+    if a >= 10:
+        raise ValueError(f"product: {a} and {b} both have two digits")
+    if not tens or not ones:
+        return f"{a}*{b}={a * b}"
+    return f"{a}*{b}: {a}*{tens}={a * tens}, {a}*{ones}={a * ones}, {a * tens}+{a * ones}={a * b}"
+
+
+def running_sum(numbers: list[int]) -> str:
+    """``60+32=92, 92+70=162``."""
+    total, steps = numbers[0], []
+    for n in numbers[1:]:
+        steps.append(f"{total}+{n}={total + n}")
+        total += n
+    return ", ".join(steps)
+
+
+# ------------------------------------------------------------------------------------------------ families
+
+
+def legs(split: str, rng: random.Random, n: int, strange: bool) -> Problem | None:
+    """reasoning-gym's leg_counting as it is; `strange` has no meaning here, its words are always the same."""
+    import reasoning_gym
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
+
+    entry = reasoning_gym.create_dataset(
+        "leg_counting", seed=rng.randrange(2**31), size=1, min_animals=n, max_animals=n, min_instances=6, max_instances=30
+    )[0]
+    animals = entry["metadata"]["animals"]
+    if not _belongs(split, [held_out("legs", count, animal) for animal, count in animals.items()]):
+        return None
+    parts, totals = [], []
+    for animal, count in animals.items():
+        each, total = ANIMALS[animal], count * ANIMALS[animal]
+        article = "An" if animal[0] in "aeiou" else "A"
+        sum_ = product(each, count) if each < 10 or count < 10 else f"{count}*10={count * 10}"
+        if each == 14:
+            sum_ = f"{count}*14: {count}*10={count * 10}, {count}*4={count * 4}, {count * 10}+{count * 4}={total}"
+        parts.append(Part(f"{count} {animal}", f" {article} {animal} has {each} legs. {sum_}.", str(total)))
+        totals.append(total)
+    join = f"{running_sum(totals)}.\n" if n > 1 else ""
+    return Problem("legs", entry["question"].strip(), tuple(parts), join, entry["answer"], False, (entry,))
+
+
+SUMS_SEEN = ["Work out each of these.", "Calculate all of these.", "What do these come to?", "Solve these:"]
+SUMS_UNSEEN = ["Please evaluate the following sums.", "Give me the result of every line."]
+
+
+def sums(split: str, rng: random.Random, n: int, strange: bool) -> Problem | None:
+    import reasoning_gym
+
+    entries, parts = [], []
+    while len(entries) < n:
+        entry = reasoning_gym.create_dataset(
+            "chain_sum", seed=rng.randrange(2**31), size=1, min_terms=5, max_terms=7, min_digits=1, max_digits=2
+        )[0]
+        expression = entry["metadata"]["expression"]
+        pieces = expression.split()
+        totals, steps = [int(pieces[0])], []
+        for sign, term in zip(pieces[1::2], pieces[2::2]):
+            totals.append(totals[-1] + (int(term) if sign == "+" else -int(term)))
+            steps.append(f"{totals[-2]}{sign}{term}={totals[-1]}")
+        if min(totals) < 0 or any(entry["question"] == e["question"] for e in entries):
+            continue  # running totals that stay positive
+        entries.append({**entry, "split": held_out("sums", expression)})
+        letter = "ABCDEF"[len(entries) - 1]
+        parts.append(Part(letter, f" {', '.join(steps)}.", f"{letter} {totals[-1]}"))
+    if not _belongs(split, [e["split"] for e in entries]):
+        return None
+    if n == 1:
+        return Problem("sums", entries[0]["question"], tuple(parts), "", entries[0]["answer"], False, tuple(entries))
+    lead = _words(split, rng, SUMS_SEEN, SUMS_UNSEEN, strange)
+    lines = "\n".join(f"{letter}: {e['metadata']['expression']} =" for letter, e in zip("ABCDEF", entries))
+    answer = ", ".join(p.result for p in parts)
+    return Problem("sums", f"{lead}\n{lines}", tuple(parts), "", answer, strange and split != "train", tuple(entries))
+
+
+def _belongs(split: str, of: list[str]) -> bool:
+    """Training sees no held-out number at all; a dev or test problem holds one at least, and none of the other's."""
+    return set(of) <= {"train", split} and split in of
+
+
+BILL_SEEN = [
+    "{name} buys {q} {goods} at {p} cents each and a bag for {r} cents.",
+    "{name} takes {q} {goods} for {p} cents apiece and pays {r} cents for the wrapping.",
+    "{name} orders {q} {goods} ({p} cents each, plus {r} cents for postage).",
+    "{name} needs {q} {goods} and a box; the {goods} cost {p} cents each, the box {r} cents.",
+]
+BILL_UNSEEN = [
+    "{name} picks up {q} {goods}, each priced at {p} cents, and a newspaper priced at {r} cents.",
+    "Into the basket of {name} go {q} {goods} of {p} cents and a loaf of {r} cents.",
+]
+BILL_ASK_SEEN = [
+    "How many cents does each of them pay?", "What does everyone owe, in cents?", "Find the bill of each in cents.",
+    "How much is it for each person, in cents?",
+]  # fmt: skip
+BILL_ASK_UNSEEN = ["Tell me how many cents every customer spends.", "What must each one hand over, in cents?"]
+BILL_ASK_ONE = ["How many cents is that?", "What does that cost in all, in cents?", "Find the bill in cents."]
+BILL_ASK_ONE_UNSEEN = ["Tell me how many cents go over the counter."]
+
+
+def bills(split: str, rng: random.Random, n: int, strange: bool) -> Problem | None:
+    sentence = _words(split, rng, BILL_SEEN, BILL_UNSEEN, strange)
+    lines, parts = [], []
+    for name in rng.sample(NAMES[split], n):
+        q, p = _pick(split, rng, lambda: (rng.randint(2, 9), rng.randint(11, 99)))
+        r = rng.randint(11, 99)
+        lines.append(sentence.format(name=name, q=q, goods=rng.choice(GOODS[split]), p=p, r=r))
+        total = q * p + r
+        parts.append(Part(name, f" {product(q, p)}, {q * p}+{r}={total}.", f"{name} {total}"))
+    if n == 1:
+        ask = _words(split, rng, BILL_ASK_ONE, BILL_ASK_ONE_UNSEEN, strange)
+        answer = parts[0].result.split()[1]
+    else:
+        ask = _words(split, rng, BILL_ASK_SEEN, BILL_ASK_UNSEEN, strange)
+        answer = ", ".join(p.result for p in parts)
+    return Problem("bills", " ".join([*lines, ask]), tuple(parts), "", answer, strange and split != "train")
+
+
+UNITS = [("hour", "minute", 60), ("minute", "second", 60), ("day", "hour", 24), ("foot", "inch", 12), ("week", "day", 7)]
+TIME_SEEN = {
+    60: ["{name} reads for {a}, then for {c} and later for {d}.", "{name} trains {a}, {c} and {d} on three days.",
+         "{name} needs {a} for the first lap, {c} for the second and {d} for the third."],
+    24: ["{name} is on the road for {a}, then for {c} and for {d}.", "{name} sails for {a}, rests for {c} and sails {d}."],
+    12: ["{name} has boards of {a}, {c} and {d}.", "{name} lays pipes that are {a}, {c} and {d} long."],
+    7: ["{name} is away for {a}, then for {c} and for {d}.", "{name} takes courses of {a}, {c} and {d}."],
+}  # fmt: skip
+TIME_UNSEEN = {
+    60: ["A rehearsal of {a}, a break of {c} and a concert of {d} are behind {name}."],
+    24: ["The voyages of {name} take {a}, {c} and {d}."],
+    12: ["In the shed of {name} stand three planks, {a}, {c} and {d} long."],
+    7: ["The visits of {name} last {a}, {c} and {d}."],
+}
+TIME_ASK_SEEN = ["Who has the most in total?", "Whose total is the largest?", "Who comes out on top in total?"]
+TIME_ASK_UNSEEN = ["Which of them reaches the greatest total?"]
+TIME_ASK_ONE = ["How many {units} is that in total?", "What is the total in {units}?"]
+TIME_ASK_ONE_UNSEEN = ["Express the whole of it in {units}."]
+_PLURAL = {"foot": "feet", "inch": "inches"}
+
+
+def _amount(n: int, unit: str) -> str:
+    return f"{n} {unit}" if n == 1 else f"{n} {_PLURAL.get(unit, unit + 's')}"
+
+
+def times(split: str, rng: random.Random, n: int, strange: bool) -> Problem | None:
+    big, small, per = rng.choice(UNITS)
+    sentence = _words(split, rng, TIME_SEEN[per], TIME_UNSEEN[per], strange)
+    lines, parts, totals = [], [], []
+    for name in rng.sample(NAMES[split], n):
+        while True:
+            _, a, b = _pick(split, rng, lambda: (per, rng.randint(1, 9), rng.randint(1, per - 1)))
+            c, d = rng.randint(2, max(per - 1, 20)), rng.randint(2, max(per - 1, 20))
+            one = a * per + b
+            if one + c + d not in totals:  # one of them has the most
+                break
+        first = f"{_amount(a, big)} {_amount(b, small)}"
+        lines.append(sentence.format(name=name, a=first, c=_amount(c, small), d=_amount(d, small)))
+        work = f" {product(a, per)}, {a * per}+{b}={one}, {one}+{c}={one + c}, {one + c}+{d}={one + c + d}."
+        parts.append(Part(name, work, f"{name} {one + c + d}"))
+        totals.append(one + c + d)
+    if n == 1:
+        ask = _words(split, rng, TIME_ASK_ONE, TIME_ASK_ONE_UNSEEN, strange).format(units=_PLURAL.get(small, small + "s"))
+        return Problem("times", " ".join([*lines, ask]), tuple(parts), "", str(totals[0]), strange and split != "train")
+    best, join = 0, parts[0].result
+    for i in range(1, n):
+        more = totals[i] > totals[best]
+        join += f", {parts[i].result}{'>' if more else '<'}{totals[best]}"
+        best = i if more else best
+    ask = _words(split, rng, TIME_ASK_SEEN, TIME_ASK_UNSEEN, strange)
+    answer = parts[best].result
+    return Problem("times", " ".join([*lines, ask]), tuple(parts), f"{join}.\n", answer, strange and split != "train")
+
+
+STORY_START = ["{name} has {x} {things}.", "{name} starts with {x} {things}.", "There are {x} {things} in a box."]
+STORY_START_UNSEEN = ["In the morning {name} counts {x} {things}."]
+STORY_UP = ["Then {y} more come.", "Next {y} are added.", "After that {y} are won."]
+STORY_DOWN = ["Then {y} are lost.", "Next {y} are given away.", "After that {y} are sold."]
+STORY_UP_UNSEEN, STORY_DOWN_UNSEEN = ["Later on {y} turn up."], ["Later on {y} go missing."]
+STORY_TIMES = ["Then the number doubles.", "Next the number triples."]
+STORY_ASK = ["How many {things} are there in the end?", "How many {things} are left?"]
+STORY_ASK_UNSEEN = ["What is the final number of {things}?"]
+
+
+def story(split: str, rng: random.Random, n: int, strange: bool) -> Problem | None:
+    """n steps, each of which needs the one before: one part, so no threads."""
+    name, things = rng.choice(NAMES[split]), rng.choice(THINGS[split])
+    x = rng.randint(11, 60)
+    lines = [_words(split, rng, STORY_START, STORY_START_UNSEEN, strange).format(name=name, x=x, things=things)]
+    steps, doubled, total = [], False, x
+    for _ in range(n):
+        kind = rng.choice("+++---*")
+        if kind == "*" and not doubled and total < 100:
+            i = rng.randrange(2)
+            lines.append(STORY_TIMES[i])
+            steps.append(f"{product(i + 2, total)}" if total >= 10 else f"{i + 2}*{total}={(i + 2) * total}")
+            total *= i + 2
+            doubled = True
+            continue
+        up = kind != "-" or total < 4
+
+        def draw(total: int = total, up: bool = up) -> tuple:
+            return ("story", total, rng.randint(2, 60 if up else total - 1) * (1 if up else -1))
+
+        if up or total > 8:
+            y = _pick(split, rng, draw)[2]
+        else:  # few numbers are left to choose from
+            y = -rng.randint(2, total - 1)
+        words, strange_words = (STORY_UP, STORY_UP_UNSEEN) if y > 0 else (STORY_DOWN, STORY_DOWN_UNSEEN)
+        lines.append(_words(split, rng, words, strange_words, strange).format(y=abs(y)))
+        steps.append(f"{total}{'+' if y > 0 else '-'}{abs(y)}={total + y}")
+        total += y
+    lines.append(_words(split, rng, STORY_ASK, STORY_ASK_UNSEEN, strange).format(things=things))
+    part = Part("", f" {', '.join(steps)}.", str(total))
+    return Problem("story", " ".join(lines), (part,), "", str(total), strange and split != "train")
+
+
+_MAKE = {"legs": legs, "sums": sums, "bills": bills, "times": times, "story": story}
+_SHARE = {"legs": 22, "sums": 22, "bills": 22, "times": 22, "story": 12}
+
+
+def problems(split: str, seed: int, families: tuple[str, ...] = FAMILIES, most: int = 6) -> Iterator[Problem]:
+    """Unique problems without end. Parts: one to `most`, all equally often; every family by its share."""
+    if split not in SPLITS:
+        raise ValueError(f"split: {split!r}; pass one of {', '.join(SPLITS)}")
+    rng = random.Random(f"{split} {seed}")
+    seen: set[str] = set()
+    while True:
+        family = rng.choices(families, [_SHARE[f] for f in families])[0]
+        n, strange = rng.randint(1, most), rng.random() < 0.5
+        while True:
+            problem = _MAKE[family](split, rng, n, strange)
+            if problem is not None and problem.prompt not in seen:
+                break
+        seen.add(problem.prompt)
+        yield problem

@@ -1,0 +1,56 @@
+"""A worked problem as ThreadWeaver text, and its tokens as the trie that training sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anabranch as ab
+from anabranch import adaptive
+from training.layout import Layout, thread_layout
+
+from .families import Problem
+
+# The control tags take over special tokens of SmolLM2 that no ordinary text uses (ids 3 to 10), one each.
+TAG_IDS = dict(zip(ab.ThreadWeaver().tags, range(3, 11), strict=True))
+# No system message: every token of it would be computed each time.
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHAT = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def tokenizer() -> Any:
+    """SmolLM2's, with the tags."""
+    made = adaptive.tokenizer(ab.models.path("smollm2"), TAG_IDS, TEMPLATE)
+    chat = [{"role": "user", "content": "x"}]
+    assert made.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == CHAT.format(prompt="x")
+    return made
+
+
+def prompt_text(problem: Problem) -> str:
+    return CHAT.format(prompt=problem.prompt)
+
+
+def opening(problem: Problem) -> str:
+    """What the model writes up to the fork: the block's beginning and its outlines."""
+    lines = "".join(f"<Outline>{i}: {p.outline}</Outline>\n" for i, p in enumerate(problem.parts, 1))
+    return f"<Parallel>\n<Outlines>\n{lines}</Outlines>"
+
+
+def ending(problem: Problem) -> str:
+    """What it writes after the join (after the work, where there is nothing to join)."""
+    return f"{problem.join}The answer is {problem.answer}.<|im_end|>"
+
+
+def layout(problem: Problem, tokenizer: Any) -> Layout:
+    """The trie of one problem; a single chain where there is nothing to do side by side."""
+    prompt = tokenizer(prompt_text(problem), add_special_tokens=False)["input_ids"]
+    if not problem.threads:
+        return thread_layout(prompt, [problem.parts[0].work[1:] + "\n" + ending(problem)], tokenizer)
+    works = [(str(i), part.work) for i, part in enumerate(problem.parts, 1)]
+    return thread_layout(prompt, [opening(problem), works, closing(problem)], tokenizer)
+
+
+def closing(problem: Problem) -> str:
+    return "</Parallel>\n" + ending(problem)

@@ -1,0 +1,322 @@
+"""Teach SmolLM2-135M-Instruct to fork: LoRA on every linear layer and the eight tags' embedding rows.
+
+    python -m training.adaptive.train --minutes 100 --out runs/adaptive
+
+One pass over unique problems, the learning rate scheduled by the clock: warm-up, flat, then down to nothing over the last
+third, so that a run always ends where it was meant to. Ctrl-C saves; --resume goes on. The log (log.jsonl) has a line a
+minute and a line a check on held-out dev problems.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from safetensors.torch import save_file
+from transformers import AttentionInterface
+
+import anabranch as ab
+from anabranch.adaptive import TAG_ROWS
+from training.layout import FORKED, IGNORE, Layout
+
+from .families import FAMILIES, Problem, problems
+from .text import TAG_IDS, TEMPLATE, closing, layout, tokenizer as adaptive_tokenizer
+
+PLAIN_WEIGHT = 0.6  # of what only plain decoding writes: headers, and threads in sight of the earlier ones
+JOIN_WEIGHT = 2.0  # of what is written after the join: few tokens, and each of them counts
+
+
+@dataclass(frozen=True)
+class Example:
+    """A layout, and what its targets weigh: float32 [T]."""
+
+    family: str
+    layout: Layout
+    weights: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.layout.token_ids)
+
+
+def example(problem: Problem, tokenizer: Any) -> Example:
+    made = layout(problem, tokenizer)
+    written = np.array(made.written)
+    weights = np.where(written & FORKED, 1.0, PLAIN_WEIGHT) * (np.array(made.targets) != IGNORE)
+    if problem.threads:  # the trunk's last words are the trie's last rows
+        weights[-len(tokenizer(closing(problem), add_special_tokens=False)["input_ids"]) - 1 :] *= JOIN_WEIGHT
+    return Example(problem.family, made, weights.astype(np.float32))
+
+
+class LoRA(torch.nn.Module):
+    """A frozen linear layer plus scale · B A (Hu et al. 2021)."""
+
+    def __init__(self, base: torch.nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.weight = base.weight
+        self.scale = alpha / rank
+        self.a = torch.nn.Parameter(torch.randn(rank, base.in_features) / math.sqrt(base.in_features))
+        self.b = torch.nn.Parameter(torch.zeros(base.out_features, rank))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight) + F.linear(F.linear(x, self.a), self.b * self.scale)
+
+
+class Student(torch.nn.Module):
+    """SmolLM2 with adapters; the loss is taken where there is one, over the tokens of the data and some others."""
+
+    def __init__(self, rank: int, alpha: float):
+        super().__init__()
+        self.model, _ = ab.models.load("smollm2", dtype=torch.float32, attn_implementation="stretches")
+        self.model.requires_grad_(False)
+        self.rank, self.alpha = rank, alpha
+        self.loras: dict[str, LoRA] = {}
+        for name, module in list(self.model.model.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                parent, _, leaf = name.rpartition(".")
+                lora = LoRA(module, rank, alpha)
+                setattr(self.model.model.get_submodule(parent), leaf, lora)
+                self.loras[name] = lora
+        embedding = self.model.model.embed_tokens.weight
+        ids = torch.tensor(list(TAG_IDS.values()))
+        self.register_buffer("tag_ids", ids)
+        self.tags = torch.nn.Parameter(embedding.mean(0) + 0.02 * torch.randn(len(ids), embedding.shape[1]))
+        self.register_buffer("row_of", torch.full((embedding.shape[0],), -1))
+        self.row_of[ids] = torch.arange(len(ids))
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = self.row_of[ids]
+        return torch.where((rows >= 0)[..., None], self.tags[rows.clamp_min(0)], self.model.model.embed_tokens.weight[ids])
+
+    def forward(self, batch: dict[str, torch.Tensor], vocabulary: torch.Tensor) -> torch.Tensor:
+        """Scores [targets, len(vocabulary)]."""
+        hidden = self.model.model(
+            inputs_embeds=self.embed(batch["ids"])[None], position_ids=batch["positions"][None], use_cache=False
+        ).last_hidden_state[0]
+        return F.linear(hidden[batch["where"]], self.embed(vocabulary))
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """As peft names them, in bfloat16."""
+        out = {TAG_ROWS: self.tags}
+        for name, lora in self.loras.items():
+            out[f"base_model.model.model.{name}.lora_A.weight"] = lora.a
+            out[f"base_model.model.model.{name}.lora_B.weight"] = lora.b
+        return {k: v.detach().to(torch.bfloat16).contiguous() for k, v in out.items()}
+
+
+@dataclass
+class Stretch:
+    """Rows begin … end of one branch, the ranges of rows before that all of them see, and the additive mask."""
+
+    begin: int
+    end: int
+    sees: list[tuple[int, int]]
+    mask: torch.Tensor  # [rows, columns seen]
+
+
+def stretches(parents: list[int], offset: int) -> list[Stretch]:
+    """Cut a trie where it branches; each stretch sees its ancestors whole and itself causally."""
+    children = np.bincount(np.array([p for p in parents if p >= 0]), minlength=len(parents))
+    of: list[int] = []
+    out: list[Stretch] = []
+    for row, parent in enumerate(parents):
+        if row and parent == row - 1 and children[parent] == 1:
+            of.append(of[-1])
+            out[-1].end += 1
+            continue
+        above = out[of[parent]] if parent >= 0 else None
+        sees = [*above.sees, (above.begin, above.end)] if above else []
+        out.append(Stretch(row + offset, row + offset + 1, sees, torch.empty(0)))
+        of.append(len(out) - 1)
+    for one in out:
+        merged: list[tuple[int, int]] = []
+        for begin, end in sorted(one.sees):
+            if merged and merged[-1][1] == begin:
+                merged[-1] = (merged[-1][0], end)
+            else:
+                merged.append((begin, end))
+        one.sees = merged
+        before, rows = sum(e - b for b, e in merged), one.end - one.begin
+        one.mask = torch.full((rows, before + rows), -torch.inf).triu(before + 1)
+    return out
+
+
+_now: list[Stretch] = []  # of the batch under way; Transformers hands attention functions nothing of ours
+
+
+def stretch_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
+    """Exact attention over the trie without touching what nobody sees; query [1, heads, T, D]."""
+    repeat = query.shape[1] // key.shape[1]
+    out = []
+    for one in _now:
+        own = (one.begin, one.end)
+        ks, vs = (torch.cat([x[:, :, a:b] for a, b in (*one.sees, own)], 2) for x in (key, value))
+        ks, vs = (x.repeat_interleave(repeat, 1) for x in (ks, vs))
+        q = query[:, :, one.begin : one.end]
+        out.append(F.scaled_dot_product_attention(q, ks, vs, attn_mask=one.mask, scale=scaling))
+    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("stretches", stretch_attention)
+
+
+def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
+    """Several tries behind one another in one row, each blind to the others."""
+    lists: dict[str, list[np.ndarray]] = {n: [] for n in ("ids", "positions", "where", "target", "weight", "forked")}
+    offset = 0
+    _now.clear()
+    for one in examples:
+        made = one.layout
+        where = np.flatnonzero(one.weights)
+        lists["ids"].append(np.array(made.token_ids))
+        lists["positions"].append(np.array(made.positions))
+        lists["where"].append(where + offset)
+        lists["target"].append(np.array(made.targets)[where])
+        lists["weight"].append(one.weights[where])
+        lists["forked"].append(np.array(made.written)[where] & FORKED > 0)
+        _now.extend(stretches(made.parents, offset))
+        offset += len(one)
+    return {name: torch.from_numpy(np.concatenate(value)) for name, value in lists.items()}
+
+
+def batches(examples: list[Example], tokens: int, rng: random.Random) -> list[list[Example]]:
+    """About `tokens` tokens each, in random order."""
+    order = rng.sample(examples, len(examples))
+    out: list[list[Example]] = [[]]
+    for one in order:
+        if out[-1] and sum(map(len, out[-1])) + len(one) / 2 > tokens:
+            out.append([])
+        out[-1].append(one)
+    return out
+
+
+@torch.no_grad()
+def check(student: Student, dev: list[Example], vocabulary: torch.Tensor) -> dict[str, Any]:
+    """Share of dev problems whose answer comes out token for token when decoded greedily, forked and plain.
+
+    Given the right tokens so far each next one must be the best: that is what greedy decoding needs, to the token.
+    """
+    student.eval()
+    forked: dict[str, list[bool]] = {}
+    plain: list[bool] = []
+    wrong = {"join": 0, "else": 0}
+    for one in dev:
+        batch = collate([one])
+        ok = vocabulary[student(batch, vocabulary).argmax(-1)] == batch["target"]
+        forked.setdefault(one.family, []).append(bool(ok[batch["forked"]].all()))
+        plain.append(bool(ok.all()))
+        for w in batch["weight"][~ok & batch["forked"]].tolist():
+            wrong["join" if w > 1 else "else"] += 1
+    student.train()
+    return {
+        "forked_exact": round(float(np.mean([x for v in forked.values() for x in v])), 4),
+        "plain_exact": round(float(np.mean(plain)), 4),
+        "by_family": {f: round(float(np.mean(v)), 3) for f, v in sorted(forked.items())},
+        "wrong_tokens": wrong,
+    }
+
+
+def rate(progress: float, peak: float, warm: float = 0.01, down: float = 0.45) -> float:
+    if progress < warm:
+        return peak * progress / warm
+    return peak if progress < 1 - down else peak * max(0.02, (1 - progress) / down)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for adapter, log and state.")] = Path("runs/adaptive"),
+    minutes: Annotated[float, typer.Option(help="How long to train; the schedule follows the clock.")] = 100.0,
+    tokens: Annotated[int, typer.Option(help="Padded tokens a step.")] = 1024,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1.5e-3,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
+    count: Annotated[int, typer.Option(help="Training problems; more than one pass only if time is left.")] = 8000,
+    threads: Annotated[int, typer.Option(help="torch's threads.")] = 2,
+    check_minutes: Annotated[float, typer.Option(help="Minutes between checks on dev problems.")] = 12.0,
+    seed: int = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the state saved in --out.")] = False,
+) -> None:
+    """Train; see the module's docstring."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = adaptive_tokenizer()
+    made = [example(p, tokenizer) for p in itertools.islice(problems("train", seed), count)]
+    dev = [example(p, tokenizer) for p in itertools.islice(problems("dev", seed), 48)]
+    used = torch.unique(torch.tensor([t for one in made for t in one.layout.token_ids]))
+    student = Student(rank, alpha=2.0 * rank)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    spent, step = 0.0, 0
+    if resume:
+        state = torch.load(out / "state.pt", weights_only=True)
+        student.load_state_dict(state["student"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        spent, step = state["spent"], state["step"]
+    log = (out / "log.jsonl").open("a")
+
+    def note(**facts: Any) -> None:
+        log.write(json.dumps(facts) + "\n")
+        log.flush()
+        print(facts, flush=True)
+
+    def save() -> None:
+        own = {k: v for k, v in student.state_dict().items() if k == "tags" or k.endswith((".a", ".b"))}
+        state = {"student": own, "optimizer": optimizer.state_dict(), "spent": spent, "step": step}
+        torch.save(state, out / "state.partial")
+        (out / "state.partial").replace(out / "state.pt")
+        save_file(student.adapter(), out / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "base_model": "SmolLM2-135M-Instruct",
+                  "target_modules": sorted({n.rpartition(".")[2] for n in student.loras}), "tag_ids": TAG_IDS,
+                  "chat_template": TEMPLATE}  # fmt: skip
+        (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    note(parameters=sum(p.numel() for p in parameters), problems=len(made), vocabulary=len(used),
+         mean_tokens=float(np.mean([len(x) for x in made])), families=FAMILIES, lr=lr, rank=rank, tokens=tokens)  # fmt: skip
+    rng = random.Random(seed + step)
+    todo: list[list[Example]] = []
+    start, last_note, last_check = time.monotonic() - spent, time.monotonic(), time.monotonic()
+    seen, losses = 0, []
+    everything = torch.arange(student.row_of.shape[0])
+    try:
+        while spent < minutes * 60:
+            todo = todo or batches(made, tokens, rng)
+            batch = collate(todo.pop())
+            # Tokens that the data never have must stay unlikely: some of them take part in every step.
+            others = torch.randint(0, student.row_of.shape[0], (2048,))
+            vocabulary = torch.unique(torch.cat([used, others]))
+            scores = student(batch, vocabulary)
+            each = F.cross_entropy(scores, torch.searchsorted(vocabulary, batch["target"]), reduction="none")
+            loss = (each * batch["weight"]).sum() / batch["weight"].sum()
+            for group in optimizer.param_groups:
+                group["lr"] = rate(spent / (minutes * 60), lr)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            step += 1
+            seen += batch["ids"].numel()
+            losses.append(loss.item())
+            spent = time.monotonic() - start
+            if time.monotonic() - last_note > 60:
+                note(step=step, minutes=round(spent / 60, 2), loss=round(float(np.mean(losses)), 4),
+                     tokens_per_s=round(seen / (time.monotonic() - last_note)), lr=optimizer.param_groups[0]["lr"])  # fmt: skip
+                last_note, seen, losses = time.monotonic(), 0, []
+            if time.monotonic() - last_check > check_minutes * 60:
+                save()
+                note(step=step, minutes=round(spent / 60, 2), **check(student, dev, everything))
+                last_check = last_note = time.monotonic()
+    finally:
+        save()
+    note(step=step, minutes=round(spent / 60, 2), final=True, **check(student, dev, everything))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -255,8 +255,11 @@ def times(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
     lines, parts, totals = [], [], []
     for name in rng.sample(NAMES[split], n):
         while True:
-            _, a, b = _pick(split, rng, lambda: (per, rng.randint(1, 9), rng.randint(1, per - 1)))
-            c, d = rng.randint(2, max(per - 1, 20)), rng.randint(2, max(per - 1, 20))
+            most = max(per - 1, 20)
+            _, a, b, c = _pick(
+                split, rng, lambda: (per, rng.randint(1, 9), rng.randint(1, per - 1), rng.randint(2, most))
+            )
+            d = rng.randint(2, most)
             one = a * per + b
             if one + c + d not in totals:  # one of them has the most
                 break
@@ -304,14 +307,9 @@ def story(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
             doubled = True
             continue
         up = kind != "-" or total < 4
-
-        def draw(total: int = total, up: bool = up) -> tuple:
-            return ("story", total, rng.randint(2, 60 if up else total - 1) * (1 if up else -1))
-
-        if up or total > 8:
-            y = _pick(split, rng, draw)[2]
-        else:  # few numbers are left to choose from
-            y = -rng.randint(2, total - 1)
+        sign, most = (1, 60) if up else (-1, total - 1)
+        steps_of = [sign * y for y in range(2, most + 1)]
+        y = rng.choice([y for y in steps_of if held_out("story", total, y) == split] or steps_of)  # some have none
         words, strange_words = (STORY_UP, STORY_UP_UNSEEN) if y > 0 else (STORY_DOWN, STORY_DOWN_UNSEEN)
         lines.append(_words(split, rng, words, strange_words, strange).format(y=abs(y)))
         steps.append(f"{total}{'+' if y > 0 else '-'}{abs(y)}={total + y}")

@@ -87,63 +87,129 @@ def _root(
 @app.command(
     epilog=_examples(
         "anabranch demo",
-        "anabranch demo 'Is it a good idea to work from home?' --branches 3",
-        "anabranch demo --header 'Yes, because' --header 'No, because'",
-        "anabranch demo --sequential",
-        "anabranch demo --save trace.json && anabranch view trace.json",
-        "anabranch demo --json | jq .metrics",
+        "anabranch demo '7308 * 4406'",
+        "anabranch demo '7308 * 4406' --sequential",
+        "anabranch demo 'Robert buys 7 tiles at 38 cents each and a bag for 15 cents. Eva buys 4 shells at 86 cents each "
+        "and a bag for 22 cents. What does everyone owe, in cents?'",
+        "anabranch demo --model smollm2 'Is it a good idea to work from home?' --branches 3",
+        "anabranch demo '7308 * 4406' --save trace.json && anabranch view trace.json",
+        "anabranch demo --json | jq '.problems[].metrics'",
     ),
 )
 @command
 def demo(
-    prompt: Annotated[str | None, typer.Argument(help="A question. Left out: one of ours.", show_default=False)] = None,
-    model: ModelOption = "smollm2",
+    prompt: Annotated[
+        str | None, typer.Argument(help="A question. Left out: a few of ours.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="NAME", show_default="by the prompt",
+            help="multiplication (in the package), smollm2-adaptive, smollm2, or a Transformers folder.",
+        ),
+    ] = None,
     branches: Annotated[
         int | None,
         typer.Option(
-            "--branches", "-n", metavar="N", min=1, max=8, show_default="4", help="How many, with our lead-ins."
+            "--branches", "-n", metavar="N", min=1, max=8, show_default="4",
+            help="Models that do not decide themselves: how many, with our lead-ins.",
         ),
     ] = None,
     header: Annotated[
         list[str] | None,
         typer.Option(
-            "--header", "--headers", metavar="TEXT", help="Words a branch begins with; give it once for each branch."
+            "--header", "--headers", metavar="TEXT", help="The same: words a branch begins with, once for each branch."
         ),
     ] = None,
     sequential: Annotated[
-        bool, _flag("--sequential", help="The same branches one after another: the fair baseline.")
+        bool, _flag("--sequential", help="The same threads one after another: the fair baseline.")
     ] = False,
     seed: SeedOption = 0,
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Most tokens sampled one after another, from the first to the last.")
-    ] = 200,
+        int | None,
+        typer.Option(
+            metavar="N", min=1, show_default="1024; 200 for lead-ins",
+            help="Most tokens sampled one after another, from the first to the last.",
+        ),
+    ] = None,
     branch_tokens: Annotated[
         int,
         typer.Option(
-            metavar="N", min=1, help="Enough for a branch: it ends with its sentence, at most half as many later."
+            metavar="N", min=1, help="Lead-ins: enough for a branch; it ends with its sentence, at most half as many later."
         ),
     ] = 40,
     compare: Annotated[
-        bool, _flag("--compare/--no-compare", help="Time the same fork through model.generate as well.")
+        bool, _flag("--compare/--no-compare", help="Time it once more: forked and sequential (lead-ins: generate).")
     ] = True,
     save: SaveOption = None,
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
     debug: DebugOption = False,
-) -> None:
-    """Watch a real model fork in mid-answer, write several branches at once, and join them.
+) -> None:  # fmt: skip
+    """Watch a model decide whether to fork, into how many threads, work them at once, and join them.
 
-    The model begins to answer. In the middle its live cache is forked, one branch a lead-in; all branches are written
-    in the same forward passes over one shared cache, then joined by splicing their KV, and the model, which now sees
-    all of them, concludes. At the end: tokens, pages, time, and the same fork through `model.generate`.
+    Without a prompt: problems with independent parts and without, for the multiplication model of the package and for
+    SmolLM2 with our adapter. Each ends with a score card: threads chosen, tokens and critical path, wall clock forked
+    and sequential, the answer checked, what deciding cost.
+
+    A model that was not taught to fork (--model smollm2) answers from several sides instead: its live cache is forked in
+    mid-answer, one branch a lead-in, and joined by splicing.
     """
     from anabranch.cli import demo as body
 
+    body.choose(
+        prompt=prompt, model=model, branches=branches, header=header, sequential=sequential, seed=seed,
+        max_new_tokens=max_new_tokens, branch_tokens=branch_tokens, compare=compare, save=save, dtype=dtype.value,
+        as_json=json,
+    )  # fmt: skip
+
+
+@app.command(
+    "eval",
+    epilog=_examples(
+        "anabranch eval --model multiplication --problems training/multiplication/problems.jsonl --timed 40",
+        "anabranch eval --model smollm2-adaptive --problems training/adaptive/problems.jsonl --limit 60",
+        "anabranch eval --model smollm2 --problems my.jsonl --mode plain --json",
+    ),
+)
+@command
+def evaluate(
+    problems: Annotated[
+        Path,
+        typer.Option(
+            "--problems", "-p", metavar="FILE", show_default=False,
+            help='One {"prompt", "answer"} a line; "threads" (0 = no fork) and "family" if you like.',
+        ),
+    ],
+    model: ModelOption = "multiplication",
+    mode: Annotated[
+        list[str] | None,
+        typer.Option("--mode", metavar="MODE", help="forked, sequential or plain; may be repeated. Default: all."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="So many, evenly spaced.")] = None,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="Problems at a time, for accuracy.")] = 16,
+    timed: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Problems to time one by one, forked and sequential in turns.")
+    ] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Most tokens sampled one after another.")
+    ] = 1024,
+    seed: SeedOption = 0,
+    save: Annotated[Path | None, typer.Option("--save", metavar="FILE", help="Write the report here, as JSON.")] = None,
+    dtype: DtypeOption = Dtype.auto,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:  # fmt: skip
+    """Measure a model on problems with known answers: forked, forced sequential and plain.
+
+    Accuracy with 95 % intervals, threads, malformed answers, token speed-up and, with --timed, wall clock. Greedy.
+    """
+    from anabranch.cli import evaluate as body
+
     body.run(
         body.Options(
-            prompt=body.QUESTION if prompt is None else prompt, model=model, sequential=sequential, as_json=json,
-            seed=seed, max_new_tokens=max_new_tokens, branch_tokens=branch_tokens, save=save, compare=compare,
-            dtype=dtype.value, headers=body.headers(branches, header),
+            problems=problems, model=model, modes=tuple(mode or ()), limit=limit, batch=batch, timed=timed,
+            max_new_tokens=max_new_tokens, seed=seed, as_json=json, save=save, dtype=dtype.value,
         )
     )  # fmt: skip
 

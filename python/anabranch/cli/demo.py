@@ -1,4 +1,8 @@
-"""``anabranch demo``: a real model forks in mid-answer, thinks in several branches at once, and joins."""
+"""``anabranch demo``: which of the two to show; and the one for models that were not taught to fork.
+
+Those answer from several sides: the live cache is forked in mid-answer, one branch a lead-in, and joined by splicing.
+Models that decide themselves are shown in `anabranch.cli.adaptive`.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +71,49 @@ def headers(branches: int | None, own: list[str] | None) -> tuple[str, ...]:
     return HEADERS[:count]
 
 
+def choose(
+    *, prompt: str | None, model: str | None, branches: int | None, header: list[str] | None, sequential: bool,
+    seed: int, max_new_tokens: int | None, branch_tokens: int, compare: bool, save: Path | None, dtype: str,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Lead-ins where they are asked for, or where the model does not know the tags; else the model decides."""
+    check_save(save)
+    leads = headers(branches, header)
+    wanted = branches is not None or bool(header)
+    if wanted and model in ("multiplication", "smollm2-adaptive"):
+        raise Mistake(f"--branches and --header with --model {model}: this model decides itself; leave them out", USAGE)
+    if wanted or (model is not None and not _decides(model)):
+        run(
+            Options(
+                prompt=QUESTION if prompt is None else prompt, model=model or "smollm2", sequential=sequential,
+                as_json=as_json, seed=seed, max_new_tokens=max_new_tokens or 200, branch_tokens=branch_tokens, save=save,
+                compare=compare, dtype=dtype, headers=leads,
+            )
+        )  # fmt: skip
+        return
+    from anabranch.cli import adaptive
+
+    adaptive.run(
+        adaptive.cases(prompt, model), sequential=sequential, as_json=as_json, seed=seed, compare=compare, save=save,
+        max_new_tokens=max_new_tokens or 1024, dtype=dtype,
+    )  # fmt: skip
+
+
+def _decides(model: str) -> bool:
+    """Whether this model's tokenizer has the tags; a folder's is looked at, the rest is known."""
+    if model in ("multiplication", "smollm2-adaptive"):
+        return True
+    folder = Path(model).expanduser()
+    if not (folder / "tokenizer.json").is_file():
+        return False
+    from anabranch.strategies import ThreadWeaver
+
+    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    return all(f'"{tag}"' in text for tag in ThreadWeaver().tags)
+
+
 def run(options: Options) -> None:
-    """The whole command."""
+    """The demo with lead-ins."""
     if not options.prompt.strip():
         raise Mistake("PROMPT is empty: ask something, or leave it out for a question of ours", USAGE)
     check_save(options.save)

@@ -1,0 +1,282 @@
+"""``anabranch demo`` with a model that decides itself: whether to fork, into how many threads, and how to go on."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from anabranch.cli.common import Mistake, consoles, load_model, machine_note, plain_terminal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from rich.console import Console, RenderableType
+
+    from anabranch.cli.story import Story
+
+PRODUCT = re.compile(r"\s*(\d{1,4})\s*[*x×]\s*(\d{1,4})\s*=?\s*")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question, and its answer where it is known."""
+
+    model: str
+    prompt: str
+    answer: str | None = None
+    about: str = ""
+
+
+# What `anabranch demo` shows when it is not asked for anything: for each model one that has parts, and one that has not.
+SHOWN = (
+    Case("multiplication", "7308 * 4406", "32199048", "three digits of the multiplier are not zero: three threads"),
+    Case("multiplication", "7308 * 4000", "29232000", "one digit is: nothing to do side by side"),
+    Case(
+        "smollm2-adaptive",
+        "Laura buys 7 oranges at 38 cents each and a bag for 15 cents. Hugo buys 4 bottles at 86 cents each and a bag for "
+        "22 cents. Nora buys 9 pencils at 47 cents each and a bag for 31 cents. Max buys 6 shells at 73 cents each and a "
+        "bag for 18 cents. How many cents does each of them pay?",
+        "Laura 281, Hugo 366, Nora 454, Max 456",
+        "four people who do not depend on one another",
+    ),
+    Case(
+        "smollm2-adaptive",
+        "Maria has 45 tickets. Then 27 more come. Next 18 are given away. After that 31 are won. How many tickets are "
+        "there in the end?",
+        "85",
+        "four sentences, but each step needs the one before",
+    ),
+)
+
+
+@dataclass
+class Timing:
+    """Seconds of one whole answer, best of `rounds` in turns, without a display."""
+
+    rounds: int
+    forked: float
+    sequential: float
+
+    @property
+    def speedup(self) -> float:
+        return self.sequential / self.forked
+
+
+@dataclass
+class Told:
+    """A case with what came of it."""
+
+    case: Case
+    story: Story
+    right: bool | None
+    timing: Timing | None = None
+    saved: Path | None = field(default=None)
+
+
+def cases(prompt: str | None, model: str | None) -> list[Case]:
+    """What to show; `model` None: chosen by the prompt."""
+    if prompt is None:
+        return [c for c in SHOWN if model in (None, c.model)] or [Case(model or "", SHOWN[2].prompt)]
+    if not prompt.strip():
+        raise Mistake("PROMPT is empty: ask something, or leave it out for questions of ours", 2)
+    found = PRODUCT.fullmatch(prompt)
+    if found is not None and model in (None, "multiplication"):
+        return [Case("multiplication", prompt.strip(), str(int(found[1]) * int(found[2])))]
+    if model == "multiplication":
+        raise Mistake(
+            f"PROMPT {prompt!r}: the multiplication model reads a product of two numbers of up to four digits, such as "
+            "'7308 * 4406', and nothing else",
+            2,
+        )
+    return [Case(model or "smollm2-adaptive", prompt)]
+
+
+def run(
+    shown: Sequence[Case], *, sequential: bool, as_json: bool, max_new_tokens: int, seed: int, compare: bool,
+    save: Path | None, dtype: str,
+) -> None:  # fmt: skip
+    """The whole command."""
+    out, err = consoles()
+    live = not as_json and not plain_terminal(out)
+    told: list[Told] = []
+    missing: list[str] = []
+    engines: dict[str, tuple[Any, str]] = {}
+    for case in shown:
+        if case.model in missing:
+            continue
+        try:
+            engine, kind = engines.get(case.model) or _engine(case.model, dtype)
+        except Exception as error:
+            from anabranch import models
+
+            if len(shown) == 1 or not isinstance(error, models.ModelUnavailable):
+                raise
+            missing.append(case.model)
+            (err if as_json else out).print(f"\n{case.model} is left out: {error}", style="yellow", markup=False)
+            continue
+        engines[case.model] = engine, kind
+        if told and not as_json:
+            out.print()
+        told.append(_tell(engine, case, out, live, as_json, kind, sequential, max_new_tokens, seed))
+        one = told[-1]
+        if save is not None and len(told) == 1:
+            assert one.story.result is not None
+            one.story.result.trace().save(save)
+            one.saved = save
+        if compare:
+            one.timing = _time(engine, case, max_new_tokens, seed)
+        if not as_json:
+            out.print(_card(one))
+            if one.saved:
+                out.print(f"trace saved; look at it with: anabranch view {one.saved}", style="dim", soft_wrap=True)
+    if as_json:
+        print(json.dumps(_report(told, sequential), ensure_ascii=False, default=str))
+    elif told:
+        kinds = ", ".join(sorted({kind for _, kind in engines.values()}))
+        out.print(f"\n{machine_note()}; {kinds}", style="dim")
+
+
+def can_decide(tokenizer: Any) -> bool:
+    """Whether ThreadWeaver's tags are single tokens of this vocabulary."""
+    from anabranch.cli.evaluate import strategy_for
+
+    return strategy_for(tokenizer) is not None
+
+
+def _engine(name: str, dtype: str) -> tuple[Any, str]:
+    import anabranch as ab
+
+    model, tokenizer, kind = load_model(name, dtype)
+    if not can_decide(tokenizer):
+        raise Mistake(f"--model {name!r}: ThreadWeaver's tags are not single tokens of its vocabulary")
+    return ab.Engine(model, tokenizer), str(kind).removeprefix("torch.")
+
+
+def _asked(engine: Any, case: Case) -> Any:
+    chat = getattr(engine.tokenizer, "chat_template", None)
+    return [{"role": "user", "content": case.prompt}] if chat else case.prompt
+
+
+def _strategy(sequential: bool) -> Any:
+    import anabranch as ab
+
+    return ab.Sequential(ab.ThreadWeaver()) if sequential else ab.ThreadWeaver()
+
+
+def _tell(
+    engine: Any, case: Case, console: Console, live: bool, quiet: bool, kind: str, sequential: bool, most: int, seed: int
+) -> Told:
+    """Run it once, drawing."""
+    from anabranch.cli.display import Lines, Picture, follow
+    from anabranch.cli.story import Story
+    from anabranch.evaluation import is_right
+
+    story = Story(engine)
+    stream = engine.stream(
+        _asked(engine, case), strategy=_strategy(sequential), max_new_tokens=most, seed=seed, do_sample=False
+    )
+    heading = _heading(case, kind, sequential)
+    lines = None if live or quiet else Lines(console, story)
+    if lines is not None:
+        for part in heading[:-1]:
+            console.print(part)
+    try:
+        with ExitStack() as stack:
+            if live:
+                stack.enter_context(follow(console, story, heading))
+            for event in stream:
+                story.take(event)
+                if lines is not None:
+                    lines.take(event)
+    except KeyboardInterrupt:
+        engine.abort()
+        used = engine.cache.usage()
+        raise KeyboardInterrupt(
+            f"{story.sampled} tokens were written, {used.pages_total - used.pages_free} pages are still held"
+        ) from None
+    finally:
+        stream.close()
+    if live:
+        for part in heading:
+            console.print(part)
+        console.print(Picture(story, live=False))
+    assert story.result is not None
+    right = None if case.answer is None else is_right(story.result.text or "", case.answer)
+    return Told(case, story, right)
+
+
+def _heading(case: Case, kind: str, sequential: bool) -> list[RenderableType]:
+    from rich.text import Text
+
+    how = "its threads one after another" if sequential else "its threads at once"
+    title = Text.assemble(("anabranch", "bold"), (f"  {case.model}, {kind}; the model decides, {how}", "dim"))
+    question = Text.assemble(("Q ", "bold cyan"), (case.prompt, "bold"))
+    return [title, question, Text("")]
+
+
+def _time(engine: Any, case: Case, most: int, seed: int, patience: float = 4.0) -> Timing:
+    """Forked and sequential in turns; one round where a round takes long."""
+    best = {False: float("inf"), True: float("inf")}
+    begin, rounds = time.perf_counter(), 0
+    while not rounds or (rounds < 3 and time.perf_counter() - begin < patience):
+        for sequential in (False, True):
+            start = time.perf_counter()
+            engine.generate(
+                _asked(engine, case), strategy=_strategy(sequential), max_new_tokens=most, seed=seed, do_sample=False
+            )
+            best[sequential] = min(best[sequential], time.perf_counter() - start)
+        rounds += 1
+    return Timing(rounds, best[False], best[True])
+
+
+def _card(told: Told) -> RenderableType:
+    from rich.table import Table
+
+    from anabranch.cli.score import overhead
+
+    assert told.story.result is not None
+    m = told.story.result.metrics
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", justify="right", min_width=16)
+    table.add_column(style="bold", justify="right", no_wrap=True)
+    table.add_column(style="dim")
+    table.add_row("")
+    table.add_row("threads chosen", str(m.num_threads), told.case.about or "by the model")
+    if told.right is not None:
+        mark = "[green]right[/green]" if told.right else f"[red]wrong[/red], expected {told.case.answer}"
+        table.add_row("answer", mark, "" if told.right else "")
+    table.add_row("tokens", str(m.total_tokens), f"{m.critical_path_tokens} on the critical path")
+    table.add_row("token speed-up", f"{m.token_speedup:.2f}×", "tokens ÷ critical path")
+    if told.timing is not None:
+        t = told.timing
+        rounds = "one round" if t.rounds == 1 else f"best of {t.rounds} rounds in turns"
+        table.add_row("wall clock", f"{t.speedup:.2f}×", f"{t.forked:.2f} s forked, {t.sequential:.2f} s sequential; {rounds}")
+    p = told.story.peak
+    table.add_row("cache shared", f"{p.sharing:.2f}×", f"at the fullest: {p.logical} tokens seen, {p.physical} held")
+    table.add_row("deciding", f"{100 * overhead(m):.1f} %", "of the time: strategy, forks, joins, planning")
+    return table
+
+
+def _report(told: Sequence[Told], sequential: bool) -> dict[str, Any]:
+    """``--json``: one entry a problem; metrics by their names in `anabranch.metrics`."""
+    from anabranch.cli.score import overhead
+
+    entries = []
+    for one in told:
+        result = one.story.result
+        assert result is not None
+        entries.append({
+            "model": one.case.model, "prompt": one.case.prompt, "expected": one.case.answer, "right": one.right,
+            "text": result.text, "threads": result.metrics.num_threads, "metrics": result.metrics.as_dict(),
+            "overhead": overhead(result.metrics), "malformed": list(result.malformed),
+            "timing": {**asdict(one.timing), "speedup": one.timing.speedup} if one.timing else None,
+        })  # fmt: skip
+    return {
+        "schema": "anabranch.demo", "version": 2, "sequential": sequential, "problems": entries,
+        "machine": {"note": machine_note()},
+    }  # fmt: skip

@@ -2,10 +2,10 @@
 
 An answer with parallel blocks is read in two ways. In a forked run each thread sees the prompt and the trunk before it,
 but none of its siblings; after the join the trunk sees all threads one behind another. In plain decoding
-(``strategy=None``) the model writes that flat text from left to right, later threads in sight of the earlier ones. Both
-ways are paths of one trie: the flat trajectory, and a branch off it for every thread but the first. A token's position is
-its depth, and it sees its ancestors and itself. Headers, tags and the text of a join come from the strategy itself, so
-training and decoding cannot drift apart.
+(``strategy=None``) the model writes that flat text from left to right, later threads in sight of the earlier ones.
+Both ways are paths of one trie: the flat trajectory, and a branch off it for every thread but the first. A token's
+position is its depth, and it sees its ancestors and itself. Headers, tags and the text of a join come from the strategy
+itself, so training and decoding cannot drift apart.
 """
 
 from __future__ import annotations

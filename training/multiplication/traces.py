@@ -84,9 +84,7 @@ def problem(a: int, b: int) -> Problem:
         text, total = partial_product(a, b, places[0] if places else 0)
         items: list[str | list[tuple[str, str]]] = [f"={text}={_number(total)}"]
     else:
-        outlines = "".join(
-            f"<Outline>{t}:{b // 10**p % 10}{'0' * p}</Outline>" for t, p in enumerate(places, start=1)
-        )
+        outlines = "".join(f"<Outline>{t}:{b // 10**p % 10}{'0' * p}</Outline>" for t, p in enumerate(places, start=1))
         parts = [partial_product(a, b, p) for p in places]
         total, join = parts[0][1], "</Parallel>"
         for t, (_, part) in enumerate(parts[1:], start=2):
@@ -106,7 +104,7 @@ def _number(digits: list[int]) -> str:
 
 
 def split_of(a: int, b: int) -> str:
-    """"train", "dev" or "test", by a hash of the pair in either order: no pair is in two of them."""
+    """ "train", "dev" or "test", by a hash of the pair in either order: no pair is in two of them."""
     digest = hashlib.sha256(f"{min(a, b)}*{max(a, b)}".encode()).digest()
     return {0: "dev", 1: "test"}.get(int.from_bytes(digest[:4], "big") % HELD_OUT, "train")
 

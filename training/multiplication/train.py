@@ -240,7 +240,7 @@ def main() -> None:
     rng = random.Random(args.seed)
     step = rows = examples = 0
     checked_at, losses = 0.0, []
-    log = open(args.out / "log.jsonl", "a")  # noqa: SIM115
+    log = open(args.out / "log.jsonl", "a")
     model.train()
     for layouts in batches(rng, tokenizer, args.rows, weights):
         if falls_at > now() and (args.out / "decay").exists():

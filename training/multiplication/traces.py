@@ -9,10 +9,10 @@
     </Parallel>+2a2b9c6d1=1692
 
 Letters are places: a the ones, b the tens … h. A step is "digit of the multiplicand * digit of the multiplier = product
-+ carry = sum", and then the digit of the partial product that comes out, with its place. A place and a digit are one token
-(also with the mark ' of a carry), so each step finds what it needs by what it is, not by how far away it stands. ``+2``
-begins the sum of all before and thread 2; the answer is written the usual way round. A multiplier with one digit that is
-not zero needs no threads: the steps follow the ``=``.
++ carry = sum", and then the digit of the partial product that comes out, with its place. A place and a digit are one
+token (also with the mark ' of a carry), so each step finds what it needs by what it is, not by how far away it stands.
+``+2`` begins the sum of all before and thread 2; the answer is written the usual way round. A multiplier with one digit
+that is not zero needs no threads: the steps follow the ``=``.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _number(digits: list[int]) -> str:
 
 
 def split_of(a: int, b: int) -> str:
-    """ "train", "dev" or "test", by a hash of the pair in either order: no pair is in two of them."""
+    """One of "train", "dev" and "test", by a hash of the pair in either order: no pair is in two of them."""
     digest = hashlib.sha256(f"{min(a, b)}*{max(a, b)}".encode()).digest()
     return {0: "dev", 1: "test"}.get(int.from_bytes(digest[:4], "big") % HELD_OUT, "train")
 

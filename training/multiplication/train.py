@@ -1,9 +1,9 @@
 """Trains the packaged multiplication model from nothing, on one core: ``python -m training.multiplication.train``.
 
 Examples are made on the fly and never twice on purpose; problems of the dev and test splits are left out. The rate is
-constant, then falls to zero over the last part of the time; a file ``decay`` in the output folder starts that at once.
-Every line of log.jsonl is a check on held-out dev problems: a problem is right when the model prefers the right token at
-each row that it writes itself, which is the same as greedy decoding getting the whole trace right.
+constant, then falls to zero over the last part of the time; a file ``decay`` in the output folder starts that at
+once. Every line of log.jsonl is a check on held-out dev problems: a problem is right when the model prefers the right
+token at each row that it writes itself, which is the same as greedy decoding getting the whole trace right.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EARLY, LATE = (3.0, 4.0, 2.0, 1.0), (1.0, 2.0, 4.0, 8.0)  # weights of 1- to 4-d
 
 
 class Muon:
-    """Momentum whose update is made orthogonal (Jordan et al. 2024), for the weight matrices; equal shapes in one go."""
+    """Momentum whose update is made orthogonal (Jordan et al. 2024), for the weight matrices, like shapes together."""
 
     def __init__(self, weights: list[torch.nn.Parameter], momentum: float = 0.95):
         shapes = sorted({tuple(w.shape) for w in weights})

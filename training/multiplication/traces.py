@@ -99,6 +99,30 @@ def problem(a: int, b: int) -> Problem:
     return Problem(a, b, prompt, items, threads)
 
 
+def drill(rng: random.Random) -> tuple[str, str]:
+    """A join without its threads' steps, of random numbers: what stands there, and what the model has to write.
+
+    Sums and the answer are a tenth of a trace's tokens and the last to be learnt; this shows them in few tokens.
+    """
+    width = rng.choice((2, 3, 4, 5, 6, 7, 8, 8))
+    count = rng.choices((1, 2, 3, 4), (2, 3, 2, 1))[0]
+    numbers = [[rng.randrange(10) for _ in range(width)] for _ in range(count)]
+    top = rng.choices((0, 1, 2), (3, 3, 1))[0]  # leading zeros, as real products have them
+    for number in numbers:
+        number[width - min(top, width - 1) :] = [0] * min(top, width - 1)
+    if count == 1:  # the answer alone
+        marks = [rng.choice(("", "'")) for _ in range(width)]
+        line = "".join(f"{p}{d}{m}" for p, d, m in zip(PLACES, numbers[0], marks, strict=False))
+        return f"</Parallel>+{rng.randint(2, 4)}{line}=", _number(numbers[0])
+    threads, said, total = "", "", numbers[0]
+    for t, number in enumerate(numbers, start=1):
+        threads += f"<Thread>\n{t}:" + "".join(f"{p}{d}" for p, d in zip(PLACES, number, strict=False)) + "</Thread>"
+        if t > 1:
+            text, total = running_sum(total, number)
+            said += f"+{t}{text}"
+    return f"\n{threads}\n</Parallel>", f"{said}={_number(total)}"
+
+
 def _number(digits: list[int]) -> str:
     return "".join(map(str, reversed(digits))).lstrip("0") or "0"
 

@@ -24,7 +24,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from training.layout import FORKED, IGNORE, PLAIN, Layout, thread_layout
 from training.multiplication.tokens import make_tokenizer
-from training.multiplication.traces import Problem, draw, problem
+from training.multiplication.traces import Problem, draw, drill, problem
 
 EARLY, LATE = (3.0, 4.0, 2.0, 1.0), (1.0, 2.0, 4.0, 8.0)  # weights of 1- to 4-digit operands
 
@@ -93,6 +93,28 @@ def layout_of(question: Problem, tokenizer: Any) -> Layout:
     return thread_layout(prompt, question.items, tokenizer, eos_id=tokenizer.eos_token_id)
 
 
+def drill_layout(rng: random.Random, tokenizer: Any) -> Layout:
+    """A drill as a chain of rows with loss on its second part."""
+    given, said = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in drill(rng))
+    ids = [tokenizer.bos_token_id, *given, *said]
+    size, learnt = len(ids), [*said, tokenizer.eos_token_id]
+    targets = [IGNORE] * (size - len(said)) + learnt[1:]
+    targets[size - len(said) - 1] = learnt[0]
+    return Layout(ids, list(range(-1, size - 1)), list(range(size)), targets, [0] * size)
+
+
+def beside(first: Layout, second: Layout) -> Layout:
+    """Two examples in one, neither in sight of the other."""
+    at = len(first.token_ids)
+    return Layout(
+        first.token_ids + second.token_ids,
+        first.parents + [p + at if p >= 0 else p for p in second.parents],
+        first.positions + second.positions,
+        first.targets + second.targets,
+        first.written + second.written,
+    )
+
+
 def collate(layouts: list[Layout]) -> dict[str, torch.Tensor]:
     """Padded [B, T] tensors and the additive mask [B, 1, T, T]; padding sees itself alone and has no loss."""
     size = max(len(x.token_ids) for x in layouts)
@@ -117,14 +139,17 @@ def logits_of(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[
     return model.lm_head(hidden[rows]), batch["targets"][rows]
 
 
-def batches(rng: random.Random, tokenizer: Any, rows: int, weights: Any) -> Any:
-    """Endless batches of about `rows` padded rows, examples of like length together."""
+def batches(rng: random.Random, tokenizer: Any, rows: int, weights: Any, drills: Any) -> Any:
+    """Endless batches of about `rows` padded rows, examples of like length together, with drills beside them."""
     while True:
-        now = weights()
-        pool = sorted(
-            (layout_of(problem(*draw(rng, "train", now)), tokenizer) for _ in range(96)),
-            key=lambda x: len(x.token_ids),
-        )
+        now, beside_each = weights(), drills()
+        pool = []
+        for _ in range(96):
+            x = layout_of(problem(*draw(rng, "train", now)), tokenizer)
+            for _ in range(int(beside_each + rng.random())):
+                x = beside(x, drill_layout(rng, tokenizer))
+            pool.append(x)
+        pool.sort(key=lambda x: len(x.token_ids))
         ready: list[list[Layout]] = [[]]
         for x in pool:
             if ready[-1] and len(x.token_ids) * (len(ready[-1]) + 1) > rows:
@@ -199,6 +224,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--decay", type=float, default=0.4, help="share of the time in which the rate falls")
     parser.add_argument("--ramp", type=float, default=0.15, help="share of the time in which problems grow")
+    parser.add_argument("--drills", type=float, default=2.0, help="drills beside a problem, until the rate falls")
     parser.add_argument("--rows", type=int, default=3000, help="rows of a batch")
     parser.add_argument("--lr", type=float, default=0.02, help="of the matrices (Muon)")
     parser.add_argument("--adam-lr", type=float, default=0.004, help="of the rest (AdamW)")
@@ -234,18 +260,21 @@ def main() -> None:
         return time.monotonic() - start
 
     def weights() -> tuple[float, ...]:
-        share = min(1.0, now() / (total * args.ramp)) if args.ramp > 0 and args.init is None else 1.0
+        share = min(1.0, now() / (total * args.ramp)) if args.ramp > 0 else 1.0
         return tuple(e + (late - e) * share for e, late in zip(EARLY, LATE, strict=True))
+
+    def drills() -> float:
+        return args.drills if now() < falls_at else args.drills / 4
 
     rng = random.Random(args.seed)
     step = rows = examples = 0
     checked_at, losses = 0.0, []
     log = open(args.out / "log.jsonl", "a")
     model.train()
-    for layouts in batches(rng, tokenizer, args.rows, weights):
+    for layouts in batches(rng, tokenizer, args.rows, weights, drills):
         if falls_at > now() and (args.out / "decay").exists():
             falls_at, ends_at = now(), now() + total * args.decay
-        factor = min(1.0, (step + 1) / 100, max(0.0, (ends_at - now()) / (ends_at - falls_at)))
+        factor = min(1.0, (step + 1) / 50, max(0.0, (ends_at - now()) / (ends_at - falls_at)))
         batch = collate(layouts)
         logits, targets = logits_of(model, batch)
         loss = F.cross_entropy(logits, targets)

@@ -70,5 +70,5 @@ setup(
         "anabranch.strategies",
     ],
     package_dir={"": "python", "anabranch.kernels": "kernels"},
-    package_data={"anabranch": ["py.typed", "*.pyi"]},
+    package_data={"anabranch": ["py.typed", "*.pyi", "data/*/*"]},
 )

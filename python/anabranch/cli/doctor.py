@@ -211,13 +211,15 @@ def _models() -> dict[str, Any]:
     folder = models.cache_folder()
     entries = {}
     for name in models.names():
-        converted = folder / models._SMOLLM2_FOLDER if name == "smollm2" else folder / name
-        if converted.is_dir():
-            entries[name] = {"state": "ready", "detail": str(converted)}
-            continue
+        converted = folder / models._SMOLLM2_FOLDER
         try:
-            models._smollm2_gguf()
-            entries[name] = {"state": "installed", "detail": "will be converted when first used (some seconds)"}
+            if name != "smollm2":
+                entries[name] = {"state": "ready", "detail": str(models.path(name))}
+            elif converted.is_dir():
+                entries[name] = {"state": "ready", "detail": str(converted)}
+            else:
+                models._smollm2_gguf()
+                entries[name] = {"state": "installed", "detail": "will be converted when first used (some seconds)"}
         except models.ModelUnavailable as error:
             entries[name] = {"state": "missing", "detail": str(error)}
     return {"cache_folder": str(folder), "available": entries}

@@ -1,0 +1,147 @@
+"""Long multiplication written out in ThreadWeaver's format: the generator, and the split into train, dev and test.
+
+``47*36`` becomes (line breaks only here)::
+
+    47*36=<Parallel><Outlines><Outline>1:6</Outline><Outline>2:30</Outline></Outlines>
+    <Thread>
+    1:a7*6=42+0=42a2;b4*6=24+4=28b8;c2d0</Thread><Thread>
+    2:a0;a7*3=21+0=21b1;b4*3=12+2=14c4;d1</Thread>
+    </Parallel>+2a2b9c6d1=1692
+
+Letters are places: a the ones, b the tens … h. A step is "digit of the multiplicand * digit of the multiplier = product
++ carry = sum", and then the digit of the partial product that comes out, with its place. A place and a digit are one
+token (also with the mark ' of a carry), so each step finds what it needs by what it is, not by how far away it stands.
+``+2`` begins the sum of all before and thread 2; the answer is written the usual way round. A multiplier with one digit
+that is not zero needs no threads: the steps follow the ``=``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+PLACES = "abcdefgh"
+DIGITS = 4  # of an operand, at most
+HELD_OUT = 20  # one pair of operands in so many is for dev, one for test
+
+
+@dataclass(frozen=True)
+class Problem:
+    """a, b: the operands. prompt: as a user writes it. items: the answer for `thread_layout`. threads: 0 = no fork."""
+
+    a: int
+    b: int
+    prompt: str
+    items: list[str | list[tuple[str, str]]]
+    threads: int
+
+    @property
+    def answer(self) -> str:
+        return str(self.a * self.b)
+
+
+def threads_needed(b: int) -> int:
+    """One a digit of the multiplier that is not zero; 0, no parallel block, where one or none is."""
+    digits = sum(d != "0" for d in str(b))
+    return digits if digits > 1 else 0
+
+
+def partial_product(a: int, b: int, place: int) -> tuple[str, list[int]]:
+    """The steps of a times b's digit at `place`; the text, and the product's digits, ones first, in all columns."""
+    width = len(str(a)) + len(str(b))
+    digit, carry = b // 10**place % 10, 0
+    out = [0] * place
+    lines = ["".join(f"{PLACES[i]}0" for i in range(place))] if place else []
+    for i, d in enumerate(map(int, reversed(str(a)))):
+        total = d * digit + carry
+        lines.append(f"{PLACES[i]}{d}*{digit}={d * digit:02d}+{carry}={total:02d}{PLACES[len(out)]}{total % 10}")
+        out.append(total % 10)
+        carry = total // 10
+    top = [carry] + [0] * (width - len(out) - 1)
+    lines.append("".join(f"{p}{d}" for p, d in zip(PLACES[len(out) :], top, strict=False)))
+    return ";".join(lines), out + top
+
+
+def running_sum(left: list[int], right: list[int]) -> tuple[str, list[int]]:
+    """left + right, ones first; ' marks a column that carries."""
+    text, out, carry = "", [], 0
+    for place, x, y in zip(PLACES, left, right, strict=False):
+        carry, digit = divmod(x + y + carry, 10)
+        text += f"{place}{digit}" + ("'" if carry else "")
+        out.append(digit)
+    return text, out
+
+
+def problem(a: int, b: int) -> Problem:
+    """The whole trace of a * b."""
+    for name, value in (("a", a), ("b", b)):
+        if not 0 <= value < 10**DIGITS:
+            raise ValueError(f"{name}={value}: operands have 1 to {DIGITS} digits")
+    prompt, places = f"{a}*{b}", [i for i, d in enumerate(reversed(str(b))) if d != "0"]
+    threads = threads_needed(b)
+    if not threads:
+        text, total = partial_product(a, b, places[0] if places else 0)
+        items: list[str | list[tuple[str, str]]] = [f"={text}={_number(total)}"]
+    else:
+        outlines = "".join(f"<Outline>{t}:{b // 10**p % 10}{'0' * p}</Outline>" for t, p in enumerate(places, start=1))
+        parts = [partial_product(a, b, p) for p in places]
+        total, join = parts[0][1], "</Parallel>"
+        for t, (_, part) in enumerate(parts[1:], start=2):
+            text, total = running_sum(total, part)
+            join += f"+{t}{text}"
+        items = [
+            f"=<Parallel><Outlines>{outlines}</Outlines>",
+            [(str(t), text) for t, (text, _) in enumerate(parts, start=1)],
+            f"{join}={_number(total)}",
+        ]
+    assert _number(total) == str(a * b)
+    return Problem(a, b, prompt, items, threads)
+
+
+def drill(rng: random.Random) -> tuple[str, str]:
+    """A join without its threads' steps, of random numbers: what stands there, and what the model has to write.
+
+    Sums and the answer are a tenth of a trace's tokens and the last to be learnt; this shows them in few tokens.
+    """
+    width = rng.choice((2, 3, 4, 5, 6, 7, 8, 8))
+    count = rng.choices((1, 2, 3, 4), (2, 3, 2, 1))[0]
+    numbers = [[rng.randrange(10) for _ in range(width)] for _ in range(count)]
+    top = rng.choices((0, 1, 2), (3, 3, 1))[0]  # leading zeros, as real products have them
+    for number in numbers:
+        number[width - min(top, width - 1) :] = [0] * min(top, width - 1)
+    if count == 1:  # the answer alone
+        marks = [rng.choice(("", "'")) for _ in range(width)]
+        line = "".join(f"{p}{d}{m}" for p, d, m in zip(PLACES, numbers[0], marks, strict=False))
+        return f"</Parallel>+{rng.randint(2, 4)}{line}=", _number(numbers[0])
+    threads, said, total = "", "", numbers[0]
+    for t, number in enumerate(numbers, start=1):
+        threads += f"<Thread>\n{t}:" + "".join(f"{p}{d}" for p, d in zip(PLACES, number, strict=False)) + "</Thread>"
+        if t > 1:
+            text, total = running_sum(total, number)
+            said += f"+{t}{text}"
+    return f"\n{threads}\n</Parallel>", f"{said}={_number(total)}"
+
+
+def _number(digits: list[int]) -> str:
+    return "".join(map(str, reversed(digits))).lstrip("0") or "0"
+
+
+def split_of(a: int, b: int) -> str:
+    """One of "train", "dev" and "test", by a hash of the pair in either order: no pair is in two of them."""
+    digest = hashlib.sha256(f"{min(a, b)}*{max(a, b)}".encode()).digest()
+    return {0: "dev", 1: "test"}.get(int.from_bytes(digest[:4], "big") % HELD_OUT, "train")
+
+
+def draw(rng: random.Random, split: str, weights: tuple[float, ...] = (1, 2, 4, 8)) -> tuple[int, int]:
+    """A pair of operands of one split: lengths by `weights` (of 1, 2, … digits), uniform digits; in a quarter of them
+    the multiplier's digits behind the first are zero with probability 0.4, which makes other numbers of threads."""
+    while True:
+        n, m = (rng.choices(range(1, DIGITS + 1), weights)[0] for _ in range(2))
+        a = rng.randrange(10 ** (n - 1) if n > 1 else 0, 10**n)
+        b = rng.randrange(10 ** (m - 1) if m > 1 else 0, 10**m)
+        if rng.random() < 0.25:
+            first, *rest = str(b)
+            b = int(first + "".join("0" if rng.random() < 0.4 else d for d in rest))
+        if split_of(a, b) == split:
+            return a, b

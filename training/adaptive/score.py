@@ -1,0 +1,107 @@
+"""Problems and score card of the adaptive SmolLM2.
+
+    python -m training.adaptive.score write                         training/adaptive/problems.jsonl anew
+    python -m training.adaptive.score run --save results.json       the card: forked, sequential, plain; timed one by one
+    python -m training.adaptive.score run --model smollm2           the stock model on the same problems
+
+As ``anabranch eval``, but the two families of reasoning-gym are scored by its own verifiers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from anabranch.cli import evaluate as cli
+from anabranch.cli.common import consoles, load_model, machine_note
+from anabranch.evaluation import MODES, Problem, evaluate, final_answer, is_right, read_problems
+
+FILE = Path(__file__).with_name("problems.jsonl")
+RG = {"legs": "leg_counting", "sums": "chain_sum"}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode="rich")
+
+
+@app.command()
+def write(count: int = 440, file: Path = FILE, split: str = "test", seed: int = 0) -> None:
+    """Write unique held-out problems, one JSON object a line."""
+    from .families import problems
+
+    with file.open("w", encoding="utf-8") as out:
+        for p in itertools.islice(problems(split, seed), count):
+            line: dict[str, Any] = {"prompt": p.prompt, "answer": p.answer, "threads": p.threads, "family": p.family,
+                                    "parts": len(p.parts), "unseen_words": p.unseen_words}  # fmt: skip
+            if p.entries:
+                line["answers"] = [e["answer"] for e in p.entries]
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def verified(problem: Problem, text: str) -> bool:
+    """reasoning-gym's verdict on each part of its families (all must be right); ours on the others."""
+    answers = problem.more.get("answers")
+    if problem.family not in RG or answers is None:
+        return is_right(text, problem.answer)
+    import reasoning_gym
+
+    dataset = reasoning_gym.create_dataset(RG[problem.family], size=1)
+    given = final_answer(text)[0].strip().rstrip(".")
+    parts = [piece.strip() for piece in given.split(",")]
+    if len(answers) > 1:  # "A 57, B 12"
+        letters = [piece.split(" ")[0] for piece in parts]
+        if letters != list("ABCDEF")[: len(answers)]:
+            return False
+        parts = [piece.partition(" ")[2] for piece in parts]
+    return len(parts) == len(answers) and all(
+        dataset.score_answer(answer=part, entry={"answer": answer, "metadata": {}}) == 1.0
+        for part, answer in zip(parts, answers, strict=True)
+    )
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Option(help="A model's name or a folder.")] = "smollm2-adaptive",
+    file: Path = FILE,
+    mode: Annotated[list[str] | None, typer.Option(help="forked, sequential, plain; default all the model can.")] = None,
+    batch: int = 16,
+    timed: Annotated[int, typer.Option(help="Problems timed one by one.")] = 60,
+    limit: int | None = None,
+    dtype: str = "auto",
+    save: Path | None = None,
+    max_new_tokens: int = 700,
+) -> None:
+    """Score a model on the problem file."""
+    import anabranch as ab
+
+    problems = read_problems(file)
+    if limit is not None:
+        problems = problems[:: max(1, len(problems) // limit)][:limit]
+    loaded, tokenizer, kind = load_model(model, dtype)
+    strategy = cli.strategy_for(tokenizer)
+    modes = tuple(mode) if mode else MODES if strategy else ("plain",)
+    engine = ab.Engine(loaded, tokenizer)
+    out, err = consoles()
+
+    def report(name: str, done: int, total: int) -> None:
+        err.print(f"{name} {done}/{total}", style="dim")
+
+    found = evaluate(
+        engine, problems, strategy, modes=modes, batch=batch, timed=timed if strategy else 0,
+        max_new_tokens=max_new_tokens,
+        check=verified if strategy else None, report=report,
+    )  # fmt: skip
+    facts = {"schema": "anabranch.eval", "version": 1, "model": model, "dtype": str(kind).removeprefix("torch."),
+             "strategy": str(strategy), "file": file.name, "machine": machine_note(), "anabranch": ab.__version__}  # fmt: skip
+    whole = {**facts, **found}
+    if save is not None:
+        save.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    out.print(cli.table(whole))
+    for line in cli.remarks(whole):
+        out.print(line, style="dim")
+
+
+if __name__ == "__main__":
+    app()

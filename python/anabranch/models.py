@@ -100,6 +100,23 @@ def path(name: str) -> Path:
     return _MODELS[name]()
 
 
+def state(name: str) -> tuple[str, str]:
+    """("ready" | "installed" | "missing", where it lies, what its first use will do or how to get it); converts nothing."""
+    if name not in _MODELS:
+        raise ValueError(f"name: no model {name!r}; there are {', '.join(map(repr, names()))}")
+    try:
+        if name == "multiplication":
+            return "ready", str(_multiplication())
+        made = cache_folder() / _SMOLLM2_FOLDER if name == "smollm2" else _adaptive_folder()
+        if made.is_dir():
+            return "ready", str(made)
+        if not (cache_folder() / _SMOLLM2_FOLDER).is_dir():
+            _smollm2_gguf()
+    except ModelUnavailable as error:
+        return "missing", str(error)
+    return "installed", "will be converted when first used (some seconds)"
+
+
 def cache_folder() -> Path:
     """Where converted models live (the module's docstring has the rule)."""
     own, xdg = os.environ.get("ANABRANCH_CACHE"), os.environ.get("XDG_CACHE_HOME")
@@ -312,7 +329,7 @@ def _multiplication() -> Path:
 # ------------------------------------------------------------------------------------------------ with our adapter
 
 
-def _smollm2_adaptive() -> Path:
+def _adaptive_folder() -> Path:
     from anabranch import adaptive
 
     if not (adaptive.DATA / "adapter_model.safetensors").is_file():
@@ -320,7 +337,13 @@ def _smollm2_adaptive() -> Path:
             f"smollm2-adaptive: the adapter is not in {str(adaptive.DATA)!r}, so this installation is not whole; "
             "pip install --force-reinstall --no-deps anabranch"
         )
-    folder = cache_folder() / f"smollm2-135m-adaptive-{adaptive.version()}"
+    return cache_folder() / f"smollm2-135m-adaptive-{adaptive.version()}"
+
+
+def _smollm2_adaptive() -> Path:
+    from anabranch import adaptive
+
+    folder = _adaptive_folder()
     if not folder.is_dir():
         base = _smollm2()
         _install_once(folder, lambda partial: adaptive.merge(base, adaptive.DATA, partial))

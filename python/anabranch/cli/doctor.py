@@ -209,19 +209,7 @@ def _models() -> dict[str, Any]:
     from anabranch import models
 
     folder = models.cache_folder()
-    entries = {}
-    for name in models.names():
-        converted = folder / models._SMOLLM2_FOLDER
-        try:
-            if name != "smollm2":
-                entries[name] = {"state": "ready", "detail": str(models.path(name))}
-            elif converted.is_dir():
-                entries[name] = {"state": "ready", "detail": str(converted)}
-            else:
-                models._smollm2_gguf()
-                entries[name] = {"state": "installed", "detail": "will be converted when first used (some seconds)"}
-        except models.ModelUnavailable as error:
-            entries[name] = {"state": "missing", "detail": str(error)}
+    entries = {name: dict(zip(("state", "detail"), models.state(name), strict=True)) for name in models.names()}
     return {"cache_folder": str(folder), "available": entries}
 
 

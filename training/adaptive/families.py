@@ -11,7 +11,8 @@ and three are made here:
     times   who spent the most time, or has the longest thing; a thread a person, a running maximum at the join
     story   steps that need one another: nothing to do in parallel, however many sentences there are
 
-Nothing in a thread is done in one's head that a small model cannot do: products go tens and ones apart, sums two numbers
+A thread first says what it is about: its outline's words, then its numbers, so that each is found by one look back; it
+ends with its result beside its name, as the join will want it. Nothing in a thread is done in one's head that a small model cannot do: products go tens and ones apart, sums two numbers
 at a time. What a join asks for is a copy, a comparison or one addition a part.
 
 **Splits.** Train, dev and test share no name, no kind of goods, and no held-out numbers: a product (7 * 38), a step of a
@@ -102,7 +103,7 @@ def _pick(split: str, rng: random.Random, draw: Callable[[], tuple]) -> tuple:
 
 
 def product(a: int, b: int) -> str:
-    """``7*38: 7*30=210, 7*8=56, 210+56=266`` (a below 10, or the other way round); shorter where a digit is 0."""
+    """``7*30=210, 7*8=56, 210+56=266`` (a below 10, or the other way round); shorter where a digit is 0."""
     if a > b:
         a, b = b, a
     tens, ones = b // 10 * 10, b % 10
@@ -110,7 +111,7 @@ def product(a: int, b: int) -> str:
         raise ValueError(f"product: {a} and {b} both have two digits")
     if not tens or not ones:
         return f"{a}*{b}={a * b}"
-    return f"{a}*{b}: {a}*{tens}={a * tens}, {a}*{ones}={a * ones}, {a * tens}+{a * ones}={a * b}"
+    return f"{a}*{tens}={a * tens}, {a}*{ones}={a * ones}, {a * tens}+{a * ones}={a * b}"
 
 
 def running_sum(numbers: list[int]) -> str:
@@ -139,11 +140,11 @@ def legs(split: str, rng: random.Random, n: int, strange: bool) -> Problem | Non
     parts, totals = [], []
     for animal, count in animals.items():
         each, total = ANIMALS[animal], count * ANIMALS[animal]
-        article = "An" if animal[0] in "aeiou" else "A"
-        sum_ = product(each, count) if each < 10 or count < 10 else f"{count}*10={count * 10}"
+        steps = product(each, count) if each < 10 or count < 10 else f"{count}*10={count * 10}"
         if each == 14:
-            sum_ = f"{count}*14: {count}*10={count * 10}, {count}*4={count * 4}, {count * 10}+{count * 4}={total}"
-        parts.append(Part(f"{count} {animal}", f" {article} {animal} has {each} legs. {sum_}.", str(total)))
+            steps = f"{count}*10={count * 10}, {product(4, count)}, {count * 10}+{count * 4}={total}"
+        work = f" {count} {animal}: {each} legs each. {count}*{each}: {steps}. {animal} {total}."
+        parts.append(Part(f"{count} {animal}", work, str(total)))
         totals.append(total)
     join = f"{running_sum(totals)}.\n" if n > 1 else ""
     return Problem("legs", entry["question"].strip(), tuple(parts), join, entry["answer"], False, (entry,))
@@ -159,19 +160,19 @@ def sums(split: str, rng: random.Random, n: int, strange: bool) -> Problem | Non
     entries, parts = [], []
     while len(entries) < n:
         entry = reasoning_gym.create_dataset(
-            "chain_sum", seed=rng.randrange(2**31), size=1, min_terms=5, max_terms=7, min_digits=1, max_digits=2
+            "chain_sum", seed=rng.randrange(2**31), size=1, min_terms=4, max_terms=6, min_digits=1, max_digits=2
         )[0]
         expression = entry["metadata"]["expression"]
         pieces = expression.split()
-        totals, steps = [int(pieces[0])], []
-        for sign, term in zip(pieces[1::2], pieces[2::2]):
-            totals.append(totals[-1] + (int(term) if sign == "+" else -int(term)))
-            steps.append(f"{totals[-2]}{sign}{term}={totals[-1]}")
+        totals, steps = [int(pieces[0])], ["".join(pieces)]
+        for i in range(1, len(pieces), 2):
+            totals.append(totals[-1] + (int(pieces[i + 1]) if pieces[i] == "+" else -int(pieces[i + 1])))
+            steps.append("".join([str(totals[-1]), *pieces[i + 2 :]]))
         if min(totals) < 0 or any(entry["question"] == e["question"] for e in entries):
             continue  # running totals that stay positive
         entries.append({**entry, "split": held_out("sums", expression)})
         letter = "ABCDEF"[len(entries) - 1]
-        parts.append(Part(letter, f" {', '.join(steps)}.", f"{letter} {totals[-1]}"))
+        parts.append(Part(letter, f" {letter}: {'='.join(steps)}. {letter} {totals[-1]}.", f"{letter} {totals[-1]}"))
     if not _belongs(split, [e["split"] for e in entries]):
         return None
     if n == 1:
@@ -214,7 +215,8 @@ def bills(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
         r = rng.randint(11, 99)
         lines.append(sentence.format(name=name, q=q, goods=rng.choice(GOODS[split]), p=p, r=r))
         total = q * p + r
-        parts.append(Part(name, f" {product(q, p)}, {q * p}+{r}={total}.", f"{name} {total}"))
+        work = f" {name}: {q}*{p}+{r}. {product(q, p)}, {q * p}+{r}={total}. {name} {total}."
+        parts.append(Part(name, work, f"{name} {total}"))
     if n == 1:
         ask = _words(split, rng, BILL_ASK_ONE, BILL_ASK_ONE_UNSEEN, strange)
         answer = parts[0].result.split()[1]
@@ -226,17 +228,17 @@ def bills(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
 
 UNITS = [("hour", "minute", 60), ("minute", "second", 60), ("day", "hour", 24), ("foot", "inch", 12), ("week", "day", 7)]
 TIME_SEEN = {
-    60: ["{name} reads for {a}, then for {c} and later for {d}.", "{name} trains {a}, {c} and {d} on three days.",
-         "{name} needs {a} for the first lap, {c} for the second and {d} for the third."],
-    24: ["{name} is on the road for {a}, then for {c} and for {d}.", "{name} sails for {a}, rests for {c} and sails {d}."],
-    12: ["{name} has boards of {a}, {c} and {d}.", "{name} lays pipes that are {a}, {c} and {d} long."],
-    7: ["{name} is away for {a}, then for {c} and for {d}.", "{name} takes courses of {a}, {c} and {d}."],
+    60: ["{name} reads for {a} and then for {c}.", "{name} trains {a} on one day and {c} on the next.",
+         "{name} needs {a} for the first lap and {c} for the second."],
+    24: ["{name} is on the road for {a} and then for {c}.", "{name} sails for {a} and rests for {c}."],
+    12: ["{name} has boards of {a} and {c}.", "{name} lays pipes that are {a} and {c} long."],
+    7: ["{name} is away for {a} and then for {c}.", "{name} takes courses of {a} and {c}."],
 }  # fmt: skip
 TIME_UNSEEN = {
-    60: ["A rehearsal of {a}, a break of {c} and a concert of {d} are behind {name}."],
-    24: ["The voyages of {name} take {a}, {c} and {d}."],
-    12: ["In the shed of {name} stand three planks, {a}, {c} and {d} long."],
-    7: ["The visits of {name} last {a}, {c} and {d}."],
+    60: ["A rehearsal of {a} and a concert of {c} are behind {name}."],
+    24: ["The voyages of {name} take {a} and {c}."],
+    12: ["In the shed of {name} stand two planks, {a} and {c} long."],
+    7: ["The visits of {name} last {a} and {c}."],
 }
 TIME_ASK_SEEN = ["Who has the most in total?", "Whose total is the largest?", "Who comes out on top in total?"]
 TIME_ASK_UNSEEN = ["Which of them reaches the greatest total?"]
@@ -259,15 +261,15 @@ def times(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
             _, a, b, c = _pick(
                 split, rng, lambda: (per, rng.randint(1, 9), rng.randint(1, per - 1), rng.randint(2, most))
             )
-            d = rng.randint(2, most)
             one = a * per + b
-            if one + c + d not in totals:  # one of them has the most
+            if one + c not in totals:  # one of them has the most
                 break
         first = f"{_amount(a, big)} {_amount(b, small)}"
-        lines.append(sentence.format(name=name, a=first, c=_amount(c, small), d=_amount(d, small)))
-        work = f" {product(a, per)}, {a * per}+{b}={one}, {one}+{c}={one + c}, {one + c}+{d}={one + c + d}."
-        parts.append(Part(name, work, f"{name} {one + c + d}"))
-        totals.append(one + c + d)
+        lines.append(sentence.format(name=name, a=first, c=_amount(c, small)))
+        total = one + c
+        steps = f"{product(a, per)}, {a * per}+{b}={one}, {one}+{c}={total}"
+        parts.append(Part(name, f" {name}: {a}*{per}+{b}+{c}. {steps}. {name} {total}.", f"{name} {total}"))
+        totals.append(total)
     if n == 1:
         ask = _words(split, rng, TIME_ASK_ONE, TIME_ASK_ONE_UNSEEN, strange).format(units=_PLURAL.get(small, small + "s"))
         return Problem("times", " ".join([*lines, ask]), tuple(parts), "", str(totals[0]), strange and split != "train")
@@ -319,17 +321,35 @@ def story(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
     return Problem("story", " ".join(lines), (part,), "", str(total), strange and split != "train")
 
 
+def drill(rng: random.Random) -> Problem:
+    """For training alone: additions and subtractions as joins and threads need them, none of them held out elsewhere."""
+    sums = []
+    for _ in range(rng.randint(5, 9)):
+        a, b = rng.choice([(999, 99), (199, 199), (499, 499), (99, 99)])
+        x, y = rng.randint(2, a), rng.randint(2, b)
+        sums.append(f"{x}+{y}={x + y}" if rng.random() < 0.7 else f"{max(x, y)}-{min(x, y)}={abs(x - y)}")
+    asked = ", ".join(s.partition("=")[0] for s in sums)
+    part = Part("", f" {', '.join(sums)}.", "")
+    return Problem("drill", f"Add and subtract: {asked}", (part,), "", sums[-1].partition("=")[2])
+
+
 _MAKE = {"legs": legs, "sums": sums, "bills": bills, "times": times, "story": story}
 _SHARE = {"legs": 22, "sums": 22, "bills": 22, "times": 22, "story": 12}
 
 
-def problems(split: str, seed: int, families: tuple[str, ...] = FAMILIES, most: int = 6) -> Iterator[Problem]:
-    """Unique problems without end. Parts: one to `most`, all equally often; every family by its share."""
+def problems(
+    split: str, seed: int, families: tuple[str, ...] = FAMILIES, most: int = 6, drills: float = 0.0
+) -> Iterator[Problem]:
+    """Unique problems without end. Parts: one to `most`, all equally often; every family by its share. `drills`: share
+    of rows that are additions alone (for training)."""
     if split not in SPLITS:
         raise ValueError(f"split: {split!r}; pass one of {', '.join(SPLITS)}")
     rng = random.Random(f"{split} {seed}")
     seen: set[str] = set()
     while True:
+        if drills and rng.random() < drills:
+            yield drill(rng)
+            continue
         family = rng.choices(families, [_SHARE[f] for f in families])[0]
         n, strange = rng.randint(1, most), rng.random() < 0.5
         while True:

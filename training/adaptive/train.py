@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import random
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,6 +240,8 @@ def main(
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
     count: Annotated[int, typer.Option(help="Training problems; more than one pass only if time is left.")] = 8000,
     threads: Annotated[int, typer.Option(help="torch's threads.")] = 2,
+    drills: Annotated[float, typer.Option(help="Share of rows that are additions alone.")] = 0.15,
+    start: Annotated[Path | None, typer.Option(help="A state.pt to begin from, with a new schedule.")] = None,
     check_minutes: Annotated[float, typer.Option(help="Minutes between checks on dev problems.")] = 12.0,
     seed: int = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the state saved in --out.")] = False,
@@ -248,18 +251,22 @@ def main(
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = adaptive_tokenizer()
-    made = [example(p, tokenizer) for p in itertools.islice(problems("train", seed), count)]
+    made = [example(p, tokenizer) for p in itertools.islice(problems("train", seed, drills=drills), count)]
     dev = [example(p, tokenizer) for p in itertools.islice(problems("dev", seed), 48)]
     used = torch.unique(torch.tensor([t for one in made for t in one.layout.token_ids]))
     student = Student(rank, alpha=2.0 * rank)
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     spent, step = 0.0, 0
+    if start is not None:
+        student.load_state_dict(torch.load(start, weights_only=True)["student"], strict=False)
     if resume:
         state = torch.load(out / "state.pt", weights_only=True)
         student.load_state_dict(state["student"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         spent, step = state["spent"], state["step"]
+    for ending in (signal.SIGINT, signal.SIGTERM):  # also where a shell left them ignored: what was learnt is saved
+        signal.signal(ending, signal.default_int_handler)
     log = (out / "log.jsonl").open("a")
 
     def note(**facts: Any) -> None:
@@ -282,7 +289,7 @@ def main(
          mean_tokens=float(np.mean([len(x) for x in made])), families=FAMILIES, lr=lr, rank=rank, tokens=tokens)  # fmt: skip
     rng = random.Random(seed + step)
     todo: list[list[Example]] = []
-    start, last_note, last_check = time.monotonic() - spent, time.monotonic(), time.monotonic()
+    begun, last_note, last_check = time.monotonic() - spent, time.monotonic(), time.monotonic()
     seen, losses = 0, []
     everything = torch.arange(student.row_of.shape[0])
     try:
@@ -304,7 +311,7 @@ def main(
             step += 1
             seen += batch["ids"].numel()
             losses.append(loss.item())
-            spent = time.monotonic() - start
+            spent = time.monotonic() - begun
             if time.monotonic() - last_note > 60:
                 note(step=step, minutes=round(spent / 60, 2), loss=round(float(np.mean(losses)), 4),
                      tokens_per_s=round(seen / (time.monotonic() - last_note)), lr=optimizer.param_groups[0]["lr"])  # fmt: skip

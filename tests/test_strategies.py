@@ -267,7 +267,7 @@ def test_budget_counts_every_thread():
         return [(e.reason, len(e.token_ids)) for e in ends]
 
     result = run(body, max_total_tokens=30)
-    assert {reason for reason, _ in result.answers} == {"budget"} and sum(n for _, n in result.answers) in range(30, 34)
+    assert result.answers == [("budget", 8), ("budget", 8), ("budget", 7), ("budget", 7)]
 
 
 def test_reprefill_join_lets_siblings_see_each_other_and_is_dense():

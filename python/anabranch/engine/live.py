@@ -149,13 +149,22 @@ class Live:
         self.branch, self._rebuild, self._feed, self._scratch = None, None, None, []
 
 
-def append(thread: Thread, token_ids: list[int], kind: str, source: str | None = None) -> None:
+def append(
+    thread: Thread, token_ids: list[int], kind: str, source: str | None = None, logprobs: list[float] | None = None
+) -> None:
     """Add tokens at the end of a thread, on the positions that follow."""
     last = thread._segments[-1] if thread._segments else None
-    if last is not None and (last.kind, last.source, last.spliced) == (kind, source, None):
+    if (
+        last is not None
+        and (last.kind, last.source, last.spliced) == (kind, source, None)
+        and (last.logprobs is None) == (logprobs is None)
+    ):
         last.token_ids.extend(token_ids)
+        if last.logprobs is not None:
+            last.logprobs.extend(logprobs or ())
     else:
-        thread._segments.append(Segment(kind, list(token_ids), thread._position, source))
+        kept = None if logprobs is None else list(logprobs)
+        thread._segments.append(Segment(kind, list(token_ids), thread._position, source, logprobs=kept))
     thread._own.extend(token_ids)
     thread._position += len(token_ids)
     thread._depth += len(token_ids)
@@ -170,10 +179,15 @@ def cut(thread: Thread, length: int) -> bool:
         gone = min(excess, len(segment.token_ids))
         start = len(segment.token_ids) - gone
         clean = clean and (segment.spliced is None or start == 0)
+        logprobs = None if segment.logprobs is None else segment.logprobs[start:]
         thread._forgotten.append(
-            Segment(segment.kind, segment.token_ids[start:], segment.position + start, segment.source)
+            Segment(
+                segment.kind, segment.token_ids[start:], segment.position + start, segment.source, logprobs=logprobs
+            )
         )
         del segment.token_ids[start:]
+        if segment.logprobs is not None:
+            del segment.logprobs[start:]
         thread._position = segment.position + start
         if not segment.token_ids:
             thread._segments.pop()

@@ -213,7 +213,7 @@ class Run:
             feed.done += n
             live.settle()
         for at, head in enumerate(heads):
-            if head.index == head.live.thread.length - 1:
+            if head.nth == head.live.thread.length - 1:
                 head.live.scores, head.live.scores_at = (logits, at), head.live.thread.length
         scores.record(logits, heads)
         self.peaks.look()

@@ -324,12 +324,13 @@ class Request:
             else:
                 self.inserted += len(op.token_ids)
             self._tell(thread, op.token_ids, position, op.kind != "sampled")
-        if any(logprob is None for logprob in op.logprobs):
+        logprobs = [logprob for logprob in op.logprobs if logprob is not None]
+        if len(logprobs) < len(op.token_ids):
             return False
         thread._ops.popleft()
-        if op.token_ids:
-            thread._segments[-1].logprobs[-len(op.token_ids) :] = op.logprobs
-        op._resolve(tuple(op.logprobs), thread._depth)
+        if logprobs:
+            thread._segments[-1].logprobs[-len(logprobs) :] = logprobs  # type: ignore[index]
+        op._resolve(tuple(logprobs), thread._depth)
         return True
 
     def _out_of_budget(self) -> bool:

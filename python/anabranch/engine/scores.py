@@ -14,10 +14,10 @@ from .sampling import token_logprobs, token_stats
 
 
 class Head(NamedTuple):
-    """A row that needs the model's head: token `index` of a thread's context, row `row` of the step."""
+    """A row that needs the model's head: token `nth` of a thread's context, row `row` of the step."""
 
     live: Live
-    index: int
+    nth: int
     row: int
 
 
@@ -34,7 +34,7 @@ def heads(entries: Sequence[tuple[Live, Feed, int]]) -> list[Head]:
         if op is not None:
             last = min(length, op.begin + len(op.token_ids) - 1)  # type: ignore[operator]
             at = range(max(length - n, op.begin), last)  # type: ignore[type-var]
-            found += [Head(live, index, end - length + index) for index in at]
+            found += [Head(live, nth, end - length + nth) for nth in at]
         if length == live.thread.length:
             found.append(Head(live, length - 1, end - 1))
     return found
@@ -51,7 +51,7 @@ def record(logits: torch.Tensor, found: Sequence[Head]) -> None:
     scored: list[tuple[int, Score, int]] = []
     for at, head in enumerate(found):
         op = _scoring(head.live)
-        if op is not None and 0 <= (nth := head.index + 1 - op.begin) < len(op.token_ids):  # type: ignore[operator]
+        if op is not None and 0 <= (nth := head.nth + 1 - op.begin) < len(op.token_ids):  # type: ignore[operator]
             scored.append((at, op, nth))
     if scored:
         rows = logits[torch.tensor([at for at, _, _ in scored], device=logits.device)].float()
@@ -71,7 +71,7 @@ def refuse_nan(
     position = feed.branch.position - 1
     if found:
         head = found[int(bad.nonzero()[0, 0])]
-        live, position = head.live, head.live.thread._position - (head.live.thread.length - head.index)
+        live, position = head.live, head.live.thread._position - (head.live.thread.length - head.nth)
     raise ValueError(
         f"{what} for prompt {live.age()[0]}, thread {live.thread.id}, position {position}; check the weights for NaN "
         "or infinite values, or load the model in a wider dtype (float16 overflows where bfloat16 does not)"

@@ -71,7 +71,10 @@ class SelfConsistency(Strategy):
             index = writing.pop(at)
             answers[index] = self.answer(end)
         for i in writing:
-            kids[i].kill()
+            if decodes[i].done:  # in the same step
+                answers[i] = self.answer(decodes[i].value)
+            else:
+                kids[i].kill()
         return answers
 
     def answer(self, end: Ended) -> Any:

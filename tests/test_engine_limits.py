@@ -220,3 +220,33 @@ def test_the_engine_is_good_as_new_after_a_shortage():
     plain = engine.generate(PROMPT, max_new_tokens=8, eos_token_id=None)
     assert plain.token_ids == make_engine().generate(PROMPT, max_new_tokens=8, eos_token_id=None).token_ids
     assert isinstance(plain, ab.Result)
+
+
+@dataclass(frozen=True)
+class Fresh(Strategy):
+    """Threads with prompts of their own that begin alike, at once and one after another."""
+
+    def run(self, trunk):
+        yield trunk.decode(2)
+        base = list(range(100, 130))
+        kids = [trunk.spawn([*base[:n], 7]) for n in (30, 30, 17, 2)]
+        yield [kid.decode(5) for kid in kids]
+        late = trunk.spawn(base)
+        yield late.decode(5)
+        return [kid.token_ids for kid in (*kids, late)]
+
+
+def test_what_prompts_of_one_parent_have_in_common_is_computed_once():
+    engine = make_engine()
+    result = engine.generate(PROMPT, strategy=Fresh(), **FREE)
+    alone = {}
+    for prompt in ([*range(100, 130), 7], [*range(100, 117), 7], [100, 101, 7], list(range(100, 130))):
+        alone[len(prompt)] = engine.generate(prompt, max_new_tokens=5, eos_token_id=None).token_ids
+    assert result.answers == [alone[31], alone[31], alone[18], alone[3], alone[30]]
+    # 30 of the second's 31 tokens, 17 of the third's 18, 29 of the last one's 30; two tokens are less than a page.
+    assert result.metrics.rows == (7 + 1) + (31 + 1 + 1 + 3 + 1) + 5 * 4
+    assert_nothing_held(engine)
+    for options in (dict(max_rows=5), dict(max_threads=1), dict(num_pages=14), dict(num_pages=14, max_rows=3)):
+        small = make_engine(**options)
+        assert small.generate(PROMPT, strategy=Fresh(), **FREE).tree == result.tree
+        assert_nothing_held(small)

@@ -27,7 +27,7 @@ SHORT, LONG = 60, 1000
 class Forwards:
     """How many the model may still do: what hangs fails."""
 
-    left = 0
+    left = 100  # an Engine begins with a probe of its model
 
     @classmethod
     def count(cls, *_: Any) -> None:

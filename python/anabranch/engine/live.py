@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -78,10 +79,33 @@ class Live:
             parent.branch is not None and parent._rebuild is None and parent.branch.length >= len(self.thread._prefix)
         )
 
-    def open(self, cache: Any) -> None:
-        """Give it a branch; call it when `may_open`."""
+    def donor(self, least: int) -> tuple[Live, int] | None:
+        """For a thread with a prompt of its own: a sibling in the cache whose prompt begins alike, and for how many
+        tokens (`least` or more): that far its KV is this thread's as well."""
         thread = self.thread
-        if thread.role == "fork":
+        if thread.role != "fresh" or thread.parent is None or any(s.spliced for s in thread._segments):
+            return None
+        best: tuple[Live, int] | None = None
+        mine = thread._own[: thread._prompt_length]
+        siblings = (kid._live for _, kids in thread.parent._forks for kid in kids if kid.role == "fresh")
+        cached = (live for live in siblings if live.branch is not None and live._rebuild is None)
+        for live in islice(cached, 8):
+            other = live.thread
+            theirs = other._own[: other._prompt_length]
+            same = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)
+            shared = min(len(mine), len(theirs)) if same is None else same
+            shared = min(shared, thread.length - 1)  # the last token's scores have to be computed
+            if shared >= (least if best is None else best[1] + 1):
+                best = live, shared
+        return best
+
+    def open(self, cache: Any, donor: tuple[Live, int] | None = None) -> None:
+        """Give it a branch; call it when `may_open`. donor: whose KV it may begin with, and how much of it."""
+        thread = self.thread
+        if donor is not None:
+            self.branch = cache.fork(donor[0].branch, 1)[0]
+            cache.truncate(self.branch, donor[1])
+        elif thread.role == "fork":
             assert thread.parent is not None
             self.branch = cache.fork(thread.parent._live.branch, 1)[0]
             if self.branch.length > len(thread._prefix):  # the parent has gone on since

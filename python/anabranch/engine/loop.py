@@ -225,6 +225,7 @@ class Run:
         free = self.cache.usage().pages_free
         size = self.cache.page_size
         running = sum(live.branch is not None for live in wanted)
+        coming = {id(live) for live in wanted}
         entries: list[tuple[Live, Feed, int]] = []
         # Longest unserved first: more threads than rows take turns.
         for live in sorted(wanted, key=lambda w: (w.pending > 1, w.last_step if w.pending <= 1 else 0)):
@@ -237,7 +238,12 @@ class Run:
                     continue
                 if not live.may_open:
                     continue  # its parent comes first
-                live.open(self.cache)
+                donor = live.donor(least=size)
+                if donor is not None and donor[0].branch.length < donor[1]:
+                    if id(donor[0]) in coming:
+                        continue  # what they have in common is being computed
+                    donor = None
+                live.open(self.cache, donor)
                 if live.in_cache:
                     continue
                 free -= live.pending // size + 1

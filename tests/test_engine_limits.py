@@ -61,7 +61,7 @@ def test_a_killed_thread_gives_its_turn_away_and_nobody_waits_for_ever():
     class Gone(Strategy):
         def run(self, trunk):
             kids = trunk.fork(3)
-            first, second, third = (kid.decode(6) for kid in kids)
+            first, second, third = (kid.decode(n) for kid, n in zip(kids, (6, 20, 6), strict=True))
             yield first
             kids[1].kill()
             assert second.done and second.value.reason == "killed"

@@ -162,7 +162,7 @@ def test_an_outline_then_one_new_prompt_a_point():
     assert metrics.critical_path_tokens == sampled[0] + max(sampled[1:]) and metrics.threads_per_block == (1, 3)
     # What the points' prompts have in common, question and outline, is computed once.
     shared = next(n for n, three in enumerate(zip(*map(ids, prompts[1:]), strict=False)) if len(set(three)) > 1)
-    assert shared > 100 and metrics.rows == sum(map(len, map(ids, prompts))) - 2 * shared + sum(sampled) - 4
+    assert shared > 90 and metrics.rows == sum(map(len, map(ids, prompts))) - 2 * shared + sum(sampled) - 4
     assert metrics.longest_context == max(len(ids(p)) + n - 1 for p, n in zip(prompts, sampled, strict=True)) + 1
 
 

@@ -115,8 +115,8 @@ def test_apr_fresh_contexts_and_a_join_that_rewrites():
     assert len(result.tree.forgotten) == 1
     runs = result.tree.runs  # dense in the parent
     assert [r.position for r in runs] == [sum(len(q.token_ids) for q in runs[:i]) for i in range(len(runs))]
-    # All of them but what was sampled inside the deleted block ("<" is still seen: it follows what stays).
-    assert compared == result.metrics.sampled_tokens - len(ids(calls)) + 1
+    # All rows but those inside the deleted block (two of it are still there: both blocks begin with "<").
+    assert compared == result.metrics.sampled_tokens - len(ids(calls)) + 2
     assert (
         result.metrics.critical_path_tokens == len(ids("try " + calls + "2,2 equal: Goal Reached" + after + "done")) + 2
     )

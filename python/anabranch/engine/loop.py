@@ -282,15 +282,12 @@ class Run:
             if len(entries) > 1:
                 entries = [e for e in entries if e[0] is not youngest]
                 continue
-            # One that had no turn in this step may be older, or hold pages that cannot be taken but will be given back.
+            # One that had no turn in this step may be older; one that cannot leave will give its pages back at its end.
+            # (Any other would be pushed out again in the next step, and so on for ever.)
             stuck.append(oldest)
-            others = [w for w in wanted if w not in stuck and (w.branch is not None or w.may_open)]
-            if others:
+            others = [w for w in wanted if w.branch is not None and (w.pinned or w.age() < stuck[0].age())]
+            if others := [w for w in others if w not in stuck]:
                 other = min(others, key=Live.age)
-                if other.branch is None:
-                    other.open(self.cache)
-                    if other.in_cache:
-                        return None, []
                 feed = other.next_feed()
                 entries = [(other, feed, min(feed.left, self.engine.max_rows))]
                 continue

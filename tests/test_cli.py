@@ -152,6 +152,12 @@ def test_demo_prints_lines_into_a_pipe_and_ends_with_the_score_card(tiny, tmp_pa
     shown = invoke("view", str(trace)).output
     assert "Yes, because" in shown and "token speed-up" in shown
     assert json.loads(invoke("view", str(trace), "--json").output)["schema"] == "anabranch.trace"
+    replayed = invoke("view", str(trace), "--replay", "--model", tiny).output
+    assert "replayed: the same tree" in replayed and "Yes, because" in replayed
+    again = json.loads(invoke("view", str(trace), "--replay", "--json").output)  # by the model that wrote it
+    assert again["tree"]["runs"][0]["logprobs"] is None and again["tree"]["runs"][1]["logprobs"][0] < 0
+    missing = invoke("view", str(trace), "--replay", "--model", "no-such-model", code=1)
+    assert "pass --model NAME" in missing.stderr
 
 
 def test_demo_json_is_one_object_whose_numbers_agree(tiny):

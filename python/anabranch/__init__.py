@@ -31,10 +31,13 @@ _HOME = {
     "BackendUnavailable": "errors",
     "Engine": "engine",
     "Result": "engine",
+    "replay": "engine",
     "Strategy": "strategies",
     "Aspects": "strategies",
+    "EntropyFork": "strategies",
     "SelfConsistency": "strategies",
     "Sequential": "strategies",
+    "SkeletonOfThought": "strategies",
     "ThreadWeaver": "strategies",
 }
 _MODULES = (

@@ -19,10 +19,15 @@ text); the prompt is not counted, nor a token that a join brings back or compute
 ``longest_context``        tokens of the longest context any thread saw, prompt included
 =========================  =============================================================================================
 
-The rest is about machine and memory, for the whole call (prompts of one call share its steps): ``wall_seconds`` (this
-prompt's, from the call to its end), ``seconds`` by phase, ``steps``, ``rows``, ``preemptions``, ``pages_copied``,
-``pages_peak``, ``tokens_logical_peak`` (context tokens of all branches together), ``tokens_physical_peak`` (those that
-really lay in memory) and ``sharing`` (the ratio of the two).
+Time and work of this prompt: ``wall_seconds`` from the call to its end; ``seconds`` by phase (`PHASES`), where a step
+that several prompts shared counts for each by its rows, so that the prompts of a call add up to the call;
+``overhead_seconds``, the price of deciding (phases "plan" and "strategy"), and ``overhead``, its share of all phases;
+``steps`` it had rows in, ``rows`` it had in them, ``preemptions`` of its threads.
+
+Memory, of the whole call (its prompts share one cache), up to this prompt's end: ``pages_copied``, ``pages_peak``,
+``tokens_logical_peak`` (context tokens of all branches together, at most), ``tokens_physical_peak`` (those that really
+lay in memory, at most), ``tokens_physical_then`` (those in memory at the moment of the logical peak) and ``sharing``
+(how much less that was: logical peak / physical then).
 """
 
 from __future__ import annotations
@@ -31,7 +36,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Metrics", "summary"]
+__all__ = ["PHASES", "Metrics", "summary"]
+
+# What a generation's time goes into; all that counts seconds by phase takes the names from here.
+PHASES = (
+    "prefill",  # forwards: rows of prompts, headers and joins
+    "decode",  # forwards: rows of a thread's next token
+    "plan",  # choosing rows, reserving pages, building the step
+    "strategy",  # strategies, forks, joins, the queues
+    "sampling",
+)
+DECIDING = ("plan", "strategy")
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,8 @@ class Metrics:
     prompt_tokens: int = 0
     wall_seconds: float = 0.0
     seconds: Mapping[str, float] = field(default_factory=dict)
+    overhead_seconds: float = 0.0
+    overhead: float = 0.0
     steps: int = 0
     rows: int = 0
     preemptions: int = 0
@@ -62,6 +79,7 @@ class Metrics:
     pages_peak: int = 0
     tokens_logical_peak: int = 0
     tokens_physical_peak: int = 0
+    tokens_physical_then: int = 0
     sharing: float = 1.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,6 +111,7 @@ def measure(
     """`Metrics` from counts: `in_threads` of the tokens were written outside the trunk, `blocks` are the threads of
     each fork."""
     total, per_block = sampled + inserted, tuple(blocks)
+    deciding, overhead = overhead_of(machine.get("seconds", {}))
     return Metrics(
         total_tokens=total,
         sampled_tokens=sampled,
@@ -108,14 +127,23 @@ def measure(
         trigger_rate=float(bool(per_block)),
         format_correctness=float(well_formed),
         longest_context=longest_context,
+        overhead_seconds=deciding,
+        overhead=overhead,
         **machine,
     )
+
+
+def overhead_of(seconds: Mapping[str, float]) -> tuple[float, float]:
+    """Seconds that went into deciding (planning, strategies, forks, joins, queues), and their share of all phases."""
+    whole, deciding = sum(seconds.values()), sum(seconds.get(name, 0.0) for name in DECIDING)
+    return deciding, deciding / whole if whole else 0.0
 
 
 def summary(results: Iterable[Any]) -> dict[str, float]:
     """Metrics of many answers together: counts are summed, ratios taken from the sums, shares averaged, maxima kept.
 
-    results: `Result` or `Metrics` objects.
+    results: `Result` or `Metrics` objects. Phases come as ``prefill_seconds`` and so on, summed; ``wall_seconds`` is a
+    mean, since prompts of one call overlap.
     """
     all_metrics: list[Metrics] = [getattr(r, "metrics", r) for r in results]
     if not all_metrics:
@@ -130,6 +158,8 @@ def summary(results: Iterable[Any]) -> dict[str, float]:
         "num_threads",
         "num_forks",
         "prompt_tokens",
+        "rows",
+        "preemptions",
     ):
         out[name] = sum(getattr(m, name) for m in all_metrics)
     total, critical = out["total_tokens"], out["critical_path_tokens"]
@@ -139,6 +169,9 @@ def summary(results: Iterable[Any]) -> dict[str, float]:
     out["threads_per_block"] = out["num_threads"] / out["num_forks"] if out["num_forks"] else 0.0
     for name in ("trigger_rate", "format_correctness", "wall_seconds"):
         out[name] = sum(getattr(m, name) for m in all_metrics) / n
-    for name in ("max_concurrency", "longest_context"):
+    for name in ("max_concurrency", "longest_context", "pages_peak"):
         out[name] = max(getattr(m, name) for m in all_metrics)
+    seconds = {phase: sum(m.seconds.get(phase, 0.0) for m in all_metrics) for phase in PHASES}
+    out |= {f"{phase}_seconds": value for phase, value in seconds.items()}
+    out["overhead_seconds"], out["overhead"] = overhead_of(seconds)
     return out

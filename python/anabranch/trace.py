@@ -1,13 +1,20 @@
-"""Traces: a finished generation as versioned JSON, to keep, to view and to compare; checked field by field when read.
+"""Traces: a finished generation as versioned JSON, to keep, to view, to compare and to replay; checked field by field
+when read.
 
-Layout (version 1)::
+Layout (version 2)::
 
-    {"schema": "anabranch.trace", "version": 1,
+    {"schema": "anabranch.trace", "version": 2,
      "model": str, "strategy": str, "seed": int, "config": {…},
      "prompt_token_ids": [int], "token_ids": [int], "text": str | null, "answers": any JSON, "malformed": [str],
      "tree": {"id", "role", "token_ids", "text", "start", "stop", "forked_at", "ended", "fate",
-              "runs": [{"kind", "token_ids", "position", "source", "spliced"}], "forgotten": [as runs], "children":
-     [nodes]}, "metrics": {…}}
+              "runs": [{"kind", "token_ids", "position", "source", "spliced", "logprobs"}], "forgotten": [as runs],
+              "children": [nodes],
+              "log": [{"do", "token_ids", "children", "mode", "length", "headers"}]},
+     "metrics": {…}}
+
+``logprobs`` is null unless they were asked for (``generate(logprobs=True)``). ``log`` is what was done to a thread, in
+order (`anabranch.strategies.protocol.Action`): `ab.replay` does it again. Version 1, which had neither of the two and
+fewer metrics, is still read; it cannot be replayed.
 """
 
 from __future__ import annotations
@@ -19,11 +26,12 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .engine.result import Node, Result, Run
-from .metrics import Metrics
+from .metrics import Metrics, overhead_of
+from .strategies.protocol import JOIN_MODES, Action
 
 __all__ = ["SCHEMA", "VERSION", "Trace", "load", "save"]
 
-SCHEMA, VERSION = "anabranch.trace", 1
+SCHEMA, VERSION = "anabranch.trace", 2
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,9 @@ class Trace:
         if data.get("schema") != SCHEMA:
             raise ValueError(f"trace.schema: expected {SCHEMA!r}, got {data.get('schema')!r}; is this file a trace?")
         version = _get(data, "version", "trace", int)
-        if version != VERSION:
+        if version == 1:
+            data = _from_version_1(data)
+        elif version != VERSION:
             raise ValueError(
                 f"trace.version: {version} is not readable here (this is version {VERSION}); "
                 "use the anabranch that wrote it"
@@ -128,6 +138,27 @@ def load(path: str | os.PathLike[str]) -> Trace:
         return Trace.from_dict(data)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from None
+
+
+def _from_version_1(data: Mapping[str, Any]) -> dict[str, Any]:
+    """As version 2, with nothing made up: what was not kept then is null, empty or 0."""
+
+    def grown(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node  # the reader will say what is wrong with it
+        runs = {
+            name: [{**run, "logprobs": None} if isinstance(run, dict) else run for run in node[name]]
+            for name in ("runs", "forgotten")
+            if isinstance(node.get(name), list)
+        }
+        children = [grown(child) for child in node["children"]] if isinstance(node.get("children"), list) else None
+        return {**node, **runs, **({} if children is None else {"children": children}), "log": []}
+
+    metrics = _get(data, "metrics", "trace", dict)
+    seconds = _get(metrics, "seconds", "trace.metrics", dict)
+    deciding, share = overhead_of({k: _want(v, (int, float), f"trace.metrics.seconds.{k}") for k, v in seconds.items()})
+    new = {"overhead_seconds": deciding, "overhead": share, "tokens_physical_then": 0}
+    return {**data, "version": VERSION, "tree": grown(data.get("tree")), "metrics": {**metrics, **new}}
 
 
 def _plain(value: Any) -> Any:
@@ -179,6 +210,39 @@ def _run(data: Any, at: str) -> Run:
         position=_natural(_get(data, "position", at, int), f"{at}.position"),
         source=_get(data, "source", at, (str, type(None))),
         spliced=_get(data, "spliced", at, bool),
+        logprobs=_logprobs(data, at),
+    )
+
+
+def _logprobs(data: Mapping[str, Any], at: str) -> tuple[float, ...] | None:
+    if _get(data, "logprobs", at, (list, tuple, type(None))) is None:
+        return None
+    values = tuple(_list(data, "logprobs", at, lambda v, at: _want(v, (int, float), at)))
+    if len(values) != len(data["token_ids"]):
+        raise ValueError(f"{at}.logprobs: {len(values)} of them for {len(data['token_ids'])} tokens")
+    return values
+
+
+ACTIONS = ("insert", "sample", "fork", "spawn", "join", "kill", "truncate")
+
+
+def _action(data: Any, at: str) -> Action:
+    _want(data, dict, at)
+    do, mode = _get(data, "do", at, str), _get(data, "mode", at, (str, type(None)))
+    if do not in ACTIONS:
+        raise ValueError(f"{at}.do: expected one of {', '.join(ACTIONS)}, got {do!r}")
+    if mode not in (None, "killed", "discarded", *JOIN_MODES):
+        raise ValueError(f"{at}.mode: expected a join mode, 'killed' or 'discarded', got {mode!r}")
+    length = _get(data, "length", at, (int, type(None)))
+    return Action(
+        do=do,
+        token_ids=_ids(data, "token_ids", at),
+        children=tuple(_list(data, "children", at, lambda v, at: _want(v, str, at))),
+        mode=mode,
+        length=None if length is None else _natural(length, f"{at}.length"),
+        headers=tuple(
+            _list(data, "headers", at, lambda v, at: None if v is None else _ids({"header": v}, "header", at))
+        ),
     )
 
 
@@ -200,6 +264,7 @@ def _node(data: Any, at: str) -> Node:
         runs=tuple(_list(data, "runs", at, _run)),
         forgotten=tuple(_list(data, "forgotten", at, _run)),
         children=tuple(_list(data, "children", at, _node)),
+        log=tuple(_list(data, "log", at, _action)),
     )
     held = [t for run in node.runs if run.kind != "prompt" for t in run.token_ids]
     if held != list(node.token_ids):

@@ -288,18 +288,27 @@ def generate(
 @app.command(
     epilog=_examples(
         "anabranch demo --save trace.json && anabranch view trace.json",
+        "anabranch view trace.json --replay",
     ),
 )
 @command
 def view(
     trace: Annotated[Path, typer.Argument(help="A file that --save wrote.", show_default=False)],
+    replay: Annotated[
+        bool,
+        _flag("--replay", help="Feed its tokens through the model again: must give the same tree; scores every token."),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="NAME", help="Of --replay.", show_default="the one that wrote it"),
+    ] = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Show a saved trace: the tree with its texts, and what it cost."""
     from anabranch.cli import view as body
 
-    body.run(trace, json)
+    body.run(trace, json, replay, model)
 
 
 @app.command(

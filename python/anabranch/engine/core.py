@@ -28,6 +28,8 @@ class Engine:
     num_pages: pages of the cache, each of `page_size` tokens; None: as many as free memory allows.
     backend: attention backend of every forward: "auto", "cpu", "triton" or "reference".
     max_rows: most tokens one forward takes; longer prompts are prefilled in chunks, beside what is decoding.
+    max_threads: most threads, of all prompts of a call, that decode at a time; more wait for their turn, which changes
+        no token. None: as many as fit the pages.
     wide_linear: on a CPU without bf16 matrix instructions, 16-bit linear layers run through a kernel of ours while the
         engine's forwards last (see engine/linear.py); True or False decide, None: where it pays.
 
@@ -45,11 +47,17 @@ class Engine:
         page_size: int = 16,
         backend: str = "auto",
         max_rows: int = 512,
+        max_threads: int | None = None,
         wide_linear: bool | None = None,
     ):
         if not isinstance(max_rows, int) or max_rows < 1:
             raise ValueError(f"max_rows={max_rows!r}; pass a whole number of at least 1 (tokens a forward)")
+        if max_threads is not None and (not isinstance(max_threads, int) or max_threads < 1):
+            raise ValueError(
+                f"max_threads={max_threads!r}; pass a whole number of at least 1 (threads decoding at a time) or None"
+            )
         hf.enable(model)
+        self.max_threads = max_threads
         self.model, self.tokenizer, self.backend, self.max_rows = model, tokenizer, backend, max_rows
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self.cache = TreeCache.for_model(model, num_pages=num_pages, page_size=page_size)
@@ -81,10 +89,13 @@ class Engine:
         max_new_tokens: most tokens sampled one after another (along the critical path) for one prompt; default: the
             config's ``max_new_tokens``, else 256. ``max_total_tokens=``: most tokens sampled over all threads of a
             prompt.
+        ``logprobs=True`` records the log-probability of every sampled token (of the raw scores, before any processor)
+        in the result's tree and trace.
 
-        Raises ValueError, before anything ran, for an empty prompt, ids outside the vocabulary, an option that is not
-        honoured, or a prompt that can never fit in ``num_pages``. Whatever is raised, later or by a strategy, or
-        Ctrl-C: all pages are free again and the engine is as good as new.
+        Prompts, and threads, that do not fit the cache together wait for one another. Raises ValueError, before
+        anything ran, for an empty prompt, ids outside the vocabulary, an option that is not honoured, or a prompt that
+        can never fit in ``num_pages``. Whatever is raised, later or by a strategy, or Ctrl-C: all pages are free again
+        and the engine is as good as new.
         """
         run, many = self._prepare(prompt, strategy, generation_config, seed, max_new_tokens, kwargs, streaming=False)
         for _ in self._drive(run):
@@ -146,6 +157,11 @@ class Engine:
         budget = kwargs.pop("max_total_tokens", None)
         if budget is not None and (not isinstance(budget, int) or budget < 1):
             raise ValueError(f"max_total_tokens={budget!r}; pass a whole number of at least 1, or None")
+        logprobs = kwargs.pop("logprobs", False)
+        if not isinstance(logprobs, bool):
+            raise ValueError(
+                f"logprobs={logprobs!r}; pass True to record each sampled token's log-probability, or False"
+            )
         prepared = prepare_config(self.model, config, max_new_tokens, kwargs)
         samplers = Samplers(self.model, self.tokenizer, prepared, extra, criteria)
         text = Text(self.tokenizer, self.vocab_size, samplers.base.eos_ids)
@@ -154,15 +170,10 @@ class Engine:
         if len(seeds) != len(prompts) or not all(isinstance(s, int) and s >= 0 for s in seeds):
             raise ValueError(f"seed={seed!r}; pass a whole number ≥ 0, or a list of {len(prompts)} (one a prompt)")
         ids = [text.prompt_ids(p, f"prompt[{i}]" if many else "prompt") for i, p in enumerate(prompts)]
-        size = self.cache.page_size
-        room = self.cache.num_pages * size
-        for i, tokens in enumerate(ids):
-            if len(tokens) > room:
-                raise ValueError(
-                    f"prompt{f'[{i}]' if many else ''}: {len(tokens)} tokens can never fit in "
-                    f"num_pages={self.cache.num_pages} of {size} tokens; make the engine with num_pages of at least "
-                    f"{-(-len(tokens) // size) + 1}"
-                )
+        # Without anything that could end it early, plain decoding writes all it may; its last token needs no place.
+        endless = isinstance(getattr(strategy, "strategy", strategy), Plain) and not budget
+        endless = endless and not samplers.base.eos_ids and not samplers.base.criteria
+        self._check_room(ids, prepared.max_new_tokens - 1 if endless else 0, many)
         buffer: deque[Event] = deque()
         requests = [
             Request(
@@ -175,8 +186,22 @@ class Engine:
                 samplers=samplers,
                 max_total_tokens=budget,
                 max_new_tokens=prepared.max_new_tokens,
+                logprobs=logprobs,
                 emit=buffer.append if streaming else None,
+                prompt=prompts[i],
             )
             for i, (tokens, s) in enumerate(zip(ids, seeds, strict=True))
         ]
         return Run(self, requests, buffer), many
+
+    def _check_room(self, ids: list[list[int]], more: int, many: bool) -> None:
+        """ValueError for a prompt that, with `more` tokens behind it, can never fit in the cache."""
+        pages, size = self.cache.num_pages, self.cache.page_size
+        for i, tokens in enumerate(ids):
+            if len(tokens) + more > pages * size:
+                what = f"{len(tokens)} tokens" + (f" and {more} more" if more else "")
+                raise ValueError(
+                    f"prompt{f'[{i}]' if many else ''}: {what} can never fit in num_pages={pages} of {size} tokens; "
+                    f"make the engine with num_pages of at least {-(-(len(tokens) + more) // size) + (not more)}"
+                    + (", or use a smaller max_new_tokens" if more else "")
+                )

@@ -92,14 +92,14 @@ def _splice(request: Request, thread: Thread, kids: list[Thread]) -> None:
 
 def _reprefill(request: Request, thread: Thread, op: Join) -> None:
     rest = list(zip(op.kids, op.headers, strict=True))
-    if thread.length == len(op.kids[0]._prefix) and op.headers[0] is None:
+    if op.kids[0].role == "fork" and thread.length == len(op.kids[0]._prefix) and op.headers[0] is None:
         # Nothing stands between the fork and the first child: its KV is what computing it again would give.
         _splice(request, thread, op.kids[:1])
         rest = rest[1:]
     for kid, header in rest:
         _end_children(request, kid)
         depth = thread._depth
-        own = kid._own
+        own = kid._own[kid._prompt_length :]
         if header is not None:
             own = header + own[kid._header_length :]
         if own:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -78,10 +79,33 @@ class Live:
             parent.branch is not None and parent._rebuild is None and parent.branch.length >= len(self.thread._prefix)
         )
 
-    def open(self, cache: Any) -> None:
-        """Give it a branch; call it when `may_open`."""
+    def donor(self, least: int) -> tuple[Live, int] | None:
+        """For a thread with a prompt of its own: a sibling in the cache whose prompt begins alike, and for how many
+        tokens (`least` or more): that far its KV is this thread's as well."""
         thread = self.thread
-        if thread.role == "fork":
+        if thread.role != "fresh" or thread.parent is None or any(s.spliced for s in thread._segments):
+            return None
+        best: tuple[Live, int] | None = None
+        mine = thread._own[: thread._prompt_length]
+        siblings = (kid._live for _, kids in thread.parent._forks for kid in kids if kid.role == "fresh")
+        cached = (live for live in siblings if live.branch is not None and live._rebuild is None)
+        for live in islice(cached, 8):
+            other = live.thread
+            theirs = other._own[: other._prompt_length]
+            same = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)
+            shared = min(len(mine), len(theirs)) if same is None else same
+            shared = min(shared, thread.length - 1)  # the last token's scores have to be computed
+            if shared >= (least if best is None else best[1] + 1):
+                best = live, shared
+        return best
+
+    def open(self, cache: Any, donor: tuple[Live, int] | None = None) -> None:
+        """Give it a branch; call it when `may_open`. donor: whose KV it may begin with, and how much of it."""
+        thread = self.thread
+        if donor is not None:
+            self.branch = cache.fork(donor[0].branch, 1)[0]
+            cache.truncate(self.branch, donor[1])
+        elif thread.role == "fork":
             assert thread.parent is not None
             self.branch = cache.fork(thread.parent._live.branch, 1)[0]
             if self.branch.length > len(thread._prefix):  # the parent has gone on since
@@ -149,13 +173,22 @@ class Live:
         self.branch, self._rebuild, self._feed, self._scratch = None, None, None, []
 
 
-def append(thread: Thread, token_ids: list[int], kind: str, source: str | None = None) -> None:
+def append(
+    thread: Thread, token_ids: list[int], kind: str, source: str | None = None, logprobs: list[float] | None = None
+) -> None:
     """Add tokens at the end of a thread, on the positions that follow."""
     last = thread._segments[-1] if thread._segments else None
-    if last is not None and (last.kind, last.source, last.spliced) == (kind, source, None):
+    if (
+        last is not None
+        and (last.kind, last.source, last.spliced) == (kind, source, None)
+        and (last.logprobs is None) == (logprobs is None)
+    ):
         last.token_ids.extend(token_ids)
+        if last.logprobs is not None:
+            last.logprobs.extend(logprobs or ())
     else:
-        thread._segments.append(Segment(kind, list(token_ids), thread._position, source))
+        kept = None if logprobs is None else list(logprobs)
+        thread._segments.append(Segment(kind, list(token_ids), thread._position, source, logprobs=kept))
     thread._own.extend(token_ids)
     thread._position += len(token_ids)
     thread._depth += len(token_ids)
@@ -170,10 +203,15 @@ def cut(thread: Thread, length: int) -> bool:
         gone = min(excess, len(segment.token_ids))
         start = len(segment.token_ids) - gone
         clean = clean and (segment.spliced is None or start == 0)
+        logprobs = None if segment.logprobs is None else segment.logprobs[start:]
         thread._forgotten.append(
-            Segment(segment.kind, segment.token_ids[start:], segment.position + start, segment.source)
+            Segment(
+                segment.kind, segment.token_ids[start:], segment.position + start, segment.source, logprobs=logprobs
+            )
         )
         del segment.token_ids[start:]
+        if segment.logprobs is not None:
+            del segment.logprobs[start:]
         thread._position = segment.position + start
         if not segment.token_ids:
             thread._segments.pop()

@@ -6,7 +6,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -16,29 +15,12 @@ from ..errors import OutOfPages
 from ..hf import tree_mask
 from ..strategies.ops import Decode, Join
 from ..strategies.protocol import Thread
-from . import events
+from . import events, scores
+from .clock import Peaks, share
 from .live import Feed, Live
 from .request import Request
 from .result import Result, build_result
-from .sampling import token_stats
-
-
-@dataclass
-class Clock:
-    """Seconds by phase, and what the cache held at most, over one run (all its prompts)."""
-
-    prefill: float = 0.0
-    decode: float = 0.0
-    plan: float = 0.0  # choosing rows, reserving pages, building the step
-    strategy: float = 0.0  # strategies, forks, joins, the queues
-    sampling: float = 0.0
-    steps: int = 0
-    rows: int = 0
-    preemptions: int = 0
-    pages_peak: int = 0
-    tokens_logical_peak: int = 0
-    tokens_physical_peak: int = 0
-    pages_copied_before: int = 0
+from .slots import Slots
 
 
 class Run:
@@ -49,8 +31,12 @@ class Run:
         self.cache = engine.cache
         self.active = list(requests)
         self.results: list[Result | None] = [None] * len(requests)
-        self.clock = Clock(pages_copied_before=self.cache.usage().pages_copied)
+        self.peaks = Peaks(self.cache)
+        self.steps = 0
         self.aborted = False
+        self._slots = None if engine.max_threads is None else Slots(engine.max_threads)
+        self._decoding: dict[Request, dict[Thread, None]] = {}  # who may be given a token in this step
+        self._queueing: set[Request] = set()  # requests of which some thread waits for a slot
         self._needed: set[int] = set()  # ids of the Lives that the first op of some queue needs in the cache
         self._busy_in: int | None = None  # id of the Python thread that is inside the loop right now
         self._ended = threading.Event()
@@ -108,35 +94,42 @@ class Run:
             request.kill(thread, "discarded")
         request.finished, request.trunk.fate = True, fate
         self.active.remove(request)
-        result = build_result(self.engine, request, self.clock)
+        result = build_result(self.engine, request, self.peaks)
         request.release()
         self.results[request.index] = result
         if request.emit:
             request.emit(events.Finish(request.index, result))
 
     def _advance(self) -> None:
-        begin = time.perf_counter()
         for request in list(self.active):
+            begin = time.perf_counter()
             request.advance()
+            request.spent.seconds["strategy"] += time.perf_counter() - begin
             if request.over:
-                self.clock.strategy += time.perf_counter() - begin
                 self._finish(request, "finished")
-                begin = time.perf_counter()
-        self.clock.strategy += time.perf_counter() - begin
 
     def _step(self) -> None:
+        begin = time.perf_counter()
+        self._admit()
+        share(time.perf_counter() - begin, "plan", [(request.spent, 1) for request in self.active])
         if not (ready := self._ready()):
             self._forward()
             ready = self._ready()
         if ready:
             self._sample(ready)
 
-    def _ready(self) -> list[Thread]:
-        """Threads that can be given a token without another forward."""
-        threads = (t for request in self.active for t in self._may_decode(request))
-        return [t for t in threads if t._live.has_scores and not t._live.pending]
-
     # ---------------------------------------------------------------------------------------- who wants what
+
+    def _admit(self) -> None:
+        """Settle which threads may be given a token in this step."""
+        self._decoding = {request: dict.fromkeys(self._may_decode(request)) for request in self.active}
+        self._queueing.clear()
+        if self._slots is not None:
+            admitted = set(self._slots.admit(t for threads in self._decoding.values() for t in threads))
+            for request, threads in self._decoding.items():
+                self._decoding[request] = {t: None for t in threads if t in admitted}
+                if len(self._decoding[request]) < len(threads):
+                    self._queueing.add(request)
 
     @staticmethod
     def _may_decode(request: Request) -> list[Thread]:
@@ -146,10 +139,15 @@ class Run:
             return [min(threads, key=lambda t: (*t.path, inf))]
         return threads
 
+    def _ready(self) -> list[Thread]:
+        """Threads that can be given a token without another forward."""
+        threads = (t for decoding in self._decoding.values() for t in decoding)
+        return [t for t in threads if t._live.has_scores and not t._live.pending]
+
     def _wanted(self, request: Request) -> list[Live]:
         """Threads that must be brought into the cache now, parents before their forks."""
         wanted: dict[Thread, None] = {}
-        decoding = self._may_decode(request)
+        decoding = self._decoding[request]
         for thread in list(request.queued):
             op = thread._ops[0] if thread._ops else None
             if op is None or not thread._live.born or (isinstance(op, Decode) and thread not in decoding):
@@ -163,7 +161,8 @@ class Run:
                     while chain[-1]._live.branch is None and not chain[-1]._live.may_open:
                         chain.append(chain[-1].parent)  # type: ignore[arg-type]
                     wanted.update(dict.fromkeys(reversed(chain)))
-        if not wanted and not any(t._live.has_scores and not t._live.pending for t in decoding):
+        waiting = request in self._queueing or any(t._live.has_scores and not t._live.pending for t in decoding)
+        if not wanted and not waiting:
             raise RuntimeError(
                 f"{type(request.strategy).__name__}: nothing is left to do, but run() still waits for "
                 f"{request.tasks.describe_wait()}; "
@@ -179,19 +178,14 @@ class Run:
         wanted = [live for request in self.active for live in self._wanted(request)]
         entries = self._choose(wanted)
         step, entries = self._reserve(entries, wanted)
+        # Work of several prompts is shared out by its rows.
+        parts = [(live.thread._host.spent, n) for live, _, n in entries]
         if step is None:
-            self.clock.plan += time.perf_counter() - begin
+            share(time.perf_counter() - begin, "plan", parts or [(live.thread._host.spent, 1) for live in wanted])
             return
         device = self.cache.device
         ids = torch.tensor([t for _, f, n in entries for t in f.token_ids[f.done : f.done + n]], device=device)
-        # Only threads whose last token is now in need the head. Lengths already include this step.
-        keep = [
-            i
-            for i, (live, f, n) in enumerate(entries)
-            if f.branch is live.branch and f.branch.length == live.thread.length
-        ]
-        head = {entry: row for row, entry in enumerate(keep)}
-        last = step.last_rows[torch.tensor(keep or [0], device=device)]
+        heads = scores.heads(entries)
         options = {} if self.engine.backend == "auto" else {"tree_backend": self.engine.backend}
         forward = time.perf_counter()
         with torch.inference_mode(), self.engine.linear:
@@ -201,29 +195,29 @@ class Run:
                 tree_step=step,
                 use_cache=False,
                 attention_mask=tree_mask(step),
-                logits_to_keep=last,
+                logits_to_keep=torch.tensor([head.row for head in heads] or [0], device=device),
                 **options,
             ).logits[0]
-            self._check(logits, keep, entries)
+            what = f"{type(self.engine.model).__name__} returned NaN scores in step {self.steps + 1}"
+            scores.refuse_nan(logits, heads, entries, what)
         done = time.perf_counter()
-        clock, rows = self.clock, sum(n for _, _, n in entries)
-        prefill = sum(n for _, _, n in entries if n > 1)
-        clock.steps += 1
-        clock.rows += rows
-        clock.prefill += (done - forward) * prefill / rows
-        clock.decode += (done - forward) * (rows - prefill) / rows
-        for i, (live, feed, n) in enumerate(entries):
+        self.steps += 1
+        for clock, n in parts:
+            clock.seconds["prefill" if n > 1 else "decode"] += (done - forward) * n / step.num_rows
+            clock.rows += n
+        for clock in dict.fromkeys(clock for clock, _ in parts):
+            clock.steps += 1
+        for live, feed, n in entries:
             live.thread._host.longest_context = max(live.thread._host.longest_context, feed.branch.length)
-            live.last_step = clock.steps
+            live.last_step = self.steps
             feed.done += n
             live.settle()
-            if i in head:
-                live.scores, live.scores_at = (logits, head[i]), live.thread.length
-        usage = self.cache.usage()
-        clock.pages_peak = max(clock.pages_peak, usage.pages_total - usage.pages_free)
-        clock.tokens_logical_peak = max(clock.tokens_logical_peak, usage.tokens_logical)
-        clock.tokens_physical_peak = max(clock.tokens_physical_peak, usage.tokens_physical)
-        clock.plan += forward - begin + time.perf_counter() - done
+        for at, head in enumerate(heads):
+            if head.nth == head.live.thread.length - 1:
+                head.live.scores, head.live.scores_at = (logits, at), head.live.thread.length
+        scores.record(logits, heads)
+        self.peaks.look()
+        share(forward - begin + time.perf_counter() - done, "plan", parts)
 
     def _choose(self, wanted: list[Live]) -> list[tuple[Live, Feed, int]]:
         """Rows of the next step: every thread that goes on by a token, then longer runs in order, in chunks."""
@@ -231,6 +225,7 @@ class Run:
         free = self.cache.usage().pages_free
         size = self.cache.page_size
         running = sum(live.branch is not None for live in wanted)
+        coming = {id(live) for live in wanted}
         entries: list[tuple[Live, Feed, int]] = []
         # Longest unserved first: more threads than rows take turns.
         for live in sorted(wanted, key=lambda w: (w.pending > 1, w.last_step if w.pending <= 1 else 0)):
@@ -243,7 +238,12 @@ class Run:
                     continue
                 if not live.may_open:
                     continue  # its parent comes first
-                live.open(self.cache)
+                donor = live.donor(least=size)
+                if donor is not None and donor[0].branch.length < donor[1]:
+                    if id(donor[0]) in coming:
+                        continue  # what they have in common is being computed
+                    donor = None
+                live.open(self.cache, donor)
                 if live.in_cache:
                     continue
                 free -= live.pending // size + 1
@@ -260,6 +260,7 @@ class Run:
         """Reserve the rows in the cache; in a page shortage make room: what is idle goes first, then the youngest."""
         if not entries:
             return None, entries  # only branches had to be opened
+        stuck: list[Live] = []  # those that cannot go on though all that may leave has left
         while True:
             positions = {
                 feed.branch: torch.arange(feed.position + feed.done, feed.position + feed.done + count)
@@ -275,21 +276,28 @@ class Run:
             victim = self._victim(oldest)
             if victim is not None:
                 victim.release(self.cache)
-                self.clock.preemptions += 1
+                victim.thread._host.spent.preemptions += 1
                 entries = [e for e in entries if e[0] is not victim]
-            elif len(entries) > 1:
+                continue
+            if len(entries) > 1:
                 entries = [e for e in entries if e[0] is not youngest]
-            elif older := [w for w in wanted if w.branch is not None and w.age() < oldest.age()]:
-                first = min(older, key=Live.age)  # it had no turn in this step, but it is the one to go on
-                entries = [(first, first.next_feed(), min(first.next_feed().left, self.engine.max_rows))]
-            else:
-                total, size = self.cache.num_pages, self.cache.page_size
-                raise ValueError(
-                    f"num_pages={total} (of {size} tokens) is too small for prompt {oldest.age()[0]}: thread "
-                    f"{oldest.thread.id} needs {oldest.thread.length} tokens beside those that cannot leave now; "
-                    "make the engine with a larger num_pages, "
-                    f"or use a shorter prompt, fewer threads or a smaller max_new_tokens ({shortage})"
-                )
+                continue
+            # One that had no turn in this step may be older; one that cannot leave will give its pages back at its end.
+            # (Any other would be pushed out again in the next step, and so on for ever.)
+            stuck.append(oldest)
+            others = [w for w in wanted if w.branch is not None and (w.pinned or w.age() < stuck[0].age())]
+            if others := [w for w in others if w not in stuck]:
+                other = min(others, key=Live.age)
+                feed = other.next_feed()
+                entries = [(other, feed, min(feed.left, self.engine.max_rows))]
+                continue
+            live, total, size = stuck[0], self.cache.num_pages, self.cache.page_size
+            raise ValueError(
+                f"num_pages={total} (of {size} tokens) is too small for prompt {live.age()[0]}: thread "
+                f"{live.thread.id} needs {live.thread.length} tokens beside those that cannot leave now; "
+                "make the engine with a larger num_pages, "
+                f"or use a shorter prompt, fewer threads or a smaller max_new_tokens ({shortage})"
+            )
 
     def _victim(self, oldest: Live) -> Live | None:
         """Whose pages to take for `oldest`: a thread that nothing waits for, else the youngest of those younger than
@@ -309,30 +317,18 @@ class Run:
                     best, best_key = live, key
         return best
 
-    def _check(self, logits: torch.Tensor, keep: list[int], entries: list[tuple[Live, Feed, int]]) -> None:
-        bad = torch.isnan(logits.amax(-1))  # amax hands a NaN on, and reads the scores once
-        if not bool(bad.any()):
-            return
-        row = int(bad.nonzero()[0, 0])
-        live, feed, _ = entries[keep[row] if keep else 0]
-        raise ValueError(
-            f"{type(self.engine.model).__name__} returned NaN scores in step {self.clock.steps + 1} for "
-            f"prompt {live.age()[0]}, thread {live.thread.id}, position {feed.branch.position - 1}; "
-            "check the weights for NaN or infinite values, "
-            "or load the model in a wider dtype (float16 overflows where bfloat16 does not)"
-        )
-
     # ---------------------------------------------------------------------------------------- sampling
 
     def _sample(self, ready: list[Thread]) -> None:
         begin = time.perf_counter()
+        ready = scores.within_budget(ready)
         groups: dict[Any, list[Thread]] = {}
-        together: dict[Any, int] = {}
+        together: dict[Request, int] = {}
         for thread in ready:
             groups.setdefault(thread._ops[0]._sampler, []).append(thread)
         for sampler, threads in groups.items():
             with torch.inference_mode():
-                logits = _rows([t._live.scores for t in threads]).float()
+                logits = scores.rows([t._live.scores for t in threads]).float()
                 contexts = [lambda t=t: [*t._prefix, *t._own] for t in threads]
                 tokens = sampler.choose(
                     logits,
@@ -341,25 +337,11 @@ class Run:
                     [t._host.trunk._prompt_length for t in threads],
                     [t._live.stream for t in threads],
                 )
-                asked = [i for i, t in enumerate(threads) if t._ops[0].topk is not None]
-                if asked:
-                    raw = logits if len(asked) == len(threads) else logits[asked]
-                    stats = token_stats(raw, [tokens[i] for i in asked], [threads[i]._ops[0].topk for i in asked])
-                    for i, stat in zip(asked, stats, strict=True):
-                        threads[i]._ops[0].stats.append(stat)
-            for thread, token in zip(threads, tokens, strict=True):
+                logprobs = scores.stats(logits, threads, tokens)
+            for i, (thread, token) in enumerate(zip(threads, tokens, strict=True)):
                 request: Any = thread._host
                 together[request] = together.get(request, 0) + 1
                 request.max_concurrency = max(request.max_concurrency, together[request])
                 thread._live.scores = None
-                request.took(thread._ops[0], token)
-        self.clock.sampling += time.perf_counter() - begin
-
-
-def _rows(scores: list[Any]) -> torch.Tensor:
-    """The score rows of several threads, [threads, vocabulary]; no copy where they are a step's own, in order."""
-    tensor = scores[0][0]
-    rows = [row for _, row in scores]
-    if all(t is tensor for t, _ in scores):
-        return tensor if rows == list(range(tensor.shape[0])) else tensor[torch.tensor(rows, device=tensor.device)]
-    return torch.stack([t[row] for t, row in scores])
+                request.took(thread._ops[0], token, logprobs.get(i) if request.logprobs else None)
+        share(time.perf_counter() - begin, "sampling", [(r.spent, n) for r, n in together.items()])

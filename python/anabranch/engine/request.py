@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from inspect import isgenerator
+from math import nan
 from typing import Any
 
-from ..strategies.ops import Awaitable, Decode, Ended, Fork, Insert, Join, Op, Truncate
-from ..strategies.protocol import Strategy, Thread
+from ..strategies.ops import Awaitable, Decode, Ended, Fork, Insert, Join, Op, Score, Truncate
+from ..strategies.protocol import Action, Strategy, Thread
 from . import events
+from .clock import Clock
 from .joins import adoptable, built_on, join, rewind, truncate
 from .live import Live, append
 from .prompts import Detokenizer, Text
@@ -32,18 +34,21 @@ class Request:
         samplers: Samplers,
         max_new_tokens: int,
         max_total_tokens: int | None,
+        logprobs: bool,
         emit: Callable[[events.Event], None] | None,
+        prompt: Any = None,
     ):
-        self.index, self.strategy, self.seed = index, strategy, seed
+        self.index, self.strategy, self.seed, self.prompt = index, strategy, seed, prompt
         self.cache, self.samplers, self._text = cache, samplers, text
         self.max_new_tokens, self.max_total_tokens = max_new_tokens, max_total_tokens
-        self.emit = emit
+        self.logprobs, self.emit = logprobs, emit
         self.sequential = bool(getattr(strategy, "sequential", False))
         self.tasks = Tasks(type(strategy).__name__)
         self.threads: list[Thread] = []
         self.queued: dict[Thread, None] = {}  # threads with something in their queue, in order of arrival
         self.sampled = self.inserted = self.max_concurrency = self.longest_context = 0
         self.malformed_reasons: list[str] = []
+        self.spent = Clock()
         self.answers: Any = None
         self.started: float | None = None
         self.finished = False
@@ -88,6 +93,9 @@ class Request:
     def encode(self, text: str) -> list[int]:
         return self._text.encode(text)
 
+    def encode_prompt(self, prompt: Any) -> list[int]:
+        return self._text.prompt_ids(prompt)
+
     def text(self, token_ids: Sequence[int], before: Sequence[int]) -> str | None:
         return self._text.text(token_ids, before)
 
@@ -123,6 +131,7 @@ class Request:
         thread._live.born = role != "fork"  # a fork begins when its parent gets to the Fork in its queue
         self.threads.append(thread)
         if role == "fresh" and parent is not None:
+            parent._log.append(Action("spawn", children=[thread.id]))
             if parent._spawned_at == self.tasks.turn:
                 parent._forks[-1][1].append(thread)  # spawned in one go: one block
             else:
@@ -186,17 +195,25 @@ class Request:
             return False  # its parent has yet to fork
         if isinstance(op, Decode):
             return self._begin(op)
+        if isinstance(op, Score):
+            return self._score(op)
         if not self._ready(op):
             return False
         thread._depth = max(thread._depth, op.issued)
         thread._ops.popleft()
         if isinstance(op, Insert):
             self.insert(thread, op.token_ids, op.kind)
+            if op.kind == "inserted":
+                thread._log.append(Action("insert", list(op.token_ids)))
         elif isinstance(op, Fork):
             self._fork(op)
         elif isinstance(op, Join):
+            thread._log.append(
+                Action("join", op.token_ids, [kid.id for kid in op.kids], op.mode, op.keep, list(op.headers))
+            )
             join(self, op)
         elif isinstance(op, Truncate):
+            thread._log.append(Action("truncate", length=op.length))
             truncate(self.cache, thread, op.length, f"truncate: length={op.length}")
         op._resolve(op.kids if isinstance(op, Fork) else None, thread._depth)
         return True
@@ -210,9 +227,11 @@ class Request:
         compute it once a child, and a concat join would then bring it back once a child.)
         """
         thread = op.thread
-        if isinstance(op, (Fork, Decode)):
+        if isinstance(op, (Fork, Decode, Score)):
             return [thread]
         if isinstance(op, Join) and op.mode in ("concat", "reprefill") and not adoptable(op):
+            if op.mode == "reprefill" and op.kids[0].role == "fresh":
+                return []  # nothing of it is to be spliced
             return [thread, *(op.kids if op.mode == "concat" else op.kids[:1])]
         length = op.length if isinstance(op, Truncate) else op.keep if isinstance(op, Join) else None
         if length is not None and any(kid._live.branch is None for kid in built_on(thread, length)):
@@ -247,11 +266,15 @@ class Request:
         branches = self.cache.fork(live.branch, len(op.kids))
         thread._forks.append((thread.length, op.kids))
         thread._spawned_at = -1
+        headers = [list(k._ops[0].token_ids) if k._ops and k._header_length else None for k in op.kids]
+        thread._log.append(Action("fork", children=[kid.id for kid in op.kids], headers=headers))
         for kid, branch in zip(op.kids, branches, strict=True):
             kid._prefix, kid._position, kid._depth = context, thread._position, thread._depth
             kid._path_sampled = thread._path_sampled
             kid._live.branch, kid._live.scores, kid._live.scores_at = branch, live.scores, live.scores_at
             kid._live.born = True
+            if not kid.alive:  # killed before it came to be
+                kid._live.release(self.cache)
         if self.emit:
             self.emit(events.Fork(self.index, thread.id, tuple(k.id for k in op.kids)))
 
@@ -270,22 +293,56 @@ class Request:
             thread._ops.popleft()
             self._end(op, "length" if op._limit <= 0 else "budget")
             return True
+        self._need_scores(thread, "decode")
+        return False
+
+    def _need_scores(self, thread: Thread, what: str) -> None:
+        """See to it that the next token's scores will be computed where they are missing."""
         live = thread._live
         if live.in_cache and not live.has_scores and not rewind(self.cache, thread):
             raise ValueError(
-                f"decode: thread {thread.id} has nothing to go on from: its last tokens are "
+                f"{what}: thread {thread.id} has nothing to go on from: its last tokens are "
                 f"{'joined siblings' if thread._segments else 'its parents'}; insert() at least one token first"
             )
-        return False
+
+    def _score(self, op: Score) -> bool:
+        """Bring a thread's given tokens on their way, or see whether all their scores are there by now."""
+        thread, live = op.thread, op.thread._live
+        if op.begin is None and op.token_ids:
+            self._need_scores(thread, "score")
+            if not (live.in_cache and live.has_scores):
+                return False
+            thread._depth = max(thread._depth, op.issued)
+            rows, at = live.scores
+            op.begin, op.logprobs[0] = thread.length, float(rows[at].float().log_softmax(-1)[op.token_ids[0]])
+            thread._log.append(Action("sample" if op.kind == "sampled" else "insert", list(op.token_ids)))
+            position = thread._position
+            append(thread, op.token_ids, op.kind, logprobs=[nan] * len(op.token_ids))
+            if op.kind == "sampled":
+                self.sampled += len(op.token_ids)
+                thread._path_sampled += len(op.token_ids)
+            else:
+                self.inserted += len(op.token_ids)
+            self._tell(thread, op.token_ids, position, op.kind != "sampled")
+        logprobs = [logprob for logprob in op.logprobs if logprob is not None]
+        if len(logprobs) < len(op.token_ids):
+            return False
+        thread._ops.popleft()
+        if logprobs:
+            thread._segments[-1].logprobs[-len(logprobs) :] = logprobs  # type: ignore[index]
+        op._resolve(tuple(logprobs), thread._depth)
+        return True
 
     def _out_of_budget(self) -> bool:
         return self.max_total_tokens is not None and self.sampled >= self.max_total_tokens
 
-    def took(self, op: Decode, token: int) -> None:
+    def took(self, op: Decode, token: int, logprob: float | None = None) -> None:
         """A token was sampled for `op`: book it, and see whether that ends it."""
         thread = op.thread
         position = thread._position
-        append(thread, [token], "sampled")
+        append(thread, [token], "sampled", logprobs=None if logprob is None else [logprob])
+        if not op.token_ids:
+            thread._log.append(Action("sample", op.token_ids))  # the list itself, which grows
         op.token_ids.append(token)
         thread._path_sampled += 1
         self.sampled += 1

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..metrics import Metrics, measure
-from ..strategies.protocol import Segment, Thread
+from ..strategies.protocol import Action, Segment, Thread
 
 if TYPE_CHECKING:
     from ..trace import Trace
+    from .clock import Peaks
     from .request import Request
 
 
@@ -20,6 +21,8 @@ class Run:
     """Tokens of one origin in a row: ``kind`` "prompt", "inserted", "sampled" or "joined" (from thread ``source``).
 
     They stand on positions ``position`` … ``position`` + len − 1. ``spliced``: their KV is the source thread's own.
+    ``logprobs``: log-probability of each token when it was sampled or scored (raw scores, nats), where that was asked
+    for (``generate(logprobs=True)``); not part of comparisons, since the last digits depend on what else was in a step.
     """
 
     kind: str
@@ -27,6 +30,7 @@ class Run:
     position: int
     source: str | None = None
     spliced: bool = False
+    logprobs: tuple[float, ...] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class Node:
     position
     range, ``stop`` not included. ``forked_at``: context length at its fork. ``ended``: how its last decode ended (see
     `Ended.reason`; None when it never decoded). ``fate``: "finished", "joined", "discarded" or "killed".
-    ``runs``: its tokens by origin, prompt included; ``forgotten``: what was cut off on the way.
+    ``runs``: its tokens by origin, prompt included; ``forgotten``: what was cut off on the way. ``log``: all that was
+    done to it, in order: what `ab.replay` does again (not part of comparisons).
     """
 
     id: str
@@ -53,6 +58,7 @@ class Node:
     runs: tuple[Run, ...] = ()
     forgotten: tuple[Run, ...] = ()
     children: tuple[Node, ...] = ()
+    log: tuple[Action, ...] = field(default=(), compare=False, repr=False)
 
     def walk(self) -> Iterator[Node]:
         """This node and all below it, depth first."""
@@ -96,7 +102,16 @@ class Result:
 
 
 def _run(segment: Segment) -> Run:
-    return Run(segment.kind, tuple(segment.token_ids), segment.position, segment.source, segment.spliced is not None)
+    logprobs = None if segment.logprobs is None else tuple(segment.logprobs)
+    spliced = segment.spliced is not None
+    return Run(segment.kind, tuple(segment.token_ids), segment.position, segment.source, spliced, logprobs)
+
+
+def _action(action: Action) -> Action:
+    """As it stands now, with nothing in it that can change."""
+    headers = tuple(None if header is None else tuple(header) for header in action.headers)
+    token_ids, children = tuple(action.token_ids), tuple(action.children)
+    return Action(action.do, token_ids, children, action.mode, action.length, headers)
 
 
 def build_node(thread: Thread) -> Node:
@@ -114,18 +129,18 @@ def build_node(thread: Thread) -> Node:
         runs=tuple(map(_run, thread._segments)),
         forgotten=tuple(map(_run, thread._forgotten)),
         children=tuple(build_node(kid) for _, kids in thread._forks for kid in kids),
+        log=tuple(map(_action, thread._log)),
     )
 
 
-def build_result(engine: Any, request: Request, clock: Any) -> Result:
-    """The `Result` of a finished request; `clock` is its run's."""
-    trunk, cache = request.trunk, request.cache
+def build_result(engine: Any, request: Request, peaks: Peaks) -> Result:
+    """The `Result` of a finished request; `peaks` are its call's."""
+    trunk, spent = request.trunk, request.spent
     tree = build_node(trunk)
     written = {"sampled": 0, "inserted": 0}
     for run in (*tree.runs, *tree.forgotten):
         if run.kind in written:
             written[run.kind] += len(run.token_ids)
-    physical = clock.tokens_physical_peak
     metrics = measure(
         sampled=request.sampled,
         inserted=request.inserted,
@@ -137,15 +152,11 @@ def build_result(engine: Any, request: Request, clock: Any) -> Result:
         well_formed=not request.malformed_reasons,
         prompt_tokens=trunk._prompt_length,
         wall_seconds=time.perf_counter() - (request.started or 0.0),
-        seconds={name: getattr(clock, name) for name in ("prefill", "decode", "plan", "strategy", "sampling")},
-        steps=clock.steps,
-        rows=clock.rows,
-        preemptions=clock.preemptions,
-        pages_copied=cache.usage().pages_copied - clock.pages_copied_before,
-        pages_peak=clock.pages_peak,
-        tokens_logical_peak=clock.tokens_logical_peak,
-        tokens_physical_peak=physical,
-        sharing=clock.tokens_logical_peak / physical if physical else 1.0,
+        seconds=dict(spent.seconds),
+        steps=spent.steps,
+        rows=spent.rows,
+        preemptions=spent.preemptions,
+        **peaks.as_metrics(),
     )
     model = engine.model
     return Result(

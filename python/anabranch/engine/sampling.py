@@ -293,6 +293,12 @@ def prepare_config(
     return prepared
 
 
+def token_logprobs(logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:
+    """Log-probability of one token a row of raw `logits` [rows, vocabulary], float32."""
+    chosen = logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+    return (chosen - logits.logsumexp(-1)).tolist()
+
+
 def token_stats(logits: torch.Tensor, tokens: Sequence[int], asked: Sequence[int]) -> list[TokenStats]:
     """`TokenStats` of each row of raw `logits` [rows, vocabulary], float32.
 

@@ -162,6 +162,16 @@ class Truncate(Op):
         self.length = length
 
 
+class Score(Op):
+    """Tokens that are given, not sampled; its value: the log-probability of each."""
+
+    def __init__(self, thread: Thread, token_ids: list[int], kind: str):
+        super().__init__(thread)
+        self.token_ids, self.kind = token_ids, kind
+        self.logprobs: list[float | None] = [None] * len(token_ids)
+        self.begin: int | None = None  # context length in front of the first; None: they are not in the thread yet
+
+
 class Decode(Op):
     """A decoding in progress, as ``until`` sees it: ``thread``, and ``token_ids``, ``text``, ``stats`` so far."""
 

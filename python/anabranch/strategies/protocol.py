@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .ops import Awaitable, Decode, Ended, Fork, Insert, Join, Op, ThreadGone, Truncate
+from .ops import Awaitable, Decode, Ended, Fork, Insert, Join, Op, Score, ThreadGone, Truncate
 
 __all__ = ["Segment", "Strategy", "Thread"]
 
@@ -46,8 +46,11 @@ class Strategy:
 class Host(Protocol):
     """What a thread needs from the engine; one a prompt."""
 
+    prompt: Any
+
     def clock(self) -> int: ...
     def encode(self, text: str) -> list[int]: ...
+    def encode_prompt(self, prompt: Any) -> list[int]: ...
     def text(self, token_ids: Sequence[int], before: Sequence[int]) -> str | None: ...
     def tag_ids(self, tags: Sequence[str]) -> dict[str, int]: ...
     def is_blank(self, token_id: int) -> bool: ...
@@ -66,7 +69,7 @@ class Segment:
     `source`).
 
     Positions are `position`, `position` + 1, … ; `spliced`: the tokens lie in the cache as the thread `source` wrote
-    them, blind to its siblings.
+    them, blind to its siblings. `logprobs`: of each token, where they were recorded.
     """
 
     kind: str
@@ -74,6 +77,24 @@ class Segment:
     position: int
     source: str | None = None
     spliced: Thread | None = None
+    logprobs: list[float] | None = None
+
+
+@dataclass
+class Action:
+    """One thing that was done to a thread: an entry of its log, which is enough to do it all again (`ab.replay`).
+
+    ``do``: "insert" or "sample" (`token_ids`), "fork" (`children`, and the `headers` they began with), "spawn"
+    (`children`), "join" (`children`, `mode`; with "summary" `token_ids` and `length`, what was kept; with "reprefill"
+    `headers`), "kill" (`children`, `mode`: how they went), "truncate" (`length`).
+    """
+
+    do: str
+    token_ids: Sequence[int] = ()
+    children: Sequence[str] = ()
+    mode: str | None = None
+    length: int | None = None
+    headers: Sequence[Sequence[int] | None] = ()
 
 
 class Thread:
@@ -108,6 +129,7 @@ class Thread:
         self._path_sampled = 0  # sampled tokens on the longest way here
         self._prompt_length = 0
         self._header_length = 0  # tokens of the header that its fork gave it
+        self._log: list[Action] = []
         self._live: Any = None
 
     def __repr__(self) -> str:
@@ -172,6 +194,12 @@ class Thread:
         self._check_alive("insert")
         return self._submit(Insert(self, self._tokens(text_or_ids, "insert"), "inserted"))
 
+    def score(self, text_or_ids: str | Sequence[int]) -> Score:
+        """Like `insert`, and find out how likely the model found them: ``yield`` gives a log-probability for each token
+        (nats, from its raw scores), however many there are in a forward or two."""
+        self._check_alive("score")
+        return self._submit(Score(self, self._tokens(text_or_ids, "score"), "inserted"))
+
     def fork(self, headers: int | Sequence[str | Sequence[int] | None]) -> list[Thread]:
         """Children that share all of this thread's context, in one block; no KV is copied.
 
@@ -183,7 +211,7 @@ class Thread:
             raise ValueError(f"fork: headers={headers!r}; pass a number of at least 1, or a list of one header a child")
         tokens = [None if h is None else self._tokens(h, f"fork: headers[{i}]") for i, h in enumerate(heads)]
         kids = [self._host.new_thread(self, "fork") for _ in heads]
-        self._submit(Fork(self, kids))
+        self._submit(Fork(self, list(kids)))  # a list of its own: the caller may change theirs
         for kid, ids in zip(kids, tokens, strict=True):
             if ids:
                 kid._header_length = len(ids)
@@ -215,8 +243,9 @@ class Thread:
         one another and share positions; position = the largest. "reprefill": their tokens follow one another as if
         written one after the other, so that each sees those before it; the first one's KV is what that gives, and is
         kept. `headers` may replace a child's header there (None: it stays), when it reads differently behind a sibling.
-        "summary": forget this thread's tokens from length `keep` on (default: none), then insert `text`. "discard":
-        nothing comes back; children still decoding are killed.
+        Children with a context of their own (`spawn`) may come back that way, too: what they wrote, prompt left out, is
+        computed again here. "summary": forget this thread's tokens from length `keep` on (default: none), then insert
+        `text`. "discard": nothing comes back; children still decoding are killed.
         """
         self._check_alive("join")
         kids = [kids] if isinstance(kids, Thread) else list(kids)
@@ -235,12 +264,16 @@ class Thread:
             if not isinstance(kid, Thread) or kid.parent is not self:
                 raise ValueError(f"join: kids[{i}]={kid!r} is not a child of {self!r}")
             kid._check_alive(f"join: kids[{i}]")
-            if kid.role == "fresh" and mode in ("concat", "reprefill"):
-                raise ValueError(f"join: kids[{i}] has a context of its own; join it by 'summary' or 'discard'")
+            if kid.role == "fresh" and mode == "concat":
+                raise ValueError(
+                    f"join: kids[{i}] has a context of its own, which cannot be spliced; "
+                    "join it by 'reprefill', 'summary' or 'discard'"
+                )
             if any(kid is other for other in kids[:i]):
                 raise ValueError(f"join: kids[{i}]={kid!r} is given twice")
         if mode == "discard":  # at once: a child still decoding must not cost another step
             op = Join(self, kids, mode)
+            self._log.append(Action("kill", children=[kid.id for kid in kids], mode="discarded"))
             for kid in kids:
                 self._host.kill(kid, "discarded")
             op._resolve(None, op.issued)
@@ -275,15 +308,26 @@ class Thread:
         if self.parent is None:
             raise ValueError("kill: this is the trunk; return from run() instead")
         if self.alive:
+            self.parent._log.append(Action("kill", children=[self.id], mode="killed"))
             self._host.kill(self, "killed")
 
     def start(self, generator: Generator[Any, Any, Any]) -> Awaitable:
         """Run another generator beside this one (a child's own program); ``yield`` the return value for its result."""
         return self._host.start(generator)
 
+    @property
+    def prompt(self) -> Any:
+        """The prompt as the caller gave it: text, token ids, or a chat (a list of messages)."""
+        return self._host.prompt
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, no special tokens added."""
         return self._host.encode(text)
+
+    def encode_prompt(self, prompt: Any) -> list[int]:
+        """Token ids of a prompt for `spawn`, by the rules of ``Engine.generate``: a chat goes through the tokenizer's
+        chat template."""
+        return self._host.encode_prompt(prompt)
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, control tags shown; "" without a tokenizer."""

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
-from .ops import Ended
+from .ops import Decode, Ended, first
 from .protocol import Strategy, Thread
-
-# What a vote by name looks for: the last match counts, its first group if it has one.
-EXTRACTORS = {
-    "number": r"-?\d+(?:,\d{3})*(?:\.\d+)?",
-    "boxed": r"\\boxed\{([^{}]*)\}",
-    "letter": r"\b([A-E])\b",
-    "line": r"[^\n]*\S[^\n]*",
-}
+from .voting import Vote, answer_in, check_vote, decided, majority
 
 
 @dataclass(frozen=True)
@@ -32,61 +23,65 @@ class SelfConsistency(Strategy):
     without a tokenizer), and the branch whose tokens the model found likeliest (mean log-probability) wins.
     temperature, top_p, top_k: None leaves the generation config's own value.
     max_new_tokens: of a branch; None leaves the answer's own limit.
+    early_stop: stop as soon as no branch still writing can change which answer wins; those are killed, their pages are
+    free at once, and their answers are None. The winning answer is the same as without. (Which branches were cut
+    depends on who was done first, so on page shortages as well.)
     """
 
     n: int = 8
-    vote: Callable[[str], Hashable] | str | None = None
+    vote: Vote = None
     temperature: float | None = 0.8
     top_p: float | None = None
     top_k: int | None = None
     max_new_tokens: int | None = None
+    early_stop: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.n, int) or self.n < 1:
             raise ValueError(f"SelfConsistency: n={self.n!r}; pass a number of branches of at least 1")
-        if isinstance(self.vote, str):
-            try:
-                re.compile(EXTRACTORS.get(self.vote, self.vote))
-            except re.error as error:
-                names = ", ".join(EXTRACTORS)
-                raise ValueError(
-                    f"SelfConsistency: vote={self.vote!r} is neither one of {names} nor a regular expression: {error}"
-                ) from None
-        elif self.vote is not None and not callable(self.vote):
-            raise TypeError(
-                f"SelfConsistency: vote={self.vote!r}; pass a function of the text, a pattern, a name or None"
-            )
+        check_vote("SelfConsistency", self.vote)
+        if self.early_stop and self.vote is None:
+            raise ValueError("SelfConsistency: early_stop=True without a vote that could be decided; pass vote=…")
 
     def run(self, trunk: Thread) -> Generator[Any, Any, list[Any]]:
         chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         sampling = {"do_sample": True} | {k: v for k, v in chosen.items() if v is not None}
         kids = trunk.fork(self.n)
-        ends = yield [
+        decodes = [
             kid.decode(self.max_new_tokens, sampling=sampling, stats="logprob" if self.vote is None else False)
             for kid in kids
         ]
-        answers = [self.answer(end) for end in ends]
-        winner = kids[self.elect(answers, ends)]
-        if self.n > 1:
-            trunk.join([kid for kid in kids if kid is not winner], "discard")
+        if self.early_stop:
+            answers = yield from self._until_decided(kids, decodes)
+            winner = kids[majority(answers)]
+        else:
+            ends = yield decodes
+            answers = [self.answer(end) for end in ends]
+            winner = kids[self.elect(answers, ends)]
+        if losers := [kid for kid in kids if kid is not winner and kid.alive]:
+            trunk.join(losers, "discard")
         trunk.join(winner)
+        return answers
+
+    def _until_decided(self, kids: list[Thread], decodes: list[Decode]) -> Generator[Any, Any, list[Any]]:
+        answers: list[Any] = [None] * len(kids)
+        writing = list(range(len(kids)))
+        while writing and not decided(answers, len(writing)):
+            at, end = yield first(*(decodes[i] for i in writing))
+            index = writing.pop(at)
+            answers[index] = self.answer(end)
+        for i in writing:
+            if decodes[i].done:  # in the same step
+                answers[i] = self.answer(decodes[i].value)
+            else:
+                kids[i].kill()
         return answers
 
     def answer(self, end: Ended) -> Any:
         """The answer a branch gave, None when its text holds none."""
         if self.vote is None:
             return end.token_ids if end.text is None else end.text
-        if end.text is None:
-            raise ValueError(
-                "SelfConsistency: vote reads text, but the engine has no tokenizer; pass one, or vote=None"
-            )
-        if callable(self.vote):
-            return self.vote(end.text)
-        matches = list(re.finditer(EXTRACTORS.get(self.vote, self.vote), end.text))
-        if not matches:
-            return None
-        found = matches[-1].group(matches[-1].re.groups and 1)
-        return found.replace(",", "") if self.vote == "number" else found.strip()
+        return answer_in(end.text, self.vote, "SelfConsistency")
 
     def elect(self, answers: list[Any], ends: list[Ended]) -> int:
         """Index of the winning branch."""
@@ -94,5 +89,4 @@ class SelfConsistency(Strategy):
             return max(
                 range(len(ends)), key=lambda i: sum(s.logprob for s in ends[i].stats) / max(1, len(ends[i].stats))
             )
-        votes = Counter(a for a in answers if a is not None)
-        return answers.index(votes.most_common(1)[0][0]) if votes else 0
+        return majority(answers)

@@ -1,0 +1,154 @@
+"""Replaying a trace: its tokens go through an engine again, and must give the same tree on the same positions."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..strategies.ops import Ended, Score
+from ..strategies.protocol import Action, Strategy, Thread
+from .core import Engine
+from .result import Node, Result
+
+if TYPE_CHECKING:
+    from ..trace import Trace
+
+__all__ = ["logprob_pairs", "replay"]
+
+
+def replay(trace: Trace | Result, engine: Engine) -> Result:
+    """Feed a trace's tokens through `engine`, by the same forks, joins and truncations, and score every sampled token.
+
+    Nothing is sampled: a thread's tokens go through in chunks, as in a prefill. The `Result` that comes back has the
+    same tree (ids, tokens, positions, fates), and in its ``runs`` the log-probability that `engine`'s model gives each
+    sampled token, whether the trace holds them or not; `logprob_pairs` puts the two side by side. Any model with the
+    vocabulary will do: the one that wrote the trace shows that nothing was lost, another what it thinks of it.
+
+    Raises ValueError for a trace without a log (version 1) or with one that cannot be followed, for token ids outside
+    the model's vocabulary, and when the tree differs from the trace's, naming the first thread that does.
+
+    >>> again = ab.replay(ab.trace.load("trace.json"), engine)
+    >>> max(abs(a - b) for a, b in ab.engine.logprob_pairs(result, again))
+    """
+    tree = trace.tree
+    if not tree.log and tree.runs[1:]:
+        raise ValueError("trace: holds no log of what was done (version 1 had none), so it cannot be replayed")
+    _check(tree)
+    result: Result = engine.generate(list(trace.prompt_token_ids), strategy=_Replay(tree))
+    aborted = tree.fate == "killed"
+    for before, after in zip(tree.walk(), result.tree.walk(), strict=False):  # a node tells how many children it has
+        for name, one, other in zip(_COMPARED, _facts(before), _facts(after), strict=True):
+            if one != other and not (name == "fate" and aborted):
+                raise ValueError(
+                    f"trace: its replay differs in thread {before.id}, {name}: {one!r:.200} became {other!r:.200}; "
+                    "the trace was changed, or written by another version"
+                )
+    return result
+
+
+def logprob_pairs(first: Trace | Result, second: Trace | Result) -> Iterator[tuple[float, float]]:
+    """Log-probabilities of the same tokens in two trees that are equal, for all that both have recorded."""
+    for a, b in zip(first.tree.walk(), second.tree.walk(), strict=True):
+        for one, two in zip((*a.runs, *a.forgotten), (*b.runs, *b.forgotten), strict=True):
+            if one.logprobs is not None and two.logprobs is not None:
+                yield from zip(one.logprobs, two.logprobs, strict=True)
+
+
+def _check(tree: Node) -> None:
+    """ValueError for a log that speaks of threads the tree does not have."""
+    for node in tree.walk():
+        names = [child.id for child in node.children]
+        for i, action in enumerate(node.log):
+            if (action.do in ("fork", "spawn", "join", "kill")) != bool(action.children):
+                raise ValueError(f"trace: log[{i}] of thread {node.id}: {action.do} of {len(action.children)} threads")
+            if action.do == "fork" and len(action.headers) != len(action.children):
+                raise ValueError(f"trace: log[{i}] of thread {node.id}: not one header a child")
+            for name in action.children if action.do != "kill" else ():
+                if name not in names:
+                    raise ValueError(f"trace: log[{i}] of thread {node.id}: {action.do} of {name!r}, which is no child")
+
+
+_COMPARED = ("id", "role", "token_ids", "start", "stop", "forked_at", "ended", "fate", "runs", "forgotten", "children")
+
+
+def _facts(node: Node) -> list[Any]:
+    """What must come out the same: all but the text, which is the tokenizer's affair."""
+    return [len(node.children) if name == "children" else getattr(node, name) for name in _COMPARED]
+
+
+@dataclass(frozen=True)
+class _Replay(Strategy):
+    """Does to each thread what its log says."""
+
+    tree: Node
+
+    def run(self, trunk: Thread) -> Generator[Any, Any, Any]:
+        player = _Player(self.tree)
+        yield from player.play(trunk, self.tree)
+        while not all(task.done for task in player.playing.values()):
+            yield list(player.playing.values())
+
+
+class _Player:
+    """All threads of one replay, each beside the others."""
+
+    def __init__(self, tree: Node):
+        self.nodes = {node.id: node for node in tree.walk()}
+        self.threads: dict[str, Thread] = {}
+        self.playing: dict[str, Any] = {}
+        self.early: dict[str, str] = {}  # killed before they came to be → how
+
+    def play(self, thread: Thread, node: Node) -> Generator[Any, Any, None]:
+        header = thread._header_length > 0  # the fork has queued it
+        for action in node.log:
+            if action.do == "insert":
+                if not header:
+                    thread.insert(action.token_ids)
+                header = False
+            elif action.do == "sample":
+                thread._submit(Score(thread, thread._host.check_ids(action.token_ids, f"trace: {node.id}"), "sampled"))
+            elif action.do in ("fork", "spawn"):
+                self._children(thread, action)
+            elif action.do == "truncate":
+                yield thread  # so that a mistake in the log is this line's
+                thread.truncate(action.length)  # type: ignore[arg-type]
+            else:
+                yield [self.playing[name] for name in action.children if name in self.playing]
+                if action.do == "join":
+                    self._join(thread, action)
+                else:
+                    self._kill(thread, action)
+        yield thread
+        if node.ended is not None:
+            thread.ended = Ended(node.ended)
+
+    def _children(self, thread: Thread, action: Action) -> None:
+        thread._next_child = int(action.children[0].rpartition(".")[2])
+        if action.do == "fork":
+            kids = thread.fork(list(action.headers))
+        else:
+            runs = self.nodes[action.children[0]].runs
+            kids = [thread.spawn(next(run.token_ids for run in runs if run.kind == "prompt"))]
+        for kid in kids:
+            self.threads[kid.id] = kid
+            self.playing[kid.id] = thread.start(self.play(kid, self.nodes[kid.id]))
+            if kid.id in self.early:
+                thread._host.kill(kid, self.early[kid.id])
+
+    def _join(self, thread: Thread, action: Action) -> None:
+        kids = [self.threads[name] for name in action.children]
+        if action.mode == "summary":
+            thread.join(kids, "summary", text=action.token_ids, keep=action.length)
+        elif action.mode == "reprefill":
+            thread.join(kids, "reprefill", headers=action.headers)
+        else:
+            thread.join(kids, action.mode or "concat")
+
+    def _kill(self, thread: Thread, action: Action) -> None:
+        fate = action.mode or "killed"
+        for name in action.children:
+            if name in self.threads:
+                thread._host.kill(self.threads[name], fate)
+            else:
+                self.early[name] = fate

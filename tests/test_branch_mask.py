@@ -204,5 +204,5 @@ def test_combs_and_chains(count):
     chain = BranchMask.from_tree([2] * count, range(-1, count - 1))
     assert len(chain.cols) == len(chain.rows) == count - 1
     assert torch.equal(chain.dense(), torch.ones(2 * count, 2 * count).tril().bool())
-    comb = BranchMask.from_tree([1] * (2 * count), [i - 2 + i % 2 for i in range(1, 2 * count + 1)])
+    comb = BranchMask.from_tree([1] * (2 * count), [-1 if k == 0 else k - 2 + k % 2 for k in range(2 * count)])
     check_intervals(comb)

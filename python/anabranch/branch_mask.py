@@ -147,6 +147,34 @@ class BranchMask:
         return cls._of(starts, row_ptr, cols, first, positions)
 
     @classmethod
+    def from_intervals(cls, starts: Any, row_ptr: Any, cols: Any, positions: Any) -> BranchMask:
+        """From the four arrays of a mask (see the class), checked.
+
+        Raises:
+            ValueError: naming the segment, where they are not what the class says.
+        """
+        begin, ptr = _ints(starts, "starts"), _ints(row_ptr, "row_ptr")
+        pairs = np.asarray(cols.cpu() if isinstance(cols, Tensor) else cols, dtype=np.int64).reshape(-1, 2)
+        if len(begin) < 2 or begin[0] != 0 or len(ptr) != len(begin) or ptr[0] != 0 or ptr[-1] != len(pairs):
+            raise ValueError(
+                f"row_ptr: expected {len(begin)} numbers from 0 to {len(pairs)}, starts from 0; got {len(ptr)} numbers"
+            )
+        _lengths(np.diff(begin))
+        if (wrong := np.flatnonzero(np.diff(ptr) < 0)).size:
+            raise ValueError(f"row_ptr: segment {wrong[0]} has {np.diff(ptr)[wrong[0]]} intervals")
+        owner = np.repeat(np.arange(len(begin) - 1), np.diff(ptr))
+        bad = (pairs[:, 0] < 0) | (pairs[:, 0] >= pairs[:, 1]) | (pairs[:, 1] > begin[owner])
+        bad[1:] |= (owner[1:] == owner[:-1]) & (pairs[1:, 0] <= pairs[:-1, 1])
+        bad |= ~(np.isin(pairs[:, 0], begin) & np.isin(pairs[:, 1], begin))
+        if (wrong := np.flatnonzero(bad)).size:
+            i = wrong[0]
+            raise ValueError(
+                f"cols: segment {owner[i]} has interval {pairs[i].tolist()}; they must be sorted, merged, of whole "
+                f"segments and end before its own first token, {begin[owner[i]]}"
+            )
+        return cls._of(begin, ptr.astype(np.int32), pairs.astype(np.int32), begin[:-1], positions)
+
+    @classmethod
     def from_trace(cls, trace: Trace | Result) -> BranchMask:
         """The mask of everything an engine wrote for one prompt; ``training.from_trace`` gives the tokens with it."""
         from anabranch.training import from_trace

@@ -26,6 +26,7 @@ _HOME = {
     "Plan": "plan",
     "tree_attention": "attention",
     "paged_tree_attention": "attention",
+    "branch_attention": "branch",
     "OutOfPages": "errors",
     "DeadBranch": "errors",
     "BackendUnavailable": "errors",

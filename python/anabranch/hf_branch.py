@@ -27,7 +27,7 @@ def over_branches(
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """``query [1, Hq, T, D]``, ``key``, ``value [1, Hkv, T, D]`` → ``[1, T, Hq, D]``, T = ``mask.num_tokens``."""
-    from anabranch.branch_attention import branch_attention
+    from anabranch.branch import branch_attention
 
     _check(module, query, key, attention_mask, mask, kwargs)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))

@@ -275,6 +275,31 @@ class BranchMask:
             sees[begin:end, begin:end] = np.tri(end - begin, dtype=bool)
         return torch.from_numpy(sees).to(self.device)
 
+    def with_copies(self, rows: Sequence[int] | Tensor) -> BranchMask:
+        """The mask with one more token a row of `rows`, at the end: each sees what that row sees (but itself), on its
+        position, and nobody sees it. With the same input token it computes the same, once more.
+
+        For losses that allow one label a row where a row predicts the first tokens of several threads.
+        """
+        at = _ints(rows, "rows")
+        if at.size and not (at.min() >= 0 and at.max() < self.num_tokens):
+            raise ValueError(f"rows: expected rows from 0 to {self.num_tokens - 1}, got {at.min()} … {at.max()}")
+        starts, ptr, cols = (x.cpu().numpy() for x in (self.starts, self.row_ptr, self.cols))
+        edges = np.concatenate([starts[:-1], np.setdiff1d(at, starts), at + self.num_tokens])  # where segments begin
+        begin = np.concatenate([edges[: len(edges) - len(at)], at])  # what each sees ends here
+        order = np.argsort(edges[: len(edges) - len(at)], kind="stable")  # an empty segment stays before the next
+        order = np.concatenate([order, np.arange(len(edges) - len(at), len(edges))])
+        seen = []
+        for row, head in zip(begin[order].tolist(), order.tolist(), strict=True):
+            s = head if head < len(starts) - 1 else int(np.searchsorted(starts, row, "right")) - 1
+            seen.append(_extended(cols[ptr[s] : ptr[s + 1]], int(starts[s]), max(row, int(starts[s]))))
+        edges = np.concatenate([edges[order][: len(edges) - len(at)], self.num_tokens + np.arange(len(at) + 1)])
+        row_ptr = np.zeros(len(edges), dtype=np.int32)
+        np.cumsum([len(s) for s in seen], out=row_ptr[1:])
+        where = torch.cat([self.positions, self.positions[torch.from_numpy(at).to(self.device)]])
+        made = (edges, row_ptr, np.concatenate([_NOTHING, *seen]))
+        return BranchMask(*(torch.from_numpy(x).to(self.device) for x in made), where)
+
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> BranchMask:
         """The same mask on another device; the copy is kept, so that asking again costs nothing."""
         target = torch.empty(0, device=device).device  # "cuda" → cuda:0

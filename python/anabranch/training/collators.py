@@ -22,17 +22,18 @@ class BranchCollator:
     engine's `Result`, a `Trace`, or a trace as plain data.
 
     discarded, forgotten, flat_loss: what of a trace is kept and learnt; see `from_trace`.
-    logits: which rows get logits; see `Layout.batch`.
+    logits: which rows get logits, see `Layout.batch`: "all" suits every trainer; "needed" saves time and memory with
+        those that leave the loss to the model (``Trainer`` does, ``SFTTrainer`` does not).
 
-    The batch holds ``input_ids``, ``position_ids``, ``labels`` [1, T], ``branch_mask``, and for the loss
-    ``shift_labels`` and ``logits_to_keep``. Loss is on what the model itself writes. Give the trainer
-    ``remove_unused_columns=False``; the model needs ``attn_implementation="anabranch"``.
+    The batch holds ``input_ids``, ``position_ids``, ``labels``, ``shift_labels`` and ``branch_mask``; loss is on what
+    the model itself writes. Give the trainer ``remove_unused_columns=False``; the model needs
+    ``attn_implementation="anabranch"``.
     """
 
     discarded: bool = True
     forgotten: bool = True
     flat_loss: bool = False
-    logits: str = "needed"
+    logits: str = "all"
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         if not features:

@@ -93,35 +93,37 @@ class Layout:
     def batch(self, logits: str = "needed") -> dict[str, Any]:
         """Keywords of ``model(**layout.batch())``, for Transformers' own loss.
 
-        logits: "needed": only the rows that predict something get logits (``logits_to_keep`` [N]), and ``shift_labels``
-            [1, N] holds what each predicts. "all": logits for all T rows, and the labels shifted as far as one label
-            a row can say it; ValueError, naming the segments, where one row predicts the first tokens of several.
+        Always ``input_ids``, ``position_ids``, ``labels`` (not shifted), ``branch_mask``, and ``shift_labels``, what
+        each row predicts, which Transformers' losses take in place of shifting ``labels`` themselves.
 
-        Always: ``input_ids``, ``position_ids``, ``labels`` [1, T] (not shifted), ``branch_mask``.
+        logits: "needed": logits only for the N rows that predict something (``logits_to_keep`` [N]; ``shift_labels``
+            is [1, N]). Saves the head's time and memory on all others.
+            "all": logits for every row, ``shift_labels`` [1, T'], as trainers expect that compute the loss themselves
+            (TRL). A row that predicts the first tokens of several threads is there once for each: T' = T + copies.
         """
         learnt = self.learnt
         rows, targets = self.mask.previous[learnt], self.input_ids[learnt]
-        batch: dict[str, Any] = {
-            "input_ids": self.input_ids[None],
-            "position_ids": self.position_ids[None],
-            "labels": self.labels[None],  # type: ignore[index]
-            "branch_mask": self.mask,
-        }
+        ids, labels, mask = self.input_ids, self.labels, self.mask
+        assert labels is not None
+        extra: dict[str, Tensor] = {}
         if logits == "needed":
-            return {**batch, "shift_labels": targets[None], "logits_to_keep": rows}
-        if logits != "all":
+            extra = {"shift_labels": targets[None], "logits_to_keep": rows}
+        elif logits == "all":
+            seen: set[int] = set()
+            again = [i for i, row in enumerate(rows.tolist()) if row in seen or seen.add(row)]  # type: ignore[func-returns-value]
+            if again:
+                copied, rows = rows[again], rows.clone()
+                mask = mask.with_copies(copied)
+                rows[again] = torch.arange(len(again), device=rows.device) + self.num_tokens
+                ids = torch.cat([ids, ids[copied]])
+                labels = torch.cat([labels, torch.full_like(copied, IGNORE)])
+            shifted = torch.full_like(ids, IGNORE)
+            shifted[rows] = targets
+            extra = {"shift_labels": shifted[None]}
+        else:
             raise ValueError(f"logits={logits!r}; pass 'needed' or 'all'")
-        count = torch.bincount(rows, minlength=self.num_tokens)
-        if bool((count > 1).any()):
-            row = int((count > 1).nonzero()[0])
-            which = self.mask.segment_ids[learnt[rows == row]].tolist()
-            raise ValueError(
-                f"logits='all': row {row} predicts the first tokens of segments {which}, and a row can have only one "
-                "label; use logits='needed', or give each thread a header"
-            )
-        shifted = torch.full_like(self.input_ids, IGNORE)
-        shifted[rows] = targets
-        return {**batch, "shift_labels": shifted[None]}
+        row = {"input_ids": ids[None], "position_ids": mask.positions[None], "labels": labels[None]}
+        return {**row, "branch_mask": mask, **extra}
 
     def logprobs(self, model: Any, **kwargs: Any) -> Tensor:
         """float32 [N], the model's log-probability of each token of `learnt`, by one training forward.

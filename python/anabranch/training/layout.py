@@ -15,6 +15,7 @@ from anabranch.branch_mask import BranchMask
 __all__ = ["IGNORE", "Layout"]
 
 IGNORE = -100  # a label without loss, as in Transformers
+_FIELDS = ("input_ids", "written", "labels", "threads", "recorded")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,8 @@ class Layout:
     labels: int64 [T], the token itself where there is loss, −100 elsewhere (not shifted). Default: every written token
         that another one precedes.
     threads: int64 [T], which thread each token belongs to, 0 for the trunk (and, for a prompt's answers, 1, 2, …).
+    recorded: float32 [T], the log-probability that the engine saw when it sampled the token, NaN where none was
+        recorded (``generate(logprobs=True)`` does).
 
     A token's logits come from row ``mask.previous``, which is not always the row above: the first tokens of several
     threads may all be predicted by the last token before the fork. `batch` takes care of that.
@@ -40,6 +43,7 @@ class Layout:
     written: Tensor
     labels: Tensor | None = None
     threads: Tensor | None = None
+    recorded: Tensor | None = None
 
     def __post_init__(self) -> None:
         total = self.mask.num_tokens
@@ -49,6 +53,10 @@ class Layout:
             if value.shape != (total,):
                 raise ValueError(f"{name}: expected [{total}], as the mask has, got {list(value.shape)}")
             object.__setattr__(self, name, value.to(self.mask.device, dtype))
+        recorded = torch.full((total,), float("nan")) if self.recorded is None else torch.as_tensor(self.recorded)
+        if recorded.shape != (total,):
+            raise ValueError(f"recorded: expected [{total}], as the mask has, got {list(recorded.shape)}")
+        object.__setattr__(self, "recorded", recorded.to(self.mask.device, torch.float32))
         previous = self.mask.previous
         if self.labels is None:
             learnt = self.written & (previous >= 0)
@@ -145,27 +153,27 @@ class Layout:
         if not parts:
             raise ValueError("layouts: empty; pass at least one Layout")
         mask = BranchMask.pack([p.mask for p in parts])
-        joined = {n: torch.cat([getattr(p, n) for p in parts]) for n in ("input_ids", "written", "labels", "threads")}
+        joined = {n: torch.cat([getattr(p, n) for p in parts]) for n in _FIELDS}
         return cls(mask=mask, **joined)
 
     def to(self, device: torch.device | str | int) -> Layout:
-        moved = {n: getattr(self, n).to(device) for n in ("input_ids", "written", "labels", "threads")}
+        moved = {n: getattr(self, n).to(device) for n in _FIELDS}
         return Layout(mask=self.mask.to(device), **moved)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists, e.g. for a ``datasets.Dataset``; `from_dict` reads them."""
-        fields = {name: getattr(self, name).tolist() for name in ("input_ids", "labels", "written", "threads")}
+        fields = {name: getattr(self, name).tolist() for name in _FIELDS}
         parts = {name: getattr(self.mask, name).tolist() for name in ("starts", "row_ptr", "cols")}
         return {**fields, "position_ids": self.position_ids.tolist(), **parts}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Layout:
         """From what `as_dict` gives; ValueError names the field that does not fit."""
-        fields, parts = ("input_ids", "labels", "written", "threads"), ("starts", "row_ptr", "cols", "position_ids")
-        if missing := [name for name in (*fields, *parts) if name not in data]:
+        parts = ("starts", "row_ptr", "cols", "position_ids")
+        if missing := [name for name in (*_FIELDS, *parts) if name not in data]:
             raise ValueError(f"{missing[0]}: missing; pass a dict as Layout.as_dict() gives it")
         mask = BranchMask.from_intervals(*(data[name] for name in parts))
-        return cls(mask=mask, **{name: torch.as_tensor(data[name]) for name in fields})
+        return cls(mask=mask, **{name: torch.as_tensor(data[name]) for name in _FIELDS})
 
 
 class Rows:
@@ -178,6 +186,7 @@ class Rows:
         self.written: list[Sequence[bool]] = []
         self.learnt: list[Sequence[bool]] = []
         self.threads: list[int] = []
+        self.recorded: dict[int, Sequence[float]] = {}  # of some segments
 
     def add(
         self,
@@ -209,10 +218,15 @@ class Rows:
         mask = BranchMask.from_context(sizes, self.sees, torch.tensor(list(places), dtype=torch.int64))
         ids = torch.tensor(list(flat(self.ids)), dtype=torch.int64)
         learnt = torch.tensor(list(flat(self.learnt)), dtype=torch.bool) & (mask.previous >= 0)
+        recorded = torch.full((len(ids),), float("nan"))
+        for segment, values in self.recorded.items():
+            begin = int(mask.starts[segment])
+            recorded[begin : begin + len(values)] = torch.tensor(values)
         return Layout(
             ids,
             mask,
             torch.tensor(list(flat(self.written)), dtype=torch.bool),
             torch.where(learnt, ids, IGNORE),
             torch.repeat_interleave(torch.tensor(self.threads, dtype=torch.int64), torch.tensor(sizes)),
+            recorded,
         )

@@ -28,7 +28,7 @@ def from_trace(trace: Trace | Result, *, discarded: bool = True, forgotten: bool
         flat_loss: loss also on the copies that a "reprefill" join computed, where the model wrote them first.
 
     Raises:
-        ValueError: what a thread saw cannot be told from the trace: it was forked before its parent was cut back.
+        ValueError: a thread was forked from tokens that its parent then cut off: what it saw is no longer in the trace.
     """
     writer = _Writer(discarded, forgotten, flat_loss)
     writer.thread(trace.tree, [])
@@ -76,16 +76,12 @@ class _Writer:
                     stops = [k.forked_at - length for k in waiting if k.forked_at > length]
                     size = min([len(run.token_ids) - at, *stops])
                     written = learnt[done : done + size]
-                    own.append(
-                        self.rows.add(
-                            run.token_ids[at : at + size],
-                            [*before, *own],
-                            run.position + at,
-                            written,
-                            written if kind != "joined" or self.flat_loss else False,
-                            number,
-                        )
+                    loss = written if kind != "joined" or self.flat_loss else False
+                    segment = self.rows.add(
+                        run.token_ids[at : at + size], [*before, *own], run.position + at, written, loss, number
                     )
+                    own.append(segment)
+                    self.record(segment, run, at)
                     at, done, length = at + size, done + size, length + size
                     fork()
         if waiting:
@@ -95,6 +91,11 @@ class _Writer:
             )
         if self.forgotten:
             self.cut_off(node, before, own, number)
+
+    def record(self, segment: int, run: Run, at: int = 0) -> None:
+        logprobs = getattr(run, "logprobs", None)
+        if run.kind == "sampled" and logprobs is not None:
+            self.rows.recorded[segment] = logprobs[at : at + len(self.rows.ids[segment])]
 
     def length(self, segments: Sequence[int]) -> int:
         return sum(len(self.rows.ids[s]) for s in segments)
@@ -142,12 +143,17 @@ class _Writer:
 
     @staticmethod
     def _check_cuts(node: Node, kids: Sequence[Node]) -> None:
-        least = min((run.position for run in node.forgotten), default=None)
-        for kid in kids:
-            if least is not None and kid.role == "fork" and kid.start > least:
+        """A trace with a log says which of a fork and a cut came first; one without is taken to fork last."""
+        forked = {kid.id: kid.forked_at for kid in kids if kid.role == "fork"}
+        so_far: list[str] = []
+        for action in getattr(node, "log", ()):
+            if action.do == "fork":
+                so_far += [name for name in action.children if name in forked]
+            elif action.length is not None and (lost := [n for n in so_far if forked[n] > action.length]):
                 raise ValueError(
-                    f"trace: thread {kid.id} was forked from thread {node.id} at position {kid.start}, and thread "
-                    f"{node.id} was cut back to position {least}: the trace does not say which came first"
+                    f"trace: thread {lost[0]} was forked from thread {node.id} at a context length of "
+                    f"{forked[lost[0]]}, and thread {node.id} was cut back to {action.length} since; "
+                    "what it shared is no longer there"
                 )
 
     def cut_off(self, node: Node, before: list[int], own: list[int], number: int) -> None:
@@ -160,6 +166,7 @@ class _Writer:
             for run in cut:
                 sampled = run.kind == "sampled"
                 segment = self.rows.add(run.token_ids, sees, run.position, sampled, sampled, number)
+                self.record(segment, run)
                 sees.append(segment)
                 held.append((segment, len(run.token_ids)))
 

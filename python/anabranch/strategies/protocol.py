@@ -183,7 +183,7 @@ class Thread:
             raise ValueError(f"fork: headers={headers!r}; pass a number of at least 1, or a list of one header a child")
         tokens = [None if h is None else self._tokens(h, f"fork: headers[{i}]") for i, h in enumerate(heads)]
         kids = [self._host.new_thread(self, "fork") for _ in heads]
-        self._submit(Fork(self, kids))
+        self._submit(Fork(self, list(kids)))  # a list of its own: the caller may change theirs
         for kid, ids in zip(kids, tokens, strict=True):
             if ids:
                 kid._header_length = len(ids)

@@ -136,8 +136,12 @@ class Layout:
     def logprobs(self, model: Any, **kwargs: Any) -> Tensor:
         """float32 [N], the model's log-probability of each token of `learnt`, by one training forward.
 
-        Differentiable. Further keywords go to the model (``branch_backend="reference"``).
+        Differentiable. Further keywords go to the model (``branch_backend="reference"``). Raises what ``hf.describe``
+        raises for a model that does not use ``attn_implementation="anabranch"`` or would not see the mask.
         """
+        from anabranch import hf
+
+        hf.describe(model)  # raises for a model that would leave the mask unseen
         batch = self.batch()
         target = batch.pop("shift_labels")[0]
         batch.pop("labels")

@@ -6,6 +6,7 @@ import copy
 import pickle
 import random
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def check_intervals(mask: BranchMask) -> None:
         rows = mask.rows[mask.col_ptr[s] : mask.col_ptr[s + 1]].tolist()
         for pairs in (cols, rows):
             assert all(b < e for b, e in pairs)
-            assert all(a[1] < b[0] for a, b in zip(pairs, pairs[1:], strict=False))
+            assert all(a[1] < b[0] for a, b in pairwise(pairs))
         assert not cols or cols[-1][1] <= begin
         assert not rows or rows[0][0] >= end
         if begin < end:

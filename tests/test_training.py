@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 import anabranch as ab
 from anabranch import hf, training
+from anabranch.engine.result import Node, Run
 from anabranch.training import Block, BranchCollator, GRPOCollator, Inserted, Layout
 from engine_kit import make_engine, make_model
 from training_kit import working_backend  # noqa: F401
@@ -63,7 +66,7 @@ def test_threadweaver(mode):
     assert every[: len(flat)] == prefixes([], flat)  # the whole trajectory, in one piece
     assert set(every) == {c for ids in (flat, *branches) for c in prefixes([], ids)}
     assert layout.position_ids.tolist() == [len(c) - 1 for c in every]
-    # Thread 1 is there once, the others twice: alone (header shared where it reads the same), and behind their siblings.
+    # Thread 1 is there once, the others twice: alone, and behind their siblings.
     ids = layout.input_ids.tolist()
     assert [ids.count(t[0]) for t in THREADS] == [1, 2, 2]
     want = prefixes([*P], A) + prefixes([*P, *A, *HEADS[0]], THREADS[0]) + prefixes(flat[:-2], X)
@@ -163,8 +166,8 @@ def test_labels_are_what_the_model_writes():
     ("fields", "message"),
     [
         ({"labels": [-100, -100, 12, 13, 14]}, r"labels: token 3 \(segment 1\) has label 13: the runtime inserts it"),
-        ({"labels": [10, -100, -100, -100, -100], "written": [True] * 5}, r"token 0 \(segment 0\).*nothing precedes it"),
-        ({"labels": [-100, -100, -100, -100, 15]}, r"token 4 \(segment 2\) has label 15: labels are the tokens themselves"),
+        ({"labels": [10, -100, -100, -100, -100], "written": [True] * 5}, r"token 0 .*nothing precedes it"),
+        ({"labels": [-100, -100, -100, -100, 15]}, r"token 4 \(segment 2\) has label 15: labels are the tokens"),
         ({"labels": [-100] * 4}, r"labels: expected \[5\]"),
         ({"input_ids": [1, 2]}, r"input_ids: expected \[5\]"),
         ({"threads": [1, 2]}, r"threads: expected \[5\]"),
@@ -184,7 +187,7 @@ def test_a_batch_with_copies_gives_the_loss_of_one_without():
     answers = [[8, 9], [10], [8, 11, 12], [13, 14]]
     model, layout = make_model(), training.grpo([5, 6, 7], answers)
     needed, every = layout.batch(), layout.batch("all")
-    assert needed["logits_to_keep"].tolist() == [2, 3, 2, 2, 5, 6, 2, 8]
+    assert needed["logits_to_keep"].tolist() == [2, 3, 2, 2, 6, 7, 2, 9]
     assert every["input_ids"].shape == (1, layout.num_tokens + 3) and (every["shift_labels"] != -100).sum() == 8
     assert every["input_ids"][0, -3:].tolist() == [7, 7, 7] and every["position_ids"][0, -3:].tolist() == [2, 2, 2]
     hf.enable(model)
@@ -242,6 +245,54 @@ def test_layouts_pack_move_and_travel_as_plain_data():
         Layout.from_dict(one.as_dict() | {"cols": [[0, 3]] * 3})
     with pytest.raises(ValueError, match="layouts: empty"):
         Layout.pack([])
+
+
+# ---------------------------------------------------------------------------------------------------- traces
+
+
+def node(name: str, runs, children=(), forked_at=0, **fields) -> Node:
+    runs = tuple(Run(*run) for run in runs)
+    ids = tuple(t for run in runs if run.kind != "prompt" for t in run.token_ids)
+    role = "fork" if "." in name else "trunk"
+    return Node(
+        name, role, ids, None, runs[0].position, 0, forked_at, None, "joined", runs, children=children, **fields
+    )
+
+
+def laid_out(tree: Node, **options) -> Layout:
+    return training.from_trace(SimpleNamespace(tree=tree), **options)
+
+
+def test_what_was_cut_off_stands_behind_what_it_followed():
+    """Cut twice: [5 6 7] → [5], then [5 8 9] → [5 8]; the pieces are branches, and there is loss on them."""
+    cuts = (Run("sampled", (6, 7), 3), Run("sampled", (9,), 4))
+    tree = node("0", [("prompt", (1, 2), 0), ("sampled", (5, 8), 2), ("inserted", (3,), 4)], forgotten=cuts)
+    layout = laid_out(tree)
+    want = [*prefixes([], [1, 2, 5, 8, 3]), (1, 2, 5, 8, 9), (1, 2, 5, 6), (1, 2, 5, 6, 7)]
+    assert set(want) == set(contexts(layout))
+    learnt = [(1, 2, 5), (1, 2, 5, 8), (1, 2, 5, 8, 9), (1, 2, 5, 6), (1, 2, 5, 6, 7)]
+    assert sorted(learnt_contexts(layout)) == sorted(learnt)
+    assert laid_out(tree, forgotten=False).input_ids.tolist() == [1, 2, 5, 8, 3]
+
+
+def test_a_fork_from_what_was_cut_off_is_told():
+    kid = node("0.0", [("sampled", (7,), 3)], forked_at=3)
+    tree = node("0", [("prompt", (1, 2), 0), ("inserted", (9, 4), 2)], (kid,), forgotten=(Run("sampled", (5,), 2),))
+    assert laid_out(tree).num_tokens == 6  # without a log it is taken to have forked later
+    log = [SimpleNamespace(do="fork", children=["0.0"], length=None), SimpleNamespace(do="truncate", length=2)]
+    object.__setattr__(tree, "log", log)
+    with pytest.raises(ValueError, match=r"thread 0\.0 was forked from thread 0 at a context length of 3.*back to 2"):
+        laid_out(tree)
+    object.__setattr__(tree, "log", log[::-1])
+    assert laid_out(tree).num_tokens == 6
+
+
+def test_a_trace_that_is_not_whole_is_told():
+    kid = node("0.0", [("sampled", (7,), 3)], forked_at=9)
+    with pytest.raises(ValueError, match=r"thread 0\.0 was forked at a context length of 9.*is the trace whole"):
+        laid_out(node("0", [("prompt", (1, 2), 0)], (kid,)))
+    with pytest.raises(ValueError, match=r"thread '0\.7' was joined, but is not among"):
+        laid_out(node("0", [("prompt", (1, 2), 0), ("joined", (3,), 2, "0.7", True)]))
 
 
 # ---------------------------------------------------------------------------------------------------- collators

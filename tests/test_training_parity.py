@@ -131,6 +131,4 @@ def test_a_layout_that_shows_something_else_is_caught():
 
 def _context(mask: ab.BranchMask) -> list[list[int]]:
     visible = mask.dense()
-    return [
-        [j for j in range(i) if visible[mask.starts[i], mask.starts[j]]] for i in range(mask.num_segments)
-    ]
+    return [[j for j in range(i) if visible[mask.starts[i], mask.starts[j]]] for i in range(mask.num_segments)]

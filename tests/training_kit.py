@@ -9,7 +9,7 @@ from anabranch import backends
 
 @pytest.fixture(autouse=True)
 def working_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """"auto" falls back to the reference where the CPU backend has no branch attention."""
+    """The default backend falls back to the reference where the CPU backend has no branch attention."""
     choose = backends.choose
 
     def chosen(name, *args):  # type: ignore[no-untyped-def]

@@ -342,7 +342,7 @@ class BranchMask:
         self.__dict__.update(state)
         self._copies = {self.device: self}
 
-    # ------------------------------------------------------------------------------------------------ what it looks like
+    # ------------------------------------------------------------------------------------------------ pictures
 
     def show(self, path: str | os.PathLike[str] | None = None, *, width: int = 64, **options: Any) -> None:
         """Draw it: in the terminal, at most `width` columns wide, or as an image into `path` (see `plot`)."""
@@ -399,8 +399,8 @@ def _late(name: str, segment: int, what: str, other: int, count: int) -> str:
         return f"{name}: segment {segment} names itself; it sees its own earlier tokens anyway"
     if segment < other < count:
         return (
-            f"{name}: segment {segment} names {what} {other}, which comes later: the segments are out of order, or there "
-            "is a cycle; give each behind everything it sees"
+            f"{name}: segment {segment} names {what} {other}, which comes later: segments out of order, or a "
+            "cycle; give each behind everything it sees"
         )
     return f"{name}: segment {segment} names {what} {other}, but there are only 0 … {count - 1}"
 
@@ -442,7 +442,9 @@ def _transpose(starts: np.ndarray, row_ptr: np.ndarray, cols: np.ndarray) -> tup
     owner, first, last = owner[real], *(np.searchsorted(edges, cols[real, k]) for k in (0, 1))
     # Along (row segment, column segment), coverage by the segment itself (±1) and by the one before (±2).
     width = len(kept) + 1
-    key = np.concatenate([owner * width + first, owner * width + last, (owner + 1) * width + first, (owner + 1) * width + last])
+    key = np.concatenate(
+        [owner * width + first, owner * width + last, (owner + 1) * width + first, (owner + 1) * width + last]
+    )
     step = np.repeat([1, -1, 2, -2], len(owner))
     order = np.argsort(key, kind="stable")
     key, state = key[order], np.cumsum(step[order])

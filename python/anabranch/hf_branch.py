@@ -78,8 +78,8 @@ def _check(
     given = None if isinstance(attention_mask, DeferredMask) else attention_mask
     if given is not None and not torch.compiler.is_compiling():
         raise ValueError(
-            f"attention_mask: must not be given with branch_mask (got shape {tuple(given.shape)}): the branch mask says "
-            "it all, and a packed row has no padding; leave the argument out"
+            f"attention_mask: must not be given with branch_mask (got shape {tuple(given.shape)}): the mask says it "
+            "all, and a packed row has no padding; leave the argument out"
         )
     if dropout := kwargs.get("dropout") or 0.0:
         raise ValueError(

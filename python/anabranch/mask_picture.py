@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,7 +99,7 @@ def plot(
     if labels is not None:
         if len(labels) != mask.num_segments:
             raise ValueError(f"labels: expected {mask.num_segments}, one a segment, got {len(labels)}")
-        middle = [(a + b) / 2 for a, b in zip(starts, starts[1:], strict=False)]
+        middle = [(a + b) / 2 for a, b in pairwise(starts)]
         axes.set_xticks(middle, labels, rotation=90, fontsize=7)
         axes.set_yticks(middle, labels, fontsize=7)
         axes.tick_params(length=0)

@@ -52,9 +52,7 @@ class BranchCollator:
             if isinstance(item, Mapping) and item.get("schema") == SCHEMA:
                 item = Trace.from_dict(item)
             if isinstance(item, (Result, Trace)):
-                return from_trace(
-                    item, discarded=self.discarded, forgotten=self.forgotten, flat_loss=self.flat_loss
-                )
+                return from_trace(item, discarded=self.discarded, forgotten=self.forgotten, flat_loss=self.flat_loss)
             if isinstance(item, Mapping):
                 return Layout.from_dict(item)
         except ValueError as error:

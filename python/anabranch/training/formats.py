@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 from anabranch.training.layout import Layout, Rows
 
-__all__ = ["Block", "Inserted", "grpo", "multiverse", "npr", "parallel_r1", "parathinker", "separate", "threadweaver", "trie"]
+__all__ = [
+    "Block",
+    "Inserted",
+    "grpo",
+    "multiverse",
+    "npr",
+    "parallel_r1",
+    "parathinker",
+    "separate",
+    "threadweaver",
+    "trie",
+]
 
 Ids = Sequence[int]
 
@@ -48,7 +59,7 @@ class Inserted:
     ids: Ids
 
 
-Pieces = Sequence[Union[Ids, Block, Inserted]]
+Pieces = Sequence[Ids | Block | Inserted]
 
 
 # ------------------------------------------------------------------------------------------------ merged in a trie
@@ -193,7 +204,9 @@ def parallel_r1(prompt: Ids, pieces: Pieces) -> Layout:
     return _side_by_side(prompt, pieces)
 
 
-def parathinker(prompt: Ids, paths: Sequence[Ids], summary: Ids, *, headers: Sequence[Ids] | None = None, after: Ids = ()) -> Layout:  # fmt: skip
+def parathinker(
+    prompt: Ids, paths: Sequence[Ids], summary: Ids, *, headers: Sequence[Ids] | None = None, after: Ids = ()
+) -> Layout:
     """ParaThinker: paths that see the prompt alone, all beginning behind it, then a forced summary that sees all.
 
     headers: ``<think1>``, ``<think2>`` …; after: ``<summary>``, behind the longest path's last position. ``threads``
@@ -216,7 +229,8 @@ def separate(sequences: Sequence[tuple[Ids, Pieces]]) -> Layout:
     other, each from position 0.
 
     sequences: ``(prompt, pieces)`` each; in pieces, ids are what the model writes and `Inserted` what the runtime puts
-    there (``<Sub Searches>…``). A parent that a join rewrote is two sequences: up to the call, and from the rewriting on.
+    there (``<Sub Searches>…``). A parent that a join rewrote is two sequences: up to the call, and with the call
+    rewritten.
     """
     if not sequences:
         raise ValueError("sequences: empty; pass at least one")

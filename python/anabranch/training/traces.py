@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from anabranch.trace import Trace
 
 
-def from_trace(trace: Trace | Result, *, discarded: bool = True, forgotten: bool = True, flat_loss: bool = False) -> Layout:  # fmt: skip
+def from_trace(
+    trace: Trace | Result, *, discarded: bool = True, forgotten: bool = True, flat_loss: bool = False
+) -> Layout:
     """Every token of a generation in a row, each seeing exactly what it saw when the engine computed it.
 
     A thread stands where it was forked, on the positions that it had. Threads that a join spliced are there once; what
@@ -119,7 +121,12 @@ class _Writer:
             if len(left) < len(ids):  # cut back since: a copy of what is left of the segment
                 rows, n = self.rows, len(left)
                 segment = rows.add(
-                    left, rows.sees[segment], rows.first[segment], rows.written[segment][:n], False, rows.threads[segment]
+                    left,
+                    rows.sees[segment],
+                    rows.first[segment],
+                    rows.written[segment][:n],
+                    False,
+                    rows.threads[segment],
                 )
             found.append(segment)
             left = left[len(ids) :]
@@ -131,7 +138,9 @@ class _Writer:
     def sampled_in(self, source: str | None, runs: Sequence[Run]) -> list[bool]:
         """Which tokens of a joined thread the model itself wrote: its header may read differently here."""
         tokens = [t for run in runs for t in run.token_ids]
-        there = [(t, w) for s in self.own[source or ""] for t, w in zip(self.rows.ids[s], self.rows.written[s], strict=True)]
+        there = [
+            (t, w) for s in self.own[source or ""] for t, w in zip(self.rows.ids[s], self.rows.written[s], strict=True)
+        ]
         written = [False] * len(tokens)
         for i in range(1, min(len(tokens), len(there)) + 1):
             if there[-i][0] != tokens[-i]:
@@ -172,16 +181,22 @@ class _Writer:
 
     def _up_to(self, node: Node, held: list[tuple[int, int]], position: int) -> list[tuple[int, int]]:
         """What a thread held before `position`."""
-        kept = []
+        kept: list[tuple[int, int]] = []
+        end, whole = position if not held else -1, True
         for segment, size in held:
             first = self.rows.first[segment]
             if first >= position:
                 break
-            kept.append((segment, min(size, position - first)))
-        end = max((self.rows.first[s] + n for s, n in kept), default=position)
-        if end != position or any(n < len(self.rows.ids[s]) for s, n in kept[:-1]):
+            # Siblings that were joined share positions: a cut among them would be a cut in each.
+            if not whole:
+                end = -1
+                break
+            left = min(size, position - first)
+            whole, end = left == size, max(end, first + left)
+            kept.append((segment, left))
+        if end != position and kept:
             raise ValueError(
-                f"trace: thread {node.id} was cut back to position {position}, which is not where any of its tokens ends"
+                f"trace: thread {node.id} was cut back to position {position}; what it held then is not in the trace"
             )
         return kept
 
@@ -190,7 +205,11 @@ class _Writer:
         rows = self.rows
         if size == len(rows.ids[segment]):
             return segment
-        part: dict[str, Any] = {"written": rows.written[segment][:size], "learnt": False, "thread": rows.threads[segment]}
+        part: dict[str, Any] = {
+            "written": rows.written[segment][:size],
+            "learnt": False,
+            "thread": rows.threads[segment],
+        }
         return rows.add(rows.ids[segment][:size], rows.sees[segment], rows.first[segment], **part)
 
 

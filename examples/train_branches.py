@@ -87,7 +87,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="anabranch")
 
     # 1. One row, as the model will see it: the prompt, the outlines, each thread alone, and again behind its siblings.
-    row = example(["abc", "de"])
+    row = example(["abc", "de", "fgh"])
     print(decode(row.input_ids), "\n")
     row.mask.show()
     if options.picture:

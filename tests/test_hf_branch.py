@@ -93,7 +93,7 @@ MISUSES = {
     "another device": (
         {"branch_mask": ab.BranchMask.from_tree([4, 2, 2], [-1, 0, 0]).to("meta"), "position_ids": ...},
         ValueError,
-        "mask: is on meta, q on cpu",
+        "branch_mask: is on meta.*input on cpu",
     ),
     "use_cache": ({"use_cache": True}, ValueError, "use_cache: must be False with branch_mask"),
     "padding": ({"attention_mask": torch.tensor([[0, *[1] * 7]])}, ValueError, "attention_mask: must not be given"),

@@ -89,6 +89,11 @@ def _check(
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions: branch attention forms no weights; pass output_attentions=False")
     refuse_unheard(module, kwargs, "under a branch mask")
+    if mask.device != query.device:
+        raise ValueError(
+            f"branch_mask: is on {mask.device}, the model's input on {query.device}; pass "
+            f"branch_mask=mask.to({str(query.device)!r})"
+        )
     if not torch.compiler.is_compiling():
         _check_positions(module, mask, kwargs.get("position_ids"))
 

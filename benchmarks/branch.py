@@ -102,7 +102,9 @@ MEMORY_CASES = tuple(group(1024 * n, 4, 256 * n) for n in MEMORY_SCALES)
 class Work:
     """Random q, k, v and gradient of a case, packed [T, heads, D]."""
 
-    def __init__(self, case: BranchCase, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, seed: int = 0) -> None:
+    def __init__(
+        self, case: BranchCase, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, seed: int = 0
+    ) -> None:
         self.case, self.heads, self.kv_heads, self.dim, self.dtype = case, heads, kv_heads, dim, dtype
         self.scale = dim**-0.5
         gen = torch.Generator().manual_seed(seed)
@@ -254,7 +256,9 @@ class Separate(Way):
             self.first.append(~done[index])
             grad = torch.where(done[index][:, None, None], 0, work.grad[index])
             done[index] = True
-            self.sets.append([x[index].transpose(0, 1).contiguous()[None].requires_grad_() for x in (work.q, work.k, work.v)])
+            self.sets.append(
+                [x[index].transpose(0, 1).contiguous()[None].requires_grad_() for x in (work.q, work.k, work.v)]
+            )
             self.grads.append(grad.transpose(0, 1).contiguous()[None])
         self.inputs = [x for s in self.sets for x in s]
 

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from anabranch.branch_ops import Layout
     from anabranch.plan import Plan
 
-__all__ = ["attention", "branch_backward", "branch_forward", "copy_pages", "info", "name", "profile", "refuses", "unavailable", "write_kv"]
+__all__ = [
+    "attention", "branch_backward", "branch_forward", "copy_pages", "info", "name", "profile", "refuses", "unavailable",
+    "write_kv",
+]  # fmt: skip
 
 name = "cpu"
 

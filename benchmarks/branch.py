@@ -1,4 +1,5 @@
-"""Training attention under a branch mask, forward and backward: ours, dense masked SDPA, separate sequences, FlexAttention.
+"""Training attention under a branch mask, forward and backward, ours beside dense masked SDPA, separate sequences and
+FlexAttention.
 
 Every contender's output and gradients are checked against float64 before it is timed. Layouts are built outside the
 timed region; masks are too, and what making them takes is given beside the time (`mask_us`) and within the total.

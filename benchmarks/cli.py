@@ -30,7 +30,7 @@ app = typer.Typer(
 [bold]attention[/bold]  tree shapes × head shapes × dtypes; SDPA, masked, two-phase, FlexAttention, the floor
 [bold]e2e[/bold]        SmolLM2: 16 branches through our engine, through model.generate and, optionally, through vLLM
 [bold]host[/bold]       what a fork, a step and a plan cost; what a cache holds
-[bold]branch[/bold]     training: attention under a branch mask, forward and backward, beside masked SDPA and FlexAttention
+[bold]branch[/bold]     training: attention under a branch mask, forward + backward; masked SDPA, FlexAttention
 [bold]all[/bold]        all of them (also what runs when no command is given)
 [bold]report[/bold]     Markdown tables and figures from a results file
 

@@ -195,7 +195,7 @@ def _branch_markdown(data: dict[str, Any]) -> list[str]:
                     micro(found["mask_us"]),
                     micro(total),
                     _times(total / ours if total and ours else None),
-                )  # fmt: skip
+                )
             )
         notes = [f"{BRANCH.get(n, n)}: {f['note']}." for n, f in e["contenders"].items() if f.get("note")]
         lines += ["", *notes, ""] if notes else [""]

@@ -15,7 +15,7 @@ __all__ = ["Tables", "branch_backward", "branch_forward"]
 
 
 class Tables(NamedTuple):
-    """One way to cut a mask, on the device, tiles with the most work first (the block scheduler takes them in order)."""
+    """One way to cut a mask, on the device. Tiles with the most work come first: blocks are scheduled in order."""
 
     tiles: torch.Tensor  # int32 [tiles, 4]
     pieces: torch.Tensor  # int32 [pieces, 8]

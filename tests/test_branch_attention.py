@@ -13,7 +13,6 @@ import torch
 import anabranch as ab
 from anabranch import _cpu
 from anabranch.branch_mask import BranchMask
-
 from branch_kit import computed, expected, random_graph, random_tree, relative, tensors
 
 ISAS = _cpu.info()["runnable"]
@@ -68,7 +67,7 @@ def test_cpu(isa, make, options):
         check("cpu", make(seed, longest=24), 4, 2, 32, torch.float32, options, 1e-5, seed)
 
 
-# (query heads, KV heads, head_dim): GQA 1, 3, 7, all of 4; 40, 72, 80 end in a part vector; 140 heads do not fit a tile.
+# (query heads, KV heads, head_dim): GQA 1, 2, 3, 7; 33, 40, 72, 80 end in a part panel; 140 heads fit no tile.
 SHAPES = [(2, 2, 40), (3, 1, 72), (7, 1, 80), (4, 4, 96), (2, 1, 128), (2, 1, 256), (140, 1, 64), (3, 3, 33)]
 
 
@@ -106,7 +105,7 @@ def test_cpu_many_short_segments():
 
 
 def test_strides_and_layouts_do_not_matter():
-    """What Hugging Face models pass, [1, H, T, D] seen as [T, H, D], a gradient without memory of its own, and so on."""
+    """[H, T, D] seen as [T, H, D], as models pass it; a last stride of 2; a gradient without memory of its own."""
     mask = random_tree(1)
     q, k, v, grad = tensors(0, mask.num_tokens, 4, 2, 32, torch.float32)
     plain = computed(attend("cpu"), q, k, v, grad, mask)
@@ -399,7 +398,7 @@ GOOD = dict(q=(T, 4, 32), k=(T, 2, 32), v=(T, 2, 32))
 @pytest.mark.parametrize(
     "change,message",
     [
-        (dict(q=(T + 1, 4, 32)), "mask: made for 12 tokens, but q has 13"),
+        (dict(q=(T + 1, 4, 32)), "made for 12 tokens, but q has 13"),
         (dict(q=(1, T, 4, 32)), r"q: expected a tensor \[T, heads, head_dim\].*packed"),
         (dict(k=(T - 1, 2, 32)), r"k: expected shape \[12, num_kv_heads, 32\]"),
         (dict(v=(T, 1, 32)), r"v: expected shape \[12, 2, 32\]"),
@@ -427,9 +426,9 @@ def test_bad_input(change, message):
 def test_bad_dtype_and_device():
     mask = BranchMask.from_tree([T], [-1])
     q, k, v = (torch.zeros(shape) for shape in GOOD.values())
-    with pytest.raises(ValueError, match="k: expected torch.float32 on cpu like q, got torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"k: expected torch\.float32 on cpu like q, got torch\.bfloat16"):
         ab.branch_attention(q, k.bfloat16(), v, mask)
-    with pytest.raises(ValueError, match="mask: is on meta, q on cpu; pass mask.to"):
+    with pytest.raises(ValueError, match=r"mask: is on meta, q on cpu; pass mask\.to"):
         ab.branch_attention(q, k, v, mask.to("meta"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from enum import Enum
 from pathlib import Path
@@ -29,7 +30,8 @@ app = typer.Typer(
 [bold]attention[/bold]  tree shapes × head shapes × dtypes; SDPA, masked, two-phase, FlexAttention, the floor
 [bold]e2e[/bold]        SmolLM2: 16 branches through our engine, through model.generate and, optionally, through vLLM
 [bold]host[/bold]       what a fork, a step and a plan cost; what a cache holds
-[bold]all[/bold]        the three of them (also what runs when no command is given)
+[bold]branch[/bold]     training: attention under a branch mask, forward + backward; masked SDPA, FlexAttention
+[bold]all[/bold]        all of them (also what runs when no command is given)
 [bold]report[/bold]     Markdown tables and figures from a results file
 
 Every contender is checked against float64 before it is timed; rounds are interleaved (A B C A B C …) with cold caches;
@@ -134,8 +136,39 @@ def _run_host(store: Store, quick: bool) -> None:
     console.print(report.host_table(store.data))
 
 
+def _run_branch(
+    store: Store, quick: bool, only: str = "", dtypes: list[Dtype] | None = None, heads: str = "8/2", dim: int = 64,
+    names: tuple[str, ...] | None = None, rounds: int = 7, memory: bool = True,
+) -> None:  # fmt: skip
+    from . import branch
+
+    cases = [c for c in branch.CASES if re.search(only, c.name, re.IGNORECASE)]
+    if not cases:
+        raise typer.BadParameter(f"no case matches {only!r}", param_hint="--only")
+    for case in cases[:1] if quick and not only else cases:
+        for dtype in dtypes or [Dtype.float32]:
+            with console.status(case.name) as status:
+                entry = branch.run_case(
+                    case, heads, dim, getattr(torch, dtype.value), names=names or tuple(branch.ALL),
+                    rounds=min(rounds, 3) if quick else rounds, report=status.update,
+                )  # fmt: skip
+            store.put("branch", ("case", "heads", "head_dim", "dtype"), entry)
+            console.print(report.branch_line(entry))
+    if memory and not quick:
+        with console.status("memory, a process a case"):
+            for entry in branch.memory():
+                store.put("branch_memory", ("contender", "case"), entry)
+    console.print(report.branch_table(store.data))
+
+
 def _run_e2e(
-    store: Store, quick: bool, dtypes: list[Dtype] | None, peer: Path | None, rounds: int, only: str, patience: float = 600.0
+    store: Store,
+    quick: bool,
+    dtypes: list[Dtype] | None,
+    peer: Path | None,
+    rounds: int,
+    only: str,
+    patience: float = 600.0,
 ) -> None:
     from . import e2e
 
@@ -211,6 +244,26 @@ def e2e_command(
     _finish(store, plot)
 
 
+@app.command("branch")
+def branch_command(
+    quick: Quick = False, only: Only = "", dtype: Dtypes = None,
+    heads: Annotated[str, typer.Option(help="Query/KV heads.")] = "8/2",
+    head_dim: Annotated[int, typer.Option(min=1, max=256)] = 64,
+    contender: Annotated[list[str] | None, typer.Option("--contender", help="May be repeated; default: all.")] = None,
+    rounds: Rounds = 7, memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
+    threads: Threads = None, clock: ClockOption = "wall", json: Json = None,
+) -> None:  # fmt: skip
+    """Training: attention under a branch mask, forward and backward."""
+    from . import branch
+
+    for name in contender or ():
+        if name not in branch.ALL:
+            raise typer.BadParameter(f"{name!r}: expected one of {', '.join(branch.ALL)}", param_hint="--contender")
+    store = _start(threads, json, clock)
+    _run_branch(store, quick, only, dtype, heads, head_dim, tuple(contender) if contender else None, rounds, memory)
+    _finish(store, None)
+
+
 @app.command("all")
 def all_command(
     quick: Quick = False, peer: Peer = None, memory: Memory = 8.0, minutes: Minutes = math.inf, threads: Threads = None,
@@ -220,6 +273,7 @@ def all_command(
     store = _start(threads, json)
     _run_attention(_settings(quick, "", None, None, None, None, 9, memory), store, minutes)
     _run_host(store, quick)
+    _run_branch(store, quick)
     _run_e2e(store, quick, None, peer, 1 if quick else 3, "")
     _finish(store, plot)
 

@@ -120,6 +120,99 @@ def host_table(data: dict[str, Any]) -> Table:
     return table
 
 
+BRANCH = {
+    "masked": "dense masked SDPA",
+    "separate": "separate sequences",
+    "flex": "FlexAttention",
+    "flex_forward": "FlexAttention, forward alone",
+}
+
+
+def branch_line(entry: dict[str, Any]) -> str:
+    """One finished case of branch attention as a line for the terminal."""
+    label = f"[bold]{escape(entry['case'])}[/bold] {entry['heads']} D{entry['head_dim']} {entry['dtype']}"
+    parts = []
+    for name, result in entry["contenders"].items():
+        if "left_out" in result:
+            parts.append(f"[yellow]{name}: {escape(result['left_out'])}[/yellow]")
+            continue
+        times = ratio(entry, name)
+        both = f"{micro(result.get('median_us'))}" + (f" ({_times(times)})" if name != OURS and times else "")
+        parts.append(f"{name} {both}, forward {micro(result['forward_us'])}, mask {micro(result['mask_us'])}")
+    return f"{label}: " + "; ".join(parts)
+
+
+def _branch_total(entry: dict[str, Any], name: str) -> float | None:
+    """One forward and backward and the mask's making: what a training step with a new mask pays in one layer."""
+    time = median(entry, name)
+    return None if time is None else time + entry["contenders"][name]["mask_us"]
+
+
+def branch_table(data: dict[str, Any]) -> Table:
+    table = Table(
+        title="Branch attention, forward + backward: peers as multiples of our time",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("case", min_width=13, overflow="fold")
+    table.add_column("shape", no_wrap=True)
+    for name in ("ours", *BRANCH.values()):
+        table.add_column(name, justify="right", overflow="fold")
+    for e in data.get("branch", []):
+        peers = [_times(ratio(e, p)) if ratio(e, p) else "–" for p in BRANCH]
+        table.add_row(escape(e["case"]), _shape(e), micro(median(e, OURS)), *peers)
+    for e in data.get("branch_memory", []):
+        grown = f"{e['peak_growth_bytes'] / 1e6:.0f} MB" if "peak_growth_bytes" in e else e.get("left_out", "")
+        table.add_row(f"peak memory, {escape(e['case'])}", e["contender"], grown, *("" for _ in BRANCH))
+    return table
+
+
+def _branch_markdown(data: dict[str, Any]) -> list[str]:
+    """Time with the mask's making shown apart and added, and memory by T."""
+    lines = ["Branch attention: training, forward and backward.", ""]
+    for e in data["branch"]:
+        lines += [
+            f"**{e['case']}**, {e['heads']} heads, head_dim {e['head_dim']}, {e['dtype']}; {e['tokens']:,} tokens, "
+            f"{100 * e['pairs'] / e['dense_pairs']:.0f} % of all pairs visible",
+            "",
+            *_head("", "forward", "forward + backward", "against ours", "mask made", "with mask", "against ours"),
+        ]
+        ours = _branch_total(e, OURS)
+        for name, title in {OURS: "anabranch", **BRANCH}.items():
+            found = e["contenders"].get(name, {})
+            if not found or "left_out" in found:
+                if found:
+                    lines.append(_row(title, found["left_out"], "–", "–", "–", "–", "–"))
+                continue
+            total = _branch_total(e, name)
+            lines.append(
+                _row(
+                    title,
+                    micro(found["forward_us"]),
+                    _spread(e, name),
+                    _times(ratio(e, name)),
+                    micro(found["mask_us"]),
+                    micro(total),
+                    _times(total / ours if total and ours else None),
+                )
+            )
+        notes = [f"{BRANCH.get(n, n)}: {f['note']}." for n, f in e["contenders"].items() if f.get("note")]
+        lines += ["", *notes, ""] if notes else [""]
+    rows = data.get("branch_memory", [])
+    if rows:
+        lines += ["Growth of the peak resident set over one forward and backward, 8/2 heads of 64, float32:", ""]
+        lines += _head("", "tokens", "peak growth", "bytes a token")
+        for e in rows:
+            if "left_out" in e:
+                lines.append(_row(e["contender"], f"{e['tokens']:,}", e["left_out"], "–"))
+            else:
+                grown = f"{e['peak_growth_bytes'] / 1e6:.1f} MB"
+                lines.append(_row(e["contender"], f"{e['tokens']:,}", grown, f"{e['bytes_per_token']:,}"))
+        lines.append("")
+    return lines
+
+
 def e2e_line(entry: dict[str, Any]) -> str:
     label = f"[bold]{entry['contender']}[/bold] {entry['prompt']} prompt, n = {entry['n']}, {entry['dtype']}"
     if "left_out" in entry:
@@ -176,13 +269,15 @@ def markdown(data: dict[str, Any], full: bool = False) -> str:
         out += _e2e_markdown(data)
     if data.get("host"):
         out += _host_markdown(data)
+    if data.get("branch"):
+        out += _branch_markdown(data)
     return "\n".join(out) + "\n"
 
 
 def _where(data: dict[str, Any]) -> list[str]:
     m, f = data["machine"], data.get("floor")
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items() if v)
-    entries = [e for section in ("attention", "e2e", "host") for e in data.get(section, [])]
+    entries = [e for section in ("attention", "e2e", "host", "branch") for e in data.get(section, [])]
     commits = sorted({e["commit"] for e in entries if e.get("commit")})
     loads = [e["load"] for e in entries if e.get("load") is not None]
     threads = f"{m['threads']} thread{'s' * (m['threads'] > 1)}"

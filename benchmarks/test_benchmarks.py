@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import attention, host, plots, report
+from benchmarks import attention, branch, host, plots, report
 from benchmarks.contenders import ALL, Unfit
 from benchmarks.floor import Floor
 from benchmarks.shapes import Case, all_cases, chunk, draft, levels
@@ -127,3 +127,27 @@ def test_results_become_tables_and_figures(tmp_path) -> None:
     files = plots.draw(data, tmp_path / "figures")
     assert [f.name for f in files] == ["benchmark-attention.svg", "benchmark-attention.png"]
     assert all(f.stat().st_size > 2000 for f in files)
+
+
+@pytest.mark.parametrize("case", [branch.group(40, 3, 9), branch.fork_join(20, 2, 8, 2)], ids=["tree", "graph"])
+def test_branch_attention(case, tmp_path) -> None:
+    """Every contender that needs no compiler computes the same gradients; tables come out of the results."""
+    names = ("anabranch", "masked", "separate")
+    entry = branch.run_case(case, "4/2", 32, torch.float32, names=names, rounds=1, budget=0.1)
+    assert entry["pairs"] == int(case.mask().dense().sum())
+    for name, found in entry["contenders"].items():
+        if name == "separate" and case.parents is None:
+            assert "no sequence" in found["left_out"]
+        else:
+            assert found["relative_error"] <= 1e-5 and found["rounds"] == 1
+    store = Store(tmp_path / "results.json")
+    store.put("branch", ("case", "heads", "head_dim", "dtype"), entry)
+    assert case.name in report.markdown(store.data) and "dense masked" in report.markdown(store.data)
+    assert case.name in report.branch_line(entry) and report.branch_table(store.data).row_count == 1
+
+
+def test_branch_subtrees() -> None:
+    for case in branch.CASES:
+        if case.parents is not None:
+            ends, index = branch.subtree_ends(case), torch.arange(case.tokens)
+            assert int((ends - index).sum()) == case.pairs

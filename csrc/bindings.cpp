@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <list>
 #include <memory>
 
+#include "branch_plan.hpp"
 #include "plan.hpp"
 #include "tree.hpp"
 
@@ -225,6 +227,20 @@ class Tables {
   mutable i64 builds_ = 0;
 };
 
+// Tiles [n, 4] and pieces [m, 8] of a branch mask, for kernels that read them as tables.
+py::tuple branch_tables(const py::array_t<i64, py::array::c_style>& starts,
+                        const py::array_t<i32, py::array::c_style>& ptr,
+                        const py::array_t<i32, py::array::c_style>& intervals, bool columns, int most, int pad) {
+  static_assert(sizeof(BranchTile) == 4 * sizeof(i32) && sizeof(BranchPiece) == 8 * sizeof(i32));
+  const BranchMaskView mask{starts.data(), ptr.data(), intervals.data(), starts.shape(0) - 1, columns};
+  const BranchPlan plan = BranchPlanner(mask, most, 1, pad).run();
+  py::array_t<i32> tiles({static_cast<py::ssize_t>(plan.tiles.size()), static_cast<py::ssize_t>(4)});
+  py::array_t<i32> pieces({static_cast<py::ssize_t>(plan.pieces.size()), static_cast<py::ssize_t>(8)});
+  std::copy_n(reinterpret_cast<const i32*>(plan.tiles.data()), plan.tiles.size() * 4, tiles.mutable_data());
+  std::copy_n(reinterpret_cast<const i32*>(plan.pieces.data()), plan.pieces.size() * 8, pieces.mutable_data());
+  return py::make_tuple(tiles, pieces);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -291,6 +307,10 @@ PYBIND11_MODULE(_core, m) {
       .def("contexts", &Tables::contexts)
       .def_property_readonly("max_page", &Tables::max_page)
       .def_property_readonly("unique_tokens", &Tables::unique_tokens);
+
+  m.def("branch_tables", &branch_tables, py::arg("starts"), py::arg("ptr"), py::arg("intervals"), py::arg("columns"),
+        py::arg("most"), py::arg("pad"),
+        "A branch mask (row form, or column form with columns=True) cut into tiles of at most `most` tokens.");
 
   py::class_<Cache>(m, "Cache")
       .def(py::init<i32, i32>(), py::arg("num_pages"), py::arg("page_size"))

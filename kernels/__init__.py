@@ -1,1 +1,2 @@
-"""Triton kernels: tree attention, the merge of partials, KV write and page copy. Installed as ``anabranch.kernels``."""
+"""Triton kernels: tree attention, branch attention, the merge of partials, KV write, page copy. Installed as
+``anabranch.kernels``."""

@@ -14,7 +14,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["AMD", "Config", "attention_config", "column_split", "max_block_m", "next_power_of_two"]
+__all__ = [
+    "AMD",
+    "BranchConfig",
+    "Config",
+    "attention_config",
+    "branch_config",
+    "column_split",
+    "max_block_m",
+    "next_power_of_two",
+]
 
 # Stands for AMD's GPUs in place of a compute capability: 64 KB of shared memory a block.
 AMD = 0
@@ -118,8 +127,66 @@ def attention_config(head_dim: int, itemsize: int, block_m: int, arch: int) -> C
         arch: compute capability as an integer, 90 for sm_90; ``AMD`` for a GPU of theirs.
     """
     table = _SM80 if arch == 80 else _LARGE if arch == 90 else _SM100 if 100 <= arch < 120 else _SMALL
+    config = table[(_head_dim_class(head_dim), itemsize, block_m)]
+    return replace(config, num_stages=2) if arch == AMD else config
+
+
+def _head_dim_class(head_dim: int) -> int:
+    """64, 128 or 256; 96 and 192 stand for two column parts."""
     d0, d1 = column_split(head_dim)
     widest = 256 if d0 + d1 > 128 else 128 if d0 + d1 > 64 else 64
-    head_dim_class = {256: 192, 128: 96}[widest] if d1 else widest
-    config = table[(head_dim_class, itemsize, block_m)]
-    return replace(config, num_stages=2) if arch == AMD else config
+    return {256: 192, 128: 96}[widest] if d1 else widest
+
+
+@dataclass(frozen=True)
+class BranchConfig:
+    """One way to launch a kernel of branch attention."""
+
+    block_m: int  # rows
+    block_n: int  # columns
+    num_warps: int
+    num_stages: int
+
+
+# (kernel, head_dim class, itemsize) -> BranchConfig. A training step is bound by arithmetic: tiles as large as the
+# registers allow. What a program keeps is its tile of accumulators (dkdv: two) and the other factors of its products;
+# what goes by is `block_n` columns (dkdv: `block_m` rows).
+_BRANCH: dict[tuple[str, int, int], BranchConfig] = {
+    ("forward", 64, 2): BranchConfig(128, 64, 8, 3),
+    ("forward", 96, 2): BranchConfig(64, 32, 8, 2),
+    ("forward", 128, 2): BranchConfig(64, 64, 8, 2),
+    ("forward", 192, 2): BranchConfig(64, 32, 8, 2),
+    ("forward", 256, 2): BranchConfig(64, 32, 8, 2),
+    ("dq", 64, 2): BranchConfig(64, 64, 8, 2),
+    ("dq", 96, 2): BranchConfig(64, 32, 8, 2),
+    ("dq", 128, 2): BranchConfig(64, 32, 8, 2),
+    ("dq", 192, 2): BranchConfig(32, 32, 8, 2),
+    ("dq", 256, 2): BranchConfig(32, 32, 8, 2),
+    ("dkdv", 64, 2): BranchConfig(32, 64, 8, 2),
+    ("dkdv", 96, 2): BranchConfig(32, 64, 8, 2),
+    ("dkdv", 128, 2): BranchConfig(32, 64, 8, 2),
+    ("dkdv", 192, 2): BranchConfig(32, 32, 8, 2),
+    ("dkdv", 256, 2): BranchConfig(32, 32, 8, 2),
+    # float32 runs on plain FMAs, whose operands are registers.
+    ("forward", 64, 4): BranchConfig(32, 32, 8, 2),
+    ("forward", 96, 4): BranchConfig(32, 16, 8, 2),
+    ("forward", 128, 4): BranchConfig(32, 16, 8, 2),
+    ("forward", 192, 4): BranchConfig(16, 16, 8, 2),
+    ("forward", 256, 4): BranchConfig(16, 16, 8, 2),
+    ("dq", 64, 4): BranchConfig(32, 16, 8, 2),
+    ("dq", 96, 4): BranchConfig(16, 16, 8, 2),
+    ("dq", 128, 4): BranchConfig(16, 16, 8, 2),
+    ("dq", 192, 4): BranchConfig(16, 16, 8, 1),
+    ("dq", 256, 4): BranchConfig(16, 16, 8, 1),
+    ("dkdv", 64, 4): BranchConfig(16, 32, 8, 2),
+    ("dkdv", 96, 4): BranchConfig(16, 16, 8, 2),
+    ("dkdv", 128, 4): BranchConfig(16, 16, 8, 2),
+    ("dkdv", 192, 4): BranchConfig(16, 16, 8, 1),
+    ("dkdv", 256, 4): BranchConfig(16, 16, 8, 1),
+}
+
+
+def branch_config(kernel: str, head_dim: int, itemsize: int, arch: int) -> BranchConfig:
+    """The configuration for "forward", "dq" or "dkdv"; the other arguments as for `attention_config`."""
+    config = _BRANCH[(kernel, _head_dim_class(head_dim), itemsize)]
+    return replace(config, num_stages=min(config.num_stages, 2)) if arch < 80 else config

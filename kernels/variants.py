@@ -23,7 +23,8 @@ from triton.compiler import ASTSource
 
 from . import launch
 from .attention import OTHERS, PLAN_ARRAYS, tree_attention_kernel
-from .configs import attention_config, column_split, max_block_m, next_power_of_two
+from .branch import INDEX_ARRAYS, ROW_ARRAYS, branch_dkdv_kernel, branch_dq_kernel, branch_forward_kernel
+from .configs import attention_config, branch_config, column_split, max_block_m, next_power_of_two
 from .merge import merge_kernel
 from .pages import copy_pages_kernel, write_kv_kernel
 
@@ -50,12 +51,12 @@ TENSOR_CORES = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "
 class Variant:
     """One compiled form of one kernel."""
 
-    kernel: str  # "attention", "merge", "write_kv" or "copy_pages"
+    kernel: str  # "attention", "merge", "write_kv", "copy_pages", "branch_forward", "branch_dq" or "branch_dkdv"
     arch: int
     dtype: str
     head_dim: int
     block_m: int = 0  # attention only
-    options: bool = False  # attention: softcap, window, sinks and device counts on; merge: sinks and counts on
+    options: bool = False  # attention, branch_…: softcap, window, sinks, device counts on; merge: sinks and counts on
 
     def __str__(self) -> str:
         parts = [self.kernel, f"sm{self.arch}", self.dtype, f"d{self.head_dim}"]
@@ -86,6 +87,7 @@ def all_variants(arch: int) -> list[Variant]:
             while block_m <= max_block_m(head_dim, itemsize, arch):
                 found += [Variant("attention", arch, dtype, head_dim, block_m, options) for options in (False, True)]
                 block_m *= 2
+            found += [Variant(f"branch_{k}", arch, dtype, head_dim, options=o) for k in BRANCH for o in (False, True)]
     for head_dim in (64, 80, 128, 256):
         found += [Variant("merge", arch, "bf16", head_dim, options=options) for options in (False, True)]
         found += [Variant("write_kv", arch, "bf16", head_dim), Variant("copy_pages", arch, "bf16", head_dim)]
@@ -103,6 +105,10 @@ def representative_variants(arch: int) -> list[Variant]:
         Variant("merge", arch, "bf16", 128, options=True),
         Variant("write_kv", arch, "bf16", 128),
         Variant("copy_pages", arch, "bf16", 80),
+        Variant("branch_forward", arch, "bf16", 128, options=True),
+        Variant("branch_dq", arch, "bf16", 80, options=True),
+        Variant("branch_dkdv", arch, "bf16", 128, options=True),
+        Variant("branch_dkdv", arch, "fp32", 64),
     ]
 
 
@@ -136,10 +142,32 @@ def _copy_pages(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
     return copy_pages_kernel, dict(HEAD_DIM=v.head_dim, BLOCK_T=block_t, BLOCK_D=block_d), dict(num_warps=4)
 
 
-BUILDERS = {"attention": _attention, "merge": _merge, "write_kv": _write_kv, "copy_pages": _copy_pages}
+BRANCH = {"forward": branch_forward_kernel, "dq": branch_dq_kernel, "dkdv": branch_dkdv_kernel}
+
+
+def _branch(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    name = v.kernel.removeprefix("branch_")
+    d0, d1 = column_split(v.head_dim)
+    config = branch_config(name, v.head_dim, DTYPES[v.dtype], v.arch)
+    constants = dict(
+        HEAD_DIM=v.head_dim, D0=d0, D1=d1, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        HAS_SOFTCAP=v.options, HAS_WINDOW=v.options, UPCAST=False,
+    )  # fmt: skip
+    if name == "forward":
+        constants["HAS_SINKS"] = v.options
+    return BRANCH[name], constants, dict(num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+BUILDERS = {
+    "attention": _attention,
+    "merge": _merge,
+    "write_kv": _write_kv,
+    "copy_pages": _copy_pages,
+    **{f"branch_{name}": _branch for name in BRANCH},
+}
 # Index arrays are int32, partials and LSE float32, all else is of the variant's dtype.
-INT_POINTERS = {*PLAN_ARRAYS, "counts_ptr", "merge_rows_ptr", "merge_ptr_ptr", "slots_ptr", "copies_ptr"}
-FLOAT_POINTERS = {"lse_ptr", "part_acc_ptr", "part_ml_ptr"}
+INT_POINTERS = {*PLAN_ARRAYS, *INDEX_ARRAYS, "counts_ptr", "merge_rows_ptr", "merge_ptr_ptr", "slots_ptr", "copies_ptr"}
+FLOAT_POINTERS = {"lse_ptr", "delta_ptr", "part_acc_ptr", "part_ml_ptr"}
 
 
 def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[dict[str, str], dict[tuple[int], Any]]:
@@ -151,7 +179,15 @@ def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[dict
         elif name.endswith("_ptr"):
             element = "i32" if name in INT_POINTERS else "fp32" if name in FLOAT_POINTERS else dtype
             signature[name] = "*" + element
-            if name not in {*PLAN_ARRAYS, *OTHERS, "merge_rows_ptr", "merge_ptr_ptr", "slots_ptr"}:
+            if name not in {
+                *PLAN_ARRAYS,
+                *OTHERS,
+                *INDEX_ARRAYS,
+                *ROW_ARRAYS,
+                "merge_rows_ptr",
+                "merge_ptr_ptr",
+                "slots_ptr",
+            }:
                 aligned[(i,)] = [["tt.divisibility", 16]]
         elif name in ("scale", "softcap"):
             signature[name] = "fp32"

@@ -26,6 +26,10 @@ struct Copy {
 };
 void copy_pages(const Copy& c, int64_t count, int threads);
 
+// tokens [T], the mask in row form; what the plan, threads and scratch decide of `b` is set here.
+void branch_forward(Branch& b, const BranchMaskView& mask, int threads);
+void branch_backward(Branch& b, const BranchMaskView& mask, int threads);
+
 // l.wide is set here.
 void linear(Linear& l, int threads);
 

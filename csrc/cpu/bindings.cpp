@@ -9,11 +9,12 @@
 
 namespace py = pybind11;
 using namespace anabranch::cpu;
+using anabranch::BranchMaskView;
 
 namespace {
 
 using Address = uintptr_t;
-using Strided = std::array<int64_t, 3>;  // address, row stride, head stride (elements)
+using Strided3 = std::array<int64_t, 3>;  // address, row stride, head stride (elements)
 using Paged = std::array<int64_t, 4>;    // address, page stride, slot stride, head stride (elements)
 
 template <class X>
@@ -29,7 +30,7 @@ int log2_or_minus_one(int n) {
   return -1;
 }
 
-void py_attention(int type, int head_dim, int num_q_heads, int num_kv_heads, int page_size, const Strided& q,
+void py_attention(int type, int head_dim, int num_q_heads, int num_kv_heads, int page_size, const Strided3& q,
                   const Paged& k, const Paged& v, const std::array<int64_t, 9>& plan, int num_items, int num_merge,
                   float scale, float softcap, int64_t window, int64_t sinks, int64_t out, int64_t lse, int threads) {
   Attention a{};
@@ -61,7 +62,7 @@ void py_attention(int type, int head_dim, int num_q_heads, int num_kv_heads, int
   attention(a, threads);
 }
 
-void py_write(int type, int head_dim, int num_kv_heads, int page_size, const Strided& src, const Paged& dst,
+void py_write(int type, int head_dim, int num_kv_heads, int page_size, const Strided3& src, const Paged& dst,
               int64_t slots, int64_t rows, int threads) {
   Write w{Type(type), head_dim, num_kv_heads, page_size, pointer<void>(src[0]), src[1], src[2], pool(dst),
           pointer<int32_t>(slots)};
@@ -85,6 +86,60 @@ void py_linear(int type, int64_t rows, int64_t n, int64_t k, int64_t x, int64_t 
   linear(l, threads);
 }
 
+// (starts int64 [segments + 1], ptr int32, intervals int32, positions int64 [T]: addresses; number of segments)
+using MaskArrays = std::array<int64_t, 5>;
+
+// q, k, v: address, row stride, head stride (elements).
+Branch branch(int type, const std::array<int, 3>& shape, const std::array<Strided3, 3>& qkv, const MaskArrays& mask,
+              float scale, float softcap, int64_t window, int64_t sinks, int64_t out, int64_t lse) {
+  Branch b{};
+  b.type = Type(type);
+  b.head_dim = shape[0];
+  b.num_q_heads = shape[1];
+  b.num_kv_heads = shape[2];
+  b.group = shape[1] / shape[2];
+  const auto strided = [](const Strided3& x) { return Strided{pointer<void>(x[0]), x[1], x[2]}; };
+  b.q = strided(qkv[0]);
+  b.k = strided(qkv[1]);
+  b.v = strided(qkv[2]);
+  b.positions = pointer<int64_t>(mask[3]);
+  b.scale = scale;
+  b.softcap = softcap;
+  b.windowed = window >= 0;
+  b.window = int(window > INT32_MAX ? INT32_MAX : window);
+  b.sinks = pointer<float>(sinks);
+  b.out = pointer<void>(out);
+  b.lse = pointer<float>(lse);
+  return b;
+}
+
+BranchMaskView view(const MaskArrays& m) {
+  return {pointer<int64_t>(m[0]), pointer<int32_t>(m[1]), pointer<int32_t>(m[2]), m[4], false};
+}
+
+void py_branch_forward(int type, const std::array<int, 3>& shape, const std::array<Strided3, 3>& qkv,
+                       const MaskArrays& mask, float scale, float softcap, int64_t window, int64_t sinks, int64_t out,
+                       int64_t lse, int threads) {
+  Branch b = branch(type, shape, qkv, mask, scale, softcap, window, sinks, out, lse);
+  py::gil_scoped_release release;
+  branch_forward(b, view(mask), threads);
+}
+
+void py_branch_backward(int type, const std::array<int, 3>& shape, const std::array<Strided3, 3>& qkv,
+                        const MaskArrays& mask, float scale, float softcap, int64_t window, int64_t sinks, int64_t out,
+                        int64_t lse, const Strided3& grad, int64_t grad_lse, int64_t delta,
+                        const std::array<int64_t, 3>& grads, int threads) {
+  Branch b = branch(type, shape, qkv, mask, scale, softcap, window, sinks, out, lse);
+  b.grad = {pointer<void>(grad[0]), grad[1], grad[2]};
+  b.grad_lse = pointer<float>(grad_lse);
+  b.delta = pointer<float>(delta);
+  b.dq = pointer<void>(grads[0]);
+  b.dk = pointer<void>(grads[1]);
+  b.dv = pointer<void>(grads[2]);
+  py::gil_scoped_release release;
+  branch_backward(b, view(mask), threads);
+}
+
 py::dict info() {
   py::list all, here;
   for (const Kernels* k : compiled()) {
@@ -103,7 +158,7 @@ py::dict info() {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "CPU kernels: tree attention, KV write, page copy. Addresses and element strides; see backends/cpu.py.";
+  m.doc() = "CPU kernels: tree attention, branch attention, KV write, page copy. Addresses and element strides; see backends/cpu.py.";
   m.def("attention", &py_attention, py::arg("type"), py::arg("head_dim"), py::arg("num_q_heads"),
         py::arg("num_kv_heads"), py::arg("page_size"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("plan"),
         py::arg("num_items"), py::arg("num_merge"), py::arg("scale"), py::arg("softcap"), py::arg("window"),
@@ -117,6 +172,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("linear", &py_linear, py::arg("type"), py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("x"),
         py::arg("x_row"), py::arg("w"), py::arg("w_row"), py::arg("bias"), py::arg("out"), py::arg("threads"),
         "out [rows, n] contiguous = x [rows, k] times w [n, k] transposed, plus bias [n] (0: none); type 1 or 2.");
+  m.def("branch_forward", &py_branch_forward, py::arg("type"), py::arg("shape"), py::arg("qkv"), py::arg("mask"),
+        py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("sinks"), py::arg("out"), py::arg("lse"),
+        py::arg("threads"), "shape: head_dim, query heads, KV heads; mask: starts, row_ptr, cols, positions, segments.");
+  m.def("branch_backward", &py_branch_backward, py::arg("type"), py::arg("shape"), py::arg("qkv"), py::arg("mask"),
+        py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("sinks"), py::arg("out"), py::arg("lse"),
+        py::arg("grad"), py::arg("grad_lse"), py::arg("delta"), py::arg("grads"), py::arg("threads"),
+        "grads: dq, dk, dv; delta [T, query heads] float32 is written too.");
   m.def("use", &use, py::arg("isa"), "Choose the instruction set by name; '' returns to the default.");
   m.def("info", &info, "isa, vector_bytes, compiled, runnable, parallel.");
 }

@@ -1,6 +1,7 @@
 // The kernels of one instruction set: this file is compiled once for each (see CMakeLists.txt).
 #include "cpu/kernels.hpp"
 
+#include "cpu/branch.hpp"
 #include "cpu/linear.hpp"
 #include "cpu/packed.hpp"
 #include "cpu/stream.hpp"
@@ -72,7 +73,9 @@ void merge(const Attention& a, int64_t begin, int64_t end) {
 
 const Kernels& ANABRANCH_NAMED(kernels_, ANABRANCH_ISA)() {
   static constexpr Kernels table = {ANABRANCH_STRING(ANABRANCH_ISA), ANABRANCH_VECTOR_BYTES, scratch_bytes, unit,
-                                    merge, linear_stride, linear_scratch, linear_pack, linear};
+                                    merge, linear_stride, linear_scratch, linear_pack, linear,
+                                    branch_lanes, PANEL, branch_scratch, branch_row_bytes, branch_forward,
+                                    branch_backward, branch_reduce};
   return table;
 }
 

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "branch_plan.hpp"
+
 namespace anabranch::cpu {
 
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
@@ -55,6 +57,45 @@ struct Linear {
   float* wide;  // x as float32 [rows][linear_stride(k)], zero-padded; filled by linear_pack
 };
 
+struct Strided {  // [tokens, heads, D], element strides; the last dimension is contiguous
+  const void* data;
+  int64_t row, head;
+};
+
+constexpr int BRANCH_BLOCK = 64;  // tokens of an entry of Branch::latest
+
+struct BranchPart {  // a range of row tiles, and the sums of dK and dV over it
+  int tile_begin, tile_end;
+  int column_begin, column_end;  // what its rows see
+  float* sums;                   // [num_kv_heads, columns, 2 (dK, dV), D padded to vectors]
+};
+
+// Attention under a branch mask. out, dq [T, num_q_heads, D], dk, dv [T, num_kv_heads, D]: contiguous, of `type`.
+struct Branch {
+  Type type;
+  int head_dim, num_q_heads, num_kv_heads, group;
+  int chunks;  // parts that the query heads of a KV head are cut into, so that one token's fit a tile
+  int lanes;   // of a tile at most
+  Strided q, k, v;
+  const BranchTile* tiles;
+  const BranchPiece* pieces;
+  float scale, softcap;  // softcap 0: off
+  bool windowed;
+  int window;
+  const int64_t* positions;  // [T], read with a window only
+  const int64_t* latest;     // the largest position of each BRANCH_BLOCK tokens
+  const float* sinks;        // [num_q_heads] or null
+  void* out;
+  float* lse;  // [T, num_q_heads]
+  // backward
+  Strided grad;
+  const float* grad_lse;  // [T, num_q_heads] or null
+  float* delta;           // [T, num_q_heads]
+  void *dq, *dk, *dv;
+  const BranchPart* parts;
+  int num_parts;
+};
+
 // The functions of one instruction set. `unit` is one (item × KV head); `merge` takes merge entries [begin, end).
 struct Kernels {
   const char* isa;
@@ -67,6 +108,15 @@ struct Kernels {
   size_t (*linear_scratch)(int64_t rows);
   void (*linear_pack)(const Linear&, int64_t begin, int64_t end);  // rows of x
   void (*linear)(const Linear&, int64_t begin, int64_t end, void* scratch);
+  // Branch attention: a unit of the forward is a tile × KV head × chunk of its query heads, one of the backward a part
+  // × KV head; `reduce` turns the parts' sums into dK and dV of tokens [begin, end).
+  int (*branch_lanes)(int head_dim);  // wanted in a tile
+  int branch_pad;                     // lanes come in multiples of this
+  size_t (*branch_scratch)(int lanes, int head_dim, bool backward);
+  int (*branch_row_bytes)(int head_dim);  // of BranchPart::sums, for a column
+  void (*branch_forward)(const Branch&, int tile, int kv_head, int chunk, void* scratch);
+  void (*branch_backward)(const Branch&, const BranchPart& part, int kv_head, float* sums, void* scratch);
+  void (*branch_reduce)(const Branch&, int64_t begin, int64_t end);
 };
 
 const Kernels& kernels_plain();

@@ -108,7 +108,9 @@ def _check(
             heads = "num_kv_heads" if name == "k" else str(k.shape[1])
             raise ValueError(f"{name}: expected shape [{q.shape[0]}, {heads}, {q.shape[2]}], got {list(x.shape)}")
         if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name}: expected {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}; convert it")
+            raise ValueError(
+                f"{name}: expected {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}; convert it"
+            )
     if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
         raise ValueError(f"q: {q.shape[1]} query heads are not a multiple of the {k.shape[1]} KV heads")
     if softcap is not None and not softcap > 0:

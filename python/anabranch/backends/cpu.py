@@ -15,9 +15,13 @@ from torch import Tensor
 from anabranch.plan import Profile
 
 if TYPE_CHECKING:
+    from anabranch.branch_ops import Layout
     from anabranch.plan import Plan
 
-__all__ = ["attention", "copy_pages", "info", "name", "profile", "refuses", "unavailable", "write_kv"]
+__all__ = [
+    "attention", "branch_backward", "branch_forward", "copy_pages", "info", "name", "profile", "refuses", "unavailable",
+    "write_kv",
+]  # fmt: skip
 
 name = "cpu"
 
@@ -130,6 +134,93 @@ def attention(
         torch.get_num_threads(),
     )
     return out, lse
+
+
+def _rows(x: Tensor) -> Tensor:
+    """As the kernels take a tensor: the last dimension contiguous, the others as they are."""
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _branch_arguments(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, softcap: float | None, window: int | None
+) -> tuple[Any, ...]:
+    return (
+        TYPES[q.dtype],
+        (q.shape[2], q.shape[1], k.shape[1]),
+        tuple((x.data_ptr(), x.stride(0), x.stride(1)) for x in (q, k, v)),
+        (*(x.data_ptr() for x in layout), layout.starts.shape[0] - 1),
+        scale,
+        0.0 if softcap is None else softcap,
+        -1 if window is None else window,
+    )
+
+
+def branch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """out [T, Hq, D] in q's dtype, lse [T, Hq] float32, natural logarithm, sinks included."""
+    from anabranch import _cpu
+
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    layout = type(layout)(*(x.contiguous() for x in layout))
+    if sinks is not None:
+        sinks = sinks.to(torch.float32).contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32)
+    _cpu.branch_forward(
+        *_branch_arguments(q, k, v, layout, scale, softcap, window),
+        0 if sinks is None else sinks.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def branch_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: Layout,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv in their inputs' dtypes; delta [T, Hq] float32 = grad · out − grad_lse."""
+    from anabranch import _cpu
+
+    q, k, v, grad, out, lse = _rows(q), _rows(k), _rows(v), _rows(grad), out.contiguous(), lse.contiguous()
+    layout = type(layout)(*(x.contiguous() for x in layout))
+    if grad_lse is not None:
+        grad_lse = grad_lse.to(torch.float32).contiguous()
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    delta = torch.empty(lse.shape, dtype=torch.float32)
+    _cpu.branch_backward(
+        *_branch_arguments(q, k, v, layout, scale, softcap, window),
+        0,  # what sinks do to the rows is in lse
+        out.data_ptr(),
+        lse.data_ptr(),
+        (grad.data_ptr(), grad.stride(0), grad.stride(1)),
+        0 if grad_lse is None else grad_lse.data_ptr(),
+        delta.data_ptr(),
+        (dq.data_ptr(), dk.data_ptr(), dv.data_ptr()),
+        torch.get_num_threads(),
+    )
+    return dq, dk, dv, delta
 
 
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:

@@ -159,7 +159,7 @@ def branch_forward(
     p = torch.exp(s[:, :, : k.shape[0]] - lse[:, :, None]).masked_fill(~visible, 0.0)
     out = _weigh("hij,jhd->ihd", p, wide_v, visible)
     kept = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out.to(q.dtype), lse.T.to(kept).contiguous()
+    return out.to(q.dtype).contiguous(), lse.T.to(kept).contiguous()
 
 
 def branch_backward(
@@ -192,7 +192,8 @@ def branch_backward(
     dq = _weigh("hij,jhd->ihd", ds, wide_k, visible)
     dk = _weigh("hij,ihd->jhd", ds, x, visible.T).unflatten(1, (shape[1], group)).sum(2)
     dv = _weigh("hij,ihd->jhd", p, do, visible.T).unflatten(1, (shape[1], group)).sum(2)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), delta.to(lse.dtype)
+    dq, dk, dv = (x.to(y.dtype).contiguous() for x, y in ((dq, q), (dk, k), (dv, v)))
+    return dq, dk, dv, delta.to(lse.dtype)
 
 
 def _weigh(equation: str, weights: Tensor, values: Tensor, visible: Tensor) -> Tensor:

@@ -9,13 +9,19 @@ import functools
 from typing import TYPE_CHECKING
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from anabranch.plan import Profile
 
 if TYPE_CHECKING:
+    from anabranch.branch_ops import Layout
+    from anabranch.kernels.branch_launch import Tables
     from anabranch.plan import Plan
 
-__all__ = ["attention", "copy_pages", "name", "profile", "refuses", "unavailable", "write_kv"]
+__all__ = [
+    "attention", "branch_backward", "branch_forward", "copy_pages", "name", "profile", "refuses", "unavailable",
+    "write_kv",
+]  # fmt: skip
 
 name = "triton"
 
@@ -111,3 +117,93 @@ def copy_pages(pool: torch.Tensor, src: torch.Tensor, dst: torch.Tensor, filled:
     from anabranch.kernels import launch
 
     launch.copy_pages(pool, src, dst, filled)
+
+
+# A mask's tables, made at its first use and kept as long as its tensors: all layers of a step share them.
+_tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _cut(layout: Layout, columns: bool, most: int) -> Tables:
+    """The mask cut into tiles of at most ``most`` rows (or columns), on its device.
+
+    The first call for a mask copies its few index arrays to the host, which waits for the device; later calls do not.
+    """
+    from anabranch._core import branch_tables
+    from anabranch.branch_mask import _transpose
+    from anabranch.kernels.branch_launch import Tables
+
+    kept = _tables.setdefault(layout.starts, {})
+    if "host" not in kept:
+        kept["host"] = tuple(x.cpu().numpy() for x in layout[:3])
+        kept["positions"] = layout.positions.to(torch.int32).contiguous()
+    starts, ptr, intervals = kept["host"]
+    if columns:
+        if "turned" not in kept:
+            kept["turned"] = tuple(x.numpy() for x in _transpose(starts, ptr, intervals))
+        ptr, intervals = kept["turned"]
+    if (columns, most) not in kept:
+        tiles, pieces = branch_tables(starts, ptr, intervals, columns, most, NARROWEST)
+        tokens = [0, *(pieces[:, 1] - pieces[:, 0]).cumsum()]
+        work = [tokens[end] - tokens[begin] for begin, end in tiles[:, 2:].tolist()]
+        order = sorted(range(len(work)), key=lambda i: -work[i])
+        kept[columns, most] = tuple(torch.from_numpy(x).to(layout.starts.device) for x in (tiles[order], pieces))
+    return Tables(*kept[columns, most], kept["positions"])
+
+
+NARROWEST = 16  # lanes of a dot product: a shorter tile costs as much
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def branch_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [T, Hq, D] in q's dtype, lse [T, Hq] float32, natural logarithm, sinks included.
+
+    Infinities and NaN in K and V reach every row that shares a tile with one that sees them (the cpu and reference
+    backends keep them apart).
+    """
+    from anabranch.kernels import branch_launch
+
+    return branch_launch.branch_forward(
+        _rows(q), _rows(k), _rows(v), functools.partial(_cut, layout),
+        scale=scale, softcap=softcap, window=window, sinks=None if sinks is None else sinks.contiguous(),
+    )  # fmt: skip
+
+
+def branch_backward(
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    layout: Layout,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv in their inputs' dtypes; delta [T, Hq] float32 = grad · out − grad_lse. No atomics."""
+    from anabranch.kernels import branch_launch
+
+    delta = (grad.float() * out.float()).sum(2)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    dq, dk, dv = branch_launch.branch_backward(
+        grad.contiguous(), _rows(q), _rows(k), _rows(v), lse.contiguous(), delta, functools.partial(_cut, layout),
+        scale=scale, softcap=softcap, window=window,
+    )  # fmt: skip
+    return dq, dk, dv, delta

@@ -10,7 +10,6 @@ import torch
 import anabranch as ab
 from anabranch import hf, training
 from test_hf import FAMILIES, WINDOW, build, one_thread  # noqa: F401
-from training_kit import working_backend  # noqa: F401
 
 # Two prompts in a row; threads fork, fork again and join; positions restart, so that windows hide other tokens than
 # distance in the row would.

@@ -14,7 +14,6 @@ from anabranch import hf, training
 from anabranch.engine.result import Node, Run
 from anabranch.training import Block, BranchCollator, GRPOCollator, Inserted, Layout
 from engine_kit import make_engine, make_model
-from training_kit import working_backend  # noqa: F401
 
 
 def contexts(layout: Layout) -> list[tuple[int, ...]]:

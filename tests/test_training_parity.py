@@ -17,7 +17,6 @@ from anabranch.engine.result import Run
 from engine_kit import Recorder, byte_tokenizer, make_engine
 from test_strategies import Anything
 from test_threadweaver import MANY, TAGS, TWO, Script, engine_with_tags
-from training_kit import working_backend  # noqa: F401
 
 TOLERANCE = 1e-4
 PROMPT = "Why do rivers bend?"

@@ -44,6 +44,23 @@ int packed_rows(Type type, int head_dim) {
   return rows;
 }
 
+Chosen layout_of(Type type, int head_dim, const Device& device) {
+  Chosen c{};
+  with_head_dim(head_dim, [&](auto columns) {
+    constexpr int D = decltype(columns)::value;
+    const auto of = [&](auto shape) {
+      using S = decltype(shape);
+      c.ring = ring_for<S>(device);
+      c.shared = S::shared_bytes(c.ring);
+    };
+    if (type == Type::f32)
+      of(Shape<float, D>{});
+    else
+      of(Shape<bf16, D>{});
+  });
+  return c;
+}
+
 void write_kv(WriteKv w, int head_dim, int element, const Device& device, void* stream) {
   if (w.rows == 0) return;
   for (int64_t* stride : {&w.k_row, &w.k_head, &w.v_row, &w.v_head, &w.k_pages.page, &w.k_pages.slot, &w.k_pages.head,

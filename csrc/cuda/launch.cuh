@@ -17,12 +17,16 @@ template <class F>
 void with_head_dim(int head_dim, const F& f) {
   using std::integral_constant;
   if (head_dim <= 32) return f(integral_constant<int, 32>{});
+#ifndef ANABRANCH_FEW_HEAD_DIMS
   if (head_dim <= 64) return f(integral_constant<int, 64>{});
   if (head_dim <= 80) return f(integral_constant<int, 80>{});
   if (head_dim <= 96) return f(integral_constant<int, 96>{});
   if (head_dim <= 128) return f(integral_constant<int, 128>{});
+#endif
   if (head_dim <= 192) return f(integral_constant<int, 192>{});
+#ifndef ANABRANCH_FEW_HEAD_DIMS
   if (head_dim <= 256) return f(integral_constant<int, 256>{});
+#endif
   throw std::invalid_argument("head_dim: at most 256, got " + std::to_string(head_dim));
 }
 

@@ -20,6 +20,12 @@ void copy_pages(CopyPages c, int head_dim, int element, const Device& device, vo
 // Packed query rows a pass: what a plan's tile should be.
 int packed_rows(Type type, int head_dim);
 
+// What a launch would choose: tiles in the ring and bytes of shared memory.
+struct Chosen {
+  int ring, shared;
+};
+Chosen layout_of(Type type, int head_dim, const Device& device);
+
 // The device of this index; throws std::runtime_error when there is none or its driver cannot run this build.
 Device device_of(int index);
 int device_count();  // −1: no driver that this build can use

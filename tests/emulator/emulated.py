@@ -27,9 +27,10 @@ UNITS = [
     *(CUDA / name for name in ("attention_bf16.cu", "attention_f16.cu", "attention_f32.cu", "launch.cu")),
     CUDA / "bindings.cpp",
     HERE / "module.cpp",
+    HERE / "probes.cpp",
     HERE / "emulator.cpp",
 ]
-FLAGS = "-std=c++17 -O2 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra -Wno-unknown-pragmas".split()
+FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra -Wno-unknown-pragmas".split()
 
 
 def why_not() -> str | None:
@@ -56,7 +57,10 @@ def _digest(*parts: object) -> str:
 
 @functools.cache
 def load(*defines: str) -> ModuleType:
-    """The emulator as a module with the interface of ``anabranch._cuda`` and more; compiled when its sources changed."""
+    """The emulator as a module with the interface of ``anabranch._cuda`` and more; compiled when its sources changed.
+
+    ``ANABRANCH_FEW_HEAD_DIMS`` compiles a quarter of the variants, for those who work on the kernels.
+    """
     import pybind11
 
     includes = [f"-I{d}" for d in (ROOT / "csrc", HERE, pybind11.get_include(), sysconfig.get_path("include"))]
@@ -71,7 +75,9 @@ def load(*defines: str) -> ModuleType:
         if not module.exists():
 
             def compile_unit(unit: Path) -> Path:
-                named = [f"-DANABRANCH_CUDA_MODULE={name}"] if unit.name == "bindings.cpp" else []
+                # Bindings run once a call; kernels and fibers run hot, but compile in half the time without -O2.
+                named = ["-O0" if unit.name in ("bindings.cpp", "module.cpp") else "-O1"]
+                named += [f"-DANABRANCH_CUDA_MODULE={name}"] if unit.name == "bindings.cpp" else []
                 target = FOLDER / f"{unit.stem}_{_digest(*common, unit, named)}.o"
                 if not target.exists():
                     scratch = target.with_suffix(".compiling")
@@ -95,4 +101,4 @@ if __name__ == "__main__":
     reason = why_not()
     if reason is not None:
         sys.exit(f"emulator: {reason}")
-    print(load().__file__)
+    print(load(*sys.argv[1:]).__file__)

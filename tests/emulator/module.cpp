@@ -5,6 +5,7 @@
 #include "cuda/launch.hpp"
 #include "cuda/ptx.cuh"
 #include "emulator.hpp"
+#include "probes.hpp"
 
 namespace py = pybind11;
 
@@ -18,6 +19,7 @@ std::string architectures() { return "the emulator"; }
 }  // namespace anabranch::cuda
 
 void bind_emulator(py::module_& m) {
+  m.def("probe", &run_probe, py::arg("name"), py::arg("data"), py::arg("n") = 0, py::arg("grid") = 1);
   using namespace emulator;
   py::register_exception<Trap>(m, "Trap", PyExc_RuntimeError);
   m.def(

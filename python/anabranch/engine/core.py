@@ -26,7 +26,7 @@ class Engine:
         state-space model or the like is refused, with the reason).
     tokenizer: None: prompts, headers and answers are token ids.
     num_pages: pages of the cache, each of `page_size` tokens; None: as many as free memory allows.
-    backend: attention backend of every forward: "auto", "cpu", "triton" or "reference".
+    backend: attention backend of every forward: "auto", "cpu", "triton", "cuda" or "reference".
     max_rows: most tokens one forward takes; longer prompts are prefilled in chunks, beside what is decoding.
     wide_linear: on a CPU without bf16 matrix instructions, 16-bit linear layers run through a kernel of ours while the
         engine's forwards last (see engine/linear.py); True or False decide, None: where it pays.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import anabranch as ab
-from anabranch import backends
+from anabranch import backends, resident
 from anabranch.backends import cuda
 from triton_cases import relative_error
 
@@ -163,3 +163,54 @@ def test_without_the_module_or_a_gpu(monkeypatch):
         finally:
             cuda.unavailable.cache_clear()
             backends.unavailable.cache_clear()
+
+
+def on_a_device(cache):
+    """The cache keeps its plans as it does on a GPU: copied once a topology, advanced there."""
+    cache._on_host = False
+    return cache
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "operators"])
+def test_plans_advance_on_the_device(emulated_backend, monkeypatch, kernel):
+    """A decode step with the tree unchanged: the same addresses and shapes, nothing uploaded, no plan built."""
+    if not kernel:
+        monkeypatch.setattr(backends, "unavailable", lambda name: "not here")
+    uploads = []
+    split = resident.split_buffer
+    monkeypatch.setattr(resident, "split_buffer", lambda result, *a, **k: uploads.append(result) or split(result, *a, **k))
+    cache = on_a_device(ab.TreeCache(1, 2, 32, num_pages=60, page_size=8))
+    group, profile = 3, cuda.profile(6, 2, 32, torch.float32, torch.device("cpu"))
+    trunk = cache.branch()
+    cache.step({trunk: 37})
+    kids = cache.fork(trunk, 5)
+    cache.step({kids[0]: 3})
+    first = cache.step({kid: 1 for kid in kids}).plan.arrays(group, profile)
+    addresses = {name: (x.data_ptr(), x.shape) for name, x in vars(first).items() if isinstance(x, torch.Tensor)}
+    for _ in range(20):
+        assert len(uploads) == 1
+        step = cache.step({kid: 1 for kid in kids})
+        arrays = step.plan.arrays(group, profile)
+        assert arrays is first
+        assert addresses == {n: (x.data_ptr(), x.shape) for n, x in vars(arrays).items() if isinstance(x, torch.Tensor)}
+    # What the planner did on the host meanwhile, in its own buffer, is what happened here, to the last integer.
+    for name, want in vars(split(uploads[0], torch.device("cpu"))).items():
+        assert torch.equal(getattr(arrays, name), want) if isinstance(want, torch.Tensor) else True, name
+    cache.fork(kids[1], 1)  # another topology: noticed, and uploaded
+    changed = cache.step({kid: 1 for kid in kids}).plan.arrays(group, profile)
+    assert changed is not first and len(uploads) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decoding_on_the_device(emulated_backend, dtype):
+    pair = Pair(dtype)
+    on_a_device(pair.cache)
+    trunk = pair.cache.branch()
+    pair.step({trunk: 30})
+    kids = pair.cache.fork(trunk, 3)
+    for _ in range(12):  # over a page's end
+        pair.step({kid: 1 for kid in kids})
+    pair.step({kids[0]: 1, kids[2]: 1})
+    pair.cache.join(trunk, kids)
+    for _ in range(3):
+        pair.step({trunk: 1})

@@ -57,6 +57,8 @@ def disassembler() -> str | None:
 
 def kernel_of(symbol: str) -> dict[str, Any]:
     """A mangled name's kernel, element type and head_dim."""
+    if "advance_kernel" in symbol:
+        return dict(kernel="advance", dtype="", head_dim=0)
     found = re.search(r"(attention|merge|write_kv|copy_pages)_kernelI(.*?)E?E?v", symbol)
     assert found is not None, symbol
     name, arguments = found.groups()

@@ -47,12 +47,12 @@ struct Shape {
   static_assert(D % 16 == 0 && kRows <= kBlock * 2 && kSteps >= 1, "a shape that the kernel cannot lay out");
 
   // Shared memory: [ring | queries], over it the results of the warps; then what must outlive neither.
-  static constexpr int ring_bytes(int ring) {
+  static ANABRANCH_BOTH constexpr int ring_bytes(int ring) {
     const int streamed = ring * kTile + kQueries;
     return streamed > kResults ? streamed : kResults;
   }
   static constexpr int kOffsets = kAhead * 2 * kBlock * 8, kPositions = kAhead * kBlock * 4, kStats = kWarps * 16 * 8;
-  static constexpr int shared_bytes(int ring) {
+  static ANABRANCH_BOTH constexpr int shared_bytes(int ring) {
     return ring_bytes(ring) + kOffsets + kPositions + kStats + kWarps * 8;
   }
 };

@@ -89,6 +89,14 @@ void py_copy(int type, int head_dim, int64_t pool, const std::array<int64_t, 4>&
   copy_pages(c, head_dim, element_bytes(type), device_at(device), pointer<void>(stream));
 }
 
+void py_advance(const std::array<int64_t, 5>& arrays, int64_t tails, int64_t slots, int64_t positions, int branches,
+                int device, int64_t stream) {
+  const auto array = [&](int i) { return pointer<int32_t>(arrays[i]); };
+  const Advance a{array(0),  array(1), array(2), array(3), array(4), pointer<int64_t>(tails), pointer<int32_t>(slots),
+                  pointer<int64_t>(positions), branches};
+  advance(a, device_at(device), pointer<void>(stream));
+}
+
 py::dict py_device(int index) {
   const Device& d = device_at(index);
   py::dict out;
@@ -120,6 +128,9 @@ PYBIND11_MODULE(ANABRANCH_CUDA_MODULE, m) {
   m.def("copy_pages", &py_copy, py::arg("type"), py::arg("head_dim"), py::arg("pool"), py::arg("strides"),
         py::arg("planes"), py::arg("heads"), py::arg("copies"), py::arg("count"), py::arg("device"), py::arg("stream"),
         "strides: plane, page, head, token, in elements; copies: int32 [3, count] on the device.");
+  m.def("advance", &py_advance, py::arg("arrays"), py::arg("tails"), py::arg("slots"), py::arg("positions"),
+        py::arg("branches"), py::arg("device"), py::arg("stream"),
+        "arrays: items, kv_slots, kv_positions, limits, row_positions of a plan; one token more for every tail.");
   m.def("packed_rows", [](int type, int head_dim) { return packed_rows(Type(type), head_dim); }, py::arg("type"),
         py::arg("head_dim"), "Packed query rows a pass: a plan's tile.");
   m.def(

@@ -92,6 +92,13 @@ void copy_pages(CopyPages c, int head_dim, int element, const Device& device, vo
   check_launch();
 }
 
+void advance(const Advance& a, const Device& device, void* stream) {
+  if (a.branches == 0) return;
+  const int grid = grid_for((a.branches + kThreads - 1) / kThreads, 8 * device.multiprocessors);
+  ANABRANCH_LAUNCH(&advance_kernel, grid, kThreads, 0, stream, a);
+  check_launch();
+}
+
 #ifndef ANABRANCH_EMULATOR
 
 std::string architectures() {

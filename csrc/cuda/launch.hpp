@@ -16,6 +16,7 @@ void attention(Type type, Attention a, const Device& device, const Layout& layou
 // Strides in elements of `element` bytes.
 void write_kv(WriteKv w, int head_dim, int element, const Device& device, void* stream);
 void copy_pages(CopyPages c, int head_dim, int element, const Device& device, void* stream);
+void advance(const Advance& a, const Device& device, void* stream);
 
 // Packed query rows a pass: what a plan's tile should be.
 int packed_rows(Type type, int head_dim);

@@ -47,4 +47,21 @@ void copy_pages_kernel(const CopyPages c) {
   }
 }
 
+// What LivePlan::advance (csrc/plan.cpp) does on the host. A tail has one row, so no two threads meet.
+inline ANABRANCH_KERNEL(kThreads, 4)
+void advance_kernel(const Advance a) {
+  for (int b = ptx::block() * kThreads + ptx::thread(); b < a.branches; b += ptx::blocks() * kThreads) {
+    i32* const item = a.items + 8 * ptx::load(a.tails + b);
+    const i32 begin = ptx::load(item), length = ptx::load(item + 1), row = ptx::load(item + 2);
+    const i32 position = static_cast<i32>(ptx::load(a.positions + b)), latest = ptx::load(item + 5);
+    ptx::store(a.kv_slots + begin + length, ptx::load(a.slots + b));
+    ptx::store(a.kv_positions + begin + length, position);
+    ptx::store(a.limits + row, length + 1);
+    ptx::store(a.row_positions + b, position);
+    ptx::store(item + 1, length + 1);
+    ptx::store(item + 5, latest > position ? latest : position);
+    ptx::store(item + 6, position);
+  }
+}
+
 }  // namespace anabranch::cuda

@@ -54,6 +54,15 @@ struct CopyPages {  // pool [planes, pages, heads, page_size, D], byte strides
   int vectors;
 };
 
+// One decode step of a plan whose topology stays: every branch's next token goes behind the last one of its tail.
+struct Advance {
+  int32_t *items, *kv_slots, *kv_positions, *limits, *row_positions;
+  const int64_t* tails;      // [branches]: the item that each one's context ends with
+  const int32_t* slots;      // [branches]
+  const int64_t* positions;  // [branches]
+  int branches;
+};
+
 // The machine, as far as a launch depends on it.
 struct Device {
   int arch;                 // 90 = sm_90

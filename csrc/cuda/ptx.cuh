@@ -11,12 +11,14 @@
 #ifdef ANABRANCH_EMULATOR
 #include "emulator.hpp"
 #define ANABRANCH_DEVICE inline
+#define ANABRANCH_BOTH
 #define ANABRANCH_KERNEL(threads, blocks)
 #define ANABRANCH_UNROLL
 #define ANABRANCH_NO_UNROLL
 #else
 #include <cuda_runtime.h>
 #define ANABRANCH_DEVICE __device__ __forceinline__
+#define ANABRANCH_BOTH __host__ __device__
 #define ANABRANCH_KERNEL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
 #define ANABRANCH_UNROLL _Pragma("unroll")
 #define ANABRANCH_NO_UNROLL _Pragma("unroll 1")

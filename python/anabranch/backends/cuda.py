@@ -17,9 +17,9 @@ from torch import Tensor
 from anabranch.plan import Profile
 
 if TYPE_CHECKING:
-    from anabranch.plan import Plan
+    from anabranch.plan import Plan, PlanArrays
 
-__all__ = ["attention", "copy_pages", "info", "name", "profile", "refuses", "unavailable", "write_kv"]
+__all__ = ["advance", "attention", "copy_pages", "info", "name", "profile", "refuses", "unavailable", "write_kv"]
 
 name = "cuda"
 
@@ -270,6 +270,24 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
             rows,
             _index(k.device),
             _stream(k.device),
+        )
+
+
+def advance(arrays: PlanArrays, tails: Tensor, slots: Tensor, positions: Tensor) -> None:
+    """One decode step of a kept plan: a token more for every tail, in place (anabranch.resident); one launch.
+
+    tails int64 [rows] (items), slots int32 [rows], positions int64 [rows], all on the arrays' device.
+    """
+    sections = (arrays.items, arrays.kv_slots, arrays.kv_positions, arrays.limits, arrays.row_positions)
+    with _current(slots.device):
+        _module().advance(
+            tuple(x.data_ptr() for x in sections),
+            tails.data_ptr(),
+            slots.data_ptr(),
+            positions.data_ptr(),
+            tails.shape[0],
+            _index(slots.device),
+            _stream(slots.device),
         )
 
 

@@ -46,8 +46,8 @@ int ring_for(const Device& device) {
 }
 
 #ifdef ANABRANCH_EMULATOR
-template <class K>
-int blocks_per_multiprocessor(K, int shared, const Device& device) {
+template <class T, int D>
+int blocks_per_multiprocessor(int shared, const Device& device) {
   return std::max(1, device.shared_multiprocessor / (shared + kReserved));
 }
 inline void check_launch() {}
@@ -62,9 +62,11 @@ inline void check_cuda(cudaError_t error) {
 }
 inline void check_launch() { check_cuda(cudaGetLastError()); }
 
-// Asked once a kernel, device and size: the answers cost more than a launch.
-template <class K>
-int blocks_per_multiprocessor(K function, int shared, const Device&) {
+// Asked once a kernel, device and size: the answers cost more than a launch. (What is known belongs to a kernel: hence
+// its template arguments, where a pointer would do.)
+template <class T, int D>
+int blocks_per_multiprocessor(int shared, const Device&) {
+  const auto function = &attention_kernel<T, D>;
   static std::atomic<int> known[16][kMaxRing + 1];
   static std::atomic<int> sizes[16][kMaxRing + 1];
   int index = 0;
@@ -100,7 +102,7 @@ void attention_of(Attention a, const Device& device, const Layout& layout, void*
         throw std::invalid_argument("ring: from 2 to " + std::to_string(kMaxRing) + ", got " + std::to_string(a.ring));
       const auto function = &attention_kernel<T, D>;
       const int shared = S::shared_bytes(a.ring);
-      const int resident = blocks_per_multiprocessor(function, shared, device) * device.multiprocessors;
+      const int resident = blocks_per_multiprocessor<T, D>(shared, device) * device.multiprocessors;
       const int64_t units = static_cast<int64_t>(a.num_items) * a.num_kv_heads;
       const int grid = layout.grid != 0 ? layout.grid : grid_for(units, resident);
       ANABRANCH_LAUNCH(function, grid, kThreads, shared, stream, a);

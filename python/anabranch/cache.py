@@ -433,6 +433,11 @@ class TreeCache:
             cuda = backends.get("cuda") if backends.unavailable("cuda") is None else None
             resident.advance(plan.slots, plan._positions, cuda.advance if cuda is not None else None)
         else:
+            if capturing(self.device):
+                raise RuntimeError(
+                    "step: this plan is not on the GPU yet, or the tree's topology changed, which a captured CUDA graph "
+                    "cannot follow; run one step of this topology eagerly, then capture the next one"
+                )
             resident = self._resident[key] = ResidentPlan(result, self.device)
         return resident.arrays
 
@@ -444,6 +449,11 @@ class TreeCache:
             f"{self.device}, pages={u.pages_total - u.pages_free}/{u.pages_total} × {self.page_size}, "
             f"tokens={u.tokens_physical} for {u.tokens_logical})"
         )
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on this device's current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def free_memory(device: torch.device) -> int:

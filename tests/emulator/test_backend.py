@@ -214,3 +214,17 @@ def test_decoding_on_the_device(emulated_backend, dtype):
     pair.cache.join(trunk, kids)
     for _ in range(3):
         pair.step({trunk: 1})
+
+
+def test_a_topology_change_inside_a_capture(emulated_backend, monkeypatch):
+    cache = on_a_device(ab.TreeCache(1, 2, 32, num_pages=60, page_size=8))
+    profile = cuda.profile(6, 2, 32, torch.float32, torch.device("cpu"))
+    trunk = cache.branch()
+    cache.step({trunk: 5})
+    kids = cache.fork(trunk, 2)
+    cache.step({kid: 1 for kid in kids}).plan.arrays(3, profile)
+    monkeypatch.setattr(ab.cache, "capturing", lambda where: True)
+    cache.step({kid: 1 for kid in kids}).plan.arrays(3, profile)  # the same topology: nothing to upload
+    changed = cache.step({kids[0]: 1})
+    with pytest.raises(RuntimeError, match="topology changed, which a captured CUDA graph cannot follow"):
+        changed.plan.arrays(3, profile)

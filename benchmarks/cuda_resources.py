@@ -91,7 +91,9 @@ def compile_unit(source: str, arch: int, defines: tuple[str, ...] = ()) -> list[
         rows = []
         for block in re.split(r"Compiling entry function '", done.stderr)[1:]:
             symbol = block.split("'")[0]
-            stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", block).groups())  # type: ignore[union-attr]  # noqa: E501
+            stack, stores, loads = map(
+                int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", block).groups()
+            )  # type: ignore[union-attr]
             registers = int(re.search(r"Used (\d+) registers", block).group(1))  # type: ignore[union-attr]
             rows.append(
                 kernel_of(symbol)
@@ -142,7 +144,7 @@ def markdown(rows: list[dict[str, Any]], made_with: str) -> str:
         "# CUDA kernels: what every variant takes", "",
         f"Made by `python -m benchmarks.cuda_resources` with {made_with}; compiled, not run: no GPU is needed for it.",
         f"{len(rows)} kernels, {len(spills)} spill registers.",
-        "A cell: registers a thread, shared memory a block (tiles in its ring), blocks a multiprocessor; HMMA instructions.",
+        "A cell: registers a thread, shared memory a block (tiles in its ring), blocks a multiprocessor; HMMA count.",
         "", "| kernel | dtype | head_dim | " + " | ".join(f"sm_{a}" for a in archs) + " |",
         "|---|---|---|" + "---|" * len(archs),
     ]  # fmt: skip
@@ -188,7 +190,9 @@ def main() -> int:
     with ThreadPoolExecutor(args.processes) as pool:
         rows = [row for found in pool.map(lambda job: compile_unit(*job), jobs) for row in found]
     rows = with_layouts(rows)
-    (args.out / "cuda_resources.json").write_text(json.dumps({"made_with": version(), "kernels": rows}, indent=1) + "\n")
+    (args.out / "cuda_resources.json").write_text(
+        json.dumps({"made_with": version(), "kernels": rows}, indent=1) + "\n"
+    )
     (args.out / "cuda_resources.md").write_text(markdown(rows, version()))
     print(markdown(rows, version()))
     return int(any(row["spill_bytes"] for row in rows))

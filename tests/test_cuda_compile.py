@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cuda_resources as resources
+from benchmarks import cuda_resources as resources  # noqa: E402
 
 TABLE = ROOT / "benchmarks" / "results" / "cuda_resources.json"
 SLACK = 16  # registers: another release of the assembler may take a few more

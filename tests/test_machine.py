@@ -21,7 +21,9 @@ def test_never_below_the_floor_and_faster_memory_never_hurts(name):
     slow, fast = total(name), total(name, replace(H100, memory_TB_s=2 * H100.memory_TB_s))
     assert slow.total_us > slow.floor_us > 0
     assert fast.attention_us <= slow.attention_us and slow.launches <= 2
-    assert slow.total_us == pytest.approx(slow.attention_us + slow.merge_us + slow.launches * machine.LAUNCH_US["graph"])
+    assert slow.total_us == pytest.approx(
+        slow.attention_us + slow.merge_us + slow.launches * machine.LAUNCH_US["graph"]
+    )
 
 
 def test_what_bounds_what():

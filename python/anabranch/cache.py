@@ -435,8 +435,8 @@ class TreeCache:
         else:
             if capturing(self.device):
                 raise RuntimeError(
-                    "step: this plan is not on the GPU yet, or the tree's topology changed, which a captured CUDA graph "
-                    "cannot follow; run one step of this topology eagerly, then capture the next one"
+                    "step: this plan is not on the GPU yet, or the tree's topology changed, which a captured CUDA "
+                    "graph cannot follow; run one step of this topology eagerly, then capture the next one"
                 )
             resident = self._resident[key] = ResidentPlan(result, self.device)
         return resident.arrays

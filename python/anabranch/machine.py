@@ -88,7 +88,7 @@ def plan_for(
 
 @dataclass(frozen=True)
 class Prediction:
-    """Times in µs. ``total_us`` = launches, attention and merge; ``floor_us``: unique bytes or operations, nothing else."""
+    """Times in µs: ``total_us`` = launches, attention and merge; ``floor_us``: the unique bytes and nothing else."""
 
     gpu: str
     launches: int
@@ -125,7 +125,10 @@ def predict(
     units = len(items) * num_kv_heads
     slots = min(units, gpu.multiprocessors * gpu.blocks)
     share = min(bandwidth / max(slots, 1), IN_FLIGHT / LATENCY_US)
-    streaming = np.maximum((loaded + results) / share, flops / (rate / gpu.multiprocessors / min(gpu.blocks, 1 + slots // gpu.multiprocessors)))  # noqa: E501
+    streaming = np.maximum(
+        (loaded + results) / share,
+        flops / (rate / gpu.multiprocessors / min(gpu.blocks, 1 + slots // gpu.multiprocessors)),
+    )
     unit_us = np.repeat(CHAIN * LATENCY_US + passes * streaming, num_kv_heads)
     columns = np.pad(unit_us, (0, -units % max(slots, 1))).reshape(-1, max(slots, 1))
     columns[1::2] = columns[1::2, ::-1].copy()  # back and forth
@@ -145,7 +148,9 @@ def predict(
         merge = 2 * LATENCY_US + merged / bandwidth
     launches = int(units > 0) + int(arrays.num_merge > 0)
     unique = arrays.kv_tokens if unique_tokens is None else unique_tokens
-    floor_bytes = 2 * unique * num_kv_heads * head_dim * elem_size + 2 * arrays.num_rows * num_q_heads * head_dim * elem_size  # noqa: E501
+    floor_bytes = (
+        2 * unique * num_kv_heads * head_dim * elem_size + 2 * arrays.num_rows * num_q_heads * head_dim * elem_size
+    )
     return Prediction(
         gpu=gpu.name,
         launches=launches,

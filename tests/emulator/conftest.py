@@ -11,7 +11,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-import emulated
+import emulated  # noqa: E402
 
 
 @pytest.fixture(scope="session")

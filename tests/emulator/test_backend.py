@@ -69,7 +69,7 @@ def test_launches_of_a_step(emulated_backend):
     """Three a layer at most: KV, items, merge; one for all copied pages."""
     pair = Pair(torch.bfloat16)
     trunk = pair.cache.branch()
-    pair.step({trunk: 300})
+    pair.step({trunk: 20})
     kids = pair.cache.fork(trunk, 2)
     emulated_backend.reset_statistics()
     pair.step({kid: 1 for kid in kids})
@@ -178,7 +178,9 @@ def test_plans_advance_on_the_device(emulated_backend, monkeypatch, kernel):
         monkeypatch.setattr(backends, "unavailable", lambda name: "not here")
     uploads = []
     split = resident.split_buffer
-    monkeypatch.setattr(resident, "split_buffer", lambda result, *a, **k: uploads.append(result) or split(result, *a, **k))
+    monkeypatch.setattr(
+        resident, "split_buffer", lambda result, *a, **k: uploads.append(result) or split(result, *a, **k)
+    )
     cache = on_a_device(ab.TreeCache(1, 2, 32, num_pages=60, page_size=8))
     group, profile = 3, cuda.profile(6, 2, 32, torch.float32, torch.device("cpu"))
     trunk = cache.branch()
@@ -206,9 +208,9 @@ def test_decoding_on_the_device(emulated_backend, dtype):
     pair = Pair(dtype)
     on_a_device(pair.cache)
     trunk = pair.cache.branch()
-    pair.step({trunk: 30})
+    pair.step({trunk: 13})
     kids = pair.cache.fork(trunk, 3)
-    for _ in range(12):  # over a page's end
+    for _ in range(5):  # over a page's end
         pair.step({kid: 1 for kid in kids})
     pair.step({kids[0]: 1, kids[2]: 1})
     pair.cache.join(trunk, kids)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
+import kit
 import pytest
 import torch
-
-import kit
 
 
 def probe(device, name, data, n=0, grid=1):
@@ -25,7 +24,9 @@ def zeros(n=640):
 @pytest.mark.parametrize("n", [-1, 640, 10**6])
 def test_an_access_out_of_range_traps_with_thread_and_address(device, name, access, n):
     data = zeros()
-    with pytest.raises(device.Trap, match=rf"block 0, thread 5: {access} of 4 bytes at 0x\w+ is outside every alloc") as e:
+    with pytest.raises(
+        device.Trap, match=rf"block 0, thread 5: {access} of 4 bytes at 0x\w+ is outside every alloc"
+    ) as e:
         probe(device, name, data, n)
     assert f"{data.data_ptr() + 4 * n:#x}" in str(e.value)
     probe(device, name, data, 639)  # the device goes on after a trap
@@ -107,7 +108,7 @@ def test_threads_that_do_not_meet(device):
         probe(device, "lost_thread", zeros())
     with pytest.raises(device.Trap, match=r"is at barrier \d+ while thread \d+ is at barrier"):
         probe(device, "two_barriers", zeros())
-    with pytest.raises(device.Trap, match="shuffle|any"):
+    with pytest.raises(device.Trap, match=r"shuffle|any"):
         probe(device, "split_warp", zeros())
 
 
@@ -123,7 +124,9 @@ def test_mma_and_ldmatrix(device, name):
     dtype = torch.float16 if "f16" in name and "bf16" not in name else torch.bfloat16
     gen = torch.Generator().manual_seed(1)
     data = torch.randn(640, generator=gen)
-    data[:8] = torch.tensor([0.0, -0.0, 1e-7, -6e-8, 6e-5, 70000.0, 1.0 + 2**-9, 1.0 + 3 * 2**-9])  # roundings, subnormals
+    data[:8] = torch.tensor(
+        [0.0, -0.0, 1e-7, -6e-8, 6e-5, 70000.0, 1.0 + 2**-9, 1.0 + 3 * 2**-9]
+    )  # roundings, subnormals
     data[5] = 65000.0
     a, b = data[:256].reshape(16, 16).to(dtype).double(), data[256:384].to(dtype).double()
     b = b.reshape(16, 8) if "trans" in name else b.reshape(8, 16).T

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import kit
 import pytest
 import torch
 
-import kit
 from triton_cases import random_case
 
 SEEDS = 18  # each landing and schedule three times
 SITES = [
-    "window_reduced", "offsets_visible", "queries_landed", "queries_visible", "tile_landed", "tile_visible", "ring_done",
-    "results_visible",
+    "window_reduced", "offsets_visible", "queries_landed", "queries_visible", "tile_landed", "tile_visible",
+    "ring_done", "results_visible",
 ]  # fmt: skip
 VARIANTS = {
     "bf16": dict(dtype=torch.bfloat16, head_dim=32),

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import kit
 import pytest
 import torch
 
-import kit
 from triton_cases import check, dense, random_case, relative_error
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -71,7 +71,9 @@ def test_options(device, options, seed):
 def long_case(dtype=torch.bfloat16, **shape):
     """Several blocks of tokens an item, more than any ring holds, and items of one to four warps of rows."""
     return random_case(
-        17, dtype=dtype, **dict(rows=13, segments=2, max_len=700, tile_rows=16, head_dim=32, group=4, num_kv_heads=1) | shape
+        17,
+        dtype=dtype,
+        **dict(rows=13, segments=2, max_len=700, tile_rows=16, head_dim=32, group=4, num_kv_heads=1) | shape,
     )
 
 
@@ -247,7 +249,8 @@ def test_merge(device, dim, sink):
         device.attention(
             0, dim, heads, heads, 16, (0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0),
             (*[0] * 7, rows.data_ptr(), ptr.data_ptr(), 0), 0, len(lengths), 1.0, 0.0, -1,
-            0 if sink is None else sinks.data_ptr(), out.data_ptr(), lse.data_ptr(), (acc.data_ptr(), ml.data_ptr()), 0, 0,
+            0 if sink is None else sinks.data_ptr(), out.data_ptr(), lse.data_ptr(), (acc.data_ptr(), ml.data_ptr()),
+            0, 0,
         )  # fmt: skip
     for i, row in enumerate(rows.tolist()):
         part = slice(int(ptr[i]), int(ptr[i + 1]))
@@ -315,7 +318,9 @@ def test_copy_pages(device, dim, dtype):
 def test_a_slot_outside_the_pool_traps(device):
     case = random_case(3, head_dim=32)
     case.arrays.kv_slots[5] = case.k_pages.shape[0] * case.k_pages.shape[1] + 40
-    with pytest.raises(device.Trap, match=r"block \d, thread \d+: read of 16 bytes at 0x\w+ is outside every allocation"):
+    with pytest.raises(
+        device.Trap, match=r"block \d, thread \d+: read of 16 bytes at 0x\w+ is outside every allocation"
+    ):
         run(device, case)
 
 
@@ -324,7 +329,8 @@ def test_what_the_launcher_refuses(device, options):
     o = dict(type=1, head_dim=64, ring=0) | options
     with pytest.raises(ValueError, match=next(iter(options))):
         device.attention(
-            o["type"], o["head_dim"], 1, 1, 16, (0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0), (0,) * 10, 1, 0, 1.0, 0.0, -1, 0, 0,
+            o["type"], o["head_dim"], 1, 1, 16, (0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0), (0,) * 10, 1, 0, 1.0, 0.0, -1,
+            0, 0,
             0, (0, 0), 0, 0, o["ring"],
         )  # fmt: skip
 

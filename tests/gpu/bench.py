@@ -1,4 +1,4 @@
-"""A small benchmark of the GPU backends, Triton's and CUDA C++'s, on this GPU: ``python tests/gpu/bench.py [--json FILE]``.
+"""A small benchmark of the triton and cuda backends on this GPU: ``python tests/gpu/bench.py [--json FILE]``.
 
 For each tree: one decode step of attention (a row a leaf), cold L2, the median of many. ``eager`` launches from Python,
 ``graph`` replays a captured CUDA graph; the plan is made once and timed apart. The floor is what the memory and the
@@ -118,9 +118,7 @@ def measure(
     scale = head_dim**-0.5
 
     def attend() -> Any:
-        return backend.attention(
-            q, k, v, plan, scale=scale, softcap=None, window=None, sinks=None, return_lse=False
-        )
+        return backend.attention(q, k, v, plan, scale=scale, softcap=None, window=None, sinks=None, return_lse=False)
 
     out = ab.paged_tree_attention(q, k, v, plan, backend=backend_name)
     eager = timer(attend)
@@ -180,7 +178,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['gpu']}: copy {result['copy_TB_s']:.2f} TB/s, bf16 {result['bf16_TFLOP_s']:.0f} TFLOP/s. "
         "Times in µs, cold L2, medians; bf16.",
         "",
-        "| tree (nodes / tokens) | backend | heads | plan | eager | graph | floor | floor ÷ graph | SDPA, unshared | ÷ graph |",
+        "| tree (nodes / tokens) | backend | heads | plan | eager | graph | floor | floor ÷ graph | SDPA, unshared | ÷ |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["cases"]:

@@ -9,9 +9,9 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "python")]
 
-from anabranch import backends
-from anabranch.backends import cuda
-from triton_cases import check, random_case
+from anabranch import backends  # noqa: E402
+from anabranch.backends import cuda  # noqa: E402
+from triton_cases import check, random_case  # noqa: E402
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels on a GPU: what tests/emulator runs on the host-side device, at sizes that only a GPU can take."""
+"""The CUDA C++ kernels on a GPU: what tests/emulator runs on the host-side device, at a GPU's sizes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def test_same_bits_in_fifty_runs():
 
 def test_captured_graph_follows_the_device_counts():
     """One graph, captured at capacity, replayed while plans of other sizes are copied into its arrays."""
-    shape = dict(rows=12, segments=5, max_len=300, tile_rows=8, group=4, head_dim=64, dtype=torch.float16, device="cuda")
+    shape = dict(
+        rows=12, segments=5, max_len=300, tile_rows=8, group=4, head_dim=64, dtype=torch.float16, device="cuda"
+    )
     cases = [random_case(70 + i, **shape) for i in range(3)]
     names = ("items", "kv_slots", "kv_positions", "rows", "limits", "dest", "row_positions", "merge_rows", "merge_ptr")
     static = random_case(69, **shape)

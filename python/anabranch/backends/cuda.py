@@ -102,14 +102,13 @@ def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     arch = _traits(_index(device))["arch"]
     if arch < OLDEST:
         return (
-            f"the cuda backend needs compute capability 8.0 or later, {device} has {arch / 10}; "
-            "use backend='reference'"
+            f"the cuda backend needs compute capability 8.0 or later, {device} has {arch / 10}; use backend='reference'"
         )
     built = _module().architectures()
     if not runs_on(built, arch):
         return (
             f"this build has kernels for {built} and {device} is sm_{arch}; rebuild with "
-            f'ANABRANCH_CUDA_ARCHS="{arch}", or use backend=\'triton\''
+            f"ANABRANCH_CUDA_ARCHS=\"{arch}\", or use backend='triton'"
         )
     if dtype not in TYPES:
         return f"the cuda backend takes float32, float16 and bfloat16, got {dtype}; convert q and the KV pool"

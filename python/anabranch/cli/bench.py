@@ -76,8 +76,8 @@ def predict(as_json: bool, arguments: list[str]) -> None:
             found = machine.predict(machine.plan_for(gpu, nodes, tokens), gpu, unique_tokens=unique)
             rows.append({"tree": name, **asdict(found)})
     what = (
-        "Predicted, not measured: one decode step of one layer, 32/8 heads of 128, bfloat16, captured graph, by the model "
-        "in anabranch/machine.py, whose assumptions are written there. No GPU has confirmed any of it."
+        "Predicted, not measured: one decode step of one layer, 32/8 heads of 128, bfloat16, captured graph, by the "
+        "model in anabranch/machine.py, whose assumptions are written there. No GPU has confirmed any of it."
     )
     if as_json:
         print(json.dumps({"schema": "anabranch.predict", "version": 1, "what": what, "rows": rows}))

@@ -30,8 +30,8 @@ VARIABLES = {
 }
 FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 NEVER_ON_A_GPU = (
-    "The GPU kernels of this version have never run on a GPU. The Triton ones were run in Triton's interpreter, the CUDA "
-    "C++ ones on a host-side device of the tests, both against the reference, and both were compiled for GPUs. "
+    "The GPU kernels of this version have never run on a GPU. The Triton ones were run in Triton's interpreter, the "
+    "CUDA C++ ones on a host-side device of the tests, both against the reference, and both were compiled for GPUs. "
     "`python tests/gpu/run.py` in a checkout tests them on yours."
 )
 ALLOWED = 1e-5  # relative error of float32

@@ -178,7 +178,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['gpu']}: copy {result['copy_TB_s']:.2f} TB/s, bf16 {result['bf16_TFLOP_s']:.0f} TFLOP/s. "
         "Times in µs, cold L2, medians; bf16.",
         "",
-        "| tree (nodes / tokens) | backend | heads | plan | eager | graph | floor | floor ÷ graph | SDPA, unshared | ÷ |",
+        "| tree (nodes / tokens) | backend | heads | plan | eager | graph | floor | floor ÷ graph | SDPA alone | ÷ |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["cases"]:

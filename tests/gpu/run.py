@@ -2,7 +2,7 @@
 
 Builds the C++ modules in place if they are missing (the CUDA kernels for this GPU alone, where nvcc is), runs the
 kernel tests and tests/gpu on the GPU, a small case of the CUDA kernels under compute-sanitizer, the small benchmark of
-both GPU backends, and reports what every Triton variant takes with this machine's compiler (bf16, its own architecture).
+both GPU backends, and reports what every Triton variant takes with this machine's compiler (bf16, this GPU).
 Nothing stops at the first failure. Writes gpu_check.json and gpu_check.md (default: benchmarks/results) and exits with
 1 when anything failed. A few minutes.
 """

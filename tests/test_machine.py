@@ -56,3 +56,17 @@ def test_a_plan_of_nothing():
 def test_tables_of_a_regular_tree():
     tables = machine.block_tables((1, 2, 4), (16, 8, 8), page_size=8)
     assert tables.tolist() == [[0, 1, 2, 4], [0, 1, 2, 5], [0, 1, 3, 6], [0, 1, 3, 7]]
+
+
+def test_the_command_says_that_nothing_was_measured(capsys):
+    import json
+
+    from anabranch.cli import bench
+    from anabranch.cli.common import Mistake
+
+    bench.predict(as_json=True, arguments=[])
+    out = json.loads(capsys.readouterr().out)
+    assert "not measured" in out["what"] and len(out["rows"]) == len(machine.TREES) * len(machine.GPUS)
+    assert all(row["total_us"] > 0 and row["launches"] in (1, 2) for row in out["rows"])
+    with pytest.raises(Mistake, match="--quick"):
+        bench.predict(as_json=False, arguments=["--quick"])

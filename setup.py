@@ -7,6 +7,7 @@ build serves every torch version.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         import pybind11
 
-        report_cuda()
+        cuda = cuda_options(CUDA_COMPILER)
         out = Path(self.build_lib).resolve() / "anabranch"
         if self.inplace:
             out = ROOT / "python" / "anabranch"
@@ -36,7 +37,7 @@ class CMakeBuild(build_ext):
         configure = [
             cmake, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
             f"-DANABRANCH_OUTPUT={out}", f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *cuda,
         ]  # fmt: skip
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
@@ -48,18 +49,42 @@ class CMakeBuild(build_ext):
         return [self.get_ext_fullpath(ext.name) for ext in self.extensions]
 
 
-def report_cuda() -> None:
-    """Says plainly whether GPU code is part of this build, and what works without it."""
+def cuda_compiler() -> str | None:
+    """nvcc, when GPU code is to be part of this build; says plainly what was decided and what works without it."""
     wanted = os.environ.get("ANABRANCH_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
         raise ValueError(f"ANABRANCH_CUDA={wanted!r}: expected 0, 1 or auto")
-    if wanted == "1":
-        raise RuntimeError("ANABRANCH_CUDA=1: this version has no CUDA C++ sources yet; unset it, Triton serves GPUs")
-    print("anabranch: CUDA C++ module skipped (no sources in this version); GPUs are served by the Triton backend")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    places = [os.environ.get("CUDACXX"), "nvcc", str(Path(home) / "bin" / "nvcc") if home else None]
+    found = next((path for place in places if place and (path := shutil.which(place))), None)
+    if found is None and wanted == "1":
+        raise RuntimeError(
+            "ANABRANCH_CUDA=1, but no nvcc was found: put it on PATH, name it in CUDACXX, or set CUDA_HOME; "
+            "with ANABRANCH_CUDA=auto the Triton backend serves GPUs without it"
+        )
+    return found
 
+
+def cuda_options(compiler: str | None) -> list[str]:
+    """CMake's part of that decision."""
+    if compiler is None:
+        why = "ANABRANCH_CUDA=0" if os.environ.get("ANABRANCH_CUDA") == "0" else "no nvcc was found"
+        print(f"anabranch: CUDA C++ kernels skipped ({why}); GPUs are served by the Triton backend")
+        return ["-DANABRANCH_CUDA=0"]
+    archs = os.environ.get("ANABRANCH_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";").strip(";")
+    if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in archs.split(";") if arch):
+        raise ValueError(f'ANABRANCH_CUDA_ARCHS={archs!r}: expected architectures as in "80;90a;100"')
+    print(f"anabranch: CUDA C++ kernels with {compiler}, architectures: {archs or 'all that it knows of 80 to 100'}")
+    return ["-DANABRANCH_CUDA=1", f"-DANABRANCH_CUDA_ARCHS={archs}", f"-DCMAKE_CUDA_COMPILER={compiler}"]
+
+
+CUDA_COMPILER = cuda_compiler()
+MODULES = ["_core", "_cpu", *(["_cuda"] if CUDA_COMPILER else [])]
 
 setup(
-    ext_modules=[Extension("anabranch._core", sources=[]), Extension("anabranch._cpu", sources=[])],
+    ext_modules=[Extension(f"anabranch.{module}", sources=[]) for module in MODULES],
     cmdclass={"build_ext": CMakeBuild},
     packages=[
         "anabranch",

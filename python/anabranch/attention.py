@@ -49,7 +49,7 @@ def tree_attention(
         softcap: scores become softcap · tanh(score / softcap), before the mask (Gemma 2).
         window: a key is visible when q_position − k_position < window (logical positions, as in Transformers).
         sinks: [num_q_heads], an extra logit a head that takes part in the softmax only (gpt-oss).
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "cpu", "triton", "cuda" or "reference".
         return_lse: also return the log-sum-exp of the scores.
 
     Returns:

@@ -17,6 +17,7 @@ from torch import Tensor
 from anabranch import _core, backends
 from anabranch.attention import shape_of
 from anabranch.plan import FlatContexts, Plan, PlanArrays, Profile, core_params, split_buffer
+from anabranch.resident import ResidentPlan
 
 Branch = _core.Branch
 
@@ -43,10 +44,11 @@ class StepPlan(Plan):
     """The plan of one step. Work items are cut when a kernel first asks; while the topology stays, the arrays of the
     last step are advanced in place instead."""
 
-    def __init__(self, cache: TreeCache, core: _core.Step) -> None:
+    def __init__(self, cache: TreeCache, core: _core.Step, positions: Tensor) -> None:
         super().__init__(core.num_rows, cache.device)
         self._cache = cache
         self._core = core
+        self._positions = positions
         self._arrays: dict[tuple[int, Profile], PlanArrays] = {}
         self._slots: Tensor | None = None
         self._written: set[int] = set()
@@ -55,7 +57,7 @@ class StepPlan(Plan):
         key = (group, profile)
         found = self._arrays.get(key)
         if found is None:
-            found = self._arrays[key] = self._cache._plan_arrays(self._core, key)
+            found = self._arrays[key] = self._cache._plan_arrays(self, key)
         return found
 
     def contexts(self) -> FlatContexts:
@@ -129,7 +131,7 @@ class Step:
         self.branches = branches
         self.num_rows: int = core.num_rows
         self.position_ids = torch.from_numpy(core.positions()).to(cache.device)
-        self.plan = StepPlan(cache, core)
+        self.plan = StepPlan(cache, core, self.position_ids)
         self.handle = self.plan.handle
         self._core = core
         self._rows: Rows | None = None
@@ -226,6 +228,8 @@ class TreeCache:
         self._core = _core.Cache(num_pages, page_size)
         self._params: dict[tuple[int, Profile], _core.PlanParams] = {}
         self._last_arrays: dict[tuple[int, Profile], tuple[int, PlanArrays]] = {}
+        self._resident: dict[tuple[int, Profile], ResidentPlan] = {}
+        self._on_host = self.device.type == "cpu"
 
     @classmethod
     def for_model(
@@ -412,17 +416,30 @@ class TreeCache:
         """Raises ``RuntimeError`` unless reference counts, free list, spans and branches agree (for tests; linear)."""
         self._core.check()
 
-    def _plan_arrays(self, core: _core.Step, key: tuple[int, Profile]) -> PlanArrays:
+    def _plan_arrays(self, plan: StepPlan, key: tuple[int, Profile]) -> PlanArrays:
         params = self._params.get(key)
         if params is None:
             params = self._params[key] = core_params(*key)
-        result = self._core.plan(core, params)
-        last = self._last_arrays.get(key)
-        if last is not None and last[0] == result[0] and self.device.type == "cpu":
-            return last[1]  # advanced in place: the same memory, already wrapped
-        arrays = split_buffer(result, self.device)
-        self._last_arrays[key] = (result[0], arrays)
-        return arrays
+        result = self._core.plan(plan._core, params)
+        if self._on_host:
+            last = self._last_arrays.get(key)
+            if last is not None and last[0] == result[0]:
+                return last[1]  # advanced in place: the same memory, already wrapped
+            arrays = split_buffer(result, self.device)
+            self._last_arrays[key] = (result[0], arrays)
+            return arrays
+        resident = self._resident.get(key)
+        if resident is not None and resident.build == result[0]:
+            cuda = backends.get("cuda") if backends.unavailable("cuda") is None else None
+            resident.advance(plan.slots, plan._positions, cuda.advance if cuda is not None else None)
+        else:
+            if capturing(self.device):
+                raise RuntimeError(
+                    "step: this plan is not on the GPU yet, or the tree's topology changed, which a captured CUDA "
+                    "graph cannot follow; run one step of this topology eagerly, then capture the next one"
+                )
+            resident = self._resident[key] = ResidentPlan(result, self.device)
+        return resident.arrays
 
     def __repr__(self) -> str:
         u = self.usage()
@@ -432,6 +449,11 @@ class TreeCache:
             f"{self.device}, pages={u.pages_total - u.pages_free}/{u.pages_total} × {self.page_size}, "
             f"tokens={u.tokens_physical} for {u.tokens_logical})"
         )
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on this device's current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def free_memory(device: torch.device) -> int:

@@ -164,13 +164,15 @@ class Plan:
         return TablePlan(block_tables, lengths, page_size, query_lengths)
 
 
-def split_buffer(result: tuple, device: torch.device) -> PlanArrays:
-    """Views into the planner's one int32 buffer (uploaded in one copy when the device is not the CPU)."""
+def split_buffer(result: tuple, device: torch.device, copy: bool = False) -> PlanArrays:
+    """Views into the planner's one int32 buffer, or into a copy of it: on another device, or where ``copy`` asks."""
     _, buffer, begin, counts = result
     num_items, num_partials, num_merge, tile_rows, num_runs, num_absorbed, kv_tokens, num_rows, num_wide = counts
     data = torch.from_numpy(buffer)
     if device.type != "cpu":
         data = data.to(device, non_blocking=True)
+    elif copy:
+        data = data.clone()
     parts = {name: data[begin[i] : begin[i + 1]] for i, name in enumerate(_SECTIONS)}
     parts["items"] = parts["items"][: num_items * 8].view(num_items, 8)
     parts["row_positions"] = parts["row_positions"][:num_rows]

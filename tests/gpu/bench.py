@@ -1,4 +1,4 @@
-"""A small benchmark of the Triton backend on this GPU: ``python tests/gpu/bench.py [--json FILE]``.
+"""A small benchmark of the triton and cuda backends on this GPU: ``python tests/gpu/bench.py [--json FILE]``.
 
 For each tree: one decode step of attention (a row a leaf), cold L2, the median of many. ``eager`` launches from Python,
 ``graph`` replays a captured CUDA graph; the plan is made once and timed apart. The floor is what the memory and the
@@ -84,12 +84,13 @@ def measure(
     num_q_heads: int = 32,
     num_kv_heads: int = 8,
     head_dim: int = 128,
+    backend_name: str = "triton",
 ) -> dict[str, Any]:
-    """One tree: times in µs, and its share of the floor."""
-    from anabranch.kernels import launch
-
+    """One tree on one backend: times in µs, and its share of the floor."""
     import anabranch as ab
-    from anabranch.backends import triton as backend
+    from anabranch import backends
+
+    backend = backends.choose(backend_name, torch.device("cuda"), torch.bfloat16, head_dim)
 
     nodes, tokens = TREES[name]
     tables, pages = block_tables(nodes, tokens)
@@ -105,7 +106,7 @@ def measure(
     def make_plan() -> Any:
         plan = ab.Plan.from_block_tables(tables, lengths, PAGE)
         plan.check(0, k)
-        return plan, plan.arrays(num_q_heads // num_kv_heads, profile)
+        return plan, plan.arrays(num_q_heads // num_kv_heads, profile)  # which the backend asks for again, and finds
 
     plan_times = []
     for _ in range(5):
@@ -117,9 +118,9 @@ def measure(
     scale = head_dim**-0.5
 
     def attend() -> Any:
-        return launch.attention(q, k, v, arrays, scale=scale, softcap=None, window=None, sinks=None)
+        return backend.attention(q, k, v, plan, scale=scale, softcap=None, window=None, sinks=None, return_lse=False)
 
-    out = ab.paged_tree_attention(q, k, v, plan)
+    out = ab.paged_tree_attention(q, k, v, plan, backend=backend_name)
     eager = timer(attend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -131,7 +132,7 @@ def measure(
     flops = 4 * leaves * length * num_q_heads * head_dim
     floor = max(moved / ceiling["copy_TB_s"] / 1e6, flops / ceiling["bf16_TFLOP_s"] / 1e6)
     row: dict[str, Any] = dict(
-        case=name, heads=f"{num_q_heads}/{num_kv_heads}", head_dim=head_dim, unique_tokens=unique,
+        case=name, backend=backend_name, heads=f"{num_q_heads}/{num_kv_heads}", head_dim=head_dim, unique_tokens=unique,
         logical_tokens=leaves * length, items=arrays.num_items, partials=arrays.num_partials,
         plan_us=statistics.median(plan_times), eager_us=eager, graph_us=captured, floor_us=floor,
         share_of_floor=floor / captured, sdpa_us=None, sdpa_error=None,
@@ -159,10 +160,10 @@ def run() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
     ceiling = ceilings(timer)
     rows: list[dict[str, Any]] = []
-    work = [(name, {}) for name in TREES]
+    work: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in TREES]
     for heads in ((32, 32), (64, 8), (16, 8), (16, 1)):
         work.append(("1,16,64 / 1024,256,32", dict(num_q_heads=heads[0], num_kv_heads=heads[1])))
-    for name, shape in work:
+    for name, shape in [(name, shape | dict(backend_name=b)) for name, shape in work for b in ("triton", "cuda")]:
         try:
             rows.append(measure(name, timer, ceiling, **shape))
         except Exception as error:
@@ -177,18 +178,18 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['gpu']}: copy {result['copy_TB_s']:.2f} TB/s, bf16 {result['bf16_TFLOP_s']:.0f} TFLOP/s. "
         "Times in µs, cold L2, medians; bf16.",
         "",
-        "| tree (nodes / tokens) | heads | plan | eager | graph | floor | floor ÷ graph | SDPA, unshared | ÷ graph |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| tree (nodes / tokens) | backend | heads | plan | eager | graph | floor | floor ÷ graph | SDPA alone | ÷ |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["cases"]:
         if "error" in row:
-            lines.append(f"| {row['case']} | **failed**: {row['error']} | | | | | | | |")
+            lines.append(f"| {row['case']} | {row['backend_name']} | **failed**: {row['error']} | | | | | | | |")
             continue
         sdpa = ("–", "–")
         if row["sdpa_us"]:
             sdpa = (f"{row['sdpa_us']:.0f}", f"{row['sdpa_us'] / row['graph_us']:.1f}×")
         lines.append(
-            f"| {row['case']} | {row['heads']} | {row['plan_us']:.0f} | {row['eager_us']:.1f} | "
+            f"| {row['case']} | {row['backend']} | {row['heads']} | {row['plan_us']:.0f} | {row['eager_us']:.1f} | "
             f"{row['graph_us']:.1f} | {row['floor_us']:.1f} | {row['share_of_floor']:.0%} | {sdpa[0]} | {sdpa[1]} |"
         )
     return "\n".join(lines) + "\n"

@@ -1,7 +1,8 @@
 """One command for a machine with a GPU: ``python tests/gpu/run.py [--out DIR]`` (no network, no installation).
 
-Builds the C++ modules in place if they are missing, runs the kernel tests and tests/gpu on the GPU, runs the small
-benchmark, and reports what every Triton variant takes with this machine's compiler (bf16, its own architecture).
+Builds the C++ modules in place if they are missing (the CUDA kernels for this GPU alone, where nvcc is), runs the
+kernel tests and tests/gpu on the GPU, a small case of the CUDA kernels under compute-sanitizer, the small benchmark of
+both GPU backends, and reports what every Triton variant takes with this machine's compiler (bf16, this GPU).
 Nothing stops at the first failure. Writes gpu_check.json and gpu_check.md (default: benchmarks/results) and exits with
 1 when anything failed. A few minutes.
 """
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -38,10 +40,11 @@ def call(command: list[str], timeout: int) -> dict[str, Any]:
     return dict(command=" ".join(command[1:]), code=code, seconds=round(time.perf_counter() - begin, 1))
 
 
-def build() -> dict[str, Any]:
+def build(arch: int) -> dict[str, Any]:
     """The C++ modules, in place, with cmake and pybind11 as they are on this machine."""
     sys.path.insert(0, str(ROOT / "python"))
-    if util.find_spec("anabranch._core") is not None:
+    with_cuda = shutil.which("nvcc") is not None
+    if util.find_spec("anabranch._core") and (not with_cuda or util.find_spec("anabranch._cuda")):
         return dict(command="build: already there", code=0, seconds=0.0)
     where = subprocess.run(
         [sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True
@@ -54,6 +57,8 @@ def build() -> dict[str, Any]:
         "build/gpu",
         "-DCMAKE_BUILD_TYPE=Release",
         f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DANABRANCH_CUDA={int(with_cuda)}",
+        f"-DANABRANCH_CUDA_ARCHS={arch}",
     ]
     first = call([*configure, f"-Dpybind11_DIR={where}"], timeout=120)
     if first["code"] != 0:
@@ -120,7 +125,7 @@ def main() -> int:
 
     result: dict[str, Any] = dict(device=device(), steps={})
     steps = result["steps"]
-    steps["build"] = build()
+    steps["build"] = build(result["device"]["arch"])
     parallel = ["-n", "4"] if util.find_spec("xdist") else []  # most of the time goes to compiling the variants
     steps["tests"] = call(
         [python, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *parallel,
@@ -129,6 +134,11 @@ def main() -> int:
         timeout=420,
     )  # fmt: skip
     result["tests"] = junit(work / "tests.xml")
+    sanitizer = shutil.which("compute-sanitizer")
+    for tool in ("memcheck", "racecheck") if sanitizer else ():
+        steps[tool] = call(
+            [str(sanitizer), "--tool", tool, "--error-exitcode", "9", python, "tests/gpu/sanitize.py"], timeout=60
+        )
     steps["benchmark"] = call([python, "tests/gpu/bench.py", "--json", str(work / "bench.json")], timeout=240)
     bench = work / "bench.json"
     result["benchmark"] = json.loads(bench.read_text()) if bench.exists() else None

@@ -324,6 +324,7 @@ def bench(
     context: typer.Context,
     quick: Annotated[bool, _flag("--quick", help="Fewer and smaller: a minute or two.")] = False,
     builtin: Annotated[bool, _flag("--builtin", help="The small measurement, in a checkout too.")] = False,
+    predict: Annotated[bool, _flag("--predict", help="What a model of GPUs expects; nothing is measured.")] = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -335,7 +336,10 @@ def bench(
     """
     from anabranch.cli import bench as body
 
-    body.run(quick=quick, builtin=builtin, as_json=json, arguments=list(context.args))
+    if predict:
+        body.predict(as_json=json, arguments=list(context.args))
+    else:
+        body.run(quick=quick, builtin=builtin, as_json=json, arguments=list(context.args))
 
 
 @app.command(

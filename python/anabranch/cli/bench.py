@@ -61,6 +61,43 @@ def _full(root: Path, quick: bool, arguments: list[str]) -> None:
         raise typer.Exit(code if code > 0 else 128 - code)
 
 
+def predict(as_json: bool, arguments: list[str]) -> None:
+    """What the model of the machine expects of the cuda backend; nothing is measured."""
+    from dataclasses import asdict
+
+    from anabranch import machine
+
+    if arguments:
+        raise Mistake(f"{' '.join(arguments)}: --predict takes --json alone", USAGE)
+    rows: list[dict[str, Any]] = []
+    for name, (nodes, tokens) in machine.TREES.items():
+        unique = sum(n * t for n, t in zip(nodes, tokens, strict=True))
+        for gpu in machine.GPUS.values():
+            found = machine.predict(machine.plan_for(gpu, nodes, tokens), gpu, unique_tokens=unique)
+            rows.append({"tree": name, **asdict(found)})
+    what = (
+        "Predicted, not measured: one decode step of one layer, 32/8 heads of 128, bfloat16, captured graph, by the "
+        "model in anabranch/machine.py, whose assumptions are written there. No GPU has confirmed any of it."
+    )
+    if as_json:
+        print(json.dumps({"schema": "anabranch.predict", "version": 1, "what": what, "rows": rows}))
+        return
+    from rich.table import Table
+
+    out, _ = consoles()
+    table = Table(title="Predicted µs a layer (floor of bytes alone in brackets)")
+    table.add_column("tree (nodes / tokens)")
+    for gpu_name in machine.GPUS:
+        table.add_column(gpu_name, justify="right")
+    table.add_column("bound by (H100)")
+    for name in machine.TREES:
+        mine = [row for row in rows if row["tree"] == name]
+        cells = [f"{row['total_us']:.1f} ({row['floor_us']:.1f})" for row in mine]
+        table.add_row(name, *cells, next(row["bound"] for row in mine if row["gpu"] == "H100"))
+    out.print(table)
+    out.print(what, style="dim")
+
+
 def measure(quick: bool) -> dict[str, Any]:
     """One decode-like call: 16 branches of 128 tokens on a prefix of 4,096 (quick: 8 × 64 on 1,024), 32/8 heads of 128.
 

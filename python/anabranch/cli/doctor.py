@@ -20,6 +20,9 @@ VARIABLES = {
     "ANABRANCH_CACHE": "folder of converted models",
     "XDG_CACHE_HOME": "its parent, where ANABRANCH_CACHE is not set",
     "ANABRANCH_CUDA": "when building: 0, 1 or auto",
+    "ANABRANCH_CUDA_ARCHS": "when building: GPU architectures, as in 80;90a;100",
+    "CUDACXX": "when building: nvcc, where it is not on PATH",
+    "CUDA_HOME": "when building: the folder above bin/nvcc, where neither says",
     "CMAKE_BUILD_PARALLEL_LEVEL": "when building: compilers at once",
     "TRITON_INTERPRET": "1: Triton kernels run in its interpreter, on the CPU, slowly",
     "OMP_NUM_THREADS": "threads of torch, which the CPU kernels follow",
@@ -27,8 +30,9 @@ VARIABLES = {
 }
 FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 NEVER_ON_A_GPU = (
-    "The Triton kernels of this version have never run on a GPU. They were run in Triton's interpreter against the "
-    "reference, and compiled for sm_80, sm_90 and sm_100. `python tests/gpu/run.py` in a checkout tests them on yours."
+    "The GPU kernels of this version have never run on a GPU. The Triton ones were run in Triton's interpreter, the "
+    "CUDA C++ ones on a host-side device of the tests, both against the reference, and both were compiled for GPUs. "
+    "`python tests/gpu/run.py` in a checkout tests them on yours."
 )
 ALLOWED = 1e-5  # relative error of float32
 
@@ -63,11 +67,6 @@ def examine() -> dict[str, Any]:
         remedy = "reinstall with `pip install .`, or build in place with `make build`"
         return {**report, "problems": [f"anabranch's C++ core cannot be imported ({error}); {remedy}"]}
     report["backends"] = {name: _backend(name) for name in backends.NAMES}
-    report["backends"]["cuda"] = {
-        "works": False,
-        "reason": "CUDA C++ kernels are not part of this version; GPUs are served by triton",
-        "expected": False,
-    }
     for name, entry in report["backends"].items():
         if entry["expected"] and not entry["works"]:
             problems.append(f"{name}: {entry['reason']}")
@@ -119,13 +118,15 @@ def _backend(name: str) -> dict[str, Any]:
     from anabranch import backends
 
     gpu = torch.cuda.is_available()
-    entry: dict[str, Any] = {"expected": name in ("reference", "cpu") or (name == "triton" and gpu)}
+    built = importlib.util.find_spec("anabranch._cuda") is not None
+    expected = name in ("reference", "cpu") or (gpu and (name == "triton" or (name == "cuda" and built)))
+    entry: dict[str, Any] = {"expected": expected}
     reason = backends.unavailable(name)
     entry["works"], entry["reason"] = reason is None, reason
     if reason is None:
-        entry["selftest"] = selftest(name, "cuda" if name == "triton" and gpu else "cpu")
-        if name == "cpu":
-            entry.update(backends.get("cpu").info())
+        entry["selftest"] = selftest(name, "cuda" if gpu and name in ("triton", "cuda") else "cpu")
+        if name in ("cpu", "cuda"):
+            entry.update(backends.get(name).info())
         if name == "triton":
             entry["interpreted"] = not gpu
     return entry
@@ -252,6 +253,8 @@ def _show(report: dict[str, Any]) -> None:
             text = f"{good if test['passed'] else bad}  self-test: {escape(test['detail'])}, {test['seconds']:.2f} s"
             if name == "cpu":
                 text += escape(f"\n{b['isa']} of {', '.join(b['compiled'])}; threads: {b['parallel']}")
+            if name == "cuda":
+                text += escape(f"\nkernels for {b['architectures']}; taken with backend='cuda' only")
             if b.get("interpreted"):
                 text += "\nin Triton's interpreter: right, but slow"
             rows.append((name, text))

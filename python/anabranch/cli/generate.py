@@ -99,7 +99,7 @@ def _check(options: Options) -> None:
         raise Mistake("-n needs a strategy; add --strategy self-consistency or --strategy aspects", USAGE)
     if options.vote is not None and options.strategy != "self-consistency":
         raise Mistake("--vote is for --strategy self-consistency", USAGE)
-    names = ("auto", "cpu", "triton", "reference")
+    names = ("auto", "cpu", "triton", "cuda", "reference")
     if options.backend not in names:
         raise Mistake(f"--backend {options.backend!r}: expected one of {', '.join(names)}", USAGE)
     check_save(options.save)

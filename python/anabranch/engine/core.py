@@ -26,7 +26,7 @@ class Engine:
         state-space model or the like is refused, with the reason).
     tokenizer: None: prompts, headers and answers are token ids.
     num_pages: pages of the cache, each of `page_size` tokens; None: as many as free memory allows.
-    backend: attention backend of every forward: "auto", "cpu", "triton" or "reference".
+    backend: attention backend of every forward: "auto", "cpu", "triton", "cuda" or "reference".
     max_rows: most tokens one forward takes; longer prompts are prefilled in chunks, beside what is decoding.
     max_threads: most threads, of all prompts of a call, that decode at a time; more wait for their turn, which changes
         no token. None: as many as fit the pages.

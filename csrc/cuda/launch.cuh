@@ -1,0 +1,120 @@
+// Host side of the launches: which variant, how many tiles in the ring, how many blocks. Runs in the emulator too.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/attention.cuh"
+#include "cuda/launch.hpp"
+#include "cuda/merge.cuh"
+
+namespace anabranch::cuda {
+
+// head_dim → a variant compiled for at least that many columns.
+template <class F>
+void with_head_dim(int head_dim, const F& f) {
+  using std::integral_constant;
+  if (head_dim <= 32) return f(integral_constant<int, 32>{});
+#ifndef ANABRANCH_FEW_HEAD_DIMS
+  if (head_dim <= 64) return f(integral_constant<int, 64>{});
+  if (head_dim <= 80) return f(integral_constant<int, 80>{});
+  if (head_dim <= 96) return f(integral_constant<int, 96>{});
+  if (head_dim <= 128) return f(integral_constant<int, 128>{});
+#endif
+  if (head_dim <= 192) return f(integral_constant<int, 192>{});
+#ifndef ANABRANCH_FEW_HEAD_DIMS
+  if (head_dim <= 256) return f(integral_constant<int, 256>{});
+#endif
+  throw std::invalid_argument("head_dim: at most 256, got " + std::to_string(head_dim));
+}
+
+constexpr int kReserved = 1024;  // bytes of shared memory that the system takes of every block
+
+// Tiles in the ring. Streaming wants some 40 KB on its way to every multiprocessor all the time, and two or three blocks
+// there, so that one computes while another waits; a block has ring − 1 tiles on their way.
+template <class S>
+int ring_for(const Device& device) {
+  for (int blocks = 3; blocks >= 1; --blocks)
+    for (int ring = kMaxRing; ring >= (blocks == 3 ? 4 : blocks == 2 ? 3 : 2); --ring)
+      if (S::shared_bytes(ring) <= device.shared_block &&
+          blocks * (S::shared_bytes(ring) + kReserved) <= device.shared_multiprocessor)
+        return ring;
+  throw std::runtime_error("this GPU's shared memory (" + std::to_string(device.shared_block) +
+                           " bytes a block) is too small for the CUDA kernels; use backend='triton'");
+}
+
+#ifdef ANABRANCH_EMULATOR
+template <class T, int D>
+int blocks_per_multiprocessor(int shared, const Device& device) {
+  return std::max(1, device.shared_multiprocessor / (shared + kReserved));
+}
+inline void check_launch() {}
+#else
+inline void check_cuda(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  std::string text = cudaGetErrorString(error);
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
+    text = "this build has kernels for " + architectures() +
+           " and none that this GPU can run; rebuild with ANABRANCH_CUDA_ARCHS naming its architecture";
+  throw std::runtime_error(text);
+}
+inline void check_launch() { check_cuda(cudaGetLastError()); }
+
+// Asked once a kernel, device and size: the answers cost more than a launch. (What is known belongs to a kernel: hence
+// its template arguments, where a pointer would do.)
+template <class T, int D>
+int blocks_per_multiprocessor(int shared, const Device&) {
+  const auto function = &attention_kernel<T, D>;
+  static std::atomic<int> known[16][kMaxRing + 1];
+  static std::atomic<int> sizes[16][kMaxRing + 1];
+  int index = 0;
+  check_cuda(cudaGetDevice(&index));
+  for (int i = 0; index < 16 && i <= kMaxRing; ++i)
+    if (known[index][i].load(std::memory_order_acquire) != 0 && sizes[index][i].load() == shared)
+      return known[index][i].load();
+  if (shared > 48 * 1024)
+    check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  int blocks = 0;
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, kThreads, shared));
+  blocks = std::max(blocks, 1);
+  for (int i = 0; index < 16 && i <= kMaxRing; ++i) {
+    if (known[index][i].load() != 0) continue;
+    sizes[index][i].store(shared);
+    known[index][i].store(blocks, std::memory_order_release);
+    break;
+  }
+  return blocks;
+}
+#endif
+
+inline int grid_for(int64_t wanted, int most) { return static_cast<int>(std::clamp<int64_t>(wanted, 1, most)); }
+
+template <class T>
+void attention_of(Attention a, const Device& device, const Layout& layout, void* stream) {
+  with_head_dim(a.head_dim, [&](auto columns) {
+    constexpr int D = decltype(columns)::value;
+    using S = Shape<T, D>;
+    if (a.num_items > 0) {
+      a.ring = layout.ring != 0 ? layout.ring : ring_for<S>(device);
+      if (a.ring < 2 || a.ring > kMaxRing)
+        throw std::invalid_argument("ring: from 2 to " + std::to_string(kMaxRing) + ", got " + std::to_string(a.ring));
+      const auto function = &attention_kernel<T, D>;
+      const int shared = S::shared_bytes(a.ring);
+      const int resident = blocks_per_multiprocessor<T, D>(shared, device) * device.multiprocessors;
+      const int64_t units = static_cast<int64_t>(a.num_items) * a.num_kv_heads;
+      const int grid = layout.grid != 0 ? layout.grid : grid_for(units, resident);
+      ANABRANCH_LAUNCH(function, grid, kThreads, shared, stream, a);
+      check_launch();
+    }
+  });
+  if (a.num_merge > 0) {
+    const int64_t warps = static_cast<int64_t>(a.num_merge) * a.num_q_heads;
+    const int grid = layout.grid != 0 ? layout.grid : grid_for((warps + kWarps - 1) / kWarps, 8 * device.multiprocessors);
+    ANABRANCH_LAUNCH(&merge_kernel<T>, grid, kThreads, 0, stream, a);
+    check_launch();
+  }
+}
+
+}  // namespace anabranch::cuda

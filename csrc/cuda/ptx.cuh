@@ -1,0 +1,233 @@
+// Every instruction that plain C++ does not have, each with two bodies: PTX for the GPU, and a call into the host-side
+// device of tests/emulator, so that the kernels run from the same sources under g++, with no CUDA header in sight.
+//
+// Conventions. Kernels are one-dimensional. Memory is read and written through `load` and `store` (the emulator checks
+// each access). Every barrier and wait carries a site: the tests take one away at a time and must see something break.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef ANABRANCH_EMULATOR
+#include "emulator.hpp"
+#define ANABRANCH_DEVICE inline
+#define ANABRANCH_BOTH
+#define ANABRANCH_KERNEL(threads, blocks)
+#define ANABRANCH_UNROLL
+#define ANABRANCH_NO_UNROLL
+#else
+#include <cuda_runtime.h>
+#define ANABRANCH_DEVICE __device__ __forceinline__
+#define ANABRANCH_BOTH __host__ __device__
+#define ANABRANCH_KERNEL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
+#define ANABRANCH_UNROLL _Pragma("unroll")
+#define ANABRANCH_NO_UNROLL _Pragma("unroll 1")
+#endif
+
+namespace anabranch::cuda {
+
+using i32 = int32_t;
+using i64 = int64_t;
+using u32 = uint32_t;
+
+// 16-bit elements are bits here: they are moved, multiplied by mma, and made from pairs of floats.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+struct alignas(8) Int2 {
+  i32 x, y;
+};
+struct alignas(16) Int4 {
+  i32 x, y, z, w;
+};
+struct alignas(8) Float2 {
+  float x, y;
+};
+struct alignas(16) Float4 {
+  float x, y, z, w;
+};
+
+// Where a kernel waits. `none` stands for no fault in the tests.
+enum class Site : int {
+  none,
+  window_reduced,     // barrier: each warp's first and last visible token
+  offsets_visible,    // barrier: the first blocks' addresses; the ring and its neighbours are free again
+  queries_landed,     // wait
+  queries_visible,    // barrier
+  tile_landed,        // wait
+  tile_visible,       // barrier: the tile of this round; everybody is done with the one before
+  ring_done,          // barrier: the last tile is used, accumulators may overwrite the ring
+  results_visible,    // barrier: all warps' accumulators
+  count
+};
+
+namespace ptx {
+
+#ifdef ANABRANCH_EMULATOR
+
+ANABRANCH_DEVICE int thread() { return emulator::thread(); }
+ANABRANCH_DEVICE int block() { return emulator::block(); }
+ANABRANCH_DEVICE int blocks() { return emulator::blocks(); }
+ANABRANCH_DEVICE char* shared_memory() { return emulator::shared_memory(); }
+
+template <class V>
+ANABRANCH_DEVICE V load(const V* p) {
+  emulator::check(p, sizeof(V), alignof(V), false);
+  return *p;
+}
+template <class V>
+ANABRANCH_DEVICE void store(V* p, const V& value) {
+  emulator::check(p, sizeof(V), alignof(V), true);
+  *p = value;
+}
+
+ANABRANCH_DEVICE void sync_block(Site site) { emulator::sync_block(int(site)); }
+ANABRANCH_DEVICE float shuffle_xor(float v, int mask) {
+  return emulator::shuffle(v, (emulator::thread() ^ mask) & 31);
+}
+ANABRANCH_DEVICE int shuffle_xor(int v, int mask) { return emulator::shuffle(v, (emulator::thread() ^ mask) & 31); }
+ANABRANCH_DEVICE float shuffle(float v, int lane) { return emulator::shuffle(v, lane & 31); }
+ANABRANCH_DEVICE bool any(bool v) { return emulator::any(v); }
+
+ANABRANCH_DEVICE void ldmatrix_x4(u32 (&d)[4], const void* row) { emulator::ldmatrix_x4(d, row, false); }
+ANABRANCH_DEVICE void ldmatrix_x4_trans(u32 (&d)[4], const void* row) { emulator::ldmatrix_x4(d, row, true); }
+ANABRANCH_DEVICE void mma(bf16, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  emulator::mma_m16n8k16(c, a, b0, b1, true);
+}
+ANABRANCH_DEVICE void mma(f16, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  emulator::mma_m16n8k16(c, a, b0, b1, false);
+}
+ANABRANCH_DEVICE u32 pack(bf16, float low, float high) { return emulator::pack_bf16(low, high); }
+ANABRANCH_DEVICE u32 pack(f16, float low, float high) { return emulator::pack_f16(low, high); }
+
+ANABRANCH_DEVICE void copy_async(void* shared, const void* global, int bytes) {
+  emulator::copy_async(shared, global, bytes);
+}
+ANABRANCH_DEVICE void copy_commit() { emulator::copy_commit(); }
+template <int PENDING>
+ANABRANCH_DEVICE void copy_wait_for(Site site) {
+  emulator::copy_wait(PENDING, int(site));
+}
+
+ANABRANCH_DEVICE float exp2(float x) { return emulator::exp2(x); }
+ANABRANCH_DEVICE float log2(float x) { return emulator::log2(x); }
+
+#else
+
+ANABRANCH_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+ANABRANCH_DEVICE int block() { return static_cast<int>(blockIdx.x); }
+ANABRANCH_DEVICE int blocks() { return static_cast<int>(gridDim.x); }
+ANABRANCH_DEVICE char* shared_memory() {
+  extern __shared__ __align__(16) char anabranch_shared[];
+  return anabranch_shared;
+}
+
+template <class V>
+ANABRANCH_DEVICE V load(const V* p) {
+  return *p;
+}
+template <class V>
+ANABRANCH_DEVICE void store(V* p, const V& value) {
+  *p = value;
+}
+
+ANABRANCH_DEVICE void sync_block(Site) { __syncthreads(); }
+ANABRANCH_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+ANABRANCH_DEVICE int shuffle_xor(int v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+ANABRANCH_DEVICE float shuffle(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+ANABRANCH_DEVICE bool any(bool v) { return __any_sync(0xffffffffu, v) != 0; }
+
+ANABRANCH_DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
+// Four 8×8 matrices of 16-bit elements; lane 8i + r gives the address of row r of matrix i (16 bytes, aligned).
+ANABRANCH_DEVICE void ldmatrix_x4(u32 (&d)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+ANABRANCH_DEVICE void ldmatrix_x4_trans(u32 (&d)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// c [16, 8] += a [16, 16] · b [16, 8], float32 sums.
+ANABRANCH_DEVICE void mma(bf16, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+ANABRANCH_DEVICE void mma(f16, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two floats, rounded to nearest even, as one register: `low` in the lower half.
+ANABRANCH_DEVICE u32 pack(bf16, float low, float high) {
+  u32 d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+ANABRANCH_DEVICE u32 pack(f16, float low, float high) {
+  u32 d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+
+// 16 bytes from global to shared memory, past the first-level cache: the first `bytes` (16 or 0) are read, the rest of
+// the destination becomes zero.
+ANABRANCH_DEVICE void copy_async(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(bytes)
+               : "memory");
+}
+ANABRANCH_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+ANABRANCH_DEVICE void copy_wait_for(Site) {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+ANABRANCH_DEVICE float exp2(float x) {  // 2 ulp
+  float d;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  return d;
+}
+ANABRANCH_DEVICE float log2(float x) { return ::log2f(x); }
+
+#endif
+
+// Until at most `pending` groups of this thread's copies are still on their way; the instruction wants a constant.
+ANABRANCH_DEVICE void copy_wait(int pending, Site site) {
+  switch (pending) {
+    case 0: return copy_wait_for<0>(site);
+    case 1: return copy_wait_for<1>(site);
+    case 2: return copy_wait_for<2>(site);
+    case 3: return copy_wait_for<3>(site);
+    case 4: return copy_wait_for<4>(site);
+    case 5: return copy_wait_for<5>(site);
+    default: return copy_wait_for<6>(site);
+  }
+}
+
+}  // namespace ptx
+}  // namespace anabranch::cuda
+
+// The only way a kernel is started. `function` is a pointer to it, `params` its one argument.
+#ifdef ANABRANCH_EMULATOR
+#define ANABRANCH_LAUNCH(function, grid, threads, shared, stream, params) \
+  (static_cast<void>(stream), emulator::launch(grid, threads, shared, [&] { (function)(params); }))
+#else
+#define ANABRANCH_LAUNCH(function, grid, threads, shared, stream, params) \
+  (function)<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(params)
+#endif

@@ -1,0 +1,73 @@
+// A GPU on the host, for tests: one block at a time, every thread a fiber, scheduled in an order drawn from a seed.
+//
+// - Barriers and the warp's instructions (shuffles, votes, ldmatrix, mma) are rendezvous; threads that never meet, or
+//   meet at different places, are reported.
+// - Shared memory starts as NaN. Reads and writes outside shared memory and the registered allocations trap.
+// - Asynchronous copies land at once, as late as a wait allows, or at any moment between; until then their destination
+//   holds NaN, as nothing may read it.
+// - Any barrier or wait can be taken away (`Config::planted`), to see that the tests notice.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace emulator {
+
+struct Trap : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+enum class Landing : int { at_once, late, random };
+enum class Schedule : int {
+  uniform,  // any thread may go on
+  sticky,   // a warp runs ahead for a while, then another one does
+};
+
+struct Config {
+  uint64_t seed = 0;
+  Landing landing = Landing::random;
+  Schedule schedule = Schedule::uniform;
+  int planted = 0;  // a site whose barrier or wait is left out
+};
+
+struct Statistics {
+  int64_t launches = 0, blocks = 0, switches = 0, mma = 0, copies = 0;
+  std::vector<int64_t> sites;  // how many threads passed each
+};
+
+void configure(const Config& config);
+const Statistics& statistics();
+void reset_statistics();
+
+// Allocations that kernels may touch. With none registered nothing outside shared memory is checked.
+void register_memory(const void* begin, size_t bytes, bool writable, const std::string& name);
+void forget_memory();
+
+// Runs `body` once for each thread. Throws Trap, after which the device is ready for the next launch.
+void launch(int grid, int threads, size_t shared_bytes, const std::function<void()>& body);
+
+// What a kernel calls through csrc/cuda/ptx.cuh.
+int thread();
+int block();
+int blocks();
+char* shared_memory();
+void check(const void* p, size_t bytes, size_t alignment, bool write);
+void sync_block(int site);
+float shuffle(float value, int lane);
+int shuffle(int value, int lane);
+bool any(bool value);
+void ldmatrix_x4(uint32_t (&d)[4], const void* row, bool transposed);
+void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bfloat);
+void copy_async(void* shared, const void* global, int bytes);
+void copy_commit();
+void copy_wait(int pending, int site);
+uint32_t pack_bf16(float low, float high);
+uint32_t pack_f16(float low, float high);
+float exp2(float x);
+float log2(float x);
+
+}  // namespace emulator

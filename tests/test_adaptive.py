@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import save_file
+from training import adaptive as package
 from training.adaptive import families, text
 from training.adaptive.families import GOODS, NAMES, SPLITS, problems
 from training.layout import FORKED, IGNORE
@@ -15,7 +16,6 @@ from training.layout import FORKED, IGNORE
 import anabranch as ab
 from anabranch import adaptive
 from anabranch.evaluation import is_right, read_problems
-from training import adaptive as package
 
 OWN = ("bills", "times", "story")
 FILE = package.__path__[0] + "/problems.jsonl"
@@ -102,7 +102,9 @@ def test_reasoning_gym_s_verifier_agrees(family):
     if family == "sums":
         line = next(p for p in read_problems(FILE) if p.threads == 3 and p.family == family)
         parts = line.answer.split(", ")
-        assert not verified(line, f"The answer is {', '.join(parts[::-1])}.") and not verified(line, f"The answer is {parts[0]}.")
+        assert not verified(line, f"The answer is {', '.join(parts[::-1])}.") and not verified(
+            line, f"The answer is {parts[0]}."
+        )
 
 
 # ------------------------------------------------------------------------------------------------ layout and adapter

@@ -220,7 +220,7 @@ def test_demo_that_never_forks_says_so_instead_of_comparing(tiny):
 
 
 def test_demo_in_which_the_packaged_model_decides():
-    """Three digits of the multiplier are not zero; of the second's one is: it forks into three threads, and not at all."""
+    """Three digits of the multiplier are not zero: three threads. Of the second's only one is not: no fork."""
     out = json.loads(invoke("demo", "7308 * 4406", "--json").stdout)
     assert out["schema"] == "anabranch.demo" and out["version"] == 2
     (one,) = out["problems"]

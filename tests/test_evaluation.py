@@ -68,14 +68,16 @@ def test_wilson_against_known_values():
 def test_a_broken_problem_file_names_the_line(tmp_path, lines, said):
     path = tmp_path / "p.jsonl"
     path.write_text(lines)
-    with pytest.raises(ValueError, match="p.jsonl") as caught:
+    with pytest.raises(ValueError, match=r"p\.jsonl") as caught:
         read_problems(path)
     assert said in str(caught.value)
 
 
 def test_a_problem_file_is_read_whole(tmp_path):
     path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "a", "answer": 5, "threads": 2, "family": "f", "x": 1}\n\n{"prompt": "b", "answer": "c"}\n')
+    path.write_text(
+        '{"prompt": "a", "answer": 5, "threads": 2, "family": "f", "x": 1}\n\n{"prompt": "b", "answer": "c"}\n'
+    )
     assert read_problems(path) == [Problem("a", "5", 2, "f", {"x": 1}), Problem("b", "c", None, "", {})]
 
 
@@ -140,7 +142,9 @@ def test_what_cannot_be_run_is_refused_before_it_starts():
 
 def test_a_model_without_the_tags_runs_plain():
     engine = ab.Engine(make_model("llama"), byte_tokenizer(), num_pages=64)
-    out = evaluate(engine, [Problem("ab", "x"), Problem("cd", "y")], None, modes=["plain"], max_new_tokens=4, chat=False)
+    out = evaluate(
+        engine, [Problem("ab", "x"), Problem("cd", "y")], None, modes=["plain"], max_new_tokens=4, chat=False
+    )
     assert out["modes"]["plain"]["total_tokens"] == 8 and out["modes"]["plain"]["forked"] == 0
     assert cli.strategy_for(engine.tokenizer) is None
     report = {"model": "tiny", "file": "f", "machine": "m", "dtype": "float32", **out}

@@ -51,7 +51,9 @@ def draw(cards: dict[str, dict[str, Any]], out: Path) -> list[Path]:
     for y, (_, value, interval) in enumerate(reversed(rows)):
         right.barh(y, value, 0.6, color="#0b7285" if interval is None else "#d0a85c")
         if interval is not None:
-            right.errorbar(value, y, xerr=[[value - interval[0]], [interval[1] - value]], color="#343a40", capsize=2, lw=1)
+            right.errorbar(
+                value, y, xerr=[[value - interval[0]], [interval[1] - value]], color="#343a40", capsize=2, lw=1
+            )
         right.text((interval or (0, value))[1] + 0.05, y, f"{value:.2f}×", va="center", fontsize=9)
     right.set_yticks(range(len(rows)), [label for label, *_ in reversed(rows)], fontsize=8)
     right.axvline(1, color="#868e96", lw=0.8)
@@ -67,7 +69,9 @@ def draw(cards: dict[str, dict[str, Any]], out: Path) -> list[Path]:
 
 def main(out: Annotated[Path, typer.Option(help="Folder for adaptive.svg and .png.")] = Path("docs")) -> None:
     """Draw it."""
-    cards = {name: json.loads((RESULTS / file).read_text()) for name, file in CARDS.items() if (RESULTS / file).is_file()}
+    cards = {
+        name: json.loads((RESULTS / file).read_text()) for name, file in CARDS.items() if (RESULTS / file).is_file()
+    }
     for path in draw(cards, out):
         print(path)
 

@@ -75,7 +75,7 @@ _ENDS = re.compile(r"(<\|[^|<>]*\|>|</?s>|<eos>)\s*$")  # end-of-sequence tokens
 
 
 def final_answer(text: str) -> tuple[str, bool]:
-    """What `text` gives as its answer, and whether it marks it as such ("The answer is …", ####, \\boxed, a last "=")."""
+    """What `text` gives as its answer, and whether it is marked: "The answer is …", ####, \\boxed, a last "="."""
     text = _ENDS.sub("", text).strip()
     marks = list(_MARKS.finditer(text))
     if marks:
@@ -122,7 +122,9 @@ def wilson(hits: int, of: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
-def bootstrap(pairs: Sequence[tuple[float, float]], statistic: Callable[[Sequence[tuple[float, float]]], float]) -> tuple:
+def bootstrap(
+    pairs: Sequence[tuple[float, float]], statistic: Callable[[Sequence[tuple[float, float]]], float]
+) -> tuple:
     """95 % percentile interval over problems drawn again, 2,000 times, with a fixed seed."""
     rng = random.Random(0)
     values = sorted(statistic(rng.choices(pairs, k=len(pairs))) for _ in range(2000))
@@ -183,7 +185,8 @@ def evaluate(
     how = {"do_sample": False, "max_new_tokens": max_new_tokens, "seed": seed, **(sampling or {})}
     use_chat = bool(getattr(engine.tokenizer, "chat_template", None)) if chat is None else chat
     prompts = [
-        [{"role": "user", "content": p.prompt}] if use_chat and isinstance(p.prompt, str) else p.prompt for p in problems
+        [{"role": "user", "content": p.prompt}] if use_chat and isinstance(p.prompt, str) else p.prompt
+        for p in problems
     ]
     strategies = {"forked": strategy, "plain": None}
     if strategy is not None:

@@ -101,7 +101,7 @@ def path(name: str) -> Path:
 
 
 def state(name: str) -> tuple[str, str]:
-    """("ready" | "installed" | "missing", where it lies, what its first use will do or how to get it); converts nothing."""
+    """("ready" | "installed" | "missing", where it lies, what its first use does, or how to get it); makes nothing."""
     if name not in _MODELS:
         raise ValueError(f"name: no model {name!r}; there are {', '.join(map(repr, names()))}")
     try:

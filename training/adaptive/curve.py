@@ -1,4 +1,4 @@
-"""The training curve from a run's log: ``python -m training.adaptive.curve runs/adaptive/log.jsonl --out curve.png``."""
+"""The training curve of a run: ``python -m training.adaptive.curve runs/adaptive/log.jsonl --out curve.png``."""
 
 from __future__ import annotations
 

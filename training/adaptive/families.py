@@ -11,13 +11,15 @@ and three are made here:
     times   who spent the most time, or has the longest thing; a thread a person, a running maximum at the join
     story   steps that need one another: nothing to do in parallel, however many sentences there are
 
-A thread first says what it is about: its outline's words, then its numbers, so that each is found by one look back; it
-ends with its result beside its name, as the join will want it. Nothing in a thread is done in one's head that a small model cannot do: products go tens and ones apart, sums two numbers
-at a time. What a join asks for is a copy, a comparison or one addition a part.
+A thread first says what it is about: its outline's words, then its numbers, so that each is found by one look back. It
+ends with its result beside its name, as the join will want it. Nothing is done in one's head that a small model cannot
+do: products go tens and ones apart, and one number is added at a time. What a join asks for is a copy, a comparison or
+one addition a part.
 
-**Splits.** Train, dev and test share no name, no kind of goods, and no held-out numbers: a product (7 * 38), a step of a
-sum, an animal and its number belong to one split by a hash. Every part of a dev or test problem of a family made here is
-drawn from the held-out numbers; a reasoning-gym problem must hold at least one. Half of the dev and test problems are
+**Splits.** Train, dev and test share no name, no kind of goods, and no held-out numbers: a product (7 * 38), a sum's
+whole expression, an animal and its number belong to one split by a hash. Every part of a dev or test problem of a family
+made here is drawn from the held-out numbers; a reasoning-gym problem must hold at least one. (A step of a story is the
+exception where too few numbers are left to choose from.) Half of the dev and test problems of these families are
 phrased in words that training has not seen. Problems are unique by prompt.
 """
 
@@ -68,8 +70,8 @@ def held_out(*numbers: object) -> str:
 # ------------------------------------------------------------------------------------------------ words
 
 NAMES = {
-    "train": "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Victor Will "
-    "Zoe Adam Bella Carl Dora Eric Fiona George Helen Ivan Julia Karl Lucy Mark Nina Oscar Peter Ruth Simon".split(),
+    "train": "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Victor "
+    "Will Zoe Adam Bella Carl Dora Eric Fiona George Helen Ivan Julia Karl Lucy Mark Nina Oscar Peter Ruth Simon".split(),
     "dev": "Alice Boris Chloe Daniel Esther Frank".split(),
     "test": "Maria Tom Laura Max Sarah Hugo Linda Robert Nora Martin Eva Philip".split(),
 }
@@ -99,7 +101,7 @@ def _pick(split: str, rng: random.Random, draw: Callable[[], tuple]) -> tuple:
             return numbers
 
 
-# ------------------------------------------------------------------------------------------------ arithmetic, spelled out
+# ------------------------------------------------------------------------------------------------ arithmetic
 
 
 def product(a: int, b: int) -> str:
@@ -132,7 +134,13 @@ def legs(split: str, rng: random.Random, n: int, strange: bool) -> Problem | Non
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
     entry = reasoning_gym.create_dataset(
-        "leg_counting", seed=rng.randrange(2**31), size=1, min_animals=n, max_animals=n, min_instances=2, max_instances=15
+        "leg_counting",
+        seed=rng.randrange(2**31),
+        size=1,
+        min_animals=n,
+        max_animals=n,
+        min_instances=2,
+        max_instances=15,
     )[0]
     animals = entry["metadata"]["animals"]
     if not _belongs(split, [held_out("legs", count, animal) for animal, count in animals.items()]):
@@ -178,7 +186,9 @@ def sums(split: str, rng: random.Random, n: int, strange: bool) -> Problem | Non
     if n == 1:
         return Problem("sums", entries[0]["question"], tuple(parts), "", entries[0]["answer"], False, tuple(entries))
     lead = _words(split, rng, SUMS_SEEN, SUMS_UNSEEN, strange)
-    lines = "\n".join(f"{letter}: {e['metadata']['expression']} =" for letter, e in zip("ABCDEF", entries))
+    lines = "\n".join(
+        f"{letter}: {e['metadata']['expression']} =" for letter, e in zip("ABCDEF", entries, strict=False)
+    )
     answer = ", ".join(p.result for p in parts)
     return Problem("sums", f"{lead}\n{lines}", tuple(parts), "", answer, strange and split != "train", tuple(entries))
 
@@ -226,7 +236,13 @@ def bills(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
     return Problem("bills", " ".join([*lines, ask]), tuple(parts), "", answer, strange and split != "train")
 
 
-UNITS = [("hour", "minute", 60), ("minute", "second", 60), ("day", "hour", 24), ("foot", "inch", 12), ("week", "day", 7)]
+UNITS = [
+    ("hour", "minute", 60),
+    ("minute", "second", 60),
+    ("day", "hour", 24),
+    ("foot", "inch", 12),
+    ("week", "day", 7),
+]
 TIME_SEEN = {
     60: ["{name} reads for {a} and then for {c}.", "{name} trains {a} on one day and {c} on the next.",
          "{name} needs {a} for the first lap and {c} for the second."],
@@ -257,9 +273,7 @@ def times(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
     lines, parts, totals = [], [], []
     for name in rng.sample(NAMES[split], n):
         while True:
-            _, a, b, c = _pick(
-                split, rng, lambda: (per, rng.randint(1, 9), rng.randint(1, per - 1), rng.randint(2, 9))
-            )
+            _, a, b, c = _pick(split, rng, lambda: (per, rng.randint(1, 9), rng.randint(1, per - 1), rng.randint(2, 9)))
             one = a * per + b
             if one + c not in totals:  # one of them has the most
                 break
@@ -270,7 +284,9 @@ def times(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
         parts.append(Part(name, f" {name}: {a}*{per}+{b}+{c}. {steps}. {name} {total}.", f"{name} {total}"))
         totals.append(total)
     if n == 1:
-        ask = _words(split, rng, TIME_ASK_ONE, TIME_ASK_ONE_UNSEEN, strange).format(units=_PLURAL.get(small, small + "s"))
+        ask = _words(split, rng, TIME_ASK_ONE, TIME_ASK_ONE_UNSEEN, strange).format(
+            units=_PLURAL.get(small, small + "s")
+        )
         return Problem("times", " ".join([*lines, ask]), tuple(parts), "", str(totals[0]), strange and split != "train")
     best, join = 0, parts[0].result
     for i in range(1, n):
@@ -344,8 +360,8 @@ _SHARE = {"legs": 22, "sums": 22, "bills": 22, "times": 22, "story": 12}
 def problems(
     split: str, seed: int, families: tuple[str, ...] = FAMILIES, most: int = 6, drills: float = 0.0
 ) -> Iterator[Problem]:
-    """Unique problems without end. Parts: one to `most`, about equally often; every family by its share. `drills`: share
-    of rows that are additions alone (for training)."""
+    """Unique problems without end. Parts: one to `most`, about equally often; every family by its share. `drills`:
+    share of rows that are additions alone (for training)."""
     if split not in SPLITS:
         raise ValueError(f"split: {split!r}; pass one of {', '.join(SPLITS)}")
     rng = random.Random(f"{split} {seed}")

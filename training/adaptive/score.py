@@ -1,7 +1,7 @@
 """Problems and score card of the adaptive SmolLM2.
 
     python -m training.adaptive.score write                         training/adaptive/problems.jsonl anew
-    python -m training.adaptive.score run --save results.json       the card: forked, sequential, plain; timed one by one
+    python -m training.adaptive.score run --save results.json       the card: forked, sequential, plain, wall clock
     python -m training.adaptive.score run --model smollm2           the stock model on the same problems
 
 As ``anabranch eval``, but the two families of reasoning-gym are scored by its own verifiers.
@@ -65,7 +65,9 @@ def verified(problem: Problem, text: str) -> bool:
 def run(
     model: Annotated[str, typer.Option(help="A model's name or a folder.")] = "smollm2-adaptive",
     file: Path = FILE,
-    mode: Annotated[list[str] | None, typer.Option(help="forked, sequential, plain; default all the model can.")] = None,
+    mode: Annotated[
+        list[str] | None, typer.Option(help="forked, sequential, plain; default all the model can.")
+    ] = None,
     batch: int = 16,
     timed: Annotated[int, typer.Option(help="Problems timed one by one.")] = 60,
     limit: int | None = None,
@@ -94,7 +96,8 @@ def run(
         check=verified if strategy else None, report=report,
     )  # fmt: skip
     facts = {"schema": "anabranch.eval", "version": 1, "model": model, "dtype": str(kind).removeprefix("torch."),
-             "strategy": str(strategy), "file": file.name, "machine": machine_note(), "anabranch": ab.__version__}  # fmt: skip
+             "strategy": str(strategy), "file": file.name, "machine": machine_note(),
+             "anabranch": ab.__version__}  # fmt: skip
     whole = {**facts, **found}
     if save is not None:
         save.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

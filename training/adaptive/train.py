@@ -2,9 +2,9 @@
 
     python -m training.adaptive.train --minutes 100 --out runs/adaptive
 
-One pass over unique problems, the learning rate scheduled by the clock: warm-up, flat, then down to nothing over the last
-third, so that a run always ends where it was meant to. Ctrl-C saves; --resume goes on. The log (log.jsonl) has a line a
-minute and a line a check on held-out dev problems.
+The learning rate follows the clock: warm-up, flat, then down to nothing over the last 45 %, so that a run ends when it
+was meant to. Ctrl-C saves; --resume goes on. The log (log.jsonl) has a line a minute, and a line a check on held-out dev
+problems.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from anabranch.adaptive import TAG_ROWS
 from training.layout import FORKED, IGNORE, Layout
 
 from .families import FAMILIES, Problem, problems
-from .text import TAG_IDS, TEMPLATE, closing, layout, tokenizer as adaptive_tokenizer
+from .text import TAG_IDS, TEMPLATE, closing, layout
+from .text import tokenizer as adaptive_tokenizer
 
 PLAIN_WEIGHT = 0.6  # of what only plain decoding writes: headers, and threads in sight of the earlier ones
 JOIN_WEIGHT = 2.0  # of what is written after the join: few tokens, and each of them counts
@@ -96,7 +97,9 @@ class Student(torch.nn.Module):
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         rows = self.row_of[ids]
-        return torch.where((rows >= 0)[..., None], self.tags[rows.clamp_min(0)], self.model.model.embed_tokens.weight[ids])
+        return torch.where(
+            (rows >= 0)[..., None], self.tags[rows.clamp_min(0)], self.model.model.embed_tokens.weight[ids]
+        )
 
     def forward(self, batch: dict[str, torch.Tensor], vocabulary: torch.Tensor) -> torch.Tensor:
         """Scores [targets, len(vocabulary)]."""
@@ -286,7 +289,8 @@ def main(
         (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     note(parameters=sum(p.numel() for p in parameters), problems=len(made), vocabulary=len(used),
-         mean_tokens=float(np.mean([len(x) for x in made])), families=FAMILIES, lr=lr, rank=rank, tokens=tokens)  # fmt: skip
+         mean_tokens=float(np.mean([len(x) for x in made])), families=FAMILIES, lr=lr, rank=rank,
+         tokens=tokens)  # fmt: skip
     rng = random.Random(seed + step)
     todo: list[list[Example]] = []
     begun, last_note, last_check = time.monotonic() - spent, time.monotonic(), time.monotonic()
@@ -314,7 +318,8 @@ def main(
             spent = time.monotonic() - begun
             if time.monotonic() - last_note > 60:
                 note(step=step, minutes=round(spent / 60, 2), loss=round(float(np.mean(losses)), 4),
-                     tokens_per_s=round(seen / (time.monotonic() - last_note)), lr=optimizer.param_groups[0]["lr"])  # fmt: skip
+                     tokens_per_s=round(seen / (time.monotonic() - last_note)),
+                     lr=optimizer.param_groups[0]["lr"])  # fmt: skip
                 last_note, seen, losses = time.monotonic(), 0, []
             if time.monotonic() - last_check > check_minutes * 60:
                 save()

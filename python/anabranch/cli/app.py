@@ -89,8 +89,8 @@ def _root(
         "anabranch demo",
         "anabranch demo '7308 * 4406'",
         "anabranch demo '7308 * 4406' --sequential",
-        "anabranch demo 'Robert buys 7 tiles at 38 cents each and a bag for 15 cents. Eva buys 4 shells at 86 cents each "
-        "and a bag for 22 cents. What does everyone owe, in cents?'",
+        "anabranch demo 'Robert buys 7 tiles at 38 cents each and a bag for 5 cents. Eva buys 4 shells at 46 cents "
+        "each and a bag for 8 cents. What does everyone owe, in cents?'",
         "anabranch demo --model smollm2 'Is it a good idea to work from home?' --branches 3",
         "anabranch demo '7308 * 4406' --save trace.json && anabranch view trace.json",
         "anabranch demo --json | jq '.problems[].metrics'",
@@ -135,7 +135,7 @@ def demo(
     branch_tokens: Annotated[
         int,
         typer.Option(
-            metavar="N", min=1, help="Lead-ins: enough for a branch; it ends with its sentence, at most half as many later."
+            metavar="N", min=1, help="Lead-ins: enough for a branch; it ends with its sentence, at most half more."
         ),
     ] = 40,
     compare: Annotated[
@@ -152,8 +152,8 @@ def demo(
     SmolLM2 with our adapter. Each ends with a score card: threads chosen, tokens and critical path, wall clock forked
     and sequential, the answer checked, what deciding cost.
 
-    A model that was not taught to fork (--model smollm2) answers from several sides instead: its live cache is forked in
-    mid-answer, one branch a lead-in, and joined by splicing.
+    A model that was not taught to fork (--model smollm2) answers from several sides instead: its live cache is forked
+    in mid-answer, one branch a lead-in, and joined by splicing.
     """
     from anabranch.cli import demo as body
 

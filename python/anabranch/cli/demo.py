@@ -86,8 +86,8 @@ def choose(
         run(
             Options(
                 prompt=QUESTION if prompt is None else prompt, model=model or "smollm2", sequential=sequential,
-                as_json=as_json, seed=seed, max_new_tokens=max_new_tokens or 200, branch_tokens=branch_tokens, save=save,
-                compare=compare, dtype=dtype, headers=leads,
+                as_json=as_json, seed=seed, max_new_tokens=max_new_tokens or 200, branch_tokens=branch_tokens,
+                save=save, compare=compare, dtype=dtype, headers=leads,
             )
         )  # fmt: skip
         return

@@ -53,8 +53,8 @@ def run(options: Options) -> None:
     modes = options.modes or (evaluation.MODES if strategy is not None else ("plain",))
     if strategy is None and set(modes) != {"plain"}:
         raise Mistake(
-            f"--model {options.model!r} does not know ThreadWeaver's tags as single tokens, so it cannot fork by itself; "
-            "use --mode plain",
+            f"--model {options.model!r} does not know ThreadWeaver's tags as single tokens, so it cannot fork by "
+            "itself; use --mode plain",
             USAGE,
         )
     engine = ab.Engine(model, tokenizer)

@@ -7,7 +7,7 @@ Five families. Two are reasoning-gym's own tasks, scored by its own verifiers:
 
 and three are made here:
 
-    bills   who pays how much for two kinds of goods each; a thread a person, the amounts side by side
+    bills   who pays how much for goods and something small; a thread a person, the amounts side by side
     times   who spent the most time, or has the longest thing; a thread a person, a running maximum at the join
     story   steps that need one another: nothing to do in parallel, however many sentences there are
 
@@ -17,8 +17,8 @@ do: products go tens and ones apart, and one number is added at a time. What a j
 one addition a part.
 
 **Splits.** Train, dev and test share no name, no kind of goods, and no held-out numbers: a product (7 * 38), a sum's
-whole expression, an animal and its number belong to one split by a hash. Every part of a dev or test problem of a family
-made here is drawn from the held-out numbers; a reasoning-gym problem must hold at least one. (A step of a story is the
+whole expression, an animal and its number belong to one split by a hash. Every part of a dev or test problem of a
+family made here is drawn from the held-out numbers; a reasoning-gym problem must hold at least one. (A step of a story is the
 exception where too few numbers are left to choose from.) Half of the dev and test problems of these families are
 phrased in words that training has not seen. Problems are unique by prompt.
 """
@@ -70,8 +70,8 @@ def held_out(*numbers: object) -> str:
 # ------------------------------------------------------------------------------------------------ words
 
 NAMES = {
-    "train": "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Victor "
-    "Will Zoe Adam Bella Carl Dora Eric Fiona George Helen Ivan Julia Karl Lucy Mark Nina Oscar Peter Ruth Simon".split(),
+    "train": "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam "
+    "Tina Victor Will Zoe Adam Bella Carl Dora Eric Fiona George Helen Ivan Julia Karl Lucy Mark Nina Oscar Peter Ruth Simon".split(),
     "dev": "Alice Boris Chloe Daniel Esther Frank".split(),
     "test": "Maria Tom Laura Max Sarah Hugo Linda Robert Nora Martin Eva Philip".split(),
 }

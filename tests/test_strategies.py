@@ -96,6 +96,26 @@ def test_the_winner_can_go_on():
     assert result.token_ids[4:] == tuple(logits[len(PROMPT) + 3 : -1].argmax(-1).tolist())
 
 
+def test_a_trunk_that_becomes_its_child_keeps_whose_kv_is_whose():
+    def body(trunk):
+        kids = trunk.fork([[20], [30]])
+        yield [kid.decode(3) for kid in kids]
+        inner = kids[1].fork([[40], [50]])
+        yield [kid.decode(4) for kid in inner]
+        kids[1].join(inner)
+        kids[1].insert([60])
+        yield kids[1].decode(2)
+        trunk.join(kids[0], "discard")
+        trunk.join(kids[1])
+        yield trunk.decode(3)
+
+    recorder = Recorder()
+    result = run(body, logits_processor=[recorder])
+    sources = [(r.source, r.spliced) for r in result.tree.runs if r.kind == "joined"]
+    assert list(dict.fromkeys(sources)) == [("0.1", False), ("0.1.0", True), ("0.1.1", True)]
+    assert assert_dense(result, recorder, "llama") == result.metrics.sampled_tokens
+
+
 # ------------------------------------------------------------------------------------------------ aspects
 
 

@@ -111,18 +111,16 @@ class Problem:
 def assert_no_token_lost(results: list[Result]) -> None:
     """Every token that was sampled or inserted stands where it was written, and only there."""
     for result in results:
+        nodes = {node.id: node for node in result.tree.walk()}
         runs = [run for node in result.tree.walk() for run in (*node.runs, *node.forgotten)]
         of_kind = {kind: sum(len(r.token_ids) for r in runs if r.kind == kind) for kind in ("sampled", "inserted")}
         assert of_kind["sampled"] == result.metrics.sampled_tokens
         assert of_kind["inserted"] == result.metrics.inserted_tokens
-        for node in result.tree.walk():
+        for node in nodes.values():
             held = [t for run in node.runs if run.kind != "prompt" for t in run.token_ids]
             assert held == list(node.token_ids) and node.fate is not None
-            kids = {kid.id: kid for kid in node.children}
             for run in node.runs:
-                if run.spliced:
-                    kid = kids[run.source]
-                    assert run.token_ids == kid.token_ids
+                assert not run.spliced or run.token_ids == nodes[run.source].token_ids
 
 
 def generations(numbers: range) -> dict[str, int]:

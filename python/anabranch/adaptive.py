@@ -59,7 +59,7 @@ def tokenizer(base: Path, tags: dict[str, int], chat_template: str) -> Any:
     from transformers import AutoTokenizer
 
     stock = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    names = {stock.convert_ids_to_tokens(i): tag for tag, i in tags.items()}
+    names = {str(stock.convert_ids_to_tokens(i)): tag for tag, i in tags.items()}
     with tempfile.TemporaryDirectory() as temporary:
         stock.save_pretrained(temporary)
         for file in Path(temporary).glob("*.json"):

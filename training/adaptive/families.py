@@ -18,9 +18,9 @@ one addition a part.
 
 **Splits.** Train, dev and test share no name, no kind of goods, and no held-out numbers: a product (7 * 38), a sum's
 whole expression, an animal and its number belong to one split by a hash. Every part of a dev or test problem of a
-family made here is drawn from the held-out numbers; a reasoning-gym problem must hold at least one. (A step of a story is the
-exception where too few numbers are left to choose from.) Half of the dev and test problems of these families are
-phrased in words that training has not seen. Problems are unique by prompt.
+family made here is drawn from the held-out numbers; a reasoning-gym problem must hold at least one. (A step of a story
+is the exception where too few numbers are left to choose from.) Half of the dev and test problems of these families
+are phrased in words that training has not seen. Problems are unique by prompt.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def held_out(*numbers: object) -> str:
 
 NAMES = {
     "train": "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam "
-    "Tina Victor Will Zoe Adam Bella Carl Dora Eric Fiona George Helen Ivan Julia Karl Lucy Mark Nina Oscar Peter Ruth Simon".split(),
+    "Tina Victor Will Zoe Adam Bella Carl Dora Eric Fiona George Helen Ivan Julia Karl Lucy Mark Nina Oscar Peter "
+    "Ruth Simon".split(),
     "dev": "Alice Boris Chloe Daniel Esther Frank".split(),
     "test": "Maria Tom Laura Max Sarah Hugo Linda Robert Nora Martin Eva Philip".split(),
 }

@@ -2,9 +2,8 @@
 
     python -m training.adaptive.train --minutes 100 --out runs/adaptive
 
-The learning rate follows the clock: warm-up, flat, then down to nothing over the last 45 %, so that a run ends when
-it was meant to. Ctrl-C saves; --resume goes on. The log (log.jsonl) has a line a minute, and a line a check on held-out dev
-problems.
+The learning rate follows the clock: warm-up, flat, then down to nothing over the last 45 %, so that a run ends when it
+was meant to. Ctrl-C saves; --resume goes on. log.jsonl has a line a minute, and a line a check on held-out problems.
 """
 
 from __future__ import annotations

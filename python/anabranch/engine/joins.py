@@ -65,7 +65,8 @@ def _adopt(request: Request, thread: Thread, kid: Thread) -> None:
     )  # a child not in the cache is rebuilt as its parent, if needed
     mine.pinned = mine.pinned or its.pinned
     for segment in kid._segments:
-        thread._segments.append(Segment("joined", list(segment.token_ids), segment.position, kid.id, segment.spliced))
+        source = kid.id if segment.spliced is None else segment.source  # whose KV it is, as everywhere
+        thread._segments.append(Segment("joined", list(segment.token_ids), segment.position, source, segment.spliced))
     thread._own.extend(kid._own)
     thread._position = kid._position
     request.retire(kid, "joined")

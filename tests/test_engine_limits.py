@@ -173,11 +173,7 @@ def test_a_step_that_prompts_share_counts_for_each_by_its_rows():
 def test_sharing_is_that_of_one_moment():
     result = make_engine().generate(PROMPT, strategy=SelfConsistency(5, max_new_tokens=9), **FREE)
     m = result.metrics
-<<<<<<< HEAD
-    # At the last step: the trunk, and five branches of 8 cached tokens (a last one's KV is not needed), each with a
-=======
     # At the last step: the trunk, and five branches of 8 cached tokens (the last ones' KV is not needed), each with a
->>>>>>> loop
     # copy of the 3 tokens that stood in the part-filled page when it was forked.
     assert m.tokens_logical_peak == 7 + 5 * (7 + 8) and m.tokens_physical_then == 7 + 5 * (3 + 8)
     assert m.sharing == pytest.approx((7 + 5 * 15) / (7 + 5 * 11))

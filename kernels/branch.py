@@ -21,7 +21,7 @@ ROW_ARRAYS = ["lse_ptr", "delta_ptr", "sinks_ptr"]
 @triton.jit
 def _piece(pieces_ptr, p, lane):
     """Piece ``p``: its first token, one past its last, and which lanes of the tile see it."""
-    at = pieces_ptr + p.to(tl.int64) * 8
+    at = pieces_ptr + p * 8
     word = tl.load(at + 4 + lane // 32)
     return tl.load(at), tl.load(at + 1), ((word >> (lane % 32)) & 1) != 0
 

@@ -124,7 +124,8 @@ def main() -> int:
     parallel = ["-n", "4"] if util.find_spec("xdist") else []  # most of the time goes to compiling the variants
     steps["tests"] = call(
         [python, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *parallel,
-         f"--junitxml={work / 'tests.xml'}", "tests/test_triton_kernels.py", "tests/gpu"],
+         f"--junitxml={work / 'tests.xml'}", "tests/test_triton_kernels.py", "tests/test_branch_triton.py",
+         "tests/gpu"],
         timeout=420,
     )  # fmt: skip
     result["tests"] = junit(work / "tests.xml")

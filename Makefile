@@ -6,6 +6,9 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 LOCK   := requirements.lock
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc kernels python -name '*.py' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
+# The CUDA kernels take minutes to compile: only where there is a GPU to run them, or where they are asked for.
+export ANABRANCH_CUDA ?= $(if $(shell command -v nvidia-smi 2> /dev/null),auto,0)
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow bench lint dist-check gpu-check build clean
 

@@ -43,7 +43,14 @@ class CMakeBuild(build_ext):
             configure += ["-G", "Ninja"]
         subprocess.run(configure, check=True)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 2)
-        subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
+        subprocess.run([cmake, "--build", str(build), "--parallel", jobs, "--target", "_core", "_cpu"], check=True)
+        if CUDA_COMPILER is not None:
+            done = subprocess.run([cmake, "--build", str(build), "--parallel", jobs, "--target", "_cuda"])
+            if done.returncode and os.environ.get("ANABRANCH_CUDA") == "1":
+                raise RuntimeError("the CUDA kernels did not compile (see above); ANABRANCH_CUDA=0 leaves them out")
+            if done.returncode:  # an nvcc that is there but does not work must not cost the rest of the package
+                print("anabranch: CUDA C++ kernels skipped (they did not compile); GPUs are served by the Triton backend")
+                self.extensions = [ext for ext in self.extensions if not ext.name.endswith("_cuda")]
 
     def get_outputs(self) -> list[str]:
         return [self.get_ext_fullpath(ext.name) for ext in self.extensions]

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 _REGISTERS = {  # module → (ours, the function to call or None: importing it is enough)
-    "torch": ("anabranch.ops", None),
+    "torch": ("anabranch.branch_ops", None),  # and with it anabranch.ops
     "transformers.modeling_utils": ("anabranch.hf", "register"),
 }
 

@@ -89,8 +89,8 @@ def runs_on(built: str, arch: int) -> bool:
         if not number:
             return True  # unknown: let the driver say
         have = int(number)
-        same_generation = have // 10 == arch // 10 and have <= arch
-        if have == arch or (same_generation and "a" not in entry) or ("PTX" in entry and have <= arch):
+        later = have <= arch and (have // 10 == arch // 10 or "PTX" in entry)
+        if have == arch or (later and "a" not in entry):  # 90a: that one alone
             return True
     return False
 

@@ -36,11 +36,12 @@ lint: $(VENV)/.package  ## ruff and mypy
 dist-check: $(VENV)/.package  ## sdist and wheel: both build, and work from a folder outside the checkout
 	$(BIN)/python tests/dist_check.py
 
-gpu-check:  ## on a machine with a GPU (torch, triton; no network): build in place, GPU tests, benchmark table
+gpu-check:  ## on a machine with a GPU (torch, triton, nvcc; no network): build in place, GPU tests, benchmark table
 	python3 tests/gpu/run.py
 
-build:  ## developers: build the C++ modules in place (needs cmake, ninja and pybind11 on PATH)
+build:  ## developers: build the C++ modules in place (needs cmake, ninja, pybind11; ANABRANCH_CUDA=1: CUDA kernels too)
 	cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DANABRANCH_CUDA=$${ANABRANCH_CUDA:-0} -DANABRANCH_CUDA_ARCHS="$${ANABRANCH_CUDA_ARCHS:-}" \
 	  -DPython_EXECUTABLE=$$(python -c 'import sys; print(sys.executable)') \
 	  -Dpybind11_DIR=$$(python -m pybind11 --cmakedir) > /dev/null
 	cmake --build build/dev

@@ -115,7 +115,9 @@ def predict(
     group = num_q_heads // num_kv_heads
     items = arrays.items.numpy().astype(np.float64)
     tokens, packed = items[:, 1], items[:, 3] * group
-    direct = np.array([bool((arrays.dest[int(i[2]) : int(i[2] + i[3])] < 0).all()) for i in items])
+    written = np.concatenate([[0], np.cumsum(arrays.dest.numpy() < 0)])  # rows whose output an item writes itself
+    begin = arrays.items.numpy()[:, 2]
+    direct = written[begin + arrays.items.numpy()[:, 3]] - written[begin] == items[:, 3]
     results = packed * np.where(direct, head_dim * elem_size, 4 * (head_dim + 2))
     loaded = tokens * (2 * head_dim * elem_size + 4) + packed * head_dim * elem_size
     passes = np.ceil(packed / 64)

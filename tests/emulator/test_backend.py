@@ -113,9 +113,10 @@ def test_what_it_refuses(emulated_backend, monkeypatch):
 @pytest.mark.parametrize(
     "built,arch,runs",
     [
-        ("80,86,90+PTX", 80, True), ("80,86,90+PTX", 89, True), ("80", 86, True), ("86", 80, False),
-        ("80,90", 100, False), ("80,90+PTX", 100, True), ("90a", 90, True), ("90a", 100, False), ("100", 103, True),
-        ("80,90+PTX", 86, True), ("the emulator", 80, True), ("90+PTX", 80, False), ("90a", 91, False),
+        ("80/86/90+PTX", 80, True), ("80/86/90+PTX", 89, True), ("80", 86, True), ("86", 80, False),
+        ("80/90", 100, False), ("80/90+PTX", 100, True), ("90a", 90, True), ("90a", 100, False), ("100", 103, True),
+        ("80/90+PTX", 86, True), ("the emulator", 80, True), ("90+PTX", 80, False), ("90a", 91, False),
+        ("90a+PTX", 100, False),
     ],
 )  # fmt: skip
 def test_which_gpus_a_build_runs_on(built, arch, runs):

@@ -80,17 +80,17 @@ def _traits(index: int) -> dict[str, int]:
 
 
 def runs_on(built: str, arch: int) -> bool:
-    """Whether a GPU of compute capability ``arch`` can run what was compiled for ``built`` ("80;90;100+PTX").
+    """Whether a GPU of compute capability ``arch`` can run what was compiled for ``built`` ("80/90/100+PTX").
 
     Machine code runs on its own generation from its minor version on; PTX on anything later.
     """
-    for entry in built.replace(",", ";").split(";"):
+    for entry in built.split("/"):
         number = "".join(c for c in entry.split("+")[0] if c.isdigit())
         if not number:
             return True  # unknown: let the driver say
         have = int(number)
-        same_generation = have // 10 == arch // 10 and have <= arch
-        if have == arch or (same_generation and "a" not in entry) or ("PTX" in entry and have <= arch):
+        later = have <= arch and (have // 10 == arch // 10 or "PTX" in entry)
+        if have == arch or (later and "a" not in entry):  # 90a: that one alone
             return True
     return False
 

@@ -26,7 +26,7 @@ from training.layout import FORKED, IGNORE, PLAIN, Layout, thread_layout
 from training.multiplication.tokens import make_tokenizer
 from training.multiplication.traces import Problem, draw, drill, problem
 
-EARLY, LATE = (3.0, 4.0, 2.0, 1.0), (1.0, 2.0, 4.0, 8.0)  # weights of 1- to 4-digit operands
+EARLY, LATE = (3.0, 4.0, 2.0, 1.0), (1.0, 2.0, 4.0, 10.0)  # weights of 1- to 4-digit operands
 
 
 class Muon:
@@ -71,7 +71,7 @@ def make_model(tokenizer: Any, width: int, layers: int, heads: int, hidden: int)
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=1024,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -161,14 +161,18 @@ def batches(rng: random.Random, tokenizer: Any, rows: int, weights: Any, drills:
 
 def part_of(path: str, target: str) -> str:
     """Which skill a row asks for, by the text before it."""
-    if "</Parallel>" in path or re.search(r"[a-h]\d=\d*$", path):
-        after = path.rpartition("</Parallel>")[2]
-        return "answer" if re.search(r"=\d*$", after) or target in ("=", "<eos>") else "sum"
-    for name, end in (("product", r"\*\d=\d?"), ("total", r"\+\d=\d?"), ("carry", r"\+"), ("digit", r"[a-h]\d\*")):
+    if re.search(r";([a-h]\d)*(=\d*)?$", path) and re.search(r"[a-h]\d'*;[a-h0-9=]*$", path):
+        if target[0] not in "ABCD" and not re.search(r":[a-h0]*;$", path):
+            return "number" if "=" in path.rpartition(";")[2] else "usual way round"
+    if "</Parallel>" in path:
+        return "column's digit" if target.isdigit() else "column's sum"
+    for name, end in (("product", r"\*\d=\d?"), ("total", r"\+\d=\d?"), ("carry", r"\+"), ("digit", r"[A-D]\d\*")):
         if re.search(end + "$", path):
             return name
+    if target[0] in "ABCD":
+        return "operand" if ";" in path[-12:] else "operand restated"
     if re.fullmatch(r"[a-h]\d", target):
-        return "result" if re.search(r"\+\d=\d\d$", path) else "operand or zero"
+        return "result" if re.search(r"\+\d=\d\d$", path) else "zero or top"
     return "format" if "<Outlines>" not in path else "outline or tag"
 
 
@@ -224,7 +228,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--decay", type=float, default=0.4, help="share of the time in which the rate falls")
     parser.add_argument("--ramp", type=float, default=0.15, help="share of the time in which problems grow")
-    parser.add_argument("--drills", type=float, default=2.0, help="drills beside a problem, until the rate falls")
+    parser.add_argument("--drills", type=float, default=1.0, help="drills beside a problem, until the rate falls")
     parser.add_argument("--rows", type=int, default=3000, help="rows of a batch")
     parser.add_argument("--lr", type=float, default=0.02, help="of the matrices (Muon)")
     parser.add_argument("--adam-lr", type=float, default=0.004, help="of the rest (AdamW)")

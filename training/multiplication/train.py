@@ -24,7 +24,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from training.layout import FORKED, IGNORE, PLAIN, Layout, thread_layout
 from training.multiplication.tokens import make_tokenizer
-from training.multiplication.traces import Problem, draw, drill, problem
+from training.multiplication.traces import PLACES, Problem, columns, draw, drill, problem
 
 EARLY, LATE = (3.0, 4.0, 2.0, 1.0), (1.0, 2.0, 4.0, 10.0)  # weights of 1- to 4-digit operands
 
@@ -94,13 +94,18 @@ def layout_of(question: Problem, tokenizer: Any) -> Layout:
 
 
 def drill_layout(rng: random.Random, tokenizer: Any) -> Layout:
-    """A drill as a chain of rows with loss on its second part."""
-    given, said = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in drill(rng))
-    ids = [tokenizer.bos_token_id, *given, *said]
-    size, learnt = len(ids), [*said, tokenizer.eos_token_id]
-    targets = [IGNORE] * (size - len(said)) + learnt[1:]
-    targets[size - len(said) - 1] = learnt[0]
-    return Layout(ids, list(range(-1, size - 1)), list(range(size)), targets, [0] * size)
+    """A drill as a chain of rows: a join with loss on what is to be written, or columns with loss on their sums."""
+    if rng.random() < 0.6:
+        size, count = rng.randint(4, 8), rng.randint(2, 4)
+        text, _ = columns([[rng.randrange(10) for _ in range(size)] for _ in range(count)])
+        ids = tokenizer("<bos></Parallel>" + text, add_special_tokens=False)["input_ids"]
+        placed = [len(token) > 1 and token[0] in PLACES for token in tokenizer.convert_ids_to_tokens(ids)]
+        targets = [t if yes else IGNORE for t, yes in zip(ids[1:], placed[1:], strict=True)] + [IGNORE]
+    else:
+        given, said = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in drill(rng))
+        ids = [tokenizer.bos_token_id, *given, *said]
+        targets = [IGNORE] * len(given) + [*said, tokenizer.eos_token_id]
+    return Layout(ids, list(range(-1, len(ids) - 1)), list(range(len(ids))), targets, [0] * len(ids))
 
 
 def beside(first: Layout, second: Layout) -> Layout:
@@ -139,14 +144,14 @@ def logits_of(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[
     return model.lm_head(hidden[rows]), batch["targets"][rows]
 
 
-def batches(rng: random.Random, tokenizer: Any, rows: int, weights: Any, drills: Any) -> Any:
+def batches(rng: random.Random, tokenizer: Any, rows: int, weights: Any, drills: float) -> Any:
     """Endless batches of about `rows` padded rows, examples of like length together, with drills beside them."""
     while True:
-        now, beside_each = weights(), drills()
+        now = weights()
         pool = []
         for _ in range(96):
             x = layout_of(problem(*draw(rng, "train", now)), tokenizer)
-            for _ in range(int(beside_each + rng.random())):
+            for _ in range(int(drills + rng.random())):
                 x = beside(x, drill_layout(rng, tokenizer))
             pool.append(x)
         pool.sort(key=lambda x: len(x.token_ids))
@@ -228,7 +233,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--decay", type=float, default=0.4, help="share of the time in which the rate falls")
     parser.add_argument("--ramp", type=float, default=0.15, help="share of the time in which problems grow")
-    parser.add_argument("--drills", type=float, default=1.0, help="drills beside a problem, until the rate falls")
+    parser.add_argument("--drills", type=float, default=1.0, help="drills beside each problem")
     parser.add_argument("--rows", type=int, default=3000, help="rows of a batch")
     parser.add_argument("--lr", type=float, default=0.02, help="of the matrices (Muon)")
     parser.add_argument("--adam-lr", type=float, default=0.004, help="of the rest (AdamW)")
@@ -267,15 +272,12 @@ def main() -> None:
         share = min(1.0, now() / (total * args.ramp)) if args.ramp > 0 else 1.0
         return tuple(e + (late - e) * share for e, late in zip(EARLY, LATE, strict=True))
 
-    def drills() -> float:
-        return args.drills if now() < falls_at else args.drills / 4
-
     rng = random.Random(args.seed)
     step = rows = examples = 0
     checked_at, losses = 0.0, []
     log = open(args.out / "log.jsonl", "a")
     model.train()
-    for layouts in batches(rng, tokenizer, args.rows, weights, drills):
+    for layouts in batches(rng, tokenizer, args.rows, weights, args.drills):
         if falls_at > now() and (args.out / "decay").exists():
             falls_at, ends_at = now(), now() + total * args.decay
         factor = min(1.0, (step + 1) / 50, max(0.0, (ends_at - now()) / (ends_at - falls_at)))

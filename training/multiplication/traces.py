@@ -135,14 +135,16 @@ def split_of(a: int, b: int) -> str:
     return {0: "dev", 1: "test"}.get(int.from_bytes(digest[:4], "big") % HELD_OUT, "train")
 
 
-def draw(rng: random.Random, split: str, weights: tuple[float, ...] = (1, 2, 4, 10)) -> tuple[int, int]:
-    """A pair of operands of one split: lengths by `weights` (of 1, 2, … digits), uniform digits; in a fifth of them
-    the multiplier's digits behind the first are zero with probability 0.4, which makes other numbers of threads."""
+def draw(
+    rng: random.Random, split: str, weights: tuple[float, ...] = (1, 2, 4, 10), zeros: float = 0.2
+) -> tuple[int, int]:
+    """A pair of operands of one split: lengths by `weights` (of 1, 2, … digits), uniform digits; in a share `zeros` of
+    them the multiplier's digits behind the first are zero with probability 0.4, for other numbers of threads."""
     while True:
         n, m = (rng.choices(range(1, DIGITS + 1), weights)[0] for _ in range(2))
         a = rng.randrange(10 ** (n - 1) if n > 1 else 0, 10**n)
         b = rng.randrange(10 ** (m - 1) if m > 1 else 0, 10**m)
-        if rng.random() < 0.2:
+        if rng.random() < zeros:
             first, *rest = str(b)
             b = int(first + "".join("0" if rng.random() < 0.4 else d for d in rest))
         if split_of(a, b) == split:

@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from anabranch.strategies import ThreadWeaver
 from training.layout import FORKED, IGNORE, PLAIN, Layout, thread_layout
 from training.multiplication.tokens import make_tokenizer
 from training.multiplication.traces import PLACES, Problem, columns, draw, drill, problem
@@ -94,13 +95,30 @@ def layout_of(question: Problem, tokenizer: Any) -> Layout:
 
 
 def drill_layout(rng: random.Random, tokenizer: Any) -> Layout:
-    """A drill as a chain of rows: a join with loss on what is to be written, or columns with loss on their sums."""
-    if rng.random() < 0.6:
+    """A drill as a chain of rows: columns with loss on their sums, or the beginning of an answer and of a thread with
+    loss on what the model writes, or a join with loss on all of it."""
+    kind = rng.random()
+    if kind < 0.4:
         size, count = rng.randint(4, 8), rng.randint(2, 4)
         text, _ = columns([[rng.randrange(10) for _ in range(size)] for _ in range(count)])
         ids = tokenizer("<bos></Parallel>" + text, add_special_tokens=False)["input_ids"]
         placed = [len(token) > 1 and token[0] in PLACES for token in tokenizer.convert_ids_to_tokens(ids)]
         targets = [t if yes else IGNORE for t, yes in zip(ids[1:], placed[1:], strict=True)] + [IGNORE]
+    elif kind < 0.75:
+        question = problem(*draw(rng, "train", LATE, zeros=0.6))
+        parts = [("", f"<bos>{question.prompt}")]
+        if question.threads:
+            name, text = rng.choice(question.items[1])  # type: ignore[arg-type]
+            parts += [(question.items[0], ""), ("", ThreadWeaver().header.replace("{id}", name))]
+        else:
+            text = question.items[0]
+        parts.append((text[: text.index(";") + 1], ""))
+        ids, targets = [], []
+        for learnt, given in parts:
+            new = tokenizer(learnt + given, add_special_tokens=False)["input_ids"]
+            targets += new if learnt else [IGNORE] * len(new)
+            ids += new
+        targets = [*targets[1:], IGNORE]
     else:
         given, said = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in drill(rng))
         ids = [tokenizer.bos_token_id, *given, *said]
@@ -150,7 +168,7 @@ def batches(rng: random.Random, tokenizer: Any, rows: int, weights: Any, drills:
         now = weights()
         pool = []
         for _ in range(96):
-            x = layout_of(problem(*draw(rng, "train", now)), tokenizer)
+            x = layout_of(problem(*draw(rng, "train", now, zeros=0.35)), tokenizer)
             for _ in range(int(drills + rng.random())):
                 x = beside(x, drill_layout(rng, tokenizer))
             pool.append(x)

@@ -12,7 +12,7 @@ import torch
 from training.layout import FORKED, IGNORE, PLAIN, thread_layout
 from training.multiplication.evaluate import PROBLEMS, interval
 from training.multiplication.tokens import make_tokenizer, vocabulary
-from training.multiplication.traces import draw, problem, split_of
+from training.multiplication.traces import draw, drill, problem, split_of
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 import anabranch as ab
@@ -34,43 +34,74 @@ def flat_text(question) -> str:
 # ------------------------------------------------------------------------------------------------ traces
 
 
+def number_of(placed: str) -> int:
+    """What places and digits like "a4b0'" say; each place once, in one order or the other."""
+    found = re.findall(r"([a-h])(\d)'*", placed)
+    letters = "".join(c for c, _ in found)
+    assert letters in ("abcdefgh"[: len(letters)], "abcdefgh"[: len(letters)][::-1])
+    return sum(int(d) * 10 ** "abcdefgh".index(c) for c, d in found)
+
+
+def check_product(text: str, a: int, digit: int, place: int, width: int) -> None:
+    said, work, top, usual = re.fullmatch(r"(.*?):(.*;)([^;]*);([^;]*)", text).groups()
+    assert said == "".join(f"{c}{d}" for c, d in zip("ABCD", str(a)[::-1], strict=False)) + f"*{digit}" + "0" * place
+    step = r"([A-D])(\d)\*(\d)=(\d\d)\+(\d)=(\d\d)([a-h])(\d)"
+    carry = 0
+    for at, (p, x, y, product, plus, total, q, out) in enumerate(re.findall(step, work)):
+        assert (p, x, q) == ("ABCD"[at], str(a)[::-1][at], "abcdefgh"[at + place])
+        assert int(y) == digit and int(product) == int(x) * digit and int(plus) == carry
+        assert int(total) == int(product) + carry and out == total[1]
+        carry = int(total[0])
+    assert at + 1 == len(str(a))
+    columns = re.sub(step, r"\7\8", work) + top
+    assert len(re.findall("[a-h]", columns)) == width and number_of(columns) == a * digit * 10**place
+    check_usual(usual, a * digit * 10**place)
+
+
+def check_usual(text: str, number: int) -> None:
+    assert text == "".join(f"{c}{d}" for c, d in zip("hgfedcba"[-len(str(number)) :], str(number), strict=True)) + (
+        f"={number}"
+    )
+
+
 def test_traces_are_arithmetically_right():
     rng = random.Random(4)
     for a, b in PAIRS + [draw(rng, s) for s in ("train", "dev", "test") for _ in range(60)]:
         question = problem(a, b)
-        multiplier = [int(d) for d in reversed(str(b))]
-        places = [i for i, d in enumerate(multiplier) if d]
-        assert question.threads == (len(places) if len(places) > 1 else 0)
-        threads = [x for x in question.items if not isinstance(x, str)]
-        assert [len(x) for x in threads] == ([question.threads] if question.threads else [])
-        texts = [t for _, t in threads[0]] if threads else [question.items[0].partition("=")[2].rpartition("=")[0]]
-        products = []
-        for place, text in zip(places or [0], texts, strict=True):
-            steps = re.findall(r"([a-h])(\d)\*(\d)=(\d\d)\+(\d)=(\d\d)([a-h])(\d)", text)
-            assert "".join(d for _, d, *_ in steps) == str(a)[::-1]
-            carry = 0
-            for at, (p, x, y, product, plus, total, q, digit) in enumerate(steps):
-                assert (p, q) == ("abcdefgh"[at], "abcdefgh"[at + place]) and int(y) == multiplier[place]
-                assert int(product) == int(x) * int(y) and int(plus) == carry
-                assert int(total) == int(product) + carry and digit == total[1]
-                carry = int(total[0])
-            columns = re.findall(r"([a-h])(\d)", re.sub(r"[a-h]\d\*\d=\d\d\+\d=\d\d", "", text))
-            assert [c for c, _ in columns] == list("abcdefgh"[: len(str(a)) + len(str(b))])
-            products.append(int("".join(d for _, d in reversed(columns))))
-            assert products[-1] == a * multiplier[place] * 10**place
-        if threads:
-            outlines = re.findall(r"<Outline>(\d):(\d+)</Outline>", question.items[0])
-            assert outlines == [(str(t), str(multiplier[p] * 10**p)) for t, p in enumerate(places, 1)]
-            sums = re.findall(r"\+(\d)((?:[a-h]\d'?)+)", question.items[2])
-            assert [t for t, _ in sums] == [str(t) for t in range(2, len(places) + 1)]
-            left = products[0]
-            for (_, text), right in zip(sums, products[1:], strict=True):
-                for at, (_, digit, mark) in enumerate(re.findall(r"([a-h])(\d)('?)", text)):
-                    assert bool(mark) == (left % 10 ** (at + 1) + right % 10 ** (at + 1) >= 10 ** (at + 1))
-                    assert int(digit) == (left + right) // 10**at % 10
-                left += right
-            assert left == a * b
-        assert question.items[-1].endswith(f"={a * b}") and question.answer == str(a * b)
+        digits = [int(d) for d in reversed(str(b))]
+        places, width = [i for i, d in enumerate(digits) if d], len(str(a)) + len(str(b))
+        assert question.threads == (len(places) if len(places) > 1 else 0) and question.answer == str(a * b)
+        if not question.threads:
+            (text,) = question.items
+            place = places[0] if places else 0
+            assert text[0] == "="
+            check_product(text[1:], a, digits[place], place, width)
+            continue
+        head, threads, join = question.items
+        outlines = re.findall(r"<Outline>(\d):(\d+)</Outline>", head)
+        assert outlines == [(str(t), str(digits[p] * 10**p)) for t, p in enumerate(places, 1)]
+        assert head.startswith("=<Parallel><Outlines>") and head.endswith("</Outline></Outlines>")
+        assert [t for t, _ in threads] == [t for t, _ in outlines]
+        for (_, text), place in zip(threads, places, strict=True):
+            check_product(text, a, digits[place], place, width)
+        columns, usual = re.fullmatch(r"</Parallel>(.*);(.*)", join).groups()
+        found = re.findall(r"(\d+)([a-h])(\d)('*)", columns)
+        assert "".join("".join(x) for x in found) == columns and [c for _, c, *_ in found] == list("abcdefgh"[:width])
+        carry = 0
+        for at, (column, _, digit, marks) in enumerate(found):
+            assert column == "".join(str(a * digits[p] * 10**p // 10**at % 10) for p in places)
+            carry, left = divmod(sum(map(int, column)) + carry, 10)
+            assert (int(digit), len(marks)) == (left, carry)
+        check_usual(usual, a * b)
+
+
+def test_drills_are_joins():
+    rng = random.Random(7)
+    for _ in range(100):
+        given, said = drill(rng)
+        numbers = [number_of(t) for t in re.findall(r":([^<]*)<", given)] or [number_of(given)]
+        places = len(re.findall(r"[a-h]\d", given)) // len(numbers)
+        assert said.endswith(f"={sum(numbers) % 10**places}") and ("</Parallel>" in given) == (len(numbers) > 1)
 
 
 def test_splits_are_disjoint_in_either_order():
@@ -154,7 +185,7 @@ def test_the_layout_is_what_the_engine_shows(tiny, way):
     kind = PLAIN if way == "plain" else FORKED
     strategy = {"forked": ab.ThreadWeaver(), "sequential": ab.Sequential(ab.ThreadWeaver()), "plain": None}[way]
     tokenizer = make_tokenizer()
-    questions = [problem(*pair) for pair in PAIRS[:5]]
+    questions = [problem(*pair) for pair in ((738, 406), (47, 36), (80, 7))]
     layouts = [layout_of(q, tokenizer) for q in questions]
     logits = [dense_logits(tiny, x) for x in layouts]
     recorder, trie = Recorder(), Trie(layouts, kind)
@@ -197,7 +228,7 @@ def test_what_carries_loss():
     assert len(second) == 2 and len({x.positions[i] for i in second}) == 2  # alone, and behind thread 1
     alone = min(second, key=lambda i: x.positions[i])
     assert x.positions[alone] == x.positions[header] + 3 and x.targets[alone] == IGNORE
-    assert x.written[alone + 1] == FORKED and tokenizer.decode([x.targets[alone + 1]]) == "a0"
+    assert x.written[alone + 1] == FORKED and tokenizer.decode([x.targets[alone + 1]]) == "A7"
     assert x.targets[: len("<47*36") - 1] == [IGNORE] * 5
     assert all((t == IGNORE) == (w == 0) for t, w in zip(x.targets, x.written, strict=True))
 

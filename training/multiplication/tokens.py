@@ -1,4 +1,4 @@
-"""The tokenizer: digits, a place with its digit (and carry mark), signs, and ThreadWeaver's tags, one token each."""
+"""The tokenizer: digits, a place with its digit (and carry marks), signs, and ThreadWeaver's tags, one token each."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from anabranch.strategies import ThreadWeaver
-from training.multiplication.traces import PLACES
+from training.multiplication.traces import OPERAND, PLACES
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 
 def vocabulary() -> list[str]:
     """All tokens, in the order of their ids."""
-    placed = [f"{place}{digit}{mark}" for mark in ("", "'") for place in PLACES for digit in range(10)]
+    placed = [f"{place}{digit}" for place in OPERAND for digit in range(10)]
+    placed += [f"{place}{digit}{chr(39) * carry}" for carry in range(4) for place in PLACES for digit in range(10)]
     return [*SPECIAL, *ThreadWeaver().tags, *"0123456789*+=:;\n", *placed]
 
 
@@ -24,7 +25,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     inner.normalizer = normalizers.Sequence(
         [normalizers.Replace(Regex(r"[ \t,_]"), ""), normalizers.Replace(Regex(r"[xX×·]"), "*")]
     )
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[a-h][0-9]'?|[\s\S]"), "isolated")
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[A-D][0-9]|[a-h][0-9]'{0,3}|[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
     tags = [*SPECIAL, *ThreadWeaver().tags]
     inner.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in tags])

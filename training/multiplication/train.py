@@ -22,11 +22,12 @@ import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from anabranch.strategies import ThreadWeaver
 from training.layout import FORKED, IGNORE, PLAIN, Layout, thread_layout
 from training.multiplication.tokens import make_tokenizer
-from training.multiplication.traces import Problem, draw, drill, problem
+from training.multiplication.traces import PLACES, Problem, columns, draw, drill, problem
 
-EARLY, LATE = (3.0, 4.0, 2.0, 1.0), (1.0, 2.0, 4.0, 8.0)  # weights of 1- to 4-digit operands
+EARLY, LATE = (3.0, 4.0, 2.0, 1.0), (1.0, 2.0, 4.0, 10.0)  # weights of 1- to 4-digit operands
 
 
 class Muon:
@@ -71,7 +72,7 @@ def make_model(tokenizer: Any, width: int, layers: int, heads: int, hidden: int)
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=1024,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -94,13 +95,35 @@ def layout_of(question: Problem, tokenizer: Any) -> Layout:
 
 
 def drill_layout(rng: random.Random, tokenizer: Any) -> Layout:
-    """A drill as a chain of rows with loss on its second part."""
-    given, said = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in drill(rng))
-    ids = [tokenizer.bos_token_id, *given, *said]
-    size, learnt = len(ids), [*said, tokenizer.eos_token_id]
-    targets = [IGNORE] * (size - len(said)) + learnt[1:]
-    targets[size - len(said) - 1] = learnt[0]
-    return Layout(ids, list(range(-1, size - 1)), list(range(size)), targets, [0] * size)
+    """A drill as a chain of rows: columns with loss on their sums, or the beginning of an answer and of a thread with
+    loss on what the model writes, or a join with loss on all of it."""
+    kind = rng.random()
+    if kind < 0.4:
+        size, count = rng.randint(4, 8), rng.randint(2, 4)
+        text, _ = columns([[rng.randrange(10) for _ in range(size)] for _ in range(count)])
+        ids = tokenizer("<bos></Parallel>" + text, add_special_tokens=False)["input_ids"]
+        placed = [len(token) > 1 and token[0] in PLACES for token in tokenizer.convert_ids_to_tokens(ids)]
+        targets = [t if yes else IGNORE for t, yes in zip(ids[1:], placed[1:], strict=True)] + [IGNORE]
+    elif kind < 0.75:
+        question = problem(*draw(rng, "train", LATE, zeros=0.6))
+        parts = [("", f"<bos>{question.prompt}")]
+        if question.threads:
+            name, text = rng.choice(question.items[1])  # type: ignore[arg-type]
+            parts += [(question.items[0], ""), ("", ThreadWeaver().header.replace("{id}", name))]
+        else:
+            text = question.items[0]
+        parts.append((text[: text.index(";") + 1], ""))
+        ids, targets = [], []
+        for learnt, given in parts:
+            new = tokenizer(learnt + given, add_special_tokens=False)["input_ids"]
+            targets += new if learnt else [IGNORE] * len(new)
+            ids += new
+        targets = [*targets[1:], IGNORE]
+    else:
+        given, said = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in drill(rng))
+        ids = [tokenizer.bos_token_id, *given, *said]
+        targets = [IGNORE] * len(given) + [*said, tokenizer.eos_token_id]
+    return Layout(ids, list(range(-1, len(ids) - 1)), list(range(len(ids))), targets, [0] * len(ids))
 
 
 def beside(first: Layout, second: Layout) -> Layout:
@@ -139,14 +162,14 @@ def logits_of(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[
     return model.lm_head(hidden[rows]), batch["targets"][rows]
 
 
-def batches(rng: random.Random, tokenizer: Any, rows: int, weights: Any, drills: Any) -> Any:
+def batches(rng: random.Random, tokenizer: Any, rows: int, weights: Any, drills: float) -> Any:
     """Endless batches of about `rows` padded rows, examples of like length together, with drills beside them."""
     while True:
-        now, beside_each = weights(), drills()
+        now = weights()
         pool = []
         for _ in range(96):
-            x = layout_of(problem(*draw(rng, "train", now)), tokenizer)
-            for _ in range(int(beside_each + rng.random())):
+            x = layout_of(problem(*draw(rng, "train", now, zeros=0.35)), tokenizer)
+            for _ in range(int(drills + rng.random())):
                 x = beside(x, drill_layout(rng, tokenizer))
             pool.append(x)
         pool.sort(key=lambda x: len(x.token_ids))
@@ -161,14 +184,18 @@ def batches(rng: random.Random, tokenizer: Any, rows: int, weights: Any, drills:
 
 def part_of(path: str, target: str) -> str:
     """Which skill a row asks for, by the text before it."""
-    if "</Parallel>" in path or re.search(r"[a-h]\d=\d*$", path):
-        after = path.rpartition("</Parallel>")[2]
-        return "answer" if re.search(r"=\d*$", after) or target in ("=", "<eos>") else "sum"
-    for name, end in (("product", r"\*\d=\d?"), ("total", r"\+\d=\d?"), ("carry", r"\+"), ("digit", r"[a-h]\d\*")):
+    if re.search(r";([a-h]\d)*(=\d*)?$", path) and re.search(r"[a-h]\d'*;[a-h0-9=]*$", path):
+        if target[0] not in "ABCD" and not re.search(r":[a-h0]*;$", path):
+            return "number" if "=" in path.rpartition(";")[2] else "usual way round"
+    if "</Parallel>" in path:
+        return "column's digit" if target.isdigit() else "column's sum"
+    for name, end in (("product", r"\*\d=\d?"), ("total", r"\+\d=\d?"), ("carry", r"\+"), ("digit", r"[A-D]\d\*")):
         if re.search(end + "$", path):
             return name
+    if target[0] in "ABCD":
+        return "operand" if ";" in path[-12:] else "operand restated"
     if re.fullmatch(r"[a-h]\d", target):
-        return "result" if re.search(r"\+\d=\d\d$", path) else "operand or zero"
+        return "result" if re.search(r"\+\d=\d\d$", path) else "zero or top"
     return "format" if "<Outlines>" not in path else "outline or tag"
 
 
@@ -224,7 +251,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--decay", type=float, default=0.4, help="share of the time in which the rate falls")
     parser.add_argument("--ramp", type=float, default=0.15, help="share of the time in which problems grow")
-    parser.add_argument("--drills", type=float, default=2.0, help="drills beside a problem, until the rate falls")
+    parser.add_argument("--drills", type=float, default=1.0, help="drills beside each problem")
     parser.add_argument("--rows", type=int, default=3000, help="rows of a batch")
     parser.add_argument("--lr", type=float, default=0.02, help="of the matrices (Muon)")
     parser.add_argument("--adam-lr", type=float, default=0.004, help="of the rest (AdamW)")
@@ -263,15 +290,12 @@ def main() -> None:
         share = min(1.0, now() / (total * args.ramp)) if args.ramp > 0 else 1.0
         return tuple(e + (late - e) * share for e, late in zip(EARLY, LATE, strict=True))
 
-    def drills() -> float:
-        return args.drills if now() < falls_at else args.drills / 4
-
     rng = random.Random(args.seed)
     step = rows = examples = 0
     checked_at, losses = 0.0, []
     log = open(args.out / "log.jsonl", "a")
     model.train()
-    for layouts in batches(rng, tokenizer, args.rows, weights, drills):
+    for layouts in batches(rng, tokenizer, args.rows, weights, args.drills):
         if falls_at > now() and (args.out / "decay").exists():
             falls_at, ends_at = now(), now() + total * args.decay
         factor = min(1.0, (step + 1) / 50, max(0.0, (ends_at - now()) / (ends_at - falls_at)))

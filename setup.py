@@ -49,7 +49,9 @@ class CMakeBuild(build_ext):
             if done.returncode and os.environ.get("ANABRANCH_CUDA") == "1":
                 raise RuntimeError("the CUDA kernels did not compile (see above); ANABRANCH_CUDA=0 leaves them out")
             if done.returncode:  # an nvcc that is there but does not work must not cost the rest of the package
-                print("anabranch: CUDA C++ kernels skipped (they did not compile); GPUs are served by the Triton backend")
+                print(
+                    "anabranch: CUDA C++ kernels skipped (they did not compile); GPUs are served by the Triton backend"
+                )
                 self.extensions = [ext for ext in self.extensions if not ext.name.endswith("_cuda")]
 
     def get_outputs(self) -> list[str]:

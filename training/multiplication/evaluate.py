@@ -45,7 +45,7 @@ def interval(hits: int, of: int, z: float = 1.96) -> tuple[float, float]:
 
 def score(engine: Any, problems: list[dict[str, Any]], strategy: Any, batch: int) -> dict[str, Any]:
     """Counts and shares of one way of running."""
-    import anabranch as ab
+    from anabranch.metrics import summary
 
     results, start = [], time.perf_counter()
     for at in range(0, len(problems), batch):
@@ -79,7 +79,7 @@ def score(engine: Any, problems: list[dict[str, Any]], strategy: Any, batch: int
         "wrong": wrong,
     }
     if forked:
-        total = ab.summary(forked)
+        total = summary(forked)
         out["where_it_forks"] = {
             k: total[k] for k in ("answers", "total_tokens", "critical_path_tokens", "token_speedup", "num_threads")
         }

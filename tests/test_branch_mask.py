@@ -79,6 +79,7 @@ def check_intervals(mask: BranchMask) -> None:
             assert not rows
 
 
+@settings(max_examples=40)
 @given(trees())
 def test_from_tree(tree):
     lengths, parents = tree
@@ -90,6 +91,7 @@ def test_from_tree(tree):
     assert mask == BranchMask.from_context(lengths, ancestors(parents))
 
 
+@settings(max_examples=40)
 @given(graphs())
 def test_from_context(graph):
     lengths, context = graph
@@ -103,6 +105,7 @@ def test_from_context(graph):
         assert mask.previous[i] == (seen[-1] if len(seen) else -1)
 
 
+@settings(max_examples=40)
 @given(graphs())
 def test_positions_begin_behind_all_that_is_seen(graph):
     lengths, context = graph
@@ -115,6 +118,7 @@ def test_positions_begin_behind_all_that_is_seen(graph):
         ends.append(first + size)
 
 
+@settings(max_examples=40)
 @given(st.lists(graphs(5), min_size=1, max_size=3))
 def test_pack_is_block_diagonal(items):
     masks = [BranchMask.from_context(*item) for item in items]

@@ -39,6 +39,7 @@ def prefixes(begin: list[int], rest: list[int]) -> list[tuple[int, ...]]:
 # ---------------------------------------------------------------------------------------------------- formats
 
 
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=5))
 def test_a_trie_holds_every_prefix_once(sequences):
     layout = training.trie([[(ids[:1], False, False), (ids[1:], True, True)] for ids in sequences])

@@ -23,7 +23,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kAhead = 4;  // blocks whose addresses are kept: (kMaxRing + 1) / 2
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-ANABRANCH_DEVICE float minus_infinity() { return -__builtin_huge_valf(); }
+ANABRANCH_DEVICE float minus_infinity() { return -INFINITY; }
 ANABRANCH_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 ANABRANCH_DEVICE int larger(int a, int b) { return a > b ? a : b; }
 ANABRANCH_DEVICE float larger(float a, float b) { return ::fmaxf(a, b); }
@@ -264,7 +264,7 @@ struct Tile {
         p[i / 2][i % 2 * 2 + 1] = ptx::pack(T{}, s[i][2], s[i][3]);
       } else {
         ANABRANCH_UNROLL
-        for (int c = 0; c < 4; ++c) p[i][c] = __builtin_bit_cast(u32, s[i][c]);
+        for (int c = 0; c < 4; ++c) p[i][c] = ptx::bits(s[i][c]);
       }
     }
   }
@@ -292,8 +292,8 @@ struct Tile {
         ANABRANCH_UNROLL
         for (int key = 0; key < 8; ++key) {
           const int holder = (lane & ~3) | (key >> 1);
-          const float p0 = ptx::shuffle(__builtin_bit_cast(float, p[step][key & 1]), holder);
-          const float p1 = ptx::shuffle(__builtin_bit_cast(float, p[step][2 + (key & 1)]), holder);
+          const float p0 = ptx::shuffle(ptx::number(p[step][key & 1]), holder);
+          const float p1 = ptx::shuffle(ptx::number(p[step][2 + (key & 1)]), holder);
           ANABRANCH_UNROLL
           for (int i = 0; i < D / 8; ++i) {
             const Float2 v = ptx::load(reinterpret_cast<const Float2*>(value + (step * 8 + key) * S::kPitch + i * 32));

@@ -1,5 +1,5 @@
 // Moving KV: a step's rows into their slots, and whole pages for copy-on-write. Values are moved, never computed with,
-// in vectors V of 16, 4 or 2 bytes, whatever the strides allow.
+// in vectors V of 16, 4 or 2 bytes, whatever the strides allow. And a kept plan's advance. For launch.cu alone.
 #pragma once
 
 #include "cuda/params.hpp"
@@ -48,7 +48,7 @@ void copy_pages_kernel(const CopyPages c) {
 }
 
 // What LivePlan::advance (csrc/plan.cpp) does on the host. A tail has one row, so no two threads meet.
-inline ANABRANCH_KERNEL(kThreads, 4)
+ANABRANCH_KERNEL(kThreads, 4)
 void advance_kernel(const Advance a) {
   for (int b = ptx::block() * kThreads + ptx::thread(); b < a.branches; b += ptx::blocks() * kThreads) {
     i32* const item = a.items + 8 * ptx::load(a.tails + b);

@@ -113,6 +113,17 @@ ANABRANCH_DEVICE void copy_wait_for(Site site) {
   emulator::copy_wait(PENDING, int(site));
 }
 
+ANABRANCH_DEVICE u32 bits(float x) {
+  u32 d;
+  __builtin_memcpy(&d, &x, 4);
+  return d;
+}
+ANABRANCH_DEVICE float number(u32 x) {
+  float d;
+  __builtin_memcpy(&d, &x, 4);
+  return d;
+}
+
 ANABRANCH_DEVICE float exp2(float x) { return emulator::exp2(x); }
 ANABRANCH_DEVICE float log2(float x) { return emulator::log2(x); }
 
@@ -197,6 +208,9 @@ template <int PENDING>
 ANABRANCH_DEVICE void copy_wait_for(Site) {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
+
+ANABRANCH_DEVICE u32 bits(float x) { return __float_as_uint(x); }
+ANABRANCH_DEVICE float number(u32 x) { return __uint_as_float(x); }
 
 ANABRANCH_DEVICE float exp2(float x) {  // 2 ulp
   float d;

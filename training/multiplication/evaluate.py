@@ -40,7 +40,7 @@ def interval(hits: int, of: int, z: float = 1.96) -> tuple[float, float]:
     """95 % confidence interval of a share (Wilson)."""
     share, scale = hits / of, 1 + z * z / of
     middle, half = share + z * z / (2 * of), z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
-    return (middle - half) / scale, (middle + half) / scale
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 def score(engine: Any, problems: list[dict[str, Any]], strategy: Any, batch: int) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def score(engine: Any, problems: list[dict[str, Any]], strategy: Any, batch: int
         "threads_right": threads / len(problems),
         "threads_right_95": interval(threads, len(problems)),
         "malformed": sum(bool(r.malformed) for r in results) / len(problems),
-        "seconds": seconds,
+        "seconds": round(seconds, 1),
         "by_size": {s: f"{good[s]}/{sizes[s]}" for s in sorted(sizes)},
         "wrong": wrong,
     }

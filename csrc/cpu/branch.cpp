@@ -31,7 +31,7 @@ Prepared prepare(Branch& b, const BranchMaskView& mask, const Kernels& kernels) 
   for (const BranchTile& t : p.plan.tiles) {
     b.lanes = std::max(b.lanes, (t.end - t.begin) * heads);
     int64_t columns = 0;
-    for (int i = t.piece_begin; i < t.piece_end; ++i) columns += p.plan.pieces[size_t(i)].end - p.plan.pieces[size_t(i)].begin;
+    for (int i = t.piece_begin; i < t.piece_end; ++i) columns += b.pieces[i].end - b.pieces[i].begin;
     p.cost.push_back((t.end - t.begin) * columns);
     p.work += p.cost.back() * b.num_q_heads * b.head_dim;
   }

@@ -40,6 +40,7 @@ struct BranchScratch {
   float** sums;                           // TILE rows of dK, then of dV
   int32_t *row, *position, *seen, *column, *run;  // seen: lane masks, one [rows] a run of the tile of columns
   const void** from;                      // TILE rows of K, then of V
+  const void** ahead;                     // rows of K and V, then of the sums, that probably come next
 
   BranchScratch(void* base, int lanes, int d, bool backward, size_t* bytes = nullptr) {
     Scratch take(base);
@@ -68,6 +69,7 @@ struct BranchScratch {
     column = take.take<int32_t>(TILE);
     run = take.take<int32_t>(TILE);
     from = take.take<const void*>(2 * TILE);
+    ahead = take.take<const void*>(3 * TILE);
     if (bytes) *bytes = size_t(take.next - static_cast<char*>(base));
   }
 };
@@ -218,6 +220,27 @@ void branch_rows_of(const Strided& x, int kv_head, int d, const BranchScratch& w
   for (int j = n; j < TILE; ++j) rows[j] = rows[0];  // surplus keys of the last block
 }
 
+// Fetches what the next tile of columns will read, a little at each block of scores: most often the columns right behind
+// these. K and V alternate in `ahead`, the sums' rows follow.
+template <class T>
+struct BranchFetch {
+  Fetcher rows, sums;
+  BranchFetch(const Branch& a, const BranchTile& t, int kv_head, int panels, int last_column, const BranchScratch& w,
+              const float* sums_of_next) {
+    const int left = a.pieces[t.piece_end - 1].end - last_column - 1, n = smaller(TILE, left > 0 ? left : 0);
+    const T* k = static_cast<const T*>(a.k.data) + int64_t(kv_head) * a.k.head + int64_t(last_column + 1) * a.k.row;
+    const T* v = static_cast<const T*>(a.v.data) + int64_t(kv_head) * a.v.head + int64_t(last_column + 1) * a.v.row;
+    for (int j = 0; j < n; ++j) {
+      w.ahead[2 * j] = k + j * a.k.row;
+      w.ahead[2 * j + 1] = v + j * a.v.row;
+      if (sums_of_next) w.ahead[2 * TILE + j] = sums_of_next + int64_t(j) * 2 * w.dv;
+    }
+    const int blocks = panels * (TILE / LONG);  // of scores, in this tile
+    rows = {w.ahead, w.ahead + 2 * n, a.head_dim * int(sizeof(T)), (2 * n + blocks - 1) / blocks};
+    sums = {w.ahead + 2 * TILE, w.ahead + 2 * TILE + (sums_of_next ? n : 0), 2 * w.dv * 4, (n + blocks - 1) / blocks};
+  }
+};
+
 inline bool finite(const float* x, int64_t n) {  // n: a multiple of W
   vf bad = {};
   for (int64_t i = 0; i < n; i += W) bad += load(x + i) * 0.0f;
@@ -254,11 +277,11 @@ void branch_forward_unit(const Branch& a, int tile, int kv_head, int chunk, void
     const T* v = static_cast<const T*>(a.v.data) + int64_t(kv_head) * a.v.head;
     for (int j = 0; j < c.n; ++j) pack_value(v + int64_t(w.column[j]) * a.v.row, d, w.dv, j, w.kp);
     const bool cut = c.limited || c.parted || c.windowed, exact = cut && !all_finite(w.kp, c.n, w.dv);
+    BranchFetch<T> fetch(a, t, kv_head, r.padded / PANEL, w.column[c.n - 1], w, nullptr);
     for (int lane = 0; lane < r.padded; lane += PANEL) {
       const int real = smaller(PANEL, r.lanes - lane), last = r.token(lane + real - 1), n = c.upto(last);
       if (n == 0) continue;
-      Fetcher none{nullptr, nullptr, 0, 0};
-      scores<2>(w.qt + int64_t(lane) * d, d, w.from, n, w.s, none);
+      scores<2>(w.qt + int64_t(lane) * d, d, w.from, n, w.s, fetch.rows);
       if (a.softcap > 0) branch_cap(a.softcap, n, w.s);
       if (c.parted || c.windowed || w.column[n - 1] > r.token(lane)) branch_mask(a, c, w, lane, n, w.s);
       soften<2>(w.s, n, w.m + lane, w.l + lane, w.alpha + lane);
@@ -394,7 +417,8 @@ void branch_backward_tile(const Branch& a, const BranchTile& t, int kv_head, int
     if (lane >= r.lanes) continue;
     const int64_t at = int64_t(r.token(lane)) * a.num_q_heads + r.head(lane);
     const T* out = static_cast<const T*>(a.out) + at * d;
-    const T* grad = static_cast<const T*>(a.grad.data) + int64_t(r.token(lane)) * a.grad.row + int64_t(r.head(lane)) * a.grad.head;
+    const T* grad = static_cast<const T*>(a.grad.data) + int64_t(r.token(lane)) * a.grad.row;
+    grad += int64_t(r.head(lane)) * a.grad.head;
     float x = 0;
     for (int i = 0; i < d; ++i) x += to_float(out[i]) * to_float(grad[i]);
     if (a.grad_lse) x -= a.grad_lse[at];
@@ -416,14 +440,14 @@ void branch_backward_tile(const Branch& a, const BranchTile& t, int kv_head, int
     }
     const bool cut = c.limited || c.parted || c.windowed;
     const bool exact = cut && !(rows_are_finite && all_finite(w.kp, c.n, w.dv) && rows_finite(w.from + TILE, c.n, d));
+    BranchFetch<T> fetch(a, t, kv_head, panels, w.column[c.n - 1], w, w.sums[c.n - 1] + 2 * w.dv);
     int since[BLOCKS];
     for (int b = 0; b < BLOCKS; ++b) since[b] = panels;
     for (int p = panels - 1; p >= 0; --p) {
       const int lane = p * PANEL, real = smaller(PANEL, r.lanes - lane), n = c.upto(r.token(lane + real - 1));
       float *s = w.s + int64_t(p) * TILE * PANEL, *g = w.g + int64_t(p) * TILE * PANEL;
-      Fetcher none{nullptr, nullptr, 0, 0};
-      scores<2>(w.qt + int64_t(lane) * d, d, w.from, n, s, none);
-      scores<2>(w.dot + int64_t(lane) * d, d, w.from + TILE, n, g, none);
+      scores<2>(w.qt + int64_t(lane) * d, d, w.from, n, s, fetch.rows);
+      scores<2>(w.dot + int64_t(lane) * d, d, w.from + TILE, n, g, fetch.sums);
       if (a.softcap > 0) branch_cap(a.softcap, n, s);
       const bool masked = c.parted || c.windowed || real < PANEL || (n > 0 && w.column[n - 1] > r.token(lane));
       if (masked) branch_mask(a, c, w, lane, n, s);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,12 @@ def test_every_public_name_is_there() -> None:
 
 def test_the_readme_runs(tmp_path, monkeypatch) -> None:
     """With a tiny random model in SmolLM2's place."""
-    model, tokenizer = make_model("llama"), byte_tokenizer()
+    model, tokenizer = make_model("llama"), copy.deepcopy(byte_tokenizer())  # its template is changed
     model.save_pretrained(tmp_path)
     monkeypatch.setattr("anabranch.models.load", lambda name: (model, tokenizer))
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names = {"path": tmp_path, "prompt_ids": torch.arange(3, 40), "dataclass": dataclass}
     for block in blocks:
         exec(block, names)  # one namespace: later blocks use what earlier ones made

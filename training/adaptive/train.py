@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface
 
 import anabranch as ab
@@ -106,6 +106,18 @@ class Student(torch.nn.Module):
             inputs_embeds=self.embed(batch["ids"])[None], position_ids=batch["positions"][None], use_cache=False
         ).last_hidden_state[0]
         return F.linear(hidden[batch["where"]], self.embed(vocabulary))
+
+    def begin_from(self, path: Path) -> None:
+        """The weights of a state.pt, or of an adapter (a folder, such as the package's data/smollm2_adaptive)."""
+        if path.is_file():
+            self.load_state_dict(torch.load(path, weights_only=True)["student"], strict=False)
+            return
+        weights = load_file(path / "adapter_model.safetensors")
+        with torch.no_grad():
+            self.tags.copy_(weights[TAG_ROWS])
+            for name, lora in self.loras.items():
+                lora.a.copy_(weights[f"base_model.model.model.{name}.lora_A.weight"])
+                lora.b.copy_(weights[f"base_model.model.model.{name}.lora_B.weight"])
 
     def adapter(self) -> dict[str, torch.Tensor]:
         """As peft names them, in bfloat16."""
@@ -243,7 +255,9 @@ def main(
     count: Annotated[int, typer.Option(help="Training problems; more than one pass only if time is left.")] = 8000,
     threads: Annotated[int, typer.Option(help="torch's threads.")] = 2,
     drills: Annotated[float, typer.Option(help="Share of rows that are additions alone.")] = 0.15,
-    start: Annotated[Path | None, typer.Option(help="A state.pt to begin from, with a new schedule.")] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="A state.pt or an adapter's folder to begin from, with a new schedule.")
+    ] = None,
     check_minutes: Annotated[float, typer.Option(help="Minutes between checks on dev problems.")] = 12.0,
     seed: int = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the state saved in --out.")] = False,
@@ -261,7 +275,7 @@ def main(
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     spent, step = 0.0, 0
     if start is not None:
-        student.load_state_dict(torch.load(start, weights_only=True)["student"], strict=False)
+        student.begin_from(start)
     if resume:
         state = torch.load(out / "state.pt", weights_only=True)
         student.load_state_dict(state["student"], strict=False)

@@ -3,7 +3,7 @@
     python examples/train_branches.py            # a few minutes on 2 cores
     python examples/train_branches.py --quick    # a few steps, to see that it runs
 
-The task: every letter of every word becomes the next one of the alphabet ("abc de" → "bcd ef"). With several words the
+The task: every letter of every word becomes the next one of the alphabet ("ab de" → "bc ef"). With several words the
 model is taught to fork in ThreadWeaver's format, one thread a word; with a single word it just answers. It decides.
 """
 
@@ -42,7 +42,7 @@ def following(word: str) -> str:
 
 
 def problem(rng: random.Random) -> list[str]:
-    return ["".join(rng.choices(LETTERS, k=rng.randint(2, 3))) for _ in range(rng.randint(1, 3))]
+    return ["".join(rng.choices(LETTERS, k=2)) for _ in range(rng.randint(1, 3))]
 
 
 def example(words: list[str]) -> training.Layout:
@@ -74,7 +74,7 @@ def curve(losses: list[float], width: int = 60) -> str:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     options.add_argument("--quick", action="store_true", help="a few steps only")
-    options.add_argument("--steps", type=int, default=400)
+    options.add_argument("--steps", type=int, default=500)
     options.add_argument("--picture", metavar="FILE", help="write the mask of one row here (png, svg, pdf)")
     options = options.parse_args()
     steps, batch_size, width = (12, 4, 32) if options.quick else (options.steps, 16, 96)
@@ -87,7 +87,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="anabranch")
 
     # 1. One row, as the model will see it: the prompt, the outlines, each thread alone, and again behind its siblings.
-    row = example(["abc", "de", "fgh"])
+    row = example(["ab", "de", "hj"])
     print(decode(row.input_ids), "\n")
     row.mask.show()
     if options.picture:

@@ -297,9 +297,9 @@ class BranchMask:
         row_ptr = np.zeros(len(edges), dtype=np.int32)
         np.cumsum([len(s) for s in seen], out=row_ptr[1:])
         where = torch.cat([self.positions, self.positions[torch.from_numpy(at).to(self.device)]])
-        arrays = (edges, row_ptr, np.concatenate([_NOTHING, *seen]))
-        starts_, row_ptr_, cols_ = (torch.from_numpy(x).to(self.device) for x in arrays)
-        return BranchMask(starts_, row_ptr_, cols_, where)
+        pairs = np.concatenate([_NOTHING, *seen])
+        begins, counts, intervals = (torch.from_numpy(x).to(self.device) for x in (edges, row_ptr, pairs))
+        return BranchMask(begins, counts, intervals, where)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> BranchMask:
         """The same mask on another device; the copy is kept, so that asking again costs nothing."""

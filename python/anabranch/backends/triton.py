@@ -147,7 +147,8 @@ def _cut(layout: Layout, columns: bool, most: int) -> Tables:
         work = [tokens[end] - tokens[begin] for begin, end in tiles[:, 2:].tolist()]
         order = sorted(range(len(work)), key=lambda i: -work[i])
         kept[columns, most] = tuple(torch.from_numpy(x).to(layout.starts.device) for x in (tiles[order], pieces))
-    return Tables(*kept[columns, most], kept["positions"])
+    by_tile, by_piece = kept[columns, most]
+    return Tables(by_tile, by_piece, kept["positions"])
 
 
 NARROWEST = 16  # lanes of a dot product: a shorter tile costs as much

@@ -494,9 +494,7 @@ def test_what_a_model_writes_cannot_steer_the_terminal():
 
 
 def test_overhead_is_a_share_of_the_time():
-    from anabranch.cli.score import overhead
-
     seconds = {"prefill": 1.0, "decode": 2.0, "sampling": 0.5, "plan": 0.3, "strategy": 0.2}
     counts = dict(sampled=1, inserted=0, in_threads=0, critical=1, max_concurrency=1, longest_context=1)
     m = metrics.measure(blocks=[], seconds=seconds, **counts)
-    assert overhead(m) == pytest.approx(0.125)
+    assert m.overhead == pytest.approx(0.125)

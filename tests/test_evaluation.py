@@ -100,7 +100,10 @@ class Canned:
     def _result(row):
         text, threads, malformed, total, critical = row
         seconds = {"decode": 0.9, "plan": 0.02, "strategy": 0.01}
-        m = SimpleNamespace(num_threads=threads, total_tokens=total, critical_path_tokens=critical, seconds=seconds)
+        m = SimpleNamespace(
+            num_threads=threads, total_tokens=total, critical_path_tokens=critical, seconds=seconds,
+            overhead_seconds=0.03,
+        )  # fmt: skip
         return SimpleNamespace(text=text, malformed=["x"] * malformed, metrics=m)
 
 

@@ -195,13 +195,10 @@ def evaluate(
     out: dict[str, Any] = {"problems": len(problems), "batch": batch, "modes": {}, "wrong": []}
     for mode in modes:
         runs[mode] = []
-        phases: dict[str, float] = {}
         start = time.perf_counter()
         for at in range(0, len(problems), batch):
             report(mode, at, len(problems))
             results = engine.generate(prompts[at : at + batch], strategy=strategies[mode], **how)
-            for k, v in results[0].metrics.seconds.items():
-                phases[k] = phases.get(k, 0.0) + v
             runs[mode] += [_run(p, r, mode, good) for p, r in zip(problems[at : at + batch], results, strict=True)]
         report(mode, len(problems), len(problems))
         out["modes"][mode] = _summary(problems, runs[mode], time.perf_counter() - start)
@@ -212,7 +209,7 @@ def evaluate(
         ]
     if "forked" in runs and "sequential" in runs:
         pairs = [(float(a.right), float(b.right)) for a, b in zip(runs["forked"], runs["sequential"], strict=True)]
-        difference = [sum(a - b for a, b in pairs) / len(pairs), *bootstrap(pairs, _mean_difference)]
+        difference = [_mean_difference(pairs), *bootstrap(pairs, _mean_difference)]
         out["forked_minus_sequential"] = dict(zip(("difference", "low", "high"), difference, strict=True))
     if timed:
         out["timed"] = _timed(engine, prompts, strategies, timed, how, report)
@@ -278,12 +275,11 @@ def _timed(
             result = engine.generate(prompt, strategy=strategies[side], **how)
             seconds[side] = time.perf_counter() - start
             if side == "forked":
-                threads, phases = result.metrics.num_threads, result.metrics.seconds
+                m = result.metrics
         pair = (seconds["sequential"], seconds["forked"])
         pairs.append(pair)
-        whole = sum(phases.values())
-        overhead.append(((phases.get("plan", 0.0) + phases.get("strategy", 0.0)), whole))
-        if threads:
+        overhead.append((m.overhead_seconds, sum(m.seconds.values())))
+        if m.num_threads:
             where_forked.append(pair)
     report("timed", count, count)
     out: dict[str, Any] = {"problems": count, "forked": len(where_forked), "overhead": _ratio_of_sums(overhead)}

@@ -17,8 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from anabranch.cli import evaluate as cli
-from anabranch.cli.common import consoles, load_model, machine_note
-from anabranch.evaluation import MODES, Problem, evaluate, final_answer, is_right, read_problems
+from anabranch.evaluation import Problem, final_answer, is_right
 
 FILE = Path(__file__).with_name("problems.jsonl")
 RG = {"legs": "leg_counting", "sums": "chain_sum"}
@@ -76,34 +75,13 @@ def run(
     max_new_tokens: int = 700,
 ) -> None:
     """Score a model on the problem file."""
-    import anabranch as ab
-
-    problems = read_problems(file)
-    if limit is not None:
-        problems = problems[:: max(1, len(problems) // limit)][:limit]
-    loaded, tokenizer, kind = load_model(model, dtype)
-    strategy = cli.strategy_for(tokenizer)
-    modes = tuple(mode) if mode else MODES if strategy else ("plain",)
-    engine = ab.Engine(loaded, tokenizer)
-    out, err = consoles()
-
-    def report(name: str, done: int, total: int) -> None:
-        err.print(f"{name} {done}/{total}", style="dim")
-
-    found = evaluate(
-        engine, problems, strategy, modes=modes, batch=batch, timed=timed if strategy else 0,
-        max_new_tokens=max_new_tokens,
-        check=verified if strategy else None, report=report,
+    cli.run(
+        cli.Options(
+            problems=file, model=model, modes=tuple(mode or ()), limit=limit, batch=batch, timed=timed,
+            max_new_tokens=max_new_tokens, save=save, dtype=dtype,
+        ),
+        verified,
     )  # fmt: skip
-    facts = {"schema": "anabranch.eval", "version": 1, "model": model, "dtype": str(kind).removeprefix("torch."),
-             "strategy": str(strategy), "file": file.name, "machine": machine_note(),
-             "anabranch": ab.__version__}  # fmt: skip
-    whole = {**facts, **found}
-    if save is not None:
-        save.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    out.print(cli.table(whole))
-    for line in cli.remarks(whole):
-        out.print(line, style="dim")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from anabranch.cli.common import Mistake, consoles, load_model, machine_note, plain_terminal
@@ -75,7 +74,6 @@ class Told:
     story: Story
     right: bool | None
     timing: Timing | None = None
-    saved: Path | None = field(default=None)
 
 
 def cases(prompt: str | None, model: str | None) -> list[Case]:
@@ -123,18 +121,18 @@ def run(
         engines[case.model] = engine, kind
         if told and not as_json:
             out.print()
-        told.append(_tell(engine, case, out, live, as_json, kind, sequential, max_new_tokens, seed))
-        one = told[-1]
-        if save is not None and len(told) == 1:
+        one = _tell(engine, case, out, live, as_json, kind, sequential, max_new_tokens, seed)
+        first = not told
+        told.append(one)
+        if save is not None and first:
             assert one.story.result is not None
             one.story.result.trace().save(save)
-            one.saved = save
         if compare:
             one.timing = _time(engine, case, max_new_tokens, seed)
         if not as_json:
             out.print(_card(one))
-            if one.saved:
-                out.print(f"trace saved; look at it with: anabranch view {one.saved}", style="dim", soft_wrap=True)
+            if save is not None and first:
+                out.print(f"trace saved; look at it with: anabranch view {save}", style="dim", soft_wrap=True)
     if as_json:
         print(json.dumps(_report(told, sequential), ensure_ascii=False, default=str))
     elif told:
@@ -142,18 +140,12 @@ def run(
         out.print(f"\n{machine_note()}; {kinds}", style="dim")
 
 
-def can_decide(tokenizer: Any) -> bool:
-    """Whether ThreadWeaver's tags are single tokens of this vocabulary."""
-    from anabranch.cli.evaluate import strategy_for
-
-    return strategy_for(tokenizer) is not None
-
-
 def _engine(name: str, dtype: str) -> tuple[Any, str]:
     import anabranch as ab
+    from anabranch.cli.evaluate import strategy_for
 
     model, tokenizer, kind = load_model(name, dtype)
-    if not can_decide(tokenizer):
+    if strategy_for(tokenizer) is None:
         raise Mistake(f"--model {name!r}: ThreadWeaver's tags are not single tokens of its vocabulary")
     return ab.Engine(model, tokenizer), str(kind).removeprefix("torch.")
 
@@ -181,39 +173,13 @@ def _tell(
     seed: int,
 ) -> Told:
     """Run it once, drawing."""
-    from anabranch.cli.display import Lines, Picture, follow
-    from anabranch.cli.story import Story
+    from anabranch.cli.display import tell
     from anabranch.evaluation import is_right
 
-    story = Story(engine)
     stream = engine.stream(
         _asked(engine, case), strategy=_strategy(sequential), max_new_tokens=most, seed=seed, do_sample=False
     )
-    heading = _heading(case, kind, sequential)
-    lines = None if live or quiet else Lines(console, story)
-    if lines is not None:
-        for part in heading[:-1]:
-            console.print(part)
-    try:
-        with ExitStack() as stack:
-            if live:
-                stack.enter_context(follow(console, story, heading))
-            for event in stream:
-                story.take(event)
-                if lines is not None:
-                    lines.take(event)
-    except KeyboardInterrupt:
-        engine.abort()
-        used = engine.cache.usage()
-        raise KeyboardInterrupt(
-            f"{story.sampled} tokens were written, {used.pages_total - used.pages_free} pages are still held"
-        ) from None
-    finally:
-        stream.close()
-    if live:
-        for part in heading:
-            console.print(part)
-        console.print(Picture(story, live=False))
+    story = tell(engine, stream, console, _heading(case, kind, sequential), live, quiet)
     assert story.result is not None
     right = None if case.answer is None else is_right(story.result.text or "", case.answer)
     return Told(case, story, right)
@@ -246,8 +212,6 @@ def _time(engine: Any, case: Case, most: int, seed: int, patience: float = 4.0) 
 def _card(told: Told) -> RenderableType:
     from rich.table import Table
 
-    from anabranch.cli.score import overhead
-
     assert told.story.result is not None
     m = told.story.result.metrics
     table = Table.grid(padding=(0, 2))
@@ -269,14 +233,12 @@ def _card(told: Told) -> RenderableType:
         )
     p = told.story.peak
     table.add_row("cache shared", f"{p.sharing:.2f}×", f"at the fullest: {p.logical} tokens seen, {p.physical} held")
-    table.add_row("deciding", f"{100 * overhead(m):.1f} %", "of the time: strategy, forks, joins, planning")
+    table.add_row("deciding", f"{100 * m.overhead:.1f} %", "of the time: strategy, forks, joins, planning")
     return table
 
 
 def _report(told: Sequence[Told], sequential: bool) -> dict[str, Any]:
     """``--json``: one entry a problem; metrics by their names in `anabranch.metrics`."""
-    from anabranch.cli.score import overhead
-
     entries = []
     for one in told:
         result = one.story.result
@@ -284,7 +246,7 @@ def _report(told: Sequence[Told], sequential: bool) -> dict[str, Any]:
         entries.append({
             "model": one.case.model, "prompt": one.case.prompt, "expected": one.case.answer, "right": one.right,
             "text": result.text, "threads": result.metrics.num_threads, "metrics": result.metrics.as_dict(),
-            "overhead": overhead(result.metrics), "malformed": list(result.malformed),
+            "overhead": result.metrics.overhead, "malformed": list(result.malformed),
             "timing": {**asdict(one.timing), "speedup": one.timing.speedup} if one.timing else None,
         })  # fmt: skip
     return {

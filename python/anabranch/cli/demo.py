@@ -7,7 +7,7 @@ Models that decide themselves are shown in `anabranch.cli.adaptive`.
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from anabranch.cli.story import Story
     from anabranch.engine.result import Result
 
+DECIDING = ("multiplication", "smollm2-adaptive")  # models of ours that were taught to fork
 QUESTION = "Should I learn to play the piano as an adult?"
 # Lead-ins, not titles: a small model goes on with a sentence behind them, but behind a title likes to leave a blank
 # line, which ends the branch.
@@ -80,7 +81,7 @@ def choose(
     check_save(save)
     leads = headers(branches, header)
     wanted = branches is not None or bool(header)
-    if wanted and model in ("multiplication", "smollm2-adaptive"):
+    if wanted and model in DECIDING:
         raise Mistake(f"--branches and --header with --model {model}: this model decides itself; leave them out", USAGE)
     if wanted or (model is not None and not _decides(model)):
         run(
@@ -101,22 +102,22 @@ def choose(
 
 def _decides(model: str) -> bool:
     """Whether this model's tokenizer has the tags; a folder's is looked at, the rest is known."""
-    if model in ("multiplication", "smollm2-adaptive"):
+    if model in DECIDING:
         return True
-    folder = Path(model).expanduser()
-    if not (folder / "tokenizer.json").is_file():
+    file = Path(model).expanduser() / "tokenizer.json"
+    if not file.is_file():
         return False
-    from anabranch.strategies import ThreadWeaver
+    from tokenizers import Tokenizer
 
-    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    return all(f'"{tag}"' in text for tag in ThreadWeaver().tags)
+    from anabranch.cli.evaluate import strategy_for
+
+    return strategy_for(Tokenizer.from_file(str(file))) is not None
 
 
 def run(options: Options) -> None:
     """The demo with lead-ins."""
     if not options.prompt.strip():
         raise Mistake("PROMPT is empty: ask something, or leave it out for a question of ours", USAGE)
-    check_save(options.save)
     out, err = consoles()
     quiet = options.as_json
     live = not quiet and not plain_terminal(out)
@@ -227,38 +228,12 @@ def _follow(
     engine: Any, options: Options, console: Console, live: bool, quiet: bool, dtype: str
 ) -> tuple[Story, list[int]]:
     """Run it, drawing; returns the story with its result, and the token ids before the fork (none without one)."""
-    from anabranch.cli.display import Lines, Picture, follow
-    from anabranch.cli.story import Story
+    from anabranch.cli.display import tell
 
-    story = Story(engine)
     end = EndOfThought(engine.tokenizer, options.branch_tokens)
     sampling = {"seed": options.seed, "max_new_tokens": options.max_new_tokens, "stopping_criteria": [end], **SAMPLING}
     stream = engine.stream(_chat(options), strategy=_strategy(options), **sampling)
-    heading = _heading(options, dtype)
-    lines = None if live or quiet else Lines(console, story)
-    if not quiet and not live:
-        for part in heading[:-1]:
-            console.print(part)
-    try:
-        with ExitStack() as stack:
-            if live:
-                stack.enter_context(follow(console, story, heading))
-            for event in stream:
-                story.take(event)
-                if lines is not None:
-                    lines.take(event)
-    except KeyboardInterrupt:
-        engine.abort()
-        used = engine.cache.usage()
-        raise KeyboardInterrupt(
-            f"{story.sampled} tokens were written, {used.pages_total - used.pages_free} pages are still held"
-        ) from None
-    finally:
-        stream.close()
-    if live:
-        for part in heading:
-            console.print(part)
-        console.print(Picture(story, live=False))
+    story = tell(engine, stream, console, _heading(options, dtype), live, quiet)
     assert story.result is not None
     result = story.result
     tree = result.tree

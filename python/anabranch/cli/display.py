@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -193,6 +193,38 @@ def follow(console: Console, story: Story, heading: list[RenderableType]) -> Ite
     )
     with live:
         yield
+
+
+def tell(engine: Any, stream: Any, console: Console, heading: list[RenderableType], live: bool, quiet: bool) -> Story:
+    """Follow a generation's events to their end: drawn in place, as lines, or (`quiet`) not at all; the whole story.
+
+    stream: of one prompt. Ctrl-C ends the generation and says what was written and what is still held.
+    """
+    story = Story(engine)
+    lines = None if live or quiet else Lines(console, story)
+    if lines is not None:
+        for part in heading[:-1]:
+            console.print(part)
+    try:
+        with follow(console, story, heading) if live else nullcontext():
+            for event in stream:
+                story.take(event)
+                if lines is not None:
+                    lines.take(event)
+    except KeyboardInterrupt:
+        engine.abort()
+        used = engine.cache.usage()
+        raise KeyboardInterrupt(
+            f"{story.sampled} tokens were written, {used.pages_total - used.pages_free} pages are still held"
+        ) from None
+    finally:
+        stream.close()
+    if live:
+        for part in heading:
+            console.print(part)
+        console.print(Picture(story, live=False))
+    assert story.result is not None
+    return story
 
 
 class Lines:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
+    from anabranch.evaluation import Problem
+
 
 @dataclass(frozen=True)
 class Options:
@@ -33,8 +35,8 @@ class Options:
     dtype: str = "auto"
 
 
-def run(options: Options) -> None:
-    """The whole command."""
+def run(options: Options, check: Callable[[Problem, str], bool] | None = None) -> None:
+    """The whole command. check: judges the answers of a model that was taught the tags, in place of `is_right`."""
     from anabranch import evaluation
 
     check_save(options.save)
@@ -63,6 +65,7 @@ def run(options: Options) -> None:
             found = evaluation.evaluate(
                 engine, problems, strategy, modes=modes, batch=options.batch, timed=options.timed if strategy else 0,
                 max_new_tokens=options.max_new_tokens, seed=options.seed, report=report,
+                check=check if strategy else None,
             )  # fmt: skip
     except KeyboardInterrupt:
         engine.abort()

@@ -18,13 +18,6 @@ if TYPE_CHECKING:
     from anabranch.metrics import Metrics
 
 
-def overhead(metrics: Metrics) -> float:
-    """Share of the time that went into choosing rows, planning, forks, joins and queues."""
-    s = metrics.seconds
-    whole = sum(s.values())
-    return (s["plan"] + s["strategy"]) / whole if whole else 0.0
-
-
 def written(node: Node) -> int:
     """Tokens that this thread wrote or was given, those that were cut off later included."""
     return sum(len(run.token_ids) for run in (*node.runs, *node.forgotten) if run.kind in ("sampled", "inserted"))
@@ -56,7 +49,7 @@ def card(m: Metrics, page_size: int | None = None, peak: Pages | None = None) ->
     size = f"of {page_size} tokens, " if page_size else ""
     table.add_row("pages", f"{m.pages_peak}", f"{size}at most; {copied}")
     table.add_row("time", f"{m.wall_seconds:.2f} s", f"{m.steps} steps, {m.total_tokens / m.wall_seconds:.1f} tokens/s")
-    table.add_row("overhead", f"{100 * overhead(m):.1f} %", "planning, forks, joins and bookkeeping")
+    table.add_row("overhead", f"{100 * m.overhead:.1f} %", "planning, forks, joins and bookkeeping")
     return table
 
 
@@ -128,7 +121,7 @@ def as_json(
         "answers": result.answers,
         "threads": threads,
         "metrics": result.metrics.as_dict(),
-        "overhead": overhead(result.metrics),
+        "overhead": result.metrics.overhead,
         "machine": {"note": machine_note(), "system": platform.platform(), "python": platform.python_version()},
     }
     if command == "demo":

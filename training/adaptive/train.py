@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 import typer
 from safetensors.torch import load_file, save_file
-from transformers import AttentionInterface
 
 import anabranch as ab
 from anabranch.adaptive import TAG_ROWS
@@ -77,7 +76,7 @@ class Student(torch.nn.Module):
 
     def __init__(self, rank: int, alpha: float):
         super().__init__()
-        self.model, _ = ab.models.load("smollm2", dtype=torch.float32, attn_implementation="stretches")
+        self.model, _ = ab.models.load("smollm2", dtype=torch.float32, attn_implementation="anabranch")
         self.model.requires_grad_(False)
         self.rank, self.alpha = rank, alpha
         self.loras: dict[str, LoRA] = {}
@@ -100,10 +99,13 @@ class Student(torch.nn.Module):
             (rows >= 0)[..., None], self.tags[rows.clamp_min(0)], self.model.model.embed_tokens.weight[ids]
         )
 
-    def forward(self, batch: dict[str, torch.Tensor], vocabulary: torch.Tensor) -> torch.Tensor:
+    def forward(self, batch: dict[str, Any], vocabulary: torch.Tensor) -> torch.Tensor:
         """Scores [targets, len(vocabulary)]."""
         hidden = self.model.model(
-            inputs_embeds=self.embed(batch["ids"])[None], position_ids=batch["positions"][None], use_cache=False
+            inputs_embeds=self.embed(batch["ids"])[None],
+            position_ids=batch["mask"].positions[None],
+            branch_mask=batch["mask"],
+            use_cache=False,
         ).last_hidden_state[0]
         return F.linear(hidden[batch["where"]], self.embed(vocabulary))
 
@@ -128,79 +130,37 @@ class Student(torch.nn.Module):
         return {k: v.detach().to(torch.bfloat16).contiguous() for k, v in out.items()}
 
 
-@dataclass
-class Stretch:
-    """Rows begin … end of one branch, the ranges of rows before that all of them see, and the additive mask."""
-
-    begin: int
-    end: int
-    sees: list[tuple[int, int]]
-    mask: torch.Tensor  # [rows, columns seen]
-
-
-def stretches(parents: list[int], offset: int) -> list[Stretch]:
-    """Cut a trie where it branches; each stretch sees its ancestors whole and itself causally."""
+def trie_mask(parents: list[int]) -> ab.BranchMask:
+    """The trie cut where it branches; each segment sees its ancestors."""
     children = np.bincount(np.array([p for p in parents if p >= 0]), minlength=len(parents))
     of: list[int] = []
-    out: list[Stretch] = []
+    lengths: list[int] = []
+    sees: list[list[int]] = []
     for row, parent in enumerate(parents):
         if row and parent == row - 1 and children[parent] == 1:
-            of.append(of[-1])
-            out[-1].end += 1
-            continue
-        above = out[of[parent]] if parent >= 0 else None
-        sees = [*above.sees, (above.begin, above.end)] if above else []
-        out.append(Stretch(row + offset, row + offset + 1, sees, torch.empty(0)))
-        of.append(len(out) - 1)
-    for one in out:
-        merged: list[tuple[int, int]] = []
-        for begin, end in sorted(one.sees):
-            if merged and merged[-1][1] == begin:
-                merged[-1] = (merged[-1][0], end)
-            else:
-                merged.append((begin, end))
-        one.sees = merged
-        before, rows = sum(e - b for b, e in merged), one.end - one.begin
-        one.mask = torch.full((rows, before + rows), -torch.inf).triu(before + 1)
-    return out
+            lengths[-1] += 1
+        else:
+            sees.append([*sees[of[parent]], of[parent]] if parent >= 0 else [])
+            lengths.append(1)
+        of.append(len(lengths) - 1)
+    return ab.BranchMask.from_context(lengths, sees)
 
 
-_now: list[Stretch] = []  # of the batch under way; Transformers hands attention functions nothing of ours
-
-
-def stretch_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
-    """Exact attention over the trie without touching what nobody sees; query [1, heads, T, D]."""
-    repeat = query.shape[1] // key.shape[1]
-    out = []
-    for one in _now:
-        own = (one.begin, one.end)
-        ks, vs = (torch.cat([x[:, :, a:b] for a, b in (*one.sees, own)], 2) for x in (key, value))
-        ks, vs = (x.repeat_interleave(repeat, 1) for x in (ks, vs))
-        q = query[:, :, one.begin : one.end]
-        out.append(F.scaled_dot_product_attention(q, ks, vs, attn_mask=one.mask, scale=scaling))
-    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("stretches", stretch_attention)
-
-
-def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
+def collate(examples: list[Example]) -> dict[str, Any]:
     """Several tries behind one another in one row, each blind to the others."""
-    lists: dict[str, list[np.ndarray]] = {n: [] for n in ("ids", "positions", "where", "target", "weight", "forked")}
+    lists: dict[str, list[np.ndarray]] = {n: [] for n in ("ids", "where", "target", "weight", "forked")}
     offset = 0
-    _now.clear()
     for one in examples:
         made = one.layout
         where = np.flatnonzero(one.weights)
         lists["ids"].append(np.array(made.token_ids))
-        lists["positions"].append(np.array(made.positions))
         lists["where"].append(where + offset)
         lists["target"].append(np.array(made.targets)[where])
         lists["weight"].append(one.weights[where])
         lists["forked"].append(np.array(made.written)[where] & FORKED > 0)
-        _now.extend(stretches(made.parents, offset))
         offset += len(one)
-    return {name: torch.from_numpy(np.concatenate(value)) for name, value in lists.items()}
+    mask = ab.BranchMask.pack(trie_mask(one.layout.parents) for one in examples)
+    return {"mask": mask, **{name: torch.from_numpy(np.concatenate(value)) for name, value in lists.items()}}
 
 
 def batches(examples: list[Example], tokens: int, rng: random.Random) -> list[list[Example]]:

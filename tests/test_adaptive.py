@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from training import adaptive as package
 from training.adaptive import families, text
 from training.adaptive.families import GOODS, NAMES, SPLITS, problems
-from training.layout import FORKED, IGNORE
 
 import anabranch as ab
 from anabranch import adaptive
@@ -136,33 +135,37 @@ def test_forced_through_the_engine_a_problem_has_the_layout_s_tokens_and_positio
     tokenizer = text.tokenizer()
     model = _untrained(tokenizer)
     for p in [next(p for p in some("train", 50) if p.threads == n) for n in (0, 2, 4)]:
-        made = text.layout(p, tokenizer)
+        made = text.lesson_of(p, tokenizer)
         follow = _Teacher(made)
         engine = ab.Engine(model, tokenizer, num_pages=128)
         result = engine.generate(
-            made.token_ids[: follow.prompt], strategy=ab.ThreadWeaver(), do_sample=False, max_new_tokens=900,
-            logits_processor=[follow],
+            made.row.input_ids[: follow.prompt].tolist(), strategy=ab.ThreadWeaver(), do_sample=False,
+            max_new_tokens=900, logits_processor=[follow],
         )  # fmt: skip
         assert result.metrics.num_threads == p.threads and not result.malformed
         assert is_right(result.text, p.answer)
         # Every sampled token is one of the trie's, with its position as depth.
-        seen = {(made.positions[r], made.token_ids[r]) for r in range(len(made.token_ids))}
+        seen = set(zip(made.row.position_ids.tolist(), made.row.input_ids.tolist(), strict=True))
         for node in result.tree.walk():
             for run in node.runs:
                 for offset, token in enumerate(run.token_ids):
                     assert (run.position + offset, token) in seen
-        assert follow.asked == {r for r, w in enumerate(made.written) if w & FORKED}
+        assert follow.asked == set(made.row.mask.previous[made.forked].tolist())
 
 
 class _Teacher:
-    """A logits processor that lets the model write the layout and nothing else."""
+    """A logits processor that lets the model write the row's forked run and nothing else."""
 
     def __init__(self, made):
-        self.made = made
         self.children: dict[int, dict[int, int]] = {}
-        for row, parent in enumerate(made.parents):
-            self.children.setdefault(parent, {})[made.token_ids[row]] = row
-        self.prompt = next(r for r, t in enumerate(made.targets) if t != IGNORE) + 1
+        self.target: dict[int, int] = {}
+        ids = made.row.input_ids.tolist()
+        for i, up in enumerate(made.row.mask.previous.tolist()):
+            self.children.setdefault(up, {})[ids[i]] = i
+            if made.forked[i]:
+                assert up not in self.target
+                self.target[up] = ids[i]
+        self.prompt = int(made.row.learnt[0])
         self.asked: set[int] = set()
 
     def __call__(self, input_ids, scores):
@@ -171,9 +174,8 @@ class _Teacher:
             row = -1
             for token in ids:
                 row = self.children[row][token]
-            assert self.made.targets[row] != IGNORE
             self.asked.add(row)
-            out[i, self.made.targets[row]] = 0.0
+            out[i, self.target[row]] = 0.0
         return out
 
 

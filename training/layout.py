@@ -1,11 +1,10 @@
-"""What a model is trained on, row for row what the engine shows it: ThreadWeaver's answers as a token trie.
+"""A worked problem as one training row: ThreadWeaver's answers, row for row what the engine shows.
 
 An answer with parallel blocks is read in two ways. In a forked run each thread sees the prompt and the trunk before it,
 but none of its siblings; after the join the trunk sees all threads one behind another. In plain decoding
 (``strategy=None``) the model writes that flat text from left to right, later threads in sight of the earlier ones.
-Both ways are paths of one trie: the flat trajectory, and a branch off it for every thread but the first. A token's
-position is its depth, and it sees its ancestors and itself. Headers, tags and the text of a join come from the strategy
-itself, so training and decoding cannot drift apart.
+`anabranch.training.threadweaver` merges both in one token trie; here its ids are made from texts, with headers, tags
+and the text of a join from the strategy itself, so training and decoding cannot drift apart.
 """
 
 from __future__ import annotations
@@ -14,47 +13,41 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+import torch
+from torch import Tensor
 
+from anabranch import training
 from anabranch.strategies import Tagged, ThreadWeaver
-
-IGNORE = -100  # no loss; what torch's cross entropy leaves out
-FORKED, PLAIN = 1, 2  # who writes a target: the model in a forked run, the model in plain decoding (or both: 3)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Rows of one example; a parent's row comes before its children's.
+class Lesson:
+    """One row, and in which way of running the model writes what it is to learn.
 
-    token_ids, parents, positions: lists of T ints; parents are row numbers, -1 for the first row; position = depth.
-    targets: what the model is to write after each row, `IGNORE` where it writes nothing.
-    written: for each row with a target, in which runs the model writes it: `FORKED`, `PLAIN` or both added.
+    row: loss on all that the model writes in either way.
+    forked: bool [T], the tokens that it writes in a forked run.
     """
 
-    token_ids: list[int]
-    parents: list[int]
-    positions: list[int]
-    targets: list[int]
-    written: list[int]
+    row: training.Layout
+    forked: Tensor
 
-    def mask(self) -> np.ndarray:
-        """bool [T, T]: row i may attend to row j, an ancestor or i itself."""
-        size = len(self.token_ids)
-        mask = np.eye(size, dtype=bool)
-        for row, parent in enumerate(self.parents):
-            if parent >= 0:
-                mask[row] |= mask[parent]
-        return mask
+    def __len__(self) -> int:
+        return self.row.num_tokens
+
+    @property
+    def plain(self) -> Tensor:
+        """bool [T], the tokens that it writes in plain decoding: those of the flat answer, which stands first."""
+        return (self.row.labels != training.IGNORE) & (self.row.position_ids == torch.arange(len(self)))
 
 
-def thread_layout(
+def lesson(
     prompt_ids: Sequence[int],
     items: Sequence[str | Sequence[tuple[str, str]]],
     tokenizer_or_pieces: Any,
     strategy: Tagged | None = None,
     eos_id: int | None = None,
-) -> Layout:
-    """The trie of one answer.
+) -> Lesson:
+    """The row of one answer.
 
     prompt_ids: token ids of the prompt, special tokens included, as the engine gets them; at least one.
     items: the answer in order. A string is what the trunk writes; a list of ``(id, text)`` is a parallel block's
@@ -64,9 +57,7 @@ def thread_layout(
     strategy: default ``ThreadWeaver()``; any tag-driven one with join="reprefill".
     eos_id: appended to the last item; None: nothing is.
 
-    The loss is on all that the model writes in either way of running: each thread blind to its siblings, without its
-    header (the runtime inserts it), and the whole flat answer with headers and line breaks (in plain decoding the model
-    writes those too). Raises ValueError where the items do not fit the format.
+    Raises ValueError where the items do not fit the format.
     """
     form = ThreadWeaver() if strategy is None else strategy
     if form.join != "reprefill":
@@ -80,63 +71,34 @@ def thread_layout(
         ids = encode(tag + text)
         return ids[ids.index(encode(tag)[0]) + 1 :]
 
-    trie = _Trie()
-    at = trie.put(-1, prompt_ids, 0)
-    for number, item in enumerate(items):
-        last = number == len(items) - 1
-        if isinstance(item, str):
-            at = trie.put(at, encode(item) + ([eos_id] if last and eos_id is not None else []), FORKED | PLAIN)
-            continue
-        if number == 0 or not isinstance(items[number - 1], str) or not items[number - 1].endswith(form.trigger):  # type: ignore[union-attr]
-            raise ValueError(f"items[{number}]: threads that do not stand behind {form.trigger}")
-        if not item or len({name for name, _ in item}) < len(item):
-            raise ValueError(f"items[{number}]: no thread, or two with one id")
-        if last:
-            raise ValueError(f"items[{number}]: ends with threads; the trunk has to go on behind them")
-        fork = at
-        for index, (name, text) in enumerate(item):
+    def block(name: str, threads: Sequence[tuple[str, str]]) -> training.Block:
+        if not threads or len({i for i, _ in threads}) < len(threads):
+            raise ValueError(f"{name}: no thread, or two with one id")
+        for index, (_, text) in enumerate(threads):
             if form.stop in text:
-                raise ValueError(f"items[{number}][{index}]: leave {form.stop} out; it is appended")
-            header = behind(form.trigger, form.header.replace("{id}", name))
-            body = [*encode(text), stop]
-            if index == 0:
-                at = trie.put(trie.put(fork, header, PLAIN), body, FORKED | PLAIN)
-                continue
-            trie.put(trie.put(fork, header, 0), body, FORKED)
-            if form.next_header is not None:
-                header = behind(form.stop, form.next_header.replace("{id}", name))
-            at = trie.put(trie.put(at, header, PLAIN), body, PLAIN)
-        at = trie.put(at, behind(form.stop, form.after), PLAIN)
-    return Layout(trie.token_ids, trie.parents, trie.positions, trie.targets, trie.written)
+                raise ValueError(f"{name}[{index}]: leave {form.stop} out; it is appended")
+        header = form.next_header
+        return training.Block(
+            [[*encode(text), stop] for _, text in threads],
+            headers=[behind(form.trigger, form.header.replace("{id}", i)) for i, _ in threads],
+            after=behind(form.stop, form.after),
+            next_headers=[behind(form.stop, "" if header is None else header.replace("{id}", i)) for i, _ in threads],
+        )
 
-
-class _Trie:
-    def __init__(self) -> None:
-        self.token_ids: list[int] = []
-        self.parents: list[int] = []
-        self.positions: list[int] = []
-        self.targets: list[int] = []
-        self.written: list[int] = []
-        self._child: dict[tuple[int, int], int] = {}
-
-    def put(self, at: int, ids: Sequence[int], written: int) -> int:
-        """Go down from row `at` along `ids`, making rows that are not there; the last one's number."""
-        for token in ids:
-            if written and at >= 0:
-                if self.targets[at] not in (IGNORE, token):
-                    raise ValueError(f"row {at} has two continuations to learn: {self.targets[at]} and {token}")
-                self.targets[at] = token
-                self.written[at] |= written
-            child = self._child.get((at, token))
-            if child is None:
-                child = self._child[at, token] = len(self.token_ids)
-                self.token_ids.append(token)
-                self.parents.append(at)
-                self.positions.append(self.positions[at] + 1 if at >= 0 else 0)
-                self.targets.append(IGNORE)
-                self.written.append(0)
-            at = child
-        return at
+    pieces: list[Any] = []
+    for number, item in enumerate(items):
+        name, last = f"items[{number}]", number == len(items) - 1
+        if isinstance(item, str):
+            pieces.append(encode(item) + ([eos_id] if last and eos_id is not None else []))
+            continue
+        before = items[number - 1] if number else None
+        if not isinstance(before, str) or not before.endswith(form.trigger):
+            raise ValueError(f"{name}: threads that do not stand behind {form.trigger}")
+        if last:
+            raise ValueError(f"{name}: ends with threads; the trunk has to go on behind them")
+        pieces.append(block(name, item))
+    row = training.threadweaver(prompt_ids, pieces, sequential=True)
+    return Lesson(row, training.threadweaver(prompt_ids, pieces).labels != training.IGNORE)
 
 
 def _encoder(tokenizer_or_pieces: Any) -> Any:

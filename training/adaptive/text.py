@@ -1,4 +1,4 @@
-"""A worked problem as ThreadWeaver text, and its tokens as the trie that training sees."""
+"""A worked problem as ThreadWeaver text, and as the row that training sees."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import anabranch as ab
 from anabranch import adaptive
-from training.layout import Layout, thread_layout
+from training.layout import Lesson, lesson
 
 from .families import Problem
 
@@ -43,13 +43,13 @@ def ending(problem: Problem) -> str:
     return f"{problem.join}The answer is {problem.answer}.<|im_end|>"
 
 
-def layout(problem: Problem, tokenizer: Any) -> Layout:
-    """The trie of one problem; a single chain where there is nothing to do side by side."""
+def lesson_of(problem: Problem, tokenizer: Any) -> Lesson:
+    """One problem's row; a single chain where there is nothing to do side by side."""
     prompt = tokenizer(prompt_text(problem), add_special_tokens=False)["input_ids"]
     if not problem.threads:
-        return thread_layout(prompt, [problem.parts[0].work[1:] + "\n" + ending(problem)], tokenizer)
+        return lesson(prompt, [problem.parts[0].work[1:] + "\n" + ending(problem)], tokenizer)
     works = [(str(i), part.work) for i, part in enumerate(problem.parts, 1)]
-    return thread_layout(prompt, [opening(problem), works, closing(problem)], tokenizer)
+    return lesson(prompt, [opening(problem), works, closing(problem)], tokenizer)
 
 
 def closing(problem: Problem) -> str:

@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 
 import anabranch as ab
 from anabranch.adaptive import TAG_ROWS
-from training.layout import FORKED, IGNORE, Layout
+from anabranch.training import Layout
 
 from .families import FAMILIES, Problem, problems
-from .text import TAG_IDS, TEMPLATE, closing, layout
+from .text import TAG_IDS, TEMPLATE, closing, lesson_of
 from .text import tokenizer as adaptive_tokenizer
 
 PLAIN_WEIGHT = 0.6  # of what only plain decoding writes: headers, and threads in sight of the earlier ones
@@ -38,23 +38,30 @@ JOIN_WEIGHT = 2.0  # of what is written after the join: few tokens, and each of 
 
 @dataclass(frozen=True)
 class Example:
-    """A layout, and what its targets weigh: float32 [T]."""
+    """A row, and what each token with loss weighs; the targets are `row.learnt`, in order.
+
+    weights: float32 [targets]. forked: bool [targets], those that a forked run writes.
+    """
 
     family: str
-    layout: Layout
-    weights: np.ndarray
+    row: Layout
+    weights: torch.Tensor
+    forked: torch.Tensor
 
     def __len__(self) -> int:
-        return len(self.layout.token_ids)
+        return self.row.num_tokens
 
 
 def example(problem: Problem, tokenizer: Any) -> Example:
-    made = layout(problem, tokenizer)
-    written = np.array(made.written)
-    weights = np.where(written & FORKED, 1.0, PLAIN_WEIGHT) * (np.array(made.targets) != IGNORE)
-    if problem.threads:  # the trunk's last words are the trie's last rows
-        weights[-len(tokenizer(closing(problem), add_special_tokens=False)["input_ids"]) - 1 :] *= JOIN_WEIGHT
-    return Example(problem.family, made, weights.astype(np.float32))
+    made = lesson_of(problem, tokenizer)
+    learnt = made.row.learnt
+    forked = made.forked[learnt]
+    weights = torch.where(forked, 1.0, PLAIN_WEIGHT)
+    if problem.threads:
+        join = len(tokenizer(closing(problem), add_special_tokens=False)["input_ids"])
+        ends = int(made.plain.nonzero()[-1]) + 1  # of the flat answer
+        weights[(learnt >= ends - join) & (learnt < ends)] *= JOIN_WEIGHT
+    return Example(problem.family, made.row, weights, forked)
 
 
 class LoRA(torch.nn.Module):
@@ -130,37 +137,17 @@ class Student(torch.nn.Module):
         return {k: v.detach().to(torch.bfloat16).contiguous() for k, v in out.items()}
 
 
-def trie_mask(parents: list[int]) -> ab.BranchMask:
-    """The trie cut where it branches; each segment sees its ancestors."""
-    children = np.bincount(np.array([p for p in parents if p >= 0]), minlength=len(parents))
-    of: list[int] = []
-    lengths: list[int] = []
-    sees: list[list[int]] = []
-    for row, parent in enumerate(parents):
-        if row and parent == row - 1 and children[parent] == 1:
-            lengths[-1] += 1
-        else:
-            sees.append([*sees[of[parent]], of[parent]] if parent >= 0 else [])
-            lengths.append(1)
-        of.append(len(lengths) - 1)
-    return ab.BranchMask.from_context(lengths, sees)
-
-
 def collate(examples: list[Example]) -> dict[str, Any]:
-    """Several tries behind one another in one row, each blind to the others."""
-    lists: dict[str, list[np.ndarray]] = {n: [] for n in ("ids", "where", "target", "weight", "forked")}
-    offset = 0
-    for one in examples:
-        made = one.layout
-        where = np.flatnonzero(one.weights)
-        lists["ids"].append(np.array(made.token_ids))
-        lists["where"].append(where + offset)
-        lists["target"].append(np.array(made.targets)[where])
-        lists["weight"].append(one.weights[where])
-        lists["forked"].append(np.array(made.written)[where] & FORKED > 0)
-        offset += len(one)
-    mask = ab.BranchMask.pack(trie_mask(one.layout.parents) for one in examples)
-    return {"mask": mask, **{name: torch.from_numpy(np.concatenate(value)) for name, value in lists.items()}}
+    """Several problems in one row, each blind to the others."""
+    row = Layout.pack(one.row for one in examples)
+    return {
+        "ids": row.input_ids,
+        "mask": row.mask,
+        "where": row.mask.previous[row.learnt],
+        "target": row.input_ids[row.learnt],
+        "weight": torch.cat([one.weights for one in examples]),
+        "forked": torch.cat([one.forked for one in examples]),
+    }
 
 
 def batches(examples: list[Example], tokens: int, rng: random.Random) -> list[list[Example]]:
@@ -229,7 +216,7 @@ def main(
     tokenizer = adaptive_tokenizer()
     made = [example(p, tokenizer) for p in itertools.islice(problems("train", seed, drills=drills), count)]
     dev = [example(p, tokenizer) for p in itertools.islice(problems("dev", seed), 48)]
-    used = torch.unique(torch.tensor([t for one in made for t in one.layout.token_ids]))
+    used = torch.tensor(sorted({t for one in made for t in one.row.input_ids.tolist()}))
     student = Student(rank, alpha=2.0 * rank)
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)

@@ -1,4 +1,4 @@
-"""problems.jsonl, the held-out problems that ``anabranch eval`` scores: ``python -m training.multiplication.problems``."""
+"""Held-out problems for ``anabranch eval``: ``python -m training.multiplication.problems`` writes problems.jsonl."""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from anabranch.strategies import ThreadWeaver
-from training.layout import FORKED, IGNORE, PLAIN, Layout, thread_layout
+from anabranch.training import Layout, trie
+from training.layout import Lesson, lesson
 from training.multiplication.tokens import make_tokenizer
 from training.multiplication.traces import PLACES, Problem, columns, draw, drill, problem
 
@@ -79,7 +80,7 @@ def make_model(tokenizer: Any, width: int, layers: int, heads: int, hidden: int)
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.02,
     )
-    model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+    model = LlamaForCausalLM._from_config(config, attn_implementation="anabranch")
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
@@ -89,97 +90,60 @@ def make_model(tokenizer: Any, width: int, layers: int, heads: int, hidden: int)
     return model
 
 
-def layout_of(question: Problem, tokenizer: Any) -> Layout:
+def lesson_of(question: Problem, tokenizer: Any) -> Lesson:
     prompt = tokenizer(question.prompt)["input_ids"]
-    return thread_layout(prompt, question.items, tokenizer, eos_id=tokenizer.eos_token_id)
+    return lesson(prompt, question.items, tokenizer, eos_id=tokenizer.eos_token_id)
 
 
-def drill_layout(rng: random.Random, tokenizer: Any) -> Layout:
-    """A drill as a chain of rows: columns with loss on their sums, or the beginning of an answer and of a thread with
+def drill_row(rng: random.Random, tokenizer: Any) -> Layout:
+    """A drill as a chain of tokens: columns with loss on their sums, or the beginning of an answer and of a thread with
     loss on what the model writes, or a join with loss on all of it."""
-    kind = rng.random()
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    kind, runs = rng.random(), []
     if kind < 0.4:
         size, count = rng.randint(4, 8), rng.randint(2, 4)
         text, _ = columns([[rng.randrange(10) for _ in range(size)] for _ in range(count)])
-        ids = tokenizer("<bos></Parallel>" + text, add_special_tokens=False)["input_ids"]
-        placed = [len(token) > 1 and token[0] in PLACES for token in tokenizer.convert_ids_to_tokens(ids)]
-        targets = [t if yes else IGNORE for t, yes in zip(ids[1:], placed[1:], strict=True)] + [IGNORE]
+        for i in encode("<bos></Parallel>" + text):
+            token = tokenizer.convert_ids_to_tokens(i)
+            runs.append(([i], len(token) > 1 and token[0] in PLACES))
     elif kind < 0.75:
         question = problem(*draw(rng, "train", LATE, zeros=0.6))
-        parts = [("", f"<bos>{question.prompt}")]
+        runs.append((encode(f"<bos>{question.prompt}"), False))
         if question.threads:
             name, text = rng.choice(question.items[1])  # type: ignore[arg-type]
-            parts += [(question.items[0], ""), ("", ThreadWeaver().header.replace("{id}", name))]
+            runs.append((encode(question.items[0]), True))  # type: ignore[arg-type]
+            runs.append((encode(ThreadWeaver().header.replace("{id}", name)), False))
         else:
-            text = question.items[0]
-        parts.append((text[: text.index(";") + 1], ""))
-        ids, targets = [], []
-        for learnt, given in parts:
-            new = tokenizer(learnt + given, add_special_tokens=False)["input_ids"]
-            targets += new if learnt else [IGNORE] * len(new)
-            ids += new
-        targets = [*targets[1:], IGNORE]
+            text = question.items[0]  # type: ignore[assignment]
+        runs.append((encode(text[: text.index(";") + 1]), True))
     else:
-        given, said = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in drill(rng))
-        ids = [tokenizer.bos_token_id, *given, *said]
-        targets = [IGNORE] * len(given) + [*said, tokenizer.eos_token_id]
-    return Layout(ids, list(range(-1, len(ids) - 1)), list(range(len(ids))), targets, [0] * len(ids))
+        given, said = drill(rng)
+        runs = [
+            ([tokenizer.bos_token_id, *encode(given)], False),
+            ([*encode(said), tokenizer.eos_token_id], True),
+        ]
+    return trie([[(ids, learnt, learnt) for ids, learnt in runs]])
 
 
-def beside(first: Layout, second: Layout) -> Layout:
-    """Two examples in one, neither in sight of the other."""
-    at = len(first.token_ids)
-    return Layout(
-        first.token_ids + second.token_ids,
-        first.parents + [p + at if p >= 0 else p for p in second.parents],
-        first.positions + second.positions,
-        first.targets + second.targets,
-        first.written + second.written,
-    )
+def logits_of(model: LlamaForCausalLM, row: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, vocabulary] for the N tokens with loss, and those tokens."""
+    batch = row.batch()
+    targets, _ = batch.pop("shift_labels")[0], batch.pop("labels")
+    return model(**batch, use_cache=False).logits[0], targets
 
 
-def collate(layouts: list[Layout]) -> dict[str, torch.Tensor]:
-    """Padded [B, T] tensors and the additive mask [B, 1, T, T]; padding sees itself alone and has no loss."""
-    size = max(len(x.token_ids) for x in layouts)
-    ids, positions, written = (np.zeros((len(layouts), size), dtype=np.int64) for _ in range(3))
-    targets = np.full((len(layouts), size), IGNORE, dtype=np.int64)
-    allowed = np.tile(np.eye(size, dtype=bool), (len(layouts), 1, 1))
-    for i, x in enumerate(layouts):
-        n = len(x.token_ids)
-        ids[i, :n], positions[i, :n], targets[i, :n], written[i, :n] = x.token_ids, x.positions, x.targets, x.written
-        allowed[i, :n, :n] = x.mask()
-    mask = torch.zeros(allowed.shape).masked_fill_(~torch.from_numpy(allowed), -1e9)[:, None]
-    tensors = {"ids": ids, "positions": positions, "targets": targets, "written": written}
-    return {name: torch.from_numpy(value) for name, value in tensors.items()} | {"mask": mask}
-
-
-def logits_of(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [N, vocabulary] at the N rows that have a target, and the targets."""
-    hidden = model.model(
-        input_ids=batch["ids"], position_ids=batch["positions"], attention_mask=batch["mask"], use_cache=False
-    ).last_hidden_state
-    rows = batch["targets"] != IGNORE
-    return model.lm_head(hidden[rows]), batch["targets"][rows]
-
-
-def batches(rng: random.Random, tokenizer: Any, rows: int, weights: Any, drills: float) -> Any:
-    """Endless batches of about `rows` padded rows, examples of like length together, with drills beside them."""
+def batches(rng: random.Random, tokenizer: Any, tokens: int, weights: Any, drills: float) -> Any:
+    """Endless batches of about `tokens` tokens: problems, and drills beside them, each blind to all others."""
     while True:
-        now = weights()
-        pool = []
-        for _ in range(96):
-            x = layout_of(problem(*draw(rng, "train", now, zeros=0.35)), tokenizer)
-            for _ in range(int(drills + rng.random())):
-                x = beside(x, drill_layout(rng, tokenizer))
-            pool.append(x)
-        pool.sort(key=lambda x: len(x.token_ids))
-        ready: list[list[Layout]] = [[]]
-        for x in pool:
-            if ready[-1] and len(x.token_ids) * (len(ready[-1]) + 1) > rows:
-                ready.append([])
-            ready[-1].append(x)
-        rng.shuffle(ready)
-        yield from ready
+        now, batch, size = weights(), [], 0
+        while size < tokens:
+            batch.append(lesson_of(problem(*draw(rng, "train", now, zeros=0.35)), tokenizer).row)
+            batch += [drill_row(rng, tokenizer) for _ in range(int(drills + rng.random()))]
+            size = sum(x.num_tokens for x in batch)
+        yield batch
 
 
 def part_of(path: str, target: str) -> str:
@@ -200,46 +164,39 @@ def part_of(path: str, target: str) -> str:
 
 
 @torch.no_grad()
-def check(model: LlamaForCausalLM, tokenizer: Any, dev: list[tuple[Problem, Layout]], show: int = 0) -> dict[str, Any]:
-    """Shares of dev problems right; wrong rows by skill, each a share of those rows."""
+def check(model: LlamaForCausalLM, tokenizer: Any, dev: list[tuple[Problem, Lesson]], show: int = 0) -> dict[str, Any]:
+    """Shares of dev problems right; wrong tokens by skill, each a share of all tokens with loss."""
     model.eval()
     right: Counter[str] = Counter()
     wrong: Counter[str] = Counter()
-    seen: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     good: Counter[str] = Counter()
-    for at in range(0, len(dev), 8):
-        part = dev[at : at + 8]
-        batch = collate([x for _, x in part])
-        logits, targets = logits_of(model, batch)
-        miss = torch.zeros_like(batch["targets"], dtype=torch.bool)
-        guess = torch.zeros_like(batch["targets"])
-        rows = batch["targets"] != IGNORE
-        guess[rows] = logits.argmax(-1)
-        miss[rows] = logits.argmax(-1) != targets
-        for i, (question, x) in enumerate(part):
-            forked = not (miss[i] & (batch["written"][i] & FORKED > 0)).any()
-            plain = not (miss[i] & (batch["written"][i] & PLAIN > 0)).any()
-            right["forked"] += forked
-            right["plain"] += plain
-            size = f"{len(str(question.a))}x{len(str(question.b))}"
-            sizes[size] += 1
-            good[size] += forked
-            for row in torch.nonzero(miss[i]).flatten().tolist():
-                path, up = [], row
-                while up >= 0:
-                    path.append(x.token_ids[up])
-                    up = x.parents[up]
-                text, target = tokenizer.decode(path[::-1]), tokenizer.decode([x.targets[row]])
-                wrong[part_of(text, target)] += 1
-                if show > 0:
-                    show -= 1
-                    print(f"   {text[:12]}…{text[-40:]!r} wants {target!r}, got {tokenizer.decode([guess[i, row]])!r}")
-            seen["rows"] += int(rows[i].sum())
+    count = 0
+    for question, x in dev:
+        logits, targets = logits_of(model, x.row)
+        guess, learnt = logits.argmax(-1), x.row.learnt
+        miss = guess != targets
+        forked, plain = (not bool((miss & way[learnt]).any()) for way in (x.forked, x.plain))
+        right["forked"] += forked
+        right["plain"] += plain
+        size = f"{len(str(question.a))}x{len(str(question.b))}"
+        sizes[size] += 1
+        good[size] += forked
+        for i in miss.nonzero()[:, 0].tolist():
+            path, up = [], int(x.row.mask.previous[learnt[i]])
+            while up >= 0:
+                path.append(int(x.row.input_ids[up]))
+                up = int(x.row.mask.previous[up])
+            text, target = tokenizer.decode(path[::-1]), tokenizer.decode([int(targets[i])])
+            wrong[part_of(text, target)] += 1
+            if show > 0:
+                show -= 1
+                print(f"   {text[:12]}…{text[-40:]!r} wants {target!r}, got {tokenizer.decode([int(guess[i])])!r}")
+        count += len(learnt)
     model.train()
     out = {name: right[name] / len(dev) for name in ("forked", "plain")}
     return out | {
-        "rows_wrong": sum(wrong.values()) / seen["rows"],
+        "rows_wrong": sum(wrong.values()) / count,
         "wrong": dict(wrong.most_common()),
         "by_size": {s: f"{good[s]}/{sizes[s]}" for s in sorted(sizes)},
     }
@@ -252,7 +209,7 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=0.4, help="share of the time in which the rate falls")
     parser.add_argument("--ramp", type=float, default=0.15, help="share of the time in which problems grow")
     parser.add_argument("--drills", type=float, default=1.0, help="drills beside each problem")
-    parser.add_argument("--rows", type=int, default=3000, help="rows of a batch")
+    parser.add_argument("--rows", type=int, default=3000, help="tokens of a batch")
     parser.add_argument("--lr", type=float, default=0.02, help="of the matrices (Muon)")
     parser.add_argument("--adam-lr", type=float, default=0.004, help="of the rest (AdamW)")
     parser.add_argument("--width", type=int, default=128)
@@ -276,7 +233,7 @@ def main() -> None:
     muon, adam = Muon(matrices), torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
     drawn = random.Random("dev")
     dev = [problem(a, b) for a, b in dict.fromkeys(draw(drawn, "dev", LATE) for _ in range(96))]
-    checked = [(q, layout_of(q, tokenizer)) for q in dev]
+    checked = [(q, lesson_of(q, tokenizer)) for q in dev]
     count = sum(w.numel() for w in model.parameters())
     print(f"{count} parameters, {len(dev)} dev problems", flush=True)
 
@@ -295,12 +252,12 @@ def main() -> None:
     checked_at, losses = 0.0, []
     log = open(args.out / "log.jsonl", "a")
     model.train()
-    for layouts in batches(rng, tokenizer, args.rows, weights, args.drills):
+    for batch in batches(rng, tokenizer, args.rows, weights, args.drills):
         if falls_at > now() and (args.out / "decay").exists():
             falls_at, ends_at = now(), now() + total * args.decay
         factor = min(1.0, (step + 1) / 50, max(0.0, (ends_at - now()) / (ends_at - falls_at)))
-        batch = collate(layouts)
-        logits, targets = logits_of(model, batch)
+        row = Layout.pack(batch)
+        logits, targets = logits_of(model, row)
         loss = F.cross_entropy(logits, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -310,7 +267,7 @@ def main() -> None:
         adam.step()
         model.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
-        step, rows, examples = step + 1, rows + sum(len(x.token_ids) for x in layouts), examples + len(layouts)
+        step, rows, examples = step + 1, rows + row.num_tokens, examples + len(batch)
         over = now() >= ends_at
         if over or now() - checked_at >= args.every:
             line = {

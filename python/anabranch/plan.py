@@ -250,9 +250,10 @@ class TablePlan(Plan):
         outside = (tables < 0) | (tables.astype(np.int64) * page_size + page_size > 2**31 - 1)
         if (used & outside).any():
             i, j = map(int, np.argwhere(used & outside)[0])
+            most = (2**31 - 1) // page_size - 1
             raise ValueError(
                 f"block_tables[{i}, {j}]: page {tables[i, j]} is inside lengths[{i}] but out of range; pages count "
-                f"from 0 to {(2**31 - 1) // page_size - 1}, since slots (page × {page_size} + offset) are 32-bit numbers"
+                f"from 0 to {most}, since slots (page × {page_size} + offset) are 32-bit numbers"
             )
         device = block_tables.device if isinstance(block_tables, Tensor) else torch.device("cpu")
         super().__init__(int(queries.sum()), device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -19,6 +20,7 @@ from transformers import (
 import anabranch as ab
 from anabranch.engine import Result
 from anabranch.engine.result import Node
+from anabranch.strategies import Strategy, gather
 
 VOCAB, BOS, EOS, PAD = 260, 257, 258, 256
 SIZES = dict(
@@ -80,8 +82,31 @@ class Recorder(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         assert input_ids.shape[0] == 1
-        self.seen.append((tuple(input_ids[0].tolist()), scores[0].clone()))
+        self.seen.append((tuple(input_ids[0].tolist()), scores[0].cpu().clone()))
         return scores
+
+
+@dataclass(frozen=True)
+class Nested(Strategy):
+    """Forks in mid-answer, forks a fork, joins both levels by concat, goes on, and forks again."""
+
+    def run(self, trunk):
+        yield trunk.decode(6)
+        kids = trunk.fork([[20, 21], [30], [40, 41, 42]])
+        yield [kid.decode(n) for kid, n in zip(kids, (5, 9, 3), strict=True)]
+        inner = kids[0].fork([[60], [61, 62]])
+        yield [kid.decode(4) for kid in inner]
+        kids[0].join(inner)
+        kids[0].insert([63])
+        yield kids[0].decode(3)
+        trunk.join(kids)
+        trunk.insert([50, 51])
+        yield trunk.decode(5)
+        again = trunk.fork(2)
+        yield gather(again[0].decode(4, sampling={"do_sample": True}), again[1].decode(6, sampling={"do_sample": True}))
+        trunk.join(again)
+        trunk.insert([70])
+        yield trunk.decode(4)
 
 
 class Dense:

@@ -11,33 +11,10 @@ import torch
 
 import anabranch as ab
 from anabranch.engine import Discard, Finish, Fork, Join, Token
-from anabranch.strategies import SelfConsistency, Sequential, Strategy, first, gather
-from engine_kit import EOS, Recorder, assert_dense, assert_nothing_held, byte_tokenizer, make_engine, make_model
+from anabranch.strategies import SelfConsistency, Sequential, Strategy, first
+from engine_kit import EOS, Nested, Recorder, assert_dense, assert_nothing_held, byte_tokenizer, make_engine, make_model
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
-
-
-@dataclass(frozen=True)
-class Nested(Strategy):
-    """Forks in mid-answer, forks a fork, joins both levels by concat, goes on, and forks again."""
-
-    def run(self, trunk):
-        yield trunk.decode(6)
-        kids = trunk.fork([[20, 21], [30], [40, 41, 42]])
-        yield [kid.decode(n) for kid, n in zip(kids, (5, 9, 3), strict=True)]
-        inner = kids[0].fork([[60], [61, 62]])
-        yield [kid.decode(4) for kid in inner]
-        kids[0].join(inner)
-        kids[0].insert([63])
-        yield kids[0].decode(3)
-        trunk.join(kids)
-        trunk.insert([50, 51])
-        yield trunk.decode(5)
-        again = trunk.fork(2)
-        yield gather(again[0].decode(4, sampling={"do_sample": True}), again[1].decode(6, sampling={"do_sample": True}))
-        trunk.join(again)
-        trunk.insert([70])
-        yield trunk.decode(4)
 
 
 def greedy(model, prompt, **kwargs):

@@ -11,8 +11,7 @@ import anabranch as ab
 from anabranch.engine.loop import Run
 from anabranch.metrics import PHASES, summary
 from anabranch.strategies import Aspects, SelfConsistency, Sequential, Strategy
-from engine_kit import assert_nothing_held, make_engine
-from test_engine import Nested
+from engine_kit import Nested, assert_nothing_held, make_engine
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
 FREE = dict(eos_token_id=None, max_new_tokens=100)

@@ -53,6 +53,68 @@ def test_a_plan_of_nothing():
     assert found.attention_us == 0 and found.launches == 0 and found.units == 0
 
 
+@pytest.mark.parametrize(
+    "name,memory",
+    [
+        ("NVIDIA H100 80GB HBM3", 3.35), ("NVIDIA H100 PCIe", 2.0), ("NVIDIA H100 NVL", 3.9), ("NVIDIA H200", 4.8),
+        ("NVIDIA A100-SXM4-40GB", 1.555), ("NVIDIA A100-SXM4-80GB", 2.04), ("NVIDIA B200", 8.0),
+        ("NVIDIA GeForce RTX 4090", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("AMD Instinct MI300X", None),
+    ],
+)  # fmt: skip
+def test_gpus_are_known_by_the_name_that_the_driver_gives(name, memory):
+    gpu = machine.gpu_of(name, 77)
+    assert (gpu and (gpu.memory_TB_s, gpu.multiprocessors)) == (memory and (memory, 77))
+
+
+def test_the_cut_is_the_cheapest_of_those_weighed():
+    """Among the reference trees no other chunk and split has a smaller mean of predicted time ÷ floor."""
+    chosen = machine.choose(H100)
+
+    def cost(chunk, waves):
+        profile = machine.Profile(64, chunk, waves * H100.multiprocessors, 8, 2)
+        ratio = 1.0
+        for plan in machine._reference_plans():
+            found = machine.predict(plan.arrays(4, profile), H100)
+            ratio *= found.total_us / found.floor_us
+        return ratio
+
+    costs = {(c, w * H100.multiprocessors): cost(c, w) for c in machine.CHUNKS for w in machine.WAVES}
+    assert costs[chosen.chunk, chosen.parallelism] <= min(costs.values()) * (1 + 1e-5)
+    assert max(costs.values()) > min(costs.values()) * 1.01, "nothing to choose"
+
+
+def test_the_choice_follows_the_machine(monkeypatch):
+    """Where every unit waits long before it streams, fewer and longer ones are better."""
+    before = machine.choose.__wrapped__(H100)
+    monkeypatch.setattr(machine, "LATENCY_US", 30.0)
+    slow = machine.choose.__wrapped__(H100)
+    assert slow.chunk >= before.chunk and slow != before
+
+
+def test_backends_take_the_cut_of_their_device(monkeypatch):
+    import torch
+
+    triton = pytest.importorskip("anabranch.backends.triton")
+    pytest.importorskip("triton")
+    from anabranch.kernels import launch
+
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(launch, "device_traits", lambda where: launch.Device(90, 114))
+    made = {}
+    for name in ("NVIDIA H100 PCIe", "Some GPU"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda where, name=name: name)
+        triton.profile.cache_clear()
+        made[name] = triton.profile(32, 8, 128, torch.bfloat16, device)
+        assert triton.profile(32, 8, 128, torch.bfloat16, device) is made[name]
+        assert triton.profile(32, 8, 128, torch.bfloat16, device, chunk=48).chunk == 48  # what is asked for wins
+        with pytest.raises(ValueError, match="chunk: must be at least 1 token"):
+            triton.profile(32, 8, 128, torch.bfloat16, device, chunk=0)
+    triton.profile.cache_clear()
+    known = machine.choose(machine.gpu_of("NVIDIA H100 PCIe", 114), tile=128)
+    assert (made["NVIDIA H100 PCIe"].chunk, made["NVIDIA H100 PCIe"].parallelism) == (known.chunk, known.parallelism)
+    assert (made["Some GPU"].chunk, made["Some GPU"].parallelism) == (machine.DEFAULT_CHUNK, 2 * 114)
+
+
 def test_tables_of_a_regular_tree():
     tables = machine.block_tables((1, 2, 4), (16, 8, 8), page_size=8)
     assert tables.tolist() == [[0, 1, 2, 4], [0, 1, 2, 5], [0, 1, 3, 6], [0, 1, 3, 7]]

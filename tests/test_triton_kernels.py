@@ -7,24 +7,25 @@ imported), on a machine with one they run there. tests/gpu adds what only a GPU 
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
+
+import kernel_bodies as bodies
 
 pytest.importorskip("triton", reason="Triton is not installed (it has wheels for Linux only)")
 
 from anabranch.kernels import configs, launch
 from anabranch.kernels.merge import merge_kernel
 
-from triton_cases import check, dense, random_case, relative_error
+from kernel_bodies import DTYPES, OPTIONS, with_sinks
+from triton_cases import check, random_case, relative_error
 
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
 pytestmark = pytest.mark.skipif(
     not launch.INTERPRETED and not torch.cuda.is_available(),
     reason="no GPU, and Triton was imported without TRITON_INTERPRET=1",
 )
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NO_OPTIONS = dict(softcap=None, window=None, sinks=None)
 
 
@@ -50,20 +51,6 @@ SHAPES = [
     dict(head_dim=72, group=5, rows=4),
     dict(head_dim=40, group=20, num_kv_heads=1, rows=5, segments=3),
 ]
-OPTIONS = {
-    "plain": {},
-    "softcap": dict(softcap=2.0),
-    "window": dict(window=33),
-    "sinks": dict(sinks=True),
-    "everything": dict(softcap=5.0, window=47, sinks=True, scale=0.4),
-}
-
-
-def with_sinks(options, case):
-    if options.get("sinks"):
-        gen = torch.Generator().manual_seed(7)
-        options = {**options, "sinks": torch.randn(case.q.shape[1], generator=gen).to(case.q.dtype).to(case.q.device)}
-    return options
 
 
 @pytest.mark.parametrize(
@@ -109,21 +96,7 @@ def test_same_bits_every_time_and_whoever_else_is_there():
 
 
 def test_grid_larger_than_the_work():
-    """What a captured graph launches: host ints are capacities, the device's counts are the truth."""
-    case = make_case(11, rows=8)
-    (out, lse), options = run(case, softcap=3.0)
-    a = case.arrays
-    garbage = torch.full((5, 8), 2**30, dtype=torch.int32, device=DEVICE)
-    padded = SimpleNamespace(**vars(a))
-    padded.items = torch.cat([a.items, garbage])
-    padded.merge_rows = torch.cat([a.merge_rows, garbage[:, 0]])
-    padded.merge_ptr = torch.cat([a.merge_ptr, garbage[:, 0]])
-    padded.counts = torch.tensor([a.num_items, a.num_partials, a.num_merge], dtype=torch.int32, device=DEVICE)
-    padded.num_items, padded.num_merge, padded.num_partials = a.num_items + 5, a.num_merge + 5, a.num_partials + 9
-    case.arrays = padded
-    got, _ = run(case, softcap=3.0)
-    assert torch.equal(got[0], out) and torch.equal(got[1], lse)
-    check(case, got, **options)
+    bodies.a_grid_larger_than_the_work(run, make_case(11, rows=8))
 
 
 def test_wide_and_narrow_items_in_launches_of_their_own(monkeypatch):
@@ -144,182 +117,57 @@ def test_wide_and_narrow_items_in_launches_of_their_own(monkeypatch):
 
 
 def test_window_never_reads_what_nobody_sees():
-    """Slots that slid out of every row's window may have been given away: they hold NaN here."""
-    case = make_case(21, rows=5, segments=2, max_len=200, head_dim=32)
-    window = 30
-    visible = torch.zeros(case.k_pages.shape[0] * case.k_pages.shape[1], dtype=torch.bool, device=DEVICE)
-    for row, (slots, positions) in enumerate(case.context):
-        visible[slots[case.row_positions[row] - positions < window]] = True
-    before = int(torch.isfinite(case.k_pages).all(-1).all(-1).sum())
-    for pages in (case.k_pages, case.v_pages):
-        flat = pages.permute(0, 2, 1, 3)  # [pages, heads, page_size, D]
-        hidden = ~visible.view(pages.shape[0], 1, pages.shape[1], 1).expand_as(flat)
-        flat[hidden] = math.nan
-    assert int(torch.isfinite(case.k_pages).all(-1).all(-1).sum()) < before - 20, "the case has nothing to hide"
-    got, options = run(case, window=window)
-    check(case, got, **options)
+    bodies.window_never_reads_what_nobody_sees(run, make_case(21, rows=5, segments=2, max_len=200, head_dim=32))
 
 
 def test_all_rows_empty():
-    case = make_case(5, rows=3)
-    case.arrays.num_items = case.arrays.num_partials = 0
-    case.arrays.num_merge = 3
-    case.arrays.merge_rows = torch.arange(3, dtype=torch.int32, device=DEVICE)
-    case.arrays.merge_ptr = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-    (out, lse), _ = run(case)
-    assert bool((out == 0).all()) and bool((lse == -math.inf).all())
-    sinks = torch.randn(case.q.shape[1], device=DEVICE)
-    (out, lse), _ = run(case, sinks=sinks)
-    assert bool((out == 0).all()) and torch.allclose(lse, sinks.expand_as(lse))
+    bodies.all_rows_empty(run, make_case(5, rows=3))
 
 
 @pytest.mark.parametrize("magnitude", [1e4, -1e4, 1e-4])
 def test_hostile_scores(magnitude):
-    case = make_case(31, rows=6, magnitude=magnitude)
-    if magnitude < 0:  # all scores about −1e4: a maximum that starts at 0 or a mask of −1e6 would lose them
-        case.q.copy_(case.q.abs())
-        case.k_pages.abs_()
-        got, options = run(case, scale=-1e3)
-    else:
-        got, options = run(case)
-    out, lse = got
-    want, want_lse = dense(case, **options)
-    assert torch.isfinite(out).all()
-    # A float32 score of 1e4 is only good to about 1e-3, and so is its exponential.
-    assert relative_error(out, want) < (1e-5 if abs(magnitude) < 1 else 2e-2)
-    finite = torch.isfinite(want_lse)
-    assert torch.allclose(lse.cpu().double()[finite], want_lse[finite], rtol=1e-5, atol=1e-5)
+    bodies.hostile_scores(run, make_case(31, rows=6, magnitude=magnitude), magnitude)
 
 
 def test_sinks_of_minus_infinity_are_no_sinks():
-    case = make_case(41, rows=6)
-    (out, lse), _ = run(case)
-    (with_sink, lse_sink), _ = run(case, sinks=torch.full((case.q.shape[1],), -math.inf, device=DEVICE))
-    assert torch.equal(out, with_sink) and torch.equal(lse, lse_sink)
+    bodies.sinks_of_minus_infinity_are_no_sinks(run, make_case(41, rows=6))
 
 
 def test_strided_queries():
-    case = make_case(51, rows=6)
-    (want, _), _ = run(case)
-    wide = torch.full((6, 2 * case.q.shape[1], 3 * case.q.shape[2]), math.nan, device=DEVICE)
-    wide[:, ::2, 64:128] = case.q
-    case.q = wide[:, ::2, 64:128]
-    (got, _), _ = run(case)
-    assert torch.equal(got, want)
+    bodies.strided_queries(run, make_case(51, rows=6))
 
 
 def test_offsets_beyond_32_bits(tmp_path):
-    """A pool of more than 2^31 elements; on the CPU a sparse file, of which a few pages are touched."""
     case = make_case(61, rows=4, segments=2, max_len=20, head_dim=32, dtype=torch.float16, page_size=64)
-    (want, want_lse), _ = run(case)
-    pages, page_size, heads, dim = case.k_pages.shape
-    far = 2**31 // (pages - 1) + 64 & ~15
-    size = far * (pages - 1) + page_size * heads * dim
-    if DEVICE == "cpu":
-        pool = torch.from_file(str(tmp_path / "pool"), shared=True, size=size, dtype=torch.float16)
-    else:
-        pool = torch.zeros(size, dtype=torch.float16, device=DEVICE)
-    moved = pool.as_strided((pages, page_size, heads, dim), (far, heads * dim, dim, 1))
-    used = sorted({int(s) // page_size for slots, _ in case.context for s in slots})
-    order = [p for p in range(pages) if p not in used] + used  # the pages in use move to the far end
-    place = {page: at for at, page in enumerate(order)}
-    for page in used:
-        moved[place[page]] = case.k_pages[page]
-    slots = case.arrays.kv_slots
-    case.arrays.kv_slots = torch.tensor(
-        [place[int(s) // page_size] * page_size + int(s) % page_size for s in slots],
-        dtype=torch.int32,
-        device=DEVICE,
-    )
-    keys = case.k_pages
-    case.k_pages = moved
-    case.v_pages = moved
-    (out, lse), _ = run(case)
-    assert torch.equal(lse, want_lse)
-    case.k_pages, case.v_pages, case.arrays.kv_slots = keys, keys, slots
-    (want, _), _ = run(case)
-    assert torch.equal(out, want)
+    bodies.offsets_beyond_32_bits(run, case, tmp_path)
 
 
-@pytest.mark.parametrize("sinks", [None, -math.inf, 0.7], ids=["no-sink", "sink-inf", "sink"])
-def test_merge(sinks):
-    """Ranges of 0, 1, 2, 9 and 40 partials, some of them empty with poison for an accumulator, against float64."""
-    heads, dim, lengths = 3, 24, [0, 1, 2, 9, 40, 3]
-    gen = torch.Generator().manual_seed(2)
-    total = sum(lengths)
-    m = torch.randn(total, heads, generator=gen) * 20
-    l = torch.rand(total, heads, generator=gen) + 1  # noqa: E741
-    acc = torch.randn(total, heads, dim, generator=gen)
-    empty = torch.rand(total, heads, generator=gen) < 0.3
-    empty[-3:] = True  # the last row: nothing but empty partials
-    empty[12:22] = True  # the row of 40: a whole step of the merge's loop without anything, then the rest
-    m[empty], l[empty], acc[empty] = -math.inf, 0.0, math.nan
-    ptr = torch.tensor([0, *lengths]).cumsum(0).int()
-    rows = torch.tensor([4, 0, 2, 5, 1, 3], dtype=torch.int32)
-    sink = torch.zeros(heads) if sinks is None else torch.full((heads,), sinks)
-    out = torch.full((6, heads, dim), math.nan, device=DEVICE)
-    lse = torch.full((6, heads), math.nan, device=DEVICE)
-    on_device = [x.to(DEVICE) for x in (acc, torch.stack([m, l], -1).contiguous(), rows, ptr)]
-    sink_device = sink.to(DEVICE)
-    merge_kernel[(len(lengths) * heads,)](
-        *on_device, out, lse, sink_device, on_device[3],
-        len(lengths), heads, out.stride(0), out.stride(1),
-        HEAD_DIM=dim, BLOCK_D=32, BLOCK_P=8, HAS_SINKS=sinks is not None, HAS_COUNTS=False,
-    )  # fmt: skip
-    out, lse = out.cpu(), lse.cpu()
-    for i, row in enumerate(rows.tolist()):
-        part = slice(int(ptr[i]), int(ptr[i + 1]))
-        mm, ll = m[part].double(), l[part].double()
-        aa = acc[part].double().nan_to_num()
-        terms = torch.cat([mm, sink.double()[None]]) if sinks is not None else mm
-        if terms.shape[0] == 0 or bool((terms == -math.inf).all()):
-            assert bool((out[row] == 0).all()) and bool((lse[row] == -math.inf).all())
-            continue
-        top = terms.amax(0)
-        top = torch.where(top == -math.inf, 0.0, top)
-        w = torch.exp(mm - top)
-        sum_l = (w * ll).sum(0) + (torch.exp(sink.double() - top) if sinks is not None else 0)
-        want = torch.where(sum_l[:, None] > 0, (w[..., None] * aa).sum(0) / sum_l[:, None].clamp_min(1e-300), 0.0)
-        assert relative_error(out[row], want) < 1e-5 or float(want.norm()) == 0 == float(out[row].norm())
-        assert torch.allclose(lse[row].double(), top + sum_l.log(), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("sink", [None, -math.inf, 0.7], ids=["no-sink", "sink-inf", "sink"])
+def test_merge(sink):
+    def merged(acc, m, l, rows, ptr, sinks):  # noqa: E741
+        heads, dim = acc.shape[1:]
+        out = torch.full((6, heads, dim), math.nan, device=DEVICE)
+        lse = torch.full((6, heads), math.nan, device=DEVICE)
+        acc, ml, rows, ptr = (x.to(DEVICE) for x in (acc, torch.stack([m, l], -1).contiguous(), rows, ptr))
+        merge_kernel[(len(rows) * heads,)](
+            acc, ml, rows, ptr, out, lse, torch.zeros(heads, device=DEVICE) if sinks is None else sinks.to(DEVICE),
+            ptr, len(rows), heads, out.stride(0), out.stride(1),
+            HEAD_DIM=dim, BLOCK_D=32, BLOCK_P=8, HAS_SINKS=sinks is not None, HAS_COUNTS=False,
+        )  # fmt: skip
+        return out.cpu(), lse.cpu()
+
+    bodies.merge(merged, 24, sink)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads,dim,page_size", [(2, 64, 16), (3, 80, 7), (40, 32, 4)])
 def test_write_kv(heads, dim, page_size, dtype):
-    gen = torch.Generator().manual_seed(dim)
-    pool = torch.randn(2, 2, 5, heads, page_size, dim, generator=gen).to(
-        DEVICE, dtype
-    )  # as TreeCache: [2, layers, pages, …]
-    before = pool.clone()
-    k_pages, v_pages = (pool[i, 1].permute(0, 2, 1, 3) for i in (0, 1))
-    packed = torch.randn(6, 2, heads, dim, generator=gen).to(DEVICE, dtype)  # k and v as slices of one projection
-    k, v = packed[:, 0], packed[:, 1]
-    slots = torch.tensor([0, 5 * page_size - 1, -1, page_size, 3, page_size + 2], dtype=torch.int32, device=DEVICE)
-    launch.write_kv(k, v, k_pages, v_pages, slots)
-    for row, slot in enumerate(slots.tolist()):
-        if slot >= 0:
-            before[0, 1, slot // page_size, :, slot % page_size] = k[row]
-            before[1, 1, slot // page_size, :, slot % page_size] = v[row]
-    assert torch.equal(pool, before)
-    launch.write_kv(k[:0], v[:0], k_pages, v_pages, slots[:0])
-    assert torch.equal(pool, before)
+    bodies.write_kv(launch.write_kv, heads, dim, page_size, dtype, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_copy_pages(dtype):
-    planes, pages, heads, page_size, dim = 3, 6, 2, 20, 96
-    gen = torch.Generator().manual_seed(1)
-    pool = torch.randn(planes, pages, heads, page_size, dim, generator=gen).to(DEVICE, dtype)
-    pool[:, 1, :, 15:] = math.nan  # the unfilled tail of a source stays where it is
-    want = pool.clone()
-    src, dst, filled = (torch.tensor(x, dtype=torch.int32) for x in ([1, 1, 4], [0, 3, 5], [15, 1, 20]))
-    for s, d, n in zip(src.tolist(), dst.tolist(), filled.tolist(), strict=True):
-        want[:, d, :, :n] = want[:, s, :, :n]
-    launch.copy_pages(pool, src, dst, filled)
-    assert torch.equal(pool.view(torch.uint8), want.view(torch.uint8))
-    launch.copy_pages(pool, src[:0], dst[:0], filled[:0])
-    assert torch.equal(pool.view(torch.uint8), want.view(torch.uint8))
+    bodies.copy_pages(launch.copy_pages, 96, dtype, DEVICE)
 
 
 def test_column_split():

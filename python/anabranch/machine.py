@@ -4,18 +4,36 @@ It follows the cuda backend's kernels: every (item × KV head) is a unit; reside
 back and forth (csrc/cuda/attention.cuh); a unit waits for memory once and then streams. Nothing here was fitted to a
 measurement, because there is none yet: predictions are for comparing shapes, chunks and splits, and are never shown as
 measurements. ``anabranch bench --predict`` prints them.
+
+The GPU backends take their chunk and their split from it (``cut_for``): from the device's name and its number of
+multiprocessors, once a head shape, so the same for every call on a device. A GPU that is not in ``KNOWN`` gets the
+defaults; a chunk given to a backend's ``profile`` goes before both.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from anabranch.plan import Plan, PlanArrays, Profile
 
-__all__ = ["GPUS", "TREES", "Gpu", "Prediction", "block_tables", "plan_for", "predict"]
+__all__ = [
+    "GPUS",
+    "TREES",
+    "Cut",
+    "Gpu",
+    "Prediction",
+    "block_tables",
+    "choose",
+    "cut_for",
+    "gpu_of",
+    "plan_for",
+    "predict",
+]
 
 
 @dataclass(frozen=True)
@@ -39,6 +57,20 @@ GPUS = {
     )
 }
 
+# Part of a device's name as the driver gives it → which of the above, and its memory in TB/s where that differs (data
+# sheets). The first that fits decides.
+KNOWN: tuple[tuple[str, str, float | None], ...] = (
+    ("A100-SXM4-40GB", "A100", 1.555),
+    ("A100-PCIE-40GB", "A100", 1.555),
+    ("A100 80GB PCIe", "A100", 1.935),
+    ("A100", "A100", None),
+    ("H100 PCIe", "H100", 2.0),
+    ("H100 NVL", "H100", 3.9),
+    ("H100", "H100", None),
+    ("H200", "H200", None),
+    ("B200", "B200", None),
+)
+
 # Assumptions, not measurements.
 REACHED = 0.9  # of the data sheet's bandwidth, by a kernel that only streams
 MMA_SYNC = 0.3  # of the data sheet's rate, by mma.sync with these tiles (later GPUs reach their peak by other means)
@@ -61,6 +93,87 @@ TREES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 PAGE = 8
 
+# What `choose` weighs: chunks in tokens, and blocks a multiprocessor that a long run should at least be split for.
+CHUNKS = (128, 256, 512)
+WAVES = (1, 2, 4)
+DEFAULT_CHUNK = 256  # K and V of one chunk are some 4 µs of one multiprocessor's share of the memory bandwidth
+DEFAULT_WAVES = 2
+REFERENCE: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
+    TREES["few-shot 1,10 / 4000,400"],
+    TREES["1,16,64 / 1024,256,32"],
+    TREES["one chain 1 / 32768"],
+    ((16,), (4096,)),
+)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How long runs of tokens are cut: ``Profile.chunk`` and ``Profile.parallelism``."""
+
+    chunk: int
+    parallelism: int
+
+
+def gpu_of(name: str, multiprocessors: int) -> Gpu | None:
+    """The GPU of that name (as the driver gives it) with that many multiprocessors; None where it is not known.
+
+    A MIG slice has the whole card's name but not its bandwidth: not known.
+    """
+    if "MIG" in name:
+        return None
+    for part, known, memory in KNOWN:
+        if part in name:
+            gpu = GPUS[known]
+            return replace(gpu, multiprocessors=multiprocessors, memory_TB_s=memory or gpu.memory_TB_s)
+    return None
+
+
+def cut_for(
+    device: torch.device, multiprocessors: int, num_q_heads: int, num_kv_heads: int, head_dim: int, elem_size: int,
+    tile: int, chunk: int | None = None,
+) -> Cut:  # fmt: skip
+    """Chunk and split for a device: by the model where its name is known, else the defaults; a given chunk stays.
+
+    Raises:
+        ValueError: a chunk below 1.
+    """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk: must be at least 1 token, or None for what suits the device, got {chunk}")
+    gpu = gpu_of(torch.cuda.get_device_name(device), multiprocessors) if device.type == "cuda" else None
+    if gpu is None:
+        cut = Cut(DEFAULT_CHUNK, DEFAULT_WAVES * multiprocessors)
+    else:
+        cut = choose(gpu, num_q_heads, num_kv_heads, head_dim, elem_size, tile)
+    return cut if chunk is None else replace(cut, chunk=chunk)
+
+
+@functools.cache
+def choose(
+    gpu: Gpu, num_q_heads: int = 32, num_kv_heads: int = 8, head_dim: int = 128, elem_size: int = 2, tile: int = 64
+) -> Cut:
+    """The cut with the least predicted time ÷ floor, in the geometric mean over ``REFERENCE``; some 10 ms, once.
+
+    Of equal ones the shorter chunk and the smaller split.
+    """
+
+    def cost(cut: Cut) -> float:
+        profile = Profile(tile, cut.chunk, cut.parallelism, num_kv_heads, elem_size)
+        total = 0.0
+        for plan in _reference_plans():
+            arrays = plan.arrays(num_q_heads // num_kv_heads, profile)
+            found = predict(arrays, gpu, num_q_heads, num_kv_heads, head_dim, elem_size)
+            total += math.log(found.total_us / found.floor_us)
+        return total
+
+    cuts = [Cut(chunk, waves * gpu.multiprocessors) for chunk in CHUNKS for waves in WAVES]
+    return min(cuts, key=lambda cut: (round(cost(cut), 6), cut.chunk, cut.parallelism))
+
+
+@functools.cache
+def _reference_plans() -> list[Plan]:
+    tables = [block_tables(nodes, tokens) for nodes, tokens in REFERENCE]
+    return [Plan.from_block_tables(t, [t.shape[1] * PAGE] * t.shape[0], PAGE) for t in tables]
+
 
 def block_tables(nodes: tuple[int, ...], tokens: tuple[int, ...], page_size: int = PAGE) -> torch.Tensor:
     """int32 [leaves, pages]: tables of a regular tree whose nodes own whole pages."""
@@ -77,12 +190,13 @@ def block_tables(nodes: tuple[int, ...], tokens: tuple[int, ...], page_size: int
 
 def plan_for(
     gpu: Gpu, nodes: tuple[int, ...], tokens: tuple[int, ...], num_q_heads: int = 32, num_kv_heads: int = 8,
-    chunk: int = 256,
+    chunk: int | None = None,
 ) -> PlanArrays:  # fmt: skip
     """The plan that the cuda backend would make on this GPU for one decode step of a regular tree, bfloat16."""
     tables = block_tables(nodes, tokens)
     plan = Plan.from_block_tables(tables, [tables.shape[1] * PAGE] * tables.shape[0], PAGE)
-    profile = Profile(tile=64, chunk=chunk, parallelism=2 * gpu.multiprocessors, num_kv_heads=num_kv_heads)
+    cut = choose(gpu, num_q_heads, num_kv_heads)
+    profile = Profile(tile=64, chunk=chunk or cut.chunk, parallelism=cut.parallelism, num_kv_heads=num_kv_heads)
     return plan.arrays(num_q_heads // num_kv_heads, profile)
 
 

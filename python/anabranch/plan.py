@@ -191,6 +191,10 @@ def split_buffer(result: tuple, device: torch.device, copy: bool = False) -> Pla
     )
 
 
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def core_params(group: int, profile: Profile) -> _core.PlanParams:
     p = profile
     return _core.PlanParams(group, p.tile, p.chunk, p.parallelism, p.num_kv_heads, p.elem_size, p.narrow)
@@ -246,7 +250,11 @@ class TablePlan(Plan):
         outside = (tables < 0) | (tables.astype(np.int64) * page_size + page_size > 2**31 - 1)
         if (used & outside).any():
             i, j = map(int, np.argwhere(used & outside)[0])
-            raise ValueError(f"block_tables[{i}, {j}]: page {tables[i, j]} is inside lengths[{i}] but out of range")
+            most = (2**31 - 1) // page_size - 1
+            raise ValueError(
+                f"block_tables[{i}, {j}]: page {tables[i, j]} is inside lengths[{i}] but out of range; pages count "
+                f"from 0 to {most}, since slots (page × {page_size} + offset) are 32-bit numbers"
+            )
         device = block_tables.device if isinstance(block_tables, Tensor) else torch.device("cpu")
         super().__init__(int(queries.sum()), device)
         self.page_size = page_size
@@ -256,6 +264,11 @@ class TablePlan(Plan):
     def arrays(self, group: int, profile: Profile) -> PlanArrays:
         key = (group, profile)
         if key not in self._arrays:
+            if _capturing(self.device):
+                raise RuntimeError(
+                    "plan: it is not on the GPU yet, and a captured CUDA graph cannot bring it there; run one call "
+                    "with this plan before the capture"
+                )
             self._arrays[key] = split_buffer(self._tables.plan(core_params(group, profile)), self.device)
         return self._arrays[key]
 

@@ -6,23 +6,17 @@ seed. `pytest -m slow tests/emulator` goes through 50 seeds.
 
 from __future__ import annotations
 
+import functools
 import math
-from types import SimpleNamespace
 
 import kit
 import pytest
 import torch
 
-from triton_cases import check, dense, random_case, relative_error
+import kernel_bodies as bodies
+from kernel_bodies import DTYPES, OPTIONS, with_sinks
+from triton_cases import check, random_case
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-OPTIONS = {
-    "plain": {},
-    "softcap": dict(softcap=2.0),
-    "window": dict(window=33),
-    "sinks": dict(sinks=True),
-    "everything": dict(softcap=5.0, window=47, sinks=True, scale=0.4),
-}
 # 40 and 72 are padded; groups of 7 and 5 leave lanes idle, 20 and 71 rows take several warps or passes
 SHAPES = [
     dict(head_dim=32, group=1),
@@ -38,11 +32,10 @@ SHAPES = [
 ]
 
 
-def with_sinks(options, case):
-    if options.get("sinks"):
-        gen = torch.Generator().manual_seed(7)
-        return {**options, "sinks": torch.randn(case.q.shape[1], generator=gen).to(case.q.dtype)}
-    return options
+@pytest.fixture
+def ran(device):
+    """``run`` as the shared tests call it."""
+    return functools.partial(run, device)
 
 
 def run(device, case, seed=0, ring=0, grid=0, **options):
@@ -104,42 +97,18 @@ def test_lse_is_optional(device):
     assert torch.equal(out, want) and torch.isnan(lse).all()
 
 
-def test_a_grid_larger_than_the_work(device):
-    """What a captured graph launches: host ints are capacities, the device's counts are the truth."""
+def test_a_grid_larger_than_the_work(ran):
     case = random_case(11, rows=8, head_dim=32)
-    (out, lse), options = run(device, case, softcap=3.0)
-    a = case.arrays
-    garbage = torch.full((5, 8), 2**30, dtype=torch.int32)
-    padded = SimpleNamespace(**vars(a))
-    padded.items = torch.cat([a.items, garbage])
-    padded.merge_rows = torch.cat([a.merge_rows, garbage[:, 0]])
-    padded.merge_ptr = torch.cat([a.merge_ptr, garbage[:, 0]])
-    padded.counts = torch.tensor([a.num_items, a.num_partials, a.num_merge], dtype=torch.int32)
-    padded.num_items, padded.num_merge, padded.num_partials = a.num_items + 5, a.num_merge + 5, a.num_partials + 9
-    case.arrays = padded
-    got, _ = run(device, case, softcap=3.0)
-    assert torch.equal(got[0], out) and torch.equal(got[1], lse)
-    check(case, got, **options)
+    padded = bodies.a_grid_larger_than_the_work(ran, case)
     padded.counts.zero_()  # a graph replayed for a tree of nothing
-    got, _ = run(device, case)
+    got, _ = ran(case)
     assert torch.isnan(got[0]).all() and torch.isnan(got[1]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_window_never_reads_what_nobody_sees(device, dtype):
-    """Slots that slid out of every row's window may have been given away: they hold NaN here."""
+def test_window_never_reads_what_nobody_sees(ran, dtype):
     case = random_case(21, rows=5, segments=2, max_len=200, head_dim=32, dtype=dtype)
-    window = 30
-    visible = torch.zeros(case.k_pages.shape[0] * case.k_pages.shape[1], dtype=torch.bool)
-    for row, (slots, positions) in enumerate(case.context):
-        visible[slots[case.row_positions[row] - positions < window]] = True
-    before = int(torch.isfinite(case.k_pages).all(-1).all(-1).sum())
-    for pages in (case.k_pages, case.v_pages):
-        flat = pages.permute(0, 2, 1, 3)  # [pages, heads, page_size, D]
-        flat[~visible.view(pages.shape[0], 1, pages.shape[1], 1).expand_as(flat)] = math.nan
-    assert int(torch.isfinite(case.k_pages).all(-1).all(-1).sum()) < before - 20, "the case has nothing to hide"
-    got, options = run(device, case, window=window)
-    check(case, got, **options)
+    bodies.window_never_reads_what_nobody_sees(ran, case)
 
 
 def test_a_window_skips_tiles(device):
@@ -155,163 +124,73 @@ def test_a_window_skips_tiles(device):
     check(case, got, **options)
 
 
-def test_all_rows_empty(device):
-    case = random_case(5, rows=3, head_dim=32)
-    case.arrays.num_items = case.arrays.num_partials = 0
-    case.arrays.num_merge = 3
-    case.arrays.merge_rows = torch.arange(3, dtype=torch.int32)
-    case.arrays.merge_ptr = torch.zeros(4, dtype=torch.int32)
-    (out, lse), _ = run(device, case)
-    assert bool((out == 0).all()) and bool((lse == -math.inf).all())
-    sinks = torch.randn(case.q.shape[1])
-    out, lse = kit.attention(device, case, sinks=sinks)
-    assert bool((out == 0).all()) and torch.allclose(lse, sinks.expand_as(lse))
+def test_all_rows_empty(ran):
+    bodies.all_rows_empty(ran, random_case(5, rows=3, head_dim=32))
 
 
 @pytest.mark.parametrize("magnitude", [1e4, -1e4, 1e-4])
-def test_hostile_scores(device, magnitude):
-    case = random_case(31, rows=6, magnitude=magnitude)
-    if magnitude < 0:  # all scores about −1e4: a maximum that starts at 0 or a mask of −1e6 would lose them
-        case.q.copy_(case.q.abs())
-        case.k_pages.abs_()
-        (out, lse), options = run(device, case, scale=-1e3)
-    else:
-        (out, lse), options = run(device, case)
-    want, want_lse = dense(case, **options)
-    assert torch.isfinite(out).all()
-    # A float32 score of 1e4 is only good to about 1e-3, and so is its exponential.
-    assert relative_error(out, want) < (1e-5 if abs(magnitude) < 1 else 2e-2)
-    finite = torch.isfinite(want_lse)
-    assert torch.allclose(lse.double()[finite], want_lse[finite], rtol=1e-5, atol=1e-5)
+def test_hostile_scores(ran, magnitude):
+    bodies.hostile_scores(ran, random_case(31, rows=6, magnitude=magnitude), magnitude)
 
 
-def test_sinks_of_minus_infinity_are_no_sinks(device):
-    case = random_case(41, rows=6, head_dim=32)
-    (out, lse), _ = run(device, case)
-    with_sink, lse_sink = kit.attention(device, case, sinks=torch.full((case.q.shape[1],), -math.inf))
-    assert torch.equal(out, with_sink) and torch.equal(lse, lse_sink)
+def test_sinks_of_minus_infinity_are_no_sinks(ran):
+    bodies.sinks_of_minus_infinity_are_no_sinks(ran, random_case(41, rows=6, head_dim=32))
 
 
-def test_strided_queries(device):
-    case = random_case(51, rows=6)
-    (want, _), _ = run(device, case)
-    wide = torch.full((6, 2 * case.q.shape[1], 3 * case.q.shape[2]), math.nan)
-    wide[:, ::2, 64:128] = case.q
-    case.q = wide[:, ::2, 64:128]
-    (got, _), _ = run(device, case)
-    assert torch.equal(got, want)
+def test_strided_queries(ran):
+    bodies.strided_queries(ran, random_case(51, rows=6))
 
 
-def test_offsets_beyond_32_bits(device, tmp_path):
-    """A pool of more than 2^31 elements: a sparse file, of which a few pages are touched."""
+def test_offsets_beyond_32_bits(ran, tmp_path):
     case = random_case(61, rows=4, segments=2, max_len=20, head_dim=32, dtype=torch.float16, page_size=64)
-    case.v_pages = case.k_pages
-    (want, want_lse), _ = run(device, case)
-    pages, page_size, heads, dim = case.k_pages.shape
-    far = 2**31 // (pages - 1) + 64 & ~15
-    pool = torch.from_file(
-        str(tmp_path / "pool"), shared=True, size=far * (pages - 1) + page_size * heads * dim, dtype=torch.float16
-    )
-    moved = pool.as_strided((pages, page_size, heads, dim), (far, heads * dim, dim, 1))
-    used = sorted({int(s) // page_size for slots, _ in case.context for s in slots})
-    order = [p for p in range(pages) if p not in used] + used  # the pages in use move to the far end
-    place = {page: at for at, page in enumerate(order)}
-    for page in used:
-        moved[place[page]] = case.k_pages[page]
-    slots = case.arrays.kv_slots.tolist()
-    case.arrays.kv_slots = torch.tensor(
-        [place[s // page_size] * page_size + s % page_size for s in slots], dtype=torch.int32
-    )
-    case.k_pages = case.v_pages = moved
-    (out, lse), _ = run(device, case)
-    assert torch.equal(lse, want_lse) and torch.equal(out, want)
+    bodies.offsets_beyond_32_bits(ran, case, tmp_path)
 
 
 @pytest.mark.parametrize("sink", [None, -math.inf, 0.7], ids=["no-sink", "sink-inf", "sink"])
 @pytest.mark.parametrize("dim", [24, 256])
 def test_merge(device, dim, sink):
-    """Ranges of 0, 1, 2, 9 and 40 partials, some of them empty with poison for an accumulator, against float64."""
-    heads, lengths = 3, [0, 1, 2, 9, 40, 3]
-    gen = torch.Generator().manual_seed(2)
-    total = sum(lengths)
-    m = torch.randn(total, heads, generator=gen) * 20
-    l = torch.rand(total, heads, generator=gen) + 1  # noqa: E741
-    acc = torch.randn(total, heads, dim, generator=gen)
-    empty = torch.rand(total, heads, generator=gen) < 0.3
-    empty[-3:] = True  # the last row: nothing but empty partials
-    m[empty], l[empty], acc[empty] = -math.inf, 0.0, math.nan
-    ptr = torch.tensor([0, *lengths]).cumsum(0).int()
-    rows = torch.tensor([4, 0, 2, 5, 1, 3], dtype=torch.int32)
-    sinks = torch.full((heads,), 0.0 if sink is None else sink)
-    out, lse = torch.full((6, heads, dim), math.nan), torch.full((6, heads), math.nan)
-    ml = torch.stack([m / math.log(2), l], -1).contiguous()
-    with kit.memory(device, rows=rows, ptr=ptr, ml=ml, acc=acc, sinks=sinks, out_=out, lse_=lse):
-        device.attention(
-            0, dim, heads, heads, 16, (0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0),
-            (*[0] * 7, rows.data_ptr(), ptr.data_ptr(), 0), 0, len(lengths), 1.0, 0.0, -1,
-            0 if sink is None else sinks.data_ptr(), out.data_ptr(), lse.data_ptr(), (acc.data_ptr(), ml.data_ptr()),
-            0, 0,
-        )  # fmt: skip
-    for i, row in enumerate(rows.tolist()):
-        part = slice(int(ptr[i]), int(ptr[i + 1]))
-        mm, ll, aa = m[part].double(), l[part].double(), acc[part].double().nan_to_num()
-        terms = mm if sink is None else torch.cat([mm, sinks.double()[None]])
-        if terms.shape[0] == 0 or bool((terms == -math.inf).all()):
-            assert bool((out[row] == 0).all()) and bool((lse[row] == -math.inf).all())
-            continue
-        top = terms.amax(0)
-        top = torch.where(top == -math.inf, 0.0, top)
-        w = torch.exp(mm - top)
-        sum_l = (w * ll).sum(0) + (0 if sink is None else torch.exp(sinks.double() - top))
-        want = torch.where(sum_l[:, None] > 0, (w[..., None] * aa).sum(0) / sum_l[:, None].clamp_min(1e-300), 0.0)
-        assert relative_error(out[row], want) < 1e-5 or float(want.norm()) == 0 == float(out[row].norm())
-        assert torch.allclose(lse[row].double(), top + sum_l.log(), rtol=1e-5, atol=1e-5)
+    def merged(acc, m, l, rows, ptr, sinks):  # noqa: E741
+        heads = acc.shape[1]
+        out, lse = torch.full((6, heads, dim), math.nan), torch.full((6, heads), math.nan)
+        ml = torch.stack([m / math.log(2), l], -1).contiguous()
+        with kit.memory(device, rows=rows, ptr=ptr, ml=ml, acc=acc, sinks=sinks, out_=out, lse_=lse):
+            device.attention(
+                0, dim, heads, heads, 16, (0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0),
+                (*[0] * 7, rows.data_ptr(), ptr.data_ptr(), 0), 0, len(rows), 1.0, 0.0, -1,
+                0 if sinks is None else sinks.data_ptr(), out.data_ptr(), lse.data_ptr(),
+                (acc.data_ptr(), ml.data_ptr()), 0, 0,
+            )  # fmt: skip
+        return out, lse
+
+    bodies.merge(merged, dim, sink)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads,dim,page_size", [(2, 64, 16), (3, 80, 7), (5, 33, 4), (1, 2, 4)])
 def test_write_kv(device, heads, dim, page_size, dtype):
-    gen = torch.Generator().manual_seed(dim)
-    pool = torch.randn(2, 2, 5, heads, page_size, dim, generator=gen).to(dtype)  # as TreeCache: [2, layers, pages, …]
-    want = pool.clone()
-    k_pages, v_pages = (pool[i, 1].permute(0, 2, 1, 3) for i in (0, 1))
-    packed = torch.randn(6, 2, heads, dim, generator=gen).to(dtype)  # k and v as slices of one projection
-    k, v = packed[:, 0], packed[:, 1]
-    slots = torch.tensor([0, 5 * page_size - 1, -1, page_size, 3, page_size + 2], dtype=torch.int32)
-
-    def write(rows):
-        with kit.memory(device, packed=packed, pool_=pool, slots=slots):
+    def write(k, v, k_pages, v_pages, slots):
+        with kit.memory(device, k=k, v=v, pool_=k_pages, slots=slots):
             device.write_kv(
                 kit.TYPES[dtype], dim, heads, page_size, *((x.data_ptr(), *x.stride()[:2]) for x in (k, v)),
-                *((x.data_ptr(), *x.stride()[:3]) for x in (k_pages, v_pages)), slots.data_ptr(), rows, 0, 0,
+                *((x.data_ptr(), *x.stride()[:3]) for x in (k_pages, v_pages)), slots.data_ptr(), k.shape[0], 0, 0,
             )  # fmt: skip
+        assert device.statistics()["launches"] == int(k.shape[0] > 0)  # nothing to write: no launch
 
-    write(0)
-    assert torch.equal(pool, want) and device.statistics()["launches"] == 0
-    write(6)
-    for row, slot in enumerate(slots.tolist()):
-        if slot >= 0:
-            want[0, 1, slot // page_size, :, slot % page_size] = k[row]
-            want[1, 1, slot // page_size, :, slot % page_size] = v[row]
-    assert torch.equal(pool, want) and device.statistics()["launches"] == 1
+    bodies.write_kv(write, heads, dim, page_size, dtype, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [96, 33])
 def test_copy_pages(device, dim, dtype):
-    planes, pages, heads, page_size = 3, 6, 2, 20
-    pool = torch.randn(planes, pages, heads, page_size, dim, generator=torch.Generator().manual_seed(1)).to(dtype)
-    pool[:, 1, :, 15:] = math.nan  # the unfilled tail of a source stays where it is
-    want = pool.clone()
-    copies = torch.tensor([[1, 1, 4], [0, 3, 5], [15, 1, 20]], dtype=torch.int32)
-    for s, d, n in copies.T.tolist():
-        want[:, d, :, :n] = want[:, s, :, :n]
-    with kit.memory(device, pool_=pool, copies=copies):
-        for count in (3, 0):
+    def copy(pool, src, dst, filled):
+        copies = torch.stack([src, dst, filled])
+        with kit.memory(device, pool_=pool, copies=copies):
             device.copy_pages(
-                kit.TYPES[dtype], dim, pool.data_ptr(), pool.stride()[:4], planes, heads, copies.data_ptr(), count, 0, 0
-            )
-    assert torch.equal(pool.view(torch.uint8), want.view(torch.uint8))
+                kit.TYPES[dtype], dim, pool.data_ptr(), pool.stride()[:4], *pool.shape[0:3:2], copies.data_ptr(),
+                len(src), 0, 0,
+            )  # fmt: skip
+
+    bodies.copy_pages(copy, dim, dtype, "cpu")
     assert device.statistics()["launches"] == 1
 
 

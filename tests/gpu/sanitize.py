@@ -1,4 +1,5 @@
-"""A few small launches of every CUDA kernel, for compute-sanitizer to watch. Exit code 0 when the results are right."""
+"""A few small launches of every CUDA kernel, for compute-sanitizer to watch. Exit code 0: the results are right; 77:
+there is nothing to watch here, and why."""
 
 from __future__ import annotations
 
@@ -9,16 +10,16 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "python")]
 
+import anabranch as ab  # noqa: E402
 from anabranch import backends  # noqa: E402
 from anabranch.backends import cuda  # noqa: E402
-from triton_cases import check, random_case  # noqa: E402
+from triton_cases import check, random_case, relative_error  # noqa: E402
+
+SKIPPED = 77
 
 
-def main() -> int:
-    reason = backends.unavailable("cuda")
-    if reason is not None:
-        print(f"nothing to watch: {reason}")
-        return 0
+def kernels() -> None:
+    """Attention with every option, the merge, page copies and KV writes, in each dtype."""
     for dtype, head_dim in ((torch.bfloat16, 128), (torch.float16, 256), (torch.float32, 64)):
         case = random_case(3, rows=9, segments=3, max_len=300, head_dim=head_dim, group=4, dtype=dtype, device="cuda")
         options = dict(scale=0.2, softcap=3.0, window=100, sinks=torch.ones(8, device="cuda"))
@@ -29,6 +30,31 @@ def main() -> int:
         k = torch.ones(3, 2, head_dim, device="cuda", dtype=dtype)
         slots = torch.tensor([5, -1, 100], dtype=torch.int32, device="cuda")
         cuda.write_kv(k, k, pool[0].transpose(1, 2), pool[1].transpose(1, 2), slots)
+
+
+def steps() -> None:
+    """A fork and three decode steps through a cache: copy-on-write, and a plan that is advanced on the device."""
+    cache = ab.TreeCache(1, 2, 64, num_pages=32, page_size=8, dtype=torch.bfloat16, device="cuda")
+    cache._backend = cuda
+    gen = torch.Generator("cuda").manual_seed(0)
+    trunk = cache.branch()
+    kids: list[ab.Branch] = []
+    for _ in range(4):
+        step = cache.step({kid: 1 for kid in kids} or {trunk: 21})
+        q, k, v = (torch.randn(step.num_rows, n, 64, generator=gen, device="cuda").bfloat16() for n in (4, 2, 2))
+        cache.write(0, k, v, step, backend="cuda")
+        out = ab.tree_attention(q, cache, 0, step, backend="cuda")
+        assert relative_error(out, ab.tree_attention(q, cache, 0, step, backend="reference").cpu()) <= 1e-2
+        kids = kids or cache.fork(trunk, 3)
+
+
+def main() -> int:
+    reason = backends.unavailable("cuda")
+    if reason is not None:
+        print(f"nothing to watch: {reason}")
+        return SKIPPED
+    kernels()
+    steps()
     torch.cuda.synchronize()
     return 0
 

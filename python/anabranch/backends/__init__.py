@@ -49,14 +49,13 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
         if reason is not None:
             raise ValueError(f"backend {backend!r}: {reason}")
         return module
-    return _auto(device.type, dtype, head_dim)
+    return _auto(device, dtype, head_dim)
 
 
 @functools.cache
-def _auto(device_type: str, dtype: torch.dtype, head_dim: int) -> ModuleType:
-    device = torch.device(device_type)
+def _auto(device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType:
     reasons: list[str] = []
-    for name in _PREFERRED.get(device_type, ("reference",)):
+    for name in _PREFERRED.get(device.type, ("reference",)):
         reason = unavailable(name) or get(name).refuses(device, dtype, head_dim)
         if reason is None:
             if reasons and head_dim <= 256 and dtype.itemsize <= 4:  # said once: this function remembers its answers
@@ -64,6 +63,6 @@ def _auto(device_type: str, dtype: torch.dtype, head_dim: int) -> ModuleType:
             return get(name)
         reasons.append(f"{name}: {reason}")
     raise ValueError(
-        f"no backend takes device {device_type}, {dtype}, head_dim {head_dim} ({'; '.join(reasons)}). "
+        f"no backend takes device {device}, {dtype}, head_dim {head_dim} ({'; '.join(reasons)}). "
         "Supported: float32, float16 and bfloat16 with head_dim 32–256; the reference also takes float64"
     )

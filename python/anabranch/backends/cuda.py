@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from anabranch import machine
 from anabranch.plan import Profile
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ name = "cuda"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_HEAD_DIM = 256
 OLDEST = 80  # sm_80: mma on bfloat16, ldmatrix, cp.async
-CHUNK = 256  # tokens, as for Triton: K and V of one chunk are some 4 µs of one multiprocessor's memory bandwidth
 
 
 def _module() -> ModuleType:
@@ -124,12 +124,19 @@ def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 
 
 @functools.lru_cache(maxsize=256)
-def profile(num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Profile:
-    """How plans for these kernels are to be cut: the kernel's own tile, and two blocks for every multiprocessor."""
+def profile(
+    num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device,
+    chunk: int | None = None,
+) -> Profile:  # fmt: skip
+    """How plans for these kernels are to be cut: the kernel's own tile; chunk (where none is given) and split by the
+    model of the machine."""
+    tile = _module().packed_rows(TYPES[dtype], head_dim)
+    multiprocessors = _traits(_index(device))["multiprocessors"]
+    cut = machine.cut_for(device, multiprocessors, num_q_heads, num_kv_heads, head_dim, dtype.itemsize, tile, chunk)
     return Profile(
-        tile=_module().packed_rows(TYPES[dtype], head_dim),
-        chunk=CHUNK,
-        parallelism=2 * _traits(_index(device))["multiprocessors"],
+        tile=tile,
+        chunk=cut.chunk,
+        parallelism=cut.parallelism,
         num_kv_heads=num_kv_heads,
         elem_size=dtype.itemsize,
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from anabranch import machine
 from anabranch.plan import Profile
 
 if TYPE_CHECKING:
@@ -27,9 +28,6 @@ name = "triton"
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
-# Tokens: K and V of one chunk at head_dim 128 are 128 KB a head in bfloat16, some 4 µs of one multiprocessor's share
-# of the memory bandwidth. Shorter chunks cost more partials than they balance, longer ones leave a tail.
-CHUNK = 256
 
 
 @functools.cache
@@ -44,7 +42,8 @@ def unavailable() -> str | None:
     if launch.INTERPRETED or torch.cuda.is_available():
         return None
     return (
-        "PyTorch sees no CUDA or ROCm device; use backend='cpu', "
+        "PyTorch sees no CUDA or ROCm device (none is there, or its driver is too old for this PyTorch: "
+        "`torch.cuda.init()` says which; update the driver); use backend='cpu', "
         "or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's (slow) interpreter"
     )
 
@@ -65,15 +64,23 @@ def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 
 
 @functools.lru_cache(maxsize=256)
-def profile(num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Profile:
-    """Tile, chunk and parallelism for this device: every multiprocessor should have two programs to switch between."""
+def profile(
+    num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device,
+    chunk: int | None = None,
+) -> Profile:  # fmt: skip
+    """How plans for these kernels are to be cut: the widest tile of this device; chunk (where none is given) and split
+    by the model of the machine. Shorter chunks cost more partials than they balance, longer ones leave a tail."""
     from anabranch.kernels import configs, launch
 
     traits = launch.device_traits(device)
+    tile = configs.max_block_m(head_dim, dtype.itemsize, traits.arch)
+    cut = machine.cut_for(
+        device, traits.multiprocessors, num_q_heads, num_kv_heads, head_dim, dtype.itemsize, tile, chunk
+    )
     return Profile(
-        tile=configs.max_block_m(head_dim, dtype.itemsize, traits.arch),
-        chunk=CHUNK,
-        parallelism=2 * traits.multiprocessors,
+        tile=tile,
+        chunk=cut.chunk,
+        parallelism=cut.parallelism,
         num_kv_heads=num_kv_heads,
         elem_size=dtype.itemsize,
         narrow=launch.NARROW,

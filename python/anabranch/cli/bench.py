@@ -74,7 +74,7 @@ def predict(as_json: bool, arguments: list[str]) -> None:
         unique = sum(n * t for n, t in zip(nodes, tokens, strict=True))
         for gpu in machine.GPUS.values():
             found = machine.predict(machine.plan_for(gpu, nodes, tokens), gpu, unique_tokens=unique)
-            rows.append({"tree": name, **asdict(found)})
+            rows.append({"tree": name, **asdict(found), **asdict(machine.choose(gpu))})
     what = (
         "Predicted, not measured: one decode step of one layer, 32/8 heads of 128, bfloat16, captured graph, by the "
         "model in anabranch/machine.py, whose assumptions are written there. No GPU has confirmed any of it."
@@ -94,6 +94,9 @@ def predict(as_json: bool, arguments: list[str]) -> None:
         mine = [row for row in rows if row["tree"] == name]
         cells = [f"{row['total_us']:.1f} ({row['floor_us']:.1f})" for row in mine]
         table.add_row(name, *cells, next(row["bound"] for row in mine if row["gpu"] == "H100"))
+    cuts = [machine.choose(gpu) for gpu in machine.GPUS.values()]
+    table.add_section()
+    table.add_row("chunk / split that follow", *(f"{cut.chunk} / {cut.parallelism}" for cut in cuts), "")
     out.print(table)
     out.print(what, style="dim")
 

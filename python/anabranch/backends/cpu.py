@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from anabranch.backends import native
+from anabranch.backends.native import MAX_HEAD_DIM, TYPES, address, floats, rows, strided
 from anabranch.plan import Profile
 
 if TYPE_CHECKING:
@@ -25,9 +27,6 @@ __all__ = [
 
 name = "cpu"
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-MAX_HEAD_DIM = 256
-MAX_GROUP = 1024
 # Packed rows an item. 64 rows amortise the conversion of K and V to a few percent and leave Q, scores, accumulators and
 # a tile of K and V together inside 512 KB of second-level cache at head_dim 256.
 TILE = 64
@@ -94,51 +93,12 @@ def attention(
     """out [rows, Hq, D] in q's dtype; lse [rows, Hq] float32 (natural log) or None."""
     from anabranch import _cpu
 
-    num_rows, num_q_heads, head_dim = q.shape
-    page_size, num_kv_heads = k_pages.shape[1], k_pages.shape[2]
-    arrays = plan.arrays(num_q_heads // num_kv_heads, profile(num_q_heads, num_kv_heads, head_dim, q.dtype, q.device))
-    if q.stride(2) != 1:
-        q = q.contiguous()
-    if sinks is not None:
-        sinks = sinks.to(torch.float32).contiguous()
-    out = torch.empty((num_rows, num_q_heads, head_dim), dtype=q.dtype)
-    lse = torch.empty((num_rows, num_q_heads), dtype=torch.float32) if return_lse else None
-    _cpu.attention(
-        TYPES[q.dtype],
-        head_dim,
-        num_q_heads,
-        num_kv_heads,
-        page_size,
-        (q.data_ptr(), q.stride(0), q.stride(1)),
-        (k_pages.data_ptr(), *k_pages.stride()[:3]),
-        (v_pages.data_ptr(), *v_pages.stride()[:3]),
-        (
-            arrays.items.data_ptr(),
-            arrays.kv_slots.data_ptr(),
-            arrays.kv_positions.data_ptr(),
-            arrays.rows.data_ptr(),
-            arrays.limits.data_ptr(),
-            arrays.dest.data_ptr(),
-            arrays.row_positions.data_ptr(),
-            arrays.merge_rows.data_ptr(),
-            arrays.merge_ptr.data_ptr(),
-        ),
-        arrays.items.shape[0],
-        arrays.merge_rows.shape[0],
-        scale,
-        0.0 if softcap is None else softcap,
-        -1 if window is None else window,
-        0 if sinks is None else sinks.data_ptr(),
-        out.data_ptr(),
-        0 if lse is None else lse.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out, lse
-
-
-def _rows(x: Tensor) -> Tensor:
-    """As the kernels take a tensor: the last dimension contiguous, the others as they are."""
-    return x if x.stride(2) == 1 else x.contiguous()
+    num_q_heads, num_kv_heads = q.shape[1], k_pages.shape[2]
+    arrays = plan.arrays(num_q_heads // num_kv_heads, profile(num_q_heads, num_kv_heads, q.shape[2], q.dtype, q.device))
+    return native.attention(
+        _cpu.attention, rows(q), k_pages, v_pages, arrays, torch.get_num_threads(),
+        scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse,
+    )  # fmt: skip
 
 
 def _branch_arguments(
@@ -147,11 +107,9 @@ def _branch_arguments(
     return (
         TYPES[q.dtype],
         (q.shape[2], q.shape[1], k.shape[1]),
-        tuple((x.data_ptr(), x.stride(0), x.stride(1)) for x in (q, k, v)),
-        (*(x.data_ptr() for x in layout), layout.starts.shape[0] - 1),
-        scale,
-        0.0 if softcap is None else softcap,
-        -1 if window is None else window,
+        tuple(map(strided, (q, k, v))),
+        (*map(address, layout), layout.starts.shape[0] - 1),
+        *native.numbers(scale, softcap, window),
     )
 
 
@@ -169,17 +127,15 @@ def branch_forward(
     """out [T, Hq, D] in q's dtype, lse [T, Hq] float32, natural logarithm, sinks included."""
     from anabranch import _cpu
 
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v, sinks = rows(q), rows(k), rows(v), floats(sinks)
     layout = type(layout)(*(x.contiguous() for x in layout))
-    if sinks is not None:
-        sinks = sinks.to(torch.float32).contiguous()
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[:2], dtype=torch.float32)
     _cpu.branch_forward(
         *_branch_arguments(q, k, v, layout, scale, softcap, window),
-        0 if sinks is None else sinks.data_ptr(),
-        out.data_ptr(),
-        lse.data_ptr(),
+        address(sinks),
+        address(out),
+        address(lse),
         torch.get_num_threads(),
     )
     return out, lse
@@ -203,21 +159,19 @@ def branch_backward(
     """dq, dk, dv in their inputs' dtypes; delta [T, Hq] float32 = grad · out − grad_lse."""
     from anabranch import _cpu
 
-    q, k, v, grad, out, lse = _rows(q), _rows(k), _rows(v), _rows(grad), out.contiguous(), lse.contiguous()
-    layout = type(layout)(*(x.contiguous() for x in layout))
-    if grad_lse is not None:
-        grad_lse = grad_lse.to(torch.float32).contiguous()
+    q, k, v, grad, out, lse = rows(q), rows(k), rows(v), rows(grad), out.contiguous(), lse.contiguous()
+    layout, grad_lse = type(layout)(*(x.contiguous() for x in layout)), floats(grad_lse)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     delta = torch.empty(lse.shape, dtype=torch.float32)
     _cpu.branch_backward(
         *_branch_arguments(q, k, v, layout, scale, softcap, window),
         0,  # what sinks do to the rows is in lse
-        out.data_ptr(),
-        lse.data_ptr(),
-        (grad.data_ptr(), grad.stride(0), grad.stride(1)),
-        0 if grad_lse is None else grad_lse.data_ptr(),
-        delta.data_ptr(),
-        (dq.data_ptr(), dk.data_ptr(), dv.data_ptr()),
+        address(out),
+        address(lse),
+        strided(grad),
+        address(grad_lse),
+        address(delta),
+        tuple(map(address, (dq, dk, dv))),
         torch.get_num_threads(),
     )
     return dq, dk, dv, delta
@@ -227,22 +181,19 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
     """k, v [rows, Hkv, D] into slots int32 [rows] of the pages, in place."""
     from anabranch import _cpu
 
-    rows, num_kv_heads, head_dim = k.shape
-    threads = torch.get_num_threads()
+    num_rows, num_kv_heads, head_dim = k.shape
     slots = slots.contiguous()
-    for new, pages in ((k, k_pages), (v, v_pages)):
-        if new.stride(2) != 1:
-            new = new.contiguous()
+    for new, pages in ((rows(k), k_pages), (rows(v), v_pages)):
         _cpu.write_kv(
             TYPES[new.dtype],
             head_dim,
             num_kv_heads,
             pages.shape[1],
-            (new.data_ptr(), new.stride(0), new.stride(1)),
-            (pages.data_ptr(), *pages.stride()[:3]),
-            slots.data_ptr(),
-            rows,
-            threads,
+            strided(new),
+            strided(pages),
+            address(slots),
+            num_rows,
+            torch.get_num_threads(),
         )
 
 
@@ -260,13 +211,13 @@ def copy_pages(pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor) -> None:
     size = pool.element_size()
     src, dst, filled = src.contiguous(), dst.contiguous(), filled.contiguous()
     _cpu.copy_pages(
-        pool.data_ptr(),
+        address(pool),
         planes,
         heads,
         (pool.stride(0) * size, pool.stride(1) * size, pool.stride(2) * size, head_dim * size),
-        src.data_ptr(),
-        dst.data_ptr(),
-        filled.data_ptr(),
+        address(src),
+        address(dst),
+        address(filled),
         src.shape[0],
         torch.get_num_threads(),
     )

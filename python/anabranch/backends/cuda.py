@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from anabranch import machine
+from anabranch.backends import native
+from anabranch.backends.native import MAX_HEAD_DIM, TYPES, address, rows, strided
 from anabranch.plan import Profile
 
 if TYPE_CHECKING:
@@ -24,8 +26,6 @@ __all__ = ["advance", "attention", "copy_pages", "info", "name", "profile", "ref
 
 name = "cuda"
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-MAX_HEAD_DIM = 256
 OLDEST = 80  # sm_80: mma on bfloat16, ldmatrix, cp.async
 
 
@@ -157,14 +157,13 @@ def _aligned(x: Tensor, dims: int) -> bool:
     )
 
 
-def _pages(name: str, pages: Tensor) -> tuple[int, int, int, int]:
+def _check_pages(name: str, pages: Tensor) -> None:
     if not _aligned(pages, 3):
         raise ValueError(
             f"{name}: the cuda backend copies 16 bytes at a time, so every token of a head must begin at a multiple of "
             f"16 bytes; got strides {list(pages.stride())} of {pages.element_size()} bytes at address "
             f"{pages.data_ptr():#x}. Use backend='triton' or a contiguous pool"
         )
-    return pages.data_ptr(), *pages.stride()[:3]  # type: ignore[return-value]
 
 
 def attention(
@@ -207,73 +206,41 @@ def run(
     capacities and the true numbers are read on the device, which is what a captured graph needs: the grid follows from
     the capacities alone.
     """
-    rows, num_q_heads, head_dim = q.shape
-    page_size, num_kv_heads = k_pages.shape[1], k_pages.shape[2]
+    num_q_heads, head_dim = q.shape[1:]
     device = q.device
     if q.stride(2) != 1 or not _aligned(q, 2):
         q = q.contiguous()
         if q.data_ptr() % 16:
             q = q.clone()
-    if sinks is not None:
-        sinks = sinks.to(torch.float32).contiguous()
-    out = torch.empty((rows, num_q_heads, head_dim), dtype=q.dtype, device=device)
-    lse = torch.empty((rows, num_q_heads), dtype=torch.float32, device=device) if return_lse else None
+    _check_pages("k_pages", k_pages)
+    _check_pages("v_pages", v_pages)
     part_acc = torch.empty((arrays.num_partials, num_q_heads, head_dim), dtype=torch.float32, device=device)
     part_ml = torch.empty((arrays.num_partials, num_q_heads, 2), dtype=torch.float32, device=device)
-    counts = getattr(arrays, "counts", None)
     with _current(device):
-        _module().attention(
-            TYPES[q.dtype],
-            head_dim,
-            num_q_heads,
-            num_kv_heads,
-            page_size,
-            (q.data_ptr(), q.stride(0), q.stride(1)),
-            _pages("k_pages", k_pages),
-            _pages("v_pages", v_pages),
-            (
-                arrays.items.data_ptr(),
-                arrays.kv_slots.data_ptr(),
-                arrays.kv_positions.data_ptr(),
-                arrays.rows.data_ptr(),
-                arrays.limits.data_ptr(),
-                arrays.dest.data_ptr(),
-                arrays.row_positions.data_ptr(),
-                arrays.merge_rows.data_ptr(),
-                arrays.merge_ptr.data_ptr(),
-                0 if counts is None else counts.data_ptr(),
-            ),
-            arrays.num_items,
-            arrays.num_merge,
-            scale,
-            0.0 if softcap is None else softcap,
-            -1 if window is None else window,
-            0 if sinks is None else sinks.data_ptr(),
-            out.data_ptr(),
-            0 if lse is None else lse.data_ptr(),
-            (part_acc.data_ptr(), part_ml.data_ptr()),
-            _index(device),
-            _stream(device),
-        )
-    return out, lse
+        return native.attention(
+            _module().attention, q, k_pages, v_pages, arrays,
+            (address(part_acc), address(part_ml)), _index(device), _stream(device),
+            sections=(getattr(arrays, "counts", None),),
+            scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse,
+        )  # fmt: skip
 
 
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
     """k, v [rows, Hkv, D] into slots int32 [rows] of the pages, in place (negative: skipped); one launch."""
-    rows, num_kv_heads, head_dim = k.shape
-    k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
+    num_rows, num_kv_heads, head_dim = k.shape
+    k, v = rows(k), rows(v)
     with _current(k.device):
         _module().write_kv(
             TYPES[k.dtype],
             head_dim,
             num_kv_heads,
             k_pages.shape[1],
-            (k.data_ptr(), *k.stride()[:2]),
-            (v.data_ptr(), *v.stride()[:2]),
-            (k_pages.data_ptr(), *k_pages.stride()[:3]),
-            (v_pages.data_ptr(), *v_pages.stride()[:3]),
-            slots.data_ptr(),
-            rows,
+            strided(k),
+            strided(v),
+            strided(k_pages),
+            strided(v_pages),
+            address(slots),
+            num_rows,
             _index(k.device),
             _stream(k.device),
         )
@@ -287,10 +254,10 @@ def advance(arrays: PlanArrays, tails: Tensor, slots: Tensor, positions: Tensor)
     sections = (arrays.items, arrays.kv_slots, arrays.kv_positions, arrays.limits, arrays.row_positions)
     with _current(slots.device):
         _module().advance(
-            tuple(x.data_ptr() for x in sections),
-            tails.data_ptr(),
-            slots.data_ptr(),
-            positions.data_ptr(),
+            tuple(map(address, sections)),
+            address(tails),
+            address(slots),
+            address(positions),
             tails.shape[0],
             _index(slots.device),
             _stream(slots.device),
@@ -308,11 +275,11 @@ def copy_pages(pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor) -> None:
         _module().copy_pages(
             TYPES[pool.dtype],
             head_dim,
-            pool.data_ptr(),
+            address(pool),
             pool.stride()[:4],
             planes,
             num_kv_heads,
-            copies.data_ptr(),
+            address(copies),
             copies.shape[1],
             _index(pool.device),
             _stream(pool.device),

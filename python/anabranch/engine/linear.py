@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.native import TYPES
+
 __all__ = ["WideLinear", "linear", "linear_context", "should_use", "takes"]
 
-_TYPES = {torch.bfloat16: 1, torch.float16: 2}
+_TYPES = (torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)  # subclasses (quantised, fake, distributed) have a linear of their own
 _VARIABLE = "ANABRANCH_WIDE_LINEAR"
 
@@ -126,7 +128,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias = bias.contiguous()
     out = torch.empty((*shape, n), dtype=x.dtype)
     _kernel()(
-        _TYPES[x.dtype],
+        TYPES[x.dtype],
         rows,
         n,
         k,

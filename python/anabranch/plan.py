@@ -164,6 +164,14 @@ class Plan:
         return TablePlan(block_tables, lengths, page_size, query_lengths)
 
 
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor of `array` on the device. To a GPU it goes through pinned memory: the host waits for nothing."""
+    host = torch.from_numpy(array)
+    if device.type == "cpu":
+        return host
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
 def split_buffer(result: tuple, device: torch.device, copy: bool = False) -> PlanArrays:
     """Views into the planner's one int32 buffer, or into a copy of it: on another device, or where ``copy`` asks."""
     _, buffer, begin, counts = result

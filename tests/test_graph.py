@@ -12,7 +12,7 @@ import anabranch as ab
 from anabranch.errors import TopologyChanged
 from anabranch.graph import DecodeGraph, forward
 from anabranch.strategies import Sequential
-from engine_kit import FAMILIES, assert_nothing_held, make_engine, make_model
+from engine_kit import assert_nothing_held, make_engine, make_model
 from graph_kit import HostWork, TapeCapture, as_on_a_device, counted_reads
 from test_engine import Nested
 
@@ -118,9 +118,9 @@ def test_a_changed_topology_is_noticed_and_captured_anew():
 
 def test_a_plan_that_is_full_is_made_anew():
     loop = Loop()
-    for _ in range(140):  # a plan lasts some 64 steps
+    for _ in range(75):  # a plan lasts some 64 steps
         loop.step()
-    assert loop.capture.captures >= 2 and loop.capture.replays >= 120
+    assert loop.capture.captures == 2 and loop.capture.replays >= 70
 
 
 def test_steps_between_replays_that_do_not_go_through_it():
@@ -366,12 +366,11 @@ CASES = {
     "sequential": (Sequential(Nested()), dict()),
     "sampled": (ab.SelfConsistency(4, max_new_tokens=12), dict(do_sample=True, temperature=0.9, top_k=20)),
     "logprobs": (ab.SelfConsistency(3, max_new_tokens=9), dict(logprobs=True)),
-    "rules": (ab.EntropyFork(threshold=2.0, max_new_tokens=8), dict(max_new_tokens=30)),
+    "rules": (ab.EntropyFork(threshold=2.0), dict(max_new_tokens=20)),
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family,case", [("qwen3", "forks and joins"), *(("llama", case) for case in CASES)])
 def test_the_same_tokens_with_and_without(family, case):
     strategy, options = CASES[case]
     options = dict(max_new_tokens=40, eos_token_id=None) | options
@@ -387,18 +386,18 @@ def test_the_same_tokens_with_and_without(family, case):
 
 
 def test_the_same_tokens_through_preemption_and_turns():
-    for pages, limit in ((22, None), (60, 2), (40, 3)):
+    for pages, limit in ((30, None), (50, 2)):
         options = dict(max_new_tokens=60, eos_token_id=None)
         prompts = [PROMPT, [1, 2, 3]]
         eager = make_engine(num_pages=600)
         engine, capture = captured_engine(num_pages=pages, max_threads=limit)
+        preemptions = 0
         for strategy in (ab.SelfConsistency(4, max_new_tokens=16), Nested()):
             want = eager.generate(prompts, strategy=strategy, seed=1, **options)
             got = engine.generate(prompts, strategy=strategy, seed=1, **options)
             assert [r.tree for r in got] == [r.tree for r in want]
-            if limit is None:
-                assert sum(r.metrics.preemptions for r in got)
-        assert capture.replays
+            preemptions += sum(r.metrics.preemptions for r in got)
+        assert capture.replays and (preemptions or limit is not None)
         assert_nothing_held(engine)
 
 
@@ -418,36 +417,51 @@ def test_scores_outlive_the_replay_that_made_them():
 
     options = dict(max_new_tokens=60, eos_token_id=None)
     engine, capture = captured_engine()
-    for limit in (None, 1, 2):
+    for limit in (None, 2):
         engine.max_threads = limit
         want = make_engine(max_threads=limit).generate(PROMPT, strategy=Late(), **options)
         assert engine.generate(PROMPT, strategy=Late(), **options).tree == want.tree
     assert capture.replays
 
 
+class Wide(ab.Strategy):
+    def __init__(self, n):
+        self.n = n
+
+    def run(self, trunk):
+        kids = trunk.fork(self.n)
+        yield [kid.decode(14) for kid in kids]
+        trunk.join(kids[1:], "discard")
+        yield trunk.join(kids[0])
+
+
+def steady_steps(strategy, monkeypatch):
+    """What the host reads, and does besides, in each step of a generation's steady part."""
+    engine, capture = captured_engine(num_pages=600)
+    steps, last = [], 0
+    with counted_reads(capture, monkeypatch) as reads, HostWork(capture) as work:
+        for event in engine.stream(PROMPT, strategy=strategy, eos_token_id=None, max_new_tokens=14):
+            if isinstance(event, ab.engine.Token) and capture.replays > last:  # the first token of a replayed step
+                steps.append((capture.replays - last, tuple(reads), work.take()))
+                last = capture.replays
+                reads.clear()
+    steady = steps[2:-1]
+    assert len(steady) > 5 and {n for n, _, _ in steady} == {1}
+    return [names for _, names, _ in steady], [calls for _, _, calls in steady]
+
+
 def test_a_decode_step_of_the_engine_is_one_replay_and_two_reads(monkeypatch):
     """Whether a score is NaN, and the tokens: all that the host waits for, whatever the number of threads. And the
     operations around the replay are the same in every step, shapes included."""
     for threads in (2, 7):
-        engine, capture = captured_engine(num_pages=600)
-        steps = []
-        with counted_reads(capture, monkeypatch) as reads, HostWork(capture) as work:
-            last = 0
-            stream = engine.stream(
-                PROMPT, strategy=ab.SelfConsistency(threads, max_new_tokens=14), eos_token_id=None, max_new_tokens=14
-            )
-            for event in stream:
-                if not isinstance(event, ab.engine.Token) or event.inserted:
-                    continue
-                if capture.replays > last:  # the first token of a replayed step
-                    steps.append((capture.replays - last, tuple(reads), work.take()))
-                    last = capture.replays
-                    reads.clear()
-        steady = steps[2:-1]
-        assert len(steady) > 5
-        assert {n for n, _, _ in steady} == {1}
-        assert {len(names) for _, names, _ in steady} == {2}, steady[0][1]
-        assert all(calls == steady[0][2] for _, _, calls in steady)
+        reads, calls = steady_steps(Wide(threads), monkeypatch)
+        assert all(names == ("__bool__", "tolist") for names in reads), reads[0]
+        assert all(c == calls[0] for c in calls)
+
+
+def test_sampling_with_statistics_reads_as_often_for_many_threads(monkeypatch):
+    few, many = (steady_steps(ab.SelfConsistency(n, max_new_tokens=14), monkeypatch)[0] for n in (2, 7))
+    assert set(few) == set(many) and len(set(few)) == 1, (few[0], many[0])
 
 
 def test_nan_scores_of_a_replay_are_refused():

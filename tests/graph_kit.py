@@ -1,4 +1,4 @@
-"""A CUDA graph without a GPU: records the operations of a forward and replays them, on the same memory, without Python."""
+"""A CUDA graph without a GPU: records a forward's operations and replays them on the same memory, without Python."""
 
 from __future__ import annotations
 
@@ -98,7 +98,8 @@ class HostWork(TorchDispatchMode):
         self.capture, self.calls = capture, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not self.capture.busy:
+        # lift_fresh: torch.from_numpy, a tensor around memory that is there already.
+        if not self.capture.busy and func is not torch.ops.aten.lift_fresh.default:
             self.calls.append((str(func), [tuple(x.shape) for x in tensors((args, kwargs or {}))]))
         return func(*args, **(kwargs or {}))
 

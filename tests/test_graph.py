@@ -1,4 +1,4 @@
-"""Decode steps as one replay, with a tape in the CUDA graph's place: what tests/gpu/test_graph.py does on a GPU."""
+"""Decode steps as one replay, with a tape in the CUDA graph's place: what tests/gpu/test_decode_graph.py does on a GPU."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_changed_topology_is_noticed_and_captured_anew():
     loop.step(counts=[1, 2, 1, 1, 1], ids=torch.arange(6))  # not a decode step
     loop.step()
     assert (loop.capture.captures, loop.capture.replays) == (3, 5)
-    for cache, branches in zip(loop.caches, loop.branches, strict=True):  # the same branches in another order
+    for branches in loop.branches:  # the same branches in another order
         branches.reverse()
     for _ in range(3):
         loop.step()
@@ -305,7 +305,7 @@ def test_a_topology_change_inside_a_capture(monkeypatch):
 
     def meddle(x):
         if loop.capture.active:
-            cache.step({branch: 1}).position_ids
+            _ = cache.step({branch: 1}).position_ids
         return real(x)
 
     loop.step()
@@ -342,7 +342,7 @@ def test_ids_that_do_not_fit(ids, error, match):
 
 def test_what_it_refuses():
     loop = Loop()
-    with pytest.raises(ValueError, match="cache: CUDA graphs need a CUDA device, .* on cpu; move the model there"):
+    with pytest.raises(ValueError, match=r"cache: CUDA graphs need a CUDA device, .* on cpu; move the model there"):
         DecodeGraph(loop.model, loop.caches[0])
     with pytest.raises(ValueError, match="after=1; pass a whole number of at least 2"):
         DecodeGraph(loop.model, loop.caches[0], after=1, capture=loop.capture)
@@ -467,7 +467,7 @@ def test_sampling_with_statistics_reads_as_often_for_many_threads(monkeypatch):
 def test_nan_scores_of_a_replay_are_refused():
     engine, capture = captured_engine()
     stream = engine.stream(PROMPT, eos_token_id=None, max_new_tokens=20)
-    with pytest.raises(ValueError, match="returned NaN scores in step .* thread 0, position"):
+    with pytest.raises(ValueError, match=r"returned NaN scores in step .* thread 0, position"):
         for i, _ in enumerate(stream):
             if i == 10:
                 assert capture.replays

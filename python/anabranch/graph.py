@@ -51,7 +51,9 @@ def forward(model: Any, ids: Tensor, step: Step, backend: str = "auto", keep: Te
 def unfit(cache: TreeCache, backend: str = "auto") -> str | None:
     """Why decode steps over this cache cannot be captured, with the remedy; None when they can."""
     if cache.device.type != "cuda":
-        return f"CUDA graphs need a CUDA device, and the model and its cache are on {cache.device}; move the model there"
+        return (
+            f"CUDA graphs need a CUDA device, and the model and its cache are on {cache.device}; move the model there"
+        )
     chosen = backends.choose(backend, cache.device, cache.dtype, cache.head_dim).name
     if chosen not in ("triton", "cuda"):
         return f"the {chosen} backend works on the host between its kernels; pass backend='triton' or 'cuda'"
@@ -168,8 +170,8 @@ class DecodeGraph:
         logits = decode(prompt_ids, cache.step({trunk: len(prompt_ids)}))   # runs as usual
         ids = logits.argmax(-1)
         while …:
-            logits = decode(ids, cache.step({trunk: 1}))     # as usual `after` times, captured, and from then on replayed
-            ids = logits.argmax(-1)                          # on the device: nothing here waits for it
+            logits = decode(ids, cache.step({trunk: 1}))    # as usual `after` times, captured, from then on replayed
+            ids = logits.argmax(-1)                         # on the device: nothing here waits for it
 
     Args:
         model: a decoder with ``attn_implementation="anabranch"``, in eval mode.
@@ -201,7 +203,9 @@ class DecodeGraph:
         capture: Capture | None = None,
     ) -> None:
         if not isinstance(after, int) or after < 2:
-            raise ValueError(f"after={after!r}; pass a whole number of at least 2 (steps before a topology is captured)")
+            raise ValueError(
+                f"after={after!r}; pass a whole number of at least 2 (steps before a topology is captured)"
+            )
         if capture is None:
             reason = unfit(cache, backend)
             if reason is not None:
@@ -329,7 +333,7 @@ class DecodeGraph:
         except TopologyChanged:
             raise
         except Exception as error:
-            self._give_up(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else error!r}")
+            self._give_up(": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]]))
             return None
         self.captures += 1
         return _Graph(inputs, fixed, replay, scores)

@@ -112,7 +112,7 @@ class Plan:
         self.num_rows = num_rows
         self.device = device
         number = next(_handles)
-        self.handle = torch.tensor([number], dtype=torch.int64)
+        self.handle = torch.from_numpy(np.array([number]))  # torch.tensor takes several times as long
         _plans[number] = self
 
     # -- what a kernel asks ------------------------------------------------------------------------------------------

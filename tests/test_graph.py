@@ -1,4 +1,4 @@
-"""Decode steps as one replay, with a tape in the CUDA graph's place: what tests/gpu/test_decode_graph.py does on a GPU."""
+"""Decode steps as one replay, with a tape in the CUDA graph's place (on a GPU: tests/gpu/test_decode_graph.py)."""
 
 from __future__ import annotations
 

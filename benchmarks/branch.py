@@ -294,11 +294,12 @@ class Separate(Way):
 
 
 class Flex(HeadMajor):
-    """FlexAttention, compiled where that has a backward; the block mask is made once and counted in the total."""
+    """FlexAttention, compiled where that has a backward; the block mask is made once and its time shown apart."""
 
     name, title = "flex", "FlexAttention"
 
-    def build(self) -> None:
+    def prepare(self) -> Callable[..., torch.Tensor]:
+        """Inputs and block mask; the compiled operator."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         super().build()
@@ -325,16 +326,21 @@ class Flex(HeadMajor):
 
         self.mask = make()
         self.mask_us = best(make)
+        self.options = dict(block_mask=self.mask, scale=work.scale, enable_gqa=work.heads > work.kv_heads)
         torch._dynamo.reset()
-        compiled = torch.compile(flex_attention, dynamic=False)
-        options = dict(block_mask=self.mask, scale=work.scale, enable_gqa=work.heads > work.kv_heads)
+        return torch.compile(flex_attention, dynamic=False)
+
+    def build(self) -> None:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        compiled = self.prepare()
         try:
-            self.attend = lambda q, k, v: compiled(q, k, v, **options)
+            self.attend = lambda q, k, v: compiled(q, k, v, **self.options)
             self.backward(self.forward())
         except Exception as error:
             reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
             self.note = f"compiled forward and backward do not run here ({reason}); uncompiled, as PyTorch offers it"
-            self.attend = lambda q, k, v: flex_attention(q, k, v, **options)
+            self.attend = lambda q, k, v: flex_attention(q, k, v, **self.options)
             self.backward(self.forward())
 
     def pairs(self) -> float:
@@ -345,25 +351,17 @@ class Flex(HeadMajor):
 
 
 class FlexForward(Flex):
-    """The forward alone, compiled, where the backward is not to be had."""
+    """The forward alone, compiled, for where the backward is not to be had (CPUs)."""
 
     name, title = "flex_forward", "FlexAttention, forward alone"
 
     def build(self) -> None:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        super().build()
-        if not self.note:
-            raise Unfit("measured with its backward")
-        torch._dynamo.reset()
-        compiled = torch.compile(flex_attention, dynamic=False)
-        options = dict(block_mask=self.mask, scale=self.work.scale, enable_gqa=self.work.heads > self.work.kv_heads)
+        compiled = self.prepare()
         self.inputs = [x.detach() for x in self.inputs]
-        self.attend = lambda q, k, v: compiled(q, k, v, **options)
-        self.note = ""
+        self.attend = lambda q, k, v: compiled(q, k, v, **self.options)
 
     def backward(self, out) -> tuple[torch.Tensor, ...]:
-        return () if not self.inputs[0].requires_grad else super().backward(out)
+        return ()
 
     def results(self, out, grads) -> list[torch.Tensor]:
         return [out[0].transpose(0, 1)]

@@ -29,7 +29,7 @@ HELD_OUT = 20  # one pair of operands in so many is for dev, one for test
 
 @dataclass(frozen=True)
 class Problem:
-    """a, b: the operands. prompt: as a user writes it. items: the answer for `thread_layout`. threads: 0 = no fork."""
+    """a, b: the operands. prompt: as a user writes it. items: the answer for `lesson`. threads: 0 = no fork."""
 
     a: int
     b: int

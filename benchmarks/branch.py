@@ -12,8 +12,8 @@ from __future__ import annotations
 import gc
 import json
 import math
+import random
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -464,7 +464,32 @@ def _interleaved(ways: list[Way], rounds: int, budget: float) -> list[tuple[Timi
     return [(Timing(f), Timing(b)) for f, b in times]
 
 
-# ------------------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------------------------ masks, memory
+
+
+def construction(segments: int = 1000, tokens: int = 100) -> list[dict]:
+    """Making a `BranchMask` of 1,000 segments and some 100,000 tokens: a random tree, the same one by its contexts, and
+    200 forks of four, each joined, so that the last segments name a thousand others."""
+    rng = random.Random(0)
+    parents, path, contexts = [-1], [0], [()]
+    for i in range(1, segments):
+        del path[rng.randint(1, len(path)) :]
+        parents.append(path[-1])
+        contexts.append(tuple(path))
+        path.append(i)
+    lengths, joined = [tokens] * segments, fork_join(tokens, 4, tokens, segments // 5)
+    assert joined.context is not None
+    makers = {
+        "from_tree": (lambda: BranchMask.from_tree(lengths, parents), segments),
+        "from_context, a tree": (lambda: BranchMask.from_context(lengths, contexts), sum(map(len, contexts))),
+        "from_context, forks and joins": (joined.mask, sum(map(len, joined.context))),
+    }
+    found = []
+    for name, (make, named) in makers.items():
+        mask, timing = make(), Timing([once(make) for _ in range(21)])
+        shape = {"case": name, "segments": mask.num_segments, "tokens": mask.num_tokens, "named": named}
+        found.append({**shape, "intervals": len(mask.cols), **timing.as_dict()})
+    return found
 
 
 def memory(names: tuple[str, ...] = ("anabranch", "masked")) -> list[dict]:
@@ -489,12 +514,12 @@ def memory(names: tuple[str, ...] = ("anabranch", "masked")) -> list[dict]:
     return entries
 
 
-def _resident() -> int:
-    """Bytes of this process in memory now."""
+def _resident(field: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most. (getrusage would count the parent before exec.)"""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(f"{field}:"):
             return int(re.findall(r"\d+", line)[0]) * 1024
-    raise RuntimeError("/proc/self/status has no VmRSS")
+    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def _memory_here(name: str, scale: int) -> dict:
@@ -507,11 +532,11 @@ def _memory_here(name: str, scale: int) -> dict:
         way.build()
     else:  # the mask belongs to what it needs; the layout does not
         HeadMajor.build(way)
-    before = _resident()
+    before = _resident("VmRSS")
     if isinstance(way, Masked):
         way.mask = way.work.case.mask().dense()
     way.both()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = _resident("VmHWM")
     tokens = way.work.case.tokens
     return {"peak_growth_bytes": peak - before, "bytes_per_token": round((peak - before) / tokens)}
 

@@ -154,6 +154,8 @@ def _run_branch(
                 )  # fmt: skip
             store.put("branch", ("case", "heads", "head_dim", "dtype"), entry)
             console.print(report.branch_line(entry))
+    for entry in branch.construction():
+        store.put("branch_masks", ("case",), entry)
     if memory and not quick:
         with console.status("memory, a process a case"):
             for entry in branch.memory():

@@ -162,6 +162,9 @@ def branch_table(data: dict[str, Any]) -> Table:
     for e in data.get("branch", []):
         peers = [_times(ratio(e, p)) if ratio(e, p) else "–" for p in BRANCH]
         table.add_row(escape(e["case"]), _shape(e), micro(median(e, OURS)), *peers)
+    for e in data.get("branch_masks", []):
+        name = f"mask of {e['segments']:,} segments, {e['tokens']:,} tokens"
+        table.add_row(name, e["case"], micro(e["median_us"]), *("" for _ in BRANCH))
     for e in data.get("branch_memory", []):
         grown = f"{e['peak_growth_bytes'] / 1e6:.0f} MB" if "peak_growth_bytes" in e else e.get("left_out", "")
         table.add_row(f"peak memory, {escape(e['case'])}", e["contender"], grown, *("" for _ in BRANCH))
@@ -199,6 +202,10 @@ def _branch_markdown(data: dict[str, Any]) -> list[str]:
             )
         notes = [f"{BRANCH.get(n, n)}: {f['note']}." for n, f in e["contenders"].items() if f.get("note")]
         lines += ["", *notes, ""] if notes else [""]
+    for e in data.get("branch_masks", []):
+        spread = f"{micro(e['median_us'])} ({micro(e['min_us'])} – {micro(e['max_us'])})"
+        size = f"{e['segments']:,} segments, {e['tokens']:,} tokens, {e['named']:,} parents or visible segments named"
+        lines += [f"`BranchMask.{e['case']}`: {size}: {spread}.", ""]
     rows = data.get("branch_memory", [])
     if rows:
         lines += ["Growth of the peak resident set over one forward and backward, 8/2 heads of 64, float32:", ""]

@@ -1,7 +1,9 @@
 """``python -m anabranch.kernels.report``: compile every variant, write the table of what each one takes.
 
 No GPU is needed. Writes ``benchmarks/results/triton_resources.json`` and ``.md``; a variant that fails to compile is
-reported with its error and makes the exit code 1, and the others still run.
+reported with its error and makes the exit code 1, and the others still run. With ``--kernel``, ``--arch``, ``--dtype``
+or ``--head-dim`` only those are compiled, and the rows of the others stay as they are in the file, if the same Triton
+made them.
 """
 
 from __future__ import annotations
@@ -53,9 +55,27 @@ def compile_in_processes(chosen: list[variants.Variant], processes: int) -> list
         found += lines
         for variant in share[len(lines) :]:
             found.append({**vars(variant), "error": f"its process ended with exit code {code}"})
-    order = {tuple(vars(variant).values()): i for i, variant in enumerate(chosen)}
-    fields = variants.Variant.__dataclass_fields__
-    return sorted(found, key=lambda row: order[tuple(row[name] for name in fields)])
+    order = {variant: i for i, variant in enumerate(chosen)}
+    return sorted(found, key=lambda row: order[_variant_of(row)])
+
+
+def kept_rows(path: Path, versions: str, compiled: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of an earlier table with those just compiled put in, in the order of ``all_variants``.
+
+    Rows of another Triton, and of variants that no launch asks for any more, are dropped.
+    """
+    found = {}
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        if earlier["made_with"] == versions:
+            found = {_variant_of(row): row for row in earlier["variants"]}
+    found |= {_variant_of(row): row for row in compiled}
+    order = [variant for arch in variants.ARCHS for variant in variants.all_variants(arch)]
+    return [found[variant] for variant in order if variant in found]
+
+
+def _variant_of(row: dict[str, Any]) -> variants.Variant:
+    return variants.Variant(**{name: row[name] for name in variants.Variant.__dataclass_fields__})
 
 
 def markdown(rows: list[dict[str, Any]], versions: str) -> str:
@@ -71,7 +91,7 @@ def markdown(rows: list[dict[str, Any]], versions: str) -> str:
         f"{len(good)} variants compiled, {len(failed)} failed, {len(spilled)} spill registers"
         f" ({sum(row['head_dim'] <= 128 for row in spilled)} of these at head_dim 128 or less).",
         "A cell: registers a thread, shared memory a block, tensor-core instruction (– = none), spilled bytes if any.",
-        "`options`: softcap, window, sinks and device-side counts all on.",
+        "`options`: softcap, window, sinks and device-side counts all on, as far as the kernel has them.",
         "",
         "| kernel | dtype | head_dim | tile | options | " + " | ".join(f"sm_{arch}" for arch in archs) + " |",
         "|---" * (5 + len(archs)) + "|",
@@ -85,7 +105,8 @@ def markdown(rows: list[dict[str, Any]], versions: str) -> str:
             cell = f"{row['registers']} r, {row['shared_bytes'] / 1024:.0f} KB, {'+'.join(row['tensor_cores']) or '–'}"
             cell += f", **{row['spill_bytes']} B spilled**" if row["spill_bytes"] else ""
             if row["block_n"]:
-                cell += f" (N {row['block_n']}, {row['num_warps']} warps, {row['num_stages']} stages)"
+                size = f"N {row['block_n']}" if row["block_m"] else f"{row['tile_m']} × {row['block_n']}"
+                cell += f" ({size}, {row['num_warps']} warps, {row['num_stages']} stages)"
         table.setdefault(key, {})[row["arch"]] = cell
     for key, cells in table.items():
         lines.append("| " + " | ".join([*map(str, key), *(cells.get(arch, "") for arch in archs)]) + " |")
@@ -96,8 +117,10 @@ def markdown(rows: list[dict[str, Any]], versions: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m anabranch.kernels.report", description=__doc__)
+    parser.add_argument("--kernel", action="append", choices=list(variants.BUILDERS), help="only these (default: all)")
     parser.add_argument("--arch", type=int, action="append", choices=variants.ARCHS, help="only these (default: all)")
     parser.add_argument("--dtype", action="append", choices=list(variants.DTYPES), help="only these (default: all)")
+    parser.add_argument("--head-dim", type=int, action="append", help="only these (default: all)")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the two files (default: {OUT})")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -112,11 +135,13 @@ def main() -> int:
         return 2
 
     chosen = [v for arch in args.arch or variants.ARCHS for v in variants.all_variants(arch)]
-    chosen = [v for v in chosen if not args.dtype or v.dtype in args.dtype]
+    for name in ("kernel", "dtype", "head_dim"):
+        chosen = [v for v in chosen if not getattr(args, name) or getattr(v, name) in getattr(args, name)]
     print(f"compiling {len(chosen)} variants in {args.processes} processes", flush=True)
     rows = compile_in_processes(chosen, args.processes)
     versions = f"Triton {variants.triton.__version__}"
     args.out.mkdir(parents=True, exist_ok=True)
+    rows = kept_rows(args.out / "triton_resources.json", versions, rows)
     (args.out / "triton_resources.json").write_text(
         json.dumps({"made_with": versions, "variants": rows}, indent=1) + "\n"
     )

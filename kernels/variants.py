@@ -33,7 +33,9 @@ __all__ = [
     "SHARED_LIMIT",
     "Variant",
     "all_variants",
+    "branch_variants",
     "compile_variant",
+    "launched_as",
     "missing_tools",
     "representative_variants",
     "why_not",
@@ -41,6 +43,7 @@ __all__ = [
 
 ARCHS = (80, 90, 100)
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
+BRANCH_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 192, 256)  # 112: two parts of 64, the widest of its class
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # What the shared memory of one block may be, in bytes (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -87,11 +90,21 @@ def all_variants(arch: int) -> list[Variant]:
             while block_m <= max_block_m(head_dim, itemsize, arch):
                 found += [Variant("attention", arch, dtype, head_dim, block_m, options) for options in (False, True)]
                 block_m *= 2
-            found += [Variant(f"branch_{k}", arch, dtype, head_dim, options=o) for k in BRANCH for o in (False, True)]
     for head_dim in (64, 80, 128, 256):
         found += [Variant("merge", arch, "bf16", head_dim, options=options) for options in (False, True)]
         found += [Variant("write_kv", arch, "bf16", head_dim), Variant("copy_pages", arch, "bf16", head_dim)]
-    return found
+    return found + branch_variants(arch)
+
+
+def branch_variants(arch: int) -> list[Variant]:
+    """The three kernels of branch attention, every dtype and head dim, with and without the options."""
+    return [
+        Variant(f"branch_{kernel}", arch, dtype, head_dim, options=options)
+        for kernel in BRANCH
+        for dtype in DTYPES
+        for head_dim in ((64, 128) if dtype == "fp16" else BRANCH_HEAD_DIMS)
+        for options in (False, True)
+    ]
 
 
 def representative_variants(arch: int) -> list[Variant]:
@@ -198,13 +211,24 @@ def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[dict
     return signature, aligned
 
 
+def launched_as(variant: Variant) -> dict[str, int]:
+    """The configuration that a launch of this variant takes from the table: nothing is compiled.
+
+    Returns:
+        ``tile_m`` rows and ``block_n`` columns of a block (0: a kernel without), ``num_warps`` and ``num_stages``.
+    """
+    _, constants, options = BUILDERS[variant.kernel](variant)
+    blocks = {"tile_m": constants.get("BLOCK_M", 0), "block_n": constants.get("BLOCK_N", 0)}
+    return {**blocks, "num_warps": options["num_warps"], "num_stages": options.get("num_stages", 0)}
+
+
 def compile_variant(variant: Variant) -> dict[str, Any]:
     """Compiles one variant to a cubin and returns what it takes.
 
     Returns:
         the variant's fields and: ``registers`` a thread, ``spill_bytes`` a thread, ``shared_bytes`` a block,
-        ``num_warps``, ``num_stages``, ``block_n`` (attention), ``tensor_cores`` (instruction kinds in the PTX, sorted)
-        and ``cubin_bytes``.
+        ``num_warps``, ``num_stages``, ``tile_m`` and ``block_n`` (attention and branch kernels; else 0),
+        ``tensor_cores`` (instruction kinds in the PTX, sorted) and ``cubin_bytes``.
 
     Raises:
         RuntimeError: nothing can be compiled here (``why_not`` tells why).
@@ -228,6 +252,7 @@ def compile_variant(variant: Variant) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         "num_warps": compiled.metadata.num_warps,
         "num_stages": compiled.metadata.num_stages,
+        "tile_m": constants.get("BLOCK_M", 0),
         "block_n": constants.get("BLOCK_N", 0),
         "tensor_cores": sorted(name for name, instruction in TENSOR_CORES.items() if instruction in ptx),
         "cubin_bytes": len(cubin),

@@ -316,6 +316,7 @@ def test_rounding_to_nearest_even_over_all_magnitudes(isa, dtype):
         fields = vars(case.arrays_) | {
             "items": items, "kv_slots": slots, "kv_positions": ints, "rows": ints, "limits": ints * 0 + kv_len,
             "dest": ints * 0 - 1, "row_positions": ints, "merge_rows": ints[:0], "merge_ptr": ints[:1] * 0,
+            "num_items": n, "num_merge": 0,
         }  # fmt: skip
         return Case(PlanArrays(**fields), case.visible, case.slots, case.positions, case.row_positions, [])
 

@@ -81,13 +81,20 @@ class Run:
         self.save()
 
 
+def source() -> list[str]:
+    """Where Python finds the package: in the checkout, if its modules are built there; else it is installed."""
+    package = ROOT / "python" / "anabranch"
+    built = any((package / f"_core{end}").exists() for end in EXTENSION_SUFFIXES)
+    return [str(package.parent)] if built else []
+
+
 def call(command: list[str], limit: float, log: Path | None = None) -> dict[str, Any]:
     """Runs a command from the repository's root, its output into ``log`` or shown: its exit code, its time.
 
     At the limit the whole process group is ended: compilers and test workers too.
     """
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "python"), *filter(None, [env.get("PYTHONPATH")])])
+    env["PYTHONPATH"] = os.pathsep.join([*source(), *filter(None, [env.get("PYTHONPATH")])])
     print("+", " ".join(command), flush=True)
     begin = time.perf_counter()
     code: int | str

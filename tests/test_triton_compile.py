@@ -53,7 +53,7 @@ def test_tensor_cores(compiled):
 
 
 def test_the_committed_table_is_of_the_branch_kernels_as_they_are_launched():
-    """Every variant of branch attention, in the configuration of now; at head_dim 128 or less some spill a few bytes."""
+    """Every variant of branch attention, as it is launched now; at head_dim 128 or less some spill a few bytes."""
     file = Path(__file__).parents[1] / report.OUT / "triton_resources.json"
     table = json.loads(file.read_text())["variants"]
     rows = {report._variant_of(row): row for row in table}

@@ -11,10 +11,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[2] / "python"))
 
-import anabranch as ab  # noqa: E402
-from anabranch import backends  # noqa: E402
-from anabranch.backends import cuda  # noqa: E402
-from triton_cases import check, random_case, relative_error  # noqa: E402
+import anabranch as ab
+from anabranch import backends
+from anabranch.backends import cuda
+from triton_cases import check, random_case, relative_error
 
 SKIPPED = 77
 

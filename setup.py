@@ -35,7 +35,7 @@ class CMakeBuild(build_ext):
         if cmake is None:
             raise RuntimeError("CMake was not found; `pip install cmake` brings it")
         configure = [
-            cmake, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
+            cmake, "--fresh", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
             f"-DANABRANCH_OUTPUT={out}", f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *cuda,
         ]  # fmt: skip

@@ -218,8 +218,7 @@ def launched_as(variant: Variant) -> dict[str, int]:
         ``tile_m`` rows and ``block_n`` columns of a block (0: a kernel without), ``num_warps`` and ``num_stages``.
     """
     _, constants, options = BUILDERS[variant.kernel](variant)
-    blocks = {"tile_m": constants.get("BLOCK_M", 0), "block_n": constants.get("BLOCK_N", 0)}
-    return {**blocks, "num_warps": options["num_warps"], "num_stages": options.get("num_stages", 0)}
+    return {**_blocks(constants), "num_warps": options["num_warps"], "num_stages": options.get("num_stages", 0)}
 
 
 def compile_variant(variant: Variant) -> dict[str, Any]:
@@ -252,11 +251,14 @@ def compile_variant(variant: Variant) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         "num_warps": compiled.metadata.num_warps,
         "num_stages": compiled.metadata.num_stages,
-        "tile_m": constants.get("BLOCK_M", 0),
-        "block_n": constants.get("BLOCK_N", 0),
+        **_blocks(constants),
         "tensor_cores": sorted(name for name, instruction in TENSOR_CORES.items() if instruction in ptx),
         "cubin_bytes": len(cubin),
     }
+
+
+def _blocks(constants: dict[str, Any]) -> dict[str, int]:
+    return {"tile_m": constants.get("BLOCK_M", 0), "block_n": constants.get("BLOCK_N", 0)}
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

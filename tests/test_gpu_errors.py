@@ -118,7 +118,7 @@ def test_a_plan_that_a_capture_would_have_to_upload(monkeypatch):
     made = ab.Plan.from_block_tables(torch.tensor([[0, 1]]), [7], page_size=4)
     profile = plan.Profile(tile=64, chunk=256, parallelism=4, num_kv_heads=2, elem_size=2)
     known = made.arrays(2, profile)
-    monkeypatch.setattr(plan, "_capturing", lambda device: True)
+    monkeypatch.setattr(plan, "capturing", lambda device: True)
     assert made.arrays(2, profile) is known  # what is there already is captured as it is
     with pytest.raises(RuntimeError, match=r"plan: it is not on the GPU yet.*run one call with this plan before"):
         made.arrays(4, profile)

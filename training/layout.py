@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,17 +23,26 @@ from anabranch.strategies import Tagged, ThreadWeaver
 
 @dataclass(frozen=True)
 class Lesson:
-    """One row, and in which way of running the model writes what it is to learn.
+    """One answer as a row, and in which way of running the model writes what it is to learn.
 
-    row: loss on all that the model writes in either way.
-    forked: bool [T], the tokens that it writes in a forked run.
+    prompt, pieces: as `anabranch.training.threadweaver` takes them.
     """
 
-    row: training.Layout
-    forked: Tensor
+    prompt: Sequence[int]
+    pieces: Sequence[Any]
 
     def __len__(self) -> int:
         return self.row.num_tokens
+
+    @cached_property
+    def row(self) -> training.Layout:
+        """Loss on all that the model writes in either way."""
+        return training.threadweaver(self.prompt, self.pieces, sequential=True)
+
+    @cached_property
+    def forked(self) -> Tensor:
+        """bool [T], the tokens that it writes in a forked run."""
+        return training.threadweaver(self.prompt, self.pieces).labels != training.IGNORE
 
     @property
     def plain(self) -> Tensor:
@@ -97,8 +107,7 @@ def lesson(
         if last:
             raise ValueError(f"{name}: ends with threads; the trunk has to go on behind them")
         pieces.append(block(name, item))
-    row = training.threadweaver(prompt_ids, pieces, sequential=True)
-    return Lesson(row, training.threadweaver(prompt_ids, pieces).labels != training.IGNORE)
+    return Lesson(prompt_ids, pieces)
 
 
 def _encoder(tokenizer_or_pieces: Any) -> Any:

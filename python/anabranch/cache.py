@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anabranch import _core, backends
 from anabranch.attention import shape_of
-from anabranch.plan import FlatContexts, Plan, PlanArrays, Profile, core_params, split_buffer
+from anabranch.plan import FlatContexts, Plan, PlanArrays, Profile, capturing, core_params, split_buffer
 from anabranch.resident import ResidentPlan
 
 Branch = _core.Branch
@@ -449,11 +449,6 @@ class TreeCache:
             f"{self.device}, pages={u.pages_total - u.pages_free}/{u.pages_total} × {self.page_size}, "
             f"tokens={u.tokens_physical} for {u.tokens_logical})"
         )
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured on this device's current stream."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def free_memory(device: torch.device) -> int:

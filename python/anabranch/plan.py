@@ -191,7 +191,8 @@ def split_buffer(result: tuple, device: torch.device, copy: bool = False) -> Pla
     )
 
 
-def _capturing(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on this device's current stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -264,7 +265,7 @@ class TablePlan(Plan):
     def arrays(self, group: int, profile: Profile) -> PlanArrays:
         key = (group, profile)
         if key not in self._arrays:
-            if _capturing(self.device):
+            if capturing(self.device):
                 raise RuntimeError(
                     "plan: it is not on the GPU yet, and a captured CUDA graph cannot bring it there; run one call "
                     "with this plan before the capture"

@@ -81,11 +81,14 @@ class Run:
         self.save()
 
 
+def built(module: str) -> bool:
+    """Whether this module lies in the checkout, for this Python."""
+    return any((ROOT / "python" / "anabranch" / f"{module}{end}").exists() for end in EXTENSION_SUFFIXES)
+
+
 def source() -> list[str]:
     """Where Python finds the package: in the checkout, if its modules are built there; else it is installed."""
-    package = ROOT / "python" / "anabranch"
-    built = any((package / f"_core{end}").exists() for end in EXTENSION_SUFFIXES)
-    return [str(package.parent)] if built else []
+    return [str(ROOT / "python")] if built("_core") else []
 
 
 def call(command: list[str], limit: float, log: Path | None = None) -> dict[str, Any]:
@@ -134,10 +137,10 @@ def pybind11_options() -> list[str]:
 
 def build(run: Run) -> None:
     """The C++ modules, in place, with cmake and pybind11 as they are on this machine."""
-    steps, modules = run.result["steps"], ROOT / "python" / "anabranch"
+    steps = run.result["steps"]
     nvcc = None if run.dry else shutil.which(os.environ.get("CUDACXX", "nvcc"))
     wanted = ("_core", "_cpu", *(["_cuda"] if nvcc else []))
-    missing = [m for m in wanted if not any((modules / f"{m}{end}").exists() for end in EXTENSION_SUFFIXES)]
+    missing = [module for module in wanted if not built(module)]
     if run.dry or not missing:
         absent = f"; {', '.join(missing)} missing" if missing else ""
         steps["build"] = dict(command=f"nothing to build{absent}", code=0, seconds=0.0)

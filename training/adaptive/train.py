@@ -109,12 +109,12 @@ class Student(torch.nn.Module):
     def forward(self, batch: dict[str, Any], vocabulary: torch.Tensor) -> torch.Tensor:
         """Scores [targets, len(vocabulary)]."""
         hidden = self.model.model(
-            inputs_embeds=self.embed(batch["ids"])[None],
-            position_ids=batch["mask"].positions[None],
-            branch_mask=batch["mask"],
+            inputs_embeds=self.embed(batch["input_ids"]),
+            position_ids=batch["position_ids"],
+            branch_mask=batch["branch_mask"],
             use_cache=False,
         ).last_hidden_state[0]
-        return F.linear(hidden[batch["where"]], self.embed(vocabulary))
+        return F.linear(hidden[batch["logits_to_keep"]], self.embed(vocabulary))
 
     def begin_from(self, path: Path) -> None:
         """The weights of a state.pt, or of an adapter (a folder, such as the package's data/smollm2_adaptive)."""
@@ -139,12 +139,8 @@ class Student(torch.nn.Module):
 
 def collate(examples: list[Example]) -> dict[str, Any]:
     """Several problems in one row, each blind to the others."""
-    row = Layout.pack(one.row for one in examples)
     return {
-        "ids": row.input_ids,
-        "mask": row.mask,
-        "where": row.mask.previous[row.learnt],
-        "target": row.input_ids[row.learnt],
+        **Layout.pack(one.row for one in examples).batch(),
         "weight": torch.cat([one.weights for one in examples]),
         "forked": torch.cat([one.forked for one in examples]),
     }
@@ -173,7 +169,7 @@ def check(student: Student, dev: list[Example], vocabulary: torch.Tensor) -> dic
     wrong = {"join": 0, "else": 0}
     for one in dev:
         batch = collate([one])
-        ok = vocabulary[student(batch, vocabulary).argmax(-1)] == batch["target"]
+        ok = vocabulary[student(batch, vocabulary).argmax(-1)] == batch["shift_labels"][0]
         forked.setdefault(one.family, []).append(bool(ok[batch["forked"]].all()))
         plain.append(bool(ok.all()))
         for w in batch["weight"][~ok & batch["forked"]].tolist():
@@ -264,7 +260,7 @@ def main(
             others = torch.randint(0, student.row_of.shape[0], (2048,))
             vocabulary = torch.unique(torch.cat([used, others]))
             scores = student(batch, vocabulary)
-            each = F.cross_entropy(scores, torch.searchsorted(vocabulary, batch["target"]), reduction="none")
+            each = F.cross_entropy(scores, torch.searchsorted(vocabulary, batch["shift_labels"][0]), reduction="none")
             loss = (each * batch["weight"]).sum() / batch["weight"].sum()
             for group in optimizer.param_groups:
                 group["lr"] = rate(spent / (minutes * 60), lr)
@@ -273,7 +269,7 @@ def main(
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             step += 1
-            seen += batch["ids"].numel()
+            seen += batch["input_ids"].numel()
             losses.append(loss.item())
             spent = time.monotonic() - begun
             if time.monotonic() - last_note > 60:

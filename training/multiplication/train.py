@@ -140,9 +140,10 @@ def batches(rng: random.Random, tokenizer: Any, tokens: int, weights: Any, drill
     while True:
         now, batch, size = weights(), [], 0
         while size < tokens:
-            batch.append(lesson_of(problem(*draw(rng, "train", now, zeros=0.35)), tokenizer).row)
-            batch += [drill_row(rng, tokenizer) for _ in range(int(drills + rng.random()))]
-            size = sum(x.num_tokens for x in batch)
+            rows = [lesson_of(problem(*draw(rng, "train", now, zeros=0.35)), tokenizer).row]
+            rows += [drill_row(rng, tokenizer) for _ in range(int(drills + rng.random()))]
+            size += sum(x.num_tokens for x in rows)
+            batch += rows
         yield batch
 
 
@@ -175,6 +176,7 @@ def check(model: LlamaForCausalLM, tokenizer: Any, dev: list[tuple[Problem, Less
     for question, x in dev:
         logits, targets = logits_of(model, x.row)
         guess, learnt = logits.argmax(-1), x.row.learnt
+        ids, previous = x.row.input_ids.tolist(), x.row.mask.previous.tolist()
         miss = guess != targets
         forked, plain = (not bool((miss & way[learnt]).any()) for way in (x.forked, x.plain))
         right["forked"] += forked
@@ -183,10 +185,10 @@ def check(model: LlamaForCausalLM, tokenizer: Any, dev: list[tuple[Problem, Less
         sizes[size] += 1
         good[size] += forked
         for i in miss.nonzero()[:, 0].tolist():
-            path, up = [], int(x.row.mask.previous[learnt[i]])
+            path, up = [], previous[int(learnt[i])]
             while up >= 0:
-                path.append(int(x.row.input_ids[up]))
-                up = int(x.row.mask.previous[up])
+                path.append(ids[up])
+                up = previous[up]
             text, target = tokenizer.decode(path[::-1]), tokenizer.decode([int(targets[i])])
             wrong[part_of(text, target)] += 1
             if show > 0:

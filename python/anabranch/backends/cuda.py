@@ -193,14 +193,9 @@ def run(
     k_pages: Tensor,
     v_pages: Tensor,
     arrays: Any,
-    *,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    sinks: Tensor | None,
-    return_lse: bool = True,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Both launches over a plan's arrays.
+    """Both launches over a plan's arrays; the options are `attention`'s, and return_lse is True where it is not given.
 
     With a ``counts`` tensor (int32 on the device: num_items, num_partials, num_merge) the host ints of ``arrays`` are
     capacities and the true numbers are read on the device, which is what a captured graph needs: the grid follows from
@@ -220,8 +215,7 @@ def run(
         return native.attention(
             _module().attention, q, k_pages, v_pages, arrays,
             (address(part_acc), address(part_ml)), _index(device), _stream(device),
-            sections=(getattr(arrays, "counts", None),),
-            scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse,
+            sections=(getattr(arrays, "counts", None),), **options,
         )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """How tensors reach the package's C++ modules, which know nothing of torch: as addresses, element strides and numbers.
 
-The backends over ``anabranch._cpu`` and ``anabranch._cuda`` share this; it picks nothing and refuses nothing. An
-address keeps nothing alive, so whoever takes one holds its tensor until the call is over.
+The backends over ``anabranch._cpu`` and ``anabranch._cuda`` share this (Triton's kernels take `rows` too); it picks
+nothing and refuses nothing. An address keeps nothing alive, so whoever takes one holds its tensor until the call is
+over.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def attention(
     softcap: float | None,
     window: int | None,
     sinks: Tensor | None,
-    return_lse: bool,
+    return_lse: bool = True,
     sections: tuple[Tensor | None, ...] = (),
 ) -> tuple[Tensor, Tensor | None]:
     """Tree attention by a module's ``attention``: out [rows, Hq, D] in q's dtype; lse [rows, Hq] float32 or None.

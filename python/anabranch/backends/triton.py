@@ -12,6 +12,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from anabranch import machine
+from anabranch.backends.native import rows
 from anabranch.plan import Profile
 
 if TYPE_CHECKING:
@@ -161,10 +162,6 @@ def _cut(layout: Layout, columns: bool, most: int) -> Tables:
 NARROWEST = 16  # lanes of a dot product: a shorter tile costs as much
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(2) == 1 else x.contiguous()
-
-
 def branch_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -184,7 +181,7 @@ def branch_forward(
     from anabranch.kernels import branch_launch
 
     return branch_launch.branch_forward(
-        _rows(q), _rows(k), _rows(v), functools.partial(_cut, layout),
+        rows(q), rows(k), rows(v), functools.partial(_cut, layout),
         scale=scale, softcap=softcap, window=window, sinks=None if sinks is None else sinks.contiguous(),
     )  # fmt: skip
 
@@ -211,7 +208,7 @@ def branch_backward(
     if grad_lse is not None:
         delta = delta - grad_lse
     dq, dk, dv = branch_launch.branch_backward(
-        grad.contiguous(), _rows(q), _rows(k), _rows(v), lse.contiguous(), delta, functools.partial(_cut, layout),
+        grad.contiguous(), rows(q), rows(k), rows(v), lse.contiguous(), delta, functools.partial(_cut, layout),
         scale=scale, softcap=softcap, window=window,
     )  # fmt: skip
     return dq, dk, dv, delta

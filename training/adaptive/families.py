@@ -29,7 +29,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 FAMILIES = ("legs", "sums", "bills", "times", "story")
 SPLITS = ("train", "dev", "test")
@@ -72,26 +72,37 @@ def held_out(*numbers: object) -> str:
 NAMES = {
     "train": "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam "
     "Tina Victor Will Zoe Adam Bella Carl Dora Eric Fiona George Helen Ivan Julia Karl Lucy Mark Nina Oscar Peter "
-    "Ruth Simon".split(),
+    "Ruth Simon Agnes Bruno Celia Dylan Edith Fabio Gloria Hannah Igor Jonas Katya Luis Mabel Nigel Otto Priya Quentin "
+    "Rachel Stefan Teresa Ursula Vera Walter Xenia Yusuf Zelda Omar Wanda Ines Theo Liam Amira Kofi Mei".split(),
     "dev": "Alice Boris Chloe Daniel Esther Frank".split(),
     "test": "Maria Tom Laura Max Sarah Hugo Linda Robert Nora Martin Eva Philip".split(),
 }
 GOODS = {
     "train": "apples pens cards stamps eggs candles books cups balls roses lemons keys bags bolts buttons cakes combs "
-    "coins dolls flags forks hats jars kites lamps masks nails nuts pears pins plates ribbons rings ropes".split(),
+    "coins dolls flags forks hats jars kites lamps masks nails nuts pears pins plates ribbons rings ropes "
+    "onions candies rulers towels stickers brushes screws mugs radishes envelopes notebooks spools".split(),
     "dev": "socks bricks peaches spoons".split(),
     "test": "oranges bottles pencils tiles carrots boxes shells bells".split(),
 }
 THINGS = {
-    "train": ["marbles", "stickers", "shells", "points", "coins", "beads", "cards", "stamps"],
+    "train": ["marbles", "stickers", "shells", "points", "coins", "beads", "cards", "stamps", "acorns", "magnets",
+              "postcards", "medals", "feathers", "chips", "letters", "keys"],
     "dev": ["buttons", "tokens"],
     "test": ["pebbles", "tickets", "badges"],
-}
+}  # fmt: skip
 
 
-def _words(split: str, rng: random.Random, seen: list[str], unseen: list[str], strange: bool) -> str:
-    """A phrasing: training's own, or, for half of the dev and test problems, one that training never has."""
-    return rng.choice(unseen if strange and split != "train" else seen)
+class Words(NamedTuple):
+    """Phrasings: `seen` in every split, `unseen` in half of the dev and test problems, `more` in training alone."""
+
+    seen: list[str]
+    unseen: list[str]
+    more: list[str]
+
+    def pick(self, split: str, rng: random.Random, strange: bool) -> str:
+        if split == "train":
+            return rng.choice(self.seen + self.more)
+        return rng.choice(self.unseen if strange else self.seen)
 
 
 def _pick(split: str, rng: random.Random, draw: Callable[[], tuple]) -> tuple:
@@ -159,8 +170,11 @@ def legs(split: str, rng: random.Random, n: int, strange: bool) -> Problem | Non
     return Problem("legs", entry["question"].strip(), tuple(parts), join, entry["answer"], False, (entry,))
 
 
-SUMS_SEEN = ["Work out each of these.", "Calculate all of these.", "What do these come to?", "Solve these:"]
-SUMS_UNSEEN = ["Please evaluate the following sums.", "Give me the result of every line."]
+SUMS_LEAD = Words(
+    seen=["Work out each of these.", "Calculate all of these.", "What do these come to?", "Solve these:"],
+    unseen=["Please evaluate the following sums.", "Give me the result of every line."],
+    more=["Find the value of each.", "Compute these, please.", "Do all of the arithmetic below.", "How much is each?"],
+)
 
 
 def sums(split: str, rng: random.Random, n: int, strange: bool) -> Problem | None:
@@ -186,7 +200,7 @@ def sums(split: str, rng: random.Random, n: int, strange: bool) -> Problem | Non
         return None
     if n == 1:
         return Problem("sums", entries[0]["question"], tuple(parts), "", entries[0]["answer"], False, tuple(entries))
-    lead = _words(split, rng, SUMS_SEEN, SUMS_UNSEEN, strange)
+    lead = SUMS_LEAD.pick(split, rng, strange)
     lines = "\n".join(
         f"{letter}: {e['metadata']['expression']} =" for letter, e in zip("ABCDEF", entries, strict=False)
     )
@@ -199,27 +213,54 @@ def _belongs(split: str, of: list[str]) -> bool:
     return set(of) <= {"train", split} and split in of
 
 
-BILL_SEEN = [
-    "{name} buys {q} {goods} at {p} cents each and a bag for {r} cents.",
-    "{name} takes {q} {goods} for {p} cents apiece and pays {r} cents for the wrapping.",
-    "{name} orders {q} {goods} ({p} cents each, plus {r} cents for postage).",
-    "{name} needs {q} {goods} and a box; the {goods} cost {p} cents each, the box {r} cents.",
-]
-BILL_UNSEEN = [
-    "{name} picks up {q} {goods}, each priced at {p} cents, and a newspaper priced at {r} cents.",
-    "Into the basket of {name} go {q} {goods} of {p} cents and a loaf of {r} cents.",
-]
-BILL_ASK_SEEN = [
-    "How many cents does each of them pay?", "What does everyone owe, in cents?", "Find the bill of each in cents.",
-    "How much is it for each person, in cents?",
-]  # fmt: skip
-BILL_ASK_UNSEEN = ["Tell me how many cents every customer spends.", "What must each one hand over, in cents?"]
-BILL_ASK_ONE = ["How many cents is that?", "What does that cost in all, in cents?", "Find the bill in cents."]
-BILL_ASK_ONE_UNSEEN = ["Tell me how many cents go over the counter."]
+BILL = Words(
+    seen=[
+        "{name} buys {q} {goods} at {p} cents each and a bag for {r} cents.",
+        "{name} takes {q} {goods} for {p} cents apiece and pays {r} cents for the wrapping.",
+        "{name} orders {q} {goods} ({p} cents each, plus {r} cents for postage).",
+        "{name} needs {q} {goods} and a box; the {goods} cost {p} cents each, the box {r} cents.",
+    ],
+    unseen=[
+        "{name} picks up {q} {goods}, each priced at {p} cents, and a newspaper priced at {r} cents.",
+        "Into the basket of {name} go {q} {goods} of {p} cents and a loaf of {r} cents.",
+    ],
+    more=[
+        "{name} chooses {q} {goods}, {p} cents a piece, and a card that costs {r} cents.",
+        "{name} pays for {q} {goods} ({p} cents per item) and a fee of {r} cents.",
+        "{q} {goods} at {p} cents each and a cup of tea at {r} cents are what {name} asks for.",
+        "A parcel with {q} {goods}, {p} cents each, and a string for {r} cents goes to {name}.",
+        "For {name} there are {q} {goods} of {p} cents each, and a tip of {r} cents.",
+        "It is {name} who wants {q} {goods} for {p} cents each and a roll for {r} cents.",
+        "The shop sells {name} {q} {goods} at {p} cents and one lid at {r} cents.",
+        "{name} gets {q} {goods}. Each of the {goods} costs {p} cents, and the ride {r} cents.",
+        "With a voucher {name} collects {q} {goods}, worth {p} cents each, and some tape worth {r} cents.",
+    ],
+)
+BILL_ASK = Words(
+    seen=[
+        "How many cents does each of them pay?",
+        "What does everyone owe, in cents?",
+        "Find the bill of each in cents.",
+        "How much is it for each person, in cents?",
+    ],
+    unseen=["Tell me how many cents every customer spends.", "What must each one hand over, in cents?"],
+    more=[
+        "Work out the cents for each of them.",
+        "In cents, how much does everybody need?",
+        "Say what all of them have to pay, in cents.",
+        "List the cost for each one in cents.",
+        "Please give each total in cents.",
+    ],
+)
+BILL_ASK_ONE = Words(
+    seen=["How many cents is that?", "What does that cost in all, in cents?", "Find the bill in cents."],
+    unseen=["Tell me how many cents go over the counter."],
+    more=["Give the price of everything in cents.", "Say what that comes to in cents.", "How much is due, in cents?"],
+)
 
 
 def bills(split: str, rng: random.Random, n: int, strange: bool) -> Problem | None:
-    sentence = _words(split, rng, BILL_SEEN, BILL_UNSEEN, strange)
+    sentence = BILL.pick(split, rng, strange)
     lines, parts = [], []
     for name in rng.sample(NAMES[split], n):
         q, p = _pick(split, rng, lambda: (rng.randint(2, 9), rng.randint(11, 49)))
@@ -229,10 +270,10 @@ def bills(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
         work = f" {name}: {q}*{p}+{r}. {product(q, p)}, {q * p}+{r}={total}. {name} {total}."
         parts.append(Part(name, work, f"{name} {total}"))
     if n == 1:
-        ask = _words(split, rng, BILL_ASK_ONE, BILL_ASK_ONE_UNSEEN, strange)
+        ask = BILL_ASK_ONE.pick(split, rng, strange)
         answer = parts[0].result.split()[1]
     else:
-        ask = _words(split, rng, BILL_ASK_SEEN, BILL_ASK_UNSEEN, strange)
+        ask = BILL_ASK.pick(split, rng, strange)
         answer = ", ".join(p.result for p in parts)
     return Problem("bills", " ".join([*lines, ask]), tuple(parts), "", answer, strange and split != "train")
 
@@ -244,23 +285,81 @@ UNITS = [
     ("foot", "inch", 12),
     ("week", "day", 7),
 ]
-TIME_SEEN = {
-    60: ["{name} reads for {a} and then for {c}.", "{name} trains {a} on one day and {c} on the next.",
-         "{name} needs {a} for the first lap and {c} for the second."],
-    24: ["{name} is on the road for {a} and then for {c}.", "{name} sails for {a} and rests for {c}."],
-    12: ["{name} has boards of {a} and {c}.", "{name} lays pipes that are {a} and {c} long."],
-    7: ["{name} is away for {a} and then for {c}.", "{name} takes courses of {a} and {c}."],
-}  # fmt: skip
-TIME_UNSEEN = {
-    60: ["A rehearsal of {a} and a concert of {c} are behind {name}."],
-    24: ["The voyages of {name} take {a} and {c}."],
-    12: ["In the shed of {name} stand two planks, {a} and {c} long."],
-    7: ["The visits of {name} last {a} and {c}."],
+TIME = {
+    60: Words(
+        seen=[
+            "{name} reads for {a} and then for {c}.",
+            "{name} trains {a} on one day and {c} on the next.",
+            "{name} needs {a} for the first lap and {c} for the second.",
+        ],
+        unseen=["A rehearsal of {a} and a concert of {c} are behind {name}."],
+        more=[
+            "{name} paints for {a} and cleans up for {c}.",
+            "After {a} of running, {name} swims for {c}.",
+            "A film of {a} and a clip of {c} are what {name} watches.",
+            "A drive of {a}, then a walk of {c}: that is the day of {name}.",
+            "Two calls, of {a} and of {c}, keep {name} busy.",
+            "For {name} the way there takes {a} and the way back {c}.",
+            "{a} of practice and {c} of rest are planned by {name}.",
+        ],
+    ),
+    24: Words(
+        seen=["{name} is on the road for {a} and then for {c}.", "{name} sails for {a} and rests for {c}."],
+        unseen=["The voyages of {name} take {a} and {c}."],
+        more=[
+            "Two trips keep {name} away, first {a}, then {c}.",
+            "First a hike of {a}, then a ride of {c}: {name} is tired.",
+            "After {a} on a boat, {name} waits for {c}.",
+            "Two flights, of {a} and of {c}, are booked for {name}.",
+            "{a} at sea and {c} on land are planned by {name}.",
+        ],
+    ),
+    12: Words(
+        seen=["{name} has boards of {a} and {c}.", "{name} lays pipes that are {a} and {c} long."],
+        unseen=["In the shed of {name} stand two planks, {a} and {c} long."],
+        more=[
+            "{name} knots two ropes, one of {a}, one of {c}.",
+            "Two strips, of {a} and of {c}, are cut by {name}.",
+            "A rail of {a} and a rod of {c} belong to {name}.",
+            "The two ribbons of {name} measure {a} and {c}.",
+            "{name} ties a cord of {a} to a cord of {c}.",
+        ],
+    ),
+    7: Words(
+        seen=["{name} is away for {a} and then for {c}.", "{name} takes courses of {a} and {c}."],
+        unseen=["The visits of {name} last {a} and {c}."],
+        more=[
+            "Two holidays, {a} and {c}, are granted to {name}.",
+            "A camp of {a} and a fair of {c} are planned by {name}.",
+            "After {a} abroad, {name} stays home for {c}.",
+            "Two jobs, of {a} and of {c}, are done by {name}.",
+            "{a} of school and {c} of leave lie ahead of {name}.",
+        ],
+    ),
 }
-TIME_ASK_SEEN = ["Who has the most in total?", "Whose total is the largest?", "Who comes out on top in total?"]
-TIME_ASK_UNSEEN = ["Which of them reaches the greatest total?"]
-TIME_ASK_ONE = ["How many {units} is that in total?", "What is the total in {units}?"]
-TIME_ASK_ONE_UNSEEN = ["Express the whole of it in {units}."]
+TIME_ASK = Words(
+    seen=["Who has the most in total?", "Whose total is the largest?", "Who comes out on top in total?"],
+    unseen=["Which of them reaches the greatest total?"],
+    more=[
+        "Which one has the biggest sum?",
+        "Say who has the most altogether.",
+        "Name the one whose sum is the highest.",
+        "Who is ahead when all is added up?",
+        "Which person has the longest total?",
+        "Find the one that gets the most overall.",
+    ],
+)
+TIME_ASK_ONE = Words(
+    seen=["How many {units} is that in total?", "What is the total in {units}?"],
+    unseen=["Express the whole of it in {units}."],
+    more=[
+        "Give the total in {units}.",
+        "Turn all of it into {units}.",
+        "Say how many {units} there are altogether.",
+        "Write the sum in {units}.",
+        "Convert everything to {units}, please.",
+    ],
+)
 _PLURAL = {"foot": "feet", "inch": "inches"}
 
 
@@ -270,7 +369,7 @@ def _amount(n: int, unit: str) -> str:
 
 def times(split: str, rng: random.Random, n: int, strange: bool) -> Problem | None:
     big, small, per = rng.choice(UNITS)
-    sentence = _words(split, rng, TIME_SEEN[per], TIME_UNSEEN[per], strange)
+    sentence = TIME[per].pick(split, rng, strange)
     lines, parts, totals = [], [], []
     for name in rng.sample(NAMES[split], n):
         while True:
@@ -285,35 +384,67 @@ def times(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
         parts.append(Part(name, f" {name}: {a}*{per}+{b}+{c}. {steps}. {name} {total}.", f"{name} {total}"))
         totals.append(total)
     if n == 1:
-        ask = _words(split, rng, TIME_ASK_ONE, TIME_ASK_ONE_UNSEEN, strange).format(
-            units=_PLURAL.get(small, small + "s")
-        )
+        ask = TIME_ASK_ONE.pick(split, rng, strange).format(units=_PLURAL.get(small, small + "s"))
         return Problem("times", " ".join([*lines, ask]), tuple(parts), "", str(totals[0]), strange and split != "train")
     best, join = 0, parts[0].result
     for i in range(1, n):
         more = totals[i] > totals[best]
         join += f", {parts[i].result}{'>' if more else '<'}{totals[best]}"
         best = i if more else best
-    ask = _words(split, rng, TIME_ASK_SEEN, TIME_ASK_UNSEEN, strange)
+    ask = TIME_ASK.pick(split, rng, strange)
     answer = parts[best].result
     return Problem("times", " ".join([*lines, ask]), tuple(parts), f"{join}.\n", answer, strange and split != "train")
 
 
-STORY_START = ["{name} has {x} {things}.", "{name} starts with {x} {things}.", "There are {x} {things} in a box."]
-STORY_START_UNSEEN = ["In the morning {name} counts {x} {things}."]
-STORY_UP = ["Then {y} more come.", "Next {y} are added.", "After that {y} are won."]
-STORY_DOWN = ["Then {y} are lost.", "Next {y} are given away.", "After that {y} are sold."]
-STORY_UP_UNSEEN, STORY_DOWN_UNSEEN = ["Later on {y} turn up."], ["Later on {y} go missing."]
+STORY_START = Words(
+    seen=["{name} has {x} {things}.", "{name} starts with {x} {things}.", "There are {x} {things} in a box."],
+    unseen=["In the morning {name} counts {x} {things}."],
+    more=[
+        "{name} owns {x} {things}.",
+        "On a shelf lie {x} {things}.",
+        "At first {name} finds {x} {things}.",
+        "On Monday {name} brings {x} {things}.",
+    ],
+)
+STORY_UP = Words(
+    seen=["Then {y} more come.", "Next {y} are added.", "After that {y} are won."],
+    unseen=["Later on {y} turn up."],
+    more=[
+        "Later {y} are found.",
+        "Soon {y} show up.",
+        "Then {y} arrive.",
+        "In the evening {y} are bought.",
+        "Then a friend brings {y}.",
+        "Afterwards {y} are put back.",
+        "Now {y} come in.",
+    ],
+)
+STORY_DOWN = Words(
+    seen=["Then {y} are lost.", "Next {y} are given away.", "After that {y} are sold."],
+    unseen=["Later on {y} go missing."],
+    more=[
+        "Later {y} are stolen.",
+        "Soon {y} vanish.",
+        "Then {y} break.",
+        "In the evening {y} are thrown out.",
+        "Then a friend takes {y}.",
+        "Afterwards {y} get lost.",
+        "Now {y} leave.",
+    ],
+)
 STORY_TIMES = ["Then the number doubles.", "Next the number triples."]
-STORY_ASK = ["How many {things} are there in the end?", "How many {things} are left?"]
-STORY_ASK_UNSEEN = ["What is the final number of {things}?"]
+STORY_ASK = Words(
+    seen=["How many {things} are there in the end?", "How many {things} are left?"],
+    unseen=["What is the final number of {things}?"],
+    more=["Count the {things} at the end.", "How many {things} is that now?", "Say how many {things} remain."],
+)
 
 
 def story(split: str, rng: random.Random, n: int, strange: bool) -> Problem | None:
     """n steps, each of which needs the one before: one part, so no threads."""
     name, things = rng.choice(NAMES[split]), rng.choice(THINGS[split])
     x = rng.randint(11, 40)
-    lines = [_words(split, rng, STORY_START, STORY_START_UNSEEN, strange).format(name=name, x=x, things=things)]
+    lines = [STORY_START.pick(split, rng, strange).format(name=name, x=x, things=things)]
     steps, doubled, total = [], False, x
     for _ in range(n):
         kind = rng.choice("+++---*")
@@ -328,11 +459,10 @@ def story(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
         sign, most = (1, 9) if up else (-1, min(9, total - 1))
         steps_of = [sign * y for y in range(2, most + 1)]
         y = rng.choice([y for y in steps_of if held_out("story", total, y) == split] or steps_of)  # some have none
-        words, strange_words = (STORY_UP, STORY_UP_UNSEEN) if y > 0 else (STORY_DOWN, STORY_DOWN_UNSEEN)
-        lines.append(_words(split, rng, words, strange_words, strange).format(y=abs(y)))
+        lines.append((STORY_UP if y > 0 else STORY_DOWN).pick(split, rng, strange).format(y=abs(y)))
         steps.append(f"{total}{'+' if y > 0 else '-'}{abs(y)}={total + y}")
         total += y
-    lines.append(_words(split, rng, STORY_ASK, STORY_ASK_UNSEEN, strange).format(things=things))
+    lines.append(STORY_ASK.pick(split, rng, strange).format(things=things))
     part = Part("", f" {', '.join(steps)}.", str(total))
     return Problem("story", " ".join(lines), (part,), "", str(total), strange and split != "train")
 
@@ -341,14 +471,16 @@ def drill(rng: random.Random) -> Problem:
     """For training alone: additions and subtractions as joins and threads need them."""
     sums = []
     for _ in range(rng.randint(5, 9)):
-        kind = rng.randrange(4)
-        if kind == 0:  # a running total of a join
-            x, y = rng.randint(2, 300), rng.randint(2, 120)
-        elif kind == 1:  # tens and ones of a product
-            x, y = rng.randint(2, 36) * 10, rng.randint(2, 81)
-        else:  # a step of a thread
+        kind = rng.randrange(8)
+        if kind < 2:  # a running total of a join
+            x, y = rng.randint(2, 300), rng.randint(2, 150)
+        elif kind == 2:  # tens and ones of a product
+            x, y = rng.randint(2, 54) * 10, rng.randint(2, 81)
+        elif kind < 6:  # a step of a thread or a story
             x, y = rng.randint(10, 560), rng.randint(2, 9)
-        sums.append(f"{x}-{y}={x - y}" if kind == 3 else f"{x}+{y}={x + y}")
+        else:
+            x, y = rng.randint(10, 99), rng.randint(2, 9)
+        sums.append(f"{x}-{y}={x - y}" if kind in (5, 6) else f"{x}+{y}={x + y}")
     asked = ", ".join(s.partition("=")[0] for s in sums)
     part = Part("", f" {', '.join(sums)}.", "")
     return Problem("drill", f"Add and subtract: {asked}", (part,), "", sums[-1].partition("=")[2])

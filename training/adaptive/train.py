@@ -2,8 +2,9 @@
 
     python -m training.adaptive.train --minutes 100 --out runs/adaptive
 
-The learning rate follows the clock: warm-up, flat, then down to nothing over the last 45 %, so that a run ends when it
-was meant to. Ctrl-C saves; --resume goes on. log.jsonl has a line a minute, and a line a check on held-out problems.
+The learning rate follows the clock: warm-up, flat, then down to nothing over the last --down of it, so that a run ends
+when it was meant to. Ctrl-C saves; --resume goes on. log.jsonl has a line a minute, and a line a check on held-out
+problems.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ def check(student: Student, dev: list[Example], vocabulary: torch.Tensor) -> dic
     }
 
 
-def rate(progress: float, peak: float, warm: float = 0.01, down: float = 0.45) -> float:
+def rate(progress: float, peak: float, down: float, warm: float = 0.01) -> float:
     if progress < warm:
         return peak * progress / warm
     return peak if progress < 1 - down else peak * max(0.02, (1 - progress) / down)
@@ -193,11 +194,15 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for adapter, log and state.")] = Path("runs/adaptive"),
     minutes: Annotated[float, typer.Option(help="How long to train; the schedule follows the clock.")] = 100.0,
     tokens: Annotated[int, typer.Option(help="Padded tokens a step.")] = 1024,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1.5e-3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 8e-4,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
     count: Annotated[int, typer.Option(help="Training problems; more than one pass only if time is left.")] = 8000,
     threads: Annotated[int, typer.Option(help="torch's threads.")] = 2,
-    drills: Annotated[float, typer.Option(help="Share of rows that are additions alone.")] = 0.15,
+    drills: Annotated[float, typer.Option(help="Share of rows that are additions alone.")] = 0.25,
+    down: Annotated[float, typer.Option(help="Share of the time in which the learning rate falls to nothing.")] = 0.9,
+    autocast: Annotated[
+        bool, typer.Option(help="Matrix products in bfloat16: 1.6 x as fast on a CPU with AVX512-BF16, slow on others.")
+    ] = False,
     start: Annotated[
         Path | None, typer.Option(help="A state.pt or an adapter's folder to begin from, with a new schedule.")
     ] = None,
@@ -244,9 +249,13 @@ def main(
                   "chat_template": TEMPLATE}  # fmt: skip
         (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
+    def checked() -> dict[str, Any]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return check(student, dev, everything)
+
     note(parameters=sum(p.numel() for p in parameters), problems=len(made), vocabulary=len(used),
          mean_tokens=float(np.mean([len(x) for x in made])), families=FAMILIES, lr=lr, rank=rank,
-         tokens=tokens)  # fmt: skip
+         tokens=tokens, drills=drills, down=down, autocast=autocast)  # fmt: skip
     rng = random.Random(seed + step)
     todo: list[list[Example]] = []
     begun, last_note, last_check = time.monotonic() - spent, time.monotonic(), time.monotonic()
@@ -259,11 +268,14 @@ def main(
             # Tokens that the data never have must stay unlikely: some of them take part in every step.
             others = torch.randint(0, student.row_of.shape[0], (2048,))
             vocabulary = torch.unique(torch.cat([used, others]))
-            scores = student(batch, vocabulary)
-            each = F.cross_entropy(scores, torch.searchsorted(vocabulary, batch["shift_labels"][0]), reduction="none")
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                scores = student(batch, vocabulary)
+            each = F.cross_entropy(
+                scores.float(), torch.searchsorted(vocabulary, batch["shift_labels"][0]), reduction="none"
+            )
             loss = (each * batch["weight"]).sum() / batch["weight"].sum()
             for group in optimizer.param_groups:
-                group["lr"] = rate(spent / (minutes * 60), lr)
+                group["lr"] = rate(spent / (minutes * 60), lr, down)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -279,11 +291,11 @@ def main(
                 last_note, seen, losses = time.monotonic(), 0, []
             if time.monotonic() - last_check > check_minutes * 60:
                 save()
-                note(step=step, minutes=round(spent / 60, 2), **check(student, dev, everything))
+                note(step=step, minutes=round(spent / 60, 2), **checked())
                 last_check = last_note = time.monotonic()
     finally:
         save()
-    note(step=step, minutes=round(spent / 60, 2), final=True, **check(student, dev, everything))
+    note(step=step, minutes=round(spent / 60, 2), final=True, **checked())
 
 
 if __name__ == "__main__":

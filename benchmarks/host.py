@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
 import anabranch as ab
 from anabranch import backends
+from anabranch.graph import DecodeGraph
 from anabranch.plan import Profile
 
 from .timing import Timing, once
@@ -90,6 +93,38 @@ def step_costs(branches: int, rounds: int) -> Iterator[dict[str, object]]:
     yield _entry(f"step{branches}_changed", f"step of {branches:,} branches, one ended and one forked", changed)
 
 
+def replay_cost(branches: int, rounds: int) -> dict[str, object]:
+    """What the host does in a decode step that is one graph replay (anabranch.DecodeGraph): the step's bookkeeping, its
+    plan, its inputs' way to where the graph reads them. The replay itself is left out: nothing stands in its place."""
+    cut = profile()
+    wood = forest(2048, branches, 2 * rounds + 16)
+    wood.cache._on_host = False  # plans are kept as on a GPU
+
+    def model(tree_step: ab.Step, **_: object) -> SimpleNamespace:
+        tree_step.plan.arrays(Q_HEADS // KV_HEADS, cut)
+        return SimpleNamespace(logits=torch.zeros(1, branches, 1))
+
+    class Nothing:
+        @staticmethod
+        def watch() -> AbstractContextManager[list[str]]:
+            return nullcontext([])
+
+        def __call__(self, forward: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+            return (lambda: None), torch.zeros(branches, 1)
+
+    decode = DecodeGraph(model, wood.cache, after=2, capture=Nothing())
+    ids = torch.zeros(branches, dtype=torch.int64)
+
+    def step() -> None:
+        decode(ids, wood.cache.step({b: 1 for b in wood.branches}))
+
+    for _ in range(4):
+        step()
+    seconds = [once(step) for _ in range(rounds)]
+    more = f"{decode.replays - 2} of {rounds} steps were replays"
+    return _entry(f"replay{branches}", f"replayed step of {branches} branches, without the replay", seconds, more)
+
+
 def memory_held(branches: int, prefix: int, suffix: int) -> dict[str, object]:
     """Tokens and pages that N branches of S tokens on a prefix of P hold; the ideal is P + N·S tokens."""
     wood = forest(prefix, branches, suffix)
@@ -120,8 +155,10 @@ def run(quick: bool = False, report: Callable[[str], None] = lambda _: None) -> 
     rounds = 20 if quick else 100
     report("fork")
     yield fork_cost(rounds)
-    for branches in (16, 1000):
+    for branches in (16, 64, 1000):
         report(f"steps of {branches}")
         yield from step_costs(branches, rounds)
+    report("replayed steps of 64")
+    yield replay_cost(64, min(rounds, 50))  # a plan is made anew after some 64 steps
     report("memory")
     yield memory_held(64, 1000, 100)

@@ -28,6 +28,7 @@ _HOME = {
     "paged_tree_attention": "attention",
     "BranchMask": "branch_mask",
     "branch_attention": "branch",
+    "DecodeGraph": "graph",
     "OutOfPages": "errors",
     "DeadBranch": "errors",
     "BackendUnavailable": "errors",

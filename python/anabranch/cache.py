@@ -7,7 +7,7 @@ checks and the one device call a step may need, the copy of shared tail pages.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from anabranch import _core, backends
 from anabranch.attention import shape_of
-from anabranch.plan import FlatContexts, Plan, PlanArrays, Profile, capturing, core_params, split_buffer
+from anabranch.errors import TopologyChanged
+from anabranch.plan import FlatContexts, Plan, PlanArrays, Profile, capturing, core_params, split_buffer, upload
 from anabranch.resident import ResidentPlan
 
 Branch = _core.Branch
@@ -44,13 +45,14 @@ class StepPlan(Plan):
     """The plan of one step. Work items are cut when a kernel first asks; while the topology stays, the arrays of the
     last step are advanced in place instead."""
 
-    def __init__(self, cache: TreeCache, core: _core.Step, positions: Tensor) -> None:
+    def __init__(self, cache: TreeCache, core: _core.Step) -> None:
         super().__init__(core.num_rows, cache.device)
         self._cache = cache
         self._core = core
-        self._positions = positions
+        self._results: dict[tuple[int, Profile], tuple] = {}
         self._arrays: dict[tuple[int, Profile], PlanArrays] = {}
         self._slots: Tensor | None = None
+        self._positions: Tensor | None = None
         self._written: set[int] = set()
 
     def arrays(self, group: int, profile: Profile) -> PlanArrays:
@@ -60,6 +62,27 @@ class StepPlan(Plan):
             found = self._arrays[key] = self._cache._plan_arrays(self, key)
         return found
 
+    def result(self, key: tuple[int, Profile]) -> tuple:
+        """What the planner says for this step; asked once. Whoever asks sees to it that the arrays follow."""
+        found = self._results.get(key)
+        if found is None:
+            found = self._results[key] = self._cache._plan_on_host(self, key)
+        return found
+
+    def builds(self) -> dict[tuple[int, Profile], int]:
+        """The planner's number of each plan that was asked for: the same as the last step's while topology stays."""
+        return {key: result[0] for key, result in self._results.items()}
+
+    def follow(self) -> None:
+        """Bring the device's arrays to where the planner is."""
+        for key in self._results:
+            self.arrays(*key)
+
+    def replayed(self, arrays: dict[tuple[int, Profile], PlanArrays]) -> None:
+        """A captured graph has written K and V of all layers and has advanced these arrays."""
+        self._arrays.update(arrays)
+        self._written.update(range(self._cache.num_layers))
+
     def contexts(self) -> FlatContexts:
         return FlatContexts(*self._core.contexts())
 
@@ -67,8 +90,25 @@ class StepPlan(Plan):
     def slots(self) -> Tensor:
         """int32 [rows] on the cache's device."""
         if self._slots is None:
-            self._slots = torch.from_numpy(self._core.slots()).to(self._cache.device)
+            self._slots = self._cache._upload(self._core.slots())
         return self._slots
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [rows] on the cache's device."""
+        if self._positions is None:
+            self._positions = self._cache._upload(self._core.positions())
+        return self._positions
+
+    def host_rows(self) -> tuple[Any, Any]:
+        """Positions and slots as NumPy arrays, int64 and int32 [rows]."""
+        return self._core.positions(), self._core.slots()
+
+    def require_unused(self) -> None:
+        """Raises when the step is stale, or was written already."""
+        self._require_current()
+        if self._written:
+            raise ValueError("step: was already written; a step is used once, make a new one for new rows")
 
     def _require_current(self) -> None:
         at = self._core.moved_on()
@@ -130,12 +170,15 @@ class Step:
         self.cache = cache
         self.branches = branches
         self.num_rows: int = core.num_rows
-        self.position_ids = torch.from_numpy(core.positions()).to(cache.device)
-        self.plan = StepPlan(cache, core, self.position_ids)
+        self.plan = StepPlan(cache, core)
         self.handle = self.plan.handle
         self._core = core
         self._rows: Rows | None = None
         self._last_rows: Tensor | None = None
+
+    @property
+    def position_ids(self) -> Tensor:
+        return self.plan.positions
 
     @property
     def rows(self) -> Mapping[Branch, slice]:
@@ -148,7 +191,7 @@ class Step:
     def last_rows(self) -> Tensor:
         """int64 [branches]: each branch's last row, in order; for ``logits_to_keep``."""
         if self._last_rows is None:
-            self._last_rows = torch.from_numpy(self._core.row_ptr()[1:].astype("int64") - 1).to(self.cache.device)
+            self._last_rows = self.cache._upload(self._core.row_ptr()[1:].astype("int64") - 1)
         return self._last_rows
 
     @property
@@ -416,11 +459,22 @@ class TreeCache:
         """Raises ``RuntimeError`` unless reference counts, free list, spans and branches agree (for tests; linear)."""
         self._core.check()
 
-    def _plan_arrays(self, plan: StepPlan, key: tuple[int, Profile]) -> PlanArrays:
+    def _upload(self, array: Any) -> Tensor:
+        if not self._on_host and capturing(self.device):
+            raise TopologyChanged(
+                "step: it is not on the GPU yet, and what a captured CUDA graph copies there stays the same in every "
+                "replay; make and use steps outside the capture, or let anabranch.DecodeGraph capture the forward"
+            )
+        return upload(array, self.device)
+
+    def _plan_on_host(self, plan: StepPlan, key: tuple[int, Profile]) -> tuple:
         params = self._params.get(key)
         if params is None:
             params = self._params[key] = core_params(*key)
-        result = self._core.plan(plan._core, params)
+        return self._core.plan(plan._core, params)
+
+    def _plan_arrays(self, plan: StepPlan, key: tuple[int, Profile]) -> PlanArrays:
+        result = plan.result(key)
         if self._on_host:
             last = self._last_arrays.get(key)
             if last is not None and last[0] == result[0]:
@@ -430,16 +484,19 @@ class TreeCache:
             return arrays
         resident = self._resident.get(key)
         if resident is not None and resident.build == result[0]:
-            cuda = backends.get("cuda") if backends.unavailable("cuda") is None else None
-            resident.advance(plan.slots, plan._positions, cuda.advance if cuda is not None else None)
+            resident.advance(plan.slots, plan.positions, self._advance_kernel())
         else:
             if capturing(self.device):
-                raise RuntimeError(
+                raise TopologyChanged(
                     "step: this plan is not on the GPU yet, or the tree's topology changed, which a captured CUDA "
                     "graph cannot follow; run one step of this topology eagerly, then capture the next one"
                 )
             resident = self._resident[key] = ResidentPlan(result, self.device)
         return resident.arrays
+
+    @staticmethod
+    def _advance_kernel() -> Callable[..., None] | None:
+        return backends.get("cuda").advance if backends.unavailable("cuda") is None else None
 
     def __repr__(self) -> str:
         u = self.usage()

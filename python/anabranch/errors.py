@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from anabranch._core import DeadBranch, OutOfPages
 
-__all__ = ["BackendUnavailable", "DeadBranch", "OutOfPages"]
+__all__ = ["BackendUnavailable", "DeadBranch", "OutOfPages", "TopologyChanged"]
 
 
 class BackendUnavailable(RuntimeError):
     """The backend that was asked for cannot run here; the message says why and what to do about it."""
+
+
+class TopologyChanged(RuntimeError):
+    """A CUDA graph was being captured, and the tree changed in it: what it records would be right for one step only."""

@@ -112,7 +112,7 @@ class Plan:
         self.num_rows = num_rows
         self.device = device
         number = next(_handles)
-        self.handle = torch.tensor([number], dtype=torch.int64)
+        self.handle = torch.from_numpy(np.array([number]))  # torch.tensor takes several times as long
         _plans[number] = self
 
     # -- what a kernel asks ------------------------------------------------------------------------------------------
@@ -162,6 +162,14 @@ class Plan:
             ValueError: shapes that do not fit, a negative page inside a length, or more rows than tokens.
         """
         return TablePlan(block_tables, lengths, page_size, query_lengths)
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor of `array` on the device. To a GPU it goes through pinned memory: the host waits for nothing."""
+    host = torch.from_numpy(array)
+    if device.type == "cpu":
+        return host
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def split_buffer(result: tuple, device: torch.device, copy: bool = False) -> PlanArrays:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anabranch.plan import PlanArrays, split_buffer
+from anabranch.plan import PlanArrays, split_buffer, upload
 
 KV_BEGIN, KV_LEN, ROW_BEGIN, KV_POS_MAX, ROW_POS_MIN = 0, 1, 2, 5, 6  # fields of an item
 
@@ -29,7 +29,9 @@ class ResidentPlan:
 
     def __init__(self, result: tuple, device: torch.device) -> None:
         self.build = result[0]
-        self.arrays: PlanArrays = split_buffer(result, device, copy=True)
+        # Made in inference mode they could be advanced in inference mode only.
+        with torch.inference_mode(False):
+            self.arrays: PlanArrays = split_buffer(result, device, copy=True)
         # The planner's own buffer, which it advances in place; and how long its items were when this was made.
         self._host_items = host_items(result)
         self._host_lengths = self._host_items[:, KV_LEN].copy()
@@ -45,10 +47,10 @@ class ResidentPlan:
             kernel: a backend's own ``advance(arrays, tails, slots, positions)``; None: PyTorch's operators.
         """
         if self._tails is None:
-            self._tails = self._find_tails().to(slots.device)
+            self._tails = self._find_tails(slots.device)
         (kernel or advance)(self.arrays, self._tails, slots, positions)
 
-    def _find_tails(self) -> Tensor:
+    def _find_tails(self, device: torch.device) -> Tensor:
         """int64 [rows]: the item that each row's new token went to, seen from what the planner's first step changed."""
         grown = np.flatnonzero(self._host_items[:, KV_LEN] != self._host_lengths)
         rows = self._host_rows[self._host_items[grown, ROW_BEGIN]]
@@ -56,7 +58,7 @@ class ResidentPlan:
         tails[rows] = grown
         if (tails < 0).any() or grown.size != tails.size:
             raise RuntimeError("a plan was advanced that has no tail for every row; report this, with the tree")
-        return torch.from_numpy(tails)
+        return upload(tails, device)
 
 
 def _section(result: tuple, index: int) -> np.ndarray:

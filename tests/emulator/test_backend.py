@@ -8,6 +8,7 @@ import torch
 import anabranch as ab
 from anabranch import backends, resident
 from anabranch.backends import cuda
+from anabranch.errors import TopologyChanged
 from triton_cases import relative_error
 
 
@@ -226,8 +227,12 @@ def test_a_topology_change_inside_a_capture(emulated_backend, monkeypatch):
     cache.step({trunk: 5})
     kids = cache.fork(trunk, 2)
     cache.step({kid: 1 for kid in kids}).plan.arrays(3, profile)
+    steady = cache.step({kid: 1 for kid in kids})
+    assert steady.slots.shape == steady.position_ids.shape  # they are on the GPU now
     monkeypatch.setattr(ab.cache, "capturing", lambda where: True)
-    cache.step({kid: 1 for kid in kids}).plan.arrays(3, profile)  # the same topology: nothing to upload
+    steady.plan.arrays(3, profile)  # the same topology: nothing to upload
+    with pytest.raises(TopologyChanged, match="make and use steps outside the capture"):
+        _ = cache.step({kid: 1 for kid in kids}).position_ids
     changed = cache.step({kids[0]: 1})
     with pytest.raises(RuntimeError, match="topology changed, which a captured CUDA graph cannot follow"):
         changed.plan.arrays(3, profile)

@@ -10,6 +10,7 @@ import torch
 
 from .. import hf
 from ..cache import TreeCache
+from ..graph import DecodeGraph, unfit
 from ..strategies import Plain, Strategy
 from .events import Event
 from .linear import linear_context
@@ -32,6 +33,9 @@ class Engine:
         no token. None: as many as fit the pages.
     wide_linear: on a CPU without bf16 matrix instructions, 16-bit linear layers run through a kernel of ours while the
         engine's forwards last (see engine/linear.py); True or False decide, None: where it pays.
+    cuda_graphs: a decode step whose tree is that of the steps before is one CUDA graph replay (see `DecodeGraph`).
+        None: on a CUDA device with a backend that allows it ("triton", "cuda"). True asks for it, and raises ValueError
+        elsewhere. A model whose forward cannot be captured runs without, and a warning says so.
 
     ``engine.cache`` is its `TreeCache`. An engine serves one Python thread at a time; `abort` may come from any.
 
@@ -49,6 +53,7 @@ class Engine:
         max_rows: int = 512,
         max_threads: int | None = None,
         wide_linear: bool | None = None,
+        cuda_graphs: bool | None = None,
     ):
         if not isinstance(max_rows, int) or max_rows < 1:
             raise ValueError(f"max_rows={max_rows!r}; pass a whole number of at least 1 (tokens a forward)")
@@ -56,12 +61,15 @@ class Engine:
             raise ValueError(
                 f"max_threads={max_threads!r}; pass a whole number of at least 1 (threads decoding at a time) or None"
             )
+        if cuda_graphs is not None and not isinstance(cuda_graphs, bool):
+            raise ValueError(f"cuda_graphs={cuda_graphs!r}; pass True, False or None (where they can be had)")
         hf.enable(model)
         self.max_threads = max_threads
         self.model, self.tokenizer, self.backend, self.max_rows = model, tokenizer, backend, max_rows
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self.cache = TreeCache.for_model(model, num_pages=num_pages, page_size=page_size)
         self.linear = linear_context(model, wide_linear)
+        self.graphs = self._decode_graph(cuda_graphs)
         self._runs: set[Run] = set()
 
     # ---------------------------------------------------------------------------------------- public
@@ -122,6 +130,16 @@ class Engine:
             run.abort()
 
     # ---------------------------------------------------------------------------------------- inside
+
+    def _decode_graph(self, setting: bool | None) -> DecodeGraph | None:
+        if setting is False:
+            return None
+        reason = unfit(self.cache, self.backend)
+        if reason is None:
+            return DecodeGraph(self.model, self.cache, self.backend)
+        if setting:
+            raise ValueError(f"cuda_graphs=True: {reason}, or leave cuda_graphs out")
+        return None
 
     def _drive(self, run: Run) -> Iterator[Event]:
         self._runs.add(run)

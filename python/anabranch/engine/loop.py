@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import OutOfPages
-from ..hf import tree_mask
+from ..graph import forward
 from ..strategies.ops import Decode, Join
 from ..strategies.protocol import Thread
 from . import events, scores
@@ -65,6 +65,8 @@ class Run:
             yield from self._hand_out()
         finally:
             self.release()
+            if self.engine.graphs is not None:
+                self.engine.graphs.drop()  # the model may change before the next call
             if was_training:
                 model.train()
             self._busy_in = None
@@ -183,27 +185,17 @@ class Run:
         if step is None:
             share(time.perf_counter() - begin, "plan", parts or [(live.thread._host.spent, 1) for live in wanted])
             return
-        device = self.cache.device
-        ids = torch.tensor([t for _, f, n in entries for t in f.token_ids[f.done : f.done + n]], device=device)
+        ids = [t for _, f, n in entries for t in f.token_ids[f.done : f.done + n]]
         heads = scores.heads(entries)
-        options = {} if self.engine.backend == "auto" else {"tree_backend": self.engine.backend}
-        forward = time.perf_counter()
+        launched = time.perf_counter()
         with torch.inference_mode(), self.engine.linear:
-            logits = self.engine.model(
-                input_ids=ids[None],
-                position_ids=step.position_ids[None],
-                tree_step=step,
-                use_cache=False,
-                attention_mask=tree_mask(step),
-                logits_to_keep=torch.tensor([head.row for head in heads] or [0], device=device),
-                **options,
-            ).logits[0]
+            logits = self._scores(ids, step, [head.row for head in heads])
             what = f"{type(self.engine.model).__name__} returned NaN scores in step {self.steps + 1}"
             scores.refuse_nan(logits, heads, entries, what)
         done = time.perf_counter()
         self.steps += 1
         for clock, n in parts:
-            clock.seconds["prefill" if n > 1 else "decode"] += (done - forward) * n / step.num_rows
+            clock.seconds["prefill" if n > 1 else "decode"] += (done - launched) * n / step.num_rows
             clock.rows += n
         for clock in dict.fromkeys(clock for clock, _ in parts):
             clock.steps += 1
@@ -217,7 +209,26 @@ class Run:
                 head.live.scores, head.live.scores_at = (logits, at), head.live.thread.length
         scores.record(logits, heads)
         self.peaks.look()
-        share(forward - begin + time.perf_counter() - done, "plan", parts)
+        share(launched - begin + time.perf_counter() - done, "plan", parts)
+
+    def _scores(self, ids: list[int], step: Any, rows: list[int]) -> torch.Tensor:
+        """The model's scores for some rows of a step, in order, [rows, vocabulary]."""
+        engine, device = self.engine, self.cache.device
+        if engine.graphs is not None and rows == list(range(len(step.branches))) and len(rows) == step.num_rows:
+            self._save(engine.graphs.scores)
+            return engine.graphs(ids, step)
+        keep = torch.tensor(rows or [0], device=device)
+        return forward(engine.model, torch.tensor(ids, device=device), step, engine.backend, keep)
+
+    def _save(self, overwritten: torch.Tensor | None) -> None:
+        """Give a copy of its scores to whoever still needs some that the next replay writes over."""
+        if overwritten is None:
+            return
+        for request in self.active:
+            for thread in request.threads:
+                held = thread._live.scores
+                if held is not None and held[0] is overwritten:
+                    thread._live.scores = (overwritten[held[1]][None].clone(), 0)
 
     def _choose(self, wanted: list[Live]) -> list[tuple[Live, Feed, int]]:
         """Rows of the next step: every thread that goes on by a token, then longer runs in order, in chunks."""

@@ -306,14 +306,14 @@ def token_stats(logits: torch.Tensor, tokens: Sequence[int], asked: Sequence[int
     """
     total = logits.logsumexp(-1)
     chosen = logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0] - total
-    stats = [TokenStats(float(logprob), nan, nan) for logprob in chosen]
+    stats = [TokenStats(logprob, nan, nan) for logprob in chosen.tolist()]  # one wait for the device, not one a row
     full = [i for i, k in enumerate(asked) if k]
     if full:
         rows = logits[full] if len(full) < len(tokens) else logits
         logp = rows - total[full, None]
         # −Σ p · log p; a score of −inf adds 0 to it, not NaN.
-        entropy = -torch.where(logp.isneginf(), 0.0, logp.exp() * logp).sum(-1)
-        best = logp.topk(min(max(asked), logp.shape[-1]), dim=-1).values
+        entropy = (-torch.where(logp.isneginf(), 0.0, logp.exp() * logp).sum(-1)).tolist()
+        best = logp.topk(min(max(asked), logp.shape[-1]), dim=-1).values.cpu()
         for at, i in enumerate(full):
-            stats[i] = TokenStats(stats[i].logprob, float(entropy[at]), float(best[at, : asked[i]].mean()))
+            stats[i] = TokenStats(stats[i].logprob, entropy[at], float(best[at, : asked[i]].mean()))
     return stats

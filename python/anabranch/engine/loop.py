@@ -215,20 +215,11 @@ class Run:
         """The model's scores for some rows of a step, in order, [rows, vocabulary]."""
         engine, device = self.engine, self.cache.device
         if engine.graphs is not None and rows == list(range(len(step.branches))) and len(rows) == step.num_rows:
-            self._save(engine.graphs.scores)
+            # A replay writes over the scores of the one before. It has rows for the same branches and no other, so all
+            # who held those have gone on by a token; whoever forks or ends changes the topology, and with it the graph.
             return engine.graphs(ids, step)
         keep = torch.tensor(rows or [0], device=device)
         return forward(engine.model, torch.tensor(ids, device=device), step, engine.backend, keep)
-
-    def _save(self, overwritten: torch.Tensor | None) -> None:
-        """Give a copy of its scores to whoever still needs some that the next replay writes over."""
-        if overwritten is None:
-            return
-        for request in self.active:
-            for thread in request.threads:
-                held = thread._live.scores
-                if held is not None and held[0] is overwritten:
-                    thread._live.scores = (overwritten[held[1]][None].clone(), 0)
 
     def _choose(self, wanted: list[Live]) -> list[tuple[Live, Feed, int]]:
         """Rows of the next step: every thread that goes on by a token, then longer runs in order, in chunks."""

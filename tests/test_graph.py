@@ -204,12 +204,33 @@ def test_buffers_have_capacity_and_stay():
     for _ in range(3):
         loop.step()
     assert loop.decode._buffer is buffer and loop.capture.captures == 2
-    assert loop.decode._graph.all.data_ptr() == buffer.data_ptr()
+    assert loop.decode._inputs.all.data_ptr() == buffer.data_ptr()
     loop.fork(0, 40)
     loop.ids = torch.arange(83)
     for _ in range(3):
         loop.step()
     assert loop.decode._buffer.numel() == 3 * 128 and loop.capture.captures == 3
+
+
+def test_what_is_recorded_has_the_steps_own_numbers():
+    """An earlier graph's would be other rows', and who records by running would write to slots that are not theirs."""
+    loop, seen = Loop(kids=3), []
+
+    class Look(TapeCapture):
+        def __call__(self, forward):
+            seen.append(loop.decode._inputs.all.clone())
+            return super().__call__(forward)
+
+    loop.decode._capture = Look()
+    for kids in (2, 5):
+        for _ in range(3):
+            ids = loop.ids.clone()
+            loop.step()
+        assert torch.equal(seen.pop()[0], ids) and not seen
+        _, positions, slots = loop.decode._inputs.all.tolist()
+        assert positions == loop.used.position_ids.tolist() and slots == loop.used.plan.slots.tolist()
+        loop.fork(0, kids)
+        loop.ids = torch.arange(len(loop.branches[0]))
 
 
 def test_a_step_is_used_once():

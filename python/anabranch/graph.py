@@ -12,7 +12,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -152,11 +152,22 @@ class _FixedStep(Step):
         self._core, self._rows, self._last_rows = step._core, None, None
 
 
-class _Graph:
-    """One capture: what to fill in, how to replay it, where the scores are."""
+class _Inputs(NamedTuple):
+    """Views of the input buffers for so many rows; where what a graph reads is put."""
 
-    def __init__(self, inputs: Tensor, step: _FixedStep, replay: Callable[[], None], scores: Tensor) -> None:
-        self.all, self.ids, self.places = inputs, inputs[0], inputs[1:]
+    rows: int
+    all: Tensor  # int64 [3, rows]: ids, positions, slots
+    ids: Tensor
+    positions: Tensor
+    wide_slots: Tensor
+    places: Tensor  # [2, rows]: positions, slots
+    slots: Tensor  # int32 [rows], made of wide_slots in the graph
+
+
+class _Graph:
+    """One capture: how to replay it, where the scores are."""
+
+    def __init__(self, step: _FixedStep, replay: Callable[[], None], scores: Tensor) -> None:
         self.step, self.replay, self.scores = step, replay, scores
         self.arrays = {key: kept.arrays for key, kept in step.plan._kept.items()}
 
@@ -223,6 +234,7 @@ class DecodeGraph:
         self._said: set[str] = set()
         self._buffer: Tensor | None = None
         self._slots: Tensor | None = None
+        self._inputs: _Inputs | None = None
 
     @property
     def scores(self) -> Tensor | None:
@@ -259,10 +271,12 @@ class DecodeGraph:
         decoding = step.num_rows == len(step.branches)
         if decoding and self._steady(step):
             if self._seen >= self.after and self._may_capture():
+                # Before a capture too: who records by running must find places that exist, not an earlier graph's.
+                self._fill(ids, step)
                 if self._graph is None:
                     self._graph = self._capture_forward(step)
                 if self._graph is not None:
-                    return self._replay(self._graph, ids, step)
+                    return self._replay(self._graph, step)
         else:
             self.drop()
         step.plan.follow()  # the device goes where the planner went above
@@ -315,18 +329,17 @@ class DecodeGraph:
         self._hooks = _hooks(self.model)
         if any(self._hooks):
             return None  # on modules that are new: said in the next step
-        rows, cache = step.num_rows, self.cache
-        inputs, slots = self._buffers(rows)
+        cache, inputs = self.cache, self._inputs
+        assert inputs is not None  # filled
         kept = {key: cache._resident[key] for key in self._builds}
         kernel = cache._advance_kernel()
-        fixed = _FixedStep(step, _FixedPlan(rows, slots, inputs[1], kept))
-        ids, positions, wide = inputs.unbind(0)
+        fixed = _FixedStep(step, _FixedPlan(inputs.rows, inputs.slots, inputs.positions, kept))
 
         def record() -> Tensor:
-            slots.copy_(wide)
+            inputs.slots.copy_(inputs.wide_slots)
             for plan in kept.values():
-                plan.advance(slots, positions, kernel)
-            return forward(self.model, ids, fixed, self.backend)
+                plan.advance(inputs.slots, inputs.positions, kernel)
+            return forward(self.model, inputs.ids, fixed, self.backend)
 
         try:
             replay, scores = self._capture(record)
@@ -336,35 +349,37 @@ class DecodeGraph:
             self._give_up(": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]]))
             return None
         self.captures += 1
-        return _Graph(inputs, fixed, replay, scores)
+        return _Graph(fixed, replay, scores)
 
-    def _replay(self, graph: _Graph, ids: Tensor | np.ndarray, step: Step) -> Tensor:
-        positions, slots = step.plan.host_rows()
-        if isinstance(ids, np.ndarray):
-            self._fill(graph.all, (ids, positions, slots))
-        else:
-            graph.ids.copy_(ids)
-            self._fill(graph.places, (positions, slots))
+    def _replay(self, graph: _Graph, step: Step) -> Tensor:
         graph.replay()
         step.plan.replayed(graph.arrays)
         self.replays += 1
         return graph.scores
 
-    def _fill(self, where: Tensor, rows: tuple[np.ndarray, ...]) -> None:
-        """One transfer; pinned memory is not used again before it has left."""
+    def _fill(self, ids: Tensor | np.ndarray, step: Step) -> None:
+        """The step's numbers, to where a graph reads them: one transfer, or two if the ids are on the device."""
+        if self._inputs is None or self._inputs.rows != step.num_rows:
+            self._inputs = self._views(step.num_rows)
+        rows = step.plan.host_rows()
+        if isinstance(ids, np.ndarray):
+            where, rows = self._inputs.all, (ids, *rows)
+        else:
+            where = self._inputs.places
+            self._inputs.ids.copy_(ids)
         host = torch.from_numpy(np.array(rows, dtype=np.int64))
         if where.device.type == "cuda":
-            host = host.pin_memory()
+            host = host.pin_memory()  # new each time: not used again before it has left
         where.copy_(host, non_blocking=True)
 
-    def _buffers(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Views for so many rows of the two input buffers: ids, positions and slots, int64 [3, rows]; slots, int32."""
+    def _views(self, rows: int) -> _Inputs:
         if self._buffer is None or self._buffer.numel() < 3 * rows:
             capacity = max(CAPACITY, 1 << (rows - 1).bit_length())
             self._buffer = torch.zeros(3 * capacity, dtype=torch.int64, device=self.cache.device)
             self._slots = torch.zeros(capacity, dtype=torch.int32, device=self.cache.device)
         assert self._slots is not None
-        return self._buffer[: 3 * rows].view(3, rows), self._slots[:rows]
+        every = self._buffer[: 3 * rows].view(3, rows)
+        return _Inputs(rows, every, every[0], every[1], every[2], every[1:], self._slots[:rows])
 
     # ---------------------------------------------------------------------------------------- checks and words
 

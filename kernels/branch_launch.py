@@ -61,7 +61,7 @@ def branch_forward(
                 *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
                 HEAD_DIM=head_dim, D0=d0, D1=d1, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
                 HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None, HAS_SINKS=sinks is not None,
-                UPCAST=_upcast(q), num_warps=config.num_warps, num_stages=config.num_stages,
+                UPCAST=_upcast(q), **config.options,
             )  # fmt: skip
     return out.to(q.dtype), lse
 
@@ -94,7 +94,7 @@ def branch_backward(
             branch_dq_kernel[(tables.tiles.shape[0] * num_q_heads,)](
                 q, k, v, grad, dq, lse, delta, *tables, num_q_heads, *numbers, *strides, **options,
                 BLOCK_M=config.block_m, BLOCK_N=config.block_n, UPCAST=_upcast(q),
-                num_warps=config.num_warps, num_stages=config.num_stages,
+                **config.options,
             )  # fmt: skip
         config = branch_config("dkdv", head_dim, q.element_size(), arch)
         tables = cut(True, config.block_n)
@@ -102,6 +102,6 @@ def branch_backward(
             branch_dkdv_kernel[(tables.tiles.shape[0] * num_kv_heads,)](
                 q, k, v, grad, dk, dv, lse, delta, *tables, num_kv_heads, *numbers, *strides, *dk.stride()[:2],
                 **options, BLOCK_M=config.block_m, BLOCK_N=config.block_n, UPCAST=_upcast(q),
-                num_warps=config.num_warps, num_stages=config.num_stages,
+                **config.options,
             )  # fmt: skip
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)

@@ -146,49 +146,63 @@ class BranchConfig:
     block_n: int  # columns
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # None: as many as the assembler finds best
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton compiles with."""
+        given = dict(num_warps=self.num_warps, num_stages=self.num_stages)
+        return given if self.max_registers is None else {**given, "maxnreg": self.max_registers}
 
 
 # (kernel, head_dim class, itemsize) -> BranchConfig. A training step is bound by arithmetic: tiles as large as the
 # registers allow. What a program keeps is its tile of accumulators (dkdv: two) and the other factors of its products;
-# what goes by is `block_n` columns (dkdv: `block_m` rows).
+# what goes by is `block_n` columns (dkdv: `block_m` rows). Left alone, the assembler spills a few bytes where that lets
+# one more block onto a multiprocessor; the last number, where there is one, is the registers it may take instead.
 _BRANCH: dict[tuple[str, int, int], BranchConfig] = {
-    ("forward", 64, 2): BranchConfig(128, 64, 8, 3),
+    ("forward", 64, 2): BranchConfig(128, 64, 8, 3, 168),
     ("forward", 96, 2): BranchConfig(64, 32, 8, 2),
     ("forward", 128, 2): BranchConfig(64, 64, 8, 2),
     ("forward", 192, 2): BranchConfig(64, 32, 8, 2),
     ("forward", 256, 2): BranchConfig(64, 32, 8, 2),
     ("dq", 64, 2): BranchConfig(64, 64, 8, 2),
     ("dq", 96, 2): BranchConfig(64, 32, 8, 2),
-    ("dq", 128, 2): BranchConfig(64, 32, 8, 2),
+    ("dq", 128, 2): BranchConfig(64, 32, 8, 2, 168),
     ("dq", 192, 2): BranchConfig(32, 32, 8, 2),
     ("dq", 256, 2): BranchConfig(32, 32, 8, 2),
     ("dkdv", 64, 2): BranchConfig(32, 64, 8, 2),
-    ("dkdv", 96, 2): BranchConfig(32, 64, 8, 2),
+    ("dkdv", 96, 2): BranchConfig(32, 64, 8, 2, 255),
     ("dkdv", 128, 2): BranchConfig(32, 64, 8, 2),
     ("dkdv", 192, 2): BranchConfig(32, 32, 8, 2),
     ("dkdv", 256, 2): BranchConfig(32, 32, 8, 2),
     # float32 runs on plain FMAs, whose operands are registers.
     ("forward", 64, 4): BranchConfig(32, 32, 4, 2),
-    ("forward", 96, 4): BranchConfig(32, 16, 8, 2),
-    ("forward", 128, 4): BranchConfig(32, 16, 4, 2),
+    ("forward", 96, 4): BranchConfig(32, 16, 8, 2, 255),
+    ("forward", 128, 4): BranchConfig(32, 16, 8, 2, 128),
     ("forward", 192, 4): BranchConfig(16, 16, 8, 2),
     ("forward", 256, 4): BranchConfig(16, 16, 8, 2),
-    ("dq", 64, 4): BranchConfig(16, 32, 8, 2),
-    ("dq", 96, 4): BranchConfig(16, 16, 4, 1),
+    ("dq", 64, 4): BranchConfig(16, 32, 8, 2, 128),
+    ("dq", 96, 4): BranchConfig(16, 16, 8, 1, 255),
     ("dq", 128, 4): BranchConfig(16, 16, 8, 2),
     ("dq", 192, 4): BranchConfig(16, 16, 8, 1),
     ("dq", 256, 4): BranchConfig(16, 16, 8, 1),
     ("dkdv", 64, 4): BranchConfig(16, 16, 4, 2),
-    ("dkdv", 96, 4): BranchConfig(16, 16, 4, 1),
+    ("dkdv", 96, 4): BranchConfig(16, 16, 8, 1, 255),
     ("dkdv", 128, 4): BranchConfig(16, 16, 8, 2),
     ("dkdv", 192, 4): BranchConfig(16, 16, 8, 1),
     ("dkdv", 256, 4): BranchConfig(16, 16, 8, 1),
+}
+# sm_80 to sm_89 run out of registers where later ones do not.
+_BRANCH_SM80 = _BRANCH | {
+    ("dkdv", 96, 2): BranchConfig(32, 32, 8, 2, 255),
+    ("dkdv", 64, 4): BranchConfig(16, 16, 8, 2),
 }
 
 
 def branch_config(kernel: str, head_dim: int, itemsize: int, arch: int) -> BranchConfig:
     """The configuration for "forward", "dq" or "dkdv"; the other arguments as for `attention_config`."""
-    config = _BRANCH[(kernel, _head_dim_class(head_dim), itemsize)]
-    if kernel == "dkdv" and itemsize == 4 and _head_dim_class(head_dim) == 64 and arch < 90:
-        config = replace(config, num_warps=8)  # sm_80 runs out of registers where sm_90 does not
-    return replace(config, num_stages=min(config.num_stages, 2)) if arch < 80 else config
+    table = _BRANCH if arch >= 90 else _BRANCH_SM80
+    config = table[(kernel, _head_dim_class(head_dim), itemsize)]
+    if arch == AMD:
+        return replace(config, num_stages=min(config.num_stages, 2), max_registers=None)  # NVIDIA's option
+    return config

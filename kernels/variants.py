@@ -168,7 +168,7 @@ def _branch(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
     )  # fmt: skip
     if name == "forward":
         constants["HAS_SINKS"] = v.options
-    return BRANCH[name], constants, dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    return BRANCH[name], constants, config.options
 
 
 BUILDERS = {
@@ -215,10 +215,16 @@ def launched_as(variant: Variant) -> dict[str, int]:
     """The configuration that a launch of this variant takes from the table: nothing is compiled.
 
     Returns:
-        ``tile_m`` rows and ``block_n`` columns of a block (0: a kernel without), ``num_warps`` and ``num_stages``.
+        ``tile_m`` rows and ``block_n`` columns of a block (0: a kernel without), ``num_warps``, ``num_stages`` and
+        ``max_registers`` (0: the assembler's choice).
     """
     _, constants, options = BUILDERS[variant.kernel](variant)
-    return {**_blocks(constants), "num_warps": options["num_warps"], "num_stages": options.get("num_stages", 0)}
+    return {
+        **_blocks(constants),
+        "num_warps": options["num_warps"],
+        "num_stages": options.get("num_stages", 0),
+        "max_registers": options.get("maxnreg", 0),
+    }
 
 
 def compile_variant(variant: Variant) -> dict[str, Any]:
@@ -226,7 +232,8 @@ def compile_variant(variant: Variant) -> dict[str, Any]:
 
     Returns:
         the variant's fields and: ``registers`` a thread, ``spill_bytes`` a thread, ``shared_bytes`` a block,
-        ``num_warps``, ``num_stages``, ``tile_m`` and ``block_n`` (attention and branch kernels; else 0),
+        ``num_warps``, ``num_stages``, ``max_registers`` (0: the assembler's choice),
+        ``tile_m`` and ``block_n`` (attention and branch kernels; else 0),
         ``tensor_cores`` (instruction kinds in the PTX, sorted) and ``cubin_bytes``.
 
     Raises:
@@ -251,6 +258,7 @@ def compile_variant(variant: Variant) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         "num_warps": compiled.metadata.num_warps,
         "num_stages": compiled.metadata.num_stages,
+        "max_registers": options.get("maxnreg", 0),
         **_blocks(constants),
         "tensor_cores": sorted(name for name, instruction in TENSOR_CORES.items() if instruction in ptx),
         "cubin_bytes": len(cubin),

@@ -53,18 +53,16 @@ def test_tensor_cores(compiled):
 
 
 def test_the_committed_table_is_of_the_branch_kernels_as_they_are_launched():
-    """Every variant of branch attention, as it is launched now; at head_dim 128 or less no more spill than known."""
+    """Every variant of branch attention, as it is launched now; at head_dim 128 or less none spills."""
     file = Path(__file__).parents[1] / report.OUT / "triton_resources.json"
     table = json.loads(file.read_text())["variants"]
     rows = {report._variant_of(row): row for row in table}
-    spilled = []
     for variant in (v for arch in variants.ARCHS for v in variants.branch_variants(arch)):
         row = rows[variant]
         assert "error" not in row, row
         launched = variants.launched_as(variant)
         assert {name: row[name] for name in launched} == launched, "run python -m anabranch.kernels.report"
-        spilled += [row["spill_bytes"]] * (row["spill_bytes"] > 0 and variant.head_dim <= 128)
-    assert len(spilled) <= 27 and max(spilled) <= 48
+        assert row["spill_bytes"] == 0 or variant.head_dim > 128, row
 
 
 def test_a_variant_that_fails_is_reported_and_the_rest_still_compile():

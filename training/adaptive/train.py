@@ -34,6 +34,7 @@ from .text import TAG_IDS, TEMPLATE, closing, lesson_of
 from .text import tokenizer as adaptive_tokenizer
 
 PLAIN_WEIGHT = 0.6  # of what only plain decoding writes: headers, and threads in sight of the earlier ones
+LONGEST_STEP = 20.0  # seconds: a process that was stopped for a while (kill -STOP) goes on with its schedule
 JOIN_WEIGHT = 2.0  # of what is written after the join: few tokens, and each of them counts
 
 
@@ -258,7 +259,7 @@ def main(
          tokens=tokens, drills=drills, down=down, autocast=autocast)  # fmt: skip
     rng = random.Random(seed + step)
     todo: list[list[Example]] = []
-    begun, last_note, last_check = time.monotonic() - spent, time.monotonic(), time.monotonic()
+    last = last_note = last_check = time.monotonic()
     seen, losses = 0, []
     everything = torch.arange(student.row_of.shape[0])
     try:
@@ -283,7 +284,9 @@ def main(
             step += 1
             seen += batch["input_ids"].numel()
             losses.append(loss.item())
-            spent = time.monotonic() - begun
+            now = time.monotonic()
+            spent += min(now - last, LONGEST_STEP)
+            last = now
             if time.monotonic() - last_note > 60:
                 note(step=step, minutes=round(spent / 60, 2), loss=round(float(np.mean(losses)), 4),
                      tokens_per_s=round(seen / (time.monotonic() - last_note)),
@@ -292,7 +295,7 @@ def main(
             if time.monotonic() - last_check > check_minutes * 60:
                 save()
                 note(step=step, minutes=round(spent / 60, 2), **checked())
-                last_check = last_note = time.monotonic()
+                last = last_check = last_note = time.monotonic()
     finally:
         save()
     note(step=step, minutes=round(spent / 60, 2), final=True, **checked())

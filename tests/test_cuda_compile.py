@@ -22,8 +22,6 @@ SLACK = 16  # registers: another release of the assembler may take a few more
 
 @pytest.fixture(scope="module")
 def committed():
-    if not TABLE.exists():
-        pytest.skip("no table is committed yet: python -m benchmarks.cuda_resources makes it (some minutes)")
     return json.loads(TABLE.read_text())["kernels"]
 
 
@@ -40,7 +38,8 @@ def test_the_table_is_complete_and_nothing_spills(committed):
                 row = found["attention", dtype, dim, arch]
                 assert row["spill_bytes"] == 0 == row["stack_bytes"] and row["registers"] <= 255
                 assert row["shared_bytes"] <= resources.LIMITS[arch][0]
-                assert row["blocks"] >= (2 if dim <= 128 or arch in (90, 100) else 1), row
+                # Two blocks a multiprocessor wherever its shared memory holds three tiles for each.
+                assert row["blocks"] >= (2 if dim <= {86: 80, 89: 80, 80: 128}.get(arch, 192) else 1), row
                 if "mma" in row:
                     assert (row["mma"] > 0) == (dtype != "fp32") and row["cp_async"] > 0
                     assert (row["ldmatrix"] > 0) == (dtype != "fp32")
@@ -49,13 +48,12 @@ def test_the_table_is_complete_and_nothing_spills(committed):
 @pytest.mark.skipif(resources.nvcc() is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("source,arch", [("attention_bf16.cu", 90), ("launch.cu", 80)])
 def test_what_is_compiled_now_takes_no_more(source, arch):
-    found = {key(row): row for row in json.loads(TABLE.read_text())["kernels"]} if TABLE.exists() else {}
+    found = {key(row): row for row in json.loads(TABLE.read_text())["kernels"]}
     rows = resources.compile_unit(source, arch, ("ANABRANCH_FEW_HEAD_DIMS",))
     assert rows
     for row in rows:
         assert row["spill_bytes"] == 0, row
-        if key(row) in found:
-            assert row["registers"] <= found[key(row)]["registers"] + SLACK, row
+        assert row["registers"] <= found[key(row)]["registers"] + SLACK, row
         if row["kernel"] == "attention" and "mma" in row:
             assert row["mma"] > 0 and row["ldmatrix"] > 0 and row["cp_async"] > 0
 

@@ -120,7 +120,7 @@ struct Stream {
       const i64* from = offsets + (((which_tile >> 1) % kAhead) * 2 + is_v) * S::kBlock;
       char* to = ring + slot * S::kTile;
       const int used = a.head_dim / S::kGranule;
-      ANABRANCH_UNROLL
+      ANABRANCH_UNROLL_BY_4  // all at once, their addresses push the accumulator out of the registers
       for (int i = 0; i < S::kBlock * S::kGranules / kThreads; ++i) {
         const int at = i * kThreads + ptx::thread();
         const int row = at / S::kGranules, column = at % S::kGranules;
@@ -289,11 +289,11 @@ struct Tile {
       ANABRANCH_UNROLL
       for (int step = 0; step < S::kSteps; ++step) {
         if (step >= steps) break;
-        ANABRANCH_UNROLL
+        ANABRANCH_NO_UNROLL  // unrolled, the values of all eight keys want registers at once
         for (int key = 0; key < 8; ++key) {
           const int holder = (lane & ~3) | (key >> 1);
-          const float p0 = ptx::shuffle(ptx::number(p[step][key & 1]), holder);
-          const float p1 = ptx::shuffle(ptx::number(p[step][2 + (key & 1)]), holder);
+          const float p0 = ptx::shuffle(ptx::number(key & 1 ? p[step][1] : p[step][0]), holder);
+          const float p1 = ptx::shuffle(ptx::number(key & 1 ? p[step][3] : p[step][2]), holder);
           ANABRANCH_UNROLL
           for (int i = 0; i < D / 8; ++i) {
             const Float2 v = ptx::load(reinterpret_cast<const Float2*>(value + (step * 8 + key) * S::kPitch + i * 32));

@@ -15,6 +15,7 @@
 #define ANABRANCH_KERNEL(threads, blocks)
 #define ANABRANCH_UNROLL
 #define ANABRANCH_NO_UNROLL
+#define ANABRANCH_UNROLL_BY_4
 #else
 #include <cuda_runtime.h>
 #define ANABRANCH_DEVICE __device__ __forceinline__
@@ -22,6 +23,7 @@
 #define ANABRANCH_KERNEL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
 #define ANABRANCH_UNROLL _Pragma("unroll")
 #define ANABRANCH_NO_UNROLL _Pragma("unroll 1")
+#define ANABRANCH_UNROLL_BY_4 _Pragma("unroll 4")
 #endif
 
 namespace anabranch::cuda {

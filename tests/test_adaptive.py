@@ -51,10 +51,12 @@ def test_the_answer_follows_from_the_question():
     for p in some("train", 200, ("bills",)):
         assert p.prompt.count("cents") >= len(p.parts)
         by_name = {part.outline: part.result for part in p.parts}
-        for name, result in by_name.items():
-            sentence = next(s for s in re.split(r"(?<=\.) ", p.prompt) if re.search(rf"\b{name}\b", s))
-            q, price, extra = map(int, re.findall(r"\d+", sentence))
+        numbers = [int(x) for x in re.findall(r"\d+", p.prompt)]  # quantity, price and extra of one after another
+        assert len(numbers) == 3 * len(by_name)
+        for i, (name, result) in enumerate(by_name.items()):
+            q, price, extra = numbers[3 * i : 3 * i + 3]
             assert result == f"{name} {q * price + extra}"
+        assert [p.prompt.index(name) for name in by_name] == sorted(p.prompt.index(name) for name in by_name)
         assert p.answer == (", ".join(by_name.values()) if p.threads else p.parts[0].result.split()[1])
     for p in some("test", 60, ("times",)):
         totals = {part.outline: int(part.result.split()[1]) for part in p.parts}

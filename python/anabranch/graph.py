@@ -361,7 +361,7 @@ class DecodeGraph:
         """The step's numbers, to where a graph reads them: one transfer, or two if the ids are on the device."""
         if self._inputs is None or self._inputs.rows != step.num_rows:
             self._inputs = self._views(step.num_rows)
-        rows = step.plan.host_rows()
+        rows: tuple[np.ndarray, ...] = step.plan.host_rows()
         if isinstance(ids, np.ndarray):
             where, rows = self._inputs.all, (ids, *rows)
         else:

@@ -220,10 +220,9 @@ def launched_as(variant: Variant) -> dict[str, int]:
     """
     _, constants, options = BUILDERS[variant.kernel](variant)
     return {
-        **_blocks(constants),
+        **_chosen(constants, options),
         "num_warps": options["num_warps"],
         "num_stages": options.get("num_stages", 0),
-        "max_registers": options.get("maxnreg", 0),
     }
 
 
@@ -258,15 +257,18 @@ def compile_variant(variant: Variant) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         "num_warps": compiled.metadata.num_warps,
         "num_stages": compiled.metadata.num_stages,
-        "max_registers": options.get("maxnreg", 0),
-        **_blocks(constants),
+        **_chosen(constants, options),
         "tensor_cores": sorted(name for name, instruction in TENSOR_CORES.items() if instruction in ptx),
         "cubin_bytes": len(cubin),
     }
 
 
-def _blocks(constants: dict[str, Any]) -> dict[str, int]:
-    return {"tile_m": constants.get("BLOCK_M", 0), "block_n": constants.get("BLOCK_N", 0)}
+def _chosen(constants: dict[str, Any], options: dict[str, int]) -> dict[str, int]:
+    return {
+        "max_registers": options.get("maxnreg", 0),
+        "tile_m": constants.get("BLOCK_M", 0),
+        "block_n": constants.get("BLOCK_N", 0),
+    }
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

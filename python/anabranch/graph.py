@@ -22,7 +22,7 @@ from anabranch import backends
 from anabranch.cache import Step, TreeCache
 from anabranch.errors import TopologyChanged
 from anabranch.hf_mask import tree_mask
-from anabranch.plan import FlatContexts, Plan, PlanArrays, Profile, upload
+from anabranch.plan import FlatContexts, Plan, PlanArrays, Profile, staged, upload
 from anabranch.resident import ResidentPlan
 
 __all__ = ["Capture", "CudaCapture", "DecodeGraph", "forward", "unfit"]
@@ -367,10 +367,8 @@ class DecodeGraph:
         else:
             where = self._inputs.places
             self._inputs.ids.copy_(ids)
-        host = torch.from_numpy(np.array(rows, dtype=np.int64))
-        if where.device.type == "cuda":
-            host = host.pin_memory()  # new each time: not used again before it has left
-        where.copy_(host, non_blocking=True)
+        # Memory that is new each time: none is used again before it has left.
+        where.copy_(staged(np.array(rows, dtype=np.int64), where.device), non_blocking=True)
 
     def _views(self, rows: int) -> _Inputs:
         if self._buffer is None or self._buffer.numel() < 3 * rows:

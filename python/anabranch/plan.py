@@ -164,12 +164,15 @@ class Plan:
         return TablePlan(block_tables, lengths, page_size, query_lengths)
 
 
-def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """A tensor of `array` on the device. To a GPU it goes through pinned memory: the host waits for nothing."""
+def staged(array: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor on the host to be copied to the device: pinned for a GPU, so that the host waits for nothing."""
     host = torch.from_numpy(array)
-    if device.type == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    return host.pin_memory() if device.type == "cuda" else host
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor of `array` on the device."""
+    return staged(array, device).to(device, non_blocking=device.type == "cuda")
 
 
 def split_buffer(result: tuple, device: torch.device, copy: bool = False) -> PlanArrays:

@@ -205,7 +205,7 @@ def sums(split: str, rng: random.Random, n: int, strange: bool) -> Problem | Non
         f"{letter}: {e['metadata']['expression']} =" for letter, e in zip("ABCDEF", entries, strict=False)
     )
     answer = ", ".join(p.result for p in parts)
-    return Problem("sums", f"{lead}\n{lines}", tuple(parts), "", answer, strange and split != "train", tuple(entries))
+    return Problem("sums", f"{lead}\n{lines}", tuple(parts), "", answer, strange, tuple(entries))
 
 
 def _belongs(split: str, of: list[str]) -> bool:
@@ -275,7 +275,7 @@ def bills(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
     else:
         ask = BILL_ASK.pick(split, rng, strange)
         answer = ", ".join(p.result for p in parts)
-    return Problem("bills", " ".join([*lines, ask]), tuple(parts), "", answer, strange and split != "train")
+    return Problem("bills", " ".join([*lines, ask]), tuple(parts), "", answer, strange)
 
 
 UNITS = [
@@ -385,7 +385,7 @@ def times(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
         totals.append(total)
     if n == 1:
         ask = TIME_ASK_ONE.pick(split, rng, strange).format(units=_PLURAL.get(small, small + "s"))
-        return Problem("times", " ".join([*lines, ask]), tuple(parts), "", str(totals[0]), strange and split != "train")
+        return Problem("times", " ".join([*lines, ask]), tuple(parts), "", str(totals[0]), strange)
     best, join = 0, parts[0].result
     for i in range(1, n):
         more = totals[i] > totals[best]
@@ -393,7 +393,7 @@ def times(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
         best = i if more else best
     ask = TIME_ASK.pick(split, rng, strange)
     answer = parts[best].result
-    return Problem("times", " ".join([*lines, ask]), tuple(parts), f"{join}.\n", answer, strange and split != "train")
+    return Problem("times", " ".join([*lines, ask]), tuple(parts), f"{join}.\n", answer, strange)
 
 
 STORY_START = Words(
@@ -464,7 +464,7 @@ def story(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
         total += y
     lines.append(STORY_ASK.pick(split, rng, strange).format(things=things))
     part = Part("", f" {', '.join(steps)}.", str(total))
-    return Problem("story", " ".join(lines), (part,), "", str(total), strange and split != "train")
+    return Problem("story", " ".join(lines), (part,), "", str(total), strange)
 
 
 def drill(rng: random.Random) -> Problem:
@@ -506,7 +506,7 @@ def problems(
         family = rng.choices(families, [_SHARE[f] for f in families])[0]
         problem = None
         while problem is None or problem.prompt in seen:  # anew, number of parts and all: some have few problems
-            n, strange = rng.randint(1, most), rng.random() < 0.5
+            n, strange = rng.randint(1, most), rng.random() < 0.5 and split != "train"
             problem = _MAKE[family](split, rng, n, strange)
         seen.add(problem.prompt)
         yield problem

@@ -34,8 +34,8 @@ from .text import TAG_IDS, TEMPLATE, closing, lesson_of
 from .text import tokenizer as adaptive_tokenizer
 
 PLAIN_WEIGHT = 0.6  # of what only plain decoding writes: headers, and threads in sight of the earlier ones
-LONGEST_STEP = 20.0  # seconds: a process that was stopped for a while (kill -STOP) goes on with its schedule
 JOIN_WEIGHT = 2.0  # of what is written after the join: few tokens, and each of them counts
+LONGEST_STEP = 20.0  # seconds: a process that was stopped for a while (kill -STOP) goes on with its schedule
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,9 @@ class LoRA(torch.nn.Module):
 class Student(torch.nn.Module):
     """SmolLM2 with adapters; the loss is taken where there is one, over the tokens of the data and some others."""
 
-    def __init__(self, rank: int, alpha: float):
+    def __init__(self, rank: int, alpha: float, autocast: bool = False):
         super().__init__()
+        self.autocast = autocast
         self.model, _ = ab.models.load("smollm2", dtype=torch.float32, attn_implementation="anabranch")
         self.model.requires_grad_(False)
         self.rank, self.alpha = rank, alpha
@@ -110,13 +111,14 @@ class Student(torch.nn.Module):
 
     def forward(self, batch: dict[str, Any], vocabulary: torch.Tensor) -> torch.Tensor:
         """Scores [targets, len(vocabulary)]."""
-        hidden = self.model.model(
-            inputs_embeds=self.embed(batch["input_ids"]),
-            position_ids=batch["position_ids"],
-            branch_mask=batch["branch_mask"],
-            use_cache=False,
-        ).last_hidden_state[0]
-        return F.linear(hidden[batch["logits_to_keep"]], self.embed(vocabulary))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            hidden = self.model.model(
+                inputs_embeds=self.embed(batch["input_ids"]),
+                position_ids=batch["position_ids"],
+                branch_mask=batch["branch_mask"],
+                use_cache=False,
+            ).last_hidden_state[0]
+            return F.linear(hidden[batch["logits_to_keep"]], self.embed(vocabulary)).float()
 
     def begin_from(self, path: Path) -> None:
         """The weights of a state.pt, or of an adapter (a folder, such as the package's data/smollm2_adaptive)."""
@@ -219,7 +221,7 @@ def main(
     made = [example(p, tokenizer) for p in itertools.islice(problems("train", seed, drills=drills), count)]
     dev = [example(p, tokenizer) for p in itertools.islice(problems("dev", seed), 48)]
     used = torch.tensor(sorted({t for one in made for t in one.row.input_ids.tolist()}))
-    student = Student(rank, alpha=2.0 * rank)
+    student = Student(rank, alpha=2.0 * rank, autocast=autocast)
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     spent, step = 0.0, 0
@@ -250,10 +252,6 @@ def main(
                   "chat_template": TEMPLATE}  # fmt: skip
         (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-    def checked() -> dict[str, Any]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return check(student, dev, everything)
-
     note(parameters=sum(p.numel() for p in parameters), problems=len(made), vocabulary=len(used),
          mean_tokens=float(np.mean([len(x) for x in made])), families=FAMILIES, lr=lr, rank=rank,
          tokens=tokens, drills=drills, down=down, autocast=autocast)  # fmt: skip
@@ -269,11 +267,8 @@ def main(
             # Tokens that the data never have must stay unlikely: some of them take part in every step.
             others = torch.randint(0, student.row_of.shape[0], (2048,))
             vocabulary = torch.unique(torch.cat([used, others]))
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                scores = student(batch, vocabulary)
-            each = F.cross_entropy(
-                scores.float(), torch.searchsorted(vocabulary, batch["shift_labels"][0]), reduction="none"
-            )
+            scores = student(batch, vocabulary)
+            each = F.cross_entropy(scores, torch.searchsorted(vocabulary, batch["shift_labels"][0]), reduction="none")
             loss = (each * batch["weight"]).sum() / batch["weight"].sum()
             for group in optimizer.param_groups:
                 group["lr"] = rate(spent / (minutes * 60), lr, down)
@@ -287,18 +282,18 @@ def main(
             now = time.monotonic()
             spent += min(now - last, LONGEST_STEP)
             last = now
-            if time.monotonic() - last_note > 60:
+            if now - last_note > 60:
                 note(step=step, minutes=round(spent / 60, 2), loss=round(float(np.mean(losses)), 4),
-                     tokens_per_s=round(seen / (time.monotonic() - last_note)),
+                     tokens_per_s=round(seen / (now - last_note)),
                      lr=optimizer.param_groups[0]["lr"])  # fmt: skip
-                last_note, seen, losses = time.monotonic(), 0, []
-            if time.monotonic() - last_check > check_minutes * 60:
+                last_note, seen, losses = now, 0, []
+            if now - last_check > check_minutes * 60:
                 save()
-                note(step=step, minutes=round(spent / 60, 2), **checked())
+                note(step=step, minutes=round(spent / 60, 2), **check(student, dev, everything))
                 last = last_check = last_note = time.monotonic()
     finally:
         save()
-    note(step=step, minutes=round(spent / 60, 2), final=True, **checked())
+    note(step=step, minutes=round(spent / 60, 2), final=True, **check(student, dev, everything))
 
 
 if __name__ == "__main__":

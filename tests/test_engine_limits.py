@@ -77,6 +77,51 @@ def test_a_killed_thread_gives_its_turn_away_and_nobody_waits_for_ever():
     )  # the third's 6 beside, then on behind the trunk's 2
 
 
+@dataclass(frozen=True)
+class Families(Strategy):
+    """Every child goes its own way: it decodes, forks, and takes its children back, whatever the others do."""
+
+    def run(self, trunk):
+        def family(kid):
+            yield kid.decode(4)
+            kids = kid.fork([[60], [61, 62]])
+            yield [k.decode(5) for k in kids]
+            kid.join(kids)
+            kid.insert([63])
+            yield kid.decode(2)
+
+        kids = trunk.fork([[20], [30, 31], [40]])
+        yield [family(kid) for kid in kids]
+        trunk.join(kids)
+        trunk.insert([50])
+        yield trunk.decode(3)
+
+
+def test_one_after_another_means_no_thread_before_another_is_through(monkeypatch):
+    turns: list[str] = []
+    sample = Run._sample
+
+    def watch(self, ready):
+        assert len(ready) == 1
+        turns.append(ready[0].id)
+        return sample(self, ready)
+
+    monkeypatch.setattr(Run, "_sample", watch)
+    strategy = Sequential(Families())
+    free = make_engine().generate(PROMPT, strategy=strategy, **FREE)
+    one = lambda k: [f"0.{k}"] * 4 + [f"0.{k}.0"] * 5 + [f"0.{k}.1"] * 5 + [f"0.{k}"] * 2  # noqa: E731
+    expected = [*one(0), *one(1), *one(2), *["0"] * 3]
+    assert turns == expected
+    for options in (dict(max_threads=1), dict(max_threads=1, max_rows=2), dict(num_pages=26, max_threads=1)):
+        for total in (None, 9, 30):  # who a budget stops does not depend on the pages either
+            held, budget = make_engine(**options), {} if total is None else {"max_total_tokens": total}
+            turns.clear()
+            result = held.generate(PROMPT, strategy=strategy, **budget, **FREE)
+            assert turns == expected[:total]
+            assert total is not None or result.tree == free.tree
+            assert_nothing_held(held)
+
+
 def test_a_limit_below_one_is_no_limit():
     for wrong in (0, 2.0, "3"):
         with pytest.raises(ValueError, match=r"max_threads=.*; pass a whole number of at least 1"):

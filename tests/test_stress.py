@@ -6,6 +6,7 @@ pytest tests/test_stress.py -m slow            # 1,000 of them
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -123,7 +124,7 @@ def assert_no_token_lost(results: list[Result]) -> None:
                 assert not run.spliced or run.token_ids == nodes[run.source].token_ids
 
 
-def generations(numbers: range) -> dict[str, int]:
+def generations(numbers: Iterable[int]) -> dict[str, int]:
     """Run them; what there was to see."""
     roomy = engine(num_pages=6000, page_size=4)
     seen = dict.fromkeys(("forks", "preemptions", "queued", "too small", "tight", "killed", "batches of 16"), 0)
@@ -162,7 +163,8 @@ def generations(numbers: range) -> dict[str, int]:
 
 
 def test_generations_at_random():
-    seen = generations(range(SHORT))
+    # The two at the end failed once: a prompt in turns waited for ever for a slot, and equally sure branches tied.
+    seen = generations([*range(SHORT), 211, 509])
     assert seen["tight"] > SHORT // 2 and min(seen.values()) > 0, seen
 
 

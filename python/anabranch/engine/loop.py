@@ -135,11 +135,15 @@ class Run:
 
     @staticmethod
     def _may_decode(request: Request) -> list[Thread]:
-        """Threads whose queue begins with a decode; for a sequential strategy only the first, children first."""
-        threads = [t for t in request.queued if t._ops and isinstance(t._ops[0], Decode) and t._live.born]
-        if request.sequential and threads:
-            return [min(threads, key=lambda t: (*t.path, inf))]
-        return threads
+        """Threads whose queue begins with a decode; for a sequential strategy only the first that has anything to do,
+        children before their parent."""
+        threads = [t for t in request.queued if t._ops and t._live.born]
+        if request.sequential:
+            # A fork that still waits for its thread's last token keeps the turn: its children come next, not whoever
+            # happens to be ready. So the order, and with it who a budget stops, does not depend on pages or chunks.
+            threads = [t for t in threads if not (isinstance(op := t._ops[0], Join) and any(k._ops for k in op.kids))]
+            threads = sorted(threads, key=lambda t: (*t.path, inf))[:1]
+        return [t for t in threads if isinstance(t._ops[0], Decode)]
 
     def _ready(self) -> list[Thread]:
         """Threads that can be given a token without another forward."""

@@ -10,8 +10,9 @@ from ..strategies.protocol import Thread
 
 
 class Slots:
-    """At most `limit` decodings at a time. One that has begun keeps its slot to its end; then the next thread in line
-    gets it: of the earliest prompt, children before their parent."""
+    """At most `limit` decodings at a time. One that has begun keeps its slot to its end, or until its prompt gives the
+    turn to another thread; then the next thread in line gets it: of the earliest prompt, children before their parent.
+    """
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -21,9 +22,11 @@ class Slots:
     def admit(self, threads: Iterable[Thread]) -> list[Thread]:
         """Those of `threads` (each begins its queue with a decode) that may go on now."""
         threads = list(threads)
+        offered = {t._ops[0] for t in threads}
         over = [op for op in self._held if op.done]
-        for op in over:
-            del self._held[op]
+        # One under way is offered no more when its sequential prompt goes on with an earlier thread: that one would wait
+        # for a slot which nobody uses.
+        self._held = {op: None for op in self._held if op in offered}
         # Who waited for a slot waited for the tokens of the thread that held it (a Lamport clock counts one prompt's).
         freed = [(op.thread._host, op.clock) for op in over]
         line = [t for t in threads if t._ops[0] not in self._held]

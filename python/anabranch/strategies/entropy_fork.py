@@ -85,7 +85,7 @@ class EntropyFork(Strategy):
             end = yield self._decode(kid, self._falling())
             if end.reason != "until":
                 return end
-            fallen.append((confidence(end.stats), -index, end))
+            fallen.append((rounded(confidence(end.stats)), -index, end))
             fallen.sort()
             if len(fallen) > 1:
                 kids[-fallen.pop(0)[1]].kill()
@@ -142,10 +142,16 @@ class EntropyFork(Strategy):
                 if answers[i] is not None:
                     weight[answers[i]] = weight.get(answers[i], 0.0) + confidence(ends[i].stats)
             winner = max(weight, key=lambda answer: weight[answer])
-            return max((i for i in alive if answers[i] == winner), key=lambda i: confidence(ends[i].stats))
-        return max(alive, key=lambda i: sum(s.logprob for s in ends[i].stats) / max(1, len(ends[i].stats)))
+            return max((i for i in alive if answers[i] == winner), key=lambda i: rounded(confidence(ends[i].stats)))
+        return max(alive, key=lambda i: rounded(sum(s.logprob for s in ends[i].stats) / max(1, len(ends[i].stats))))
 
 
 def confidence(stats: Sequence[TokenStats]) -> float:
     """DeepConf's mean token confidence: the higher, the surer (a peak leaves little to the other likely tokens)."""
     return -sum(s.topk_logprob for s in stats) / max(1, len(stats))
+
+
+def rounded(nats: float) -> float:
+    """For comparing branches. Two that drew the same tokens are equally sure but for float rounding, which depends on
+    what else was in their steps; to four places they tie, and the first of them is taken in any company."""
+    return round(nats, 4)

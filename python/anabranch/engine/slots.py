@@ -24,8 +24,8 @@ class Slots:
         threads = list(threads)
         offered = {t._ops[0] for t in threads}
         over = [op for op in self._held if op.done]
-        # One under way is offered no more when its sequential prompt goes on with an earlier thread: that one would wait
-        # for a slot which nobody uses.
+        # One under way is offered no more when its sequential prompt goes on with an earlier thread: that thread would
+        # wait for a slot which nobody uses.
         self._held = {op: None for op in self._held if op in offered}
         # Who waited for a slot waited for the tokens of the thread that held it (a Lamport clock counts one prompt's).
         freed = [(op.thread._host, op.clock) for op in over]

@@ -20,6 +20,7 @@ from anabranch.plan import PlanArrays, Profile
 
 INFO = _cpu.info()
 ISAS = INFO["runnable"]
+PAIRS = ("wide", "avx512bf16")  # instruction sets that multiply bfloat16 by pairs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAN, INF = float("nan"), float("inf")
 
@@ -155,7 +156,9 @@ def check(case, q, k, v, *, tolerance=1e-5, **options):
     assert out.dtype == q.dtype and lse.dtype == torch.float32
     assert torch.isfinite(out.float()).all()
     rounding = relative(expected.to(q.dtype), expected) if q.dtype != torch.float32 else 0
-    assert relative(out, expected) <= tolerance + 1.05 * rounding
+    # Weights that are multiplied by pairs are rounded as well, which on random values adds as much as the result's own.
+    more = 1.5 if q.dtype == torch.bfloat16 and cpu.info()["isa"] in PAIRS else 1.05
+    assert relative(out, expected) <= tolerance + more * rounding
     nothing = torch.isinf(expected_lse)
     assert torch.equal(torch.isneginf(lse), nothing)
     assert (out[nothing] == 0).all()

@@ -28,6 +28,9 @@ std::vector<const Kernels*> compiled() {
 #ifdef ANABRANCH_X86
   all.push_back(&kernels_avx2());
   all.push_back(&kernels_avx512());
+#ifdef ANABRANCH_AVX512BF16
+  all.push_back(&kernels_avx512bf16());
+#endif
 #endif
   return all;
 }
@@ -37,7 +40,8 @@ bool runnable(const Kernels& k) {
   __builtin_cpu_init();
   const std::string isa = k.isa;
   if (isa == "avx2" || isa == "wide") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (isa == "avx512")
+  if (isa == "avx512bf16" && !__builtin_cpu_supports("avx512bf16")) return false;
+  if (isa == "avx512" || isa == "avx512bf16")
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 #endif

@@ -1,6 +1,8 @@
 // The kernels of one instruction set: this file is compiled once for each (see CMakeLists.txt).
 #include "cpu/kernels.hpp"
 
+#include <type_traits>
+
 #include "cpu/branch.hpp"
 #include "cpu/linear.hpp"
 #include "cpu/packed.hpp"
@@ -19,7 +21,7 @@ namespace {
 
 size_t scratch_bytes(int packed_rows, int head_dim) {
   size_t packed, stream;
-  PackedScratch(nullptr, packed_rows, head_dim, &packed);
+  PackedScratch<float>(nullptr, packed_rows, head_dim, &packed);  // pairs need less
   StreamScratch<float>(nullptr, head_dim, &stream);
   return packed > stream ? packed : stream;
 }
@@ -27,10 +29,12 @@ size_t scratch_bytes(int packed_rows, int head_dim) {
 template <class T>
 void unit_of(const Attention& a, int item, int kv_head, void* scratch) {
   Unit u(a, item, kv_head);
-  if (u.packed <= STREAM_ROWS)
-    stream_unit<T>(a, u, scratch);
-  else
-    packed_unit<T>(a, u, scratch);
+  if (u.packed <= STREAM_ROWS) return stream_unit<T>(a, u, scratch);
+#ifdef ANABRANCH_BF16_PAIRS
+  if constexpr (std::is_same_v<T, bf16>)
+    if (a.head_dim % 2 == 0) return packed_unit<T, pair>(a, u, scratch);
+#endif
+  packed_unit<T, float>(a, u, scratch);
 }
 
 void unit(const Attention& a, int item, int kv_head, void* scratch) {

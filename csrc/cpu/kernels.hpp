@@ -123,6 +123,9 @@ const Kernels& kernels_plain();
 #ifdef ANABRANCH_X86
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+#ifdef ANABRANCH_AVX512BF16
+const Kernels& kernels_avx512bf16();
+#endif
 const Kernels& kernels_wide();
 #endif
 

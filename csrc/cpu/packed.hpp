@@ -4,6 +4,10 @@
 // query rows, so that maxima, exponentials and sums of the softmax are vertical and need no reduction across lanes.
 // For P·V the lanes are channels of V, packed as panels [token][2·W channels] that stay in the first-level cache.
 // 16-bit K and V are converted to float32 once a tile, for all rows; float32 K is read where it lies.
+//
+// With AVX512-BF16 both products of bfloat16 go by pairs, two multiply-adds a lane and instruction: Q and K two channels
+// at a time (K where it lies), P and V two tokens. P is rounded to bfloat16 for that, as flash attention does on GPUs;
+// its sum is not, so the LSE is float32's.
 #pragma once
 
 #include "cpu/unit.hpp"
@@ -14,9 +18,23 @@ namespace {
 constexpr int TILE = 96;     // tokens; a multiple of every key block below
 constexpr int PANEL = 2 * W;  // rows of a Q panel, channels of a V panel
 
+// An element of the products, float or `pair`, stands for so many channels (of Q and K) or tokens (of P and V).
+template <class E>
+constexpr int STEP = 1;
+template <>
+constexpr int STEP<pair> = 2;
+template <class E>
+constexpr int TILE_STEPS = TILE / STEP<E>;
+template <class E>
+ANABRANCH_INLINE int steps(int n) {
+  return (n + STEP<E> - 1) / STEP<E>;
+}
+
+template <class E>
 struct PackedScratch {
   int rows, dv;  // padded to W
-  float *q, *k, *v, *s, *o, *m, *l, *alpha;
+  E *q, *v;
+  float *k, *s, *o, *m, *l, *alpha;
   int32_t *limit, *position;
   const void **here, **next;  // the K rows of a tile, then its V rows
 
@@ -24,9 +42,9 @@ struct PackedScratch {
     Scratch take(base);
     rows = round_up(packed, W);
     dv = round_up(d, W);
-    q = take.take<float>(size_t(rows) * d);
+    q = take.take<E>(size_t(rows) * d);
+    v = take.take<E>(size_t(TILE) * dv);
     k = take.take<float>(size_t(TILE) * d);
-    v = take.take<float>(size_t(TILE) * dv);
     s = take.take<float>(size_t(TILE) * PANEL);
     o = take.take<float>(size_t(rows) * dv);
     m = take.take<float>(rows);
@@ -52,40 +70,40 @@ struct Fetcher {
   }
 };
 
-// s[KB tokens][NV · W rows] = K · Qᵀ
-template <int NV, int KB>
-ANABRANCH_INLINE void score_block(const float* q, int d, const void* const* k, float* s) {
+// s[KB tokens][NV · W rows] = K · Qᵀ; of pairs, times `factor`
+template <int NV, int KB, class E>
+ANABRANCH_INLINE void score_block(const E* q, int d, const void* const* k, float* s, float factor) {
   vf acc[KB][NV] = {};
-  const float* row[KB];
+  const E* row[KB];
 #pragma GCC unroll 16
-  for (int b = 0; b < KB; ++b) row[b] = static_cast<const float*>(k[b]);
-  for (int64_t c = 0; c < d; ++c) {
-    vf x[NV];
+  for (int b = 0; b < KB; ++b) row[b] = static_cast<const E*>(k[b]);
+  for (int64_t c = 0; c < d / STEP<E>; ++c) {
+    decltype(load(q)) x[NV];
     for (int i = 0; i < NV; ++i) x[i] = load(q + c * NV * W + i * W);
 #pragma GCC unroll 16
     for (int b = 0; b < KB; ++b) {
-      vf y = splat(row[b][c]);
+      auto y = splat(row[b][c]);
 #pragma GCC unroll 2
-      for (int i = 0; i < NV; ++i) acc[b][i] += x[i] * y;
+      for (int i = 0; i < NV; ++i) acc[b][i] = multiply_add(x[i], y, acc[b][i]);
     }
   }
 #pragma GCC unroll 16
   for (int b = 0; b < KB; ++b)
-    for (int i = 0; i < NV; ++i) store(s + b * NV * W + i * W, acc[b][i]);
+    for (int i = 0; i < NV; ++i) store(s + b * NV * W + i * W, STEP<E> == 1 ? acc[b][i] : acc[b][i] * factor);
 }
 
 // The last block may run past n: its surplus keys are valid addresses and its surplus scores are never read.
-template <int NV>
-void scores(const float* q, int d, const void* const* k, int n, float* s, Fetcher& fetcher) {
+template <int NV, class E>
+void scores(const E* q, int d, const void* const* k, int n, float* s, Fetcher& fetcher, float factor = 1) {
   constexpr int KB = NV == 2 ? LONG : LONG == 6 ? 8 : 12;
   for (int j = 0; j < n; j += KB) {
     fetcher.step();
-    score_block<NV, KB>(q, d, k + j, s + int64_t(j) * NV * W);
+    score_block<NV, KB>(q, d, k + j, s + int64_t(j) * NV * W, factor);
   }
 }
 
-template <int NV>
-void cap_and_mask(const Attention& a, const Unit& u, const Tile& tile, const PackedScratch& w, int row, int n,
+template <int NV, class E>
+void cap_and_mask(const Attention& a, const Unit& u, const Tile& tile, const PackedScratch<E>& w, int row, int n,
                   float* s) {
   const int32_t* positions = u.positions + tile.begin;
   for (int j = 0; j < n; ++j)
@@ -99,8 +117,10 @@ void cap_and_mask(const Attention& a, const Unit& u, const Tile& tile, const Pac
 }
 
 // Online softmax of a panel: S becomes P = e^(S − m); m and l move on; alpha = what the past is to be scaled by.
-template <int NV>
-void soften(float* s, int n, float* m, float* l, float* alpha) {
+// Pairs of tokens take the places of the first half.
+template <int NV, class E = float>
+E* soften(float* s, int n, float* m, float* l, float* alpha) {
+  E* p = reinterpret_cast<E*>(s);
   vf old[NV], top[NV], base[NV], total[NV];
   for (int i = 0; i < NV; ++i) top[i] = old[i] = load(m + i * W);
   for (int j = 0; j < n; ++j)
@@ -109,11 +129,17 @@ void soften(float* s, int n, float* m, float* l, float* alpha) {
     base[i] = top[i] == -INF ? (vf){} : top[i];  // nothing visible yet: e^(−inf − 0) = 0 and no NaN
     total[i] = (vf){};
   }
-  for (int j = 0; j < n; ++j)
+  for (int j = 0; j < n; j += STEP<E>)
     for (int i = 0; i < NV; ++i) {
-      vf p = exp_(load(s + (j * NV + i) * W) - base[i]);
-      store(s + (j * NV + i) * W, p);
-      total[i] += p;
+      vf first = exp_(load(s + (j * NV + i) * W) - base[i]);
+      if constexpr (STEP<E> == 1) {
+        store(p + (j * NV + i) * W, first);
+        total[i] += first;
+      } else {
+        vf second = j + 1 < n ? exp_(load(s + ((j + 1) * NV + i) * W) - base[i]) : (vf){};
+        total[i] += first + second;
+        store(p + (j / 2 * NV + i) * W, (vu)to_bf16(first) >> 16 | (vu)to_bf16(second));
+      }
     }
   for (int i = 0; i < NV; ++i) {
     vf shrink = exp_(old[i] - base[i]);
@@ -121,21 +147,22 @@ void soften(float* s, int n, float* m, float* l, float* alpha) {
     store(m + i * W, top[i]);
     store(l + i * W, load(l + i * W) * shrink + total[i]);
   }
+  return p;
 }
 
 // o[R rows][NV · W channels] = alpha · o + P · V
-template <int R, int NV>
-ANABRANCH_INLINE void weigh_block(const float* p, int p_stride, const float* v, int n, float* o, int o_stride,
+template <int R, int NV, class E>
+ANABRANCH_INLINE void weigh_block(const E* p, int p_stride, const E* v, int n, float* o, int o_stride,
                                   const float* alpha) {
   vf acc[R][NV] = {};
-  for (int j = 0; j < n; ++j) {
-    vf x[NV];
+  for (int j = 0; j < steps<E>(n); ++j) {
+    decltype(load(v)) x[NV];
     for (int i = 0; i < NV; ++i) x[i] = load(v + (int64_t(j) * NV + i) * W);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      vf y = splat(p[j * p_stride + r]);
+      auto y = splat(p[j * p_stride + r]);
 #pragma GCC unroll 2
-      for (int i = 0; i < NV; ++i) acc[r][i] += x[i] * y;
+      for (int i = 0; i < NV; ++i) acc[r][i] = multiply_add(x[i], y, acc[r][i]);
     }
   }
 #pragma GCC unroll 16
@@ -146,38 +173,50 @@ ANABRANCH_INLINE void weigh_block(const float* p, int p_stride, const float* v, 
     }
 }
 
-template <int R>
-void weigh_rows(const float* p, int p_stride, const float* v, int n, float* o, int dv, const float* alpha) {
+template <int R, class E>
+void weigh_rows(const E* p, int p_stride, const E* v, int n, float* o, int dv, const float* alpha) {
   int c = 0;
-  for (; c + PANEL <= dv; c += PANEL) weigh_block<R, 2>(p, p_stride, v + int64_t(c) * TILE, n, o + c, dv, alpha);
-  if (c < dv) weigh_block<R, 1>(p, p_stride, v + int64_t(c) * TILE, n, o + c, dv, alpha);
+  for (; c + PANEL <= dv; c += PANEL)
+    weigh_block<R, 2>(p, p_stride, v + int64_t(c) * TILE_STEPS<E>, n, o + c, dv, alpha);
+  if (c < dv) weigh_block<R, 1>(p, p_stride, v + int64_t(c) * TILE_STEPS<E>, n, o + c, dv, alpha);
 }
 
-template <int R = LONG>
-void weigh(int r, const float* p, int p_stride, const float* v, int n, float* o, int dv, const float* alpha) {
+template <int R = LONG, class E>
+void weigh(int r, const E* p, int p_stride, const E* v, int n, float* o, int dv, const float* alpha) {
   if (r == R) return weigh_rows<R>(p, p_stride, v, n, o, dv, alpha);
   if constexpr (R > 1) weigh<R - 1>(r, p, p_stride, v, n, o, dv, alpha);
 }
 
 // A tile that hides tokens from some rows and whose V holds an infinity or a NaN: 0 · NaN must not reach those rows.
-inline void weigh_visible(int rows, const float* p, int p_stride, const float* v, int n, float* o, int dv,
-                          const float* alpha) {
+template <class E>
+void weigh_visible(int rows, const E* p, int p_stride, const E* v, int n, float* o, int dv, const float* alpha) {
+  const auto part = [](E x, int j) {
+    if constexpr (STEP<E> == 1) return x;
+    else return to_float(bf16{uint16_t(x.bits >> (j % 2 * 16))});
+  };
   for (int r = 0; r < rows; ++r)
     for (int c = 0; c < dv; ++c) {
       int panel = c / PANEL * PANEL, width = smaller(PANEL, dv - panel);
       float x = 0;
-      for (int j = 0; j < n; ++j)
-        if (p[j * p_stride + r] != 0) x += p[j * p_stride + r] * v[int64_t(panel) * TILE + j * width + c - panel];
+      for (int j = 0; j < n; ++j) {
+        int at = j / STEP<E>;
+        float weight = part(p[at * p_stride + r], j);
+        if (weight != 0) x += weight * part(v[int64_t(panel) * TILE_STEPS<E> + at * width + c - panel], j);
+      }
       o[int64_t(r) * dv + c] = o[int64_t(r) * dv + c] * alpha[r] + x;
     }
 }
 
-inline bool all_finite(const float* v, int n, int dv) {
+template <class E>
+bool all_finite(const E* v, int n, int dv) {
   vf bad = {};
   for (int c = 0; c < dv; c += PANEL) {
     int width = smaller(PANEL, dv - c);
-    const float* panel = v + int64_t(c) * TILE;
-    for (int i = 0; i < n * width; i += W) bad += load(panel + i) * 0.0f;
+    const E* panel = v + int64_t(c) * TILE_STEPS<E>;
+    for (int i = 0; i < steps<E>(n) * width; i += W) {
+      if constexpr (STEP<E> == 1) bad += load(panel + i) * 0.0f;
+      else bad += low(load(panel + i)) * 0.0f + high(load(panel + i)) * 0.0f;
+    }
   }
   return sum(bad) == 0;
 }
@@ -197,6 +236,20 @@ ANABRANCH_INLINE void pack_value(const T* from, int d, int dv, int j, float* v) 
   for (int i = 0; i < width; ++i) to[i] = c + i < d ? to_float(from[c + i]) : 0;
 }
 
+// Rows 2·j and 2·j + 1; the second may be null: zeros.
+ANABRANCH_INLINE void pack_value(const bf16* from, const bf16* second, int d, int dv, int j, pair* v) {
+  for (int c = 0; c < dv; c += W) {
+    int panel = c / PANEL * PANEL, width = smaller(PANEL, dv - panel);
+    pair* to = v + int64_t(panel) * TILE_STEPS<pair> + j * width + c - panel;
+    if (c + W <= d) {
+      store(to, (vu)load(from + c) >> 16 | (second ? (vu)load(second + c) : (vu){}));
+      continue;
+    }
+    for (int i = 0; i < W; ++i)
+      to[i] = c + i < d ? pair_of(from[c + i], second ? second[c + i] : bf16{}) : pair{};
+  }
+}
+
 template <class T>
 ANABRANCH_INLINE void copy_row(const T* from, int d, float* to) {
   int c = 0;
@@ -204,19 +257,23 @@ ANABRANCH_INLINE void copy_row(const T* from, int d, float* to) {
   for (; c < d; ++c) to[c] = to_float(from[c]);
 }
 
-template <class T>
-void pack_queries(const Attention& a, const Unit& u, const PackedScratch& w) {
-  const int d = a.head_dim;
+// Floats are scaled here, once; pairs stay as they are, and their scores are scaled.
+template <class T, class E>
+void pack_queries(const Attention& a, const Unit& u, const PackedScratch<E>& w) {
+  const int steps = a.head_dim / STEP<E>;
   const float factor = query_factor(a);
   for (int row = 0; row < w.rows; ++row) {
     int panel = row / PANEL * PANEL, width = smaller(PANEL, w.rows - panel);
-    float* to = w.q + int64_t(panel) * d + row - panel;
+    E* to = w.q + int64_t(panel) * steps + row - panel;
     if (row >= u.packed) {
-      for (int c = 0; c < d; ++c) to[c * width] = 0;
+      for (int c = 0; c < steps; ++c) to[c * width] = E{};
       continue;
     }
     const T* from = query<T>(a, u, row);
-    for (int c = 0; c < d; ++c) to[c * width] = to_float(from[c]) * factor;
+    for (int c = 0; c < steps; ++c) {
+      if constexpr (STEP<E> == 1) to[c * width] = to_float(from[c]) * factor;
+      else to[c * width] = pair_of(from[2 * c], from[2 * c + 1]);
+    }
   }
   for (int row = 0; row < w.rows; ++row) {
     w.m[row] = -INF;
@@ -229,10 +286,11 @@ void pack_queries(const Attention& a, const Unit& u, const PackedScratch& w) {
   memset(w.o, 0, size_t(w.rows) * w.dv * 4);
 }
 
-template <class T>
+template <class T, class E>
 void packed_unit(const Attention& a, const Unit& u, void* base) {
   const int d = a.head_dim;
-  PackedScratch w(base, u.packed, d);
+  const float factor = query_factor(a);
+  PackedScratch<E> w(base, u.packed, d);
   const auto locate = [&](int begin, const void** rows) {  // returns the end of the pointers that are rows
     int n = smaller(TILE, u.n - begin);
     if (n <= 0) return 0;
@@ -245,7 +303,7 @@ void packed_unit(const Attention& a, const Unit& u, void* base) {
   };
   const int blocks = w.rows >= PANEL ? w.rows / PANEL * (TILE / LONG) : TILE / 12;  // of scores in a tile
   locate(0, w.next);
-  pack_queries<T>(a, u, w);
+  pack_queries<T, E>(a, u, w);
   for (int begin = 0; begin < u.n; begin += TILE) {
     const void** spent = w.here;
     w.here = w.next;
@@ -254,12 +312,18 @@ void packed_unit(const Attention& a, const Unit& u, void* base) {
     Tile tile(a, u, begin, smaller(TILE, u.n - begin));
     if (tile.hidden) continue;
     Fetcher fetcher{w.next, w.next + coming, d * int(sizeof(T)), (coming + blocks - 1) / blocks};
-    for (int j = 0; j < tile.n; ++j) {
-      if constexpr (sizeof(T) == 2) copy_row(static_cast<const T*>(w.here[j]), d, w.k + int64_t(j) * d);
-      pack_value(static_cast<const T*>(w.here[TILE + j]), d, w.dv, j, w.v);
+    const auto value = [&](int j) { return static_cast<const T*>(w.here[TILE + j]); };
+    if constexpr (STEP<E> == 2) {
+      for (int j = 0; j < tile.n; j += 2)
+        pack_value(value(j), j + 1 < tile.n ? value(j + 1) : nullptr, d, w.dv, j / 2, w.v);
+    } else {
+      for (int j = 0; j < tile.n; ++j) {
+        if constexpr (sizeof(T) == 2) copy_row(static_cast<const T*>(w.here[j]), d, w.k + int64_t(j) * d);
+        pack_value(value(j), d, w.dv, j, w.v);
+      }
+      if constexpr (sizeof(T) == 2)
+        for (int j = 0; j < TILE; ++j) w.here[j] = w.k + int64_t(j) * d;
     }
-    if constexpr (sizeof(T) == 2)  // float32 rows are read where they lie
-      for (int j = 0; j < TILE; ++j) w.here[j] = w.k + int64_t(j) * d;
     bool exact = tile.cut() && !all_finite(w.v, tile.n, w.dv);
     for (int row = 0; row < w.rows; row += PANEL) {
       int width = smaller(PANEL, w.rows - row), rows = smaller(width, u.packed - row), n = tile.n;
@@ -269,25 +333,26 @@ void packed_unit(const Attention& a, const Unit& u, void* base) {
         n = smaller(n, most - begin);
         if (n <= 0) continue;
       }
-      const float* q = w.q + int64_t(row) * d;
+      const E* q = w.q + int64_t(row) * d / STEP<E>;
+      const E* p;
       if (width == PANEL) {
-        scores<2>(q, d, w.here, n, w.s, fetcher);
+        scores<2>(q, d, w.here, n, w.s, fetcher, factor);
         if (a.softcap > 0 || tile.cut()) cap_and_mask<2>(a, u, tile, w, row, n, w.s);
-        soften<2>(w.s, n, w.m + row, w.l + row, w.alpha + row);
+        p = soften<2, E>(w.s, n, w.m + row, w.l + row, w.alpha + row);
       } else {
-        scores<1>(q, d, w.here, n, w.s, fetcher);
+        scores<1>(q, d, w.here, n, w.s, fetcher, factor);
         if (a.softcap > 0 || tile.cut()) cap_and_mask<1>(a, u, tile, w, row, n, w.s);
-        soften<1>(w.s, n, w.m + row, w.l + row, w.alpha + row);
+        p = soften<1, E>(w.s, n, w.m + row, w.l + row, w.alpha + row);
       }
       float* o = w.o + int64_t(row) * w.dv;
       if (exact) {
-        weigh_visible(rows, w.s, width, w.v, n, o, w.dv, w.alpha + row);
+        weigh_visible(rows, p, width, w.v, n, o, w.dv, w.alpha + row);
         continue;
       }
       int parts = (rows + LONG - 1) / LONG;
       for (int b = 0; b < parts; ++b) {
         int from = rows * b / parts, to = rows * (b + 1) / parts;
-        weigh(to - from, w.s + from, width, w.v, n, o + int64_t(from) * w.dv, w.dv, w.alpha + row + from);
+        weigh(to - from, p + from, width, w.v, n, o + int64_t(from) * w.dv, w.dv, w.alpha + row + from);
       }
     }
   }

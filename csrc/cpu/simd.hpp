@@ -1,13 +1,10 @@
 // Vectors by GCC's vector extensions: one source for every instruction set. Everything here sits in an unnamed
 // namespace, so that no function compiled for one instruction set can be linked into another's code.
-//
-// AVX512-BF16's dot product is left out on purpose: no machine of this project can run it, and nothing is shipped
-// blind.
 #pragma once
 
 #include <cstdint>
 
-#ifdef __F16C__
+#if defined(__F16C__) || defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
@@ -19,6 +16,10 @@
 #else
 #define ANABRANCH_VECTOR_BYTES 16
 #endif
+#endif
+
+#ifdef __AVX512BF16__
+#define ANABRANCH_BF16_PAIRS 1
 #endif
 
 #define ANABRANCH_INLINE inline __attribute__((always_inline))
@@ -46,6 +47,10 @@ struct bf16 {
 };
 struct f16 {
   uint16_t bits;
+};
+
+struct __attribute__((packed, aligned(2), may_alias)) pair {  // two bfloat16, the first in the lower half
+  uint32_t bits;
 };
 
 constexpr float INF = __builtin_inff();
@@ -76,6 +81,25 @@ ANABRANCH_INLINE vf load(const f16* p) {
   vf scaled = (vf)magnitude * 0x1p112f;  // re-biases the exponent; exact for subnormals too
   vi special = (vi)magnitude >= 0x0f800000;  // infinities and NaN
   return (vf)(sign | (special ? (magnitude | 0x7f800000u) : (vu)scaled));
+#endif
+}
+
+typedef vu vu_at __attribute__((aligned(4), may_alias));
+ANABRANCH_INLINE vu load(const pair* p) { return *reinterpret_cast<const vu_at*>(p); }
+ANABRANCH_INLINE void store(pair* p, vu x) { *reinterpret_cast<vu_at*>(p) = x; }
+ANABRANCH_INLINE vu splat(pair x) { return x.bits - (vu){}; }
+ANABRANCH_INLINE pair pair_of(bf16 a, bf16 b) { return {uint32_t(b.bits) << 16 | a.bits}; }
+ANABRANCH_INLINE vf low(vu x) { return (vf)(x << 16); }
+ANABRANCH_INLINE vf high(vu x) { return (vf)(x & 0xffff0000u); }
+
+ANABRANCH_INLINE vf multiply_add(vf x, vf y, vf sum) { return x * y + sum; }
+
+// Without the instruction (tests only): one rounding more, and subnormals count.
+ANABRANCH_INLINE vf multiply_add(vu x, vu y, vf sum) {
+#ifdef __AVX512BF16__
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+#else
+  return high(x) * high(y) + (low(x) * low(y) + sum);
 #endif
 }
 
@@ -126,6 +150,9 @@ ANABRANCH_INLINE void put(f16* p, float x) {
   }
   p->bits = uint16_t(sign | half);
 }
+
+// To the nearest bfloat16 of finite x, as float32; halves away from zero.
+ANABRANCH_INLINE vf to_bf16(vf x) { return (vf)(((vu)x + 0x8000u) & 0xffff0000u); }
 
 ANABRANCH_INLINE vf larger(vf a, vf b) { return b > a ? b : a; }
 ANABRANCH_INLINE float larger(float a, float b) { return b > a ? b : a; }

@@ -8,14 +8,35 @@
 
 #include "cpu/region.hpp"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 namespace anabranch::cpu {
 namespace {
 
 // Below these, waking threads costs more than they bring.
 constexpr int64_t SERIAL_WORK = 1 << 17;   // multiply-adds
 constexpr int64_t SERIAL_BYTES = 1 << 17;  // bytes copied
+constexpr int SHARES_PER_THREAD = 4;       // at least, for balance
 
 std::atomic<const Kernels*> chosen{nullptr};
+
+// What a thread takes at a time: an item for some of its KV heads, in the plan's order (most expensive first).
+struct Share {
+  int32_t item, begin, end;
+};
+
+// `together`: heads of an item with few rows.
+std::vector<Share> shares_of(const Attention& a, int together) {
+  std::vector<Share> shares;
+  for (int32_t i = 0; i < a.num_items; ++i) {
+    const int each = a.items[8 * int64_t(i) + 3] * a.group > STREAM_ROWS ? 1 : together;
+    for (int32_t h = 0; h < a.num_kv_heads; h += each) shares.push_back({i, h, std::min(h + each, a.num_kv_heads)});
+  }
+  return shares;
+}
 
 }  // namespace
 
@@ -82,17 +103,22 @@ const Kernels& active() {
 
 void attention(Attention& a, int threads) {
   const Kernels& kernels = active();
-  int rows = 1;
+  int rows = 1, few = 0;
   int64_t work = 0;
   for (int i = 0; i < a.num_items; ++i) {
     const int32_t* item = a.items + 8 * int64_t(i);
     rows = std::max(rows, item[3] * a.group);
+    few += item[3] * a.group <= STREAM_ROWS;
     work += int64_t(item[1]) * item[3] * a.num_q_heads;
   }
   if (work * a.head_dim * 2 < SERIAL_WORK) threads = 1;
+  int together = std::min(a.num_kv_heads, kernels.stream_heads(a.head_dim));
+  const auto shares_of_few = [&] { return few * ((a.num_kv_heads + together - 1) / together); };
+  while (together > 1 && threads > 1 && shares_of_few() < SHARES_PER_THREAD * threads) together = (together + 1) / 2;
+  const std::vector<Share> shares = shares_of(a, together);
   const int64_t partials = a.num_merge ? a.merge_ptr[a.num_merge] : 0, entries = partials * a.num_q_heads;
   const size_t line = 64, head = (size_t(entries) * 4 + line - 1) / line * line;
-  const size_t each = (kernels.scratch_bytes(rows, a.head_dim) + line - 1) / line * line;
+  const size_t each = (kernels.scratch_bytes(rows, a.head_dim, together) + line - 1) / line * line;
   Lease space;
   space->reserve(2 * head + size_t(entries) * a.head_dim * 4 + line + each * size_t(threads));
   a.part_m = reinterpret_cast<float*>(space->data);
@@ -100,8 +126,9 @@ void attention(Attention& a, int threads) {
   a.part_acc = reinterpret_cast<float*>(space->data + 2 * head);
   char* scratch = space->data + 2 * head + (size_t(entries) * a.head_dim * 4 + line - 1) / line * line;
 
-  for_each(threads, int64_t(a.num_items) * a.num_kv_heads, 1, [&](int thread, int64_t u, int64_t) {
-    kernels.unit(a, int(u / a.num_kv_heads), int(u % a.num_kv_heads), scratch + each * size_t(thread));
+  for_each(threads, int64_t(shares.size()), 1, [&](int thread, int64_t i, int64_t) {
+    const Share& s = shares[size_t(i)];
+    kernels.unit(a, s.item, s.begin, s.end, scratch + each * size_t(thread));
   });
   const int64_t merges = int64_t(a.num_merge) * a.num_q_heads;
   if (merges == 0) return;
@@ -139,6 +166,18 @@ void copy_pages(const Copy& c, int64_t count, int threads) {
                     size_t(c.filled[i] * c.row));
     }
   });
+}
+
+bool large_pages(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t small = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + small - 1) / small * small;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / small * small;
+  return begin < end && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0;
+#else
+  (void)data, (void)bytes;
+  return false;
+#endif
 }
 
 }  // namespace anabranch::cpu

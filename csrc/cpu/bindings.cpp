@@ -179,6 +179,8 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("sinks"), py::arg("out"), py::arg("lse"),
         py::arg("grad"), py::arg("grad_lse"), py::arg("delta"), py::arg("grads"), py::arg("threads"),
         "grads: dq, dk, dv; delta [T, query heads] float32 is written too.");
+  m.def("large_pages", [](int64_t data, int64_t bytes) { return large_pages(pointer<void>(data), bytes); },
+        py::arg("data"), py::arg("bytes"), "Ask the system to back this memory with large pages; whether it will try.");
   m.def("use", &use, py::arg("isa"), "Choose the instruction set by name; '' returns to the default.");
   m.def("info", &info, "isa, vector_bytes, compiled, runnable, parallel.");
 }

@@ -224,10 +224,13 @@ void branch_rows_of(const Strided& x, int kv_head, int d, const BranchScratch& w
 // these. K and V alternate in `ahead`, the sums' rows follow.
 template <class T>
 struct BranchFetch {
+  int n;  // tokens of the next tile
   Fetcher rows, sums;
   BranchFetch(const Branch& a, const BranchTile& t, int kv_head, int panels, int last_column, const BranchScratch& w,
-              const float* sums_of_next) {
-    const int left = a.pieces[t.piece_end - 1].end - last_column - 1, n = smaller(TILE, left > 0 ? left : 0);
+              const float* sums_of_next)
+      : n(smaller(TILE, a.pieces[t.piece_end - 1].end - last_column - 1)),
+        rows(w.ahead, 2 * n, a.head_dim * int(sizeof(T)), fetch_steps<float>(a.head_dim, panels)),
+        sums(w.ahead + 2 * TILE, sums_of_next ? n : 0, 2 * w.dv * 4, fetch_steps<float>(a.head_dim, panels)) {
     const T* k = static_cast<const T*>(a.k.data) + int64_t(kv_head) * a.k.head + int64_t(last_column + 1) * a.k.row;
     const T* v = static_cast<const T*>(a.v.data) + int64_t(kv_head) * a.v.head + int64_t(last_column + 1) * a.v.row;
     for (int j = 0; j < n; ++j) {
@@ -235,9 +238,6 @@ struct BranchFetch {
       w.ahead[2 * j + 1] = v + j * a.v.row;
       if (sums_of_next) w.ahead[2 * TILE + j] = sums_of_next + int64_t(j) * 2 * w.dv;
     }
-    const int blocks = panels * (TILE / LONG);  // of scores, in this tile
-    rows = {w.ahead, w.ahead + 2 * n, a.head_dim * int(sizeof(T)), (2 * n + blocks - 1) / blocks};
-    sums = {w.ahead + 2 * TILE, w.ahead + 2 * TILE + (sums_of_next ? n : 0), 2 * w.dv * 4, (n + blocks - 1) / blocks};
   }
 };
 

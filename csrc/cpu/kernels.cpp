@@ -19,29 +19,38 @@
 namespace anabranch::cpu {
 namespace {
 
-size_t scratch_bytes(int packed_rows, int head_dim) {
+// As many as leave their Q and output half of a second-level cache of 512 KB.
+int stream_heads(int head_dim) {
+  const int heads = (256 << 10) / (2 * STREAM_ROWS * round_up(head_dim, W) * int(sizeof(float)));
+  return heads > 1 ? heads : 1;
+}
+
+size_t scratch_bytes(int packed_rows, int head_dim, int heads) {
   size_t packed, stream;
   PackedScratch<float>(nullptr, packed_rows, head_dim, &packed);  // pairs need less
-  StreamScratch<float>(nullptr, head_dim, &stream);
+  StreamScratch<float>(nullptr, head_dim, heads, &stream);
   return packed > stream ? packed : stream;
 }
 
 template <class T>
-void unit_of(const Attention& a, int item, int kv_head, void* scratch) {
-  Unit u(a, item, kv_head);
-  if (u.packed <= STREAM_ROWS) return stream_unit<T>(a, u, scratch);
+void unit_of(const Attention& a, int item, int begin, int end, void* scratch) {
+  Unit u(a, item, begin);
+  const bool few = u.packed <= STREAM_ROWS;
 #ifdef ANABRANCH_BF16_PAIRS
-  if constexpr (std::is_same_v<T, bf16>)
-    if (a.head_dim % 2 == 0) return packed_unit<T, pair>(a, u, scratch);
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (few && a.head_dim % (2 * W) == 0) return stream_unit<T, pair>(a, u, end, scratch);
+    if (!few && a.head_dim % 2 == 0) return packed_unit<T, pair>(a, u, scratch);
+  }
 #endif
+  if (few) return stream_unit<T, float>(a, u, end, scratch);
   packed_unit<T, float>(a, u, scratch);
 }
 
-void unit(const Attention& a, int item, int kv_head, void* scratch) {
+void unit(const Attention& a, int item, int begin, int end, void* scratch) {
   switch (a.type) {
-    case Type::f32: return unit_of<float>(a, item, kv_head, scratch);
-    case Type::bf16: return unit_of<bf16>(a, item, kv_head, scratch);
-    case Type::f16: return unit_of<f16>(a, item, kv_head, scratch);
+    case Type::f32: return unit_of<float>(a, item, begin, end, scratch);
+    case Type::bf16: return unit_of<bf16>(a, item, begin, end, scratch);
+    case Type::f16: return unit_of<f16>(a, item, begin, end, scratch);
   }
 }
 
@@ -76,8 +85,8 @@ void merge(const Attention& a, int64_t begin, int64_t end) {
 }  // namespace
 
 const Kernels& ANABRANCH_NAMED(kernels_, ANABRANCH_ISA)() {
-  static constexpr Kernels table = {ANABRANCH_STRING(ANABRANCH_ISA), ANABRANCH_VECTOR_BYTES, scratch_bytes, unit,
-                                    merge, linear_stride, linear_scratch, linear_pack, linear,
+  static constexpr Kernels table = {ANABRANCH_STRING(ANABRANCH_ISA), ANABRANCH_VECTOR_BYTES, stream_heads,
+                                    scratch_bytes, unit, merge, linear_stride, linear_scratch, linear_pack, linear,
                                     branch_lanes, PANEL, branch_scratch, branch_row_bytes, branch_forward,
                                     branch_backward, branch_reduce};
   return table;

@@ -10,6 +10,8 @@ namespace anabranch::cpu {
 
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
 
+constexpr int STREAM_ROWS = 8;  // an item of at most so many packed rows reads K and V straight from memory
+
 inline size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
 // One of K or V: element strides of [page, slot in page, head, D]; the last dimension is contiguous.
@@ -96,12 +98,14 @@ struct Branch {
   int num_parts;
 };
 
-// The functions of one instruction set. `unit` is one (item × KV head); `merge` takes merge entries [begin, end).
+// The functions of one instruction set. `unit` is an item for KV heads [begin, end), one unless its rows are few; `merge`
+// takes merge entries [begin, end).
 struct Kernels {
   const char* isa;
   int vector_bytes;
-  size_t (*scratch_bytes)(int packed_rows, int head_dim);
-  void (*unit)(const Attention&, int item, int kv_head, void* scratch);
+  int (*stream_heads)(int head_dim);  // of an item of few rows: so many at a time at most
+  size_t (*scratch_bytes)(int packed_rows, int head_dim, int heads);
+  void (*unit)(const Attention&, int item, int begin, int end, void* scratch);
   void (*merge)(const Attention&, int64_t begin, int64_t end);
   // Linear layers: `linear` computes output columns [begin, end) of all rows.
   int64_t (*linear_stride)(int64_t k);

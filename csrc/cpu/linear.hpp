@@ -67,12 +67,7 @@ void pack_of(const Linear& l, int64_t begin, int64_t end) {
 typedef float v4 __attribute__((vector_size(16)));
 typedef v4 v4_at __attribute__((aligned(4), may_alias));
 
-#ifdef __clang__
-#define ANABRANCH_SHUFFLE(x, y, a, b, c, d) __builtin_shufflevector(x, y, a, b, c, d)
-#else
-#define ANABRANCH_SHUFFLE(x, y, a, b, c, d) __builtin_shuffle(x, y, (v4i){a, b, c, d})
 typedef int32_t v4i __attribute__((vector_size(16)));
-#endif
 
 ANABRANCH_INLINE v4 fold(vf x) {
   v4 parts[W / 4];
@@ -87,9 +82,9 @@ template <int R>
 ANABRANCH_INLINE void put_sums(const vf* x, float* to, bool add) {
   if constexpr (R == 4) {
     v4 a = fold(x[0]), b = fold(x[1]), c = fold(x[2]), d = fold(x[3]);
-    v4 ab = ANABRANCH_SHUFFLE(a, b, 0, 4, 1, 5) + ANABRANCH_SHUFFLE(a, b, 2, 6, 3, 7);
-    v4 cd = ANABRANCH_SHUFFLE(c, d, 0, 4, 1, 5) + ANABRANCH_SHUFFLE(c, d, 2, 6, 3, 7);
-    v4 y = ANABRANCH_SHUFFLE(ab, cd, 0, 1, 4, 5) + ANABRANCH_SHUFFLE(ab, cd, 2, 3, 6, 7);
+    v4 ab = ANABRANCH_SHUFFLE(v4i, a, b, 0, 4, 1, 5) + ANABRANCH_SHUFFLE(v4i, a, b, 2, 6, 3, 7);
+    v4 cd = ANABRANCH_SHUFFLE(v4i, c, d, 0, 4, 1, 5) + ANABRANCH_SHUFFLE(v4i, c, d, 2, 6, 3, 7);
+    v4 y = ANABRANCH_SHUFFLE(v4i, ab, cd, 0, 1, 4, 5) + ANABRANCH_SHUFFLE(v4i, ab, cd, 2, 3, 6, 7);
     v4_at* at = reinterpret_cast<v4_at*>(to);
     *at = add ? *at + y : y;
   } else {

@@ -18,11 +18,6 @@ namespace {
 constexpr int TILE = 96;     // tokens; a multiple of every key block below
 constexpr int PANEL = 2 * W;  // rows of a Q panel, channels of a V panel
 
-// An element of the products, float or `pair`, stands for so many channels (of Q and K) or tokens (of P and V).
-template <class E>
-constexpr int STEP = 1;
-template <>
-constexpr int STEP<pair> = 2;
 template <class E>
 constexpr int TILE_STEPS = TILE / STEP<E>;
 template <class E>
@@ -58,33 +53,56 @@ struct PackedScratch {
   }
 };
 
-// Brings the next tile's rows into the second-level cache while this one is worked on, a few at each block of scores:
-// rows of a page pool lie far apart, where the hardware's own prefetcher does not follow.
+// Brings the next tile's rows into the second-level cache while this one is worked on, a few lines at a time: rows of a
+// page pool lie far apart, where the hardware's own prefetcher does not follow, and many lines at once would wait for the
+// memory.
 struct Fetcher {
   const void* const* row;
   const void* const* end;
-  int bytes, each;  // of a row; rows a block
+  int bytes, each, at = 0;  // of a row; lines a step; where in *row
+
+  Fetcher(const void* const* begin, int rows, int row_bytes, int steps)
+      : row(begin), end(begin + rows), bytes(row_bytes) {
+    each = (rows * ((bytes + LINE - 1) / LINE) + steps - 1) / steps;
+  }
   ANABRANCH_INLINE void step() {
-    for (int i = 0; i < each && row < end; ++i, ++row)
-      for (int b = 0; b < bytes; b += LINE) __builtin_prefetch(static_cast<const char*>(*row) + b, 0, 2);
+    for (int i = 0; i < each && row < end; ++i) {
+      fetch(static_cast<const char*>(*row) + at, 1);
+      at += LINE;
+      if (at < bytes) continue;
+      at = 0;
+      ++row;
+    }
   }
 };
 
+// Of scores(): steps of the fetcher in a tile's blocks for so many panels of rows.
+constexpr int64_t FETCH_EVERY = 16;  // elements of a row
+template <class E>
+ANABRANCH_INLINE int fetch_steps(int d, int panels) {
+  return panels * (TILE / LONG) * int((d / STEP<E> + FETCH_EVERY - 1) / FETCH_EVERY);
+}
+
 // s[KB tokens][NV · W rows] = K · Qᵀ; of pairs, times `factor`
 template <int NV, int KB, class E>
-ANABRANCH_INLINE void score_block(const E* q, int d, const void* const* k, float* s, float factor) {
+ANABRANCH_INLINE void score_block(const E* q, int d, const void* const* k, float* s, Fetcher& fetcher, float factor) {
   vf acc[KB][NV] = {};
   const E* row[KB];
 #pragma GCC unroll 16
   for (int b = 0; b < KB; ++b) row[b] = static_cast<const E*>(k[b]);
-  for (int64_t c = 0; c < d / STEP<E>; ++c) {
-    decltype(load(q)) x[NV];
-    for (int i = 0; i < NV; ++i) x[i] = load(q + c * NV * W + i * W);
+  const int64_t last = d / STEP<E>;
+  for (int64_t c = 0; c < last;) {
+    fetcher.step();
+    const int64_t end = c + FETCH_EVERY < last ? c + FETCH_EVERY : last;
+    for (; c < end; ++c) {
+      decltype(load(q)) x[NV];
+      for (int i = 0; i < NV; ++i) x[i] = load(q + c * NV * W + i * W);
 #pragma GCC unroll 16
-    for (int b = 0; b < KB; ++b) {
-      auto y = splat(row[b][c]);
+      for (int b = 0; b < KB; ++b) {
+        auto y = splat(row[b][c]);
 #pragma GCC unroll 2
-      for (int i = 0; i < NV; ++i) acc[b][i] = multiply_add(x[i], y, acc[b][i]);
+        for (int i = 0; i < NV; ++i) acc[b][i] = multiply_add(x[i], y, acc[b][i]);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -96,10 +114,7 @@ ANABRANCH_INLINE void score_block(const E* q, int d, const void* const* k, float
 template <int NV, class E>
 void scores(const E* q, int d, const void* const* k, int n, float* s, Fetcher& fetcher, float factor = 1) {
   constexpr int KB = NV == 2 ? LONG : LONG == 6 ? 8 : 12;
-  for (int j = 0; j < n; j += KB) {
-    fetcher.step();
-    score_block<NV, KB>(q, d, k + j, s + int64_t(j) * NV * W, factor);
-  }
+  for (int j = 0; j < n; j += KB) score_block<NV, KB>(q, d, k + j, s + int64_t(j) * NV * W, fetcher, factor);
 }
 
 template <int NV, class E>
@@ -190,10 +205,6 @@ void weigh(int r, const E* p, int p_stride, const E* v, int n, float* o, int dv,
 // A tile that hides tokens from some rows and whose V holds an infinity or a NaN: 0 · NaN must not reach those rows.
 template <class E>
 void weigh_visible(int rows, const E* p, int p_stride, const E* v, int n, float* o, int dv, const float* alpha) {
-  const auto part = [](E x, int j) {
-    if constexpr (STEP<E> == 1) return x;
-    else return to_float(bf16{uint16_t(x.bits >> (j % 2 * 16))});
-  };
   for (int r = 0; r < rows; ++r)
     for (int c = 0; c < dv; ++c) {
       int panel = c / PANEL * PANEL, width = smaller(PANEL, dv - panel);
@@ -238,15 +249,19 @@ ANABRANCH_INLINE void pack_value(const T* from, int d, int dv, int j, float* v) 
 
 // Rows 2·j and 2·j + 1; the second may be null: zeros.
 ANABRANCH_INLINE void pack_value(const bf16* from, const bf16* second, int d, int dv, int j, pair* v) {
-  for (int c = 0; c < dv; c += W) {
-    int panel = c / PANEL * PANEL, width = smaller(PANEL, dv - panel);
-    pair* to = v + int64_t(panel) * TILE_STEPS<pair> + j * width + c - panel;
-    if (c + W <= d) {
-      store(to, (vu)load(from + c) >> 16 | (second ? (vu)load(second + c) : (vu){}));
-      continue;
+  int c = 0;
+  if (second)
+    for (; c + PANEL <= d; c += PANEL) {
+      vu x[2];
+      zip(from + c, second + c, x);
+      pair* to = v + int64_t(c) * TILE_STEPS<pair> + j * PANEL;
+      store(to, x[0]);
+      store(to + W, x[1]);
     }
-    for (int i = 0; i < W; ++i)
-      to[i] = c + i < d ? pair_of(from[c + i], second ? second[c + i] : bf16{}) : pair{};
+  for (; c < dv; ++c) {
+    const int panel = c / PANEL * PANEL, width = smaller(PANEL, dv - panel);
+    v[int64_t(panel) * TILE_STEPS<pair> + j * width + c - panel] =
+        c < d ? pair_of(from[c], second ? second[c] : bf16{}) : pair{};
   }
 }
 
@@ -301,7 +316,7 @@ void packed_unit(const Attention& a, const Unit& u, void* base) {
     for (int j = n; j < TILE; ++j) rows[j] = rows[0];  // surplus keys of the last block
     return TILE + n;
   };
-  const int blocks = w.rows >= PANEL ? w.rows / PANEL * (TILE / LONG) : TILE / 12;  // of scores in a tile
+  const int steps = fetch_steps<E>(d, (w.rows + PANEL - 1) / PANEL);
   locate(0, w.next);
   pack_queries<T, E>(a, u, w);
   for (int begin = 0; begin < u.n; begin += TILE) {
@@ -311,7 +326,7 @@ void packed_unit(const Attention& a, const Unit& u, void* base) {
     const int coming = locate(begin + TILE, w.next);
     Tile tile(a, u, begin, smaller(TILE, u.n - begin));
     if (tile.hidden) continue;
-    Fetcher fetcher{w.next, w.next + coming, d * int(sizeof(T)), (coming + blocks - 1) / blocks};
+    Fetcher fetcher(w.next, coming, d * int(sizeof(T)), steps);
     const auto value = [&](int j) { return static_cast<const T*>(w.here[TILE + j]); };
     if constexpr (STEP<E> == 2) {
       for (int j = 0; j < tile.n; j += 2)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #if defined(__F16C__) || defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -23,6 +24,11 @@
 #endif
 
 #define ANABRANCH_INLINE inline __attribute__((always_inline))
+#ifdef __clang__
+#define ANABRANCH_SHUFFLE(kind, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define ANABRANCH_SHUFFLE(kind, a, b, ...) __builtin_shuffle(a, b, kind{__VA_ARGS__})
+#endif
 
 namespace anabranch::cpu {
 namespace {
@@ -38,9 +44,11 @@ typedef float vf __attribute__((vector_size(ANABRANCH_VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(ANABRANCH_VECTOR_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(ANABRANCH_VECTOR_BYTES)));
 typedef uint16_t vh __attribute__((vector_size(ANABRANCH_VECTOR_BYTES / 2)));
+typedef uint16_t vh2 __attribute__((vector_size(ANABRANCH_VECTOR_BYTES)));
 typedef vf vf_at __attribute__((aligned(4), may_alias));
 typedef vi vi_at __attribute__((aligned(4), may_alias));
 typedef vh vh_at __attribute__((aligned(2), may_alias));
+typedef vh2 vh2_at __attribute__((aligned(2), may_alias));
 
 struct bf16 {
   uint16_t bits;
@@ -52,6 +60,12 @@ struct f16 {
 struct __attribute__((packed, aligned(2), may_alias)) pair {  // two bfloat16, the first in the lower half
   uint32_t bits;
 };
+
+// An element of a product, float or `pair`, stands for so many channels (of Q and K) or tokens (of P and V).
+template <class E>
+constexpr int STEP = 1;
+template <>
+constexpr int STEP<pair> = 2;
 
 constexpr float INF = __builtin_inff();
 
@@ -94,7 +108,7 @@ ANABRANCH_INLINE vf high(vu x) { return (vf)(x & 0xffff0000u); }
 
 ANABRANCH_INLINE vf multiply_add(vf x, vf y, vf sum) { return x * y + sum; }
 
-// Without the instruction (tests only): one rounding more, and subnormals count.
+// The instruction takes subnormals for zeros. Without it (tests only) they count, and there is one rounding more.
 ANABRANCH_INLINE vf multiply_add(vu x, vu y, vf sum) {
 #ifdef __AVX512BF16__
   return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
@@ -151,6 +165,10 @@ ANABRANCH_INLINE void put(f16* p, float x) {
   p->bits = uint16_t(sign | half);
 }
 
+// Element j of what an element of a product stands for (see STEP).
+ANABRANCH_INLINE float part(float x, int) { return x; }
+ANABRANCH_INLINE float part(pair x, int j) { return to_float(bf16{uint16_t(x.bits >> (j % 2 * 16))}); }
+
 // To the nearest bfloat16 of finite x, as float32; halves away from zero.
 ANABRANCH_INLINE vf to_bf16(vf x) { return (vf)(((vu)x + 0x8000u) & 0xffff0000u); }
 
@@ -164,6 +182,41 @@ ANABRANCH_INLINE float sum(vf x) {
   v4 s = parts[0];
   for (int i = 1; i < W / 4; ++i) s += parts[i];
   return (s[0] + s[2]) + (s[1] + s[3]);
+}
+
+// The sums of W vectors, each over its lanes, as one vector. fold: a block of 2·H lanes in `a` and in `b` becomes H lanes
+// of a's sums and H of b's; half of them stay where they are.
+template <int H, int... I>
+ANABRANCH_INLINE vf fold(vf a, vf b, std::integer_sequence<int, I...>) {
+  return ANABRANCH_SHUFFLE(vi, a, b, (I / H % 2 ? W + I : I)...) +
+         ANABRANCH_SHUFFLE(vi, a, b, (I / H % 2 ? W + I - H : I + H)...);
+}
+template <int H = W / 2>
+ANABRANCH_INLINE vf sums(vf* x) {
+#pragma GCC unroll 8
+  for (int i = 0; i < H; ++i) x[i] = fold<H>(x[i], x[i + H], std::make_integer_sequence<int, W>());
+  if constexpr (H > 1) return sums<H / 2>(x);
+  else return x[0];
+}
+
+// 2·W bfloat16 of each of two rows, as pairs.
+template <int... I>
+ANABRANCH_INLINE void zip(const bf16* a, const bf16* b, vu* x, std::integer_sequence<int, I...>) {
+  const vh2 first = *reinterpret_cast<const vh2_at*>(a), second = *reinterpret_cast<const vh2_at*>(b);
+  x[0] = (vu)ANABRANCH_SHUFFLE(vh2, first, second, (I % 2 * 2 * W + I / 2)...);
+  x[1] = (vu)ANABRANCH_SHUFFLE(vh2, first, second, (I % 2 * 2 * W + I / 2 + W)...);
+}
+ANABRANCH_INLINE void zip(const bf16* a, const bf16* b, vu* x) {
+  zip(a, b, x, std::make_integer_sequence<int, 2 * W>());
+}
+
+ANABRANCH_INLINE float largest(vf x) {  // no lane is NaN
+  typedef float v4 __attribute__((vector_size(16)));
+  v4 parts[W / 4];
+  __builtin_memcpy(parts, &x, sizeof x);
+  v4 s = parts[0];
+  for (int i = 1; i < W / 4; ++i) s = parts[i] > s ? parts[i] : s;
+  return larger(larger(s[0], s[2]), larger(s[1], s[3]));
 }
 
 // e^x for x ≤ 88 within about 2 ulp; 0 below −87.33 (e^−inf = 0); NaN stays NaN. Cephes' polynomial.

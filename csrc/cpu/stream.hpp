@@ -1,5 +1,7 @@
-// Attention of a unit with few packed rows (a lone chain, heads without sharing): bound by memory, so K and V are read
-// straight from their pages, nothing is packed, and each phase prefetches what the next one reads.
+// Attention of an item with few packed rows (a lone chain, branches without sharing): bound by memory, so K and V are read
+// straight from their pages and nothing is packed. A page holds one head's tokens behind another's, and the heads of an
+// item are done side by side, tile by tile: so K and V are each read in one long run, which is what hardware prefetchers
+// follow. (Head after head, every 8 KB lie 64 KB apart; read like that, a Zen 4 core gets 12 GB/s of its 32.)
 #pragma once
 
 #include "cpu/unit.hpp"
@@ -7,64 +9,87 @@
 namespace anabranch::cpu {
 namespace {
 
-constexpr int STREAM_ROWS = 8;   // at most so many packed rows take this path
-constexpr int STREAM_BLOCK = 4;  // of which so many share a load of K or V
-constexpr int STREAM_TILE = 16;  // tokens: what is prefetched stays in the first-level cache
+constexpr int STREAM_BLOCK = 4;  // rows that share a load of K or V
+constexpr int STREAM_TILE = 16;  // tokens: those of a head stay in the first-level cache
 
-template <class T>
+template <class E>
 struct StreamScratch {
-  int dv;  // D padded to W
-  float *q, *s, *o;
-  const T **k, **v;  // the tile's rows, and behind them the next tile's
-  T *k_pad, *v_pad;  // zero-padded copies where W does not divide D
+  int dv;  // D padded to vectors of E
+  E* q;    // [heads, STREAM_ROWS, dv / STEP]
+  float *o, *m, *l, *s;
+  const void **k, **v;  // the tile's rows for the first head, and behind them the next tile's
+  void *k_pad, *v_pad;  // zero-padded copies where vectors do not divide D
+  void* zeros;
 
-  StreamScratch(void* base, int d, size_t* bytes = nullptr) {
+  StreamScratch(void* base, int d, int heads, size_t* bytes = nullptr) {
     Scratch take(base);
-    dv = round_up(d, W);
-    q = take.take<float>(size_t(STREAM_ROWS) * dv);
+    dv = round_up(d, W * STEP<E>);
+    q = take.take<E>(size_t(heads) * STREAM_ROWS * dv);
+    o = take.take<float>(size_t(heads) * STREAM_ROWS * dv);
+    m = take.take<float>(size_t(heads) * STREAM_ROWS);
+    l = take.take<float>(size_t(heads) * STREAM_ROWS);
     s = take.take<float>(size_t(STREAM_ROWS) * STREAM_TILE);
-    o = take.take<float>(size_t(STREAM_ROWS) * dv);
-    k = take.take<const T*>(2 * STREAM_TILE);
-    v = take.take<const T*>(2 * STREAM_TILE);
-    k_pad = take.take<T>(dv == d ? 0 : size_t(STREAM_TILE) * dv);
-    v_pad = take.take<T>(dv == d ? 0 : size_t(STREAM_TILE) * dv);
+    k = take.take<const void*>(2 * STREAM_TILE);
+    v = take.take<const void*>(2 * STREAM_TILE);
+    k_pad = take.take<float>(dv == d ? 0 : size_t(STREAM_TILE) * dv);
+    v_pad = take.take<float>(dv == d ? 0 : size_t(STREAM_TILE) * dv);
+    zeros = take.take<float>(dv);
     if (bytes) *bytes = size_t(take.next - static_cast<char*>(base));
   }
 };
 
-// s[r][b] = q_r · k_b for KB tokens; fetches the same tokens' V.
-template <class T, int R, int KB, bool FETCH>
-ANABRANCH_INLINE void dots(const float* q, int dv, const T* const* k, const T* const* v, float* s) {
-  vf acc[R][KB] = {};
-  const T* row[KB];
-  for (int b = 0; b < KB; ++b) {
-    row[b] = k[b];
-    if (FETCH) fetch(v[b], dv * int(sizeof(T)));
-  }
-  for (int c = 0; c < dv; c += W) {
-    vf x[KB];
-    for (int b = 0; b < KB; ++b) x[b] = load(row[b] + c);
-    for (int r = 0; r < R; ++r) {
-      vf y = load(q + r * dv + c);
-      for (int b = 0; b < KB; ++b) acc[r][b] += x[b] * y;
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int b = 0; b < KB; ++b) s[r * STREAM_TILE + b] = sum(acc[r][b]);
+// From channel c on: a vector of K's row, and VB vectors of V's (of two rows if by pairs).
+template <class E, class T>
+ANABRANCH_INLINE auto keys(const T* k, int c) {
+  if constexpr (STEP<E> == 1) return load(k + c);
+  else return load(reinterpret_cast<const pair*>(k + c));
+}
+template <int VB, class T>
+ANABRANCH_INLINE void values(const T* const* v, int c, vf* x) {
+  for (int i = 0; i < VB; ++i) x[i] = load(v[0] + c + i * W);
+}
+template <int VB>
+ANABRANCH_INLINE void values(const bf16* const* v, int c, vu* x) {
+  for (int i = 0; i < VB; i += 2) zip(v[0] + c + i * W, v[1] + c + i * W, x + i);
 }
 
-// o[r][c : c + VB · W] = alpha_r · o + Σ p v over the tile; fetches the same bytes of the next tile's K.
-template <class T, int R, int VB, bool FETCH>
-ANABRANCH_INLINE void weigh_stream(const float* p, const T* const* v, int n, const T* const* next, float* o, int dv,
-                                   int c, const float* alpha) {
+// s[r][b] = q_r · k_b for KB tokens, times `factor` if of pairs; fetches the rows `next`.
+template <class T, class E, int R, int KB, bool FETCH>
+ANABRANCH_INLINE void dots(const E* q, int dv, const T* const* k, const T* const* next, float* s, float factor) {
+  vf acc[W] = {};
+  const T* row[KB];
+#pragma GCC unroll 16
+  for (int b = 0; b < KB; ++b) row[b] = k[b];
+  for (int c = 0; c < dv; c += W * STEP<E>) {
+    decltype(load(q)) x[R];
+    for (int r = 0; r < R; ++r) x[r] = load(q + (r * dv + c) / STEP<E>);
+#pragma GCC unroll 16
+    for (int b = 0; b < KB; ++b) {
+      if (FETCH && c * sizeof(T) % LINE == 0) fetch(next[b] + c, 1);  // one by one: a burst would fill the miss buffers
+      auto y = keys<E>(row[b], c);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[r * KB + b] = multiply_add(x[r], y, acc[r * KB + b]);
+    }
+  }
+  vf all = sums(acc);
+  if (STEP<E> == 2) all *= factor;
+  for (int r = 0; r < R; ++r)
+    __builtin_memcpy(s + r * STREAM_TILE, reinterpret_cast<const float*>(&all) + r * KB, KB * sizeof(float));
+}
+
+// o[r][c : c + VB · W] = alpha_r · o + Σ p v over the tile; fetches the same bytes of the rows `next`.
+template <class T, class E, int R, int VB, bool FETCH>
+ANABRANCH_INLINE void weigh_stream(const E* p, const T* const* v, int n, const T* const* next, float* o, int dv, int c,
+                                   const float* alpha) {
   vf acc[R][VB] = {};
-  for (int j = 0; j < n; ++j) {
-    if (FETCH) fetch(next[j] + c, VB * W * int(sizeof(T)));
-    vf x[VB];
-    for (int i = 0; i < VB; ++i) x[i] = load(v[j] + c + i * W);
+  for (int j = 0; j < n; j += STEP<E>) {
+    if (FETCH)
+      for (int t = 0; t < STEP<E>; ++t) fetch(next[j + t] + c, VB * W * int(sizeof(T)));
+    decltype(splat(*p)) x[VB];
+    values<VB>(v + j, c, x);
     for (int r = 0; r < R; ++r) {
-      vf y = splat(p[r * STREAM_TILE + j]);
-      for (int i = 0; i < VB; ++i) acc[r][i] += x[i] * y;
+      auto y = splat(p[r * STREAM_TILE + j / STEP<E>]);
+      for (int i = 0; i < VB; ++i) acc[r][i] = multiply_add(x[i], y, acc[r][i]);
     }
   }
   for (int r = 0; r < R; ++r)
@@ -74,12 +99,12 @@ ANABRANCH_INLINE void weigh_stream(const float* p, const T* const* v, int n, con
     }
 }
 
-template <class T, int R, int VB, bool FETCH>
-ANABRANCH_INLINE void weigh_stream_all(const float* p, const T* const* v, int n, const T* const* next, float* o, int dv,
+template <class T, class E, int R, int VB, bool FETCH>
+ANABRANCH_INLINE void weigh_stream_all(const E* p, const T* const* v, int n, const T* const* next, float* o, int dv,
                                        int c, const float* alpha) {
-  for (; c + VB * W <= dv; c += VB * W) weigh_stream<T, R, VB, FETCH>(p, v, n, next, o, dv, c, alpha);
-  if constexpr (VB > 1) {
-    if (c < dv) weigh_stream_all<T, R, VB / 2, FETCH>(p, v, n, next, o, dv, c, alpha);
+  for (; c + VB * W <= dv; c += VB * W) weigh_stream<T, E, R, VB, FETCH>(p, v, n, next, o, dv, c, alpha);
+  if constexpr (VB > STEP<E>) {
+    if (c < dv) weigh_stream_all<T, E, R, VB / 2, FETCH>(p, v, n, next, o, dv, c, alpha);
   }
 }
 
@@ -91,9 +116,17 @@ bool all_finite(const T* const* v, int n, int dv) {
   return sum(bad) == 0;
 }
 
-// Softcap, visibility and the online softmax of one row's scores; returns alpha.
-inline float soften_row(const Attention& a, const Unit& u, const Tile& tile, int packed, float* s, float* m, float* l) {
+ANABRANCH_INLINE void put_weights(float* p, vf x) { store(p, x); }
+ANABRANCH_INLINE void put_weights(pair* p, vf x) {
+  vh rounded = __builtin_convertvector((vu)to_bf16(x) >> 16, vh);
+  __builtin_memcpy(p, &rounded, sizeof rounded);
+}
+
+// Softcap, visibility and the online softmax of one row's scores, which become weights in place; returns alpha.
+template <class E>
+float soften_row(const Attention& a, const Unit& u, const Tile& tile, int packed, float* s, float* m, float* l) {
   const int end = round_up(tile.n, W), r = packed / a.group;
+  E* p = reinterpret_cast<E*>(s);
   for (int j = tile.n; j < end; ++j) s[j] = -INF;
   if (a.softcap > 0)
     for (int j = 0; j < end; j += W) store(s + j, tanh_(load(s + j)) * a.softcap);
@@ -108,120 +141,151 @@ inline float soften_row(const Attention& a, const Unit& u, const Tile& tile, int
   }
   vf tops = splat(*m);
   for (int j = 0; j < end; j += W) tops = larger(tops, load(s + j));
-  float top = *m;
-  for (int i = 0; i < W; ++i) top = larger(top, tops[i]);
-  const float base = top == -INF ? 0 : top;
+  const float top = largest(tops), base = top == -INF ? 0 : top;
   vf total = {};
   for (int j = 0; j < end; j += W) {
-    vf p = exp_(load(s + j) - base);
-    store(s + j, p);
-    total += p;
+    vf x = exp_(load(s + j) - base);
+    put_weights(p + j / STEP<E>, x);
+    total += x;
   }
-  float alpha = expf(*m - base);
+  const float alpha = *m == top ? 1 : expf(*m - base);
   *l = *l * alpha + sum(total);
   *m = top;
   return alpha;
 }
 
 // What R rows do with a tile's K: scores. Keys past n, up to a block, are valid addresses whose scores are not read.
-template <class T, int R, bool FETCH>
-void dots_all(const float* q, int dv, const T* const* k, const T* const* v, int n, float* s) {
-  constexpr int KB = R == 1 ? 8 : R == 2 ? 4 : 2;
-  for (int j = 0; j < n; j += KB) dots<T, R, KB, FETCH>(q, dv, k + j, v + j, s + j);
+template <class T, class E, int R, bool FETCH>
+void dots_all(const E* q, int dv, const T* const* k, const T* const* next, int n, float* s, float factor) {
+  constexpr int KB = R == 1 ? W : R == 2 ? W / 2 : W / 4;
+  for (int j = 0; j < n; j += KB) dots<T, E, R, KB, FETCH>(q, dv, k + j, next + j, s + j, factor);
 }
 
 // … and with its V.
-template <class T, int R, bool FETCH>
-void weigh_all(const float* p, const T* const* v, int n, const T* const* next, float* o, int dv, const float* alpha) {
-  constexpr int VB = R == 1 ? 8 : R == 2 ? 4 : 2;
-  weigh_stream_all<T, R, VB, FETCH>(p, v, n, next, o, dv, 0, alpha);
+template <class T, class E, int R, bool FETCH>
+void weigh_all(const E* p, const T* const* v, int n, const T* const* next, float* o, int dv, const float* alpha) {
+  constexpr int VB = R == 1 ? 8 : (R == 2 ? 4 : 2) * (LONG == 12 ? 2 : 1);
+  weigh_stream_all<T, E, R, VB, FETCH>(p, v, n, next, o, dv, 0, alpha);
 }
 
 // The first block of rows does the prefetching for all.
-template <class T>
+template <class T, class E>
 struct StreamSteps {
-  decltype(&dots_all<T, 1, true>) dots;
-  decltype(&weigh_all<T, 1, true>) weigh;
+  decltype(&dots_all<T, E, 1, true>) dots;
+  decltype(&weigh_all<T, E, 1, true>) weigh;
 };
-template <class T>
-ANABRANCH_INLINE StreamSteps<T> steps_for(int rows, bool first) {
-  static constexpr StreamSteps<T> table[2][STREAM_BLOCK] = {
-      {{dots_all<T, 1, false>, weigh_all<T, 1, false>},
-       {dots_all<T, 2, false>, weigh_all<T, 2, false>},
-       {dots_all<T, 3, false>, weigh_all<T, 3, false>},
-       {dots_all<T, 4, false>, weigh_all<T, 4, false>}},
-      {{dots_all<T, 1, true>, weigh_all<T, 1, true>},
-       {dots_all<T, 2, true>, weigh_all<T, 2, true>},
-       {dots_all<T, 3, true>, weigh_all<T, 3, true>},
-       {dots_all<T, 4, true>, weigh_all<T, 4, true>}}};
+template <class T, class E>
+ANABRANCH_INLINE StreamSteps<T, E> steps_for(int rows, bool first) {
+  static constexpr StreamSteps<T, E> table[2][STREAM_BLOCK] = {
+      {{dots_all<T, E, 1, false>, weigh_all<T, E, 1, false>},
+       {dots_all<T, E, 2, false>, weigh_all<T, E, 2, false>},
+       {dots_all<T, E, 3, false>, weigh_all<T, E, 3, false>},
+       {dots_all<T, E, 4, false>, weigh_all<T, E, 4, false>}},
+      {{dots_all<T, E, 1, true>, weigh_all<T, E, 1, true>},
+       {dots_all<T, E, 2, true>, weigh_all<T, E, 2, true>},
+       {dots_all<T, E, 3, true>, weigh_all<T, E, 3, true>},
+       {dots_all<T, E, 4, true>, weigh_all<T, E, 4, true>}}};
   return table[first][rows - 1];
 }
 
-template <class T>
-void stream_unit(const Attention& a, const Unit& u, void* scratch) {
-  const int d = a.head_dim, rows = u.packed;
-  StreamScratch<T> w(scratch, d);
+template <class T, class E>
+void stream_queries(const Attention& a, const Unit& u, const StreamScratch<E>& w, E* q) {
+  const int d = a.head_dim;
   const float factor = query_factor(a);
-  float m[STREAM_ROWS], l[STREAM_ROWS], alpha[STREAM_ROWS];
-  for (int r = 0; r < rows; ++r) {
+  for (int r = 0; r < u.packed; ++r) {
     const T* from = query<T>(a, u, r);
-    for (int c = 0; c < w.dv; ++c) {
-      w.q[r * w.dv + c] = c < d ? to_float(from[c]) * factor : 0;
-      w.o[r * w.dv + c] = 0;
+    for (int c = 0; c < w.dv; c += STEP<E>, ++q) {
+      if constexpr (STEP<E> == 1) *q = c < d ? to_float(from[c]) * factor : 0;
+      else *q = pair_of(from[c], from[c + 1]);  // not scaled: the scores are
     }
-    m[r] = -INF;
-    l[r] = 0;
   }
+}
+
+// An item for KV heads [u.head, head_end).
+template <class T, class E>
+void stream_unit(const Attention& a, Unit& u, int head_end, void* scratch) {
+  const int d = a.head_dim, rows = u.packed, first = u.head, heads = head_end - first;
+  const StreamScratch<E> w(scratch, d, heads);
+  const int dv = w.dv, each = STREAM_ROWS * dv;  // of a head's Q and output
+  const float factor = query_factor(a);
+  for (int h = 0; h < heads; ++h) {
+    u.head = first + h;
+    stream_queries<T, E>(a, u, w, w.q + h * (each / STEP<E>));
+    memset(w.o + h * each, 0, size_t(rows) * dv * sizeof(float));
+    for (int r = 0; r < rows; ++r) {
+      w.m[h * STREAM_ROWS + r] = -INF;
+      w.l[h * STREAM_ROWS + r] = 0;
+    }
+  }
+  memset(w.zeros, 0, size_t(dv) * sizeof(T));
   // One block of up to four rows, or two of nearly equal size.
   const int cut = rows <= STREAM_BLOCK ? rows : (rows + 1) / 2;
-  const StreamSteps<T> head = steps_for<T>(cut, true), tail = steps_for<T>(rows > cut ? rows - cut : 1, false);
-  auto locate = [&](int begin, int half) {
-    int n = smaller(STREAM_TILE, u.n - begin);
-    for (int j = 0; j < n; ++j) {
-      w.k[half + j] = at<T>(a.k, a, u.head, u.slots[begin + j]);
-      w.v[half + j] = at<T>(a.v, a, u.head, u.slots[begin + j]);
-    }
-    for (int j = n > 0 ? n : 0; j < STREAM_TILE; ++j) {  // no tokens; valid addresses for prefetch and blocks
-      w.k[half + j] = n > 0 ? w.k[half] : w.k[STREAM_TILE - half];
-      w.v[half + j] = n > 0 ? w.v[half] : w.v[STREAM_TILE - half];
+  const StreamSteps<T, E> head = steps_for<T, E>(cut, true), tail = steps_for<T, E>(rows > cut ? rows - cut : 1, false);
+  const auto locate = [&](int begin, int half) {  // past the last token: any valid address, for prefetches and blocks
+    const int n = smaller(STREAM_TILE, u.n - begin);
+    for (int j = 0; j < STREAM_TILE; ++j) {
+      const int32_t slot = u.slots[n <= 0 ? 0 : j < n ? begin + j : begin];
+      w.k[half + j] = at<T>(a.k, a, first, slot);
+      w.v[half + j] = at<T>(a.v, a, first, slot);
     }
   };
   if (u.n > 0) locate(0, 0);
   int half = 0;
   for (int begin = 0; begin < u.n; begin += STREAM_TILE, half = STREAM_TILE - half) {
-    Tile tile(a, u, begin, smaller(STREAM_TILE, u.n - begin));
+    const Tile tile(a, u, begin, smaller(STREAM_TILE, u.n - begin));
     locate(begin + STREAM_TILE, STREAM_TILE - half);
     if (tile.hidden) continue;
-    const T **k = w.k + half, **v = w.v + half;
-    if (w.dv != d) {
+    for (int h = 0; h < heads; ++h) {
+      const T *k[STREAM_TILE], *v[STREAM_TILE], *next_k[STREAM_TILE], *next_v[STREAM_TILE];
+      const bool turn = h + 1 == heads;  // what is read next: the next head of this tile, or the first of the next
+      const int coming = turn ? STREAM_TILE - half : half;
+      const int64_t k_at = h * a.k.head, v_at = h * a.v.head, k_next = turn ? 0 : k_at + a.k.head,
+                    v_next = turn ? 0 : v_at + a.v.head;
       for (int j = 0; j < STREAM_TILE; ++j) {
-        T *to_k = w.k_pad + j * w.dv, *to_v = w.v_pad + j * w.dv;
-        memcpy(to_k, k[j], size_t(d) * sizeof(T));
-        memcpy(to_v, v[j], size_t(d) * sizeof(T));
-        memset(static_cast<void*>(to_k + d), 0, size_t(w.dv - d) * sizeof(T));
-        memset(static_cast<void*>(to_v + d), 0, size_t(w.dv - d) * sizeof(T));
-        k[j] = to_k;
-        v[j] = to_v;
+        k[j] = static_cast<const T*>(w.k[half + j]) + k_at;
+        v[j] = j < tile.n ? static_cast<const T*>(w.v[half + j]) + v_at : static_cast<const T*>(w.zeros);
+        next_k[j] = static_cast<const T*>(w.k[coming + j]) + k_next;
+        next_v[j] = static_cast<const T*>(w.v[coming + j]) + v_next;
       }
-    }
-    head.dots(w.q, w.dv, k, v, tile.n, w.s);
-    if (rows > cut) tail.dots(w.q + cut * w.dv, w.dv, k, v, tile.n, w.s + cut * STREAM_TILE);
-    for (int r = 0; r < rows; ++r) alpha[r] = soften_row(a, u, tile, r, w.s + r * STREAM_TILE, m + r, l + r);
-    if (tile.cut() && !all_finite(v, tile.n, w.dv)) {  // 0 · NaN must not reach the rows that do not see it
-      for (int r = 0; r < rows; ++r)
-        for (int c = 0; c < d; ++c) {
-          float x = 0, *s = w.s + r * STREAM_TILE;
-          for (int j = 0; j < tile.n; ++j)
-            if (s[j] != 0) x += s[j] * to_float(v[j][c]);
-          w.o[r * w.dv + c] = w.o[r * w.dv + c] * alpha[r] + x;
+      if (dv != d) {
+        for (int j = 0; j < tile.n; ++j) {
+          T *to_k = static_cast<T*>(w.k_pad) + j * dv, *to_v = static_cast<T*>(w.v_pad) + j * dv;
+          memcpy(static_cast<void*>(to_k), k[j], size_t(d) * sizeof(T));
+          memcpy(static_cast<void*>(to_v), v[j], size_t(d) * sizeof(T));
+          memset(static_cast<void*>(to_k + d), 0, size_t(dv - d) * sizeof(T));
+          memset(static_cast<void*>(to_v + d), 0, size_t(dv - d) * sizeof(T));
+          k[j] = to_k;
+          v[j] = to_v;
         }
-      continue;
+        for (int j = tile.n; j < STREAM_TILE; ++j) k[j] = k[0];
+      }
+      const E* q = w.q + h * (each / STEP<E>);
+      float *o = w.o + h * each, *m = w.m + h * STREAM_ROWS, *l = w.l + h * STREAM_ROWS, alpha[STREAM_ROWS];
+      head.dots(q, dv, k, next_k, tile.n, w.s, factor);
+      if (rows > cut) tail.dots(q + cut * dv / STEP<E>, dv, k, next_k, tile.n, w.s + cut * STREAM_TILE, factor);
+      for (int r = 0; r < rows; ++r) alpha[r] = soften_row<E>(a, u, tile, r, w.s + r * STREAM_TILE, m + r, l + r);
+      const E* p = reinterpret_cast<const E*>(w.s);
+      if (tile.cut() && !all_finite(v, tile.n, dv)) {  // 0 · NaN must not reach the rows that do not see it
+        for (int r = 0; r < rows; ++r)
+          for (int c = 0; c < d; ++c) {
+            float x = 0;
+            for (int j = 0; j < tile.n; ++j) {
+              const float weight = part(p[r * STREAM_TILE + j / STEP<E>], j);
+              if (weight != 0) x += weight * to_float(v[j][c]);
+            }
+            o[r * dv + c] = o[r * dv + c] * alpha[r] + x;
+          }
+        continue;
+      }
+      head.weigh(p, v, tile.n, next_v, o, dv, alpha);
+      if (rows > cut) tail.weigh(p + cut * STREAM_TILE, v, tile.n, next_v, o + cut * dv, dv, alpha + cut);
     }
-    head.weigh(w.s, v, tile.n, w.k + STREAM_TILE - half, w.o, w.dv, alpha);
-    if (rows > cut)
-      tail.weigh(w.s + cut * STREAM_TILE, v, tile.n, nullptr, w.o + cut * w.dv, w.dv, alpha + cut);
   }
-  for (int r = 0; r < rows; ++r) emit<T>(a, u, r, m[r], l[r], w.o + r * w.dv);
+  for (int h = 0; h < heads; ++h) {
+    u.head = first + h;
+    for (int r = 0; r < rows; ++r)
+      emit<T>(a, u, r, w.m[h * STREAM_ROWS + r], w.l[h * STREAM_ROWS + r], w.o + h * each + r * dv);
+  }
 }
 
 }  // namespace

@@ -92,8 +92,9 @@ ANABRANCH_INLINE const T* at(const Pool& pool, const Attention& a, int head, int
   return static_cast<const T*>(pool.data) + page * pool.page + offset * pool.slot + head * pool.head;
 }
 
+// Into the second-level cache: a Zen 4 core reads twice as fast as with prefetches into the first.
 ANABRANCH_INLINE void fetch(const void* row, int bytes) {
-  for (int b = 0; b < bytes; b += LINE) __builtin_prefetch(static_cast<const char*>(row) + b, 0, 3);
+  for (int b = 0; b < bytes; b += LINE) __builtin_prefetch(static_cast<const char*>(row) + b, 0, 2);
 }
 
 // l, m and acc of one row and query head into the output: the sink joins here, once.

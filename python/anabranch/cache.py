@@ -266,6 +266,8 @@ class TreeCache:
         self._pool = torch.empty(
             2 * num_layers, num_pages, num_kv_heads, page_size, head_dim, dtype=dtype, device=self.device
         )
+        if self._backend.name == "cpu":
+            self._backend.large_pages(self._pool)
         self._k = [self._pool[i].transpose(1, 2) for i in range(num_layers)]
         self._v = [self._pool[num_layers + i].transpose(1, 2) for i in range(num_layers)]
         self._core = _core.Cache(num_pages, page_size)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from anabranch.plan import Plan
 
 __all__ = [
-    "attention", "branch_backward", "branch_forward", "copy_pages", "info", "name", "profile", "refuses", "unavailable",
-    "write_kv",
+    "attention", "branch_backward", "branch_forward", "copy_pages", "info", "large_pages", "name", "profile", "refuses",
+    "unavailable", "write_kv",
 ]  # fmt: skip
 
 name = "cpu"
@@ -196,6 +196,14 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
             num_rows,
             torch.get_num_threads(),
         )
+
+
+def large_pages(pool: Tensor) -> bool:
+    """Asks the system to back a page pool with large pages (Linux's transparent ones), before it is written to. Steps
+    read all over it: with 4 KB pages, address translation takes some 4 % of the attention. Whether it will try."""
+    from anabranch import _cpu
+
+    return _cpu.large_pages(address(pool), pool.numel() * pool.element_size())
 
 
 def copy_pages(pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from math import inf
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from torch import nn
 
 import anabranch as ab
 from anabranch import _cpu
-from anabranch.engine.linear import WideLinear, linear, linear_context, should_use, takes
+from anabranch.engine.linear import OwnLinear, linear, linear_context, rows_for, takes
 
 ISAS = _cpu.info()["runnable"]
-DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAN, INF = float("nan"), float("inf")
 # Rows on every path, columns and depths around every block: 48 columns, groups of 6, lanes of 4 to 16, 640 deep.
 SHAPES = [
@@ -139,13 +140,14 @@ def test_poisoned_surroundings(isa, rng):
     """x and w as parts of larger tensors full of NaN: nothing beside them is used."""
     _cpu.use(isa)
     for m, n, k in ((1, 7, 13), (2, 50, 75), (4, 6, 9), (8, 13, 641), (9, 61, 77)):
-        big_x = torch.full((m + 2, k + 40), NAN, dtype=torch.bfloat16)
-        big_w = torch.full((n + 2, k + 40), NAN, dtype=torch.bfloat16)
-        x, w = big_x[1 : m + 1, 3 : k + 3], big_w[1 : n + 1, 5 : k + 5]
-        x.copy_(draw(rng, m, k, dtype=torch.bfloat16))
-        w.copy_(draw(rng, n, k, dtype=torch.bfloat16))
-        assert torch.equal(linear(x, w), linear(x.clone(), w.clone()))
-        assert linear(x, w).isfinite().all()
+        for dtype in DTYPES:
+            big_x = torch.full((m + 2, k + 40), NAN, dtype=dtype)
+            big_w = torch.full((n + 2, k + 40), NAN, dtype=dtype)
+            x, w = big_x[1 : m + 1, 3 : k + 3], big_w[1 : n + 1, 5 : k + 5]
+            x.copy_(draw(rng, m, k, dtype=dtype))
+            w.copy_(draw(rng, n, k, dtype=dtype))
+            assert torch.equal(linear(x, w), linear(x.clone(), w.clone()))
+            assert linear(x, w).isfinite().all()
 
 
 def test_weight_at_the_end_of_a_mapping():
@@ -162,9 +164,10 @@ assert libc.mprotect(ctypes.c_void_p(base + 7 * page), page, 0) == 0
 for isa in sys.argv[1:]:
     _cpu.use(isa)
     for rows, n, k in ((1, 5, 13), (2, 7, 33), (4, 3, 9), (8, 6, 31), (9, 11, 77), (1, 1, 1)):
-        offset = 7 * page - n * k * 2
-        w = torch.frombuffer(m, dtype=torch.bfloat16, count=n * k, offset=offset).view(n, k).fill_(1.0)
-        assert linear(torch.ones(rows, k, dtype=torch.bfloat16), w).eq(k).all()
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            offset = 7 * page - n * k * dtype.itemsize
+            w = torch.frombuffer(m, dtype=dtype, count=n * k, offset=offset).view(n, k).fill_(1.0)
+            assert linear(torch.ones(rows, k, dtype=dtype), w).eq(k).all()
     print(isa)
 """
     if sys.platform != "linux":
@@ -193,7 +196,7 @@ def test_what_is_left_to_torch():
     x, w = torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(4, 8, dtype=torch.bfloat16)
     assert takes(x, w) and takes(x, nn.Parameter(w, requires_grad=False))
     refused = {
-        "float32": (x.float(), w.float()),
+        "float64": (x.double(), w.double()),
         "mixed": (x.half(), w),
         "gradient": (x, w.clone().requires_grad_()),
         "columns": (x, torch.ones(8, 4, dtype=torch.bfloat16).T),
@@ -216,7 +219,7 @@ def test_what_is_left_to_torch():
     assert not takes(x, layer.weight, layer.bias)
     with torch.no_grad():
         assert takes(x, layer.weight, layer.bias)
-    with WideLinear(layer):
+    with OwnLinear(layer):
         layer(x).sum().backward()  # training inside the block works as ever
         with pytest.raises(RuntimeError):
             layer(x[:, :7])
@@ -234,20 +237,20 @@ def test_block_takes_over_and_lets_go(rng, monkeypatch):
     calls = []
     real = module._linear
     monkeypatch.setattr(module, "_linear", lambda *a: calls.append(a) or real(*a))
-    layer, wide_layer = nn.Linear(40, 30, dtype=torch.bfloat16), nn.Linear(40, 30, bias=False)
+    layer, double = nn.Linear(40, 30, dtype=torch.bfloat16), nn.Linear(40, 30, bias=False).double()
     hooked, own = nn.Linear(40, 30, dtype=torch.bfloat16), Quantised(40, 30, dtype=torch.bfloat16)
     hooked.forward = foreign = lambda input: input
-    model = nn.ModuleList([layer, wide_layer, hooked, own])
+    model = nn.ModuleList([layer, double, hooked, own])
     before = [dict(vars(m)) for m in model]
     x = draw(rng, 3, 5, 40, dtype=torch.bfloat16)
     with torch.inference_mode():
         plain, other = layer(x), own(x)
         assert not calls
-        context = WideLinear(model)
+        context = OwnLinear(model)
         with context:
             wide = layer(x)
             named = layer(input=x)
-            wide_layer(x.float())
+            double(x.double())
             assert hooked(x) is x and torch.equal(own(x), other)
             with pytest.raises(RuntimeError):
                 layer(x[..., :9])
@@ -257,7 +260,7 @@ def test_block_takes_over_and_lets_go(rng, monkeypatch):
         for _ in range(2):  # entered again and again, left by an error
             with pytest.raises(KeyError), context:
                 raise KeyError
-        with WideLinear(model), WideLinear(model):
+        with OwnLinear(model), OwnLinear(model):
             layer(x)
         assert len(calls) == 3
         layer(x)
@@ -267,36 +270,58 @@ def test_block_takes_over_and_lets_go(rng, monkeypatch):
 def test_hooks_and_compiled_models_keep_working(rng):
     layer = nn.Linear(8, 4, dtype=torch.bfloat16)
     layer.register_forward_hook(lambda module, args, output: output * 0)
-    with torch.inference_mode(), WideLinear(layer):
+    with torch.inference_mode(), OwnLinear(layer):
         assert not layer(draw(rng, 2, 8, dtype=torch.bfloat16)).any()
     compiled = torch.compile(nn.Sequential(nn.Linear(8, 4)), backend="eager")
-    with WideLinear(compiled):
+    with OwnLinear(compiled):
         assert "forward" not in vars(compiled._orig_mod[0])
 
 
 def test_choice(monkeypatch):
     from anabranch.engine import linear as module
 
-    monkeypatch.delenv("ANABRANCH_WIDE_LINEAR", raising=False)
+    monkeypatch.delenv("ANABRANCH_OWN_LINEAR", raising=False)
+    monkeypatch.setattr(module, "_has_amx", lambda: False)
     for native in (True, False):
         monkeypatch.setattr(module, "_native", lambda dtype, native=native: native)
-        assert should_use("cpu", torch.bfloat16) is (not native and _cpu.info()["isa"] != "plain")
-        assert should_use("cpu", torch.float16, True) and not should_use("cpu", torch.float16, False)
-        assert not should_use("cpu", torch.float32, True) and not should_use("cuda", torch.bfloat16, True)
+        for isa in ISAS:
+            _cpu.use(isa)
+            few = module.FEW_ROWS if isa == "avx512bf16" else 0
+            assert rows_for("cpu", torch.bfloat16) == (few if native else inf if isa != "plain" else 0)
+            assert rows_for("cpu", torch.float16) == (0 if native or isa == "plain" else inf)
+            assert rows_for("cpu", torch.float32) == (0 if isa == "plain" else module.FEW_ROWS)
+        assert rows_for("cpu", torch.float16, True) == inf and rows_for("cpu", torch.float16, False) == 0
+        assert rows_for("cpu", torch.float64, True) == rows_for("cuda", torch.bfloat16, True) == 0
         for value in ("0", "1"):
-            monkeypatch.setenv("ANABRANCH_WIDE_LINEAR", value)
-            assert should_use("cpu", torch.bfloat16) is (value == "1")
-            assert should_use("cpu", torch.bfloat16, False) is False  # what the program says goes first
-            assert isinstance(linear_context(nn.Linear(2, 2, dtype=torch.bfloat16)), WideLinear) is (value == "1")
-            assert not isinstance(linear_context(nn.Linear(2, 2), True), WideLinear)
-        monkeypatch.delenv("ANABRANCH_WIDE_LINEAR")
-    _cpu.use("plain")
-    assert not should_use("cpu", torch.bfloat16)
-    monkeypatch.setenv("ANABRANCH_WIDE_LINEAR", "yes")
+            monkeypatch.setenv("ANABRANCH_OWN_LINEAR", value)
+            assert rows_for("cpu", torch.bfloat16) == (inf if value == "1" else 0)
+            assert rows_for("cpu", torch.bfloat16, False) == 0  # what the program says goes first
+            assert isinstance(linear_context(nn.Linear(2, 2, dtype=torch.bfloat16)), OwnLinear) is (value == "1")
+            assert not isinstance(linear_context(nn.Linear(2, 2).double(), True), OwnLinear)
+        monkeypatch.delenv("ANABRANCH_OWN_LINEAR")
+    monkeypatch.setattr(module, "_has_amx", lambda: True)
+    monkeypatch.setattr(module, "_native", lambda dtype: True)
+    assert rows_for("cpu", torch.bfloat16) == 0
+    monkeypatch.setenv("ANABRANCH_OWN_LINEAR", "yes")
     with pytest.raises(ValueError, match="expected 0 or 1"):
-        should_use("cpu", torch.bfloat16)
-    with pytest.raises(TypeError, match="wide_linear="):
-        should_use("cpu", torch.bfloat16, "auto")  # type: ignore[arg-type]
+        rows_for("cpu", torch.bfloat16)
+    with pytest.raises(TypeError, match="own_linear="):
+        rows_for("cpu", torch.bfloat16, "auto")  # type: ignore[arg-type]
+
+
+def test_more_rows_than_pay_are_left_to_torch(rng, monkeypatch):
+    from anabranch.engine import linear as module
+
+    calls = []
+    real = module._linear
+    monkeypatch.setattr(module, "_linear", lambda *a: calls.append(a[0].shape) or real(*a))
+    monkeypatch.setattr(module, "rows_for", lambda device, dtype, setting: 6 if dtype == torch.bfloat16 else 0)
+    layer, other = nn.Linear(40, 30, dtype=torch.bfloat16), nn.Linear(40, 30)
+    with torch.inference_mode(), OwnLinear(nn.ModuleList([layer, other]), None):
+        assert "forward" not in vars(other)
+        for shape in ((40,), (6, 40), (7, 40), (2, 3, 40), (1, 7, 40)):
+            assert layer(draw(rng, *shape, dtype=torch.bfloat16)).shape == (*shape[:-1], 30)
+    assert calls == [(40,), (6, 40), (2, 3, 40)]
 
 
 @pytest.mark.smollm2
@@ -316,7 +341,7 @@ def test_smollm2_logits():
 
     with torch.inference_mode():
         plain = logits()
-        with WideLinear(model):
+        with OwnLinear(model):
             wide = logits()
         model.float()
         exact = logits()

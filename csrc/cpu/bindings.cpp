@@ -171,7 +171,7 @@ PYBIND11_MODULE(_cpu, m) {
         "byte_strides: plane, page, head, token.");
   m.def("linear", &py_linear, py::arg("type"), py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("x"),
         py::arg("x_row"), py::arg("w"), py::arg("w_row"), py::arg("bias"), py::arg("out"), py::arg("threads"),
-        "out [rows, n] contiguous = x [rows, k] times w [n, k] transposed, plus bias [n] (0: none); type 1 or 2.");
+        "out [rows, n] contiguous = x [rows, k] times w [n, k] transposed, plus bias [n] (0: none).");
   m.def("branch_forward", &py_branch_forward, py::arg("type"), py::arg("shape"), py::arg("qkv"), py::arg("mask"),
         py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("sinks"), py::arg("out"), py::arg("lse"),
         py::arg("threads"), "shape: head_dim, query heads, KV heads; mask: starts, row_ptr, cols, positions, segments.");

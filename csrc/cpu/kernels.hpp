@@ -51,12 +51,12 @@ struct Write {  // new rows of K or V into their slots
 
 // out[rows, n] = x · wᵀ (+ bias), accumulated in float32. Element strides between rows; rows themselves contiguous.
 struct Linear {
-  Type type;  // of x, w, bias and out; 16-bit
+  Type type;  // of x, w, bias and out
   int64_t rows, n, k;
   const void *x, *w, *bias;  // bias [n] or null
   void* out;
   int64_t x_row, w_row, out_row;
-  float* wide;  // x as float32 [rows][linear_stride(k)], zero-padded; filled by linear_pack
+  float* wide;  // x as the kernel reads it, zero-padded rows of linear_stride(k) floats at most; filled by linear_pack
 };
 
 struct Strided {  // [tokens, heads, D], element strides; the last dimension is contiguous

@@ -8,7 +8,7 @@
 
 #include <type_traits>
 
-#include "cpu/unit.hpp"
+#include "cpu/linear_rows.hpp"
 
 namespace anabranch::cpu {
 namespace {
@@ -217,11 +217,27 @@ void linear_of(const Linear& l, int64_t first, int64_t last, void* base) {
 }
 
 void linear_pack(const Linear& l, int64_t begin, int64_t end) {
-  l.type == Type::bf16 ? pack_of<bf16>(l, begin, end) : pack_of<f16>(l, begin, end);
+  switch (l.type) {
+    case Type::f32: return pack_rows<float, float>(l, begin, end);
+    case Type::f16: return pack_of<f16>(l, begin, end);
+#ifdef ANABRANCH_BF16_PAIRS
+    case Type::bf16: return pack_rows<bf16, pair>(l, begin, end);
+#else
+    case Type::bf16: return pack_of<bf16>(l, begin, end);
+#endif
+  }
 }
 
 void linear(const Linear& l, int64_t begin, int64_t end, void* scratch) {
-  l.type == Type::bf16 ? linear_of<bf16>(l, begin, end, scratch) : linear_of<f16>(l, begin, end, scratch);
+  switch (l.type) {
+    case Type::f32: return linear_rows<float, float>(l, begin, end);
+    case Type::f16: return linear_of<f16>(l, begin, end, scratch);
+#ifdef ANABRANCH_BF16_PAIRS
+    case Type::bf16: return linear_rows<bf16, pair>(l, begin, end);
+#else
+    case Type::bf16: return linear_of<bf16>(l, begin, end, scratch);
+#endif
+  }
 }
 
 }  // namespace

@@ -101,6 +101,12 @@ ANABRANCH_INLINE vf load(const f16* p) {
 typedef vu vu_at __attribute__((aligned(4), may_alias));
 ANABRANCH_INLINE vu load(const pair* p) { return *reinterpret_cast<const vu_at*>(p); }
 ANABRANCH_INLINE void store(pair* p, vu x) { *reinterpret_cast<vu_at*>(p) = x; }
+// The next elements of a row as a product takes them: W channels, or W pairs of them.
+template <class E, class T>
+ANABRANCH_INLINE auto load_as(const T* p) {
+  if constexpr (STEP<E> == 1) return load(p);
+  else return load(reinterpret_cast<const pair*>(p));
+}
 ANABRANCH_INLINE vu splat(pair x) { return x.bits - (vu){}; }
 ANABRANCH_INLINE pair pair_of(bf16 a, bf16 b) { return {uint32_t(b.bits) << 16 | a.bits}; }
 ANABRANCH_INLINE vf low(vu x) { return (vf)(x << 16); }
@@ -163,6 +169,13 @@ ANABRANCH_INLINE void put(f16* p, float x) {
     half = (bits + 0xc8000fffu + ((bits >> 13) & 1)) >> 13;
   }
   p->bits = uint16_t(sign | half);
+}
+
+// To the nearest bfloat16, ties to even, as put() below.
+ANABRANCH_INLINE vh to_nearest(vf x) {
+  vu bits = (vu)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+  vi nan = (vi)(bits & 0x7fffffffu) > 0x7f800000;
+  return __builtin_convertvector(nan ? (bits >> 16) | 0x40u : rounded, vh);
 }
 
 // Element j of what an element of a product stands for (see STEP).

@@ -38,12 +38,7 @@ struct StreamScratch {
   }
 };
 
-// From channel c on: a vector of K's row, and VB vectors of V's (of two rows if by pairs).
-template <class E, class T>
-ANABRANCH_INLINE auto keys(const T* k, int c) {
-  if constexpr (STEP<E> == 1) return load(k + c);
-  else return load(reinterpret_cast<const pair*>(k + c));
-}
+// From channel c on: VB vectors of V's row (of two rows if by pairs).
 template <int VB, class T>
 ANABRANCH_INLINE void values(const T* const* v, int c, vf* x) {
   for (int i = 0; i < VB; ++i) x[i] = load(v[0] + c + i * W);
@@ -66,7 +61,7 @@ ANABRANCH_INLINE void dots(const E* q, int dv, const T* const* k, const T* const
 #pragma GCC unroll 16
     for (int b = 0; b < KB; ++b) {
       if (FETCH && c * sizeof(T) % LINE == 0) fetch(next[b] + c, 1);  // one by one: a burst would fill the miss buffers
-      auto y = keys<E>(row[b], c);
+      auto y = load_as<E>(row[b] + c);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[r * KB + b] = multiply_add(x[r], y, acc[r * KB + b]);
     }

@@ -14,6 +14,7 @@ constexpr int LINE = 64;  // bytes
 
 ANABRANCH_INLINE int round_up(int n, int to) { return (n + to - 1) / to * to; }
 ANABRANCH_INLINE int smaller(int a, int b) { return b < a ? b : a; }
+ANABRANCH_INLINE int64_t smaller(int64_t a, int64_t b) { return b < a ? b : a; }
 
 // One (item × KV head): the tokens [0, n) that some row sees, and packed rows r · group + g.
 struct Unit {

@@ -16,7 +16,7 @@ from anabranch.cli.common import FAILED, consoles, cpu
 # Every variable that our code reads, or that decides what it can do here (a test looks for any that is missing).
 VARIABLES = {
     "ANABRANCH_CPU_ISA": "instruction set of the CPU kernels, one of those under Backends",
-    "ANABRANCH_WIDE_LINEAR": "0 or 1: 16-bit linear layers on a CPU by our kernel; automatic where not set",
+    "ANABRANCH_OWN_LINEAR": "0 or 1: linear layers on a CPU by our kernel; automatic where not set",
     "ANABRANCH_CACHE": "folder of converted models",
     "XDG_CACHE_HOME": "its parent, where ANABRANCH_CACHE is not set",
     "ANABRANCH_CUDA": "when building: 0, 1 or auto",

@@ -31,8 +31,8 @@ class Engine:
     max_rows: most tokens one forward takes; longer prompts are prefilled in chunks, beside what is decoding.
     max_threads: most threads, of all prompts of a call, that decode at a time; more wait for their turn, which changes
         no token. None: as many as fit the pages.
-    wide_linear: on a CPU without bf16 matrix instructions, 16-bit linear layers run through a kernel of ours while the
-        engine's forwards last (see engine/linear.py); True or False decide, None: where it pays.
+    own_linear: on a CPU, linear layers run through a kernel of ours while the engine's forwards last (see
+        engine/linear.py); True or False decide, None: where it pays.
     cuda_graphs: a decode step whose tree is that of the steps before is one CUDA graph replay (see `DecodeGraph`).
         None: on a CUDA device with a backend that allows it ("triton", "cuda"). True asks for it, and raises ValueError
         elsewhere. A model whose forward cannot be captured runs without, and a warning says so.
@@ -52,7 +52,7 @@ class Engine:
         backend: str = "auto",
         max_rows: int = 512,
         max_threads: int | None = None,
-        wide_linear: bool | None = None,
+        own_linear: bool | None = None,
         cuda_graphs: bool | None = None,
     ):
         if not isinstance(max_rows, int) or max_rows < 1:
@@ -68,7 +68,7 @@ class Engine:
         self.model, self.tokenizer, self.backend, self.max_rows = model, tokenizer, backend, max_rows
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self.cache = TreeCache.for_model(model, num_pages=num_pages, page_size=page_size)
-        self.linear = linear_context(model, wide_linear)
+        self.linear = linear_context(model, own_linear)
         self.graphs = self._decode_graph(cuda_graphs)
         self._runs: set[Run] = set()
 

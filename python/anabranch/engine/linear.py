@@ -1,9 +1,10 @@
-"""Linear layers with bfloat16 or float16 weights on CPUs that cannot multiply these types.
+"""Linear layers on a CPU, where a kernel of ours is faster than torch's.
 
-Without bf16 matrix instructions torch's own 16-bit linear is several times slower than float32. The kernel in
-``csrc/cpu/linear.hpp`` reads the weights once, where they lie, widens them in registers and accumulates in float32:
-faster than torch in either type. `WideLinear` puts it under a model for the length of a ``with`` block and leaves
-nothing behind; torch is not changed.
+A decode step has few rows, so its linear layers are bound by the bytes of their weights. torch's matrix products pack
+the weights anew in every call; ``csrc/cpu/linear_rows.hpp`` multiplies them where they lie, once (float32; bfloat16
+with AVX512-BF16). Without instructions for 16-bit products torch's own are several times slower than float32;
+``csrc/cpu/linear.hpp`` widens the weights in registers. `OwnLinear` puts these under a model for the length of a
+``with`` block and leaves nothing behind; torch is not changed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
+from math import inf
 from typing import Any
 
 import torch
@@ -19,35 +21,46 @@ from torch import Tensor, nn
 
 from ..backends.native import TYPES
 
-__all__ = ["WideLinear", "linear", "linear_context", "should_use", "takes"]
+__all__ = ["OwnLinear", "linear", "linear_context", "rows_for", "takes"]
 
-_TYPES = (torch.bfloat16, torch.float16)
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)  # subclasses (quantised, fake, distributed) have a linear of their own
-_VARIABLE = "ANABRANCH_WIDE_LINEAR"
+_VARIABLE = "ANABRANCH_OWN_LINEAR"
+# Up to so many rows where torch's own product is good: on two cores of a Zen 4, layers of 576 to 4,096, torch takes 1.6
+# to 3.7 times as long for 1 to 4 rows, 1.3 to 2 times for 16, about the same for 64, and less for 256.
+FEW_ROWS = 48
 
 
-def should_use(device: torch.device | str, dtype: torch.dtype, setting: bool | None = None) -> bool:
-    """Whether a model of this device and dtype is to run inside `WideLinear`.
+def rows_for(device: torch.device | str, dtype: torch.dtype, setting: bool | None = None) -> float:
+    """The most rows of x with which layers of this device and dtype are to run through our kernel: 0 none, inf any.
 
-    setting: True or False decide (True only where the kernel can run: CPU, bfloat16 or float16). None: the environment
-        variable ``ANABRANCH_WIDE_LINEAR`` (0 or 1), else automatically: where the CPU has no matrix instructions for
-        `dtype` and the kernel has more than its plain variant.
+    setting: True or False decide (True only where the kernel can run: CPU; float32, bfloat16 or float16). None: the
+        environment variable ``ANABRANCH_OWN_LINEAR`` (0 or 1), else automatically: where the kernel has more than its
+        plain variant, any number if the CPU has no instructions for products of `dtype`, else few (none for bfloat16
+        with AMX, nor for float16).
 
     Raises ValueError for another value of the variable, TypeError for another setting.
     """
     if setting is not None and not isinstance(setting, bool):
-        raise TypeError(f"wide_linear={setting!r}; pass True, False or None (automatic)")
+        raise TypeError(f"own_linear={setting!r}; pass True, False or None (automatic)")
     if torch.device(device).type != "cpu" or dtype not in _TYPES:
-        return False
+        return 0
     if setting is None and (text := os.environ.get(_VARIABLE, "")):
         if text not in ("0", "1"):
             raise ValueError(f"{_VARIABLE}={text!r}: expected 0 or 1; unset it for the automatic choice")
         setting = text == "1"
-    if setting is None:
-        from anabranch import _cpu
+    if setting is not None:
+        return inf if setting else 0
+    from anabranch import _cpu
 
-        return _cpu.info()["isa"] != "plain" and not _native(dtype)
-    return setting
+    isa = _cpu.info()["isa"]
+    if isa == "plain":
+        return 0
+    if dtype == torch.float32:
+        return FEW_ROWS
+    if not _native(dtype):
+        return inf
+    return FEW_ROWS if isa == "avx512bf16" and dtype == torch.bfloat16 and not _has_amx() else 0
 
 
 @cache
@@ -55,20 +68,23 @@ def _native(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies `dtype` itself. Where torch does not tell, True: its own linear is kept."""
     if dtype == torch.bfloat16:
         # Not torch.ops.mkldnn._is_mkldnn_bf16_supported: it is true for every AVX-512 machine, with or without bf16.
-        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, name, lambda: True)() for name in names)
+        return _has_amx() or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)()
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     except (AttributeError, RuntimeError):
         return True
 
 
+def _has_amx() -> bool:
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
+
+
 def linear_context(model: nn.Module, setting: bool | None = None) -> AbstractContextManager[Any]:
-    """A context for the forwards of `model`: `WideLinear` where `should_use` says so of some of its parameters, else
-    one that does nothing. It can be entered again and again."""
+    """A context for the forwards of `model`: `OwnLinear` where `rows_for` says so of some of its parameters, else one
+    that does nothing. It can be entered again and again."""
     kinds = {(p.device, p.dtype) for p in model.parameters()}
-    wide = [should_use(device, dtype, setting) for device, dtype in kinds]
-    return WideLinear(model) if any(wide) else nullcontext()
+    own = [rows_for(device, dtype, setting) for device, dtype in kinds]
+    return OwnLinear(model, setting) if any(own) else nullcontext()
 
 
 def takes(x: Any, weight: Any, bias: Any = None) -> bool:
@@ -96,16 +112,16 @@ def takes(x: Any, weight: Any, bias: Any = None) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] · weight [N, K]ᵀ + bias [N] → [..., N]: all bfloat16 or all float16, on the CPU; summed in float32,
-    rounded once. A row's result does not depend on the rows beside it, nor on the number of threads.
+    """x [..., K] · weight [N, K]ᵀ + bias [N] → [..., N]: all of one type (float32, bfloat16, float16), on the CPU;
+    summed in float32, rounded once. A row's result does not depend on the rows beside it, nor on the number of threads.
 
     Raises ValueError where `takes` says no.
     """
     if not takes(x, weight, bias):
         raise ValueError(
             f"x {_told(x)}, weight {_told(weight)}, bias {_told(bias)}: expected plain CPU tensors [..., K], [N, K] "
-            "with contiguous rows and [N] or None, all bfloat16 or all float16, without gradients, autocast or "
-            "torch.compile; use torch.nn.functional.linear"
+            "with contiguous rows and [N] or None, all of one type (float32, bfloat16, float16), without gradients, "
+            "autocast or torch.compile; use torch.nn.functional.linear"
         )
     return _linear(x, weight, bias)
 
@@ -150,9 +166,9 @@ def _kernel() -> Callable[..., None]:
     return _cpu.linear
 
 
-class WideLinear:
-    """``with WideLinear(model): model(...)``: the model's `torch.nn.Linear` layers run `linear` on calls that `takes`
-    approves, and their own forward on all others.
+class OwnLinear:
+    """``with OwnLinear(model): model(...)``: the model's `torch.nn.Linear` layers run `linear` on calls that `takes`
+    approves and that have no more rows than `rows_for` says, and their own forward on all others.
 
     Within the block a layer's ``forward`` is covered by one of ours in its ``__dict__``; behind the block, however it
     was left, the layers are as they were. (A TorchFunctionMode would leave them alone altogether, but taxes every
@@ -162,12 +178,14 @@ class WideLinear:
     ends the speed-up of the others.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, setting: bool | None = True) -> None:
         modules = list(model.modules())
         compiled = any(hasattr(type(m), "_opt_mod_attributes") or "_orig_mod" in m._modules for m in modules)
-        self._layers = [] if compiled else [(m, partial(_forward, m)) for m in modules if type(m) is nn.Linear]
+        layers = [] if compiled else [m for m in modules if type(m) is nn.Linear]
+        most = [rows_for(m.weight.device, m.weight.dtype, setting) for m in layers]
+        self._layers = [(m, partial(_forward, m, rows)) for m, rows in zip(layers, most, strict=True) if rows]
 
-    def __enter__(self) -> WideLinear:
+    def __enter__(self) -> OwnLinear:
         for layer, forward in self._layers:
             vars(layer).setdefault("forward", forward)
         return self
@@ -178,8 +196,8 @@ class WideLinear:
                 vars(layer).pop("forward", None)
 
 
-def _forward(layer: nn.Linear, input: Any) -> Any:
+def _forward(layer: nn.Linear, most_rows: float, input: Any) -> Any:
     weight, bias = layer.weight, layer.bias
-    if takes(input, weight, bias):
+    if takes(input, weight, bias) and input.numel() <= most_rows * weight.shape[1]:
         return _linear(input, weight, bias)
     return nn.Linear.forward(layer, input)

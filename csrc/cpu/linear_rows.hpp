@@ -1,0 +1,111 @@
+// Linear layers whose weights are multiplied where they lie: float32, and bfloat16 by pairs of channels with AVX512-BF16.
+// Few rows of x, as decoding has them, are bound by the bytes of the weights, which are read once; a library's matrix
+// product packs the weights first, and pays for it in every call.
+//
+// An output element is the same sum in the same order whatever stands beside it.
+#pragma once
+
+#include "cpu/unit.hpp"
+
+namespace anabranch::cpu {
+namespace {
+
+template <class E>
+constexpr int64_t CHANNELS = W * STEP<E>;  // of a vector
+template <int R>
+constexpr int ACROSS = R == 1 ? W : R == 2 ? W / 2 : W / 4;  // weight rows beside R rows of x: W sums at most
+
+// A line more than needed: rows a power of two apart would share the sets of the cache.
+template <class T, class E>
+ANABRANCH_INLINE int64_t row_stride(int64_t k) {
+  return (k + CHANNELS<E> - 1) / CHANNELS<E> * CHANNELS<E> + LINE / int64_t(sizeof(T));
+}
+
+// Rows of x, zeros behind them up to whole vectors.
+template <class T, class E>
+void pack_rows(const Linear& l, int64_t begin, int64_t end) {
+  const int64_t stride = row_stride<T, E>(l.k);
+  for (int64_t r = begin; r < end; ++r) {
+    T* to = reinterpret_cast<T*>(l.wide) + r * stride;
+    memcpy(static_cast<void*>(to), static_cast<const T*>(l.x) + r * l.x_row, size_t(l.k) * sizeof(T));
+    memset(static_cast<void*>(to + l.k), 0, size_t(stride - l.k) * sizeof(T));
+  }
+}
+
+ANABRANCH_INLINE vf rounded_to(float, vf x) { return x; }
+ANABRANCH_INLINE vh rounded_to(bf16, vf x) { return to_nearest(x); }
+
+// out[r][b] = x_r · w_b for R rows of x and ACROSS<R> of the weights, of which `count` are real. FETCH: fetches the
+// weights `ahead` elements further on, which come next.
+template <class T, class E, int R, bool FETCH>
+ANABRANCH_INLINE void row_block(const T* x, int64_t stride, const T* const* w, int64_t k, int64_t ahead, const T* bias,
+                                int count, T* out, int64_t out_row) {
+  constexpr int NB = ACROSS<R>;
+  vf acc[W] = {};
+  const int64_t whole = k / CHANNELS<E> * CHANNELS<E>;
+  for (int64_t c = 0; c < whole; c += CHANNELS<E>) {
+    decltype(load_as<E>(x)) v[R];
+    for (int r = 0; r < R; ++r) v[r] = load_as<E>(x + r * stride + c);
+#pragma GCC unroll 16
+    for (int b = 0; b < NB; ++b) {
+      if (FETCH) fetch(w[b] + c + ahead, 1);
+      auto y = load_as<E>(w[b] + c);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[r * NB + b] = multiply_add(v[r], y, acc[r * NB + b]);
+    }
+  }
+  if (whole < k)
+    for (int b = 0; b < NB; ++b) {
+      T rest[CHANNELS<E>] = {};
+      memcpy(static_cast<void*>(rest), w[b] + whole, size_t(k - whole) * sizeof(T));
+      for (int r = 0; r < R; ++r)
+        acc[r * NB + b] = multiply_add(load_as<E>(x + r * stride + whole), load_as<E>(rest), acc[r * NB + b]);
+    }
+  vf y = sums(acc);
+  if (bias)
+    for (int r = 0; r < R; ++r)
+      for (int b = 0; b < count; ++b) y[r * NB + b] += to_float(bias[b]);
+  const auto all = rounded_to(T{}, y);
+  const T* from = reinterpret_cast<const T*>(&all);
+  for (int r = 0; r < R; ++r, from += NB, out += out_row) {
+    if (count == NB) memcpy(static_cast<void*>(out), from, NB * sizeof(T));  // of a size that is known: no call
+    else memcpy(static_cast<void*>(out), from, size_t(count) * sizeof(T));
+  }
+}
+
+template <class T, class E, int R>
+void row_columns(const Linear& l, int64_t begin, int64_t end) {
+  constexpr int NB = ACROSS<R>;
+  const int64_t stride = row_stride<T, E>(l.k), parts = (l.rows + R - 1) / R;
+  const T *x = reinterpret_cast<const T*>(l.wide), *bias = static_cast<const T*>(l.bias);
+  for (int64_t n = begin; n < end; n += NB) {
+    const T* w[NB];
+    for (int b = 0; b < NB; ++b)  // surplus rows: valid addresses, results never stored
+      w[b] = static_cast<const T*>(l.w) + smaller(n + b, l.n - 1) * l.w_row;
+    const int count = int(smaller(int64_t(NB), end - n));
+    const T* add = bias ? bias + n : nullptr;
+    for (int64_t p = 0; p < parts; ++p) {
+      // R rows each; the last part may share rows with the one before it, which come out the same again.
+      const int64_t r = smaller(p * R, l.rows - R);
+      T* out = static_cast<T*>(l.out) + r * l.out_row + n;
+      if (p == 0)
+        row_block<T, E, R, true>(x + r * stride, stride, w, l.k, NB * l.w_row, add, count, out, l.out_row);
+      else
+        row_block<T, E, R, false>(x + r * stride, stride, w, l.k, 0, add, count, out, l.out_row);
+    }
+  }
+}
+
+template <class T, class E>
+void linear_rows(const Linear& l, int64_t begin, int64_t end) {
+  switch (l.rows) {
+    case 0: return;
+    case 1: return row_columns<T, E, 1>(l, begin, end);
+    case 2: return row_columns<T, E, 2>(l, begin, end);
+    case 3: return row_columns<T, E, 3>(l, begin, end);
+    default: return row_columns<T, E, 4>(l, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace anabranch::cpu

@@ -1,9 +1,9 @@
 """A real model end to end: the same prompt, the same number of branches, exactly as many tokens from everybody.
 
 Prefill is the time until the first sampled token's scores are there (ours: the engine's own account of its prefill);
-decoding is what comes after: n · (tokens − 1) tokens in the rest of the time. "In all" is n · tokens over the whole call.
-All sample at temperature 1 from the whole vocabulary, so that nobody gains by an easier filter; end-of-sequence tokens
-are banned by `min_new_tokens`.
+decoding is what comes after: n · (tokens − 1) tokens in the rest of the time. "In all" is n · tokens over the whole
+call. All sample at temperature 1 from the whole vocabulary, so that nobody gains by an easier filter; end-of-sequence
+tokens are banned by `min_new_tokens`.
 """
 
 from __future__ import annotations

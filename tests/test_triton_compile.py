@@ -13,7 +13,6 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed (it has wheels for Linux only)")
 
 import triton
-
 from anabranch.kernels import report, variants
 
 if variants.missing_tools() is not None:

@@ -1,4 +1,4 @@
-"""The 16-bit linear kernel against float64, and the mode that puts it under a model."""
+"""The linear kernels against float64, and the context that puts them under a model."""
 
 from __future__ import annotations
 

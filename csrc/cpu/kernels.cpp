@@ -27,7 +27,7 @@ int stream_heads(int head_dim) {
 
 size_t scratch_bytes(int packed_rows, int head_dim, int heads) {
   size_t packed, stream;
-  PackedScratch<float>(nullptr, packed_rows, head_dim, &packed);  // pairs need less
+  PackedScratch<float>(nullptr, packed_rows, head_dim, &packed);  // pairs need no more
   StreamScratch<float>(nullptr, head_dim, heads, &stream);
   return packed > stream ? packed : stream;
 }

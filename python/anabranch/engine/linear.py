@@ -80,11 +80,10 @@ def _has_amx() -> bool:
 
 
 def linear_context(model: nn.Module, setting: bool | None = None) -> AbstractContextManager[Any]:
-    """A context for the forwards of `model`: `OwnLinear` where `rows_for` says so of some of its parameters, else one
-    that does nothing. It can be entered again and again."""
-    kinds = {(p.device, p.dtype) for p in model.parameters()}
-    own = [rows_for(device, dtype, setting) for device, dtype in kinds]
-    return OwnLinear(model, setting) if any(own) else nullcontext()
+    """A context for the forwards of `model`: `OwnLinear` where `rows_for` says so of some of its layers, else one that
+    does nothing. It can be entered again and again."""
+    own = OwnLinear(model, setting)
+    return own if own._layers else nullcontext()
 
 
 def takes(x: Any, weight: Any, bias: Any = None) -> bool:
@@ -182,8 +181,10 @@ class OwnLinear:
         modules = list(model.modules())
         compiled = any(hasattr(type(m), "_opt_mod_attributes") or "_orig_mod" in m._modules for m in modules)
         layers = [] if compiled else [m for m in modules if type(m) is nn.Linear]
-        most = [rows_for(m.weight.device, m.weight.dtype, setting) for m in layers]
-        self._layers = [(m, partial(_forward, m, rows)) for m, rows in zip(layers, most, strict=True) if rows]
+        kinds = {(p.device, p.dtype) for p in model.parameters()}
+        most = {kind: rows_for(*kind, setting) for kind in kinds}  # of each kind once, not of each layer
+        rows = [most.get((m.weight.device, m.weight.dtype), 0) for m in layers]
+        self._layers = [(m, partial(_forward, m, few)) for m, few in zip(layers, rows, strict=True) if few]
 
     def __enter__(self) -> OwnLinear:
         for layer, forward in self._layers:

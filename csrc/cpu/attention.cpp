@@ -10,7 +10,11 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
+#endif
+#ifdef ANABRANCH_AMX
+#include <cpuid.h>
 #endif
 
 namespace anabranch::cpu {
@@ -38,12 +42,27 @@ std::vector<Share> shares_of(const Attention& a, int together) {
   return shares;
 }
 
+#ifdef ANABRANCH_AMX
+// The processor's word, and Linux's: a process asks once before it may use the registers.
+bool may_use_amx() {
+  static const bool may = [] {
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // arch_prctl's numbers, <asm/prctl.h> since Linux 5.16
+    return (d & AMX_BF16) && (d & AMX_TILE) && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+  }();
+  return may;
+}
+#endif
+
 }  // namespace
 
 std::vector<const Kernels*> compiled() {
   std::vector<const Kernels*> all;
 #ifdef ANABRANCH_X86
-  all.push_back(&kernels_wide());  // the 64-byte code under AVX2: for tests only, hence the least preferred
+  all.push_back(&kernels_wide());  // what only newer processors run: for tests, hence the least preferred
+  all.push_back(&kernels_wide_amx());
 #endif
   all.push_back(&kernels_plain());
 #ifdef ANABRANCH_X86
@@ -51,6 +70,9 @@ std::vector<const Kernels*> compiled() {
   all.push_back(&kernels_avx512());
 #ifdef ANABRANCH_AVX512BF16
   all.push_back(&kernels_avx512bf16());
+#ifdef ANABRANCH_AMX
+  all.push_back(&kernels_amx());
+#endif
 #endif
 #endif
   return all;
@@ -60,7 +82,10 @@ bool runnable(const Kernels& k) {
 #ifdef ANABRANCH_X86
   __builtin_cpu_init();
   const std::string isa = k.isa;
-  if (isa == "avx2" || isa == "wide") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#ifdef ANABRANCH_AMX
+  if (isa == "amx") return runnable(kernels_avx512bf16()) && may_use_amx();
+#endif
+  if (isa == "avx2" || isa == "wide" || isa == "wide_amx") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (isa == "avx512bf16" && !__builtin_cpu_supports("avx512bf16")) return false;
   if (isa == "avx512" || isa == "avx512bf16")
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

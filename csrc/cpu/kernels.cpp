@@ -86,7 +86,7 @@ void merge(const Attention& a, int64_t begin, int64_t end) {
 
 const Kernels& ANABRANCH_NAMED(kernels_, ANABRANCH_ISA)() {
   static constexpr Kernels table = {ANABRANCH_STRING(ANABRANCH_ISA), ANABRANCH_VECTOR_BYTES, stream_heads,
-                                    scratch_bytes, unit, merge, linear_stride, linear_scratch, linear_pack, linear,
+                                    scratch_bytes, unit, merge, linear_wide, linear_scratch, linear_pack, linear,
                                     branch_lanes, PANEL, branch_scratch, branch_row_bytes, branch_forward,
                                     branch_backward, branch_reduce};
   return table;

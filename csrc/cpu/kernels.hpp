@@ -56,7 +56,7 @@ struct Linear {
   const void *x, *w, *bias;  // bias [n] or null
   void* out;
   int64_t x_row, w_row, out_row;
-  float* wide;  // x as the kernel reads it, zero-padded rows of linear_stride(k) floats at most; filled by linear_pack
+  float* wide;  // x as the kernel reads it, linear_wide(rows, k) floats; filled by linear_pack
 };
 
 struct Strided {  // [tokens, heads, D], element strides; the last dimension is contiguous
@@ -108,9 +108,9 @@ struct Kernels {
   void (*unit)(const Attention&, int item, int begin, int end, void* scratch);
   void (*merge)(const Attention&, int64_t begin, int64_t end);
   // Linear layers: `linear` computes output columns [begin, end) of all rows.
-  int64_t (*linear_stride)(int64_t k);
+  size_t (*linear_wide)(int64_t rows, int64_t k);
   size_t (*linear_scratch)(int64_t rows);
-  void (*linear_pack)(const Linear&, int64_t begin, int64_t end);  // rows of x
+  void (*linear_pack)(const Linear&);
   void (*linear)(const Linear&, int64_t begin, int64_t end, void* scratch);
   // Branch attention: a unit of the forward is a tile × KV head × chunk of its query heads, one of the backward a part
   // × KV head; `reduce` turns the parts' sums into dK and dV of tokens [begin, end).
@@ -123,14 +123,13 @@ struct Kernels {
   void (*branch_reduce)(const Branch&, int64_t begin, int64_t end);
 };
 
+// Those that were compiled: see compiled() in attention.cpp.
 const Kernels& kernels_plain();
-#ifdef ANABRANCH_X86
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
-#ifdef ANABRANCH_AVX512BF16
 const Kernels& kernels_avx512bf16();
-#endif
+const Kernels& kernels_amx();
 const Kernels& kernels_wide();
-#endif
+const Kernels& kernels_wide_amx();
 
 }  // namespace anabranch::cpu

@@ -14,9 +14,8 @@ constexpr int64_t BLOCK = 96;             // output columns handed to a thread a
 void linear(Linear& all, int threads) {
   const Kernels& kernels = active();
   const int64_t parts = (all.rows + MOST_ROWS - 1) / MOST_ROWS, most = parts ? (all.rows + parts - 1) / parts : 0;
-  const int64_t stride = kernels.linear_stride(all.k);
   if (most * all.n * all.k < SERIAL_WORK) threads = 1;
-  const size_t line = 64, wide = (size_t(most * stride) * 4 + line - 1) / line * line;
+  const size_t line = 64, wide = (kernels.linear_wide(most, all.k) * 4 + line - 1) / line * line;
   const size_t each = (kernels.linear_scratch(most) + line - 1) / line * line;
   Lease space;
   space->reserve(wide + each * size_t(threads));
@@ -28,7 +27,7 @@ void linear(Linear& all, int threads) {
     l.x = static_cast<const char*>(all.x) + begin * all.x_row * size;
     l.out = static_cast<char*>(all.out) + begin * all.out_row * size;
     l.wide = reinterpret_cast<float*>(space->data);
-    kernels.linear_pack(l, 0, l.rows);
+    kernels.linear_pack(l);
     for_each(threads, l.n, threads == 1 ? std::max<int64_t>(l.n, 1) : BLOCK, [&](int thread, int64_t from, int64_t to) {
       kernels.linear(l, from, to, scratch + each * size_t(thread));
     });

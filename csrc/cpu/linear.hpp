@@ -28,7 +28,8 @@ ANABRANCH_INLINE int64_t k_block(int64_t k) {
 }
 
 // A line more than needed: rows a power of two apart would share the sets of the cache.
-int64_t linear_stride(int64_t k) { return (k + W - 1) / W * W + LINE / 4; }
+ANABRANCH_INLINE int64_t linear_stride(int64_t k) { return (k + W - 1) / W * W + LINE / 4; }
+size_t linear_wide(int64_t rows, int64_t k) { return size_t(rows * linear_stride(k)); }
 
 struct LinearScratch {
   float *w, *sums;  // [GROUP][K_BLOCK + a line], [COLUMNS][rows padded to ROWS]
@@ -216,7 +217,8 @@ void linear_of(const Linear& l, int64_t first, int64_t last, void* base) {
   }
 }
 
-void linear_pack(const Linear& l, int64_t begin, int64_t end) {
+void linear_pack(const Linear& l) {
+  const int64_t begin = 0, end = l.rows;
   switch (l.type) {
     case Type::f32: return pack_rows<float, float>(l, begin, end);
     case Type::f16: return pack_of<f16>(l, begin, end);

@@ -117,13 +117,14 @@ void scores(const E* q, int d, const void* const* k, int n, float* s, Fetcher& f
   for (int j = 0; j < n; j += KB) score_block<NV, KB>(q, d, k + j, s + int64_t(j) * NV * W, fetcher, factor);
 }
 
-template <int NV, class E>
-void cap_and_mask(const Attention& a, const Unit& u, const Tile& tile, const PackedScratch<E>& w, int row, int n,
-                  float* s) {
+// `w`: whatever has the rows' limit and position.
+template <int NV, class Rows>
+void cap_and_mask(const Attention& a, const Unit& u, const Tile& tile, const Rows& w, int row, int n, float* s,
+                  float factor = 1) {
   const int32_t* positions = u.positions + tile.begin;
   for (int j = 0; j < n; ++j)
     for (int i = 0; i < NV; ++i) {
-      vf x = load(s + (j * NV + i) * W);
+      vf x = load(s + (j * NV + i) * W) * factor;
       if (a.softcap > 0) x = tanh_(x) * a.softcap;
       if (tile.limited) x = splat(int32_t(tile.begin + j)) < load(w.limit + row + i * W) ? x : splat(-INF);
       if (tile.windowed) x = load(w.position + row + i * W) - positions[j] < a.window ? x : splat(-INF);
@@ -290,6 +291,11 @@ void pack_queries(const Attention& a, const Unit& u, const PackedScratch<E>& w) 
       else to[c * width] = pair_of(from[2 * c], from[2 * c + 1]);
     }
   }
+}
+
+// Nothing seen yet.
+template <class Rows>
+void start_rows(const Attention& a, const Unit& u, const Rows& w) {
   for (int row = 0; row < w.rows; ++row) {
     w.m[row] = -INF;
     w.l[row] = 0;
@@ -319,6 +325,7 @@ void packed_unit(const Attention& a, const Unit& u, void* base) {
   const int steps = fetch_steps<E>(d, (w.rows + PANEL - 1) / PANEL);
   locate(0, w.next);
   pack_queries<T, E>(a, u, w);
+  start_rows(a, u, w);
   for (int begin = 0; begin < u.n; begin += TILE) {
     const void** spent = w.here;
     w.here = w.next;

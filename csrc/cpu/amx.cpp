@@ -1,0 +1,62 @@
+// The kernels of processors with AMX: another instruction set's, but for bfloat16 attention of many rows and bfloat16
+// linear layers. Compiled twice (see CMakeLists.txt): for AMX, and with arrays for its registers, for tests.
+#include "cpu/amx_attention.hpp"
+#include "cpu/amx_linear.hpp"
+
+#define ANABRANCH_PASTE(a, b) a##b
+#define ANABRANCH_NAMED(a, b) ANABRANCH_PASTE(a, b)
+#define ANABRANCH_QUOTE(a) #a
+#define ANABRANCH_STRING(a) ANABRANCH_QUOTE(a)
+
+namespace anabranch::cpu {
+namespace {
+
+const Kernels& other() { return ANABRANCH_NAMED(kernels_, ANABRANCH_BASE)(); }
+
+size_t scratch_bytes(int packed_rows, int head_dim, int heads) {
+  size_t bytes;
+  AmxScratch(nullptr, packed_rows, head_dim, &bytes);
+  const size_t others = other().scratch_bytes(packed_rows, head_dim, heads);
+  return bytes > others ? bytes : others;
+}
+
+void unit(const Attention& a, int item, int begin, int end, void* scratch) {
+  if (a.type == Type::bf16) {
+    const Unit u(a, item, begin);
+    if (u.packed > STREAM_ROWS) return amx_unit(a, u, scratch);
+  }
+  other().unit(a, item, begin, end, scratch);
+}
+
+size_t linear_wide(int64_t rows, int64_t k) {
+  const size_t floats = amx_wide(rows, k), others = other().linear_wide(rows, k);
+  return floats > others ? floats : others;
+}
+
+void linear_pack(const Linear& l) {
+  if (l.type == Type::bf16) return amx_pack(l);
+  other().linear_pack(l);
+}
+
+void linear(const Linear& l, int64_t begin, int64_t end, void* scratch) {
+  if (l.type == Type::bf16) return amx_columns(l, begin, end);
+  other().linear(l, begin, end, scratch);
+}
+
+}  // namespace
+
+const Kernels& ANABRANCH_NAMED(kernels_, ANABRANCH_ISA)() {
+  static const Kernels table = [] {
+    Kernels k = other();
+    k.isa = ANABRANCH_STRING(ANABRANCH_ISA);
+    k.scratch_bytes = scratch_bytes;
+    k.unit = unit;
+    k.linear_wide = linear_wide;
+    k.linear_pack = linear_pack;
+    k.linear = linear;
+    return k;
+  }();
+  return table;
+}
+
+}  // namespace anabranch::cpu

@@ -1,0 +1,347 @@
+// Attention of a unit with many packed rows, bfloat16, in AMX's tile registers.
+//
+// S[token][row] = K · Qᵀ: K goes from its page into the registers as it lies, sixteen tokens at a time; Q is packed once as
+// pairs of channels. Maxima and sums of the softmax are vertical, as in packed.hpp. P is rounded to bfloat16 and turned
+// round, sixteen by sixteen, into P[row][token]; V is packed as pairs of tokens, and O = P · V adds up in float32.
+#pragma once
+
+#include "cpu/amx.hpp"
+#include "cpu/packed.hpp"
+
+namespace anabranch::cpu {
+namespace {
+
+constexpr int SPAN = 256;              // tokens of a tile; a multiple of DEPTH
+constexpr int BLOCKS = SPAN / DEPTH;   // products that P · V sums over
+constexpr int GROUPS = SPAN / SIDE;    // tokens go into the registers by so many groups
+
+// Sixteen rows of K or of V.
+struct Rows {
+  const bf16* data;
+  int64_t stride;  // elements
+};
+
+struct AmxScratch {
+  int rows, dv;  // padded: rows to SIDE, D to DEPTH
+  pair* q;       // panels [D / 2][PANEL rows], the last one perhaps of SIDE rows
+  pair *v, *p;   // registers [D / SIDE][BLOCKS], [PANEL / SIDE][BLOCKS]
+  float *s, *o, *m, *l, *alpha;
+  int32_t *limit, *position;
+  bf16 *k_copy, *v_copy;  // of rows that do not lie side by side, or not in whole registers
+  Rows *k_rows, *v_rows;
+
+  AmxScratch(void* base, int packed, int d, size_t* bytes = nullptr) {
+    Scratch take(base);
+    rows = round_up(packed, SIDE);
+    dv = round_up(d, DEPTH);
+    q = take.take<pair>(size_t(rows) * dv / 2);
+    v = take.take<pair>(size_t(SPAN) * dv / 2);
+    p = take.take<pair>(size_t(SPAN) * PANEL / 2);
+    s = take.take<float>(size_t(SPAN) * PANEL);
+    o = take.take<float>(size_t(rows) * dv);
+    m = take.take<float>(rows);
+    l = take.take<float>(rows);
+    alpha = take.take<float>(rows);
+    limit = take.take<int32_t>(rows);
+    position = take.take<int32_t>(rows);
+    k_copy = take.take<bf16>(size_t(SPAN) * dv);
+    v_copy = take.take<bf16>(size_t(SPAN) * dv);
+    k_rows = take.take<Rows>(GROUPS);
+    v_rows = take.take<Rows>(GROUPS);
+    if (bytes) *bytes = size_t(take.next - static_cast<char*>(base));
+  }
+};
+
+// Brings K and V of the next tile into the second-level cache, a few lines at a time (see Fetcher).
+struct SpanFetcher {
+  const Attention& a;
+  const Unit& u;
+  const char* row = nullptr;
+  int token, end, at = 0, each;
+  bool value = false;
+
+  SpanFetcher(const Attention& a, const Unit& u, int begin, int steps) : a(a), u(u), token(begin) {
+    end = smaller(begin + SPAN, u.n);
+    const int lines = (a.head_dim * 2 + LINE - 1) / LINE * 2 * (end > begin ? end - begin : 0);
+    each = (lines + steps - 1) / steps;
+    if (token < end) row = reinterpret_cast<const char*>(cpu::at<bf16>(a.k, a, u.head, u.slots[token]));
+  }
+  ANABRANCH_INLINE void step() {
+    for (int i = 0; i < each && token < end; ++i) {
+      fetch(row + at, 1);
+      at += LINE;
+      if (at < a.head_dim * 2) continue;
+      at = 0;
+      if (value) ++token;
+      value = !value;
+      if (token < end) row = reinterpret_cast<const char*>(cpu::at<bf16>(value ? a.v : a.k, a, u.head, u.slots[token]));
+    }
+  }
+};
+
+// Rows [begin, begin + count), count > 0, of a pool; what is missing to SIDE comes out as zeros.
+ANABRANCH_INLINE Rows rows_of(const Attention& a, const Unit& u, const Pool& pool, int begin, int count, int dv,
+                              bf16* copy) {
+  const int d = a.head_dim;
+  if (count >= SIDE && d == dv) {
+    const int32_t first = u.slots[begin];
+    vi expected;
+    for (int i = 0; i < W; ++i) expected[i] = i;
+    const vi odd = load(u.slots + begin) - first != expected;
+    uint64_t any[8], all = 0;
+    memcpy(any, &odd, sizeof odd);
+    for (uint64_t x : any) all |= x;
+    const int offset = a.page_shift >= 0 ? first & (a.page_size - 1) : first % a.page_size;
+    if (!all && offset + SIDE <= a.page_size) return {at<bf16>(pool, a, u.head, first), pool.slot};
+  }
+  for (int j = 0; j < SIDE; ++j) {
+    bf16* to = copy + j * dv;
+    const int real = j < count ? d : 0;
+    if (real)
+      memcpy(static_cast<void*>(to), at<bf16>(pool, a, u.head, u.slots[begin + j]), size_t(d) * sizeof(bf16));
+    memset(static_cast<void*>(to + real), 0, size_t(dv - real) * sizeof(bf16));
+  }
+  return {copy, dv};
+}
+
+// Two rows' next 2·W channels as pairs. Within every eight channels the first four go to x[0], the others to x[1]: what
+// one instruction does. `natural` puts the output's channels back.
+template <int... I>
+ANABRANCH_INLINE void interleave(const bf16* a, const bf16* b, vu* x, std::integer_sequence<int, I...>) {
+  const vh2 first = *reinterpret_cast<const vh2_at*>(a), second = *reinterpret_cast<const vh2_at*>(b);
+  x[0] = (vu)ANABRANCH_SHUFFLE(vh2, first, second, (I % 2 * 2 * W + I / 8 * 8 + I % 8 / 2)...);
+  x[1] = (vu)ANABRANCH_SHUFFLE(vh2, first, second, (I % 2 * 2 * W + I / 8 * 8 + I % 8 / 2 + 4)...);
+}
+ANABRANCH_INLINE void natural(const float* o, int dv, float* to) {
+  for (int c = 0; c < dv; c += 4)
+    memcpy(to + c, o + c / DEPTH * DEPTH + c / 4 % 2 * SIDE + c % DEPTH / 8 * 4, 4 * sizeof(float));
+}
+ANABRANCH_INLINE int place(int channel) {  // where `natural` finds it
+  return channel / DEPTH * DEPTH + channel / 4 % 2 * SIDE + channel % DEPTH / 8 * 4 + channel % 4;
+}
+
+ANABRANCH_INLINE void pack_values(const AmxScratch& w, int n) {
+  for (int j = 0; j < round_up(n, DEPTH); j += 2) {
+    const Rows& rows = w.v_rows[j / SIDE];
+    const bf16* from = rows.data + j % SIDE * rows.stride;
+    pair* to = w.v + j / DEPTH * AREA + j % DEPTH / 2 * SIDE;
+    for (int c = 0; c < w.dv; c += DEPTH) {
+      vu x[2];
+      interleave(from + c, from + rows.stride + c, x, std::make_integer_sequence<int, 2 * W>());
+      store(to + c / SIDE * BLOCKS * AREA, x[0]);
+      store(to + (c / SIDE + 1) * BLOCKS * AREA, x[1]);
+    }
+  }
+}
+
+void pack_pairs(const Attention& a, const Unit& u, const AmxScratch& w) {
+  for (int row = 0; row < w.rows; ++row) {
+    const int panel = row / PANEL * PANEL, width = smaller(PANEL, w.rows - panel);
+    pair* to = w.q + int64_t(panel) * w.dv / 2 + row - panel;
+    const bf16* from = row < u.packed ? query<bf16>(a, u, row) : nullptr;
+    const auto channel = [&](int c) { return from && c < a.head_dim ? from[c] : bf16{}; };
+    for (int c = 0; c < w.dv; c += 2) to[c / 2 * width] = pair_of(channel(c), channel(c + 1));
+  }
+}
+
+// s[32 or 64 tokens][NV · SIDE rows] = K · Qᵀ
+template <int NV>
+ANABRANCH_INLINE void amx_scores(const pair* q, int dv, const Rows* k, int n, float* s) {
+  constexpr int64_t WIDTH = NV * SIDE * 4;  // bytes
+  constexpr int ACROSS_TOKENS = NV == 2 ? 2 : 4;
+  for (int j = 0; j < n; j += ACROSS_TOKENS * SIDE, k += ACROSS_TOKENS, s += ACROSS_TOKENS * SIDE * NV * SIDE) {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+    for (int c = 0; c < dv; c += DEPTH) {
+      const auto token = [&](int g) { return k[g].data + c; };
+      const pair* x = q + int64_t(c / 2) * NV * SIDE;
+      tile_load<4>(x, WIDTH);
+      tile_load<6>(token(0), k[0].stride * 2);
+      tile_multiply_add<0, 6, 4>();
+      if constexpr (NV == 2) {
+        tile_load<5>(x + SIDE, WIDTH);
+        tile_multiply_add<1, 6, 5>();
+        tile_load<7>(token(1), k[1].stride * 2);
+        tile_multiply_add<2, 7, 4>();
+        tile_multiply_add<3, 7, 5>();
+      } else {
+        tile_load<7>(token(1), k[1].stride * 2);
+        tile_multiply_add<1, 7, 4>();
+        tile_load<5>(token(2), k[2].stride * 2);
+        tile_multiply_add<2, 5, 4>();
+        tile_load<6>(token(3), k[3].stride * 2);
+        tile_multiply_add<3, 6, 4>();
+      }
+    }
+    if constexpr (NV == 2) {
+      tile_store<0>(s, WIDTH);
+      tile_store<1>(s + SIDE, WIDTH);
+      tile_store<2>(s + SIDE * 2 * SIDE, WIDTH);
+      tile_store<3>(s + SIDE * 2 * SIDE + SIDE, WIDTH);
+    } else {
+      tile_store<0>(s, WIDTH);
+      tile_store<1>(s + AREA, WIDTH);
+      tile_store<2>(s + 2 * AREA, WIDTH);
+      tile_store<3>(s + 3 * AREA, WIDTH);
+    }
+  }
+}
+
+// Online softmax of a panel, as in packed.hpp; its scores times `factor`. P goes into registers' shape, zeros past n.
+template <int NV>
+ANABRANCH_INLINE void amx_soften(float* s, int n, float factor, float* m, float* l, float* alpha, pair* p,
+                                 SpanFetcher& fetcher) {
+  vf old[NV], top[NV], base[NV], total[NV];
+  for (int i = 0; i < NV; ++i) top[i] = old[i] = load(m + i * W);
+  for (int j = 0; j < n; ++j)
+    for (int i = 0; i < NV; ++i) {
+      const vf x = load(s + (j * NV + i) * W) * factor;
+      store(s + (j * NV + i) * W, x);
+      top[i] = larger(top[i], x);
+    }
+  for (int i = 0; i < NV; ++i) {
+    base[i] = top[i] == -INF ? (vf){} : top[i];  // nothing visible yet: e^(−inf − 0) = 0 and no NaN
+    total[i] = (vf){};
+  }
+  for (int j = n; j < round_up(n, DEPTH); ++j)
+    for (int i = 0; i < NV; ++i) store(s + (j * NV + i) * W, splat(-INF));
+  for (int j = 0; j < n; j += DEPTH)
+    for (int i = 0; i < NV; ++i) {
+      vu x[W];
+#pragma GCC unroll 16
+      for (int t = 0; t < W; ++t) {
+        const float* from = s + ((j + 2 * t) * NV + i) * W;
+        const vf first = exp_(load(from) - base[i]), second = exp_(load(from + NV * W) - base[i]);
+        total[i] += first + second;
+        x[t] = (vu)to_bf16(first) >> 16 | (vu)to_bf16(second);
+      }
+      fetcher.step();
+      transpose(x);
+      pair* to = p + (i * BLOCKS + j / DEPTH) * AREA;
+      for (int t = 0; t < W; ++t) store(to + t * W, x[t]);
+    }
+  for (int i = 0; i < NV; ++i) {
+    const vf shrink = exp_(old[i] - base[i]);
+    store(alpha + i * W, shrink);
+    store(m + i * W, top[i]);
+    store(l + i * W, load(l + i * W) * shrink + total[i]);
+  }
+}
+
+// o[NV · SIDE rows][dv] = alpha · o + P · V
+template <int NV>
+ANABRANCH_INLINE void amx_weigh(const pair* p, const pair* v, int n, float* o, int dv, const float* alpha) {
+  for (int r = 0; r < NV * SIDE; ++r)
+    if (alpha[r] != 1)
+      for (int c = 0; c < dv; c += W) store(o + r * dv + c, load(o + r * dv + c) * alpha[r]);
+  const int64_t width = dv * 4;
+  const int blocks = (n + DEPTH - 1) / DEPTH;
+  for (int c = 0; c < dv; c += DEPTH, v += 2 * BLOCKS * AREA, o += DEPTH) {
+    tile_load<0>(o, width);
+    tile_load<1>(o + SIDE, width);
+    if constexpr (NV == 2) {
+      tile_load<2>(o + SIDE * dv, width);
+      tile_load<3>(o + SIDE * dv + SIDE, width);
+    }
+    for (int b = 0; b < blocks; ++b) {
+      tile_load<6>(v + b * AREA, 64);
+      tile_load<4>(p + b * AREA, 64);
+      tile_multiply_add<0, 4, 6>();
+      tile_load<7>(v + (BLOCKS + b) * AREA, 64);
+      tile_multiply_add<1, 4, 7>();
+      if constexpr (NV == 2) {
+        tile_load<5>(p + (BLOCKS + b) * AREA, 64);
+        tile_multiply_add<2, 5, 6>();
+        tile_multiply_add<3, 5, 7>();
+      }
+    }
+    tile_store<0>(o, width);
+    tile_store<1>(o + SIDE, width);
+    if constexpr (NV == 2) {
+      tile_store<2>(o + SIDE * dv, width);
+      tile_store<3>(o + SIDE * dv + SIDE, width);
+    }
+  }
+}
+
+ANABRANCH_INLINE bool all_finite(const AmxScratch& w, int n) {
+  vf bad = {};
+  for (int j = 0; j < n; ++j) {
+    const Rows& rows = w.v_rows[j / SIDE];
+    for (int c = 0; c < w.dv; c += W) bad += load(rows.data + j % SIDE * rows.stride + c) * 0.0f;
+  }
+  return sum(bad) == 0;
+}
+
+// A tile that hides tokens from some rows and whose V holds an infinity or a NaN: 0 · NaN must not reach those rows.
+void amx_weigh_visible(const AmxScratch& w, int rows, int n, float* o, const float* alpha) {
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < w.dv; ++c) {
+      float x = 0;
+      for (int j = 0; j < n; ++j) {
+        const int at = (r / SIDE * BLOCKS + j / DEPTH) * AREA + r % SIDE * SIDE + j % DEPTH / 2;
+        const float weight = part(w.p[at], j);
+        const Rows& values = w.v_rows[j / SIDE];
+        if (weight != 0) x += weight * to_float(values.data[j % SIDE * values.stride + c]);
+      }
+      float& to = o[r * w.dv + place(c)];
+      to = to * alpha[r] + x;
+    }
+}
+
+template <int NV>
+void amx_panel(const Attention& a, const Unit& u, const Tile& tile, const AmxScratch& w, int row, int rows, int n,
+               bool exact, SpanFetcher& fetcher) {
+  float factor = query_factor(a), *o = w.o + int64_t(row) * w.dv, *alpha = w.alpha + row;
+  amx_scores<NV>(w.q + int64_t(row) * w.dv / 2, w.dv, w.k_rows, n, w.s);
+  if (a.softcap > 0 || tile.cut()) {
+    cap_and_mask<NV>(a, u, tile, w, row, n, w.s, factor);
+    factor = 1;
+  }
+  amx_soften<NV>(w.s, n, factor, w.m + row, w.l + row, alpha, w.p, fetcher);
+  if (exact) amx_weigh_visible(w, rows, n, o, alpha);
+  else amx_weigh<NV>(w.p, w.v, n, o, w.dv, alpha);
+}
+
+void amx_unit(const Attention& a, const Unit& u, void* base) {
+  const AmxScratch w(base, u.packed, a.head_dim);
+  const TileRegisters registers;
+  pack_pairs(a, u, w);
+  start_rows(a, u, w);
+  const int steps = w.rows / SIDE * BLOCKS;
+  for (int begin = 0; begin < u.n; begin += SPAN) {
+    const Tile tile(a, u, begin, smaller(SPAN, u.n - begin));
+    if (tile.hidden) continue;
+    SpanFetcher fetcher(a, u, begin + SPAN, steps);
+    const int groups = round_up(tile.n, 4 * SIDE) / SIDE;  // what a step of amx_scores takes: zeros at the end
+    for (int g = 0; g < groups; ++g) {
+      const int from = g * SIDE, count = smaller(SIDE, tile.n - from);
+      w.k_rows[g] = rows_of(a, u, a.k, begin + from, count, w.dv, w.k_copy + int64_t(from) * w.dv);
+      w.v_rows[g] = rows_of(a, u, a.v, begin + from, count, w.dv, w.v_copy + int64_t(from) * w.dv);
+    }
+    pack_values(w, tile.n);
+    const bool exact = tile.cut() && !all_finite(w, tile.n);
+    for (int row = 0; row < w.rows; row += PANEL) {
+      const int width = smaller(PANEL, w.rows - row), rows = smaller(width, u.packed - row);
+      int n = tile.n;
+      if (tile.limited) {  // tokens that no row of this panel sees
+        int most = 0;
+        for (int i = 0; i < rows; ++i) most = w.limit[row + i] > most ? w.limit[row + i] : most;
+        n = smaller(n, most - begin);
+        if (n <= 0) continue;
+      }
+      if (width == PANEL) amx_panel<2>(a, u, tile, w, row, rows, n, exact, fetcher);
+      else amx_panel<1>(a, u, tile, w, row, rows, n, exact, fetcher);
+    }
+  }
+  float acc[256];
+  for (int row = 0; row < u.packed; ++row) {
+    natural(w.o + int64_t(row) * w.dv, w.dv, acc);
+    emit<bf16>(a, u, row, w.m[row], w.l[row], acc);
+  }
+}
+
+}  // namespace
+}  // namespace anabranch::cpu

@@ -20,6 +20,7 @@ size_t scratch_bytes(int packed_rows, int head_dim, int heads) {
   return bytes > others ? bytes : others;
 }
 
+// Few rows stay with the other: bound by memory, they would leave most of a register idle.
 void unit(const Attention& a, int item, int begin, int end, void* scratch) {
   if (a.type == Type::bf16) {
     const Unit u(a, item, begin);

@@ -14,11 +14,18 @@ namespace {
 constexpr int SPAN = 256;              // tokens of a tile; a multiple of DEPTH
 constexpr int BLOCKS = SPAN / DEPTH;   // products that P · V sums over
 constexpr int GROUPS = SPAN / SIDE;    // tokens go into the registers by so many groups
+constexpr int FETCH_STEP = 4;          // pairs of tokens in the softmax between steps of the fetcher
 
-// Sixteen rows of K or of V.
+// Sixteen rows of K or of V; data is null where they do not lie side by side, or not in whole registers.
 struct Rows {
   const bf16* data;
   int64_t stride;  // elements
+};
+
+// A tile's K and V.
+struct Span {
+  int begin, n;
+  Rows rows[2 * GROUPS];  // of K, then of V
 };
 
 struct AmxScratch {
@@ -27,8 +34,8 @@ struct AmxScratch {
   pair *v, *p;   // registers [D / SIDE][BLOCKS], [PANEL / SIDE][BLOCKS]
   float *s, *o, *m, *l, *alpha;
   int32_t *limit, *position;
-  bf16 *k_copy, *v_copy;  // of rows that do not lie side by side, or not in whole registers
-  Rows *k_rows, *v_rows;
+  bf16 *copies, *zeros;  // of rows that have no data, [2 · SPAN, dv]; [dv]
+  Span *here, *next;
 
   AmxScratch(void* base, int packed, int d, size_t* bytes = nullptr) {
     Scratch take(base);
@@ -37,72 +44,88 @@ struct AmxScratch {
     q = take.take<pair>(size_t(rows) * dv / 2);
     v = take.take<pair>(size_t(SPAN) * dv / 2);
     p = take.take<pair>(size_t(SPAN) * PANEL / 2);
-    s = take.take<float>(size_t(SPAN) * PANEL);
     o = take.take<float>(size_t(rows) * dv);
-    m = take.take<float>(rows);
-    l = take.take<float>(rows);
+    m = take.take<float>(size_t(rows));
+    l = take.take<float>(size_t(rows));
+    s = take.take<float>(size_t(SPAN) * PANEL);
     alpha = take.take<float>(rows);
     limit = take.take<int32_t>(rows);
     position = take.take<int32_t>(rows);
-    k_copy = take.take<bf16>(size_t(SPAN) * dv);
-    v_copy = take.take<bf16>(size_t(SPAN) * dv);
-    k_rows = take.take<Rows>(GROUPS);
-    v_rows = take.take<Rows>(GROUPS);
+    copies = take.take<bf16>(size_t(2 * SPAN) * dv);
+    zeros = take.take<bf16>(size_t(dv));
+    here = take.take<Span>(1);
+    next = take.take<Span>(1);
     if (bytes) *bytes = size_t(take.next - static_cast<char*>(base));
   }
 };
 
-// Brings K and V of the next tile into the second-level cache, a few lines at a time (see Fetcher).
+// Whether W slots follow each other in one page.
+ANABRANCH_INLINE bool side_by_side(const Attention& a, const int32_t* slots) {
+  vi expected;
+  for (int i = 0; i < W; ++i) expected[i] = i;
+  const vi odd = load(slots) - slots[0] != expected;
+  uint64_t parts[8], any = 0;
+  memcpy(parts, &odd, sizeof odd);
+  for (uint64_t x : parts) any |= x;
+  const int offset = a.page_shift >= 0 ? slots[0] & (a.page_size - 1) : slots[0] % a.page_size;
+  return !any && offset + W <= a.page_size;
+}
+
+ANABRANCH_INLINE void locate(const Attention& a, const Unit& u, int begin, Span& span) {
+  const int n = smaller(SPAN, u.n - begin);  // not above zero behind the last one
+  span.begin = begin;
+  span.n = n > 0 ? n : 0;
+  for (int g = 0; g * SIDE < n; ++g) {
+    const int32_t* slots = u.slots + begin + g * SIDE;
+    const bool whole = a.head_dim % DEPTH == 0 && (g + 1) * SIDE <= n && side_by_side(a, slots);
+    span.rows[g] = {whole ? at<bf16>(a.k, a, u.head, slots[0]) : nullptr, a.k.slot};
+    span.rows[GROUPS + g] = {whole ? at<bf16>(a.v, a, u.head, slots[0]) : nullptr, a.v.slot};
+  }
+}
+
+// Copies for rows without data; whole groups of `zeros` behind them, up to `groups`.
+ANABRANCH_INLINE void gather(const Attention& a, const Unit& u, int groups, const AmxScratch& w, Span& span) {
+  const int d = a.head_dim;
+  for (int half = 0; half < 2; ++half)
+    for (int g = 0; g < groups; ++g) {
+      Rows& rows = span.rows[half * GROUPS + g];
+      if (g * SIDE >= span.n) rows = {w.zeros, 0};
+      else if (!rows.data) {
+        rows = {w.copies + int64_t(half * SPAN + g * SIDE) * w.dv, w.dv};
+        for (int j = g * SIDE; j < (g + 1) * SIDE; ++j) {
+          bf16* to = w.copies + int64_t(half * SPAN + j) * w.dv;
+          const int real = j < span.n ? d : 0;
+          if (real)
+            memcpy(static_cast<void*>(to), at<bf16>(half ? a.v : a.k, a, u.head, u.slots[span.begin + j]),
+                   size_t(d) * sizeof(bf16));
+          memset(static_cast<void*>(to + real), 0, size_t(w.dv - real) * sizeof(bf16));
+        }
+      }
+    }
+}
+
+// Brings the next tile's rows into the second-level cache while this one is worked on, a few at a time: pages lie far
+// apart, where the hardware's own prefetcher does not follow, and many lines at once would wait for the memory.
 struct SpanFetcher {
   const Attention& a;
   const Unit& u;
-  const char* row = nullptr;
-  int token, end, at = 0, each;
-  bool value = false;
+  const Span& span;
+  int at = 0, end, each, bytes;  // rows, K's and then V's
 
-  SpanFetcher(const Attention& a, const Unit& u, int begin, int steps) : a(a), u(u), token(begin) {
-    end = smaller(begin + SPAN, u.n);
-    const int lines = (a.head_dim * 2 + LINE - 1) / LINE * 2 * (end > begin ? end - begin : 0);
-    each = (lines + steps - 1) / steps;
-    if (token < end) row = reinterpret_cast<const char*>(cpu::at<bf16>(a.k, a, u.head, u.slots[token]));
-  }
+  SpanFetcher(const Attention& a, const Unit& u, const Span& span, int steps)
+      : a(a), u(u), span(span), end(2 * span.n), each((end + steps - 1) / steps), bytes(a.head_dim * 2) {}
+
   ANABRANCH_INLINE void step() {
-    for (int i = 0; i < each && token < end; ++i) {
-      fetch(row + at, 1);
-      at += LINE;
-      if (at < a.head_dim * 2) continue;
-      at = 0;
-      if (value) ++token;
-      value = !value;
-      if (token < end) row = reinterpret_cast<const char*>(cpu::at<bf16>(value ? a.v : a.k, a, u.head, u.slots[token]));
+    for (int i = 0; i < each && at < end; ++i, ++at) {
+      const bool value = at >= span.n;
+      const int token = value ? at - span.n : at;
+      const Rows& rows = span.rows[(value ? GROUPS : 0) + token / SIDE];
+      fetch(rows.data ? rows.data + token % SIDE * rows.stride
+                      : cpu::at<bf16>(value ? a.v : a.k, a, u.head, u.slots[span.begin + token]),
+            bytes);
     }
   }
 };
-
-// Rows [begin, begin + count), count > 0, of a pool; what is missing to SIDE comes out as zeros.
-ANABRANCH_INLINE Rows rows_of(const Attention& a, const Unit& u, const Pool& pool, int begin, int count, int dv,
-                              bf16* copy) {
-  const int d = a.head_dim;
-  if (count >= SIDE && d == dv) {
-    const int32_t first = u.slots[begin];
-    vi expected;
-    for (int i = 0; i < W; ++i) expected[i] = i;
-    const vi odd = load(u.slots + begin) - first != expected;
-    uint64_t any[8], all = 0;
-    memcpy(any, &odd, sizeof odd);
-    for (uint64_t x : any) all |= x;
-    const int offset = a.page_shift >= 0 ? first & (a.page_size - 1) : first % a.page_size;
-    if (!all && offset + SIDE <= a.page_size) return {at<bf16>(pool, a, u.head, first), pool.slot};
-  }
-  for (int j = 0; j < SIDE; ++j) {
-    bf16* to = copy + j * dv;
-    const int real = j < count ? d : 0;
-    if (real)
-      memcpy(static_cast<void*>(to), at<bf16>(pool, a, u.head, u.slots[begin + j]), size_t(d) * sizeof(bf16));
-    memset(static_cast<void*>(to + real), 0, size_t(dv - real) * sizeof(bf16));
-  }
-  return {copy, dv};
-}
 
 // Two rows' next 2·W channels as pairs. Within every eight channels the first four go to x[0], the others to x[1]: what
 // one instruction does. `natural` puts the output's channels back.
@@ -120,12 +143,12 @@ ANABRANCH_INLINE int place(int channel) {  // where `natural` finds it
   return channel / DEPTH * DEPTH + channel / 4 % 2 * SIDE + channel % DEPTH / 8 * 4 + channel % 4;
 }
 
-ANABRANCH_INLINE void pack_values(const AmxScratch& w, int n) {
+ANABRANCH_INLINE void pack_values(const Rows* v_rows, int n, int dv, pair* v) {
   for (int j = 0; j < round_up(n, DEPTH); j += 2) {
-    const Rows& rows = w.v_rows[j / SIDE];
+    const Rows& rows = v_rows[j / SIDE];
     const bf16* from = rows.data + j % SIDE * rows.stride;
-    pair* to = w.v + j / DEPTH * AREA + j % DEPTH / 2 * SIDE;
-    for (int c = 0; c < w.dv; c += DEPTH) {
+    pair* to = v + j / DEPTH * AREA + j % DEPTH / 2 * SIDE;
+    for (int c = 0; c < dv; c += DEPTH) {
       vu x[2];
       interleave(from + c, from + rows.stride + c, x, std::make_integer_sequence<int, 2 * W>());
       store(to + c / SIDE * BLOCKS * AREA, x[0]);
@@ -135,12 +158,21 @@ ANABRANCH_INLINE void pack_values(const AmxScratch& w, int n) {
 }
 
 void pack_pairs(const Attention& a, const Unit& u, const AmxScratch& w) {
-  for (int row = 0; row < w.rows; ++row) {
-    const int panel = row / PANEL * PANEL, width = smaller(PANEL, w.rows - panel);
-    pair* to = w.q + int64_t(panel) * w.dv / 2 + row - panel;
-    const bf16* from = row < u.packed ? query<bf16>(a, u, row) : nullptr;
-    const auto channel = [&](int c) { return from && c < a.head_dim ? from[c] : bf16{}; };
-    for (int c = 0; c < w.dv; c += 2) to[c / 2 * width] = pair_of(channel(c), channel(c + 1));
+  for (int begin = 0; begin < w.rows; begin += SIDE) {
+    const int panel = begin / PANEL * PANEL, width = smaller(PANEL, w.rows - panel);
+    pair* to = w.q + int64_t(panel) * w.dv / 2 + begin - panel;
+    for (int c = 0; c < w.dv; c += DEPTH, to += SIDE * width) {
+      vu x[W];
+      for (int r = 0; r < W; ++r) {
+        bf16 line[DEPTH] = {};
+        if (begin + r < u.packed)
+          memcpy(static_cast<void*>(line), query<bf16>(a, u, begin + r) + c,
+                 size_t(smaller(DEPTH, a.head_dim - c)) * sizeof(bf16));
+        x[r] = load(reinterpret_cast<const pair*>(line));
+      }
+      transpose(x);
+      for (int i = 0; i < W; ++i) store(to + i * width, x[i]);
+    }
   }
 }
 
@@ -216,8 +248,8 @@ ANABRANCH_INLINE void amx_soften(float* s, int n, float factor, float* m, float*
         const vf first = exp_(load(from) - base[i]), second = exp_(load(from + NV * W) - base[i]);
         total[i] += first + second;
         x[t] = (vu)to_bf16(first) >> 16 | (vu)to_bf16(second);
+        if (t % FETCH_STEP == 0) fetcher.step();
       }
-      fetcher.step();
       transpose(x);
       pair* to = p + (i * BLOCKS + j / DEPTH) * AREA;
       for (int t = 0; t < W; ++t) store(to + t * W, x[t]);
@@ -266,74 +298,72 @@ ANABRANCH_INLINE void amx_weigh(const pair* p, const pair* v, int n, float* o, i
   }
 }
 
-ANABRANCH_INLINE bool all_finite(const AmxScratch& w, int n) {
+ANABRANCH_INLINE bool all_finite(const Rows* v, int n, int dv) {
   vf bad = {};
-  for (int j = 0; j < n; ++j) {
-    const Rows& rows = w.v_rows[j / SIDE];
-    for (int c = 0; c < w.dv; c += W) bad += load(rows.data + j % SIDE * rows.stride + c) * 0.0f;
-  }
+  for (int j = 0; j < n; ++j)
+    for (int c = 0; c < dv; c += W) bad += load(v[j / SIDE].data + j % SIDE * v[j / SIDE].stride + c) * 0.0f;
   return sum(bad) == 0;
 }
 
 // A tile that hides tokens from some rows and whose V holds an infinity or a NaN: 0 · NaN must not reach those rows.
-void amx_weigh_visible(const AmxScratch& w, int rows, int n, float* o, const float* alpha) {
+void amx_weigh_visible(const pair* p, const Rows* v, int rows, int n, float* o, int dv, const float* alpha) {
   for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < w.dv; ++c) {
+    for (int c = 0; c < dv; ++c) {
       float x = 0;
       for (int j = 0; j < n; ++j) {
-        const int at = (r / SIDE * BLOCKS + j / DEPTH) * AREA + r % SIDE * SIDE + j % DEPTH / 2;
-        const float weight = part(w.p[at], j);
-        const Rows& values = w.v_rows[j / SIDE];
+        const float weight = part(p[(r / SIDE * BLOCKS + j / DEPTH) * AREA + r % SIDE * SIDE + j % DEPTH / 2], j);
+        const Rows& values = v[j / SIDE];
         if (weight != 0) x += weight * to_float(values.data[j % SIDE * values.stride + c]);
       }
-      float& to = o[r * w.dv + place(c)];
+      float& to = o[r * dv + place(c)];
       to = to * alpha[r] + x;
     }
 }
 
+// Rows [row, row + NV · SIDE).
 template <int NV>
-void amx_panel(const Attention& a, const Unit& u, const Tile& tile, const AmxScratch& w, int row, int rows, int n,
-               bool exact, SpanFetcher& fetcher) {
+void amx_panel(const Attention& a, const Unit& u, const Tile& tile, const AmxScratch& w, int row, bool exact,
+               SpanFetcher& fetcher) {
+  const int rows = smaller(NV * SIDE, u.packed - row);
+  int n = tile.n;
+  if (tile.limited) {  // tokens that no row of this panel sees
+    int most = 0;
+    for (int i = 0; i < rows; ++i) most = w.limit[row + i] > most ? w.limit[row + i] : most;
+    n = smaller(n, most - tile.begin);
+    if (n <= 0) return;
+  }
+  const Rows *k = w.here->rows, *v = k + GROUPS;
   float factor = query_factor(a), *o = w.o + int64_t(row) * w.dv, *alpha = w.alpha + row;
-  amx_scores<NV>(w.q + int64_t(row) * w.dv / 2, w.dv, w.k_rows, n, w.s);
+  amx_scores<NV>(w.q + int64_t(row) * w.dv / 2, w.dv, k, n, w.s);
   if (a.softcap > 0 || tile.cut()) {
     cap_and_mask<NV>(a, u, tile, w, row, n, w.s, factor);
     factor = 1;
   }
   amx_soften<NV>(w.s, n, factor, w.m + row, w.l + row, alpha, w.p, fetcher);
-  if (exact) amx_weigh_visible(w, rows, n, o, alpha);
+  if (exact) amx_weigh_visible(w.p, v, rows, n, o, w.dv, alpha);
   else amx_weigh<NV>(w.p, w.v, n, o, w.dv, alpha);
 }
 
 void amx_unit(const Attention& a, const Unit& u, void* base) {
-  const AmxScratch w(base, u.packed, a.head_dim);
+  AmxScratch w(base, u.packed, a.head_dim);
   const TileRegisters registers;
   pack_pairs(a, u, w);
   start_rows(a, u, w);
-  const int steps = w.rows / SIDE * BLOCKS;
+  memset(static_cast<void*>(w.zeros), 0, size_t(w.dv) * sizeof(bf16));
+  locate(a, u, 0, *w.next);
   for (int begin = 0; begin < u.n; begin += SPAN) {
-    const Tile tile(a, u, begin, smaller(SPAN, u.n - begin));
+    std::swap(w.here, w.next);
+    locate(a, u, begin + SPAN, *w.next);
+    const Tile tile(a, u, begin, w.here->n);
     if (tile.hidden) continue;
-    SpanFetcher fetcher(a, u, begin + SPAN, steps);
-    const int groups = round_up(tile.n, 4 * SIDE) / SIDE;  // what a step of amx_scores takes: zeros at the end
-    for (int g = 0; g < groups; ++g) {
-      const int from = g * SIDE, count = smaller(SIDE, tile.n - from);
-      w.k_rows[g] = rows_of(a, u, a.k, begin + from, count, w.dv, w.k_copy + int64_t(from) * w.dv);
-      w.v_rows[g] = rows_of(a, u, a.v, begin + from, count, w.dv, w.v_copy + int64_t(from) * w.dv);
-    }
-    pack_values(w, tile.n);
-    const bool exact = tile.cut() && !all_finite(w, tile.n);
+    SpanFetcher fetcher(a, u, *w.next, w.rows / SIDE * (round_up(tile.n, DEPTH) / DEPTH) * (SIDE / FETCH_STEP));
+    gather(a, u, round_up(tile.n, 4 * SIDE) / SIDE, w, *w.here);  // what a step of amx_scores takes
+    const Rows* v = w.here->rows + GROUPS;
+    pack_values(v, tile.n, w.dv, w.v);
+    const bool exact = tile.cut() && !all_finite(v, tile.n, w.dv);
     for (int row = 0; row < w.rows; row += PANEL) {
-      const int width = smaller(PANEL, w.rows - row), rows = smaller(width, u.packed - row);
-      int n = tile.n;
-      if (tile.limited) {  // tokens that no row of this panel sees
-        int most = 0;
-        for (int i = 0; i < rows; ++i) most = w.limit[row + i] > most ? w.limit[row + i] : most;
-        n = smaller(n, most - begin);
-        if (n <= 0) continue;
-      }
-      if (width == PANEL) amx_panel<2>(a, u, tile, w, row, rows, n, exact, fetcher);
-      else amx_panel<1>(a, u, tile, w, row, rows, n, exact, fetcher);
+      if (w.rows - row >= PANEL) amx_panel<2>(a, u, tile, w, row, exact, fetcher);
+      else amx_panel<1>(a, u, tile, w, row, exact, fetcher);
     }
   }
   float acc[256];

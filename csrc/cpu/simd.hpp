@@ -232,19 +232,26 @@ ANABRANCH_INLINE float largest(vf x) {  // no lane is NaN
   return larger(larger(s[0], s[2]), larger(s[1], s[3]));
 }
 
-// e^x for x ≤ 88 within about 2 ulp; 0 below −87.33 (e^−inf = 0); NaN stays NaN. Cephes' polynomial.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool FUSED = true;
+#else
+constexpr bool FUSED = false;
+#endif
+
+// e^x for x ≤ 88 within about 2 ulp; 0 below −87.33 (e^−inf = 0); NaN stays NaN. x = n · ln 2 + r, and a polynomial that
+// is 1e-7 from e^r for |r| ≤ ln 2 / 2 (minimax, relative; the first two coefficients are held at 1).
 ANABRANCH_INLINE vf exp_(vf x) {
   const float magic = 12582912.0f + 127.0f;  // 1.5·2^23: adding it rounds to an integer; + the exponent's bias
   vf t = x * 1.44269504088896341f + magic;
   vf n = t - magic;
-  vf r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.0f);
+  vf r;
+  if constexpr (FUSED) r = x - n * 0.693147182f;
+  else r = x - n * 0.693359375f + n * 2.12194440e-4f;  // the first product is exact
+  vf p = r * 8.3125010e-3f + 4.1890330e-2f;
+  p = p * r + 1.6667116e-1f;
+  p = p * r + 4.9999231e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
   vf y = p * (vf)((vu)t << 23);
   return x < -87.33f ? (vf){} : y;
 }

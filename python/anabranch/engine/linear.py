@@ -1,8 +1,8 @@
 """Linear layers on a CPU, where a kernel of ours is faster than torch's.
 
 A decode step has few rows, so its linear layers are bound by the bytes of their weights. torch's matrix products pack
-the weights anew in every call; ``csrc/cpu/linear_rows.hpp`` multiplies them where they lie, once (float32; bfloat16
-with AVX512-BF16). Without instructions for 16-bit products torch's own are several times slower than float32;
+the weights anew in every call; ``csrc/cpu/linear_rows.hpp`` (float32; bfloat16 with AVX512-BF16) and
+``csrc/cpu/amx_linear.hpp`` (bfloat16 with AMX) multiply them where they lie, once. Without instructions for 16-bit products torch's own are several times slower than float32;
 ``csrc/cpu/linear.hpp`` widens the weights in registers. `OwnLinear` puts these under a model for the length of a
 ``with`` block and leaves nothing behind; torch is not changed.
 """
@@ -29,6 +29,9 @@ _VARIABLE = "ANABRANCH_OWN_LINEAR"
 # Up to so many rows where torch's own product is good: on two cores of a Zen 4, layers of 576 to 4,096, torch takes 1.6
 # to 3.7 times as long for 1 to 4 rows, 1.3 to 2 times for 16, about the same for 64, and less for 256.
 FEW_ROWS = 48
+# The same for bfloat16 with AMX: on a core of a Sapphire Rapids, layers of 576 to 49,152, torch takes 1.5 to 1.8 times as
+# long for 1 to 16 rows, 1.2 to 1.3 times for 96, 1.1 to 1.2 times for 128; of 4,096 × 4,096 about the same up to 16.
+AMX_ROWS = 96
 
 
 def rows_for(device: torch.device | str, dtype: torch.dtype, setting: bool | None = None) -> float:
@@ -36,8 +39,8 @@ def rows_for(device: torch.device | str, dtype: torch.dtype, setting: bool | Non
 
     setting: True or False decide (True only where the kernel can run: CPU; float32, bfloat16 or float16). None: the
         environment variable ``ANABRANCH_OWN_LINEAR`` (0 or 1), else automatically: where the kernel has more than its
-        plain variant, any number if the CPU has no instructions for products of `dtype`, else few (none for bfloat16
-        with AMX, nor for float16).
+        plain variant, any number if the CPU has no instructions for products of `dtype`, else few (none for float16,
+        nor for bfloat16 where the CPU has AMX and the kernel was built or chosen without).
 
     Raises ValueError for another value of the variable, TypeError for another setting.
     """
@@ -60,7 +63,9 @@ def rows_for(device: torch.device | str, dtype: torch.dtype, setting: bool | Non
         return FEW_ROWS
     if not _native(dtype):
         return inf
-    return FEW_ROWS if isa == "avx512bf16" and dtype == torch.bfloat16 and not _has_amx() else 0
+    if dtype != torch.bfloat16:
+        return 0
+    return AMX_ROWS if isa == "amx" else FEW_ROWS if isa == "avx512bf16" and not _has_amx() else 0
 
 
 @cache

@@ -286,7 +286,7 @@ def test_choice(monkeypatch):
         monkeypatch.setattr(module, "_native", lambda dtype, native=native: native)
         for isa in ISAS:
             _cpu.use(isa)
-            few = module.FEW_ROWS if isa == "avx512bf16" else 0
+            few = {"avx512bf16": module.FEW_ROWS, "amx": module.AMX_ROWS}.get(isa, 0)
             assert rows_for("cpu", torch.bfloat16) == (few if native else inf if isa != "plain" else 0)
             assert rows_for("cpu", torch.float16) == (0 if native or isa == "plain" else inf)
             assert rows_for("cpu", torch.float32) == (0 if isa == "plain" else module.FEW_ROWS)
@@ -301,7 +301,9 @@ def test_choice(monkeypatch):
         monkeypatch.delenv("ANABRANCH_OWN_LINEAR")
     monkeypatch.setattr(module, "_has_amx", lambda: True)
     monkeypatch.setattr(module, "_native", lambda dtype: True)
-    assert rows_for("cpu", torch.bfloat16) == 0
+    for isa in ISAS:  # a kernel without AMX is not for a CPU that has it
+        _cpu.use(isa)
+        assert rows_for("cpu", torch.bfloat16) == (module.AMX_ROWS if isa == "amx" else 0)
     monkeypatch.setenv("ANABRANCH_OWN_LINEAR", "yes")
     with pytest.raises(ValueError, match="expected 0 or 1"):
         rows_for("cpu", torch.bfloat16)

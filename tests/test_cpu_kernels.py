@@ -243,8 +243,10 @@ def test_long_runs_of_whole_pages(isa, dtype, options):
     """Tokens that lie side by side, which kernels may read in place; more of them than any tile; many rows an item."""
     _cpu.use(isa)
     rng = np.random.default_rng(3)
-    for dim, page_size, layout in ((64, 16, "cache"), (128, 48, "user"), (32, 16, "padded"), (40, 16, "cache")):
-        case = make_case(rng, 30, [530, 9, 288, 64], 16, num_slots=960, page_size=page_size)
+    for dim, run, page_size, layout in (
+        (64, 16, 16, "cache"), (128, 48, 48, "user"), (32, 16, 16, "padded"), (40, 16, 16, "cache"), (64, 240, 1, "user"),
+    ):  # fmt: skip
+        case = make_case(rng, 30, [530, 9, 288, 64], 16, num_slots=960, page_size=run)
         k, v = make_pools(rng, layout, 960 // page_size, page_size, 2, dim, dtype, case.slots)
         q = torch.from_numpy(rng.standard_normal((30, 6, dim))).to(dtype)
         check(case, q, k, v, scale=0.2, **options)

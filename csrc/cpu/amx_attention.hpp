@@ -59,7 +59,10 @@ struct AmxScratch {
   }
 };
 
-// Whether W slots follow each other in one page.
+// Whether every token of the pool is as far from the next as within a page.
+ANABRANCH_INLINE bool even(const Attention& a, const Pool& pool) { return pool.page == a.page_size * pool.slot; }
+
+// Whether the rows of W slots are evenly spaced.
 ANABRANCH_INLINE bool side_by_side(const Attention& a, const int32_t* slots) {
   vi expected;
   for (int i = 0; i < W; ++i) expected[i] = i;
@@ -67,8 +70,9 @@ ANABRANCH_INLINE bool side_by_side(const Attention& a, const int32_t* slots) {
   uint64_t parts[8], any = 0;
   memcpy(parts, &odd, sizeof odd);
   for (uint64_t x : parts) any |= x;
+  if (any) return false;
   const int offset = a.page_shift >= 0 ? slots[0] & (a.page_size - 1) : slots[0] % a.page_size;
-  return !any && offset + W <= a.page_size;
+  return offset + W <= a.page_size || (even(a, a.k) && even(a, a.v));
 }
 
 ANABRANCH_INLINE void locate(const Attention& a, const Unit& u, int begin, Span& span) {

@@ -1,7 +1,7 @@
 """C++ kernels (``anabranch._cpu``): the default without a GPU. The contract is docs/architecture.md's.
 
 They run on torch's own OpenMP threads, as many as ``torch.get_num_threads()`` says, with the best instruction set of
-this machine; ``ANABRANCH_CPU_ISA`` (plain, avx2, avx512, avx512bf16) overrides the choice. Arguments are checked
+this machine; ``ANABRANCH_CPU_ISA`` (plain, avx2, avx512, avx512bf16, amx) overrides the choice. Arguments are checked
 already.
 """
 

@@ -47,8 +47,8 @@ class Case:
 
 
 def make_case(rng, num_rows, lengths, tile_rows, num_slots, page_size=1) -> Case:
-    """One segment of tokens for each of ``lengths``; each row sees a random prefix of a random half of them. Tokens fill
-    whole pages of ``page_size``, wherever these are."""
+    """One segment of tokens for each of ``lengths``; each row sees a random prefix of a random half of them. Tokens
+    fill whole pages of ``page_size``, wherever these are."""
     total = sum(lengths)
     pages = rng.permutation(num_slots // page_size)
     slots = (pages[:, None] * page_size + np.arange(page_size)).reshape(-1)[:total]
@@ -244,7 +244,8 @@ def test_long_runs_of_whole_pages(isa, dtype, options):
     _cpu.use(isa)
     rng = np.random.default_rng(3)
     for dim, run, page_size, layout in (
-        (64, 16, 16, "cache"), (128, 48, 48, "user"), (32, 16, 16, "padded"), (40, 16, 16, "cache"), (64, 240, 1, "user"),
+        (64, 16, 16, "cache"), (128, 48, 48, "user"), (32, 16, 16, "padded"), (40, 16, 16, "cache"),
+        (64, 240, 1, "user"),
     ):  # fmt: skip
         case = make_case(rng, 30, [530, 9, 288, 64], 16, num_slots=960, page_size=run)
         k, v = make_pools(rng, layout, 960 // page_size, page_size, 2, dim, dtype, case.slots)

@@ -2,8 +2,9 @@
 
 A decode step has few rows, so its linear layers are bound by the bytes of their weights. torch's matrix products pack
 the weights anew in every call; ``csrc/cpu/linear_rows.hpp`` (float32; bfloat16 with AVX512-BF16) and
-``csrc/cpu/amx_linear.hpp`` (bfloat16 with AMX) multiply them where they lie, once. Without instructions for 16-bit products torch's own are several times slower than float32;
-``csrc/cpu/linear.hpp`` widens the weights in registers. `OwnLinear` puts these under a model for the length of a
+``csrc/cpu/amx_linear.hpp`` (bfloat16 with AMX) multiply them where they lie, once. Without instructions for 16-bit
+products torch's own are several times slower than float32; ``csrc/cpu/linear.hpp`` widens the weights in registers.
+`OwnLinear` puts these under a model for the length of a
 ``with`` block and leaves nothing behind; torch is not changed.
 """
 
@@ -29,8 +30,7 @@ _VARIABLE = "ANABRANCH_OWN_LINEAR"
 # Up to so many rows where torch's own product is good: on two cores of a Zen 4, layers of 576 to 4,096, torch takes 1.6
 # to 3.7 times as long for 1 to 4 rows, 1.3 to 2 times for 16, about the same for 64, and less for 256.
 FEW_ROWS = 48
-# The same for bfloat16 with AMX: on a core of a Sapphire Rapids, layers of 576 to 49,152, torch takes 1.5 to 1.8 times as
-# long for 1 to 16 rows, 1.2 to 1.3 times for 96, 1.1 to 1.2 times for 128; of 4,096 × 4,096 about the same up to 16.
+# The same for bfloat16 with AMX.
 AMX_ROWS = 96
 
 

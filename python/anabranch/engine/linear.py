@@ -4,8 +4,7 @@ A decode step has few rows, so its linear layers are bound by the bytes of their
 the weights anew in every call; ``csrc/cpu/linear_rows.hpp`` (float32; bfloat16 with AVX512-BF16) and
 ``csrc/cpu/amx_linear.hpp`` (bfloat16 with AMX) multiply them where they lie, once. Without instructions for 16-bit
 products torch's own are several times slower than float32; ``csrc/cpu/linear.hpp`` widens the weights in registers.
-`OwnLinear` puts these under a model for the length of a
-``with`` block and leaves nothing behind; torch is not changed.
+`OwnLinear` puts these under a model for the length of a ``with`` block and leaves nothing behind; torch is not changed.
 """
 
 from __future__ import annotations

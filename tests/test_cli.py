@@ -353,7 +353,7 @@ def test_an_end_of_sequence_token_is_not_text():
 
 
 def test_generate_with_strategies(tiny):
-    # In bfloat16, the machine's own choice, it hangs on how sums are rounded what a random model says, and where it ends.
+    # Not in bfloat16, as the machine may choose: what a random model says, and where it ends, hangs on rounding there.
     exact = ["--dtype", "float32"]
     base = ["generate", "Once", "--model", tiny, "--max-new-tokens", "60", *exact, *PAGES, "--json"]
     votes = json.loads(invoke(*base, "-s", "self-consistency", "-n", "3", "--seed", "5").stdout)

@@ -12,7 +12,7 @@ namespace {
 
 ANABRANCH_INLINE int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Up to SIDE rows of x fill one register beside four of the weights; more go by twos.
+// More than SIDE rows of x go by two registers.
 ANABRANCH_INLINE int64_t padded_rows(int64_t rows) { return padded(rows, rows > SIDE ? 2 * SIDE : SIDE); }
 
 size_t amx_wide(int64_t rows, int64_t k) { return size_t(padded_rows(rows) * padded(k, DEPTH) / 2); }  // floats

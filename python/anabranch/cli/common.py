@@ -213,7 +213,7 @@ def machine_note() -> str:
     name, flags = cpu()
     count = torch.get_num_threads()
     threads = "1 thread" if count == 1 else f"{count} threads"
-    best = next((f for f in ("avx512_bf16", "avx512f", "avx2", "asimd") if f in flags), "")
+    best = next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd") if f in flags), "")
     busy = ""
     if hasattr(os, "getloadavg"):
         load, cores = os.getloadavg()[0], os.cpu_count() or 1

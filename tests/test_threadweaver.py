@@ -570,7 +570,8 @@ def test_a_format_checks_its_fields(change, message):
 
 
 def test_the_example_in_the_docstring_is_a_format():
-    example = re.search(r"plans = (Tagged\(.*?\n        \))", Tagged.__doc__ or "", re.DOTALL)
+    # (Python 3.13 takes the indentation off docstrings)
+    example = re.search(r"plans = (Tagged\(.*?\n *\)$)", Tagged.__doc__ or "", re.DOTALL | re.MULTILINE)
     plans = eval(example.group(1), {"Tagged": Tagged})
     assert plans.trigger == "</plan>" and re.findall(plans.outline, "<plan>1. a 2. b</plan>") == ["1", "2"]
     assert re.fullmatch(plans.shape, "<plan></plan><step></step><step></step><answer>")

@@ -2,11 +2,7 @@
 // linear layers. Compiled twice (see CMakeLists.txt): for AMX, and with arrays for its registers, for tests.
 #include "cpu/amx_attention.hpp"
 #include "cpu/amx_linear.hpp"
-
-#define ANABRANCH_PASTE(a, b) a##b
-#define ANABRANCH_NAMED(a, b) ANABRANCH_PASTE(a, b)
-#define ANABRANCH_QUOTE(a) #a
-#define ANABRANCH_STRING(a) ANABRANCH_QUOTE(a)
+#include "cpu/isa.hpp"
 
 namespace anabranch::cpu {
 namespace {

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "cpu/branch.hpp"
+#include "cpu/isa.hpp"
 #include "cpu/linear.hpp"
 #include "cpu/packed.hpp"
 #include "cpu/stream.hpp"
@@ -11,10 +12,6 @@
 #ifndef ANABRANCH_ISA
 #define ANABRANCH_ISA plain
 #endif
-#define ANABRANCH_PASTE(a, b) a##b
-#define ANABRANCH_NAMED(a, b) ANABRANCH_PASTE(a, b)
-#define ANABRANCH_QUOTE(a) #a
-#define ANABRANCH_STRING(a) ANABRANCH_QUOTE(a)
 
 namespace anabranch::cpu {
 namespace {

@@ -98,5 +98,19 @@ ANABRANCH_INLINE void transpose(vu* x) {
   if constexpr (H > 1) transpose<H / 2>(x);
 }
 
+// `count` channels (DEPTH at most) of SIDE rows as pairs [channels / 2][rows], `stride` from line to line. Zeros past
+// count, and for rows that are null.
+template <class Row>
+ANABRANCH_INLINE void pack_across(Row row, int count, pair* to, int64_t stride) {
+  vu x[W];
+  for (int r = 0; r < W; ++r) {
+    bf16 line[DEPTH] = {};
+    if (const bf16* from = row(r)) memcpy(static_cast<void*>(line), from, size_t(count) * sizeof(bf16));
+    x[r] = load(reinterpret_cast<const pair*>(line));
+  }
+  transpose(x);
+  for (int i = 0; i < W; ++i) store(to + i * stride, x[i]);
+}
+
 }  // namespace
 }  // namespace anabranch::cpu

@@ -139,12 +139,11 @@ ANABRANCH_INLINE void interleave(const bf16* a, const bf16* b, vu* x, std::integ
   x[0] = (vu)ANABRANCH_SHUFFLE(vh2, first, second, (I % 2 * 2 * W + I / 8 * 8 + I % 8 / 2)...);
   x[1] = (vu)ANABRANCH_SHUFFLE(vh2, first, second, (I % 2 * 2 * W + I / 8 * 8 + I % 8 / 2 + 4)...);
 }
-ANABRANCH_INLINE void natural(const float* o, int dv, float* to) {
-  for (int c = 0; c < dv; c += 4)
-    memcpy(to + c, o + c / DEPTH * DEPTH + c / 4 % 2 * SIDE + c % DEPTH / 8 * 4, 4 * sizeof(float));
-}
-ANABRANCH_INLINE int place(int channel) {  // where `natural` finds it
+ANABRANCH_INLINE int place(int channel) {  // of an output's row, four after four side by side
   return channel / DEPTH * DEPTH + channel / 4 % 2 * SIDE + channel % DEPTH / 8 * 4 + channel % 4;
+}
+ANABRANCH_INLINE void natural(const float* o, int dv, float* to) {
+  for (int c = 0; c < dv; c += 4) memcpy(to + c, o + place(c), 4 * sizeof(float));
 }
 
 ANABRANCH_INLINE void pack_values(const Rows* v_rows, int n, int dv, pair* v) {
@@ -166,16 +165,8 @@ void pack_pairs(const Attention& a, const Unit& u, const AmxScratch& w) {
     const int panel = begin / PANEL * PANEL, width = smaller(PANEL, w.rows - panel);
     pair* to = w.q + int64_t(panel) * w.dv / 2 + begin - panel;
     for (int c = 0; c < w.dv; c += DEPTH, to += SIDE * width) {
-      vu x[W];
-      for (int r = 0; r < W; ++r) {
-        bf16 line[DEPTH] = {};
-        if (begin + r < u.packed)
-          memcpy(static_cast<void*>(line), query<bf16>(a, u, begin + r) + c,
-                 size_t(smaller(DEPTH, a.head_dim - c)) * sizeof(bf16));
-        x[r] = load(reinterpret_cast<const pair*>(line));
-      }
-      transpose(x);
-      for (int i = 0; i < W; ++i) store(to + i * width, x[i]);
+      const auto row = [&](int r) { return begin + r < u.packed ? query<bf16>(a, u, begin + r) + c : nullptr; };
+      pack_across(row, smaller(DEPTH, a.head_dim - c), to, width);
     }
   }
 }

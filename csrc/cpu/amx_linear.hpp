@@ -23,15 +23,10 @@ void amx_pack(const Linear& l) {
   pair* to = reinterpret_cast<pair*>(l.wide);
   for (int64_t begin = 0; begin < padded_rows(l.rows); begin += SIDE)
     for (int64_t c = 0; c < steps * DEPTH; c += DEPTH, to += AREA) {
-      vu x[W];
-      for (int64_t r = 0; r < W; ++r) {
-        const bf16* from = static_cast<const bf16*>(l.x) + (begin + r) * l.x_row + c;
-        bf16 line[DEPTH] = {};
-        if (begin + r < l.rows) memcpy(line, from, size_t(smaller(int64_t(DEPTH), l.k - c)) * sizeof(bf16));
-        x[r] = load(reinterpret_cast<const pair*>(line));
-      }
-      transpose(x);
-      for (int i = 0; i < W; ++i) store(to + i * W, x[i]);
+      const auto row = [&](int r) {
+        return begin + r < l.rows ? static_cast<const bf16*>(l.x) + (begin + r) * l.x_row + c : nullptr;
+      };
+      pack_across(row, int(smaller(int64_t(DEPTH), l.k - c)), to, SIDE);
     }
 }
 

@@ -79,9 +79,9 @@ Runs group_by_visitors(const Contexts& c, i32 batch, bool merge) {
   return runs;
 }
 
-// New tokens of a context that its earlier rows must not see: `tokens` of them in `run`, `after` others behind them.
+// New tokens that earlier rows of a context must not see: `tokens` of them side by side, `after` more behind them.
 struct Hidden {
-  i32 run, after, tokens;
+  i32 context, after, tokens;
 };
 
 struct Item {
@@ -143,22 +143,13 @@ PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::
     }
   }
 
-  // 2. Which run ends each context, and which of its new tokens are hidden from its earlier rows.
-  std::vector<i32> terminal(batch, -1), is_terminal(num_runs, 0), hidden_ptr(batch + 1, 0);
-  std::vector<Hidden> hidden;
+  // 2. Which run ends each context.
+  std::vector<i32> terminal(batch, -1), is_terminal(num_runs, 0);
   for (i32 b = 0; b < batch; ++b) {
-    hidden_ptr[b] = static_cast<i32>(hidden.size());
     if (rows_of(b) == 0 || c.piece_ptr[b] == c.piece_ptr[b + 1]) continue;
     terminal[b] = runs.of_piece[c.piece_ids[c.piece_ptr[b + 1] - 1]];
     ++is_terminal[terminal[b]];
-    i32 after = 0;
-    for (i32 i = c.piece_ptr[b + 1] - 1; i >= c.piece_ptr[b] && after < rows_of(b) - 1; --i) {
-      const i32 piece = c.piece_ids[i];
-      hidden.push_back({runs.of_piece[piece], after, c.pieces[piece].length});
-      after += c.pieces[piece].length;
-    }
   }
-  hidden_ptr[batch] = static_cast<i32>(hidden.size());
 
   // 3. The absorb rule, in bytes (head_dim cancels). A run of L tokens seen by R rows costs, as an item of its own, one
   //    partial a row and query head: about 8·R·group written and read. Read again inside each of the T runs that end
@@ -167,7 +158,7 @@ PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::
   for (i32 r = 0; r < num_runs; ++r)
     for (const i32* b = visitors.first(r); b != visitors.last(r); ++b) run_rows[r] += rows_of(*b);
   std::vector<char> absorbed(num_runs, 0);
-  std::vector<std::pair<i32, i32>> moves;  // (terminal run, absorbed run)
+  std::vector<i64> run_length = runs.length;  // with what a run absorbed
   i64 num_absorbed = 0;
   {
     std::vector<i32> times(num_runs, 0);
@@ -179,28 +170,28 @@ PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::
       ends.clear();
       for (const i32* b = visitors.first(r); b != visitors.last(r); ++b)
         if (times[terminal[*b]]++ == 0) ends.push_back(terminal[*b]);
-      bool contained = true;  // every row of such a run must see the absorbed tokens
+      bool contained = true;  // every visitor of such a run visits the absorbed one too
       for (i32 t : ends) contained &= times[t] == visitors.size(t);
       for (i32 t : ends) times[t] = 0;
       if (!contained || once * (static_cast<i64>(ends.size()) - 1) > partials) continue;
       absorbed[r] = 1;
       ++num_absorbed;
-      for (i32 t : ends) moves.emplace_back(t, r);
+      for (i32 t : ends) run_length[t] += runs.length[r];
     }
   }
-  Lists taken(num_runs);
-  for (const auto& [t, r] : moves) taken.count(t);
-  taken.seal();
-  for (const auto& [t, r] : moves) taken.add(t, r);
 
   // 4. Tokens of the runs, one after another; a steady tail gets `slack` free places behind it.
-  std::vector<i64> run_begin(num_runs, 0), run_length(num_runs, 0);
+  //
+  //    A kernel knows one limit a row: it sees the first so many tokens of an item. So whatever a row must not see has to
+  //    be a suffix of the run, for each visitor of it. It is, since a run's tokens, absorbed ones included, are stored
+  //    in *context order*: what a row must not see is a suffix of its context; every visitor of a run visits all of it,
+  //    what it absorbed included; and all visitors have these pieces in the same order (see Contexts), so the order of
+  //    one is the order of each. Hidden tokens are counted in the run where they are stored (step 5).
+  std::vector<i64> run_begin(num_runs, 0);
   i64 kv_total = 0, kv_tokens = 0;
   for (i32 r = 0; r < num_runs; ++r) {
     if (absorbed[r]) continue;
     run_begin[r] = kv_total;
-    run_length[r] = runs.length[r];
-    for (const i32* a = taken.first(r); a != taken.last(r); ++a) run_length[r] += runs.length[*a];
     kv_tokens += run_length[r];
     kv_total += run_length[r];
     if (is_terminal[r] && run_rows[r] == 1) kv_total += slack;
@@ -232,19 +223,41 @@ PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::
   for (i32 r = 0; r < num_runs; ++r) {
     if (absorbed[r]) continue;
     i64 at = run_begin[r];
-    const auto put = [&](i32 run) {
-      for (const i32* i = run_pieces.first(run); i != run_pieces.last(run); ++i) {
-        const Contexts::Piece& piece = c.pieces[*i];
-        std::copy_n(piece.slots, piece.length, kv_slots + at);
-        std::copy_n(piece.positions, piece.length, kv_positions + at);
-        at += piece.length;
-      }
+    const auto put = [&](i32 id) {
+      const Contexts::Piece& piece = c.pieces[id];
+      std::copy_n(piece.slots, piece.length, kv_slots + at);
+      std::copy_n(piece.positions, piece.length, kv_positions + at);
+      at += piece.length;
     };
-    for (const i32* a = taken.first(r); a != taken.last(r); ++a) put(*a);
-    put(r);  // last, so that what a row must not see yet is a suffix
+    if (run_length[r] == runs.length[r]) {
+      std::for_each(run_pieces.first(r), run_pieces.last(r), put);
+      continue;
+    }
+    const i32 b = *visitors.first(r);  // r ends its context, so what was absorbed from there is in r
+    for (i32 i = c.piece_ptr[b]; i < c.piece_ptr[b + 1]; ++i) {
+      const i32 run = runs.of_piece[c.piece_ids[i]];
+      if (run == r || absorbed[run]) put(c.piece_ids[i]);
+    }
   }
 
-  // 5. Items: tiles of rows × ranges of tokens.
+  // 5. Which new tokens stored in a run are hidden from earlier rows: by run, then context, then from the last backwards.
+  std::vector<Hidden> hidden;
+  std::vector<i32> hidden_run;
+  for (i32 b = 0; b < batch; ++b) {
+    i32 after = 0;
+    for (i32 i = c.piece_ptr[b + 1] - 1; i >= c.piece_ptr[b] && after < rows_of(b) - 1; --i) {
+      const i32 piece = c.piece_ids[i], run = runs.of_piece[piece];
+      hidden.push_back({b, after, c.pieces[piece].length});
+      hidden_run.push_back(absorbed[run] ? terminal[b] : run);
+      after += c.pieces[piece].length;
+    }
+  }
+  Lists hidden_in(num_runs);
+  for (i32 run : hidden_run) hidden_in.count(run);
+  hidden_in.seal();
+  for (size_t h = 0; h < hidden.size(); ++h) hidden_in.add(hidden_run[h], static_cast<i32>(h));
+
+  // 6. Items: tiles of rows × ranges of tokens.
   std::vector<Item> items;
   std::vector<i32> rows, limits, partials_of(num_rows, 0);
   items.reserve(most_items);
@@ -256,16 +269,18 @@ PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::
   for (i32 r = 0; r < num_runs; ++r) {
     if (absorbed[r]) continue;
     flat_rows.clear();
-    flat_limits.clear();
+    flat_limits.assign(run_rows[r], 0);
+    const i32 *h = hidden_in.first(r), *const last = hidden_in.last(r);
     for (const i32* v = visitors.first(r); v != visitors.last(r); ++v) {
-      const i32 b = *v, n = rows_of(b);
-      for (i32 j = 0; j < n; ++j) {
-        i64 unseen = 0;
-        for (i32 h = hidden_ptr[b]; h < hidden_ptr[b + 1]; ++h)
-          if (hidden[h].run == r) unseen += std::clamp(n - 1 - j - hidden[h].after, 0, hidden[h].tokens);
-        flat_rows.push_back(c.row_ptr[b] + j);
-        flat_limits.push_back(run_length[r] - unseen);
+      const i32 b = *v, n = rows_of(b), first = static_cast<i32>(flat_rows.size());
+      i64 limit = run_length[r];
+      for (i32 behind = 0; behind < n; ++behind) {  // rows from the last to the first; each hides one more token
+        flat_limits[first + n - 1 - behind] = limit;
+        while (h != last && hidden[*h].context == b && hidden[*h].after + hidden[*h].tokens <= behind) ++h;
+        if (h != last && hidden[*h].context == b && hidden[*h].after <= behind) --limit;
       }
+      while (h != last && hidden[*h].context == b) ++h;
+      for (i32 j = 0; j < n; ++j) flat_rows.push_back(c.row_ptr[b] + j);
     }
     const i64 total = static_cast<i64>(flat_rows.size());
     for (i64 begin = 0; begin < run_length[r]; begin += split_length[r]) {
@@ -299,7 +314,7 @@ PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::
     }
   }
 
-  // 6. Where results go: a row with one partial is written out directly; the partials of any other row are neighbours.
+  // 7. Where results go: a row with one partial is written out directly; the partials of any other row are neighbours.
   std::vector<i32> merge_rows, merge_ptr{0}, next(num_rows, -1);
   i32 num_partials = 0;
   for (i32 row = 0; row < num_rows; ++row) {
@@ -312,7 +327,7 @@ PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::
   std::vector<i32> dest(rows.size());
   for (size_t i = 0; i < rows.size(); ++i) dest[i] = next[rows[i]] < 0 ? -1 : next[rows[i]]++;
 
-  // 7. Most expensive first, so that what is left at the end is small; ties keep their order.
+  // 8. Most expensive first, so that what is left at the end is small; ties keep their order.
   std::vector<i32> order(items.size()), place(items.size());
   std::iota(order.begin(), order.end(), 0);
   // With `narrow`, the items of few rows follow in an order of their own: a GPU runs them with smaller tiles.

@@ -16,6 +16,11 @@ namespace anabranch {
 
 // What the planner is told: B contexts, each a list of pieces and its number of query rows. The rows of a context are
 // its last tokens: row j of n sees everything but the last n − 1 − j tokens.
+//
+// The planner relies on this: a context lists a piece once, and two contexts list the pieces they share in the same
+// order. Tables: pieces come by column, then by place in the page. Trees: a list changes by forks (a copy), truncation,
+// page copies (new pieces), and by what is put at its end, which nobody below that branch has yet: new tokens, or the
+// own part of a kid that ends with it.
 struct Contexts {
   struct Piece {
     const i32* slots;

@@ -87,12 +87,7 @@ def attention(
         total = p.sum(dim=-1, keepdim=True)
         if sinks is not None:
             total = total + torch.exp(sinks.to(dtype)[:, None, None] - m)
-        # A key that a row must not see adds nothing, whatever its V holds.
-        seen = visible.any(dim=0)
-        o = torch.einsum(
-            "hij,jhd->ihd", p / torch.where(total == 0, 1.0, total), v.masked_fill(~seen[:, None, None], 0.0)
-        )
-        out[first:last] = o
+        out[first:last] = _weigh("hij,jhd->ihd", p / torch.where(total == 0, 1.0, total), v, visible)
         lse[first:last] = (m + torch.log(total)).squeeze(-1).T
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return out.to(q.dtype), lse.to(lse_dtype) if return_lse else None

@@ -47,9 +47,24 @@ class Batch:
         return rows
 
 
+# Batches that once went wrong, or that reveal a mistake that all others pass.
+KNOWN = {
+    "a prefill, and a decode on its pages": Batch(4, [[0, 1, 2], [0, 1, 3]], [12, 9], [12, 1]),
+    "two prefills that part": Batch(4, [[0, 1, 2], [0, 1, 3]], [12, 10], [12, 2]),
+    "the same prefill twice": Batch(4, [[0, 1], [0, 1]], [8, 8], [8, 8]),
+    "a chunk, and a decode that shares it": Batch(4, [[0, 1, 2], [0, 1, 3]], [12, 9], [5, 1]),
+    "pages of one token": Batch(1, [[0, 1, 2], [0, 1, 3], [0, 4, 2]], [3, 3, 3], [3, 2, 1]),
+    "a shared page behind pages of one's own": Batch(4, [[0, 2], [1, 2]], [8, 8], [1, 1]),
+    "the same, prefilled": Batch(4, [[0, 2], [1, 2]], [8, 8], [8, 8]),
+    "pages that change places": Batch(4, [[0, 1], [1, 0]], [8, 8], [1, 1]),
+    "a page seen to three lengths": Batch(8, [[0, 1], [0, 1], [0, 1]], [16, 11, 3], [9, 11, 2]),
+    "parted in the middle": Batch(2, [[0, 1, 2], [0, 3, 2]], [6, 6], [6, 5]),
+}
+
+
 def random_batch(r: random.Random, max_tokens: int = 160, page_sizes: Sequence[int] = PAGE_SIZES) -> Batch:
-    """Prefills, chunks and decodes side by side. Tables part from one another at any depth and may meet again; a page may
-    stand in two columns; sequences that share pages share new tokens as well, seen to different lengths."""
+    """Prefills, chunks and decodes side by side. Tables part from one another at any depth and may meet again; a page
+    may stand in two columns; sequences that share pages share new tokens as well, seen to different lengths."""
     page_size = r.choice(page_sizes)
     columns = r.randint(1, max(1, min(8, max_tokens // page_size)))
     fresh = itertools.count()
@@ -144,7 +159,7 @@ def dense(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, seen: Sequence[np.ndarray], scale: float,
     softcap: float | None = None, window: int | None = None, sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Attention in float64, a row at a time, over nothing but the slots the row sees: out [rows, Hq, D], lse [rows, Hq]."""
+    """Attention in float64, a row at a time, of nothing but the slots it sees: out [rows, Hq, D], lse [rows, Hq]."""
     num_kv_heads, head_dim = k_pages.shape[2:]
     k, v = (pages.reshape(-1, num_kv_heads, head_dim) for pages in (k_pages, v_pages))
     out, lse = torch.zeros(q.shape, dtype=torch.float64), torch.zeros(q.shape[:2], dtype=torch.float64)

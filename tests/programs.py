@@ -40,6 +40,7 @@ class Twins:
     def step(self, rows: dict[int, int], positions: dict[int, list[int]] | None = None) -> tuple:
         """rows: index into ``pairs`` → number of new tokens. Writes random K and V to all layers."""
         where = positions or {}
+        held = {branch: self.cache._core.slots(branch).tolist() for branch, _ in self.pairs}
         step = self.cache.step(
             {self.pairs[i][0]: n for i, n in rows.items()},
             {self.pairs[i][0]: torch.tensor(p) for i, p in where.items()},
@@ -48,12 +49,36 @@ class Twins:
             {self.pairs[i][1]: n for i, n in rows.items()}, {self.pairs[i][1]: p for i, p in where.items()}
         )
         assert torch.equal(step.position_ids, twin.position_ids)
+        self.check_reservations(step, held)
         assert [step.rows[self.pairs[i][0]] for i in rows] == [twin.rows[self.pairs[i][1]] for i in rows]
         for layer in range(self.layers):
             k, v = self.randn(step.num_rows, self.heads, self.dim), self.randn(step.num_rows, self.heads, self.dim)
             self.cache.write(layer, k, v, step)
             self.naive.write(layer, k, v, twin)
         return step, twin
+
+    def check_reservations(self, step: ab.Step, held: dict[ab.Branch, list[int]]) -> None:
+        """What a step may write to. The kernels copy all pages at once and in any order: a page that somebody held
+        before the step, a copy's source above all, must not be a destination, even where the step itself frees it."""
+        page_size = self.cache.page_size
+        before = set[int]().union(*held.values())
+        pages_before = {slot // page_size for slot in before}
+        sources, destinations, filled = step._core.copies().tolist()
+        assert pages_before.issuperset(sources) and pages_before.isdisjoint(destinations)
+        assert len(set(destinations)) == len(destinations)
+        assert all(0 < n <= page_size for n in filled)
+        new = step.slots.tolist()
+        assert len(set(new)) == len(new) and before.isdisjoint(new)
+        copied = {d * page_size + i for d, n in zip(destinations, filled, strict=True) for i in range(n)}
+        assert copied.isdisjoint(new)
+        # Each branch keeps its own slots, but for those of the pages copied for it, and gains its own rows' alone.
+        moved = dict(zip(destinations, sources, strict=True))
+        for branch, slots in held.items():
+            now = self.cache._core.slots(branch).tolist()
+            rows = new[step.rows[branch]] if branch in step.rows else []
+            assert now[len(now) - len(rows) :] == rows
+            old = [moved.get(slot // page_size, slot // page_size) * page_size + slot % page_size for slot in now]
+            assert old[: len(now) - len(rows)] == slots
 
     def kids_of(self, pair: tuple) -> list[tuple]:
         return [p for p in self.pairs if p[1].parent is pair[1]]

@@ -153,6 +153,21 @@ def test_memory_is_prefix_plus_branches_plus_at_most_a_page_each() -> None:
     assert cache.usage().tokens_physical <= 1001 + 16 * 40 + 16 * 16
 
 
+def test_a_page_that_a_step_frees_is_not_written_in_that_step() -> None:
+    """Two branches leave a shared tail page, which nobody holds then; the next copy of the same step goes elsewhere."""
+    twins = Twins(num_pages=12, page_size=8, heads=1, dim=4)
+    a = twins.branch()
+    twins.step({0: 6})
+    twins.truncate(twins.fork(a, 1)[0], 4)
+    x = twins.branch()
+    twins.step({2: 3})
+    twins.fork(x, 1)
+    step, _ = twins.step({0: 1, 1: 1, 2: 1, 3: 1})  # Twins checks the reservations
+    sources, destinations, _ = step._core.copies().tolist()
+    assert sources[0] == sources[1] and sources[2] not in sources[:2] and not set(sources) & set(destinations)
+    twins.compare()
+
+
 def test_join_is_a_splice() -> None:
     cache, trunk = make()
     fill(cache, cache.step({trunk: 18}))

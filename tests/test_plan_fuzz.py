@@ -1,7 +1,7 @@
 """Plans of mixed batches: prefill, chunks and decode in one, over pages shared at any depth, and steps of several rows.
 
-Why tests of plans did not have such a batch before: the structure of plans was checked on steps of a ``TreeCache`` only.
-There, a step's new tokens belong to one branch each, so what is hidden from a row is never shared and never absorbed.
+Why tests of plans did not have such a batch before: the structure of plans was checked on steps of a ``TreeCache``
+only, where a step's new tokens belong to one branch each: what is hidden from a row is never shared, never absorbed.
 Block tables can share new tokens (cold siblings prefill the same pages in one step), and their tests were four batches
 that compared outputs, with sharing made before the last page and queries too short to reach back to it. Here, plans of
 both kinds are drawn with everything that either can say, and compared with what is written in tables, lengths and
@@ -19,8 +19,18 @@ import torch
 import anabranch as ab
 from anabranch.backends import cpu
 from plan_kit import (
-    BOUNDS, GROUPS, PROFILES, Batch, check, check_attention, check_batch, random_batch, random_options, seen_by_step,
-)  # fmt: skip
+    BOUNDS,
+    GROUPS,
+    KNOWN,
+    PROFILES,
+    Batch,
+    check,
+    check_attention,
+    check_batch,
+    random_batch,
+    random_options,
+    seen_by_step,
+)
 from programs import Twins, backends_here
 
 BACKENDS = backends_here()
@@ -30,20 +40,6 @@ ISAS = _cpu.info()["runnable"] if "cpu" in BACKENDS else []
 # Where a batch runs: a backend, with each instruction set of the CPU's.
 PLACES = [(name, isa) for name in BACKENDS for isa in (ISAS if name == "cpu" else [""])]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# Batches that once went wrong, or that reveal a mistake that all others pass.
-KNOWN = {
-    "a prefill, and a decode on its pages": Batch(4, [[0, 1, 2], [0, 1, 3]], [12, 9], [12, 1]),
-    "two prefills that part": Batch(4, [[0, 1, 2], [0, 1, 3]], [12, 10], [12, 2]),
-    "the same prefill twice": Batch(4, [[0, 1], [0, 1]], [8, 8], [8, 8]),
-    "a chunk, and a decode that shares it": Batch(4, [[0, 1, 2], [0, 1, 3]], [12, 9], [5, 1]),
-    "pages of one token": Batch(1, [[0, 1, 2], [0, 1, 3], [0, 4, 2]], [3, 3, 3], [3, 2, 1]),
-    "a shared page behind pages of one's own": Batch(4, [[0, 2], [1, 2]], [8, 8], [1, 1]),
-    "the same, prefilled": Batch(4, [[0, 2], [1, 2]], [8, 8], [8, 8]),
-    "pages that change places": Batch(4, [[0, 1], [1, 0]], [8, 8], [1, 1]),
-    "a page seen to three lengths": Batch(8, [[0, 1], [0, 1], [0, 1]], [16, 11, 3], [9, 11, 2]),
-    "parted in the middle": Batch(2, [[0, 1, 2], [0, 3, 2]], [6, 6], [6, 5]),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +107,7 @@ def random_tree_step(r: random.Random, max_rows: int, **shape: int) -> tuple[Twi
 
 
 def same_order(contexts: list[list[int]]) -> None:
-    """Any two contexts list the slots they share in the same order: what ``Contexts`` in plan.hpp promises the planner."""
+    """Any two contexts list the slots they share in the same order: ``Contexts`` in plan.hpp promises that."""
     for i, a in enumerate(contexts):
         assert len(set(a)) == len(a)
         for b in contexts[:i]:

@@ -1,8 +1,9 @@
 // The planner: contexts (lists of token pieces) → work items for the kernels.
 //
-// Pieces with the same visitors are put into one *run*, whatever their order in the contexts: attention does not care in
-// which order keys come, and fewer, longer runs make fewer partial results. A run is cut into items: a tile of the rows
-// that see it × a range of its tokens. Linear in pieces listed + rows + tokens.
+// Pieces with the same visitors are put into one *run*, wherever they stand in the contexts: fewer, longer runs make
+// fewer partial results. A run keeps its tokens in context order, so that what a row must not see yet is a suffix. It is
+// cut into items: a tile of the rows that see it × a range of its tokens. Linear in pieces listed + tokens + rows of
+// all runs.
 //
 // The layout of the arrays is the contract in docs/architecture.md.
 #pragma once
@@ -18,9 +19,9 @@ namespace anabranch {
 // its last tokens: row j of n sees everything but the last n − 1 − j tokens.
 //
 // The planner relies on this: a context lists a piece once, and two contexts list the pieces they share in the same
-// order. Tables: pieces come by column, then by place in the page. Trees: a list changes by forks (a copy), truncation,
-// page copies (new pieces), and by what is put at its end, which nobody below that branch has yet: new tokens, or the
-// own part of a kid that ends with it.
+// order. Block tables: pieces come by column, then by place in the page. Trees: a list grows at its end only, and a span
+// enters it in one of three ways: with the step that makes it, by a fork (a copy of the list), or by the join of the one
+// branch whose own it is, in that branch's order, after which that branch is gone. (tests/test_plan_fuzz.py: same_order)
 struct Contexts {
   struct Piece {
     const i32* slots;

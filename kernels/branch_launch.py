@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from .branch import branch_dkdv_kernel, branch_dq_kernel, branch_forward_kernel
+from .branch import branch_forward_kernel
+from .branch_backward import branch_dkdv_kernel, branch_dq_kernel
 from .configs import branch_config, column_split
-from .launch import INTERPRETED, _on, device_traits
+from .launch import INTERPRETED, _on, device_traits, stride_alignment
 
 __all__ = ["Tables", "branch_backward", "branch_forward"]
 
@@ -58,8 +59,9 @@ def branch_forward(
             branch_forward_kernel[(tables.tiles.shape[0] * num_q_heads,)](
                 q, k, v, out, lse, *tables, lse if sinks is None else sinks,
                 num_q_heads, num_q_heads // k.shape[1], float(scale), float(softcap or 0.0), int(window or 0),
-                *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
-                HEAD_DIM=head_dim, D0=d0, D1=d1, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+                *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+                HEAD_DIM=head_dim, D0=d0, D1=d1, ALIGN=stride_alignment(q, k, v),
+                BLOCK_M=config.block_m, BLOCK_N=config.block_n,
                 HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None, HAS_SINKS=sinks is not None,
                 UPCAST=_upcast(q), **config.options,
             )  # fmt: skip
@@ -85,8 +87,11 @@ def branch_backward(
     arch = device_traits(q.device).arch
     d0, d1 = column_split(head_dim)
     numbers = (num_q_heads // num_kv_heads, float(scale), float(softcap or 0.0), int(window or 0))
-    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad.stride()[:2])
-    options = dict(HEAD_DIM=head_dim, D0=d0, D1=d1, HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None)
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
+    options = dict(
+        HEAD_DIM=head_dim, D0=d0, D1=d1, ALIGN=stride_alignment(q, k, v),
+        HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None,
+    )  # fmt: skip
     with _on(q.device):
         config = branch_config("dq", head_dim, q.element_size(), arch)
         tables = cut(False, config.block_m)
@@ -100,7 +105,7 @@ def branch_backward(
         tables = cut(True, config.block_n)
         if tables.tiles.shape[0]:
             branch_dkdv_kernel[(tables.tiles.shape[0] * num_kv_heads,)](
-                q, k, v, grad, dk, dv, lse, delta, *tables, num_kv_heads, *numbers, *strides, *dk.stride()[:2],
+                q, k, v, grad, dk, dv, lse, delta, *tables, num_kv_heads, *numbers, *strides,
                 **options, BLOCK_M=config.block_m, BLOCK_N=config.block_n, UPCAST=_upcast(q),
                 **config.options,
             )  # fmt: skip

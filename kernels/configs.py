@@ -21,7 +21,6 @@ __all__ = [
     "attention_config",
     "branch_config",
     "column_split",
-    "max_block_m",
     "next_power_of_two",
 ]
 
@@ -31,11 +30,20 @@ AMD = 0
 
 @dataclass(frozen=True)
 class Config:
-    """One way to launch the attention kernel."""
+    """One way to launch the attention kernel: an item of more than 16 packed rows gets the wide tile."""
 
-    block_n: int  # tokens a step of the main loop
+    wide: int  # packed rows of the wide tile
+    wide_n: int  # tokens a step of its main loop
+    wide_stages: int  # blocks of K and V in shared memory, the one in use included
+    narrow_n: int
+    narrow_stages: int
     num_warps: int
-    num_stages: int  # blocks of K and V in shared memory, the one in use included
+
+
+def _with_stages(config: Config, most: int) -> Config:
+    return replace(
+        config, wide_stages=min(config.wide_stages, most), narrow_stages=min(config.narrow_stages, most)
+    )  # fmt: skip
 
 
 def next_power_of_two(n: int) -> int:
@@ -57,78 +65,49 @@ def column_split(head_dim: int) -> tuple[int, int]:
     return d0, d1
 
 
-def max_block_m(head_dim: int, itemsize: int, arch: int) -> int:
-    """The widest tile of packed rows whose queries and accumulator still fit in registers."""
-    if itemsize == 4:
-        return 32  # float32 runs on plain FMAs; a wider tile spills
-    # wgmma and tcgen05 (sm_90 to sm_110) take the queries from shared memory, mma.sync from registers.
-    return 128 if head_dim <= (128 if 90 <= arch < 120 else 96) else 64
-
-
-# (head_dim class, itemsize, block_m) -> Config, for 163 KB of shared memory and more. Classes 96 and 192 are head
-# dims of two column parts: every part has its own addresses, so smaller blocks keep them in registers.
-_LARGE: dict[tuple[int, int, int], Config] = {
-    (64, 2, 16): Config(64, 4, 5),
-    (64, 2, 32): Config(64, 4, 5),
-    (64, 2, 64): Config(64, 4, 4),
-    (64, 2, 128): Config(64, 8, 4),
-    (96, 2, 16): Config(32, 4, 5),
-    (96, 2, 32): Config(32, 4, 5),
-    (96, 2, 64): Config(64, 8, 4),
-    (96, 2, 128): Config(64, 8, 3),
-    (128, 2, 16): Config(64, 4, 4),
-    (128, 2, 32): Config(64, 4, 4),
-    (128, 2, 64): Config(64, 8, 4),
-    (128, 2, 128): Config(64, 8, 3),
-    (192, 2, 16): Config(32, 4, 4),
-    (192, 2, 32): Config(32, 8, 4),
-    (192, 2, 64): Config(32, 8, 3),
-    (256, 2, 16): Config(32, 4, 4),
-    (256, 2, 32): Config(32, 8, 4),
-    (256, 2, 64): Config(32, 8, 3),
-    (64, 4, 16): Config(32, 8, 3),
-    (64, 4, 32): Config(32, 8, 3),
-    (96, 4, 16): Config(16, 4, 3),
-    (96, 4, 32): Config(16, 8, 3),
-    (128, 4, 16): Config(16, 8, 3),
-    (128, 4, 32): Config(16, 8, 3),
-    (192, 4, 16): Config(16, 8, 3),
-    (192, 4, 32): Config(16, 8, 3),
-    (256, 4, 16): Config(16, 8, 3),
-    (256, 4, 32): Config(16, 8, 3),
+# (head_dim class, itemsize) -> Config, for 163 KB of shared memory and more. Classes 96 and 192 are head dims of two
+# column parts: every part has its own addresses, so more warps or smaller blocks keep them in registers. With four
+# warps two programs share a multiprocessor, with eight one has it alone: as many warps and as much on its way. The wide
+# tile is 64 rows: 128 would need eight warps for every leaf, too.
+_LARGE: dict[tuple[int, int], Config] = {
+    (64, 2): Config(64, 64, 4, 64, 4, 4),
+    (96, 2): Config(64, 64, 3, 64, 4, 8),
+    (128, 2): Config(64, 64, 3, 64, 3, 4),
+    (192, 2): Config(64, 32, 3, 32, 4, 8),
+    (256, 2): Config(64, 32, 3, 32, 4, 8),
+    # float32 runs on plain FMAs; a wider tile spills
+    (64, 4): Config(32, 32, 3, 32, 3, 8),
+    (96, 4): Config(32, 16, 3, 16, 3, 8),
+    (128, 4): Config(32, 16, 3, 16, 3, 8),
+    (192, 4): Config(32, 16, 3, 16, 3, 8),
+    (256, 4): Config(32, 16, 3, 16, 3, 8),
 }
 # sm_80 multiplies out of registers (mma.sync) where later ones do out of shared memory: wide tiles take smaller blocks.
-# The float32 entries are what its assembler fits without spilling.
 _SM80 = _LARGE | {
-    (64, 2, 128): Config(32, 8, 4),
-    (96, 2, 64): Config(32, 8, 4),
-    (96, 2, 128): Config(32, 8, 3),
-    (128, 2, 64): Config(32, 8, 4),
-    (192, 2, 64): Config(16, 8, 3),
-    (256, 2, 64): Config(16, 8, 3),
-    (64, 4, 16): Config(16, 8, 3),
-    (64, 4, 32): Config(32, 4, 3),
+    (64, 2): Config(64, 32, 4, 64, 4, 4),
+    (96, 2): Config(64, 32, 4, 32, 4, 8),
+    (128, 2): Config(64, 32, 4, 64, 4, 8),
+    (192, 2): Config(64, 16, 3, 32, 4, 8),
+    (256, 2): Config(32, 32, 4, 32, 4, 8),
+    (64, 4): Config(32, 32, 3, 32, 3, 4),
 }
-# On sm_100 blocks of 64 tokens spill under these two tiles.
-_SM100 = _LARGE | {(64, 2, 64): Config(32, 4, 4), (64, 2, 128): Config(32, 8, 4)}
+# On sm_100 blocks of 64 tokens spill under these wide tiles.
+_SM100 = _LARGE | {(64, 2): Config(64, 32, 4, 64, 4, 4)}
 # sm_86, sm_89, sm_120: the same tiles with fewer stages, for 99 KB of shared memory.
-_SMALL: dict[tuple[int, int, int], Config] = {
-    key: Config(c.block_n, c.num_warps, 2 if key[2] >= 64 or key[1] == 4 else 3) for key, c in _SM80.items()
-}
+_SMALL: dict[tuple[int, int], Config] = {key: _with_stages(c, 2 if key[1] == 4 else 3) for key, c in _SM80.items()}
 
 
-def attention_config(head_dim: int, itemsize: int, block_m: int, arch: int) -> Config:
+def attention_config(head_dim: int, itemsize: int, arch: int) -> Config:
     """The configuration for one kernel variant.
 
     Args:
         head_dim: 1 to 256.
         itemsize: bytes of an element of q, k and v: 2 or 4.
-        block_m: packed rows of a program: 16, 32, 64 or 128, at most ``max_block_m(head_dim, itemsize, arch)``.
         arch: compute capability as an integer, 90 for sm_90; ``AMD`` for a GPU of theirs.
     """
     table = _SM80 if arch == 80 else _LARGE if arch == 90 else _SM100 if 100 <= arch < 120 else _SMALL
-    config = table[(_head_dim_class(head_dim), itemsize, block_m)]
-    return replace(config, num_stages=2) if arch == AMD else config
+    config = table[(_head_dim_class(head_dim), itemsize)]
+    return _with_stages(config, 2) if arch == AMD else config
 
 
 def _head_dim_class(head_dim: int) -> int:

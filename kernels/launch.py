@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from .attention import tree_attention_kernel
-from .configs import AMD, attention_config, column_split, max_block_m, next_power_of_two
+from .configs import AMD, attention_config, column_split, next_power_of_two
 from .merge import merge_kernel
 from .pages import copy_pages_kernel, write_kv_kernel
 
-__all__ = ["INTERPRETED", "Device", "attention", "block_rows", "copy_pages", "device_traits", "write_kv"]
+__all__ = ["INTERPRETED", "Device", "attention", "copy_pages", "device_traits", "stride_alignment", "write_kv"]
 
 # Decided when the kernels were decorated, that is by TRITON_INTERPRET at import, whatever the variable says now.
 INTERPRETED = not isinstance(tree_attention_kernel, triton.JITFunction)
 
-NARROW = 16  # packed rows of the smallest tile
 MERGE_BLOCK = 8  # partials a step of the merge: most rows have two to five
 
 
@@ -47,29 +47,14 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def block_rows(packed: int, head_dim: int, itemsize: int, arch: int) -> int:
-    """BLOCK_M for items of up to ``packed`` (rows × group) packed rows; wider items take several programs."""
-    return min(max(16, next_power_of_two(packed)), max_block_m(head_dim, itemsize, arch))
+def stride_alignment(*tensors: torch.Tensor) -> int:
+    """The largest power of two, 16 at most, that divides every stride but the last of the tensors, in elements.
 
-
-def tile_classes(arrays: Any, widest: int, num_kv_heads: int, multiprocessors: int) -> list[tuple[int, int, int]]:
-    """Launches as (first item, end, packed rows at most): the wide items and the narrow ones, or all together.
-
-    A leaf of a tree has one row, the root has all: in the root's tile a leaf would waste most lanes and, worse, the
-    shared memory that lets several programs hide each other's waits. A plan with ``num_wide`` has its items in that
-    order, wide ones first. A second launch costs a few µs, so a few narrow items ride with the wide ones.
+    A dimension of one entry has no stride to speak of.
     """
-    count = arrays.num_items
-    num_wide = getattr(arrays, "num_wide", None)
-    if count == 0:
-        return []
-    if num_wide is None or widest <= NARROW or getattr(arrays, "counts", None) is not None:
-        return [(0, count, widest)]
-    if num_wide == 0:
-        return [(0, count, NARROW)]
-    if (count - num_wide) * num_kv_heads < 2 * multiprocessors:
-        return [(0, count, widest)]
-    return [(0, num_wide, widest), (num_wide, count, NARROW)]
+    strides = (stride for x in tensors for n, stride in zip(x.shape[:-1], x.stride(), strict=False) if n > 1)
+    every = functools.reduce(operator.or_, strides, 16)
+    return every & -every
 
 
 def attention(
@@ -83,7 +68,7 @@ def attention(
     window: int | None,
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both launches of tree attention: every item's partials, then the merge.
+    """Both launches of tree attention: every item's partials, then the merge. With `write_kv` three a layer.
 
     Args:
         q: [rows, Hq, D]; the last stride 1.
@@ -107,34 +92,31 @@ def attention(
     counts = getattr(arrays, "counts", None)
 
     with _on(q.device):
-        arch, multiprocessors = device_traits(q.device)
         d0, d1 = column_split(head_dim)
-        # tile_rows is what the profile allows; a small batch has fewer rows in all, and needs no wide tile.
-        widest = min(arrays.tile_rows, rows) * group
-        for item_begin, item_end, packed in tile_classes(arrays, widest, num_kv_heads, multiprocessors):
-            block_m = block_rows(packed, head_dim, q.element_size(), arch)
-            config = attention_config(head_dim, q.element_size(), block_m, arch)
-            grid = ((item_end - item_begin) * num_kv_heads, triton.cdiv(packed, block_m))
-            tree_attention_kernel[grid](
+        config = attention_config(head_dim, q.element_size(), device_traits(q.device).arch)
+        if arrays.num_items:
+            # tile_rows is what the profile allows; a small batch has fewer rows in all, and needs fewer tiles an item.
+            tiles = triton.cdiv(min(arrays.tile_rows, rows) * group, config.wide)
+            tree_attention_kernel[(arrays.num_items * num_kv_heads, tiles)](
                 q, k_pages, v_pages, out, lse, part_acc, part_ml,
                 arrays.items, arrays.kv_slots, arrays.kv_positions, arrays.rows, arrays.limits, arrays.dest,
                 arrays.row_positions, lse if sinks is None else sinks, arrays.items if counts is None else counts,
-                item_begin, item_end, num_kv_heads, float(scale), float(softcap or 0.0), int(window or 0),
+                arrays.num_items, num_kv_heads, float(scale), float(softcap or 0.0), int(window or 0),
                 q.stride(0), q.stride(1),
                 k_pages.stride(0), k_pages.stride(1), k_pages.stride(2),
                 v_pages.stride(0), v_pages.stride(1), v_pages.stride(2),
-                out.stride(0), out.stride(1),
                 GROUP=group, HEAD_DIM=head_dim, D0=d0, D1=d1, PAGE_SIZE=page_size,
-                BLOCK_M=block_m, BLOCK_N=config.block_n,
+                Q_ALIGN=stride_alignment(q), KV_ALIGN=stride_alignment(k_pages, v_pages),
+                WIDE=config.wide, WIDE_N=config.wide_n, WIDE_STAGES=config.wide_stages,
+                NARROW_N=config.narrow_n, NARROW_STAGES=config.narrow_stages,
                 HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None, HAS_SINKS=sinks is not None,
-                HAS_COUNTS=counts is not None, UPCAST=upcast,
-                num_warps=config.num_warps, num_stages=config.num_stages,
+                HAS_COUNTS=counts is not None, UPCAST=upcast, num_warps=config.num_warps,
             )  # fmt: skip
         if arrays.num_merge:
             merge_kernel[(arrays.num_merge * num_q_heads,)](
                 part_acc, part_ml, arrays.merge_rows, arrays.merge_ptr, out, lse,
                 lse if sinks is None else sinks, arrays.items if counts is None else counts,
-                arrays.num_merge, num_q_heads, out.stride(0), out.stride(1),
+                arrays.num_merge, num_q_heads,
                 HEAD_DIM=head_dim, BLOCK_D=next_power_of_two(head_dim), BLOCK_P=MERGE_BLOCK,
                 HAS_SINKS=sinks is not None, HAS_COUNTS=counts is not None, num_warps=4, num_stages=2,
             )  # fmt: skip
@@ -156,7 +138,8 @@ def write_kv(
             k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             k_pages.stride(0), k_pages.stride(1), k_pages.stride(2),
             v_pages.stride(0), v_pages.stride(1), v_pages.stride(2),
-            PAGE_SIZE=k_pages.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_H=block_h, num_warps=4,
+            PAGE_SIZE=k_pages.shape[1], HEAD_DIM=head_dim, ALIGN=stride_alignment(k, v, k_pages, v_pages),
+            BLOCK_D=block_d, BLOCK_H=block_h, num_warps=4,
         )  # fmt: skip
 
 
@@ -180,5 +163,5 @@ def copy_pages(pool: torch.Tensor, src: torch.Tensor, dst: torch.Tensor, filled:
         copy_pages_kernel[(num_copies * planes * num_kv_heads,)](
             pool, copies, num_copies, planes, num_kv_heads,
             pool.stride(0), pool.stride(1), pool.stride(2), pool.stride(3),
-            HEAD_DIM=head_dim, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4,
+            HEAD_DIM=head_dim, ALIGN=stride_alignment(pool), BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip

@@ -15,14 +15,12 @@ def merge_kernel(
     part_ml_ptr,  # float32 [partials, Hq, 2], contiguous: m, l
     merge_rows_ptr,  # int32 [num_merge]
     merge_ptr_ptr,  # int32 [num_merge + 1]
-    out_ptr,  # [rows, Hq, D]
+    out_ptr,  # [rows, Hq, D], contiguous
     lse_ptr,  # float32 [rows, Hq], contiguous
     sinks_ptr,  # [Hq], read when HAS_SINKS
     counts_ptr,  # int32 [>= 3], counts[2] = num_merge, read when HAS_COUNTS
     num_merge,
     num_q_heads,
-    stride_out_row,
-    stride_out_head,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,  # head_dim rounded up to a power of two
     BLOCK_P: tl.constexpr,  # partials at once: a long chain has hundreds, and a serial walk would wait for each
@@ -71,6 +69,6 @@ def merge_kernel(
     total = tl.where(some, l, 1.0)
     lse = tl.where(some, m + tl.log(total), float("-inf"))
     out = tl.where(some, acc / total, 0.0)
-    tl.store(lse_ptr + row * num_q_heads + q_head, lse)
-    out_at = row * stride_out_row + q_head.to(tl.int64) * stride_out_head
-    tl.store(out_ptr + out_at + d, out.to(out_ptr.dtype.element_ty), mask=in_d)
+    of_row = row * num_q_heads + q_head
+    tl.store(lse_ptr + of_row, lse)
+    tl.store(out_ptr + of_row * HEAD_DIM + d, out.to(out_ptr.dtype.element_ty), mask=in_d)

@@ -5,8 +5,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# How many bytes move at once follows from ALIGN, a power of two that divides every stride, in elements (see STRIDES in
+# attention.py).
+WRITE_STRIDES = [
+    "stride_k_row",
+    "stride_k_head",
+    "stride_v_row",
+    "stride_v_head",
+    "stride_kp_page",
+    "stride_kp_slot",
+    "stride_kp_head",
+    "stride_vp_page",
+    "stride_vp_slot",
+    "stride_vp_head",
+]
+COPY_STRIDES = ["stride_plane", "stride_page", "stride_head", "stride_slot"]
 
-@triton.jit(do_not_specialize=["num_kv_heads"], do_not_specialize_on_alignment=["slots_ptr"])
+
+@triton.jit(do_not_specialize=["num_kv_heads", *WRITE_STRIDES], do_not_specialize_on_alignment=["slots_ptr"])
 def write_kv_kernel(
     k_ptr,  # [rows, Hkv, D]
     v_ptr,  # [rows, Hkv, D]
@@ -26,6 +42,7 @@ def write_kv_kernel(
     stride_vp_head,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -40,15 +57,17 @@ def write_kv_kernel(
     h = h.to(tl.int64)
     page = (slot // PAGE_SIZE).to(tl.int64)
     offset = (slot % PAGE_SIZE).to(tl.int64)
-    k = tl.load(k_ptr + row * stride_k_row + h[:, None] * stride_k_head + d[None, :], mask=keep)
-    v = tl.load(v_ptr + row * stride_v_row + h[:, None] * stride_v_head + d[None, :], mask=keep)
-    k_to = page * stride_kp_page + offset * stride_kp_slot + h * stride_kp_head
-    v_to = page * stride_vp_page + offset * stride_vp_slot + h * stride_vp_head
+    k_at = tl.multiple_of(row * stride_k_row + h * stride_k_head, [ALIGN])
+    v_at = tl.multiple_of(row * stride_v_row + h * stride_v_head, [ALIGN])
+    k = tl.load(k_ptr + k_at[:, None] + d[None, :], mask=keep)
+    v = tl.load(v_ptr + v_at[:, None] + d[None, :], mask=keep)
+    k_to = tl.multiple_of(page * stride_kp_page + offset * stride_kp_slot + h * stride_kp_head, [ALIGN])
+    v_to = tl.multiple_of(page * stride_vp_page + offset * stride_vp_slot + h * stride_vp_head, [ALIGN])
     tl.store(k_pages_ptr + k_to[:, None] + d[None, :], k, mask=keep)
     tl.store(v_pages_ptr + v_to[:, None] + d[None, :], v, mask=keep)
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "num_planes", "num_copies"])
+@triton.jit(do_not_specialize=["num_kv_heads", "num_planes", "num_copies", *COPY_STRIDES])
 def copy_pages_kernel(
     pool_ptr,  # [planes, pages, Hkv, page_size, D], any strides, the last 1
     copies_ptr,  # int32 [3, num_copies]: source page, destination page, filled slots
@@ -60,6 +79,7 @@ def copy_pages_kernel(
     stride_head,
     stride_slot,
     HEAD_DIM: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -73,11 +93,13 @@ def copy_pages_kernel(
     src = tl.load(copies_ptr + copy).to(tl.int64)
     dst = tl.load(copies_ptr + num_copies + copy).to(tl.int64)
     filled = tl.load(copies_ptr + 2 * num_copies + copy)
-    base = pool_ptr + plane * stride_plane + head * stride_head
+    base = plane * stride_plane + head * stride_head
     d = tl.arange(0, BLOCK_D)
     for start in range(0, filled, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         keep = (t < filled)[:, None] & (d < HEAD_DIM)[None, :]
-        at = t.to(tl.int64)[:, None] * stride_slot + d[None, :]
-        x = tl.load(base + src * stride_page + at, mask=keep)
-        tl.store(base + dst * stride_page + at, x, mask=keep)
+        at = base + t.to(tl.int64) * stride_slot
+        from_at = tl.multiple_of(at + src * stride_page, [ALIGN])
+        to_at = tl.multiple_of(at + dst * stride_page, [ALIGN])
+        x = tl.load(pool_ptr + from_at[:, None] + d[None, :], mask=keep)
+        tl.store(pool_ptr + to_at[:, None] + d[None, :], x, mask=keep)

@@ -83,42 +83,52 @@ def markdown(rows: list[dict[str, Any]], versions: str) -> str:
     failed = [row for row in rows if "error" in row]
     good = [row for row in rows if "error" not in row]
     spilled = [row for row in good if row["spill_bytes"]]
-    archs = sorted({row["arch"] for row in rows})
+    archs = [arch for arch in sorted(variants.ARCHS, key=str) if any(row["arch"] == arch for row in rows)]
     lines = [
         "# Triton kernels: what every variant takes",
         "",
         f"Made by `python -m anabranch.kernels.report` with {versions}; compiled, not run: no GPU is needed for it.",
         f"{len(good)} variants compiled, {len(failed)} failed, {len(spilled)} spill registers"
         f" ({sum(row['head_dim'] <= 128 for row in spilled)} of these at head_dim 128 or less).",
-        "A cell: registers a thread, shared memory a block, tensor-core instruction (– = none), spilled bytes if any.",
+        "A cell: registers a thread, shared memory a block, tensor-core instruction (– = none), spilled bytes if any,",
+        "bytes of an asynchronous copy; then rows × columns × stages of each tile, and warps.",
         "`options`: softcap, window, sinks and device-side counts all on, as far as the kernel has them.",
         "",
-        "| kernel | dtype | head_dim | tile | options | " + " | ".join(f"sm_{arch}" for arch in archs) + " |",
-        "|---" * (5 + len(archs)) + "|",
+        "| kernel | dtype | head_dim | options | " + " | ".join(map(name_of, archs)) + " |",
+        "|---" * (4 + len(archs)) + "|",
     ]
     table: dict[tuple[Any, ...], dict[int, str]] = {}
     for row in rows:
-        key = (row["kernel"], row["dtype"], row["head_dim"], row["block_m"] or "", "yes" if row["options"] else "")
+        key = (row["kernel"], row["dtype"], row["head_dim"], "yes" if row["options"] else "")
         if "error" in row:
             cell = "**failed**"
         else:
             cell = f"{row['registers']} r, {row['shared_bytes'] / 1024:.0f} KB, {'+'.join(row['tensor_cores']) or '–'}"
             cell += f", **{row['spill_bytes']} B spilled**" if row["spill_bytes"] else ""
-            if row["block_n"]:
-                size = f"N {row['block_n']}" if row["block_m"] else f"{row['tile_m']} × {row['block_n']}"
-                cell += f" ({size}, {row['num_warps']} warps, {row['num_stages']} stages)"
+            cell += f", copies {row['copy_bytes']} B" if row["copy_bytes"] else ""
+            cell += f" ({row['tile']}; {row['num_warps']} warps)" if row["tile"] else ""
         table.setdefault(key, {})[row["arch"]] = cell
     for key, cells in table.items():
         lines.append("| " + " | ".join([*map(str, key), *(cells.get(arch, "") for arch in archs)]) + " |")
     for row in failed:
-        lines.append(f"\n{row['kernel']} {row['dtype']} d{row['head_dim']} sm_{row['arch']}: {row['error']}")
+        lines.append(f"\n{row['kernel']} {row['dtype']} d{row['head_dim']} {name_of(row['arch'])}: {row['error']}")
     return "\n".join(lines) + "\n"
+
+
+def name_of(arch: int | str) -> str:
+    return arch if isinstance(arch, str) else f"sm_{arch}"
+
+
+def arch_of(name: str) -> int | str:
+    return int(name) if name.isdigit() else name
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m anabranch.kernels.report", description=__doc__)
     parser.add_argument("--kernel", action="append", choices=list(variants.BUILDERS), help="only these (default: all)")
-    parser.add_argument("--arch", type=int, action="append", choices=variants.ARCHS, help="only these (default: all)")
+    parser.add_argument(
+        "--arch", type=arch_of, action="append", choices=variants.ARCHS, help="only these (default: all)"
+    )
     parser.add_argument("--dtype", action="append", choices=list(variants.DTYPES), help="only these (default: all)")
     parser.add_argument("--head-dim", type=int, action="append", help="only these (default: all)")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))

@@ -1,9 +1,9 @@
 """Every kernel variant that a launch can ask for, compiled for a GPU that need not be there.
 
 ``compile_variant`` runs Triton's whole pipeline down to the cubin and reads from it what the kernel will cost:
-registers, stack (that is spills: no kernel here has local arrays), shared memory, and which tensor-core instruction
-the dots became. It needs NVIDIA's assembler, which Triton's x86-64 Linux wheels bring, and a process in which Triton
-was imported without TRITON_INTERPRET.
+registers, stack (that is spills: no kernel here has local arrays), shared memory, which tensor-core instruction the
+dots became and how many bytes an asynchronous copy moves. It needs NVIDIA's assembler, which Triton's x86-64 Linux
+wheels bring (AMD's is part of Triton), and a process in which Triton was imported without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import launch
 from .attention import OTHERS, PLAN_ARRAYS, tree_attention_kernel
-from .branch import INDEX_ARRAYS, ROW_ARRAYS, branch_dkdv_kernel, branch_dq_kernel, branch_forward_kernel
-from .configs import attention_config, branch_config, column_split, max_block_m, next_power_of_two
+from .branch import INDEX_ARRAYS, ROW_ARRAYS, branch_forward_kernel
+from .branch_backward import branch_dkdv_kernel, branch_dq_kernel
+from .configs import AMD, attention_config, branch_config, column_split, next_power_of_two
 from .merge import merge_kernel
 from .pages import copy_pages_kernel, write_kv_kernel
 
@@ -41,13 +43,29 @@ __all__ = [
     "why_not",
 ]
 
-ARCHS = (80, 90, 100)
-HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
+# Every variant is in the table for the first three, a sample for the others (``sampled_variants``): consumer GPUs run
+# the code of sm_80 in less shared memory, and AMD's, compiled here, are for nobody to time here.
+COMPLETE = (80, 90, 100)
+ARCHS = (*COMPLETE, 86, 89, 120, "gfx942", "gfx950")
+HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128, 192, 256)  # 40 and 72: no multiples of 16
 BRANCH_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 192, 256)  # 112: two parts of 64, the widest of its class
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-# What the shared memory of one block may be, in bytes (CUDA C++ Programming Guide, technical specifications).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TENSOR_CORES = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
+# What the shared memory of one block may be, in bytes (CUDA C++ Programming Guide, technical specifications; AMD's
+# CDNA3 and CDNA4 ISA references: LDS).
+SHARED_LIMIT = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+    "gfx942": 64 * 1024,
+    "gfx950": 160 * 1024,
+}
+TENSOR_CORES = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mfma": "v_mfma_f32"}
+# What an asynchronous copy and a load of global memory look like in PTX.
+COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*\], (0x[0-9a-f]+|\d+)")
+LOAD = re.compile(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+) ")
 
 
 @dataclass(frozen=True)
@@ -55,15 +73,19 @@ class Variant:
     """One compiled form of one kernel."""
 
     kernel: str  # "attention", "merge", "write_kv", "copy_pages", "branch_forward", "branch_dq" or "branch_dkdv"
-    arch: int
+    arch: int | str  # 90 = sm_90; "gfx942"
     dtype: str
     head_dim: int
-    block_m: int = 0  # attention only
     options: bool = False  # attention, branch_…: softcap, window, sinks, device counts on; merge: sinks and counts on
 
     def __str__(self) -> str:
-        parts = [self.kernel, f"sm{self.arch}", self.dtype, f"d{self.head_dim}"]
-        return "-".join(parts + [f"m{self.block_m}"] * bool(self.block_m) + ["options"] * self.options)
+        arch = self.arch if isinstance(self.arch, str) else f"sm{self.arch}"
+        return "-".join([self.kernel, arch, self.dtype, f"d{self.head_dim}"] + ["options"] * self.options)
+
+    @property
+    def capability(self) -> int:
+        """The architecture as configs.py takes it."""
+        return AMD if isinstance(self.arch, str) else self.arch
 
 
 def missing_tools() -> str | None:
@@ -80,26 +102,28 @@ def why_not() -> str | None:
     return missing_tools()
 
 
-def all_variants(arch: int) -> list[Variant]:
+def all_variants(arch: int | str) -> list[Variant]:
+    """What is in the table for one architecture."""
+    return complete_variants(arch) if arch in COMPLETE else sampled_variants(arch)
+
+
+def complete_variants(arch: int | str) -> list[Variant]:
     """What a launch can ask for on one architecture, at the head dims in use."""
     found = []
-    for dtype, itemsize in DTYPES.items():
+    for dtype in DTYPES:
         # float16 is bfloat16 with another instruction name: two head dims of it are enough to see that.
         for head_dim in (64, 128) if dtype == "fp16" else HEAD_DIMS:
-            block_m = 16
-            while block_m <= max_block_m(head_dim, itemsize, arch):
-                found += [Variant("attention", arch, dtype, head_dim, block_m, options) for options in (False, True)]
-                block_m *= 2
-    for head_dim in (64, 80, 128, 256):
-        found += [Variant("merge", arch, "bf16", head_dim, options=options) for options in (False, True)]
+            found += [Variant("attention", arch, dtype, head_dim, options) for options in (False, True)]
+    for head_dim in (64, 72, 80, 128, 256):
+        found += [Variant("merge", arch, "bf16", head_dim, options) for options in (False, True)]
         found += [Variant("write_kv", arch, "bf16", head_dim), Variant("copy_pages", arch, "bf16", head_dim)]
     return found + branch_variants(arch)
 
 
-def branch_variants(arch: int) -> list[Variant]:
+def branch_variants(arch: int | str) -> list[Variant]:
     """The three kernels of branch attention, every dtype and head dim, with and without the options."""
     return [
-        Variant(f"branch_{kernel}", arch, dtype, head_dim, options=options)
+        Variant(f"branch_{kernel}", arch, dtype, head_dim, options)
         for kernel in BRANCH
         for dtype in DTYPES
         for head_dim in ((64, 128) if dtype == "fp16" else BRANCH_HEAD_DIMS)
@@ -107,32 +131,53 @@ def branch_variants(arch: int) -> list[Variant]:
     ]
 
 
-def representative_variants(arch: int) -> list[Variant]:
-    """A dozen of them, for the tests: each tile, one and two column parts, 16 and 32 bits, each kernel."""
-    return [
-        Variant("attention", arch, "bf16", 128, 16, True),
-        Variant("attention", arch, "fp16", 64, 32),
-        Variant("attention", arch, "bf16", 80, 64, True),
-        Variant("attention", arch, "bf16", 96 if arch < 90 else 128, 128),
-        Variant("attention", arch, "fp32", 96, 16),
-        Variant("merge", arch, "bf16", 128, options=True),
-        Variant("write_kv", arch, "bf16", 128),
-        Variant("copy_pages", arch, "bf16", 80),
-        Variant("branch_forward", arch, "bf16", 128, options=True),
-        Variant("branch_dq", arch, "bf16", 80, options=True),
-        Variant("branch_dkdv", arch, "bf16", 128, options=True),
-        Variant("branch_dkdv", arch, "fp32", 64),
+def sampled_variants(arch: int | str) -> list[Variant]:
+    """Every kernel in bfloat16 with all options on (they take the most), attention at every class of head dims."""
+    attention = [Variant("attention", arch, "bf16", head_dim, True) for head_dim in (64, 72, 96, 128, 192, 256)]
+    attention += [Variant("attention", arch, "fp32", head_dim, True) for head_dim in (64, 128)]
+    others = [Variant("merge", arch, "bf16", 128, True)]
+    others += [Variant(name, arch, "bf16", 128) for name in ("write_kv", "copy_pages")]
+    branch = [Variant(f"branch_{kernel}", arch, "bf16", dim, True) for kernel in BRANCH for dim in (64, 96, 128)]
+    return attention + others + branch
+
+
+def representative_variants(arch: int | str) -> list[Variant]:
+    """A few of them, for the tests: one and two column parts, 16 and 32 bits, padded head dims, each kernel."""
+    found = [
+        Variant("attention", arch, "bf16", 128, True),
+        Variant("attention", arch, "bf16", 72, True),
+        Variant("write_kv", arch, "bf16", 72),
+        Variant("branch_forward", arch, "bf16", 128, True),
     ]
+    if arch in COMPLETE:
+        found += [
+            Variant("attention", arch, "fp16", 64),
+            Variant("attention", arch, "fp32", 96),
+            Variant("merge", arch, "bf16", 128, True),
+            Variant("copy_pages", arch, "bf16", 80),
+            Variant("branch_dq", arch, "bf16", 80, True),
+            Variant("branch_dkdv", arch, "bf16", 128, True),
+            Variant("branch_dkdv", arch, "fp32", 64),
+        ]
+    return found
+
+
+def _alignment(head_dim: int) -> int:
+    """What a launch finds out of a contiguous tensor's strides."""
+    return launch.stride_alignment(torch.empty((4, 4, head_dim), device="meta"))
 
 
 def _attention(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
     d0, d1 = column_split(v.head_dim)
-    config = attention_config(v.head_dim, DTYPES[v.dtype], v.block_m, v.arch)
+    config = attention_config(v.head_dim, DTYPES[v.dtype], v.capability)
     constants = dict(
-        GROUP=4, HEAD_DIM=v.head_dim, D0=d0, D1=d1, PAGE_SIZE=16, BLOCK_M=v.block_m, BLOCK_N=config.block_n,
+        GROUP=4, HEAD_DIM=v.head_dim, D0=d0, D1=d1, PAGE_SIZE=16,
+        Q_ALIGN=_alignment(v.head_dim), KV_ALIGN=_alignment(v.head_dim),
+        WIDE=config.wide, WIDE_N=config.wide_n, WIDE_STAGES=config.wide_stages,
+        NARROW_N=config.narrow_n, NARROW_STAGES=config.narrow_stages,
         HAS_SOFTCAP=v.options, HAS_WINDOW=v.options, HAS_SINKS=v.options, HAS_COUNTS=v.options, UPCAST=False,
     )  # fmt: skip
-    return tree_attention_kernel, constants, dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    return tree_attention_kernel, constants, dict(num_warps=config.num_warps)
 
 
 def _merge(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
@@ -146,13 +191,17 @@ def _merge(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
 def _write_kv(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
     block_d = next_power_of_two(v.head_dim)
     block_h = min(8, max(1, 1024 // block_d))
-    return write_kv_kernel, dict(PAGE_SIZE=16, HEAD_DIM=v.head_dim, BLOCK_D=block_d, BLOCK_H=block_h), dict(num_warps=4)
+    constants = dict(
+        PAGE_SIZE=16, HEAD_DIM=v.head_dim, ALIGN=_alignment(v.head_dim), BLOCK_D=block_d, BLOCK_H=block_h
+    )  # fmt: skip
+    return write_kv_kernel, constants, dict(num_warps=4)
 
 
 def _copy_pages(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
     block_d = next_power_of_two(v.head_dim)
     block_t = min(16, max(1, 2048 // block_d))
-    return copy_pages_kernel, dict(HEAD_DIM=v.head_dim, BLOCK_T=block_t, BLOCK_D=block_d), dict(num_warps=4)
+    constants = dict(HEAD_DIM=v.head_dim, ALIGN=_alignment(v.head_dim), BLOCK_T=block_t, BLOCK_D=block_d)
+    return copy_pages_kernel, constants, dict(num_warps=4)
 
 
 BRANCH = {"forward": branch_forward_kernel, "dq": branch_dq_kernel, "dkdv": branch_dkdv_kernel}
@@ -161,9 +210,9 @@ BRANCH = {"forward": branch_forward_kernel, "dq": branch_dq_kernel, "dkdv": bran
 def _branch(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
     name = v.kernel.removeprefix("branch_")
     d0, d1 = column_split(v.head_dim)
-    config = branch_config(name, v.head_dim, DTYPES[v.dtype], v.arch)
+    config = branch_config(name, v.head_dim, DTYPES[v.dtype], v.capability)
     constants = dict(
-        HEAD_DIM=v.head_dim, D0=d0, D1=d1, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        HEAD_DIM=v.head_dim, D0=d0, D1=d1, ALIGN=_alignment(v.head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         HAS_SOFTCAP=v.options, HAS_WINDOW=v.options, UPCAST=False,
     )  # fmt: skip
     if name == "forward":
@@ -184,7 +233,8 @@ FLOAT_POINTERS = {"lse_ptr", "delta_ptr", "part_acc_ptr", "part_ml_ptr"}
 
 
 def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[dict[str, str], dict[tuple[int], Any]]:
-    """Argument types, and which arguments a launch finds divisible by 16 (data pointers and strides)."""
+    """Argument types, and which arguments a launch finds divisible by 16: data pointers. (Of strides and counts it is
+    not asked: the kernels take none of them specialised.)"""
     signature, aligned = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -206,8 +256,6 @@ def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[dict
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if name.startswith("stride_"):
-                aligned[(i,)] = [["tt.divisibility", 16]]
     return signature, aligned
 
 
@@ -215,25 +263,21 @@ def launched_as(variant: Variant) -> dict[str, int]:
     """The configuration that a launch of this variant takes from the table: nothing is compiled.
 
     Returns:
-        ``tile_m`` rows and ``block_n`` columns of a block (0: a kernel without), ``num_warps``, ``num_stages`` and
+        ``tile`` (rows × columns × stages of each tile, as text; empty: a kernel without), ``num_warps`` and
         ``max_registers`` (0: the assembler's choice).
     """
     _, constants, options = BUILDERS[variant.kernel](variant)
-    return {
-        **_chosen(constants, options),
-        "num_warps": options["num_warps"],
-        "num_stages": options.get("num_stages", 0),
-    }
+    return _chosen(constants, options)
 
 
 def compile_variant(variant: Variant) -> dict[str, Any]:
     """Compiles one variant to a cubin and returns what it takes.
 
     Returns:
-        the variant's fields and: ``registers`` a thread, ``spill_bytes`` a thread, ``shared_bytes`` a block,
-        ``num_warps``, ``num_stages``, ``max_registers`` (0: the assembler's choice),
-        ``tile_m`` and ``block_n`` (attention and branch kernels; else 0),
-        ``tensor_cores`` (instruction kinds in the PTX, sorted) and ``cubin_bytes``.
+        the variant's fields, those of ``launched_as`` and: ``registers`` a thread, ``spill_bytes`` a thread,
+        ``shared_bytes`` a block, ``tensor_cores`` (instruction kinds, sorted), ``copy_bytes`` (the least that an
+        asynchronous copy moves; 0: there is none), ``load_bytes`` (the most that a load of global memory does; both
+        are 0 for AMD) and ``code_bytes``.
 
     Raises:
         RuntimeError: nothing can be compiled here (``why_not`` tells why).
@@ -243,32 +287,48 @@ def compile_variant(variant: Variant) -> dict[str, Any]:
         raise RuntimeError(reason)
     kernel, constants, options = BUILDERS[variant.kernel](variant)
     signature, aligned = _signature(kernel, constants, variant.dtype)
+    amd = isinstance(variant.arch, str)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Triton 3.9 announces a default of 3.10
         compiled = triton.compile(
             ASTSource(kernel, signature, constants, aligned),
-            target=GPUTarget("cuda", variant.arch, 32),
+            target=GPUTarget("hip", variant.arch, 64) if amd else GPUTarget("cuda", variant.arch, 32),
             options=options,
         )
-    ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+    text, code = (compiled.asm[name] for name in (("amdgcn", "hsaco") if amd else ("ptx", "cubin")))
+    copies = [int(size, 0) for size in COPY.findall(text)]
+    loads = [int(count or 1) * int(bits) // 8 for count, bits in LOAD.findall(text)]
     return {
         **asdict(variant),
-        **_resources(cubin),
+        **(_amd_resources(text) if amd else _resources(code)),
         "shared_bytes": compiled.metadata.shared,
-        "num_warps": compiled.metadata.num_warps,
-        "num_stages": compiled.metadata.num_stages,
         **_chosen(constants, options),
-        "tensor_cores": sorted(name for name, instruction in TENSOR_CORES.items() if instruction in ptx),
-        "cubin_bytes": len(cubin),
+        "tensor_cores": sorted(name for name, instruction in TENSOR_CORES.items() if instruction in text),
+        "copy_bytes": min(copies, default=0),
+        "load_bytes": max(loads, default=0),
+        "code_bytes": len(code),
     }
 
 
-def _chosen(constants: dict[str, Any], options: dict[str, int]) -> dict[str, int]:
-    return {
-        "max_registers": options.get("maxnreg", 0),
-        "tile_m": constants.get("BLOCK_M", 0),
-        "block_n": constants.get("BLOCK_N", 0),
-    }
+def _chosen(constants: dict[str, Any], options: dict[str, int]) -> dict[str, Any]:
+    tile = ""
+    if "WIDE" in constants:
+        tile = "16 × {NARROW_N} × {NARROW_STAGES}, {WIDE} × {WIDE_N} × {WIDE_STAGES}".format(**constants)
+    elif "BLOCK_M" in constants:
+        tile = "{BLOCK_M} × {BLOCK_N} × {num_stages}".format(**constants, **options)
+    return {"tile": tile, "num_warps": options["num_warps"], "max_registers": options.get("maxnreg", 0)}
+
+
+def _amd_resources(text: str) -> dict[str, int]:
+    """From the assembly's own account; vector registers, and spills to memory."""
+
+    def value(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", text)
+        if found is None:
+            raise RuntimeError(f"the assembly says nothing of {name}")
+        return int(found.group(1))
+
+    return {"registers": value("vgpr_count"), "spill_bytes": value("private_segment_fixed_size")}
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

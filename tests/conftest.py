@@ -12,7 +12,9 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest.register_assert_rewrite("branch_kit", "engine_kit", "hf_kit", "kernel_bodies", "plan_kit", "triton_cases")
+pytest.register_assert_rewrite(
+    "branch_kit", "engine_kit", "hf_kit", "kernel_bodies", "kernel_extremes", "plan_kit", "triton_cases"
+)
 
 settings.register_profile(
     "anabranch",

@@ -68,6 +68,32 @@ ANABRANCH_DEVICE float tanh_of(float x) {
   return x < 0 ? -y : y;
 }
 
+// Exponents of all ones, twice (of two 16-bit elements).
+ANABRANCH_DEVICE constexpr u32 exponents(bf16) { return 0x7f807f80u; }
+ANABRANCH_DEVICE constexpr u32 exponents(f16) { return 0x7c007c00u; }
+
+// Puts 0 in the place of infinities and NaN; not 0 where there were some.
+template <class T>
+ANABRANCH_DEVICE u32 without_infinities(T, u32& pair) {
+  constexpr u32 all = exponents(T{});
+  const u32 top = ((pair & all) + (all & (~all << 1))) & 0x80008000u;  // the lowest bit of the exponents carries up
+  pair &= ~((top >> 15) * 0xffffu);
+  return top;
+}
+ANABRANCH_DEVICE u32 without_infinities(float& x) {
+  const bool odd = (ptx::bits(x) & 0x7f800000u) == 0x7f800000u;
+  if (odd) x = 0;
+  return odd;
+}
+// 0 for what is finite.
+ANABRANCH_DEVICE float infinity_of(float x) { return (ptx::bits(x) & 0x7f800000u) == 0x7f800000u ? x : 0; }
+template <class T>
+ANABRANCH_DEVICE float infinity_of(T, u32 half) {
+  constexpr u32 all = exponents(T{}) & 0xffffu;
+  if ((half & all) != all) return 0;
+  return ptx::number((half & 0x8000u) << 16 | 0x7f800000u | ((half & 0x7fffu) != all ? 0x400000u : 0u));
+}
+
 // The tokens of one pass on their way into the ring.
 template <class T, int D>
 struct Stream {
@@ -159,6 +185,7 @@ struct Tile {
   float acc[D / 8][4];       // [8 columns][row g: 2, row g + 8: 2]
   u32 q[S::kKeepQ ? D / 16 : 1][4];
   u32 p[S::kSteps][4];       // probabilities: 16 tokens as the A operand of mma, or 8 as float32 bits
+  u32 seen;                  // of the block at hand, bit 4 i + c: the row of s[i][c] sees that token, or it is not there
   int warp_m, warp_n, steps;
 
   ANABRANCH_DEVICE void clear() {
@@ -269,7 +296,11 @@ struct Tile {
     }
   }
 
+  // A token that a row does not see has probability 0, and 0 · NaN is NaN: guarded, infinities and NaN are left out of
+  // the product and given to the rows that see them.
+  template <bool GUARDED>
   ANABRANCH_DEVICE void add_values(const char* values) {
+    u32 odd = 0;
     const int lane = ptx::thread() & 31, first_key = warp_n * steps * S::kKeys;
     if constexpr (S::kHalf) {
       const char* value = values + (first_key + down(lane)) * S::kPitch + down_right(lane);
@@ -280,6 +311,10 @@ struct Tile {
         for (int i = 0; i < D / 16; ++i) {
           u32 b[4];
           ptx::ldmatrix_x4_trans(b, value + step * 16 * S::kPitch + i * 32);
+          if constexpr (GUARDED) {
+            ANABRANCH_UNROLL
+            for (int k = 0; k < 4; ++k) odd |= without_infinities(T{}, b[k]);
+          }
           ptx::mma(T{}, acc[2 * i], p[step], b[0], b[1]);
           ptx::mma(T{}, acc[2 * i + 1], p[step], b[2], b[3]);
         }
@@ -296,13 +331,41 @@ struct Tile {
           const float p1 = ptx::shuffle(ptx::number(key & 1 ? p[step][3] : p[step][2]), holder);
           ANABRANCH_UNROLL
           for (int i = 0; i < D / 8; ++i) {
-            const Float2 v = ptx::load(reinterpret_cast<const Float2*>(value + (step * 8 + key) * S::kPitch + i * 32));
+            Float2 v = ptx::load(reinterpret_cast<const Float2*>(value + (step * 8 + key) * S::kPitch + i * 32));
+            if constexpr (GUARDED) odd |= without_infinities(v.x) | without_infinities(v.y);
             acc[i][0] += p0 * v.x;
             acc[i][1] += p0 * v.y;
             acc[i][2] += p1 * v.x;
             acc[i][3] += p1 * v.y;
           }
         }
+      }
+    }
+    if constexpr (GUARDED)
+      if (ptx::any(odd != 0)) add_infinities(values);
+  }
+
+  ANABRANCH_DEVICE void add_infinities(const char* values) {
+    const int lane = ptx::thread() & 31;
+    const char* value = values + warp_n * steps * S::kKeys * S::kPitch + (lane & 3) * 2 * sizeof(T);
+    ANABRANCH_NO_UNROLL
+    for (int key = 0; key < steps * S::kKeys; ++key, value += S::kPitch) {
+      const u32 sees = ptx::shuffle(seen, (lane & ~3) | (key >> 1 & 3)) >> (key / 8 * 4 + (key & 1));
+      ANABRANCH_UNROLL
+      for (int i = 0; i < D / 8; ++i) {
+        float x[2];
+        if constexpr (S::kHalf) {
+          const u32 pair = ptx::load(reinterpret_cast<const u32*>(value + i * 16));
+          x[0] = infinity_of(T{}, pair & 0xffff);
+          x[1] = infinity_of(T{}, pair >> 16);
+        } else {
+          const Float2 v = ptx::load(reinterpret_cast<const Float2*>(value + i * 32));
+          x[0] = infinity_of(v.x);
+          x[1] = infinity_of(v.y);
+        }
+        ANABRANCH_UNROLL
+        for (int c = 0; c < 4; ++c)
+          if (sees >> (c & 2) & 1) acc[i][c] += x[c & 1];
       }
     }
   }
@@ -489,6 +552,7 @@ ANABRANCH_DEVICE void attend(const Attention& a, const Int4& kv, const Int4& see
     ANABRANCH_NO_UNROLL
     for (int block = 0; block < tiles / 2; ++block) {
       const char* keys = stream.next(tiles, ahead);
+      bool hidden = false;  // some row of this warp does not see some token
       if (working) {
         float s[S::kSteps * S::kKeys / 8][4];
         tile.multiply_keys(s, keys, queries);
@@ -504,6 +568,7 @@ ANABRANCH_DEVICE void attend(const Attention& a, const Int4& kv, const Int4& see
         }
         const int block_begin = (first_block + block) * S::kBlock;
         if (a.windowed || block_begin + S::kBlock > least) {
+          tile.seen = ~0u;
           const int key = tile.warp_n * tile.steps * S::kKeys + 2 * (lane & 3);
           ANABRANCH_UNROLL
           for (int i = 0; i < S::kSteps * S::kKeys / 8; ++i) {
@@ -518,13 +583,20 @@ ANABRANCH_DEVICE void attend(const Attention& a, const Int4& kv, const Int4& see
               if (a.windowed)
                 visible = visible && n + (c & 1) >= first && position[c >> 1] - (c & 1 ? at.y : at.x) < a.window;
               if (!visible) s[i][c] = minus_infinity();
+              if (!visible && n + (c & 1) < end) tile.seen &= ~(1u << (4 * i + c));
             }
           }
+          hidden = ptx::any(tile.seen != ~0u);
         }
         tile.soften(s);
       }
       const char* values = stream.next(tiles, ahead);
-      if (working) tile.add_values(values);
+      if (working) {
+        if (hidden)
+          tile.template add_values<true>(values);
+        else
+          tile.template add_values<false>(values);
+      }
     }
   }
 

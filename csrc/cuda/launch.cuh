@@ -2,7 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -22,11 +23,9 @@ void with_head_dim(int head_dim, const F& f) {
   if (head_dim <= 80) return f(integral_constant<int, 80>{});
   if (head_dim <= 96) return f(integral_constant<int, 96>{});
   if (head_dim <= 128) return f(integral_constant<int, 128>{});
-#endif
   if (head_dim <= 192) return f(integral_constant<int, 192>{});
-#ifndef ANABRANCH_FEW_HEAD_DIMS
-  if (head_dim <= 256) return f(integral_constant<int, 256>{});
 #endif
+  if (head_dim <= 256) return f(integral_constant<int, 256>{});
   throw std::invalid_argument("head_dim: at most 256, got " + std::to_string(head_dim));
 }
 
@@ -46,11 +45,12 @@ int ring_for(const Device& device) {
 }
 
 #ifdef ANABRANCH_EMULATOR
-template <class T, int D>
-int blocks_per_multiprocessor(int shared, const Device& device) {
-  return std::max(1, device.shared_multiprocessor / (shared + kReserved));
-}
 inline void check_launch() {}
+inline int current_device() { return 0; }
+inline void allow_shared(const void* function, int bytes) { emulator::allow_shared(function, bytes); }
+inline int resident_blocks(const void*, int shared, const Device& device) {
+  return device.shared_multiprocessor / (shared + kReserved);
+}
 #else
 inline void check_cuda(cudaError_t error) {
   if (error == cudaSuccess) return;
@@ -61,33 +61,43 @@ inline void check_cuda(cudaError_t error) {
   throw std::runtime_error(text);
 }
 inline void check_launch() { check_cuda(cudaGetLastError()); }
-
-// Asked once a kernel, device and size: the answers cost more than a launch. (What is known belongs to a kernel: hence
-// its template arguments, where a pointer would do.)
-template <class T, int D>
-int blocks_per_multiprocessor(int shared, const Device&) {
-  const auto function = &attention_kernel<T, D>;
-  static std::atomic<int> known[16][kMaxRing + 1];
-  static std::atomic<int> sizes[16][kMaxRing + 1];
+inline int current_device() {
   int index = 0;
   check_cuda(cudaGetDevice(&index));
-  for (int i = 0; index < 16 && i <= kMaxRing; ++i)
-    if (known[index][i].load(std::memory_order_acquire) != 0 && sizes[index][i].load() == shared)
-      return known[index][i].load();
-  if (shared > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  return index;
+}
+inline void allow_shared(const void* function, int bytes) {
+  check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+inline int resident_blocks(const void* function, int shared, const Device&) {
   int blocks = 0;
   check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, kThreads, shared));
-  blocks = std::max(blocks, 1);
-  for (int i = 0; index < 16 && i <= kMaxRing; ++i) {
-    if (known[index][i].load() != 0) continue;
-    sizes[index][i].store(shared);
-    known[index][i].store(blocks, std::memory_order_release);
-    break;
-  }
   return blocks;
 }
 #endif
+
+// Blocks of a kernel on a multiprocessor at once, with that much shared memory, which it is allowed from now on. Asked
+// once a kernel, device and size: the answers cost more than a launch. What a kernel is allowed is one number a device,
+// the last one set: it is only ever raised, or a small ring between two large ones would forbid the second.
+template <class T, int D>
+int blocks_per_multiprocessor(int shared, const Device& device) {
+  struct Known {
+    int allowed = 48 * 1024;  // without asking
+    std::map<int, int> blocks;
+  };
+  static std::mutex mutex;
+  static std::map<int, Known> devices;
+  const auto function = reinterpret_cast<const void*>(&attention_kernel<T, D>);
+  const std::lock_guard<std::mutex> lock(mutex);
+  Known& known = devices[current_device()];
+  if (shared > known.allowed) {
+    allow_shared(function, shared);
+    known.allowed = shared;
+  }
+  const auto found = known.blocks.find(shared);
+  if (found != known.blocks.end()) return found->second;
+  return known.blocks[shared] = std::max(1, resident_blocks(function, shared, device));
+}
 
 inline int grid_for(int64_t wanted, int most) { return static_cast<int>(std::clamp<int64_t>(wanted, 1, most)); }
 

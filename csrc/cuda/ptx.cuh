@@ -93,6 +93,7 @@ ANABRANCH_DEVICE float shuffle_xor(float v, int mask) {
 }
 ANABRANCH_DEVICE int shuffle_xor(int v, int mask) { return emulator::shuffle(v, (emulator::thread() ^ mask) & 31); }
 ANABRANCH_DEVICE float shuffle(float v, int lane) { return emulator::shuffle(v, lane & 31); }
+ANABRANCH_DEVICE u32 shuffle(u32 v, int lane) { return static_cast<u32>(emulator::shuffle(static_cast<int>(v), lane & 31)); }
 ANABRANCH_DEVICE bool any(bool v) { return emulator::any(v); }
 
 ANABRANCH_DEVICE void ldmatrix_x4(u32 (&d)[4], const void* row) { emulator::ldmatrix_x4(d, row, false); }
@@ -152,6 +153,7 @@ ANABRANCH_DEVICE void sync_block(Site) { __syncthreads(); }
 ANABRANCH_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 ANABRANCH_DEVICE int shuffle_xor(int v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 ANABRANCH_DEVICE float shuffle(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+ANABRANCH_DEVICE u32 shuffle(u32 v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 ANABRANCH_DEVICE bool any(bool v) { return __any_sync(0xffffffffu, v) != 0; }
 
 ANABRANCH_DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
@@ -242,7 +244,8 @@ ANABRANCH_DEVICE void copy_wait(int pending, Site site) {
 // The only way a kernel is started. `function` is a pointer to it, `params` its one argument.
 #ifdef ANABRANCH_EMULATOR
 #define ANABRANCH_LAUNCH(function, grid, threads, shared, stream, params) \
-  (static_cast<void>(stream), emulator::launch(grid, threads, shared, [&] { (function)(params); }))
+  (static_cast<void>(stream), emulator::launch(reinterpret_cast<const void*>(function), grid, threads, shared, \
+                                               [&] { (function)(params); }))
 #else
 #define ANABRANCH_LAUNCH(function, grid, threads, shared, stream, params) \
   (function)<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(params)

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <memory>
 
 #include "fiber.hpp"
@@ -99,6 +100,7 @@ struct Allocation {
 struct Device {
   Config config;
   Statistics statistics;
+  std::map<const void*, int> allowed;  // bytes of shared memory, a kernel
   std::vector<Allocation> allocations;
   size_t last_hit = 0;
 
@@ -373,8 +375,15 @@ void forget_memory() {
   device.last_hit = 0;
 }
 
-void launch(int grid, int threads, size_t shared_bytes, const std::function<void()>& body) {
+void allow_shared(const void* function, int bytes) { device.allowed[function] = bytes; }
+
+void launch(const void* function, int grid, int threads, size_t shared_bytes, const std::function<void()>& body) {
   Device& d = device;
+  const auto known = d.allowed.find(function);
+  const int allowed = known == d.allowed.end() ? 48 * 1024 : known->second;
+  if (shared_bytes > size_t(allowed))
+    throw Trap("launch: " + std::to_string(shared_bytes) + " bytes of shared memory, where the kernel is allowed " +
+               std::to_string(allowed));
   if (grid < 1 || threads < 1 || threads > kMaxThreads)
     throw Trap("launch: a grid of " + std::to_string(grid) + " blocks of " + std::to_string(threads) + " threads");
   if (!d.stacks) d.stacks.reset(new char[kMaxThreads * kStack + 64]);

@@ -47,8 +47,12 @@ void reset_statistics();
 void register_memory(const void* begin, size_t bytes, bool writable, const std::string& name);
 void forget_memory();
 
-// Runs `body` once for each thread. Throws Trap, after which the device is ready for the next launch.
-void launch(int grid, int threads, size_t shared_bytes, const std::function<void()>& body);
+// cudaFuncSetAttribute: how much shared memory the launches of `function` may ask for from now on; 48 KB before.
+void allow_shared(const void* function, int bytes);
+
+// Runs `body`, which is a call of `function`, once for each thread. Throws Trap, after which the device is ready for the
+// next launch.
+void launch(const void* function, int grid, int threads, size_t shared_bytes, const std::function<void()>& body);
 
 // What a kernel calls through csrc/cuda/ptx.cuh.
 int thread();

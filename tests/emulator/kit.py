@@ -44,9 +44,16 @@ def memory(device: ModuleType, **tensors: torch.Tensor | None) -> Iterator[None]
 
 
 def attention(
-    device: ModuleType, case: Case, *, ring: int = 0, grid: int = 0, lse: bool = True, **options: Any
+    device: ModuleType,
+    case: Case,
+    *,
+    ring: int = 0,
+    grid: int = 0,
+    lse: bool = True,
+    partials: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse of a case; both, and the partials, begin as NaN."""
+    """out and lse of a case; both, and the partials (where memory for them is not given), begin as NaN."""
     o = NO_OPTIONS | options
     a: SimpleNamespace = case.arrays
     rows, num_q_heads, head_dim = case.q.shape
@@ -54,8 +61,10 @@ def attention(
     nan = float("nan")
     out = torch.full((rows, num_q_heads, head_dim), nan, dtype=case.q.dtype)
     found = torch.full((rows, num_q_heads), nan)
-    part_acc = torch.full((a.num_partials, num_q_heads, head_dim), nan)
-    part_ml = torch.full((a.num_partials, num_q_heads, 2), nan)
+    part_acc, part_ml = partials or (
+        torch.full((a.num_partials, num_q_heads, head_dim), nan),
+        torch.full((a.num_partials, num_q_heads, 2), nan),
+    )
     sinks = None if o["sinks"] is None else o["sinks"].float().contiguous()
     counts = getattr(a, "counts", None)
     names = ("items", "kv_slots", "kv_positions", "rows", "limits", "dest", "row_positions", "merge_rows", "merge_ptr")

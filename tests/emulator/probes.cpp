@@ -136,5 +136,5 @@ const std::map<std::string, void (*)(Probe)> kProbes = {
 void run_probe(const std::string& name, uintptr_t data, int n, int grid) {
   const Probe p{reinterpret_cast<float*>(data), n};
   const auto function = kProbes.at(name);
-  emulator::launch(grid, 128, 2048, [&] { function(p); });
+  emulator::launch(reinterpret_cast<const void*>(function), grid, 128, 2048, [&] { function(p); });
 }

@@ -69,12 +69,12 @@ def profile(
     num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device,
     chunk: int | None = None,
 ) -> Profile:  # fmt: skip
-    """How plans for these kernels are to be cut: the widest tile of this device; chunk (where none is given) and split
+    """How plans for these kernels are to be cut: the wide tile of this device; chunk (where none is given) and split
     by the model of the machine. Shorter chunks cost more partials than they balance, longer ones leave a tail."""
     from anabranch.kernels import configs, launch
 
     traits = launch.device_traits(device)
-    tile = configs.max_block_m(head_dim, dtype.itemsize, traits.arch)
+    tile = configs.attention_config(head_dim, dtype.itemsize, traits.arch).wide
     cut = machine.cut_for(
         device, traits.multiprocessors, num_q_heads, num_kv_heads, head_dim, dtype.itemsize, tile, chunk
     )
@@ -84,7 +84,6 @@ def profile(
         parallelism=cut.parallelism,
         num_kv_heads=num_kv_heads,
         elem_size=dtype.itemsize,
-        narrow=launch.NARROW,
     )
 
 
@@ -173,11 +172,7 @@ def branch_forward(
     window: int | None,
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [T, Hq, D] in q's dtype, lse [T, Hq] float32, natural logarithm, sinks included.
-
-    Infinities and NaN in K and V reach every row that shares a tile with one that sees them (the cpu and reference
-    backends keep them apart).
-    """
+    """out [T, Hq, D] in q's dtype, lse [T, Hq] float32, natural logarithm, sinks included."""
     from anabranch.kernels import branch_launch
 
     return branch_launch.branch_forward(

@@ -269,8 +269,8 @@ class Request:
         headers = [list(k._ops[0].token_ids) if k._ops and k._header_length else None for k in op.kids]
         thread._log.append(Action("fork", children=[kid.id for kid in op.kids], headers=headers))
         for kid, branch in zip(op.kids, branches, strict=True):
-            kid._prefix, kid._position, kid._depth = context, thread._position, thread._depth
-            kid._path_sampled = thread._path_sampled
+            kid._prefix, kid._depth, kid._path_sampled = context, thread._depth, thread._path_sampled
+            kid._start = kid._position = thread._position
             kid._live.branch, kid._live.scores, kid._live.scores_at = branch, live.scores, live.scores_at
             kid._live.born = True
             if not kid.alive:  # killed before it came to be

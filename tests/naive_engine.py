@@ -374,6 +374,7 @@ class Run:
         self.seen = max(self.seen, thread.length)
         op.token_ids.append(token)
         whole = "" if self.pieces is None else "".join(self.pieces[i] for i in op.token_ids)
+        self.now = thread._at  # of what an until() may ask for
         found = next((s for s in op.stops if isinstance(s, str) and s in whole), None)
         if token in [s for s in op.stops if isinstance(s, int)]:
             self.end(op, "stop", token)
@@ -415,7 +416,7 @@ class Run:
 
     def do_join(self, thread, op):
         pairs = [(kid, header) for kid, header in zip(op.kids, op.headers, strict=True) if kid.alive]
-        thread._at = self.event(thread._at, *(kid._at for kid, _ in pairs))
+        thread._at = self.event(thread._at, *(kid._at for kid in op.kids))
         thread._sampled = max([thread._sampled, *(kid._sampled for kid, _ in pairs)])
         if op.keep is not None:
             self.cut(thread, op.keep)

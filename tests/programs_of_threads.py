@@ -119,21 +119,50 @@ class _Worker:
             kids = thread.fork(len(headers) if rng.random() < 0.2 else headers)
         tasks = []
         for kid in kids:
-            if depth < 2 and rng.random() < 0.5:
+            if rng.random() < 0.05:
+                self.queued(kid, rng)
+                kid.kill()  # before it has begun
+            elif depth < 2 and rng.random() < 0.5:
                 inner = random.Random(rng.random())
                 tasks.append(thread.start(_Worker(inner, self.vocabulary, self.races).work(kid, inner, depth + 1)))
             else:
                 self.queued(kid, rng)
         for _ in range(rng.randint(0, 2)):
             yield from self.go_on(thread, rng, depth)
-        if self.races and rng.random() < 0.5:
-            yield first(*kids, *tasks)
-        if rng.random() < 0.15 and (self.races or not tasks):
-            gone = kids.pop(rng.randrange(len(kids)))
-            if not self.races:
-                yield gone
+        if rng.random() < 0.15 and not tasks:
+            gone = yield kids.pop(rng.randrange(len(kids)))
             gone.kill()
         yield from self.take_back(thread, kids, tasks, rng)
+
+    def mortals(self, thread, rng):
+        """Children that end themselves in mid-decode while a join waits for them, or just before."""
+        kids = thread.fork(rng.randint(1, 4))
+        for kid in kids:
+            self.queued(kid, rng)
+            if rng.random() < 0.5:
+                wanted = rng.randint(1, 4)
+                until = lambda op, wanted=wanted: len(op.token_ids) == wanted and op.thread.kill()  # noqa: E731
+                self.asked.append(kid.decode(3, until=until))
+                self.queued(kid, rng)
+        if rng.random() < 0.5:
+            yield kids
+            kids = [kid for kid in kids if kid.alive] or thread.fork(1)
+        mode = rng.choice(["concat", "reprefill", "summary"])
+        thread.join(kids, mode, **({"text": self.ids(rng)} if mode == "summary" else {}))
+        thread.insert(self.ids(rng, 1))
+
+    def race(self, thread, rng):
+        """Fork, and when one is done kill another, whatever that has written by then."""
+        kids = thread.fork(rng.randint(2, 4))
+        yield [kid.insert(self.ids(rng)) for kid in kids]
+        for kid in kids:
+            self.asked.append(self.decode(kid, rng))
+        yield first(*kids)
+        kids.pop(rng.randrange(len(kids))).kill()
+        if rng.random() < 0.5:
+            yield first(*kids)
+        thread.join(kids, rng.choice(["concat", "reprefill", "discard"]))
+        thread.insert(self.ids(rng, 1))
 
     def go_on(self, thread, rng, depth):
         what = rng.choice(["one", "one", "cut", "children", "wait"])
@@ -152,7 +181,9 @@ class _Worker:
         yield tasks  # (what their threads have queued may still be under way)
         if rng.random() < 0.3:  # who is not taken back has done its work when the parent goes
             yield kids
+            kids = [kid for kid in kids if kid.alive]
             kids = rng.sample(kids, rng.randint(0, len(kids)))
+        kids = [kid for kid in kids if kid.alive]
         if not kids:
             return
         mode = rng.choice(["concat", "concat", "reprefill", "reprefill", "summary", "discard"])
@@ -181,5 +212,9 @@ class _Worker:
                 yield thread
             if rng.random() < 0.2:
                 yield from self.cut(thread, rng)
+            if self.races and rng.random() < 0.5:
+                yield from self.race(thread, rng)
+            if rng.random() < 0.1:
+                yield from self.mortals(thread, rng)
             if depth < 2 and rng.random() < 0.7:
                 yield from self.children(thread, rng, depth)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..strategies.ops import Join
-from ..strategies.protocol import Segment, Thread
+from ..strategies.protocol import Action, Segment, Thread
 from . import events
 from .live import append, cut
 
@@ -33,6 +33,13 @@ def adoptable(op: Join) -> bool:
 def join(request: Request, op: Join) -> None:
     """Carry out a join (not "discard", which needs no waiting); all that `Request.needs` named is in the cache."""
     thread, kids, mode = op.thread, op.kids, op.mode
+    if kids:
+        thread._log.append(Action("join", op.token_ids, [k.id for k in kids], mode, op.keep, list(op.headers)))
+    else:  # all were killed while it waited for them
+        if op.keep is not None:
+            thread._log.append(Action("truncate", length=op.keep))
+        if op.token_ids:
+            thread._log.append(Action("insert", op.token_ids))
     for kid in kids:
         thread._depth = max(thread._depth, kid._depth)
         thread._path_sampled = max(thread._path_sampled, kid._path_sampled)
@@ -43,13 +50,15 @@ def join(request: Request, op: Join) -> None:
             _end_children(request, kid)
             request.retire(kid, "joined")
         request.insert(thread, op.token_ids, "inserted")
+    elif not kids:
+        return
     elif adoptable(op):
         _adopt(request, thread, kids[0])
     elif mode == "concat":
         _splice(request, thread, kids)
     else:
         _reprefill(request, thread, op)
-    if request.emit:
+    if request.emit and kids:
         request.emit(events.Join(request.index, thread.id, tuple(k.id for k in kids), mode, thread.length))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from anabranch.strategies import Strategy
+from anabranch.strategies import Strategy, first
 
 
 @dataclass(frozen=True)
@@ -42,3 +42,179 @@ class Anything(Strategy):
     def run(self, trunk):
         yield from self.work(trunk, random.Random(self.program), 0)
         yield trunk.decode(3)
+
+
+@dataclass(frozen=True)
+class Everything(Strategy):
+    """A random program of all that a thread can be asked, in odd orders: much of it is queued, and waited for later.
+
+    Whatever order the threads run in, the tokens are the same, unless `races`: then who is done first, and who is
+    killed in mid-decode, depends on that order (which `Sequential` settles).
+    """
+
+    program: int
+    vocabulary: int = 97
+    races: bool = False
+
+    def run(self, trunk):
+        rng = random.Random(f"{self.program}/{trunk.context[0]}")
+        worker = _Worker(rng, self.vocabulary, self.races)
+        yield from worker.work(trunk, rng, 0)
+        yield trunk
+        if rng.random() < 0.8:
+            trunk.insert(worker.ids(rng, 1))
+            worker.asked.append(trunk.decode(3))
+            yield trunk
+        return [op.value for op in worker.asked]
+
+
+class _Worker:
+    def __init__(self, rng, vocabulary, races):
+        self.vocabulary, self.races = vocabulary, races
+        self.asked = []  # the decodes of the strategy's own generator, in order
+
+    def ids(self, rng, least=0, most=3):
+        return [rng.randrange(self.vocabulary) for _ in range(rng.randint(least, most))]
+
+    def decode(self, thread, rng):
+        stop = rng.choice([(), (), (), rng.randrange(self.vocabulary), ["ab", "é"], ["e", 5, 17], ["a", "b", "c d"]])
+        sampling = {"do_sample": True, "temperature": rng.choice([0.7, 1.0, 1.5])} if rng.random() < 0.5 else {}
+        wanted = rng.randint(1, 5)
+        until = rng.choice([None, None, lambda op: len(op.token_ids) == wanted, lambda op: "a" in op.text])
+        return thread.decode(rng.choice([1, 2, 3, 5, 7]), stop=stop, sampling=sampling, until=until)
+
+    def queued(self, thread, rng):
+        """A few things for a thread to do, none of them waited for; it can go on from its end afterwards."""
+        for _ in range(rng.randint(0, 3)):
+            self.one(thread, rng)
+
+    def one(self, thread, rng):
+        what = rng.choice(["decode", "decode", "insert", "score", "malformed"])
+        if what == "malformed":
+            if rng.random() < 0.2:
+                thread.malformed("at random")
+        elif what == "decode":
+            self.asked.append(self.decode(thread, rng))
+        else:
+            getattr(thread, what)(self.ids(rng))
+
+    def cut(self, thread, rng):
+        """Forget some, wherever that is: its last tokens, what children share, joined siblings; then go on."""
+        yield thread.insert([])  # (a fork whose parent has yet to get to it has no length)
+        if rng.random() < 0.1:
+            yield thread.rstrip()
+        own = len(thread.token_ids)
+        gone = own if rng.random() < 0.1 else rng.randint(0, min(own, rng.choice([2, 2, 9])))
+        thread.truncate(thread.length - gone)
+        thread.insert(self.ids(rng, 1) if rng.random() < 0.5 else [rng.randrange(self.vocabulary)] * max(1, gone))
+
+    def children(self, thread, rng, depth):
+        """Fork or spawn, give them work, go on beside them, and take some of them back."""
+        if rng.random() < 0.2:
+            shared = [rng.randrange(self.vocabulary) for _ in range(rng.randint(1, 20))]
+            yield thread.insert([])
+            kids = [thread.spawn([*shared[: rng.randint(1, 20)], *self.ids(rng)]) for _ in range(rng.randint(1, 3))]
+        else:
+            headers = [rng.choice([None, [], self.ids(rng, 1)]) for _ in range(rng.randint(1, 4))]
+            kids = thread.fork(len(headers) if rng.random() < 0.2 else headers)
+        tasks = []
+        for kid in kids:
+            if rng.random() < 0.05:
+                self.queued(kid, rng)
+                kid.kill()  # before it has begun
+            elif depth < 2 and rng.random() < 0.5:
+                inner = random.Random(rng.random())
+                tasks.append(thread.start(_Worker(inner, self.vocabulary, self.races).work(kid, inner, depth + 1)))
+            else:
+                self.queued(kid, rng)
+        for _ in range(rng.randint(0, 2)):
+            yield from self.go_on(thread, rng, depth)
+        if rng.random() < 0.15 and not tasks:
+            gone = yield kids.pop(rng.randrange(len(kids)))
+            gone.kill()
+        yield from self.take_back(thread, kids, tasks, rng)
+
+    def mortals(self, thread, rng):
+        """Children that end themselves in mid-decode while a join waits for them, or just before."""
+        kids = thread.fork(rng.randint(1, 4))
+        for kid in kids:
+            self.queued(kid, rng)
+            if rng.random() < 0.5:
+                wanted = rng.randint(1, 4)
+                until = lambda op, wanted=wanted: len(op.token_ids) == wanted and op.thread.kill()  # noqa: E731
+                self.asked.append(kid.decode(3, until=until))
+                self.queued(kid, rng)
+        if rng.random() < 0.5:
+            yield kids
+            kids = [kid for kid in kids if kid.alive] or thread.fork(1)
+        mode = rng.choice(["concat", "reprefill", "summary"])
+        thread.join(kids, mode, **({"text": self.ids(rng)} if mode == "summary" else {}))
+        thread.insert(self.ids(rng, 1))
+
+    def race(self, thread, rng):
+        """Fork, and when one is done kill another, whatever that has written by then."""
+        kids = thread.fork(rng.randint(2, 4))
+        yield [kid.insert(self.ids(rng)) for kid in kids]
+        for kid in kids:
+            self.asked.append(self.decode(kid, rng))
+        yield first(*kids)
+        kids.pop(rng.randrange(len(kids))).kill()
+        if rng.random() < 0.5:
+            yield first(*kids)
+        thread.join(kids, rng.choice(["concat", "reprefill", "discard"]))
+        thread.insert(self.ids(rng, 1))
+
+    def go_on(self, thread, rng, depth):
+        what = rng.choice(["one", "one", "cut", "children", "wait"])
+        if what == "one":
+            self.one(thread, rng)
+        elif what == "wait":
+            yield thread
+        elif what == "cut":
+            yield from self.cut(thread, rng)
+        elif depth < 2:
+            yield from self.children(thread, rng, depth + 1)
+
+    def take_back(self, thread, kids, tasks, rng):
+        if rng.random() < 0.2 and tasks:
+            yield first(*tasks)
+        yield tasks  # (what their threads have queued may still be under way)
+        if rng.random() < 0.3:  # who is not taken back has done its work when the parent goes
+            yield kids
+            kids = [kid for kid in kids if kid.alive]
+            kids = rng.sample(kids, rng.randint(0, len(kids)))
+        kids = [kid for kid in kids if kid.alive]
+        if not kids:
+            return
+        mode = rng.choice(["concat", "concat", "reprefill", "reprefill", "summary", "discard"])
+        if any(kid.role == "fresh" for kid in kids) and mode == "concat":
+            mode = "reprefill"
+        options = {}
+        if mode == "summary":
+            options["text"] = self.ids(rng)
+            if rng.random() < 0.5:
+                yield thread.insert([])
+                options["keep"] = thread.length - rng.randint(0, len(thread.token_ids))
+        elif mode == "reprefill" and rng.random() < 0.3:
+            options["headers"] = [rng.choice([None, self.ids(rng)]) for _ in kids]
+        elif mode == "discard":
+            yield kids
+        join = thread.join(kids, mode, **options)
+        if rng.random() < 0.3:
+            yield join
+        if rng.random() < 0.8 or mode != "discard":
+            thread.insert(self.ids(rng, 1))
+
+    def work(self, thread, rng, depth):
+        for _ in range(rng.randint(1, 4 - depth)):
+            self.one(thread, rng)
+            if rng.random() < 0.4:
+                yield thread
+            if rng.random() < 0.2:
+                yield from self.cut(thread, rng)
+            if self.races and rng.random() < 0.5:
+                yield from self.race(thread, rng)
+            if rng.random() < 0.1:
+                yield from self.mortals(thread, rng)
+            if depth < 2 and rng.random() < 0.7:
+                yield from self.children(thread, rng, depth)

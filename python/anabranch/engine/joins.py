@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..strategies.ops import Join
-from ..strategies.protocol import Segment, Thread
+from ..strategies.protocol import Action, Segment, Thread
 from . import events
 from .live import append, cut
 
@@ -25,7 +25,7 @@ def adoptable(op: Join) -> bool:
         and thread.role != "fork"
         and len(kids) == 1
         and not others
-        and thread.length == len(kids[0]._prefix)
+        and continues(thread, kids[0])
         and not any(k.alive for _, children in kids[0]._forks for k in children)
     )
 
@@ -33,6 +33,13 @@ def adoptable(op: Join) -> bool:
 def join(request: Request, op: Join) -> None:
     """Carry out a join (not "discard", which needs no waiting); all that `Request.needs` named is in the cache."""
     thread, kids, mode = op.thread, op.kids, op.mode
+    if kids:
+        thread._log.append(Action("join", op.token_ids, [k.id for k in kids], mode, op.keep, list(op.headers)))
+    else:  # all were killed while it waited for them
+        if op.keep is not None:
+            thread._log.append(Action("truncate", length=op.keep))
+        if op.token_ids:
+            thread._log.append(Action("insert", op.token_ids))
     for kid in kids:
         thread._depth = max(thread._depth, kid._depth)
         thread._path_sampled = max(thread._path_sampled, kid._path_sampled)
@@ -43,13 +50,15 @@ def join(request: Request, op: Join) -> None:
             _end_children(request, kid)
             request.retire(kid, "joined")
         request.insert(thread, op.token_ids, "inserted")
+    elif not kids:
+        return
     elif adoptable(op):
         _adopt(request, thread, kids[0])
     elif mode == "concat":
         _splice(request, thread, kids)
     else:
         _reprefill(request, thread, op)
-    if request.emit:
+    if request.emit and kids:
         request.emit(events.Join(request.index, thread.id, tuple(k.id for k in kids), mode, thread.length))
 
 
@@ -78,7 +87,7 @@ def _splice(request: Request, thread: Thread, kids: list[Thread]) -> None:
     # The tree takes a kid's tokens since its fork from the branch itself; positions come from our own books.
     request.cache.join(thread._live.branch, [kid._live.branch for kid in kids], mode="concat")
     mine, its = thread._live, kids[-1]._live
-    if len(kids) == 1 and thread.length == len(kids[0]._prefix) and its.has_scores:
+    if len(kids) == 1 and continues(thread, kids[0]) and its.has_scores:
         # One child and nothing in between: one plain sequence, so the child's next-token scores are the thread's.
         mine.scores, mine.scores_at = its.scores, its.scores_at
     for kid in kids:
@@ -86,14 +95,14 @@ def _splice(request: Request, thread: Thread, kids: list[Thread]) -> None:
         if kid._own:
             thread._segments.append(Segment("joined", list(kid._own), kid._segments[0].position, kid.id, kid))
             thread._own.extend(kid._own)
-        thread._position = max(thread._position, kid._position)
+            thread._position = max(thread._position, kid._position)
         thread._live.pinned = thread._live.pinned or kid._live.pinned
         request.retire(kid, "joined")
 
 
 def _reprefill(request: Request, thread: Thread, op: Join) -> None:
     rest = list(zip(op.kids, op.headers, strict=True))
-    if op.kids[0].role == "fork" and thread.length == len(op.kids[0]._prefix) and op.headers[0] is None:
+    if op.kids[0].role == "fork" and continues(thread, op.kids[0]) and op.headers[0] is None:
         # Nothing stands between the fork and the first child: its KV is what computing it again would give.
         _splice(request, thread, op.kids[:1])
         rest = rest[1:]
@@ -115,6 +124,11 @@ def _end_children(request: Request, thread: Thread) -> None:
             request.kill(child, "killed")
 
 
+def continues(thread: Thread, kid: Thread) -> bool:
+    """Whether the thread's context is, token for token, the one that its fork `kid` began with."""
+    return thread.length == len(kid._prefix) and not kid._live.severed
+
+
 def built_on(thread: Thread, length: int) -> list[Thread]:
     """Its forks that share more of it than the first `length` tokens."""
     kids = (kid for _, children in thread._forks for kid in children)
@@ -134,7 +148,7 @@ def truncate(cache: Any, thread: Thread, length: int, what: str) -> None:
     for child in built_on(thread, length):
         if child._live.branch is None:
             child._live.open(cache)
-        child._live.pinned = True  # what it shares with this thread could not be computed again
+        child._live.severed = child._live.pinned = True  # what it shares with this thread could not be computed again
     if live._rebuild is not None:
         live.release(cache)
     elif live.branch is not None and live.branch.length > length:

@@ -6,7 +6,7 @@ token just sampled (its KV is computed by the step that needs the next token's s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -40,6 +40,7 @@ class Live:
         self.scores: tuple[Any, int] | None = None  # (logits of a step [rows, vocabulary], row): the next token's
         self.scores_at = -1  # thread length they belong to
         self.pinned = False  # cannot be rebuilt from its tokens, so it is never pre-empted
+        self.severed = False  # a fork whose parent has cut, and perhaps written anew, some of what it shares
         self.born = True
         self.last_step = 0  # the last step it had rows in
         self.detokenizer: Detokenizer | None = None
@@ -194,6 +195,13 @@ def append(
     thread._depth += len(token_ids)
 
 
+def positions(segment: Segment) -> Sequence[int]:
+    """Of each of its tokens. (A joined child that had joined children of its own holds several runs of positions.)"""
+    if segment.spliced is None:
+        return range(segment.position, segment.position + len(segment.token_ids))
+    return [p for s in segment.spliced._segments for p in positions(s)][: len(segment.token_ids)]
+
+
 def cut(thread: Thread, length: int) -> bool:
     """Forget a thread's tokens from context length `length` on; False when that cut through spliced tokens."""
     excess, clean = thread.length - length, True
@@ -204,16 +212,17 @@ def cut(thread: Thread, length: int) -> bool:
         start = len(segment.token_ids) - gone
         clean = clean and (segment.spliced is None or start == 0)
         logprobs = None if segment.logprobs is None else segment.logprobs[start:]
+        position = positions(segment)[start]
         thread._forgotten.append(
-            Segment(
-                segment.kind, segment.token_ids[start:], segment.position + start, segment.source, logprobs=logprobs
-            )
+            Segment(segment.kind, segment.token_ids[start:], position, segment.source, logprobs=logprobs)
         )
         del segment.token_ids[start:]
         if segment.logprobs is not None:
             del segment.logprobs[start:]
-        thread._position = segment.position + start
         if not segment.token_ids:
             thread._segments.pop()
         excess -= gone
+    # Joined siblings share positions, so the last token left need not stand on the largest.
+    thread._position = max([thread._start, *(max(positions(s)) + 1 for s in thread._segments)])
+    thread._header_length = min(thread._header_length, len(thread._own))
     return clean

@@ -345,7 +345,10 @@ class Run:
         together: dict[Request, int] = {}
         for thread in ready:
             groups.setdefault(thread._ops[0]._sampler, []).append(thread)
-        for sampler, threads in groups.items():
+        for sampler, sampled in groups.items():
+            threads = [t for t in sampled if t.alive]  # an until() of the groups before may have killed some
+            if not threads:
+                continue
             with torch.inference_mode():
                 logits = scores.rows([t._live.scores for t in threads]).float()
                 contexts = [lambda t=t: [*t._prefix, *t._own] for t in threads]
@@ -358,6 +361,8 @@ class Run:
                 )
                 logprobs = scores.stats(logits, threads, tokens)
             for i, (thread, token) in enumerate(zip(threads, tokens, strict=True)):
+                if not thread.alive:
+                    continue
                 request: Any = thread._host
                 together[request] = together.get(request, 0) + 1
                 request.max_concurrency = max(request.max_concurrency, together[request])

@@ -48,6 +48,7 @@ class Request:
         self.queued: dict[Thread, None] = {}  # threads with something in their queue, in order of arrival
         self.sampled = self.inserted = self.max_concurrency = self.longest_context = 0
         self.malformed_reasons: list[str] = []
+        self._asked: Thread | None = None  # whose until() is being called
         self.spent = Clock()
         self.answers: Any = None
         self.started: float | None = None
@@ -88,6 +89,8 @@ class Request:
     # ---------------------------------------------------------------------------------------- Host
 
     def clock(self) -> int:
+        if self._asked is not None:  # what an until() asks for comes after the tokens that it has seen
+            return self._asked._depth
         return self.tasks.current.now if self.tasks.current is not None else 0
 
     def encode(self, text: str) -> list[int]:
@@ -145,6 +148,12 @@ class Request:
     def kill(self, thread: Thread, fate: str) -> None:
         if not thread.alive:
             return
+        thread._depth = max(thread._depth, self.clock())
+        for op in thread.parent._ops if thread.parent is not None else ():
+            if isinstance(op, Join) and thread in op.kids:  # what was queued to take it back does without it
+                del op.headers[op.kids.index(thread)]
+                op.kids.remove(thread)
+                op.issued = max(op.issued, thread._depth)
         for _, children in thread._forks:
             for child in children:
                 self.kill(child, fate)
@@ -208,9 +217,6 @@ class Request:
         elif isinstance(op, Fork):
             self._fork(op)
         elif isinstance(op, Join):
-            thread._log.append(
-                Action("join", op.token_ids, [kid.id for kid in op.kids], op.mode, op.keep, list(op.headers))
-            )
             join(self, op)
         elif isinstance(op, Truncate):
             thread._log.append(Action("truncate", length=op.length))
@@ -229,7 +235,7 @@ class Request:
         thread = op.thread
         if isinstance(op, (Fork, Decode, Score)):
             return [thread]
-        if isinstance(op, Join) and op.mode in ("concat", "reprefill") and not adoptable(op):
+        if isinstance(op, Join) and op.kids and op.mode in ("concat", "reprefill") and not adoptable(op):
             if op.mode == "reprefill" and op.kids[0].role == "fresh":
                 return []  # nothing of it is to be spliced
             return [thread, *(op.kids if op.mode == "concat" else op.kids[:1])]
@@ -269,8 +275,8 @@ class Request:
         headers = [list(k._ops[0].token_ids) if k._ops and k._header_length else None for k in op.kids]
         thread._log.append(Action("fork", children=[kid.id for kid in op.kids], headers=headers))
         for kid, branch in zip(op.kids, branches, strict=True):
-            kid._prefix, kid._position, kid._depth = context, thread._position, thread._depth
-            kid._path_sampled = thread._path_sampled
+            kid._prefix, kid._depth, kid._path_sampled = context, thread._depth, thread._path_sampled
+            kid._start = kid._position = thread._position
             kid._live.branch, kid._live.scores, kid._live.scores_at = branch, live.scores, live.scores_at
             kid._live.born = True
             if not kid.alive:  # killed before it came to be
@@ -357,17 +363,26 @@ class Request:
             reason = "eos"
         elif (stop := self._stop_string(op)) is not None or sampler.stops(lambda: [*thread._prefix, *thread._own]):
             reason = "stop"
-        elif op.until is not None and op.until(op):
+        elif self._until(op):
             reason = "until"
         elif len(op.token_ids) >= (op._limit or 0):
             reason = "length"
         elif self._out_of_budget():
             reason = "budget"
-        if reason is not None:
+        if reason is not None and not op.done:  # until() may have killed this thread
             thread._ops.popleft()
             self._end(op, reason, stop)
             if not thread._ops:
                 self._drained(thread)
+
+    def _until(self, op: Decode) -> bool:
+        if op.until is None:
+            return False
+        self._asked = op.thread
+        try:
+            return bool(op.until(op))
+        finally:
+            self._asked = None
 
     def _stop_string(self, op: Decode) -> str | None:
         if not op.stop_strings:

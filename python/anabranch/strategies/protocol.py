@@ -121,6 +121,7 @@ class Thread:
         self._prefix: tuple[int, ...] = ()  # context at its fork
         self._own: list[int] = []  # tokens since; prompt included for a trunk or a fresh thread
         self._segments: list[Segment] = []
+        self._start = 0  # position at its fork
         self._position = 0  # of the next token
         self._forks: list[tuple[int, list[Thread]]] = []  # (length, children) of each block, in order
         self._spawned_at = -1  # the turn of the strategy in which the last block, of fresh threads, was begun

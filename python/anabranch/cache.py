@@ -7,6 +7,7 @@ checks and the one device call a step may need, the copy of shared tail pages.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from anabranch import _core, backends
 from anabranch.attention import shape_of
 from anabranch.errors import TopologyChanged
-from anabranch.plan import FlatContexts, Plan, PlanArrays, Profile, capturing, core_params, split_buffer, upload
+from anabranch.plan import FlatContexts, Plan, PlanArrays, Profile, capturing, core_params, plan_of, split_buffer, upload
 from anabranch.resident import ResidentPlan
 
 Branch = _core.Branch
@@ -171,6 +172,7 @@ class Step:
         self.branches = branches
         self.num_rows: int = core.num_rows
         self.plan = StepPlan(cache, core)
+        self.plan.step = weakref.ref(self)
         self.handle = self.plan.handle
         self._core = core
         self._rows: Rows | None = None
@@ -201,6 +203,14 @@ class Step:
 
     def __repr__(self) -> str:
         return f"Step(rows={self.num_rows}, branches={len(self.branches)})"
+
+
+def step_of(handle: Tensor) -> Step:
+    """The live step behind a handle tensor; raises ``ValueError`` when it is gone, or the handle is another plan's."""
+    step = plan_of(handle).step()
+    if step is None:
+        raise ValueError("step: this handle is not that of a live Step; pass step.handle, and keep the Step alive")
+    return step
 
 
 class TreeCache:

@@ -17,7 +17,7 @@ from anabranch.attention import tree_attention
 from anabranch.cache import Step, step_of
 from anabranch.ops import NO_SOFTCAP, NO_WINDOW, _lib
 
-__all__ = ["attend", "is_compiled", "traced"]
+__all__ = ["NO_GRADIENT", "attend", "traced"]
 
 
 def attend(
@@ -212,13 +212,3 @@ torch.library.register_autograd(
     lambda ctx, grad: (None, torch.ops.anabranch.raise_no_gradient(grad).transpose(1, 2)),
     lib=_lib,
 )
-
-
-def is_compiled(model: Any) -> bool:
-    """Whether ``torch.compile(model)`` or ``model.compile()`` made this model, or a part of it."""
-    if not isinstance(model, torch.nn.Module):
-        return False
-    return any(
-        "_orig_mod" in part._modules or getattr(part, "_compiled_call_impl", None) is not None
-        for part in model.modules()
-    )

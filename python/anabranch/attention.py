@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from anabranch import ops
+from anabranch._check import index_of, number, told
 from anabranch.plan import Plan
 
 if TYPE_CHECKING:
@@ -60,10 +61,12 @@ def tree_attention(
         ValueError: a shape, dtype, device, layer or option that does not fit; nothing was computed.
         DeadBranch, ValueError: the step is stale because one of its branches moved on.
     """
-    if step.cache is not cache:
-        raise ValueError("step: made by another cache; pass the cache that made it")
-    if not 0 <= layer < cache.num_layers:
-        raise ValueError(f"layer: must be from 0 to {cache.num_layers - 1}, got {layer}")
+    made_by = getattr(step, "cache", None)
+    if made_by is None:
+        raise TypeError(f"step: expected the Step that TreeCache.step() returned, got {told(step)}")
+    if made_by is not cache:
+        raise ValueError(f"step: made by another cache ({made_by!r}), not by {told(cache)}; pass the cache that made it")
+    layer = layer_of(layer, cache.num_layers)
     return _attend(
         q, cache.k_pages(layer), cache.v_pages(layer), step.handle, step.num_rows, layer, scale, softcap, window, sinks,
         backend, return_lse,
@@ -123,8 +126,47 @@ def paged_tree_attention(
     )  # fmt: skip
 
 
+def layer_of(layer: Any, num_layers: int) -> int:
+    """`layer` as an int; ValueError unless it is one of 0 … num_layers − 1."""
+    found = index_of(layer)
+    if found is None or not 0 <= found < num_layers:
+        raise ValueError(f"layer: must be from 0 to {num_layers - 1}, got {told(layer)}")
+    return found
+
+
 def shape_of(value: object) -> str:
     return f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def options_of(head_dim: int, scale: Any, softcap: Any, window: Any) -> tuple[float, float, int]:
+    """``(scale, softcap, window)`` as the ops take them; ValueError names the one that is none of its kind."""
+    factor = float(head_dim**-0.5) if scale is None else number(scale, "scale", hint=", or None for head_dim ** -0.5")
+    cap = ops.NO_SOFTCAP if softcap is None else number(softcap, "softcap", positive=True, hint=", or None for none")
+    if window is None:
+        return factor, cap, ops.NO_WINDOW
+    width = index_of(window)
+    if width is None or width < 1:
+        raise ValueError(
+            f"window: must be an integer of at least 1 (the row's own token), or None for none, got {told(window)}"
+        )
+    return factor, cap, min(width, 2**31 - 1)  # positions are below 2^31: a wider one hides nothing
+
+
+def check_sinks(sinks: Any, q: Tensor) -> None:
+    """Raise ValueError unless there is one floating-point sink a query head, or None."""
+    if sinks is None:
+        return
+    if not isinstance(sinks, Tensor) or sinks.dim() != 1 or sinks.shape[0] != q.shape[1]:
+        raise ValueError(f"sinks: expected shape [{q.shape[1]}] (one a query head), got {shape_of(sinks)}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks: expected device {q.device} like q, got {sinks.device}; move it there")
+    if not sinks.is_floating_point():
+        raise ValueError(f"sinks: expected floating-point numbers, got {sinks.dtype}")
+
+
+def check_backend(backend: Any) -> None:
+    if not isinstance(backend, str):
+        raise ValueError(f"backend: expected a name such as 'auto', 'cpu' or 'triton', got {told(backend)}")
 
 
 def _attend(
@@ -157,27 +199,20 @@ def _attend(
         raise ValueError(f"q: expected device {k_pages.device} like the pages, got {q.device}; move it there")
     if not q.is_contiguous():
         raise ValueError(f"q: must be contiguous, got strides {list(q.stride())}; call q.contiguous()")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: must be positive, or None for none, got {softcap}")
-    if window is not None and not window >= 1:
-        raise ValueError(f"window: must be at least 1 (the row's own token), or None for none, got {window}")
+    numbers = options_of(head_dim, scale, softcap, window)
+    check_sinks(sinks, q)
     if sinks is not None:
-        if sinks.dim() != 1 or sinks.shape[0] != q.shape[1]:
-            raise ValueError(f"sinks: expected shape [{q.shape[1]}] (one a query head), got {list(sinks.shape)}")
-        if sinks.device != q.device:
-            raise ValueError(f"sinks: expected device {q.device} like q, got {sinks.device}")
         sinks = sinks.detach().to(torch.float32).contiguous()
+    check_backend(backend)
     out, lse = torch.ops.anabranch.tree_attention(
         q,
         k_pages,
         v_pages,
         handle,
         sinks,
-        float(head_dim**-0.5 if scale is None else scale),
-        ops.NO_SOFTCAP if softcap is None else float(softcap),
-        ops.NO_WINDOW if window is None else int(window),
+        *numbers,
         layer,
         backend,
-        return_lse,
+        bool(return_lse),
     )
     return (out, lse) if return_lse else out

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from anabranch import branch_ops  # noqa: F401  # defines the op
-from anabranch.attention import shape_of
+from anabranch.attention import check_backend, check_sinks, options_of, shape_of
 from anabranch.branch_mask import BranchMask
-from anabranch.ops import NO_SOFTCAP, NO_WINDOW
 
 
 def branch_attention(
@@ -60,7 +59,10 @@ def branch_attention(
     if not isinstance(mask, BranchMask):
         raise TypeError(f"mask: expected a BranchMask (BranchMask.from_tree, from_context), got {type(mask).__name__}")
     q, k, v = _autocast(q, k, v)
-    _check(q, k, v, mask, softcap, window, sinks)
+    _check(q, k, v, mask)
+    numbers = options_of(q.shape[2], scale, softcap, window)
+    check_sinks(sinks, q)
+    check_backend(backend)
     out, _ = torch.ops.anabranch.branch_attention(
         q,
         k,
@@ -70,9 +72,7 @@ def branch_attention(
         mask.cols,
         mask.positions,
         sinks,
-        float(q.shape[2] ** -0.5 if scale is None else scale),
-        NO_SOFTCAP if softcap is None else float(softcap),
-        NO_WINDOW if window is None else int(window),
+        *numbers,
         backend,
     )
     return out
@@ -92,9 +92,7 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x, y, z
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, mask: BranchMask, softcap: float | None, window: int | None, sinks: Tensor | None
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: BranchMask) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor) or x.dim() != 3:
             hint = "; a batch [B, T, H, D] is packed in one row, see BranchMask.pack" if _dims(x) == 4 else ""
@@ -115,17 +113,6 @@ def _check(
             )
     if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
         raise ValueError(f"q: {q.shape[1]} query heads are not a multiple of the {k.shape[1]} KV heads")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: must be positive, or None for none, got {softcap}")
-    if window is not None and not window >= 1:
-        raise ValueError(f"window: must be at least 1 (the row's own token), or None for none, got {window}")
-    if sinks is not None:
-        if not isinstance(sinks, Tensor) or sinks.dim() != 1 or sinks.shape[0] != q.shape[1]:
-            raise ValueError(f"sinks: expected shape [{q.shape[1]}] (one a query head), got {shape_of(sinks)}")
-        if sinks.device != q.device:
-            raise ValueError(f"sinks: expected device {q.device} like q, got {sinks.device}; move it there")
-        if not sinks.is_floating_point():
-            raise ValueError(f"sinks: expected floating-point numbers, got {sinks.dtype}")
 
 
 def _dims(x: object) -> int:

@@ -7,7 +7,8 @@ checks and the one device call a step may need, the copy of shared tail pages.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from anabranch import _core, backends
-from anabranch.attention import shape_of
+from anabranch._check import index_of, told, whole
+from anabranch.attention import layer_of, shape_of
 from anabranch.errors import TopologyChanged
-from anabranch.plan import FlatContexts, Plan, PlanArrays, Profile, capturing, core_params, split_buffer, upload
+from anabranch.plan import FlatContexts, Plan, PlanArrays, Profile, capturing, core_params, plan_of, split_buffer, upload
 from anabranch.resident import ResidentPlan
 
 Branch = _core.Branch
@@ -171,6 +173,7 @@ class Step:
         self.branches = branches
         self.num_rows: int = core.num_rows
         self.plan = StepPlan(cache, core)
+        self.plan.step = weakref.ref(self)
         self.handle = self.plan.handle
         self._core = core
         self._rows: Rows | None = None
@@ -203,6 +206,14 @@ class Step:
         return f"Step(rows={self.num_rows}, branches={len(self.branches)})"
 
 
+def step_of(handle: Tensor) -> Step:
+    """The live step behind a handle tensor; raises ``ValueError`` when it is gone, or the handle is another plan's."""
+    step = plan_of(handle).step()
+    if step is None:
+        raise ValueError("step: this handle is not that of a live Step; pass step.handle, and keep the Step alive")
+    return step
+
+
 class TreeCache:
     """A paged, copy-on-write KV cache for branches that fork and join.
 
@@ -223,6 +234,8 @@ class TreeCache:
         page_size: tokens a page.
         dtype: float32, float16, bfloat16 (float64 with the reference backend only).
         device: "cpu" or a CUDA device.
+        max_positions: positions that the model has embeddings for, where they are looked up in a table (GPT-2, OPT);
+            `step` refuses to go beyond. None: no limit (rotary embeddings).
 
     Not safe for use by several threads at once.
     """
@@ -236,16 +249,22 @@ class TreeCache:
         page_size: int = 16,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        max_positions: int | None = None,
     ) -> None:
-        for name, value in (
-            ("num_layers", num_layers),
-            ("num_kv_heads", num_kv_heads),
-            ("head_dim", head_dim),
-            ("num_pages", num_pages),
-            ("page_size", page_size),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
+        num_layers, num_kv_heads, head_dim, num_pages, page_size = (
+            _size(name, value)
+            for name, value in (
+                ("num_layers", num_layers),
+                ("num_kv_heads", num_kv_heads),
+                ("head_dim", head_dim),
+                ("num_pages", num_pages),
+                ("page_size", page_size),
+            )
+        )
+        if max_positions is not None:
+            max_positions = _size("max_positions", max_positions)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype: expected a torch.dtype such as torch.float32, got {dtype!r}")
         if num_pages * page_size > 2**31 - 1:
             raise ValueError(
                 f"num_pages: {num_pages} pages × {page_size} tokens exceed 2^31 − 1 slots; take fewer pages"
@@ -255,8 +274,9 @@ class TreeCache:
         self.head_dim = head_dim
         self.num_pages = num_pages
         self.page_size = page_size
+        self.max_positions = max_positions
         self.dtype = dtype
-        device = torch.device(device)
+        device = _device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
@@ -296,13 +316,19 @@ class TreeCache:
         """
         from anabranch.hf_shape import describe  # pulls in nothing of ours, but Transformers
 
+        page_size = _size("page_size", page_size)
         shape = describe(model)
-        dtype = dtype or shape.dtype
-        device = torch.device(device or shape.device)
+        dtype = shape.dtype if dtype is None else dtype
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype: expected a torch.dtype such as torch.float32, got {dtype!r}")
+        device = _device(shape.device if device is None else device)
         if num_pages is None:
             page_bytes = 2 * shape.num_layers * page_size * shape.num_kv_heads * shape.head_dim * dtype.itemsize
             num_pages = max(1, min(free_memory(device) // page_bytes, 2**20 // page_size))
-        return cls(shape.num_layers, shape.num_kv_heads, shape.head_dim, num_pages, page_size, dtype, device)
+        return cls(
+            shape.num_layers, shape.num_kv_heads, shape.head_dim, num_pages, page_size, dtype, device,
+            max_positions=shape.position_limit,
+        )  # fmt: skip
 
     # -- branches ----------------------------------------------------------------------------------------------------
     def branch(self) -> Branch:
@@ -315,7 +341,7 @@ class TreeCache:
         Raises:
             DeadBranch, ValueError: a dead or foreign branch, n < 1.
         """
-        return self._core.fork(branch, n)
+        return self._core.fork(_branch(branch, "fork"), whole(n, "fork: n", 1, 2**20))
 
     def step(self, rows: Mapping[Branch, int], positions: Mapping[Branch, Tensor] | None = None) -> Step:
         """Reserves new rows: slots for their K and V, positions, and the plan of who sees what.
@@ -332,15 +358,10 @@ class TreeCache:
             OutOfPages: too few free pages for all branches together; nothing was changed.
             DeadBranch, ValueError, TypeError: a dead or foreign branch, no rows, positions that do not fit.
         """
-        given: dict[Branch, Any] = {}
-        if positions:
-            for branch, value in positions.items():
-                if not isinstance(value, Tensor):
-                    value = torch.as_tensor(value)
-                if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-                    raise ValueError(f"positions: expected integers for {branch!r}, got {value.dtype}")
-                given[branch] = value.detach().to("cpu", torch.int64).contiguous().numpy()
-        rows = rows if type(rows) is dict else dict(rows)
+        rows = _rows(rows)
+        given = {} if positions is None else _positions(positions)
+        if self.max_positions is not None:
+            self._check_limit(rows, given)
         core = self._core.step(rows, given)
         if core.num_copies:
             src, dst, filled = torch.from_numpy(core.copies()).unbind(0)
@@ -363,7 +384,10 @@ class TreeCache:
                 f"mode: expected 'concat' or 'discard', got {mode!r}"
                 + ("; this one needs the model: use Engine" if mode in ("reprefill", "summary") else "")
             )
-        kids = list(kids)
+        _branch(trunk, "join: trunk")
+        if isinstance(kids, Branch) or not isinstance(kids, Iterable):
+            raise TypeError(f"join: kids: expected a list of branches, got {told(kids)}; pass [kid]")
+        kids = [_branch(kid, f"join: kids[{i}]") for i, kid in enumerate(kids)]
         if mode == "discard":
             for branch in (trunk, *kids):
                 self._core.check_branch(branch, "join")
@@ -380,7 +404,7 @@ class TreeCache:
         Raises:
             DeadBranch, ValueError: a dead or foreign branch; a length below 0 or beyond the branch's.
         """
-        self._core.truncate(branch, length)
+        self._core.truncate(_branch(branch, "truncate"), whole(length, "truncate: length", 0, 2**31 - 1))
 
     def release(self, branch: Branch) -> None:
         """Drops the branch's references; pages that nobody else holds are free at once.
@@ -388,16 +412,16 @@ class TreeCache:
         Raises:
             DeadBranch, ValueError: already released or joined; another cache's.
         """
-        self._core.release(branch)
+        self._core.release(_branch(branch, "release"))
 
     # -- tensors -----------------------------------------------------------------------------------------------------
     def k_pages(self, layer: int) -> Tensor:
         """A view of the layer's K pool: [num_pages, page_size, num_kv_heads, head_dim] (not contiguous)."""
-        return self._k[layer]
+        return self._k[layer_of(layer, self.num_layers)]
 
     def v_pages(self, layer: int) -> Tensor:
         """A view of the layer's V pool, like ``k_pages``."""
-        return self._v[layer]
+        return self._v[layer_of(layer, self.num_layers)]
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step, backend: str = "auto") -> None:
         """Puts a step's K and V (after rotary embedding) into its slots.
@@ -410,9 +434,11 @@ class TreeCache:
         Raises:
             ValueError: a shape, dtype, device or layer that does not fit; a step that is stale or already written.
         """
+        if not isinstance(step, Step):
+            raise TypeError(f"step: expected the Step that TreeCache.step() returned, got {told(step)}")
         if step.cache is not self:
             raise ValueError("step: made by another cache; write to the cache that made it")
-        self._check_layer(layer)
+        layer = layer_of(layer, self.num_layers)
         expected = (step.num_rows, self.num_kv_heads, self.head_dim)
         for name, x in (("k", k), ("v", v)):
             if not isinstance(x, Tensor) or x.shape != expected:
@@ -435,18 +461,26 @@ class TreeCache:
 
     def read(self, branch: Branch, layer: int) -> tuple[Tensor, Tensor]:
         """Dense copies of a branch's K and V: [length, num_kv_heads, head_dim] each, in context order."""
-        self._check_layer(layer)
-        slots = torch.from_numpy(self._core.slots(branch)).to(self.device).long()
+        layer = layer_of(layer, self.num_layers)
+        slots = torch.from_numpy(self._core.slots(_branch(branch, "read"))).to(self.device).long()
         page, offset = slots // self.page_size, slots % self.page_size
         return self._k[layer][page, offset], self._v[layer][page, offset]
 
     def positions(self, branch: Branch) -> Tensor:
         """Logical positions of a branch's tokens, int64 [length], in context order, on the CPU."""
-        return torch.from_numpy(self._core.positions(branch))
+        return torch.from_numpy(self._core.positions(_branch(branch, "positions")))
 
-    def _check_layer(self, layer: int) -> None:
-        if not 0 <= layer < self.num_layers:
-            raise ValueError(f"layer: must be from 0 to {self.num_layers - 1}, got {layer}")
+    def _check_limit(self, rows: Mapping[Branch, int], given: Mapping[Branch, Any]) -> None:
+        """Raise for a branch whose new rows would lie past the positions that the model has embeddings for."""
+        for branch, count in rows.items():
+            where = given.get(branch)
+            self._core.check_branch(branch, "step")
+            last = branch.position + count - 1 if where is None else int(where.max(initial=0))
+            if last >= self.max_positions:  # type: ignore[operator]
+                raise ValueError(
+                    f"step: {branch!r} would get a token at position {last}, but the model has embeddings for "
+                    f"{self.max_positions} positions (0 … {self.max_positions - 1}); end the branch, or truncate it"  # type: ignore[operator]
+                )
 
     # -- accounts ----------------------------------------------------------------------------------------------------
     def usage(self) -> Usage:
@@ -508,6 +542,65 @@ class TreeCache:
             f"{self.device}, pages={u.pages_total - u.pages_free}/{u.pages_total} × {self.page_size}, "
             f"tokens={u.tokens_physical} for {u.tokens_logical})"
         )
+
+
+def _size(name: str, value: Any) -> int:
+    found = index_of(value)
+    if found is None or found < 1:
+        raise ValueError(f"{name}: must be an integer of at least 1, got {told(value)}")
+    return found
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device: expected 'cpu', 'cuda' or a torch.device, got {told(device)} ({str(error).splitlines()[0]})"
+        ) from None
+
+
+def _branch(branch: Any, what: str) -> Branch:
+    if not isinstance(branch, Branch):
+        raise TypeError(f"{what}: expected a Branch (TreeCache.branch or fork makes them), got {told(branch)}")
+    return branch
+
+
+def _rows(rows: Any) -> dict[Branch, int]:
+    """``step``'s rows as the core takes them. (What a branch is in, and its count's size, is the core's to say.)"""
+    if type(rows) is not dict:
+        if not isinstance(rows, Mapping):
+            raise TypeError(f"rows: expected a dict {{branch: number of new rows}}, got {told(rows)}")
+        rows = dict(rows)
+    if all(type(count) is int for count in rows.values()):
+        return rows
+    for branch, count in rows.items():
+        if index_of(count) is None:
+            raise TypeError(f"step: the number of rows must be an integer, got {told(count)} for {branch!r}")
+    return {branch: index_of(count) for branch, count in rows.items()}  # type: ignore[misc]
+
+
+def _positions(positions: Any) -> dict[Branch, Any]:
+    """``step``'s positions as NumPy arrays, int64."""
+    if not isinstance(positions, Mapping):
+        raise TypeError(f"positions: expected a dict {{branch: positions of its new rows}}, got {told(positions)}")
+    given: dict[Branch, Any] = {}
+    for branch, value in positions.items():
+        _branch(branch, "positions: keys")
+        if not isinstance(value, Tensor):
+            try:
+                value = torch.as_tensor(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"positions: expected integers for {branch!r}, got {told(value)} ({error})") from None
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"positions: expected integers for {branch!r}, got {value.dtype}")
+        if value.dim() != 1:
+            raise ValueError(f"positions: expected one a row for {branch!r}, got shape {list(value.shape)}")
+        array = value.detach().to("cpu", torch.int64).contiguous().numpy()
+        if array.size and array.max() > 2**31 - 1:
+            raise ValueError(f"positions: must be below 2^31, got {array.max()} for {branch!r}")
+        given[branch] = array
+    return given
 
 
 def free_memory(device: torch.device) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
@@ -148,6 +149,7 @@ class _FixedStep(Step):
     def __init__(self, step: Step, plan: _FixedPlan) -> None:
         self.cache, self.branches, self.num_rows = step.cache, step.branches, step.num_rows
         self.plan: Any = plan
+        plan.step = weakref.ref(self)
         self.handle = plan.handle
         self._core, self._rows, self._last_rows = step._core, None, None
 

@@ -27,8 +27,9 @@ import torch
 
 from anabranch.hf_branch import over_branches
 from anabranch.hf_call import is_causal, refuse_unheard, window_of
-from anabranch.hf_mask import DeferredMask, mask, tree_mask
-from anabranch.hf_shape import ModelShape, Probe, UnsupportedModel, describe, refuse_by_config, uses_anabranch
+from anabranch.hf_mask import DeferredMask, made_here, mask, tree_mask
+from anabranch.hf_shape import ModelShape, Probe, UnsupportedModel, describe, is_compiled, refuse_by_config, uses_anabranch
+from anabranch.hf_tree import NO_GRADIENT, attend, traced
 
 if TYPE_CHECKING:
     from anabranch.cache import Step
@@ -38,6 +39,7 @@ __all__ = [
     "UnsupportedModel",
     "describe",
     "enable",
+    "is_compiled",
     "register",
     "tree_mask",
     "uses_anabranch",
@@ -128,76 +130,41 @@ def _over_tree(
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """``query [1, Hq, T, D]``, ``key``, ``value [1, Hkv, T, D]`` → ``[1, T, Hq, D]``, T = ``step.num_rows``."""
-    from anabranch.attention import tree_attention
-
-    layer = _check_tree_call(module, query, key, attention_mask, step, kwargs)
-    # [1, H, T, D] → [T, H, D]. Rotary embeddings keep the layout of the projection, so this is usually free.
-    q, k, v = (x.detach()[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    layer = _check_tree_call(module, attention_mask, step, kwargs)
     sinks = kwargs.get("s_aux")
-    backend = kwargs.get("tree_backend") or "auto"
-    step.cache.write(layer, k, v, step, backend=backend)
-    out = tree_attention(
-        q,
-        step.cache,
-        layer,
-        step,
+    options: dict[str, Any] = dict(
+        where=type(module).__name__,
+        cached=bool(kwargs.get("use_cache") or kwargs.get("past_key_values") is not None),
+        backend=kwargs.get("tree_backend") or "auto",
         scale=kwargs.get("scaling"),
         softcap=kwargs.get("softcap"),
         window=window_of(module, attention_mask, kwargs),
         sinks=None if sinks is None else sinks.detach().reshape(-1),
-        backend=backend,
     )
-    if query.requires_grad and torch.is_grad_enabled():
-        out = _NotDifferentiable.apply(out, query)
-    assert isinstance(out, torch.Tensor)  # no LSE was asked for
-    return out.unsqueeze(0)
+    if torch.compiler.is_compiling():
+        return traced(layer, query, key, value, step, kwargs.get("position_ids"), **options)
+    out = attend(step, layer, query, key, value, kwargs.get("position_ids"), **options)
+    return _NotDifferentiable.apply(out, query) if query.requires_grad and torch.is_grad_enabled() else out
 
 
 def _check_tree_call(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    step: Step,
-    kwargs: dict[str, Any],
-) -> int:
-    """Raise unless this layer call is one that attention over a tree can honour; returns the layer's index."""
+    module: torch.nn.Module, attention_mask: torch.Tensor | None, step: Step, kwargs: dict[str, Any]
+) -> Any:
+    """Raise unless the module and its options are such that attention over a tree can honour them; returns the layer's
+    index. What depends on the step's numbers is checked where it is used (hf_tree.py): here it would be traced."""
     from anabranch.cache import Step
 
     if not isinstance(step, Step):
         raise TypeError(f"tree_step: expected the Step that TreeCache.step() returned, got {type(step).__name__}")
-    where = type(module).__name__
-    rows, layer = step.num_rows, getattr(module, "layer_idx", None)
-    if query.shape[0] != 1:
-        raise ValueError(
-            f"input_ids: with tree_step the batch must be 1 (all rows packed as [1, {rows}]), "
-            f"got a batch of {query.shape[0]}; pass ids[None]"
-        )
-    if query.shape[2] != rows:
-        raise ValueError(
-            f"input_ids: tree_step has {rows} rows, but the model was given {query.shape[2]} tokens; "
-            "reserve as many rows in cache.step({branch: count}) as tokens are passed, in the same order"
-        )
-    if key.shape[2] != rows or kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
-        raise ValueError(
-            "use_cache: must be False with tree_step, and no past_key_values may be given "
-            f"({where} got keys for {key.shape[2]} tokens, use_cache={kwargs.get('use_cache')}): "
-            "the TreeCache holds the keys and values"
-        )
-    if not isinstance(layer, int) or not 0 <= layer < step.cache.num_layers:
-        raise ValueError(
-            f"tree_step: {where} is layer {layer!r}, but the cache has layers "
-            f"0…{step.cache.num_layers - 1}; make the cache with TreeCache.for_model(model)"
-        )
+    where, layer = type(module).__name__, getattr(module, "layer_idx", None)
     if not is_causal(module, kwargs) or getattr(module, "is_cross_attention", False):
         raise UnsupportedModel(
             f"tree_step: {where} (layer {layer}) is not causal self-attention; "
             "only decoder layers can attend over a tree"
         )
-    given = None if isinstance(attention_mask, DeferredMask) else attention_mask
-    if given is not None and not torch.compiler.is_compiling():
+    if attention_mask is not None and not isinstance(attention_mask, DeferredMask) and not made_here(attention_mask):
         raise ValueError(
-            f"attention_mask: must not be given with tree_step (got shape {tuple(given.shape)}): "
+            f"attention_mask: must not be given with tree_step (got shape {tuple(attention_mask.shape)}): "
             "what a row sees is its branch's context; leave the argument out"
         )
     dropout = kwargs.get("dropout") or 0.0
@@ -209,21 +176,7 @@ def _check_tree_call(
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions: there are no attention weights over a tree; pass output_attentions=False")
     refuse_unheard(module, kwargs, "over a tree")
-    _check_positions(step, kwargs.get("position_ids"), layer)
     return layer
-
-
-def _check_positions(step: Step, position_ids: Any, layer: int) -> None:
-    """Most decoders hand position_ids on to attention: a caller who forgot them would get wrong logits silently."""
-    if layer != 0 or not isinstance(position_ids, torch.Tensor) or position_ids.ndim != 2:
-        return
-    expected = step.position_ids
-    same_memory = position_ids.data_ptr() == expected.data_ptr() and position_ids.numel() == expected.numel()
-    if not same_memory and not torch.equal(position_ids[0].to(expected.device), expected):
-        raise ValueError(
-            "position_ids: with tree_step pass position_ids=step.position_ids[None]; got other positions, "
-            "and rotary embeddings would disagree with the tree"
-        )
 
 
 class _NotDifferentiable(torch.autograd.Function):
@@ -235,10 +188,7 @@ class _NotDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        raise RuntimeError(
-            "attention over a TreeCache has no gradient: the keys and values of earlier steps are gone "
-            "from the graph. Train with branch_mask=BranchMask… (branch_attention), which is differentiable"
-        )
+        raise RuntimeError(NO_GRADIENT)
 
 
 # ------------------------------------------------------------------------------------------------ ordinary use

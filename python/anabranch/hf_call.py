@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from anabranch.hf_mask import DeferredMask
+from anabranch.hf_mask import DeferredMask, local_of
 from anabranch.hf_shape import UnsupportedModel
 
 # Keywords that change what attention computes and that attention over branches has no answer to. Anything else a model
@@ -43,12 +43,16 @@ def is_causal(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
 def window_of(module: torch.nn.Module, attention_mask: Any, kwargs: dict[str, Any]) -> int | None:
     """The layer's sliding window: what the model passes, checked against what its mask says. None = full attention."""
     passed = kwargs.get("sliding_window") or None
-    if not isinstance(attention_mask, DeferredMask) or attention_mask.build is None or attention_mask.window == passed:
+    if isinstance(attention_mask, DeferredMask):
+        local = passed if attention_mask.build is None else attention_mask.window
+    else:
+        local = local_of(attention_mask, passed)
+    if local == passed:
         return passed
     config = getattr(module, "config", None)
     if passed is None and getattr(config, "attention_chunk_size", None) is None:
-        return attention_mask.window  # a model that leaves the window to its mask
+        return local  # a model that leaves the window to its mask
     raise UnsupportedModel(
         f"{type(module).__name__} passes sliding_window={passed}, but its mask is "
-        f"local to {attention_mask.window} tokens; only sliding windows can be honoured over a tree"
+        f"local to {local} tokens; only sliding windows can be honoured over a tree"
     )

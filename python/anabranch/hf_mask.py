@@ -82,11 +82,25 @@ def mask(
         and not kwargs.get("use_vmap")
         and _is_zero(kwargs.get("q_offset", 0))
         and _is_zero(kwargs.get("kv_offset", 0))
-        and not torch.compiler.is_compiling()
     )
     if not may_be_tree:
         return build()
+    if torch.compiler.is_compiling():
+        # What nobody reads of it, the compiler leaves out. It has to be there, though, to carry its window.
+        built = build(allow_is_causal_skip=False)
+        built.anabranch_window = kwargs.get("local_size")  # type: ignore[union-attr]
+        return built
     return DeferredMask((1, 1, q_length, kv_length), kwargs.get("device", "cpu"), build, kwargs.get("local_size"))
+
+
+def made_here(attention_mask: Any) -> bool:
+    """Whether a mask that traced code meets is one that `mask` made, and not one of the caller's."""
+    return hasattr(attention_mask, "anabranch_window")
+
+
+def local_of(attention_mask: Any, default: int | None) -> int | None:
+    """Tokens to which a traced mask of `mask`'s is local (None: all); `default` for any other."""
+    return attention_mask.anabranch_window if made_here(attention_mask) else default
 
 
 def _is_zero(offset: Any) -> bool:

@@ -9,10 +9,13 @@ attention mixes rows (a convolution or a state-space layer would).
 from __future__ import annotations
 
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from anabranch.hf_positions import APART, PositionTables
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}  # of config.layer_types: what a tree can honour
 
@@ -40,6 +43,9 @@ class ModelShape:
     """Whether any layer has attention sinks (one learned logit a query head)."""
     max_positions: int | None
     """Longest context the configuration promises, in tokens; None where it names none."""
+    position_limit: int | None = None
+    """Positions the model has embeddings for, where it looks them up in a table: none can lie beyond. None = no table
+    (rotary embeddings)."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,16 @@ class Probe:
         return torch.zeros_like(query).transpose(1, 2).contiguous()
 
 
+def is_compiled(model: Any) -> bool:
+    """Whether ``torch.compile(model)`` or ``model.compile()`` made this model, or a part of it."""
+    if not isinstance(model, torch.nn.Module):
+        return False
+    return any(
+        "_orig_mod" in part._modules or getattr(part, "_compiled_call_impl", None) is not None
+        for part in model.modules()
+    )
+
+
 def uses_anabranch(model: Any) -> bool:
     """Whether the model's decoder layers call ``attn_implementation="anabranch"``."""
     config = _text_config(model)
@@ -150,8 +166,41 @@ def refuse_by_config(model: Any) -> None:
             f"{name} does not call attention through Transformers' attention registry with its "
             "keywords (_supports_attention_backend is not set), so no other attention can be used"
         )
+    refuse_prompt_learning(model)
     if any(p.is_meta for p in model.parameters()):
+        away = sorted({str(d) for d in (getattr(model, "hf_device_map", None) or {}).values()} & {"cpu", "disk"})
+        if away:
+            raise UnsupportedModel(
+                f"{name} is offloaded to {' and '.join(away)} (hf_device_map), layer by layer; a TreeCache lies on one "
+                'device: load the model whole, e.g. with device_map={"": 0} or without device_map'
+            )
         raise UnsupportedModel(f"{name} has parameters on the meta device: load its weights first")
+
+
+def refuse_prompt_learning(model: Any) -> None:
+    """Raise `UnsupportedModel` for a PEFT model whose active adapter is a learned prompt or prefix."""
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict):
+        return
+    active = getattr(model, "active_adapters", None)
+    active = active() if callable(active) else active
+    for adapter in active or configs:
+        config = configs.get(adapter)
+        if config is not None and getattr(config, "is_prompt_learning", False):
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise UnsupportedModel(
+                f"adapter {adapter!r} is {kind}: it puts {config.num_virtual_tokens} learned virtual tokens in front of "
+                "every sequence, which have no token ids and no place in a tree; use an adapter of weights (LoRA, IA3), "
+                "or the base model (model.get_base_model())"
+            )
+
+
+def own_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which a model runs in its own dtype, whatever torch.autocast is on around it."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 _known: weakref.WeakKeyDictionary[Any, tuple[Any, ModelShape]] = weakref.WeakKeyDictionary()
@@ -188,28 +237,41 @@ def _probe(model: Any) -> ModelShape:
     device = embedding.weight.device
     # Twice the same token at the same position: whatever makes the rows differ mixes rows, and is not attention.
     ids = torch.full((1, Probe.ROWS), embedding.weight.shape[0] // 2, device=device)
-    positions = torch.zeros(1, Probe.ROWS, dtype=torch.long, device=device)
+    same = torch.zeros(1, Probe.ROWS, dtype=torch.long, device=device)
+    apart = torch.tensor([[0, APART]], device=device)
+    tables = PositionTables()
+
+    def forward(positions: torch.Tensor, probe: Probe) -> torch.Tensor:
+        return model(
+            input_ids=ids,
+            position_ids=positions,
+            tree_step=probe,
+            use_cache=False,
+            logits_to_keep=torch.arange(Probe.ROWS, device=device),
+        ).logits
+
     training = [part for part in model.modules() if part.training]
     devices = [device] if device.type == "cuda" else []
     try:
         model.eval()
-        with torch.random.fork_rng(devices=devices):
-            logits = model(
-                input_ids=ids,
-                position_ids=positions,
-                tree_step=probe,
-                use_cache=False,
-                logits_to_keep=torch.arange(Probe.ROWS, device=device),
-            ).logits
+        # A probe is looked at by Python code, which a compiled model would trace.
+        eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
+        with torch.random.fork_rng(devices=devices), eager, own_precision(device):
+            logits = forward(same, probe)
+            if (getattr(config, "max_position_embeddings", None) or APART + 1) > APART:
+                with tables:
+                    forward(apart, Probe())
     except TypeError as error:
         raise UnsupportedModel(f"{name}.forward does not take what a forward over a tree passes: {error}") from error
     finally:
         for part in training:
             part.training = True
-    return _shape_of(name, config, probe.calls, logits)
+    return _shape_of(name, config, probe.calls, logits, tables.limit)
 
 
-def _shape_of(name: str, config: Any, calls: list[_Call], logits: torch.Tensor) -> ModelShape:
+def _shape_of(
+    name: str, config: Any, calls: list[_Call], logits: torch.Tensor, position_limit: int | None
+) -> ModelShape:
     layers = sorted(call.layer for call in calls)
     expected = list(range(len(layers)))
     promised = getattr(config, "num_hidden_layers", len(layers))
@@ -242,4 +304,5 @@ def _shape_of(name: str, config: Any, calls: list[_Call], logits: torch.Tensor) 
         softcap=first.softcap,
         sinks=any(call.sinks for call in calls),
         max_positions=getattr(config, "max_position_embeddings", None),
+        position_limit=position_limit,
     )

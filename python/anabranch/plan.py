@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,6 +90,10 @@ _plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
 _handles = itertools.count(1)
 
 
+def _no_step() -> None:
+    """Stands for the step of a plan that belongs to none."""
+
+
 def plan_of(handle: Tensor) -> Plan:
     """The live plan behind a handle tensor; raises ``ValueError`` when it is gone."""
     plan = _plans.get(int(handle))
@@ -106,13 +111,17 @@ class Plan:
         num_rows: query rows that attention expects.
         handle: int64 CPU tensor [1] that names this plan to ``torch.ops.anabranch.tree_attention``.
         device: where the arrays go.
+        step: gives the Step that the plan belongs to; None for a plan of the user's own, and once the step is gone.
     """
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
         self.num_rows = num_rows
         self.device = device
         number = next(_handles)
-        self.handle = torch.from_numpy(np.array([number]))  # torch.tensor takes several times as long
+        # Not an inference tensor, even in inference mode: a compiled forward outside of it declares it as changed.
+        with torch.inference_mode(False):
+            self.handle = torch.from_numpy(np.array([number]))  # torch.tensor takes several times as long
+        self.step: Callable[[], Any] = _no_step
         _plans[number] = self
 
     # -- what a kernel asks ------------------------------------------------------------------------------------------

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 
 from .. import hf
+from .._check import index_of, told, whole
+from ..backends import choose
 from ..cache import TreeCache
 from ..graph import DecodeGraph, unfit
 from ..strategies import Plain, Strategy
 from .events import Event
+from .fit import check_model
 from .linear import linear_context
 from .loop import Run
 from .prompts import Prompt, Text, split_prompts
@@ -55,18 +58,18 @@ class Engine:
         own_linear: bool | None = None,
         cuda_graphs: bool | None = None,
     ):
-        if not isinstance(max_rows, int) or max_rows < 1:
-            raise ValueError(f"max_rows={max_rows!r}; pass a whole number of at least 1 (tokens a forward)")
-        if max_threads is not None and (not isinstance(max_threads, int) or max_threads < 1):
-            raise ValueError(
-                f"max_threads={max_threads!r}; pass a whole number of at least 1 (threads decoding at a time) or None"
-            )
+        max_rows = whole(max_rows, "max_rows", 1, hint=" (tokens a forward)")
+        if max_threads is not None:
+            max_threads = whole(max_threads, "max_threads", 1, hint=" (threads decoding at a time) or None")
+        if num_pages is not None:
+            num_pages = whole(num_pages, "num_pages", 1, hint=", or None for as many as free memory allows")
+        page_size = whole(page_size, "page_size", 1, hint=" (tokens a page)")
         if cuda_graphs is not None and not isinstance(cuda_graphs, bool):
             raise ValueError(f"cuda_graphs={cuda_graphs!r}; pass True, False or None (where they can be had)")
-        hf.enable(model)
+        shape = hf.enable(model)
+        choose(backend, shape.device, shape.dtype, shape.head_dim)  # raises for one that is unknown or cannot run
         self.max_threads = max_threads
         self.model, self.tokenizer, self.backend, self.max_rows = model, tokenizer, backend, max_rows
-        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self.cache = TreeCache.for_model(model, num_pages=num_pages, page_size=page_size)
         self.linear = linear_context(model, own_linear)
         self.graphs = self._decode_graph(cuda_graphs)
@@ -129,12 +132,19 @@ class Engine:
         for run in list(self._runs):
             run.abort()
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that the model has embeddings for; follows ``model.resize_token_embeddings``."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
     # ---------------------------------------------------------------------------------------- inside
 
     def _decode_graph(self, setting: bool | None) -> DecodeGraph | None:
         if setting is False:
             return None
         reason = unfit(self.cache, self.backend)
+        if reason is None and hf.is_compiled(self.model):
+            reason = "the model is compiled by torch.compile, which has graphs of its own; pass the model itself"
         if reason is None:
             return DecodeGraph(self.model, self.cache, self.backend)
         if setting:
@@ -165,16 +175,11 @@ class Engine:
             raise TypeError(
                 f"strategy: got {strategy!r}; pass an instance of a Strategy, such as ab.SelfConsistency(n=8), or None"
             )
-        device = torch.device(self.model.device)
-        if device != torch.device(self.cache.device):
-            raise ValueError(
-                f"model: is on {device}, but the engine's cache is on {self.cache.device}; "
-                "move it back, or make a new Engine"
-            )
+        limit = check_model(self.model, self.cache)
         extra, criteria = kwargs.pop("logits_processor", None), kwargs.pop("stopping_criteria", None)
         budget = kwargs.pop("max_total_tokens", None)
-        if budget is not None and (not isinstance(budget, int) or budget < 1):
-            raise ValueError(f"max_total_tokens={budget!r}; pass a whole number of at least 1, or None")
+        if budget is not None:
+            budget = whole(budget, "max_total_tokens", 1, hint=", or None")
         logprobs = kwargs.pop("logprobs", False)
         if not isinstance(logprobs, bool):
             raise ValueError(
@@ -184,14 +189,13 @@ class Engine:
         samplers = Samplers(self.model, self.tokenizer, prepared, extra, criteria)
         text = Text(self.tokenizer, self.vocab_size, samplers.base.eos_ids)
         prompts, many = split_prompts(prompt)
-        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * len(prompts)
-        if len(seeds) != len(prompts) or not all(isinstance(s, int) and s >= 0 for s in seeds):
-            raise ValueError(f"seed={seed!r}; pass a whole number ≥ 0, or a list of {len(prompts)} (one a prompt)")
+        seeds = _seeds(seed, len(prompts))
         ids = [text.prompt_ids(p, f"prompt[{i}]" if many else "prompt") for i, p in enumerate(prompts)]
         # Without anything that could end it early, plain decoding writes all it may; its last token needs no place.
         endless = isinstance(getattr(strategy, "strategy", strategy), Plain) and not budget
         endless = endless and not samplers.base.eos_ids and not samplers.base.criteria
         self._check_room(ids, prepared.max_new_tokens - 1 if endless else 0, many)
+        _check_positions(ids, limit, many)
         buffer: deque[Event] = deque()
         requests = [
             Request(
@@ -205,6 +209,7 @@ class Engine:
                 max_total_tokens=budget,
                 max_new_tokens=prepared.max_new_tokens,
                 logprobs=logprobs,
+                position_limit=limit,
                 emit=buffer.append if streaming else None,
                 prompt=prompts[i],
             )
@@ -223,3 +228,23 @@ class Engine:
                     f"make the engine with num_pages of at least {-(-(len(tokens) + more) // size) + (not more)}"
                     + (", or use a smaller max_new_tokens" if more else "")
                 )
+
+
+def _seeds(seed: Any, count: int) -> list[int]:
+    """One seed a prompt."""
+    one = index_of(seed)
+    many = isinstance(seed, (list, tuple)) or getattr(seed, "ndim", 0) == 1
+    seeds = [index_of(s) for s in seed] if many else [one] * count
+    if len(seeds) != count or any(s is None or s < 0 for s in seeds):
+        raise ValueError(f"seed={told(seed)}; pass a whole number ≥ 0, or a list of {count} (one a prompt)")
+    return seeds  # type: ignore[return-value]
+
+
+def _check_positions(ids: list[list[int]], limit: int | None, many: bool) -> None:
+    """ValueError for a prompt that is longer than the positions which the model has embeddings for."""
+    for i, tokens in enumerate(ids):
+        if limit is not None and len(tokens) > limit:
+            raise ValueError(
+                f"prompt{f'[{i}]' if many else ''}: {len(tokens)} tokens, but the model has embeddings for {limit} "
+                "positions; shorten it, or use a model with a longer context"
+            )

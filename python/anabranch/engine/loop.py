@@ -13,6 +13,7 @@ import torch
 
 from ..errors import OutOfPages
 from ..graph import forward
+from ..hf_shape import own_precision
 from ..strategies.ops import Decode, Join
 from ..strategies.protocol import Thread
 from . import events, scores
@@ -183,6 +184,7 @@ class Run:
         self._needed.clear()
         wanted = [live for request in self.active for live in self._wanted(request)]
         entries = self._choose(wanted)
+        self._check_positions(entries)
         step, entries = self._reserve(entries, wanted)
         # Work of several prompts is shared out by its rows.
         parts = [(live.thread._host.spent, n) for live, _, n in entries]
@@ -192,7 +194,7 @@ class Run:
         ids = [t for _, f, n in entries for t in f.token_ids[f.done : f.done + n]]
         heads = scores.heads(entries)
         launched = time.perf_counter()
-        with torch.inference_mode(), self.engine.linear:
+        with torch.inference_mode(), own_precision(self.cache.device), self.engine.linear:
             logits = self._scores(ids, step, [head.row for head in heads])
             what = f"{type(self.engine.model).__name__} returned NaN scores in step {self.steps + 1}"
             scores.refuse_nan(logits, heads, entries, what)
@@ -214,6 +216,22 @@ class Run:
         scores.record(logits, heads)
         self.peaks.look()
         share(launched - begin + time.perf_counter() - done, "plan", parts)
+
+    @staticmethod
+    def _check_positions(entries: list[tuple[Live, Feed, int]]) -> None:
+        """Raise for a thread that would be computed past the positions which the model has embeddings for."""
+        for live, feed, _ in entries:
+            thread = live.thread
+            limit: int | None = thread._host.position_limit
+            if limit is None:
+                return
+            last = feed.position + len(feed.token_ids) - 1
+            if last >= limit:
+                raise ValueError(
+                    f"thread {thread.id}: its tokens reach position {last}, but the model has embeddings for {limit} "
+                    f"positions (0 … {limit - 1}); insert, join or spawn less, use a smaller max_new_tokens, or a model "
+                    "with a longer context"
+                )
 
     def _scores(self, ids: list[int], step: Any, rows: list[int]) -> torch.Tensor:
         """The model's scores for some rows of a step, in order, [rows, vocabulary]."""
@@ -349,7 +367,7 @@ class Run:
             threads = [t for t in sampled if t.alive]  # an until() of the groups before may have killed some
             if not threads:
                 continue
-            with torch.inference_mode():
+            with torch.inference_mode(), own_precision(self.cache.device):
                 logits = scores.rows([t._live.scores for t in threads]).float()
                 contexts = [lambda t=t: [*t._prefix, *t._own] for t in threads]
                 tokens = sampler.choose(

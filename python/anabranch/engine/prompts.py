@@ -2,35 +2,56 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+
+from .._check import indices, told
 
 Prompt = Any  # str | list[int] | list[dict]: see Engine.generate
 
 
 def split_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
     """``(prompts, many)``: a string, a list of ints and a list of dicts are one prompt; a list of those is many."""
-    if isinstance(prompt, torch.Tensor):
-        if prompt.ndim not in (1, 2) or prompt.is_floating_point():
-            raise ValueError(
-                f"prompt: a tensor of shape {tuple(prompt.shape)}, {prompt.dtype}; "
-                "pass token ids of shape [tokens] or [prompts, tokens]"
-            )
-        prompt = prompt.tolist()
+    if isinstance(prompt, (torch.Tensor, np.ndarray)):
+        prompt = _id_lists(prompt, "prompt", (1, 2))
     if isinstance(prompt, str):
         return [prompt], False
     if not isinstance(prompt, Sequence) or not len(prompt):
-        raise ValueError(f"prompt: got {prompt!r}; pass a string, token ids or a chat, or a non-empty list of those")
-    kinds = {int if isinstance(p, int) else dict if isinstance(p, dict) else None for p in prompt}
+        raise ValueError(f"prompt: got {told(prompt)}; pass a string, token ids or a chat, or a non-empty list of those")
+    kinds = {int if _is_one_id(p) else dict if isinstance(p, dict) else None for p in prompt}
     if kinds == {int} or kinds == {dict}:
         return [prompt], False
     if kinds != {None}:
         raise ValueError(
             "prompt: the list mixes token ids or chat messages with other things; pass one kind of prompt a list"
         )
-    return [p.tolist() if isinstance(p, torch.Tensor) else p for p in prompt], True
+    many = enumerate(prompt)
+    return [
+        _id_lists(p, f"prompt[{i}]", (1,)) if isinstance(p, (torch.Tensor, np.ndarray)) else p for i, p in many
+    ], True
+
+
+def _is_one_id(item: Any) -> bool:
+    """Whether an item of a list is one number (of whatever kind: the ids are checked later), not a prompt itself."""
+    return isinstance(item, numbers.Number) or getattr(item, "ndim", None) == 0
+
+
+def _id_lists(ids: Any, name: str, dims: tuple[int, ...]) -> Any:
+    """A tensor or an array of token ids as a list, or a list of lists."""
+    if isinstance(ids, torch.Tensor):
+        whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    else:
+        whole = ids.dtype.kind in "iu"
+    if ids.ndim not in dims or not whole:
+        shapes = "[tokens] or [prompts, tokens]" if len(dims) > 1 else "[tokens]"
+        raise ValueError(
+            f"{name}: a {type(ids).__name__} of shape {tuple(ids.shape)}, {ids.dtype}; pass token ids of shape {shapes}"
+        )
+    return ids.tolist()
 
 
 class Text:
@@ -70,13 +91,17 @@ class Text:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def check_ids(self, token_ids: Iterable[int], name: str) -> list[int]:
-        ids = list(token_ids)
+        ids = indices(token_ids, name, "text or a list of token ids (ints)")
         for i, token in enumerate(ids):
-            if not isinstance(token, int):
-                raise ValueError(f"{name}: item {i} is {token!r}; pass text or a list of token ids (ints)")
             if not 0 <= token < self.vocab_size:
+                remedy = ""
+                if self.tokenizer is not None and 0 <= token < len(self.tokenizer):
+                    remedy = (
+                        f", though the tokenizer has {len(self.tokenizer)} tokens: use the model's own tokenizer, or "
+                        "call model.resize_token_embeddings(len(tokenizer))"
+                    )
                 raise ValueError(
-                    f"{name}: token id {token} at {i} is outside the model's vocabulary of {self.vocab_size}"
+                    f"{name}: token id {token} at {i} is outside the model's vocabulary of {self.vocab_size}{remedy}"
                 )
         return ids
 

@@ -9,6 +9,7 @@ from math import nan
 from typing import Any
 
 from ..strategies.ops import Awaitable, Decode, Ended, Fork, Insert, Join, Op, Score, Truncate
+from ..strategies.plain import Plain
 from ..strategies.protocol import Action, Strategy, Thread
 from . import events
 from .clock import Clock
@@ -35,6 +36,7 @@ class Request:
         max_new_tokens: int,
         max_total_tokens: int | None,
         logprobs: bool,
+        position_limit: int | None = None,
         emit: Callable[[events.Event], None] | None,
         prompt: Any = None,
     ):
@@ -42,6 +44,9 @@ class Request:
         self.cache, self.samplers, self._text = cache, samplers, text
         self.max_new_tokens, self.max_total_tokens = max_new_tokens, max_total_tokens
         self.logprobs, self.emit = logprobs, emit
+        self.position_limit = position_limit
+        # Plain decoding ends with a token that nothing follows: like `model.generate`, it needs no position for it.
+        self._last_is_free = isinstance(getattr(strategy, "strategy", strategy), Plain)
         self.sequential = bool(getattr(strategy, "sequential", False))
         self.tasks = Tasks(type(strategy).__name__)
         self.threads: list[Thread] = []
@@ -292,6 +297,8 @@ class Request:
         if op._limit is None:
             left = self.max_new_tokens - thread._path_sampled
             op._limit = left if op.max_new_tokens is None else min(left, op.max_new_tokens)
+            if self.position_limit is not None:
+                op._limit = min(op._limit, self.position_limit - thread._position + self._last_is_free)
             op._sampler = self.samplers.get(op.sampling)
             op._before = list((*thread._prefix[-8:], *thread._own[-8:])[-8:])
             thread._depth = max(thread._depth, op.issued)

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import logits_process as lp
 from transformers.generation.stopping_criteria import StopStringCriteria
 
+from .._check import whole
 from ..strategies.ops import TokenStats
 
 # Processors that look at the scores alone: one call serves all threads. Any other sees each thread's own tokens.
@@ -266,8 +267,8 @@ def prepare_config(
     model: Any, config: GenerationConfig | None, max_new_tokens: int | None, kwargs: dict[str, Any]
 ) -> GenerationConfig:
     """The config `model.generate` would arrive at, with ``max_new_tokens`` always settled (256 when nobody says)."""
-    if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
-        raise ValueError(f"max_new_tokens={max_new_tokens!r}; pass a whole number of at least 1")
+    if max_new_tokens is not None:
+        max_new_tokens = whole(max_new_tokens, "max_new_tokens", 1)
     if config is not None and not isinstance(config, GenerationConfig):
         raise TypeError(f"generation_config: got {type(config).__name__}; pass a transformers.GenerationConfig")
     if "max_length" in kwargs or (config is not None and config.max_length and not config.max_new_tokens):
@@ -286,10 +287,7 @@ def prepare_config(
         prepared.max_new_tokens = max_new_tokens
     elif prepared.max_new_tokens is None:
         prepared.max_new_tokens = 256
-    if prepared.max_new_tokens < 1:
-        raise ValueError(
-            f"generation_config: max_new_tokens={prepared.max_new_tokens}; pass a whole number of at least 1"
-        )
+    prepared.max_new_tokens = whole(prepared.max_new_tokens, "generation_config: max_new_tokens", 1)
     return prepared
 
 

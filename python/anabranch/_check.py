@@ -1,0 +1,84 @@
+"""Whole numbers and numbers as callers pass them, checked in one place. Imports neither torch nor NumPy.
+
+A whole number is what Python itself takes as an index: ints, NumPy's integers, tensors and arrays of no dimension. Not
+bools, and no floats, whole or not: they are mistakes more often than numbers.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from math import isfinite
+from typing import Any
+
+__all__ = ["index_of", "indices", "number", "told", "whole"]
+
+
+def index_of(value: Any) -> int | None:
+    """`value` as an int; None where it is no whole number."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or getattr(value, "ndim", 0) != 0 or "bool" in str(getattr(value, "dtype", "")):
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: tensors without data
+        return None
+
+
+def whole(value: Any, name: str, least: int | None = 0, most: int | None = None, hint: str = "") -> int:
+    """`value` as an int from `least` to `most` (None: no bound).
+
+    Raises ValueError that begins with `name` and tells what came; `hint` is what else may be passed.
+    """
+    found = index_of(value)
+    if found is None or (least is not None and found < least) or (most is not None and found > most):
+        bounds = "" if least is None else f" of at least {least}" if most is None else f" from {least} to {most}"
+        raise ValueError(f"{name}={told(value)}; pass a whole number{bounds}{hint}")
+    return found
+
+
+def indices(values: Iterable[Any], name: str, what: str = "a list of whole numbers") -> list[int]:
+    """A list of ints from a list, an array or a tensor of one dimension; ValueError names the item that is none."""
+    shape = getattr(values, "shape", None)
+    if shape is not None and len(shape) != 1:
+        raise ValueError(f"{name}: expected {what}, got {told(values)}")
+    if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}: expected {what}, got {told(values)}")
+    items = values.tolist() if shape is not None and hasattr(values, "tolist") else list(values)
+    if all(type(item) is int for item in items):
+        return items
+    found = []
+    for i, item in enumerate(items):
+        index = index_of(item)
+        if index is None:
+            raise ValueError(f"{name}: item {i} is {told(item)}; pass {what}")
+        found.append(index)
+    return found
+
+
+def number(value: Any, name: str, positive: bool = False, hint: str = "") -> float:
+    """`value` as a finite float, above 0 where `positive`; ValueError that begins with `name` and tells what came."""
+    if type(value) is not float:
+        if isinstance(value, (bool, str, bytes)) or getattr(value, "ndim", 0) != 0:
+            found = None
+        else:
+            try:
+                found = float(value)
+            except (TypeError, ValueError, RuntimeError, OverflowError):
+                found = None
+    else:
+        found = value
+    if found is None or not isfinite(found) or (positive and not found > 0):
+        kind = "positive number" if positive else "finite number"
+        raise ValueError(f"{name}: must be a {kind}{hint}, got {told(value)}")
+    return found
+
+
+def told(value: Any) -> str:
+    """What came, for a message: a tensor or an array by shape and type, anything else short."""
+    shape = getattr(value, "shape", None)
+    if shape is not None and len(shape):
+        return f"{type(value).__name__} of shape {list(shape)}, {getattr(value, 'dtype', '?')}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

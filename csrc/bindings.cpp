@@ -294,11 +294,11 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<PlanParams>(m, "PlanParams")
       .def(py::init([](i32 group, i32 tile, i32 chunk, i32 parallelism, i32 num_kv_heads, i32 elem_size,
-                       i32 narrow) {
-             return PlanParams{group, tile, chunk, parallelism, num_kv_heads, elem_size, narrow};
+                       i32 narrow, bool fixed) {
+             return PlanParams{group, tile, chunk, parallelism, num_kv_heads, elem_size, narrow, fixed};
            }),
            py::arg("group"), py::arg("tile"), py::arg("chunk"), py::arg("parallelism"), py::arg("num_kv_heads"),
-           py::arg("elem_size"), py::arg("narrow") = 0);
+           py::arg("elem_size"), py::arg("narrow") = 0, py::arg("fixed") = false);
 
   py::class_<Tables>(m, "Tables")
       .def(py::init<const py::array_t<i32, py::array::c_style>&, const py::array_t<i64, py::array::c_style>&,

@@ -44,7 +44,22 @@ struct Runs {
   i32 count() const { return static_cast<i32>(length.size()); }
 };
 
-Runs group_by_visitors(const Contexts& c, i32 batch, bool merge) {
+// A run for each piece that somebody sees, in the order of the pieces.
+Runs one_run_a_piece(const Contexts& c, i32 batch) {
+  Runs runs;
+  runs.of_piece.assign(c.pieces.size(), -1);
+  for (i32 b = 0; b < batch; ++b)
+    if (c.row_ptr[b] != c.row_ptr[b + 1])
+      for (i32 i = c.piece_ptr[b]; i < c.piece_ptr[b + 1]; ++i) runs.of_piece[c.piece_ids[i]] = 0;
+  for (size_t piece = 0; piece < c.pieces.size(); ++piece) {
+    if (runs.of_piece[piece] < 0) continue;
+    runs.of_piece[piece] = runs.count();
+    runs.length.push_back(c.pieces[piece].length);
+  }
+  return runs;
+}
+
+Runs group_by_visitors(const Contexts& c, i32 batch) {
   const i32 num_pieces = static_cast<i32>(c.pieces.size());
   std::vector<u64> hash(num_pieces, 0);
   for (i32 b = 0; b < batch; ++b) {
@@ -56,21 +71,16 @@ Runs group_by_visitors(const Contexts& c, i32 batch, bool merge) {
   runs.of_piece.assign(num_pieces, -1);
   size_t capacity = 16;
   while (capacity < 2 * static_cast<size_t>(num_pieces)) capacity *= 2;
-  std::vector<std::pair<u64, i32>> table(merge ? capacity : 0, {0, -1});
+  std::vector<std::pair<u64, i32>> table(capacity, {0, -1});
   for (i32 b = 0; b < batch; ++b) {
     if (c.row_ptr[b] == c.row_ptr[b + 1]) continue;
     for (i32 i = c.piece_ptr[b]; i < c.piece_ptr[b + 1]; ++i) {
       const i32 piece = c.piece_ids[i];
       if (runs.of_piece[piece] >= 0) continue;
-      i32 run = -1;
-      if (merge) {
-        size_t at = hash[piece] & (capacity - 1);
-        while (table[at].second >= 0 && table[at].first != hash[piece]) at = (at + 1) & (capacity - 1);
-        if (table[at].second < 0) table[at] = {hash[piece], runs.count()};
-        run = table[at].second;
-      } else {
-        run = runs.count();
-      }
+      size_t at = hash[piece] & (capacity - 1);
+      while (table[at].second >= 0 && table[at].first != hash[piece]) at = (at + 1) & (capacity - 1);
+      if (table[at].second < 0) table[at] = {hash[piece], runs.count()};
+      const i32 run = table[at].second;
       if (run == runs.count()) runs.length.push_back(0);
       runs.of_piece[piece] = run;
       runs.length[run] += c.pieces[piece].length;
@@ -92,17 +102,19 @@ struct Item {
 
 }  // namespace
 
-PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::vector<i32>* tail_items,
+PlanData Planner::build(const Contexts& given, const PlanParams& p, i32 slack, std::vector<i32>* tail_items,
                         std::vector<i32>* tail_capacity) {
+  const FixedContexts recut = p.fixed ? fixed_pieces(given, p.chunk) : FixedContexts();
+  const Contexts& c = p.fixed ? recut.contexts : given;
   const i32 batch = static_cast<i32>(c.row_ptr.size()) - 1;
   const i32 num_rows = c.row_ptr.back();
   const auto rows_of = [&](i32 b) { return c.row_ptr[b + 1] - c.row_ptr[b]; };
 
   // 1. Pieces → runs, and who visits each run. Two different sets whose weights add up alike (never seen; 1 in 2^64)
   //    would show as a run with more visitors than one of its pieces has: then nothing is merged.
-  Runs runs = group_by_visitors(c, batch, true);
+  Runs runs = p.fixed ? one_run_a_piece(c, batch) : group_by_visitors(c, batch);
   Lists visitors(0);
-  for (bool merged = true;; merged = false) {
+  for (bool merged = !p.fixed;; merged = false) {
     const i32 n = runs.count();
     visitors = Lists(n);
     std::vector<i32> stamp(n, -1), listed(n, 0), pieces(n, 0);
@@ -121,7 +133,7 @@ PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::
     bool exact = true;
     for (i32 r = 0; r < n; ++r) exact &= static_cast<i64>(visitors.size(r)) * pieces[r] == listed[r];
     if (exact || !merged) break;
-    runs = group_by_visitors(c, batch, false);
+    runs = one_run_a_piece(c, batch);
   }
   const i32 num_runs = runs.count();
   Lists run_pieces(num_runs);
@@ -164,7 +176,7 @@ PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::
     std::vector<i32> times(num_runs, 0);
     std::vector<i32> ends;
     for (i32 r = 0; r < num_runs; ++r) {
-      if (is_terminal[r]) continue;
+      if (is_terminal[r] || p.fixed) continue;
       const i64 once = 2ll * p.elem_size * runs.length[r], partials = 8ll * run_rows[r] * p.group;
       if (once > partials) continue;
       ends.clear();
@@ -342,7 +354,8 @@ PlanData Planner::build(const Contexts& c, const PlanParams& p, i32 slack, std::
     for (i32 b = 0; b < batch; ++b) {
       if (tails[b] < 0) continue;
       (*tail_items)[b] = place[tails[b]];
-      (*tail_capacity)[b] = items[tails[b]].kv_len + slack;
+      const i32 end = items[tails[b]].kv_len + slack;
+      (*tail_capacity)[b] = p.fixed ? std::min(end, p.chunk) : end;
     }
   }
 

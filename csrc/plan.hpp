@@ -43,11 +43,19 @@ struct PlanParams {
   i32 num_kv_heads;
   i32 elem_size;     // bytes of one KV element
   i32 narrow = 0;    // items of at most this many packed rows come after all others (0: one order for all)
+  bool fixed = false;  // a row's token ranges depend on its own context alone: borders at multiples of `chunk`
   bool operator==(const PlanParams& o) const {
     return group == o.group && tile == o.tile && chunk == o.chunk && parallelism == o.parallelism &&
-           num_kv_heads == o.num_kv_heads && elem_size == o.elem_size && narrow == o.narrow;
+           num_kv_heads == o.num_kv_heads && elem_size == o.elem_size && narrow == o.narrow && fixed == o.fixed;
   }
 };
+
+// The same contexts, cut at multiples of `grain` tokens; pieces are in the order of those borders.
+struct FixedContexts {
+  Contexts contexts;
+  std::vector<i32> slots, positions;  // what the pieces point into
+};
+FixedContexts fixed_pieces(const Contexts& contexts, i32 grain);
 
 constexpr i32 kItemFields = 8;
 enum ItemField { kKvBegin, kKvLen, kRowBegin, kRowCount, kMasked, kKvPosMax, kRowPosMin };

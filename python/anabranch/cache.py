@@ -49,6 +49,7 @@ class StepPlan(Plan):
 
     def __init__(self, cache: TreeCache, core: _core.Step) -> None:
         super().__init__(core.num_rows, cache.device)
+        self.batch_invariant = cache.batch_invariant
         self._cache = cache
         self._core = core
         self._results: dict[tuple[int, Profile], tuple] = {}
@@ -291,6 +292,7 @@ class TreeCache:
         self._k = [self._pool[i].transpose(1, 2) for i in range(num_layers)]
         self._v = [self._pool[num_layers + i].transpose(1, 2) for i in range(num_layers)]
         self._core = _core.Cache(num_pages, page_size)
+        self.batch_invariant = False  # for plans of later steps; the cpu backend alone can honour it
         self._params: dict[tuple[int, Profile], _core.PlanParams] = {}
         self._last_arrays: dict[tuple[int, Profile], tuple[int, PlanArrays]] = {}
         self._resident: dict[tuple[int, Profile], ResidentPlan] = {}

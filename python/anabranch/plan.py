@@ -30,6 +30,8 @@ class Profile:
         num_kv_heads: KV heads, which multiply the items.
         elem_size: bytes of one KV element, for the absorb rule.
         narrow: items of at most this many packed query vectors come after all wider ones (0: no such parting).
+        fixed: token ranges end at multiples of `chunk` of each row's own context, so that how a row's result is summed
+            up depends on that context alone, not on the rows beside it. `parallelism` has no say then.
     """
 
     tile: int
@@ -38,6 +40,7 @@ class Profile:
     num_kv_heads: int = 8
     elem_size: int = 2
     narrow: int = 0
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,10 @@ class Plan:
         handle: int64 CPU tensor [1] that names this plan to ``torch.ops.anabranch.tree_attention``.
         device: where the arrays go.
         step: gives the Step that the plan belongs to; None for a plan of the user's own, and once the step is gone.
+        batch_invariant: a row's attention is to be the same, bit for bit, whatever rows are beside it.
     """
+
+    batch_invariant = False
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
         self.num_rows = num_rows
@@ -218,7 +224,7 @@ def capturing(device: torch.device) -> bool:
 
 def core_params(group: int, profile: Profile) -> _core.PlanParams:
     p = profile
-    return _core.PlanParams(group, p.tile, p.chunk, p.parallelism, p.num_kv_heads, p.elem_size, p.narrow)
+    return _core.PlanParams(group, p.tile, p.chunk, p.parallelism, p.num_kv_heads, p.elem_size, p.narrow, p.fixed)
 
 
 def _ints(name: str, value: Tensor | Sequence[int] | np.ndarray, ndim: int) -> np.ndarray:

@@ -33,6 +33,9 @@ name = "cpu"
 TILE = 64
 # Tokens. Partial results of a chunk cost about as much traffic as 8 · rows tokens; below 256 that begins to show.
 CHUNK = 256
+# STREAM_ROWS of csrc/cpu/kernels.hpp. Items of more packed rows are summed up in tiles of another size; where all are of
+# so many at most, or each is one row of a larger group, one kernel computes every row.
+FEW_ROWS_TILE = 8
 UNITS_PER_THREAD = 4  # for balance: the last unit to end then holds up the others for an eighth of the time at most
 
 
@@ -61,14 +64,22 @@ def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     return None
 
 
-def profile(num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Profile:
-    """How plans for these kernels are to be cut."""
+def profile(
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch_invariant: bool = False,
+) -> Profile:
+    """How plans for these kernels are to be cut. batch_invariant: so that a row's result depends on its context alone."""
     return Profile(
-        tile=TILE,
+        tile=FEW_ROWS_TILE if batch_invariant else TILE,
         chunk=CHUNK,
         parallelism=UNITS_PER_THREAD * torch.get_num_threads(),
         num_kv_heads=num_kv_heads,
         elem_size=dtype.itemsize,
+        fixed=batch_invariant,
     )
 
 
@@ -95,7 +106,8 @@ def attention(
     from anabranch import _cpu
 
     num_q_heads, num_kv_heads = q.shape[1], k_pages.shape[2]
-    arrays = plan.arrays(num_q_heads // num_kv_heads, profile(num_q_heads, num_kv_heads, q.shape[2], q.dtype, q.device))
+    shape = num_q_heads, num_kv_heads, q.shape[2], q.dtype, q.device
+    arrays = plan.arrays(num_q_heads // num_kv_heads, profile(*shape, batch_invariant=plan.batch_invariant))
     return native.attention(
         _cpu.attention, rows(q), k_pages, v_pages, arrays, torch.get_num_threads(),
         scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse,

@@ -16,6 +16,7 @@ from ..graph import DecodeGraph, unfit
 from ..strategies import Plain, Strategy
 from .events import Event
 from .fit import check_model
+from .invariant import Invariant, check_rows, require_invariant
 from .linear import linear_context
 from .loop import Run
 from .prompts import Prompt, Text, split_prompts
@@ -31,6 +32,9 @@ class Engine:
     tokenizer: None: prompts, headers and answers are token ids.
     num_pages: pages of the cache, each of `page_size` tokens; None: as many as free memory allows.
     backend: attention backend of every forward: "auto", "cpu", "triton", "cuda" or "reference".
+    batch_invariant: the same seed gives the same tokens, bit for bit, alone, in a batch and after a pre-emption, in
+        float32, bfloat16 and float16. On a CPU only; slower, above all for long prompts (see docs/strategies.md). A
+        model with an operation whose rows are not known to be independent is refused, by the operation's name.
     max_rows: most tokens one forward takes; longer prompts are prefilled in chunks, beside what is decoding.
     max_threads: most threads, of all prompts of a call, that decode at a time; more wait for their turn, which changes
         no token. None: as many as fit the pages.
@@ -57,6 +61,7 @@ class Engine:
         max_threads: int | None = None,
         own_linear: bool | None = None,
         cuda_graphs: bool | None = None,
+        batch_invariant: bool = False,
     ):
         max_rows = whole(max_rows, "max_rows", 1, hint=" (tokens a forward)")
         if max_threads is not None:
@@ -68,10 +73,18 @@ class Engine:
             raise ValueError(f"cuda_graphs={cuda_graphs!r}; pass True, False or None (where they can be had)")
         shape = hf.enable(model)
         choose(backend, shape.device, shape.dtype, shape.head_dim)  # raises for one that is unknown or cannot run
+        if not isinstance(batch_invariant, bool):
+            raise ValueError(f"batch_invariant={batch_invariant!r}; pass True or False")
+        if batch_invariant:
+            require_invariant(model, backend, own_linear)
+            backend = "cpu"
         self.max_threads = max_threads
         self.model, self.tokenizer, self.backend, self.max_rows = model, tokenizer, backend, max_rows
         self.cache = TreeCache.for_model(model, num_pages=num_pages, page_size=page_size)
-        self.linear = linear_context(model, own_linear)
+        self.cache.batch_invariant = batch_invariant
+        self.linear: Any = Invariant(model) if batch_invariant else linear_context(model, own_linear)
+        if batch_invariant:
+            check_rows(model, self.linear, backend)
         self.graphs = self._decode_graph(cuda_graphs)
         self._runs: set[Run] = set()
 

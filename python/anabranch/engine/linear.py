@@ -169,6 +169,11 @@ def _kernel() -> Callable[..., None]:
     return _cpu.linear
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, is the work of torch.compile."""
+    return any(hasattr(type(m), "_opt_mod_attributes") or "_orig_mod" in m._modules for m in model.modules())
+
+
 class OwnLinear:
     """``with OwnLinear(model): model(...)``: the model's `torch.nn.Linear` layers run `linear` on calls that `takes`
     approves and that have no more rows than `rows_for` says, and their own forward on all others.
@@ -183,8 +188,7 @@ class OwnLinear:
 
     def __init__(self, model: nn.Module, setting: bool | None = True) -> None:
         modules = list(model.modules())
-        compiled = any(hasattr(type(m), "_opt_mod_attributes") or "_orig_mod" in m._modules for m in modules)
-        layers = [] if compiled else [m for m in modules if type(m) is nn.Linear]
+        layers = [] if is_compiled(model) else [m for m in modules if type(m) is nn.Linear]
         kinds = {(p.device, p.dtype) for p in model.parameters()}
         most = {kind: rows_for(*kind, setting) for kind in kinds}  # of each kind once, not of each layer
         rows = [most.get((m.weight.device, m.weight.dtype), 0) for m in layers]

@@ -19,6 +19,7 @@ from ..strategies.protocol import Thread
 from . import events, scores
 from .clock import Peaks, share
 from .live import Feed, Live
+from .modes import evaluating
 from .request import Request
 from .result import Result, build_result
 from .slots import Slots
@@ -45,12 +46,12 @@ class Run:
     # ---------------------------------------------------------------------------------------- life
 
     def drive(self) -> Iterator[events.Event]:
-        model = self.engine.model
-        was_training = model.training
+        with evaluating(self.engine.model):
+            yield from self._drive()
+
+    def _drive(self) -> Iterator[events.Event]:
         self._busy_in = threading.get_ident()
         try:
-            if was_training:
-                model.eval()
             for request in self.active:
                 request.start_strategy()
             while self.active and not self.aborted:
@@ -68,8 +69,6 @@ class Run:
             self.release()
             if self.engine.graphs is not None:
                 self.engine.graphs.drop()  # the model may change before the next call
-            if was_training:
-                model.train()
             self._busy_in = None
             self._ended.set()
 

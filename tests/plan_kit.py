@@ -197,7 +197,8 @@ def check_attention(
 ) -> None:  # fmt: skip
     """One call against ``dense``. ``shape``: KV heads, group, head_dim.
 
-    With ``poison``, some tokens hold NaN or infinity in K and V: rows that see none of them must not notice.
+    With ``poison``, some tokens hold NaN or infinity in K and V, and one row NaN in q: the rows that see none of these
+    tokens, and all rows but that one, must not notice.
     """
     num_kv_heads, group, head_dim = shape
     options = random_options(r, num_kv_heads * group) if options is None else options
@@ -216,6 +217,9 @@ def check_attention(
         window = options.get("window")
         for row, slots in enumerate(seen):
             clean[row] = bad.isdisjoint(slots[-window:].tolist() if isinstance(window, int) else slots.tolist())
+        lost = r.randrange(len(seen))
+        q[lost, r.randrange(num_kv_heads * group)] = float("nan")
+        clean[lost] = False
     out, lse = ab.paged_tree_attention(q, k, v, batch.plan(), backend=backend, return_lse=True, **options)  # type: ignore[arg-type]
     assert out.dtype == dtype and out.shape == q.shape
     expected, expected_lse = dense(q, k, v, seen, **options)  # type: ignore[arg-type]

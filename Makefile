@@ -23,8 +23,8 @@ demo: $(VENV)/.model  ## install what is needed, then watch a real model fork an
 test: $(VENV)/.model  ## install what is needed, then run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n auto --dist worksteal --benchmark-disable
 
-test-slow: $(VENV)/.model  ## a million cache operations, 1,000 generations at random (about an hour)
-	$(BIN)/python -m pytest -q -m slow tests/test_cache.py tests/test_stress.py
+test-slow: $(VENV)/.model  ## a million cache operations, 100,000 plans, 1,000 generations at random (over an hour)
+	$(BIN)/python -m pytest -q -m slow tests/test_cache.py tests/test_plan_fuzz.py tests/test_stress.py
 
 bench: $(VENV)/.model  ## the whole benchmark table, peers and floor in the same run
 	$(BIN)/python -m benchmarks all

@@ -193,11 +193,12 @@ def random_pools(
 
 def check_attention(
     batch: Batch, r: random.Random, backend: str, dtype: torch.dtype, shape: tuple[int, int, int],
-    options: dict[str, object] | None = None, poison: bool = False,
+    options: dict[str, object] | None = None, poison: bool = False, device: str = "cpu",
 ) -> None:  # fmt: skip
     """One call against ``dense``. ``shape``: KV heads, group, head_dim.
 
-    With ``poison``, some tokens hold NaN or infinity in K and V: rows that see none of them must not notice.
+    With ``poison``, some tokens hold NaN or infinity in K and V, and one row NaN in q: the rows that see none of these
+    tokens, and all rows but that one, must not notice.
     """
     num_kv_heads, group, head_dim = shape
     options = random_options(r, num_kv_heads * group) if options is None else options
@@ -216,8 +217,15 @@ def check_attention(
         window = options.get("window")
         for row, slots in enumerate(seen):
             clean[row] = bad.isdisjoint(slots[-window:].tolist() if isinstance(window, int) else slots.tolist())
-    out, lse = ab.paged_tree_attention(q, k, v, batch.plan(), backend=backend, return_lse=True, **options)  # type: ignore[arg-type]
+        lost = r.randrange(len(seen))
+        q[lost, r.randrange(num_kv_heads * group)] = float("nan")
+        clean[lost] = False
+    there = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    out, lse = ab.paged_tree_attention(
+        q.to(device), k.to(device), v.to(device), batch.plan(), backend=backend, return_lse=True, **there
+    )
     assert out.dtype == dtype and out.shape == q.shape
+    out, lse = out.cpu(), lse.cpu()
     expected, expected_lse = dense(q, k, v, seen, **options)  # type: ignore[arg-type]
     error = (out.double() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
     wrong = clean & ~(error <= BOUNDS[dtype])

@@ -91,10 +91,10 @@ def test_keys_and_values_come_by_asynchronous_copies_of_16_bytes(compiled):
 
 
 def test_the_committed_table_is_of_the_kernels_as_they_are_launched():
-    """Every variant of the table, as it is launched now."""
+    """Every row, as it is launched now; those that are compiled here are among them."""
     rows = {report._variant_of(row): row for row in TABLE["variants"]}
-    for variant in (v for arch in variants.ARCHS for v in variants.all_variants(arch)):
-        row = rows[variant]
+    assert set(rows) >= {v for arch in variants.ARCHS for v in variants.representative_variants(arch)}
+    for variant, row in rows.items():
         assert "error" not in row, row
         launched = variants.launched_as(variant)
         assert {name: row[name] for name in launched} == launched, "run python -m anabranch.kernels.report"

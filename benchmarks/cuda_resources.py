@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"bf16": "attention_bf16.cu", "fp16": "attention_f16.cu", "fp32": "attention_f32.cu", "": "launch.cu"}
-ARCHS = (80, 86, 89, 90, 100)
+ARCHS = (80, 86, 89, 90, 100, 120)
 THREADS = 128
 RESERVED = 1024  # bytes of shared memory that the system takes of every block
 # Bytes of shared memory (a block at most, a multiprocessor) and threads a multiprocessor: CUDA C++ Programming Guide,
@@ -33,6 +33,7 @@ LIMITS = {
     89: (99 * 1024, 100 * 1024, 1536),
     90: (227 * 1024, 228 * 1024, 2048),
     100: (227 * 1024, 228 * 1024, 2048),
+    120: (99 * 1024, 100 * 1024, 1536),
 }
 TYPES = {"fp32": 0, "bf16": 1, "fp16": 2}
 INSTRUCTIONS = {"mma": r"\bHMMA", "ldmatrix": r"\bLDSM", "cp_async": r"\bLDGSTS"}

@@ -6,6 +6,9 @@
 // the tile. Bits tell visibility up to causality: a row of the tile sees token j of a piece if its bit is set and
 // j ≤ row (a tile of columns: and row ≥ j). No other tokens are ever touched. Linear in what it returns, times a
 // logarithm where a tile holds several segments.
+//
+// A tile never spans trees that are blind to one another: how a tree is cut, and so the order of its sums, does not
+// depend on the strangers packed in its row.
 #pragma once
 
 #include <algorithm>
@@ -49,7 +52,9 @@ class BranchPlanner {
       : m_(mask), most_(std::min(most, kTileTokens)), lanes_(lanes), pad_(pad) {}
 
   BranchPlan run() {
+    find_trees();
     for (int64_t s = 0; s < m_.segments; ++s) {
+      if (tree_begins_[s]) flush();
       const int64_t begin = m_.starts[s], size = m_.starts[s + 1] - begin;
       const int64_t cuts = (size + most_ - 1) / most_;
       for (int64_t c = 0; c < cuts; ++c)
@@ -64,6 +69,24 @@ class BranchPlanner {
   struct Part {
     int32_t segment, begin, end;
   };
+
+  // Segment s begins a tree if nothing from it on and nothing before it see one another.
+  void find_trees() {
+    tree_begins_.assign(m_.segments, true);
+    if (m_.columns) {  // intervals are of rows, all of them behind the segment
+      int64_t reach = 0;
+      for (int64_t s = 0; s < m_.segments; ++s) {
+        tree_begins_[s] = reach <= m_.starts[s];
+        for (int32_t i = m_.ptr[s]; i < m_.ptr[s + 1]; ++i) reach = std::max<int64_t>(reach, m_.intervals[2 * i + 1]);
+      }
+    } else {  // of columns, before it
+      int64_t reach = m_.starts[m_.segments];
+      for (int64_t s = m_.segments - 1; s >= 0; --s) {
+        for (int32_t i = m_.ptr[s]; i < m_.ptr[s + 1]; ++i) reach = std::min<int64_t>(reach, m_.intervals[2 * i]);
+        tree_begins_[s] = reach >= m_.starts[s];
+      }
+    }
+  }
 
   // What tokens [begin, end) of a segment see on the other axis, sorted, neighbours merged.
   void see(const Part& p, Runs& runs) const {
@@ -184,7 +207,8 @@ class BranchPlanner {
   const BranchMaskView m_;
   const int most_, lanes_, pad_;
   BranchPlan plan_;
-  std::vector<Part> parts_;  // of the tile being made
+  std::vector<char> tree_begins_;  // [segments]
+  std::vector<Part> parts_;        // of the tile being made
   Runs seen_, fresh_, both_;
   int64_t cost_ = 0;
   std::vector<Event> events_;

@@ -1,8 +1,8 @@
 """``python -m anabranch.kernels.report``: compile every variant, write the table of what each one takes.
 
 No GPU is needed. Writes ``benchmarks/results/triton_resources.json`` and ``.md``; a variant that fails to compile is
-reported with its error and makes the exit code 1, and the others still run. With ``--kernel``, ``--arch``, ``--dtype``
-or ``--head-dim`` only those are compiled, and the rows of the others stay as they are in the file, if the same Triton
+reported with its error and makes the exit code 1, and the others still run. With ``--kernel``, ``--arch``, ``--dtype``,
+``--head-dim`` or ``--sample`` only those are compiled, and the rows of the others stay as they are in the file, if the same Triton
 made them.
 """
 
@@ -131,6 +131,7 @@ def main() -> int:
     )
     parser.add_argument("--dtype", action="append", choices=list(variants.DTYPES), help="only these (default: all)")
     parser.add_argument("--head-dim", type=int, action="append", help="only these (default: all)")
+    parser.add_argument("--sample", action="store_true", help="only those that tests/test_triton_compile.py compiles")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the two files (default: {OUT})")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -144,7 +145,8 @@ def main() -> int:
         print(f"nothing compiled: {reason}")
         return 2
 
-    chosen = [v for arch in args.arch or variants.ARCHS for v in variants.all_variants(arch)]
+    listed = variants.representative_variants if args.sample else variants.all_variants
+    chosen = [v for arch in args.arch or variants.ARCHS for v in listed(arch)]
     for name in ("kernel", "dtype", "head_dim"):
         chosen = [v for v in chosen if not getattr(args, name) or getattr(v, name) in getattr(args, name)]
     print(f"compiling {len(chosen)} variants in {args.processes} processes", flush=True)

@@ -49,6 +49,7 @@ COMPLETE = (80, 90, 100)
 ARCHS = (*COMPLETE, 86, 89, 120, "gfx942", "gfx950")
 HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128, 192, 256)  # 40 and 72: no multiples of 16
 BRANCH_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 192, 256)  # 112: two parts of 64, the widest of its class
+FP32_HEAD_DIMS = (64, 96, 128, 192, 256)  # one of each class (configs.py)
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # What the shared memory of one block may be, in bytes (CUDA C++ Programming Guide, technical specifications; AMD's
 # CDNA3 and CDNA4 ISA references: LDS).
@@ -108,56 +109,50 @@ def all_variants(arch: int | str) -> list[Variant]:
 
 
 def complete_variants(arch: int | str) -> list[Variant]:
-    """What a launch can ask for on one architecture, at the head dims in use."""
-    found = []
-    for dtype in DTYPES:
-        # float16 is bfloat16 with another instruction name: two head dims of it are enough to see that.
-        for head_dim in (64, 128) if dtype == "fp16" else HEAD_DIMS:
-            found += [Variant("attention", arch, dtype, head_dim, options) for options in (False, True)]
-    for head_dim in (64, 72, 80, 128, 256):
-        found += [Variant("merge", arch, "bf16", head_dim, options) for options in (False, True)]
-        found += [Variant("write_kv", arch, "bf16", head_dim), Variant("copy_pages", arch, "bf16", head_dim)]
+    """Every head dim in use and every class of them in float32, with all options on: these take the most. A few plain
+    ones beside them, and of float16, which is bfloat16 with another instruction name."""
+    found = [Variant("attention", arch, "bf16", head_dim, True) for head_dim in HEAD_DIMS]
+    found += [Variant("attention", arch, "bf16", head_dim) for head_dim in (64, 128)]
+    found += [Variant("attention", arch, "fp16", 128, True)]
+    found += [Variant("attention", arch, "fp32", head_dim, True) for head_dim in FP32_HEAD_DIMS]
+    for head_dim in (72, 128):
+        found += [Variant("merge", arch, "bf16", head_dim, True)]
+        found += [Variant(name, arch, "bf16", head_dim) for name in ("write_kv", "copy_pages")]
     return found + branch_variants(arch)
 
 
 def branch_variants(arch: int | str) -> list[Variant]:
-    """The three kernels of branch attention, every dtype and head dim, with and without the options."""
-    return [
-        Variant(f"branch_{kernel}", arch, dtype, head_dim, options)
-        for kernel in BRANCH
-        for dtype in DTYPES
-        for head_dim in ((64, 128) if dtype == "fp16" else BRANCH_HEAD_DIMS)
-        for options in (False, True)
-    ]
+    """The same choice of the three kernels of branch attention."""
+    found = []
+    for kernel in (f"branch_{name}" for name in BRANCH):
+        found += [Variant(kernel, arch, "bf16", head_dim, True) for head_dim in BRANCH_HEAD_DIMS]
+        found += [Variant(kernel, arch, "bf16", 128), Variant(kernel, arch, "fp16", 128, True)]
+        found += [Variant(kernel, arch, "fp32", head_dim, True) for head_dim in FP32_HEAD_DIMS]
+    return found
 
 
 def sampled_variants(arch: int | str) -> list[Variant]:
-    """Every kernel in bfloat16 with all options on (they take the most), attention at every class of head dims."""
-    attention = [Variant("attention", arch, "bf16", head_dim, True) for head_dim in (64, 72, 96, 128, 192, 256)]
-    attention += [Variant("attention", arch, "fp32", head_dim, True) for head_dim in (64, 128)]
-    others = [Variant("merge", arch, "bf16", 128, True)]
-    others += [Variant(name, arch, "bf16", 128) for name in ("write_kv", "copy_pages")]
-    branch = [Variant(f"branch_{kernel}", arch, "bf16", dim, True) for kernel in BRANCH for dim in (64, 96, 128)]
-    return attention + others + branch
+    """A sample: every kernel but those without arithmetic, in bfloat16."""
+    found = [Variant("attention", arch, "bf16", head_dim, True) for head_dim in (64, 72, 128, 256)]
+    found += [Variant("attention", arch, "fp32", 128, True)]
+    return found + [Variant(f"branch_{kernel}", arch, "bf16", 128, True) for kernel in BRANCH]
 
 
 def representative_variants(arch: int | str) -> list[Variant]:
     """A few of them, for the tests: one and two column parts, 16 and 32 bits, padded head dims, each kernel."""
     found = [
         Variant("attention", arch, "bf16", 128, True),
-        Variant("attention", arch, "bf16", 72, True),
-        Variant("write_kv", arch, "bf16", 72),
         Variant("branch_forward", arch, "bf16", 128, True),
     ]
     if arch in COMPLETE:
         found += [
-            Variant("attention", arch, "fp16", 64),
-            Variant("attention", arch, "fp32", 96),
+            Variant("attention", arch, "bf16", 72, True),
+            Variant("attention", arch, "fp32", 96, True),
+            Variant("write_kv", arch, "bf16", 72),
             Variant("merge", arch, "bf16", 128, True),
-            Variant("copy_pages", arch, "bf16", 80),
+            Variant("copy_pages", arch, "bf16", 72),
             Variant("branch_dq", arch, "bf16", 80, True),
             Variant("branch_dkdv", arch, "bf16", 128, True),
-            Variant("branch_dkdv", arch, "fp32", 64),
         ]
     return found
 

@@ -56,9 +56,9 @@ def hidden_values(run: Run, case: Case, value: float, **options: Any) -> None:
         for slot in slots.tolist():
             pool[slot // page_size, slot % page_size] = value
     (out, lse), _ = run(case, **options)
-    assert torch.equal(lse[kept], clean_lse[kept])
     assert torch.isfinite(out[kept]).all()
     # Kept apart from what is hidden, a sum may be taken in smaller steps: equal up to rounding.
+    assert torch.allclose(lse[kept], clean_lse[kept], rtol=1e-5, atol=1e-5)
     bound = 1e-5 if case.q.dtype == torch.float32 else 6e-3
     assert relative_error(out[kept], clean[kept].double()) <= bound
 

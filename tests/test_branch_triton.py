@@ -78,6 +78,70 @@ def test_same_bits_every_time():
     assert all(torch.equal(x, y) for x, y in zip(computed(attend, *given, mask), first, strict=True))
 
 
+@pytest.mark.parametrize("window", [None, 9])
+def test_the_same_bits_whoever_else_is_in_the_row(window):
+    """Strangers packed before and behind, of one token and of many: theirs share no tile with ours."""
+    ours = BranchMask.from_tree([70, 3, 5, 20, 2], [-1, 0, 0, 0, 3])
+    own = tensors(0, ours.num_tokens, 2, 1, 96, torch.float32, DEVICE)
+    alone = computed(attend, *own, ours.to(DEVICE), window=window)
+    for before, behind in (([2], [1]), ([7, 1, 30], [5, 5, 5])):
+        masks = [BranchMask.from_tree([n], [-1]) for n in before], [BranchMask.from_tree([n], [-1]) for n in behind]
+        packed = BranchMask.pack([*masks[0], ours, *masks[1]]).to(DEVICE)
+        theirs = tensors(9, sum(before) + sum(behind), 2, 1, 96, torch.float32, DEVICE)
+        given = [torch.cat([y[: sum(before)], x, y[sum(before) :]]) for x, y in zip(own, theirs, strict=True)]
+        got = computed(attend, *given, packed, window=window)
+        for name, x, y in zip(("out", "dq", "dk", "dv"), got, alone, strict=False):
+            assert torch.equal(x[sum(before) :][: ours.num_tokens], y), name
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinities
+@pytest.mark.parametrize("value,window,shape", [
+    (np.nan, None, (2, 1, 32)), (np.inf, 9, (4, 2, 40)), (-np.inf, None, (1, 1, 96)),
+])  # fmt: skip
+def test_hidden_values(value, window, shape):
+    """K, V, q and the gradient of one branch's last tokens are set to ``value``: rows that do not see these tokens, and
+    columns that no row sees which does, do not notice, forward and backward, though they share tiles."""
+    mask = BranchMask.from_tree([20, 6, 7, 4], [-1, 0, 0, 2])
+    q, k, v, grad = tensors(0, mask.num_tokens, *shape, torch.float32, DEVICE)
+    clean = computed(attend, q, k, v, grad, mask.to(DEVICE), window=window)
+    odd = torch.zeros(mask.num_tokens, dtype=torch.bool)
+    odd[23:26] = True  # the last three of the second segment
+    for x in (q, k, v, grad):
+        x[odd.to(x.device)] = value
+    got = computed(attend, q, k, v, grad, mask.to(DEVICE), window=window)
+    visible = mask.dense()
+    if window is not None:
+        visible = visible & (mask.positions[:, None] - mask.positions[None] < window)
+    rows = (visible[:, odd].any(1) | odd).cpu()  # tainted rows, and columns that a tainted row sees
+    columns = visible[rows].any(0).cpu()
+    assert 20 < int((~rows).sum()) and 10 < int((~columns).sum())
+    for name, x, y, tainted in zip(("out", "dq", "dk", "dv"), got, clean, (rows, rows, columns, columns), strict=False):
+        kept = ~tainted.to(x.device)
+        assert torch.isfinite(x[kept]).all() and relative(x[kept], y[kept]) <= 1e-5, name
+    assert not torch.isfinite(got[0][rows.to(DEVICE)]).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_seen_infinities():
+    """Single infinities and NaN in V: in their column, for the rows that see them, as in plain arithmetic."""
+    mask = random_tree(5, segments=5, longest=12)
+    given = tensors(0, mask.num_tokens, 2, 1, 40, torch.float32, DEVICE)
+    for i, token in enumerate(range(3, mask.num_tokens, 7)):
+        given[2][token, 0, 5 * i % 40] = [np.inf, -np.inf, np.nan][i % 3]
+    out = attend(*given[:3], mask.to(DEVICE)).cpu()
+    q, k, v = (x.cpu().double() for x in given[:3])
+    visible = mask.dense()
+    s = torch.einsum("ihd,jd->hij", q, k[:, 0]) * 40**-0.5
+    p = torch.softmax(s.masked_fill(~visible, -np.inf), 2)
+    terms = torch.where(visible[None, :, :, None], p[..., None] * v[:, 0], 0.0)  # [heads, rows, columns, D]
+    want = terms.sum(2).transpose(0, 1)
+    assert torch.equal(torch.isnan(out), torch.isnan(want)) and torch.isnan(want).any()
+    assert torch.equal(torch.isinf(out), torch.isinf(want)) and torch.isinf(want).any()
+    assert torch.equal(out[torch.isinf(out)].double(), want[torch.isinf(want)])
+    finite = torch.isfinite(want)
+    assert relative(out[finite], want[finite]) <= 1e-5
+
+
 # ------------------------------------------------------------------------------------------------ the tables
 
 
@@ -119,6 +183,34 @@ def test_short_segments_share_a_tile_where_that_saves_work():
         arrays = (x.numpy() for x in (mask.starts, mask.row_ptr, mask.cols))
         tiles, _ = branch_tables(*arrays, False, 128, 16)
         assert len(tiles) == count
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+def test_a_tile_never_spans_two_trees(columns):
+    """And a tree is cut alike whatever is packed before and behind it."""
+
+    def tables(mask):
+        starts, ptr, intervals = (x.numpy() for x in (mask.starts, mask.row_ptr, mask.cols))
+        if columns:
+            ptr, intervals = (x.numpy() for x in _transpose(starts, ptr, intervals))
+        return branch_tables(starts, ptr, intervals, columns, 64, 16)
+
+    for seed in range(6):
+        parts = [
+            random_tree(seed, segments=6, longest=5, roots=1),
+            random_tree(seed + 9, segments=4, longest=9, roots=1),
+        ]
+        parts.append(BranchMask.from_tree([1], [-1]))
+        tiles, pieces = tables(BranchMask.pack(parts))
+        at = 0
+        for part in parts:
+            own, own_pieces = tables(part)
+            mine = tiles[(tiles[:, 0] >= at) & (tiles[:, 1] <= at + part.num_tokens)]
+            assert (mine[:, :2] - at == own[:, :2]).all() and len(mine) == len(own)
+            of = pieces[mine[0, 2] : mine[-1, 3]].copy()
+            of[:, :2] -= at
+            assert (of == own_pieces).all()
+            at += part.num_tokens
 
 
 def test_configurations_exist_and_fit():

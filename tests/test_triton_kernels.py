@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import kernel_bodies as bodies
+import kernel_extremes as extremes
 
 pytest.importorskip("triton", reason="Triton is not installed (it has wheels for Linux only)")
 
@@ -99,21 +100,161 @@ def test_grid_larger_than_the_work():
     bodies.a_grid_larger_than_the_work(run, make_case(11, rows=8))
 
 
-def test_wide_and_narrow_items_in_launches_of_their_own(monkeypatch):
-    case = make_case(13, rows=16, segments=4, tile_rows=6, group=4)
-    a = case.arrays
-    classes = launch.tile_classes(a, 24, num_kv_heads=2, multiprocessors=1)
-    assert classes == [(0, a.num_wide, 24), (a.num_wide, a.num_items, 16)] and 0 < a.num_wide < a.num_items
-    together, options = run(case)  # few items: one launch
-    assert len(launch.tile_classes(a, 24, num_kv_heads=2, multiprocessors=132)) == 1
-    monkeypatch.setattr(launch, "device_traits", lambda device: launch.Device(arch=90, multiprocessors=1))
-    apart, _ = run(case)
-    check(case, together, **options)
-    check(case, apart, **options)
-    a.num_wide = 0  # all narrow: the tile shrinks, and is wide enough for what it is given
-    assert launch.tile_classes(a, 24, 2, 1) == [(0, a.num_items, 16)]
-    a.num_items = 0
-    assert launch.tile_classes(a, 24, 2, 1) == []
+class Counted:
+    """In a kernel's place: notes the grid and the constants of every launch, and launches."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def start(*arguments, **constants):
+            self.launches.append((self.kernel.__name__, grid, constants))
+            return self.kernel[grid](*arguments, **constants)
+
+        return start
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Every launch from here on, as (kernel's name, grid, constants)."""
+    found = []
+    for name in ("tree_attention_kernel", "merge_kernel", "write_kv_kernel", "copy_pages_kernel"):
+        monkeypatch.setattr(launch, name, Counted(getattr(launch, name), found))
+    return found
+
+
+class Forest:
+    """A tree of our own and, maybe, strangers beside it; ``rows`` computes one decode step of all of them."""
+
+    def __init__(self, strangers, heads=2, dim=96, dtype=torch.float16):
+        import anabranch as ab
+
+        self.ab, self.heads, self.dim = ab, heads, dim
+        self.cache = ab.TreeCache(1, heads, dim, num_pages=400, page_size=16, dtype=dtype, device=DEVICE)
+        self.gen = torch.Generator()
+        trunk = self.cache.branch()
+        self._fill({trunk: 150}, 1)
+        self.kids = self.cache.fork(trunk, 3)
+        self._fill({self.kids[0]: 20}, 2)
+        self.others = []
+        for i, kids in enumerate(strangers):
+            root = self.cache.branch()
+            self._fill({root: 60 + 30 * i}, 10 + i)
+            self.others += self.cache.fork(root, kids) if kids > 1 else [root]
+
+    def _randn(self, *shape):
+        return torch.randn(*shape, generator=self.gen).to(DEVICE, self.cache.dtype)
+
+    def _fill(self, rows, seed):
+        step = self.cache.step(rows)
+        self.gen.manual_seed(seed)
+        self.cache.write(0, *(self._randn(step.num_rows, self.heads, self.dim) for _ in range(2)), step)
+
+    def rows(self, group=4, **options):
+        """Our rows' output and LSE: one token a kid, and five for the last."""
+        own = {self.kids[0]: 1, self.kids[1]: 1, self.kids[2]: 5}
+        step = self.cache.step(own | dict.fromkeys(self.others, 1))
+        shapes = [self.heads, self.heads, self.heads * group]
+        self.gen.manual_seed(3)
+        ours = [self._randn(7, h, self.dim) for h in shapes]
+        theirs = [self._randn(step.num_rows - 7, h, self.dim) for h in shapes]
+        k, v, q = (torch.cat(x) for x in zip(ours, theirs, strict=True))
+        self.cache.write(0, k, v, step, backend="triton")
+        out, lse = self.ab.tree_attention(q, self.cache, 0, step, backend="triton", return_lse=True, **options)
+        return out[:7], lse[:7]
+
+
+@pytest.mark.parametrize("dtype,window", [(torch.float32, 100), (torch.float16, None)], ids=str)
+def test_the_same_bits_whoever_else_is_in_the_batch(dtype, window):
+    """Strangers of one row, of some, of more than a wide tile; ours has narrow and wide items."""
+    alone = Forest([], dtype=dtype).rows(window=window)
+    for strangers in ([1], [5, 1], [20]):
+        got = Forest(strangers, dtype=dtype).rows(window=window)
+        assert all(torch.equal(x, y) for x, y in zip(got, alone, strict=True)), strangers
+
+
+def test_at_most_three_launches_a_layer(launches):
+    """KV write, attention and merge, with wide and narrow items in one step, and in every constant the same variant."""
+    forest = Forest([20, 1])
+    launches.clear()
+    forest.rows()
+    assert [name for name, _, _ in launches if name != "copy_pages_kernel"] == [
+        "write_kv_kernel", "tree_attention_kernel", "merge_kernel",
+    ]  # fmt: skip
+    assert len(launches) <= 4  # the pages that a step's forks copy: one launch for all layers
+    constants = next(x for name, _, x in launches if name == "tree_attention_kernel")
+    launches.clear()
+    Forest([]).rows()
+    alone = next(x for name, _, x in launches if name == "tree_attention_kernel")
+    assert alone == constants
+
+
+def test_what_is_compiled_for_the_table_is_what_is_launched(launches):
+    """The same constants, head dims that are no multiple of 16 included."""
+    from anabranch.kernels import variants
+
+    for head_dim, dtype in ((72, torch.float16), (40, torch.float32), (128, torch.float16)):
+        launches.clear()
+        Forest([], dim=head_dim, dtype=dtype).rows()
+        for kernel, name in (("attention", "tree_attention_kernel"), ("write_kv", "write_kv_kernel")):
+            short = {torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+            variant = variants.Variant(kernel, launch.device_traits(torch.device(DEVICE)).arch, short, head_dim)
+            _, constants, options = variants.BUILDERS[kernel](variant)
+            given = next(x for found, _, x in launches if found == name)
+            want = {**constants, **options}
+            if kernel == "write_kv":
+                want["BLOCK_H"] = 2  # the table has more heads
+            assert given == want, kernel
+
+
+def test_strides_say_how_wide_a_load_may_be():
+    assert [launch.stride_alignment(torch.empty(4, 3, d)) for d in (128, 80, 72, 40, 36, 33)] == [16, 16, 8, 8, 4, 1]
+    whole = torch.empty(6, 5, 4, 64)
+    assert launch.stride_alignment(whole, whole.permute(0, 2, 1, 3)) == 16
+    assert launch.stride_alignment(whole, torch.empty(4, 3, 72)) == 8
+    assert launch.stride_alignment(torch.empty(4, 3, 65)[:, :, :64]) == 1
+    assert launch.stride_alignment(torch.empty(64).as_strided((1, 1, 64), (1, 3, 1))) == 16  # strides of nothing
+    assert launch.stride_alignment(torch.empty(3, 1, 64).expand(3, 5, 64)) == 16
+
+
+@pytest.mark.parametrize("packed", [1, 4, 5, 16, 17])
+def test_items_at_the_border_of_the_tiles(packed):
+    """Items of one to five rows of four heads, and of one row of 16 and of 17: narrow and wide, and just so."""
+    group, rows = (4, packed) if packed <= 5 else (packed, 1)
+    case = make_case(70 + packed, rows=7, segments=4, tile_rows=rows, group=group, num_kv_heads=1)
+    got, options = run(case, window=50)
+    check(case, got, **options)
+
+
+def test_no_items_at_all():
+    case = make_case(5, rows=3)
+    case.arrays.num_items = case.arrays.num_partials = case.arrays.num_merge = 0
+    (out, lse), _ = run(case)
+    assert torch.isnan(out).all() and torch.isnan(lse).all()  # as they were
+
+
+HIDDEN = [
+    dict(head_dim=32, group=1, num_kv_heads=1, rows=9, segments=2),
+    dict(head_dim=40, group=7, num_kv_heads=1, rows=9, segments=2),
+    dict(head_dim=96, group=5, num_kv_heads=1, rows=12, segments=2, tile_rows=12),
+    dict(head_dim=32, group=71, num_kv_heads=1, rows=5, segments=2, tile_rows=2),
+]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinities
+@pytest.mark.parametrize("value,window", [(math.nan, None), (math.inf, 40), (-math.inf, None)])
+def test_hidden_values(value, window):
+    for i, shape in enumerate(HIDDEN):
+        case = make_case(200 + i, dtype=DTYPES[i % 3], **{"max_len": 60, "tile_rows": 6, **shape})
+        extremes.hidden_values(run, case, value, window=window)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("window", [None, 40])
+def test_seen_infinities(window):
+    for i, shape in enumerate(HIDDEN):
+        case = make_case(200 + i, dtype=DTYPES[i % 3], **{"max_len": 60, "tile_rows": 6, **shape})
+        extremes.seen_infinities(run, case, **with_sinks(dict(window=window, sinks=True), case))
 
 
 def test_window_never_reads_what_nobody_sees():
@@ -142,21 +283,71 @@ def test_offsets_beyond_32_bits(tmp_path):
     bodies.offsets_beyond_32_bits(run, case, tmp_path)
 
 
+on_the_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="needs sparse files as the device's memory")
+
+
+@on_the_cpu
+def test_writes_beyond_32_bits(tmp_path):
+    extremes.writes_beyond_32_bits(launch.write_kv, tmp_path)
+
+
+@on_the_cpu
+def test_copies_beyond_32_bits(tmp_path):
+    extremes.copies_beyond_32_bits(launch.copy_pages, tmp_path)
+
+
+@on_the_cpu
+def test_partials_beyond_32_bits(tmp_path, monkeypatch):
+    def sparse(shape, dtype, device):
+        return extremes.sparse(tmp_path, f"{len(list(tmp_path.iterdir()))}", math.prod(shape), dtype).view(shape)
+
+    monkeypatch.setattr(launch.torch, "empty", sparse)
+    case = make_case(61, rows=4, segments=2, max_len=20, head_dim=256, dtype=torch.float16)
+    extremes.partials_beyond_32_bits(run, case)
+
+
+@on_the_cpu
+def test_rows_beyond_32_bits(tmp_path, monkeypatch):
+    """Queries, outputs and log-sum-exps of rows so far behind that their elements lie past 2^31."""
+    case = make_case(62, rows=4, segments=2, max_len=20, head_dim=256, dtype=torch.float16)
+    (want, want_lse), _ = run(case)
+
+    def sparse(shape, dtype, device):
+        return extremes.sparse(tmp_path, f"{len(list(tmp_path.iterdir()))}", math.prod(shape), dtype).view(shape)
+
+    monkeypatch.setattr(launch.torch, "empty", sparse)
+    heads, a = case.q.shape[1], case.arrays
+    begin = extremes.FAR // (heads * 256) + 3
+    q = sparse((begin + 4, heads, 256), torch.float16, None)
+    q[begin:] = case.q
+    positions = torch.zeros(begin + 4, dtype=torch.int32)
+    positions[begin:] = a.row_positions
+    case.q, a.rows, a.merge_rows, a.row_positions = q, a.rows + begin, a.merge_rows + begin, positions
+    (out, lse), _ = run(case)
+    assert torch.equal(out[begin:], want) and torch.equal(lse[begin:], want_lse)
+
+
+def merging(acc, m, l, rows, ptr, sinks):  # noqa: E741
+    """The merge kernel alone, as the shared tests call it."""
+    heads, dim = acc.shape[1:]
+    out = torch.full((6, heads, dim), math.nan, device=DEVICE)
+    lse = torch.full((6, heads), math.nan, device=DEVICE)
+    acc, ml, rows, ptr = (x.to(DEVICE) for x in (acc, torch.stack([m, l], -1).contiguous(), rows, ptr))
+    merge_kernel[(len(rows) * heads,)](
+        acc, ml, rows, ptr, out, lse, torch.zeros(heads, device=DEVICE) if sinks is None else sinks.to(DEVICE),
+        ptr, len(rows), heads,
+        HEAD_DIM=dim, BLOCK_D=32, BLOCK_P=8, HAS_SINKS=sinks is not None, HAS_COUNTS=False,
+    )  # fmt: skip
+    return out.cpu(), lse.cpu()
+
+
+def test_merges_of_many_partials():
+    extremes.merges_of_many_partials(merging, 24)
+
+
 @pytest.mark.parametrize("sink", [None, -math.inf, 0.7], ids=["no-sink", "sink-inf", "sink"])
 def test_merge(sink):
-    def merged(acc, m, l, rows, ptr, sinks):  # noqa: E741
-        heads, dim = acc.shape[1:]
-        out = torch.full((6, heads, dim), math.nan, device=DEVICE)
-        lse = torch.full((6, heads), math.nan, device=DEVICE)
-        acc, ml, rows, ptr = (x.to(DEVICE) for x in (acc, torch.stack([m, l], -1).contiguous(), rows, ptr))
-        merge_kernel[(len(rows) * heads,)](
-            acc, ml, rows, ptr, out, lse, torch.zeros(heads, device=DEVICE) if sinks is None else sinks.to(DEVICE),
-            ptr, len(rows), heads,
-            HEAD_DIM=dim, BLOCK_D=32, BLOCK_P=8, HAS_SINKS=sinks is not None, HAS_COUNTS=False,
-        )  # fmt: skip
-        return out.cpu(), lse.cpu()
-
-    bodies.merge(merged, 24, sink)
+    bodies.merge(merging, 24, sink)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -183,11 +374,9 @@ def test_every_variant_has_a_configuration():
     for arch in (configs.AMD, 80, 86, 89, 90, 100, 120):
         for head_dim in range(1, 257):
             for itemsize in (2, 4):
-                block_m = 16
-                while block_m <= configs.max_block_m(head_dim, itemsize, arch):
-                    config = configs.attention_config(head_dim, itemsize, block_m, arch)
-                    assert config.block_n >= 16 and config.num_stages >= 2
-                    block_m *= 2
+                config = configs.attention_config(head_dim, itemsize, arch)
+                assert config.wide in (32, 64) and min(config.wide_n, config.narrow_n) >= 16
+                assert min(config.wide_stages, config.narrow_stages) >= 2
 
 
 def test_backend_contract():
@@ -200,7 +389,7 @@ def test_backend_contract():
     assert "257" in backend.refuses(device, torch.float32, 257)
     assert "meta" in backend.refuses(torch.device("meta"), torch.float32, 64)
     profile = backend.profile(32, 8, 128, torch.bfloat16, device)
-    assert profile.tile == 128 and profile.chunk > 0 and profile.parallelism > 0
+    assert profile.tile == 64 and profile.chunk > 0 and profile.parallelism > 0
     case = make_case(71, rows=5)
     calls = []
 

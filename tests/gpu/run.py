@@ -214,7 +214,7 @@ def benchmark(run: Run) -> None:
 def resources(run: Run) -> None:
     """Registers, spills and shared memory of the Triton variants; not a check, and not missed where time is short."""
     arch = run.result["device"].get("arch")
-    if run.dry or arch not in (80, 90, 100) or run.limit("resources") < 30:
+    if run.dry or arch not in (80, 86, 89, 90, 100, 120) or run.limit("resources") < 30:
         return
     report = ["-m", "anabranch.kernels.report", "--dtype", "bf16", "--arch", str(arch), "--out", str(run.work)]
     command = [sys.executable, *report, "--processes", str(min(12, os.cpu_count() or 2))]

@@ -10,18 +10,12 @@ from triton_cases import check, dense, random_case, relative_error
 
 pytest.importorskip("triton", reason="Triton is not installed (it has wheels for Linux only)")
 
-from anabranch.kernels import configs, launch
+from anabranch.kernels import launch
 from anabranch.kernels.variants import HEAD_DIMS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-ARCH = launch.device_traits(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")).arch
-VARIANTS = [
-    (head_dim, dtype, block_m)
-    for dtype in DTYPES
-    for head_dim in HEAD_DIMS
-    for block_m in (16, 32, 64, 128)
-    if block_m <= configs.max_block_m(head_dim, DTYPES[dtype].itemsize, ARCH)
-]
+# Items of as many packed rows at most: the narrow tile, the wide one less than full, full, and two of them.
+VARIANTS = [(head_dim, dtype, packed) for dtype in DTYPES for head_dim in HEAD_DIMS for packed in (16, 32, 64, 128)]
 
 
 def run(case, **options):
@@ -30,9 +24,9 @@ def run(case, **options):
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
-@pytest.mark.parametrize("head_dim,dtype,block_m", VARIANTS)
-def test_variant(head_dim, dtype, block_m, everything):
-    bodies.variant(run, head_dim + block_m, head_dim, DTYPES[dtype], block_m // 4, everything)
+@pytest.mark.parametrize("head_dim,dtype,packed", VARIANTS)
+def test_variant(head_dim, dtype, packed, everything):
+    bodies.variant(run, head_dim + packed, head_dim, DTYPES[dtype], packed // 4, everything)
 
 
 @pytest.mark.parametrize("group", bodies.GROUPS)

@@ -57,7 +57,7 @@ class Thread:
         self._queue, self._waiting, self._next_child, self._born = deque(), [], 0, role != "fork"
         self._context, self._labels, self._forgotten = [], [], []  # labels: of its own tokens, (kind, source, header)
         self._shared = self._prompt = self._position = self._start = self._sampled = self._at = 0
-        self._blocks, self._turn = [], None
+        self._blocks, self._turn, self._written = [], None, []  # written: ids that were sampled or given
         stream = np.random.SeedSequence(entropy=run.seed, spawn_key=path)
         self._stream = np.random.Generator(np.random.PCG64(stream))
         run.threads.append(self)
@@ -154,7 +154,7 @@ class Run:
         self.ids, self.positions, self.sees = [], [], []  # the record: of each token
         self.chosen, self.scored = [], []  # (token's number, whose scores, uniform, temperature); (number, whose)
         self.events = [(0, ())]  # (tokens, numbers of the events that it had to wait for)
-        self.now = self.turn = self.ticks = self.sampled = self.inserted = self.in_trunk = self.seen = 0
+        self.now = self.turn = self.ticks = self.sampled = self.inserted = self.in_trunk = self.seen = self.longest_context = 0
         self.threads, self.tasks, self.malformed = [], [], []
         self.following = None
         if follow is not None:
@@ -162,7 +162,7 @@ class Run:
             self.following = {name: deque(tokens) for name, tokens in logs.items()}
         self.trunk = Thread(self, None, (0,), "trunk")
         self.write(self.trunk, list(prompt), "prompt")
-        self.trunk._prompt, self.trunk._at = len(prompt), 0
+        self.trunk._prompt, self.trunk._at, self.trunk._written = len(prompt), 0, []
         self.main = self.start(strategy.run(self.trunk), 0)
         while self.step() or not (self.main.done and not self.trunk._queue):
             pass
@@ -206,6 +206,8 @@ class Run:
             self.positions.append(thread._position)
             self.sees.append(tuple(thread._context))
             thread._position += 1
+        thread._written += ids if kind != "joined" else []
+        self.longest_context = max(self.longest_context, thread.length)
         counted = len(ids) if kind in ("sampled", "inserted") else 0
         self.sampled += len(ids) * (kind == "sampled")
         self.inserted += len(ids) * (kind == "inserted")
@@ -401,7 +403,8 @@ class Run:
             self.scored.append((len(self.ids), self.before(thread)))
             self.write(thread, [token], "inserted")
         op.value = [at for at, _ in self.scored[len(self.scored) - len(op.ids) :]]
-        self.seen = max(self.seen, thread.length)
+        if op.ids:
+            self.seen = max(self.seen, thread.length - 1)  # what the last one leads to need not be known
 
     def do_fork(self, thread, op):
         thread._blocks.append(op.kids)
@@ -428,6 +431,7 @@ class Run:
             follows = kid.role == "fork" and thread._context == kid._context[: kid._shared]
             if op.mode == "concat" or (op.mode == "reprefill" and i == 0 and follows and header is None):
                 thread._context += own
+                self.longest_context = max(self.longest_context, thread.length)
                 thread._labels += [("joined", kid.id, False)] * len(own)
                 thread._position = max(thread._position, *(self.positions[i] + 1 for i in own), 0)
             elif op.mode == "reprefill":

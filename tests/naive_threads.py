@@ -69,8 +69,9 @@ class Thread:
             raise ThreadGone(do)
         return Op(self, do, **data)
 
-    def decode(self, max_new_tokens=None, *, stop=(), sampling=None, until=None):
+    def decode(self, max_new_tokens=None, *, stop=(), sampling=None, until=None, stats=False):
         stops = [stop] if isinstance(stop, (str, int)) else list(stop)
+        assert not stats, "not by this engine"
         return self._op("decode", most=max_new_tokens, stops=stops, sampling=sampling or {}, until=until, limit=None)
 
     def insert(self, text_or_ids):
@@ -118,7 +119,7 @@ class Thread:
         blank = 0
         while blank < len(self._labels) and self._labels[-1 - blank][0] == "sampled":
             token = self._run.ids[self._context[-1 - blank]]
-            if token not in self._run.eos and self._run.pieces[token].strip():
+            if token not in self._run.eos and (self._run.pieces is None or self._run.pieces[token].strip()):
                 break
             blank += 1
         return self.truncate(self.length - blank)

@@ -12,7 +12,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc kernels pyth
 export ANABRANCH_CUDA ?= $(if $(shell command -v nvidia-smi 2> /dev/null),auto,0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench lint dist-check gpu-check build clean
+.PHONY: help demo test test-slow mutants bench lint dist-check gpu-check build clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,8 +23,11 @@ demo: $(VENV)/.model  ## install what is needed, then watch a real model fork an
 test: $(VENV)/.model  ## install what is needed, then run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n auto --dist worksteal --benchmark-disable
 
-test-slow: $(VENV)/.model  ## a million cache operations, 100,000 plans, 1,000 generations at random (over an hour)
-	$(BIN)/python -m pytest -q -m slow tests/test_cache.py tests/test_plan_fuzz.py tests/test_stress.py
+test-slow: $(VENV)/.model  ## a million cache operations, 100,000 plans, 1,000 generations, 100,000 programs (hours)
+	$(BIN)/python -m pytest -q -m slow tests/test_cache.py tests/test_plan_fuzz.py tests/test_stress.py tests/test_naive_engine.py
+
+mutants: $(VENV)/.model  ## small mistakes put into a copy of the code: do the tests notice? (ONLY=word: some of them)
+	$(BIN)/python tests/mutants/run.py $(ONLY)
 
 bench: $(VENV)/.model  ## the whole benchmark table, peers and floor in the same run
 	$(BIN)/python -m benchmarks all

@@ -1,9 +1,9 @@
 """A second engine, as plain as can be: what the strategy protocol means, with no cache, no pages, no packing.
 
-Threads run one after another, in the order of `Sequential`. A thread is a list of numbers into one record of all tokens
-that were ever written; each token knows its position and all that it saw. One eager forward over the whole record, under
-the mask that this gives, is what the model says of every token. Time is an account of events, each after some others;
-the critical path is the longest way through it.
+Threads (naive_threads.py) run one after another, in the order of `Sequential`. A thread is a list of numbers into one
+record of all tokens that were ever written; each token knows its position and all that it saw. One eager forward over
+the whole record, under the mask that this gives, is what the model says of every token. Time is an account of events,
+each after some others; the critical path is the longest way through it.
 
 With `follow` (a `Result` of the real engine), sampled tokens are taken from there, and `check` then compares each with
 the model's scores: so two tokens with almost equal scores, which rounding may tell apart either way, are no difference.
@@ -15,133 +15,13 @@ from collections import deque
 from inspect import isgenerator
 from math import inf
 
-import numpy as np
 import torch
 
 from anabranch.strategies import first
 from anabranch.strategies.ops import Ended, ThreadGone
+from naive_threads import Later, Thread
 
 COMBINED, FIRST = type(first(None)), first(None).kind
-
-
-class Later:
-    """Something to wait for; `at`: the event at which it was done, `order`: how many others were done before."""
-
-    def __init__(self):
-        self.done, self.value, self.at, self.order = False, None, 0, inf
-
-    def finish(self, run, value, at):
-        if not self.done:
-            self.done, self.value, self.at, self.order = True, value, at, run.tick()
-
-
-class Op(Later):
-    def __init__(self, thread, do, **data):
-        super().__init__()
-        self.thread, self.do, self.token_ids = thread, do, []
-        self.__dict__.update(data)
-        self.issued = thread._run.now
-        thread._queue.append(self)
-
-    @property
-    def text(self):
-        return self.thread._run.text(self.token_ids)
-
-
-class Thread:
-    """What a strategy asks things of; see `anabranch.strategies.protocol.Thread`."""
-
-    def __init__(self, run, parent, path, role):
-        self._run, self.parent, self.path, self.role = run, parent, path, role
-        self.id, self.alive, self.ended, self.fate = ".".join(map(str, path)), True, None, None
-        self._queue, self._waiting, self._next_child, self._born = deque(), [], 0, role != "fork"
-        self._context, self._labels, self._forgotten = [], [], []  # labels: of its own tokens, (kind, source, header)
-        self._shared = self._prompt = self._position = self._start = self._sampled = self._at = 0
-        self._blocks, self._turn = [], None
-        stream = np.random.SeedSequence(entropy=run.seed, spawn_key=path)
-        self._stream = np.random.Generator(np.random.PCG64(stream))
-        run.threads.append(self)
-
-    length = property(lambda self: len(self._context))
-    context = property(lambda self: tuple(self._run.ids[i] for i in self._context))
-    token_ids = property(lambda self: self.context[self._shared + self._prompt :])
-    text = property(lambda self: self._run.text(self.token_ids))
-    prompt = property(lambda self: self._run.prompt)
-
-    def _child(self, role):
-        self._next_child += 1
-        return Thread(self._run, self, (*self.path, self._next_child - 1), role)
-
-    def _tokens(self, value):
-        return self._run.encode(value) if isinstance(value, str) else list(value)
-
-    def _op(self, do, **data):
-        if not self.alive:
-            raise ThreadGone(do)
-        return Op(self, do, **data)
-
-    def decode(self, max_new_tokens=None, *, stop=(), sampling=None, until=None):
-        stops = [stop] if isinstance(stop, (str, int)) else list(stop)
-        return self._op("decode", most=max_new_tokens, stops=stops, sampling=sampling or {}, until=until, limit=None)
-
-    def insert(self, text_or_ids):
-        return self._op("insert", ids=self._tokens(text_or_ids), kind="inserted", header=False)
-
-    def score(self, text_or_ids):
-        return self._op("score", ids=self._tokens(text_or_ids))
-
-    def fork(self, headers):
-        heads = [None] * headers if isinstance(headers, int) else list(headers)
-        kids = [self._child("fork") for _ in heads]
-        self._op("fork", kids=list(kids))
-        for kid, head in zip(kids, heads, strict=True):
-            if head:
-                kid._op("insert", ids=self._tokens(head), kind="inserted", header=True)
-        return kids
-
-    def spawn(self, prompt):
-        kid = self._child("fresh")
-        kid._at, kid._sampled = self._run.now, self._sampled
-        if self._turn != self._run.turn:  # fresh threads of one turn of the strategy are one block
-            self._blocks.append([])
-            self._turn = self._run.turn
-        self._blocks[-1].append(kid)
-        kid._op("insert", ids=self._tokens(prompt), kind="prompt", header=False)
-        return kid
-
-    def join(self, kids, mode="concat", *, text=None, keep=None, headers=None):
-        kids = [kids] if isinstance(kids, Thread) else list(kids)
-        if not all(kid.alive for kid in kids):
-            raise ThreadGone("join")
-        heads = [None if h is None else self._tokens(h) for h in headers or [None] * len(kids)]
-        op = self._op("join", kids=kids, mode=mode, ids=self._tokens(text or []), keep=keep, headers=heads)
-        if mode == "discard":
-            self._queue.remove(op)
-            for kid in kids:
-                self._run.kill(kid, "discarded")
-            op.finish(self._run, None, op.issued)
-        return op
-
-    def truncate(self, length):
-        return self._op("truncate", length=length)
-
-    def rstrip(self):
-        blank = 0
-        while blank < len(self._labels) and self._labels[-1 - blank][0] == "sampled":
-            token = self._run.ids[self._context[-1 - blank]]
-            if token not in self._run.eos and self._run.pieces[token].strip():
-                break
-            blank += 1
-        return self.truncate(self.length - blank)
-
-    def kill(self):
-        self._run.kill(self, "killed")
-
-    def start(self, generator):
-        return self._run.start(generator, self._run.now)
-
-    def malformed(self, why):
-        self._run.malformed.append(f"thread {self.id}: {why}")
 
 
 class Run:
@@ -154,15 +34,19 @@ class Run:
         self.ids, self.positions, self.sees = [], [], []  # the record: of each token
         self.chosen, self.scored = [], []  # (token's number, whose scores, uniform, temperature); (number, whose)
         self.events = [(0, ())]  # (tokens, numbers of the events that it had to wait for)
-        self.now = self.turn = self.ticks = self.sampled = self.inserted = self.in_trunk = self.seen = 0
+        self.now = self.turn = self.ticks = self.sampled = self.inserted = self.in_trunk = self.seen = (
+            self.longest_context
+        ) = 0
         self.threads, self.tasks, self.malformed = [], [], []
         self.following = None
         if follow is not None:
-            logs = {node.id: [t for a in node.log if a.do == "sample" for t in a.token_ids] for node in walk(follow)}
+            logs = {
+                node.id: [t for a in node.log if a.do == "sample" for t in a.token_ids] for node in follow.tree.walk()
+            }
             self.following = {name: deque(tokens) for name, tokens in logs.items()}
         self.trunk = Thread(self, None, (0,), "trunk")
         self.write(self.trunk, list(prompt), "prompt")
-        self.trunk._prompt, self.trunk._at = len(prompt), 0
+        self.trunk._prompt, self.trunk._at, self.trunk._written = len(prompt), 0, []
         self.main = self.start(strategy.run(self.trunk), 0)
         while self.step() or not (self.main.done and not self.trunk._queue):
             pass
@@ -206,6 +90,8 @@ class Run:
             self.positions.append(thread._position)
             self.sees.append(tuple(thread._context))
             thread._position += 1
+        thread._written += ids if kind != "joined" else []
+        self.longest_context = max(self.longest_context, thread.length)
         counted = len(ids) if kind in ("sampled", "inserted") else 0
         self.sampled += len(ids) * (kind == "sampled")
         self.inserted += len(ids) * (kind == "inserted")
@@ -401,7 +287,8 @@ class Run:
             self.scored.append((len(self.ids), self.before(thread)))
             self.write(thread, [token], "inserted")
         op.value = [at for at, _ in self.scored[len(self.scored) - len(op.ids) :]]
-        self.seen = max(self.seen, thread.length)
+        if op.ids:
+            self.seen = max(self.seen, thread.length - 1)  # what the last one leads to need not be known
 
     def do_fork(self, thread, op):
         thread._blocks.append(op.kids)
@@ -428,6 +315,7 @@ class Run:
             follows = kid.role == "fork" and thread._context == kid._context[: kid._shared]
             if op.mode == "concat" or (op.mode == "reprefill" and i == 0 and follows and header is None):
                 thread._context += own
+                self.longest_context = max(self.longest_context, thread.length)
                 thread._labels += [("joined", kid.id, False)] * len(own)
                 thread._position = max(thread._position, *(self.positions[i] + 1 for i in own), 0)
             elif op.mode == "reprefill":
@@ -465,7 +353,3 @@ class Run:
     def leave(self, thread, fate):
         thread.alive, thread.fate = False, fate
         self.drained(thread)
-
-
-def walk(result):
-    return result.tree.walk()

@@ -78,7 +78,9 @@ class _Worker:
 
     def decode(self, thread, rng):
         stop = rng.choice([(), (), (), rng.randrange(self.vocabulary), ["ab", "é"], ["e", 5, 17], ["a", "b", "c d"]])
-        sampling = {"do_sample": True, "temperature": rng.choice([0.7, 1.0, 1.5])} if rng.random() < 0.5 else {}
+        sampling = (
+            {"do_sample": True, "top_k": 0, "temperature": rng.choice([0.7, 1.0, 1.5])} if rng.random() < 0.5 else {}
+        )
         wanted = rng.randint(1, 5)
         until = rng.choice([None, None, lambda op: len(op.token_ids) == wanted, lambda op: "a" in op.text])
         return thread.decode(rng.choice([1, 2, 3, 5, 7]), stop=stop, sampling=sampling, until=until)

@@ -135,6 +135,17 @@ def built_on(thread: Thread, length: int) -> list[Thread]:
     return [k for k in kids if k.alive and k._live.born and k.role == "fork" and len(k._prefix) > length]
 
 
+def splits_joined(thread: Thread, length: int) -> bool:
+    """Whether a cut to context length `length` leaves a part of what a joined child wrote."""
+    end = thread.length
+    for segment in reversed(thread._segments):
+        begin = end - len(segment.token_ids)
+        if begin <= length:
+            return segment.spliced is not None and begin < length < end
+        end = begin
+    return False
+
+
 def truncate(cache: Any, thread: Thread, length: int, what: str) -> None:
     """Cut a thread to a context length; ValueError (it begins with `what`) when more than its own would go."""
     least = len(thread._prefix) + thread._prompt_length

@@ -60,9 +60,14 @@ class Live:
         return self.scores is not None and self.scores_at == self.thread.length
 
     @property
+    def opened(self) -> bool:
+        """In the cache as far as it goes: what is missing are its last tokens."""
+        return self.branch is not None and self._rebuild is None
+
+    @property
     def in_cache(self) -> bool:
         """All of it, ready to fork or be joined."""
-        return self.branch is not None and self._rebuild is None and self.branch.length == self.thread.length
+        return self.opened and self.branch.length == self.thread.length
 
     def age(self) -> tuple[int, int]:
         """Order of arrival: of its prompt, then its own."""

@@ -309,7 +309,7 @@ class Run:
             # (Any other would be pushed out again in the next step, and so on for ever.)
             stuck.append(oldest)
             others = [w for w in wanted if w.branch is not None and (w.pinned or w.age() < stuck[0].age())]
-            others = [w for w in others if w not in stuck]
+            others = [w for w in others if w not in stuck and not w.in_cache]
             if not others and (leaving := self._giving_way(stuck)) is not None:
                 leaving.release(self.cache)
                 leaving.thread._host.spent.preemptions += 1

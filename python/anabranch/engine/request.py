@@ -13,7 +13,7 @@ from ..strategies.plain import Plain
 from ..strategies.protocol import Action, Strategy, Thread
 from . import events
 from .clock import Clock
-from .joins import adoptable, built_on, join, rewind, truncate
+from .joins import adoptable, built_on, join, rewind, splits_joined, truncate
 from .live import Live, append
 from .prompts import Detokenizer, Text
 from .sampling import Samplers, random_stream
@@ -247,6 +247,8 @@ class Request:
         length = op.length if isinstance(op, Truncate) else op.keep if isinstance(op, Join) else None
         if length is not None and any(kid._live.branch is None for kid in built_on(thread, length)):
             return [thread]  # a child that is not in the cache takes what it shares from here, before that is cut
+        if length is not None and not thread._live.opened and splits_joined(thread, length):
+            return [thread]  # half of what a child wrote cannot be computed again
         return []
 
     def _ready(self, op: Op) -> bool:

@@ -134,7 +134,8 @@ class Cache {
     return {tree_, tree_->step(ids, counts, where)};
   }
 
-  void join(const Branch& trunk, const std::vector<Branch>& kids) {
+  // Ids of kids that may be joined into, or discarded by, the trunk they were forked from.
+  std::vector<i32> kids_of(const Branch& trunk, const std::vector<Branch>& kids) const {
     mine(trunk, "join: trunk");
     std::vector<i32> ids;
     for (size_t i = 0; i < kids.size(); ++i) {
@@ -147,7 +148,13 @@ class Cache {
         if (id == kids[i].id) throw py::value_error(what + " is given twice");
       ids.push_back(kids[i].id);
     }
-    tree_->join(trunk.id, ids);
+    return ids;
+  }
+
+  void join(const Branch& trunk, const std::vector<Branch>& kids) { tree_->join(trunk.id, kids_of(trunk, kids)); }
+
+  void discard(const Branch& trunk, const std::vector<Branch>& kids) {
+    for (i32 id : kids_of(trunk, kids)) tree_->release(id);
   }
 
   void truncate(const Branch& b, i64 length) {
@@ -318,6 +325,7 @@ PYBIND11_MODULE(_core, m) {
       .def("fork", &Cache::fork)
       .def("step", &Cache::step)
       .def("join", &Cache::join)
+      .def("discard", &Cache::discard)
       .def("truncate", &Cache::truncate)
       .def("release", &Cache::release)
       .def("check_branch", [](const Cache& c, const Branch& b, const char* what) { c.mine(b, what); })

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from math import isfinite
 from typing import Any
 
-__all__ = ["index_of", "indices", "number", "told", "whole"]
+__all__ = ["index_of", "indices", "number", "told", "whole", "whole_fields"]
 
 
 def index_of(value: Any) -> int | None:
@@ -36,6 +36,17 @@ def whole(value: Any, name: str, least: int | None = 0, most: int | None = None,
         bounds = "" if least is None else f" of at least {least}" if most is None else f" from {least} to {most}"
         raise ValueError(f"{name}={told(value)}; pass a whole number{bounds}{hint}")
     return found
+
+
+def whole_fields(record: Any, fields: Iterable[str], least: int = 1, optional: Iterable[str] = ()) -> None:
+    """Make fields of a frozen dataclass ints of at least `least` (those of `optional` may be None), or raise."""
+    for field in fields:
+        value = getattr(record, field)
+        if value is None and field in optional:
+            continue
+        hint = " or None" if field in optional else ""
+        found = whole(value, f"{type(record).__name__}: {field}", least, hint=hint)
+        object.__setattr__(record, field, found)
 
 
 def indices(values: Iterable[Any], name: str, what: str = "a list of whole numbers") -> list[int]:
@@ -70,8 +81,8 @@ def number(value: Any, name: str, positive: bool = False, hint: str = "") -> flo
     else:
         found = value
     if found is None or not isfinite(found) or (positive and not found > 0):
-        kind = "positive number" if positive else "finite number"
-        raise ValueError(f"{name}: must be a {kind}{hint}, got {told(value)}")
+        kind = "positive and finite" if positive else "a finite number"
+        raise ValueError(f"{name}: must be {kind}{hint}, got {told(value)}")
     return found
 
 

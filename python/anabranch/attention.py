@@ -65,7 +65,7 @@ def tree_attention(
     if made_by is None:
         raise TypeError(f"step: expected the Step that TreeCache.step() returned, got {told(step)}")
     if made_by is not cache:
-        raise ValueError(f"step: made by another cache ({made_by!r}), not by {told(cache)}; pass the cache that made it")
+        raise ValueError(f"step: made by another cache, {made_by!r}, not by {told(cache)}; pass the one that made it")
     layer = layer_of(layer, cache.num_layers)
     return _attend(
         q, cache.k_pages(layer), cache.v_pages(layer), step.handle, step.num_rows, layer, scale, softcap, window, sinks,
@@ -147,7 +147,7 @@ def options_of(head_dim: int, scale: Any, softcap: Any, window: Any) -> tuple[fl
     width = index_of(window)
     if width is None or width < 1:
         raise ValueError(
-            f"window: must be an integer of at least 1 (the row's own token), or None for none, got {told(window)}"
+            f"window: must be at least 1 (the row's own token), a whole number, or None for none, got {told(window)}"
         )
     return factor, cap, min(width, 2**31 - 1)  # positions are below 2^31: a wider one hides nothing
 

@@ -103,6 +103,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: BranchMask) -> None:
         )
     if mask.device != q.device:
         raise ValueError(f"mask: is on {mask.device}, q on {q.device}; pass mask.to({str(q.device)!r})")
+    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise ValueError(f"q: {q.shape[1]} query heads are not a multiple of the {k.shape[1]} KV heads")
     for name, x in (("k", k), ("v", v)):
         if x.shape[0] != q.shape[0] or x.shape[2] != q.shape[2] or x.shape[1] != k.shape[1]:
             heads = "num_kv_heads" if name == "k" else str(k.shape[1])
@@ -111,8 +113,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: BranchMask) -> None:
             raise ValueError(
                 f"{name}: expected {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}; convert it"
             )
-    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
-        raise ValueError(f"q: {q.shape[1]} query heads are not a multiple of the {k.shape[1]} KV heads")
 
 
 def _dims(x: object) -> int:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anabranch._check import told
+
 if TYPE_CHECKING:
     from anabranch.engine.result import Result
     from anabranch.trace import Trace
@@ -123,7 +125,13 @@ class BranchMask:
                 segment itself or none there is; the message names the segment.
         """
         sizes = _lengths(lengths)
-        lists = [c if isinstance(c, (list, tuple)) else list(c) for c in context]
+        if isinstance(context, str) or not isinstance(context, Iterable):
+            raise ValueError(f"context: expected one list a segment, got {told(context)}")
+        lists = []
+        for i, seen in enumerate(context):
+            if isinstance(seen, str) or not isinstance(seen, Iterable):
+                raise ValueError(f"context: expected a list for segment {i}, got {told(seen)}; pass [] for none")
+            lists.append(seen if isinstance(seen, (list, tuple)) else list(seen))
         if len(lists) != len(sizes):
             raise ValueError(f"context: expected one list a segment ({len(sizes)}, as lengths has), got {len(lists)}")
         count = np.fromiter(map(len, lists), dtype=np.int64, count=len(lists))
@@ -184,6 +192,8 @@ class BranchMask:
     @classmethod
     def pack(cls, masks: Iterable[BranchMask]) -> BranchMask:
         """Several masks one behind another in one row, blind to each other; positions stay as they are."""
+        if isinstance(masks, BranchMask) or not isinstance(masks, Iterable):
+            raise TypeError(f"masks: expected a list of BranchMasks, got {told(masks)}")
         parts = list(masks)
         if not parts:
             raise ValueError("masks: empty; pass at least one BranchMask")
@@ -211,7 +221,10 @@ class BranchMask:
             sizes = np.diff(starts)
             where = torch.from_numpy(np.arange(total) + np.repeat(first - starts[:-1], sizes))
         else:
-            where = torch.as_tensor(positions).detach().to("cpu", torch.int64)
+            given = np.asarray(positions.detach().cpu() if isinstance(positions, Tensor) else positions)
+            if given.size and given.dtype.kind not in "iu":
+                raise ValueError(f"positions: expected whole numbers, got {given.dtype}")
+            where = torch.from_numpy(given.astype(np.int64))
             if where.shape != (total,):
                 raise ValueError(f"positions: expected [{total}], one a token, got {list(where.shape)}")
             if total and int(where.min()) < 0:
@@ -303,7 +316,10 @@ class BranchMask:
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> BranchMask:
         """The same mask on another device; the copy is kept, so that asking again costs nothing."""
-        target = torch.empty(0, device=device).device  # "cuda" → cuda:0
+        try:
+            target = torch.empty(0, device=device).device  # "cuda" → cuda:0
+        except (RuntimeError, TypeError, AssertionError) as error:  # no such device, or none of its kind here
+            raise ValueError(f"device: {told(device)} cannot be had here ({str(error).splitlines()[0]})") from None
         if target not in self._copies:
             parts = (self.starts, self.row_ptr, self.cols, self.positions)
             copy = BranchMask(*(x.to(target, non_blocking=non_blocking) for x in parts))
@@ -369,7 +385,10 @@ class BranchMask:
 
 def _ints(values: Any, name: str) -> np.ndarray:
     """int64 [n] from a list, an array or a tensor of whole numbers."""
-    array = np.asarray(values.cpu() if isinstance(values, Tensor) else values)
+    try:
+        array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    except ValueError:  # lists of different lengths
+        raise ValueError(f"{name}: expected whole numbers in one row, got lists of different lengths") from None
     if array.size == 0 and array.ndim == 1:
         return array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":

@@ -16,10 +16,20 @@ import torch
 from torch import Tensor
 
 from anabranch import _core, backends
-from anabranch._check import index_of, told, whole
+from anabranch._check import index_of, told
 from anabranch.attention import layer_of, shape_of
 from anabranch.errors import TopologyChanged
-from anabranch.plan import FlatContexts, Plan, PlanArrays, Profile, capturing, core_params, plan_of, split_buffer, upload
+from anabranch.plan import (
+    FlatContexts,
+    Plan,
+    PlanArrays,
+    Profile,
+    capturing,
+    core_params,
+    plan_of,
+    split_buffer,
+    upload,
+)
 from anabranch.resident import ResidentPlan
 
 Branch = _core.Branch
@@ -343,7 +353,7 @@ class TreeCache:
         Raises:
             DeadBranch, ValueError: a dead or foreign branch, n < 1.
         """
-        return self._core.fork(_branch(branch, "fork"), whole(n, "fork: n", 1, 2**20))
+        return self._core.fork(_branch(branch, "fork"), _number(n, "fork: n"))
 
     def step(self, rows: Mapping[Branch, int], positions: Mapping[Branch, Tensor] | None = None) -> Step:
         """Reserves new rows: slots for their K and V, positions, and the plan of who sees what.
@@ -391,12 +401,9 @@ class TreeCache:
             raise TypeError(f"join: kids: expected a list of branches, got {told(kids)}; pass [kid]")
         kids = [_branch(kid, f"join: kids[{i}]") for i, kid in enumerate(kids)]
         if mode == "discard":
-            for branch in (trunk, *kids):
-                self._core.check_branch(branch, "join")
-            for kid in kids:
-                self._core.release(kid)
-            return
-        self._core.join(trunk, kids)
+            self._core.discard(trunk, kids)
+        else:
+            self._core.join(trunk, kids)
 
     def truncate(self, branch: Branch, length: int) -> None:
         """Forgets the tokens from index ``length`` on; pages that nobody else holds are free at once.
@@ -406,7 +413,7 @@ class TreeCache:
         Raises:
             DeadBranch, ValueError: a dead or foreign branch; a length below 0 or beyond the branch's.
         """
-        self._core.truncate(_branch(branch, "truncate"), whole(length, "truncate: length", 0, 2**31 - 1))
+        self._core.truncate(_branch(branch, "truncate"), _number(length, "truncate: length"))
 
     def release(self, branch: Branch) -> None:
         """Drops the branch's references; pages that nobody else holds are free at once.
@@ -550,16 +557,29 @@ def _size(name: str, value: Any) -> int:
     found = index_of(value)
     if found is None or found < 1:
         raise ValueError(f"{name}: must be an integer of at least 1, got {told(value)}")
+    if found > 2**31 - 1:
+        raise ValueError(f"{name}: must be below 2^31, got {found}")
     return found
+
+
+def _number(value: Any, name: str) -> int:
+    """A whole number for the core, which says what range it must be in; one beyond 64 bits is out of any."""
+    found = index_of(value)
+    if found is None:
+        raise ValueError(f"{name} must be a whole number, got {told(value)}")
+    return max(-(2**62), min(found, 2**62))
 
 
 def _device(device: Any) -> torch.device:
     try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device: expected 'cpu', 'cuda' or a torch.device, got {told(device)} ({str(error).splitlines()[0]})"
-        ) from None
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected 'cpu', 'cuda' or a torch.device, got {told(device)}") from None
+    if found.type == "meta":
+        raise ValueError("device: 'meta' holds no data; pass 'cpu' or 'cuda'")
+    if found.type == "cuda" and not (torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()):
+        raise ValueError(f"device: PyTorch sees no {str(found)!r} here ({torch.cuda.device_count()} CUDA devices)")
+    return found
 
 
 def _branch(branch: Any, what: str) -> Branch:
@@ -579,7 +599,7 @@ def _rows(rows: Any) -> dict[Branch, int]:
     for branch, count in rows.items():
         if index_of(count) is None:
             raise TypeError(f"step: the number of rows must be an integer, got {told(count)} for {branch!r}")
-    return {branch: index_of(count) for branch, count in rows.items()}  # type: ignore[misc]
+    return {branch: _number(count, "step: rows") for branch, count in rows.items()}
 
 
 def _positions(positions: Any) -> dict[Branch, Any]:
@@ -598,10 +618,7 @@ def _positions(positions: Any) -> dict[Branch, Any]:
             raise ValueError(f"positions: expected integers for {branch!r}, got {value.dtype}")
         if value.dim() != 1:
             raise ValueError(f"positions: expected one a row for {branch!r}, got shape {list(value.shape)}")
-        array = value.detach().to("cpu", torch.int64).contiguous().numpy()
-        if array.size and array.max() > 2**31 - 1:
-            raise ValueError(f"positions: must be below 2^31, got {array.max()} for {branch!r}")
-        given[branch] = array
+        given[branch] = value.detach().to("cpu", torch.int64).contiguous().numpy()
     return given
 
 

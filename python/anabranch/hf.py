@@ -28,7 +28,15 @@ import torch
 from anabranch.hf_branch import over_branches
 from anabranch.hf_call import is_causal, refuse_unheard, window_of
 from anabranch.hf_mask import DeferredMask, made_here, mask, tree_mask
-from anabranch.hf_shape import ModelShape, Probe, UnsupportedModel, describe, is_compiled, refuse_by_config, uses_anabranch
+from anabranch.hf_shape import (
+    ModelShape,
+    Probe,
+    UnsupportedModel,
+    describe,
+    is_compiled,
+    refuse_by_config,
+    uses_anabranch,
+)
 from anabranch.hf_tree import NO_GRADIENT, attend, traced
 
 if TYPE_CHECKING:

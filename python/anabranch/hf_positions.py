@@ -7,13 +7,14 @@ whether anything stops there (with rotary embeddings nothing does), nor the offs
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 APART = 3  # positions of the two rows of the forward that is watched: 0 and so many
-_TABLE_LOOKUPS = {
+_TABLE_LOOKUPS: dict[Any, Callable[..., tuple[int, Any]]] = {
     torch.ops.aten.embedding.default: lambda table, index, *_, **__: (table.shape[0], index),
     torch.ops.aten.index_select.default: lambda table, dim, index: (table.shape[dim], index),
     torch.ops.aten.gather.default: lambda table, dim, index, **__: (table.shape[dim], index),

@@ -189,9 +189,9 @@ def refuse_prompt_learning(model: Any) -> None:
         if config is not None and getattr(config, "is_prompt_learning", False):
             kind = getattr(config.peft_type, "value", config.peft_type)
             raise UnsupportedModel(
-                f"adapter {adapter!r} is {kind}: it puts {config.num_virtual_tokens} learned virtual tokens in front of "
-                "every sequence, which have no token ids and no place in a tree; use an adapter of weights (LoRA, IA3), "
-                "or the base model (model.get_base_model())"
+                f"adapter {adapter!r} is {kind}: it puts {config.num_virtual_tokens} learned virtual tokens in front "
+                "of every sequence, which have no token ids and no place in a tree; use an adapter of weights (LoRA, "
+                "IA3), or the base model (model.get_base_model())"
             )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from anabranch import _core
+from anabranch._check import index_of, told
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,10 @@ def core_params(group: int, profile: Profile) -> _core.PlanParams:
 
 
 def _ints(name: str, value: Tensor | Sequence[int] | np.ndarray, ndim: int) -> np.ndarray:
-    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    try:
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    except ValueError:  # rows of different lengths
+        raise ValueError(f"{name}: the rows have different lengths; pad them (−1 is a common filler)") from None
     if array.size == 0:
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu":
@@ -248,8 +252,10 @@ class TablePlan(Plan):
         page_size: int,
         query_lengths: Tensor | Sequence[int] | None,
     ) -> None:
-        if page_size < 1:
-            raise ValueError(f"page_size: must be at least 1, got {page_size}")
+        size = index_of(page_size)
+        if size is None or not 1 <= size < 2**31:
+            raise ValueError(f"page_size: must be at least 1, a whole number below 2^31, got {told(page_size)}")
+        page_size = size
         tables = _ints("block_tables", block_tables, 2)
         held = _ints("lengths", lengths, 1).astype(np.int64)
         batch, columns = tables.shape

@@ -6,8 +6,6 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from .. import hf
 from .._check import index_of, told, whole
 from ..backends import choose
@@ -71,6 +69,8 @@ class Engine:
         page_size = whole(page_size, "page_size", 1, hint=" (tokens a page)")
         if cuda_graphs is not None and not isinstance(cuda_graphs, bool):
             raise ValueError(f"cuda_graphs={cuda_graphs!r}; pass True, False or None (where they can be had)")
+        if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+            raise TypeError(f"tokenizer: expected a Transformers tokenizer or None, got {told(tokenizer)}")
         shape = hf.enable(model)
         choose(backend, shape.device, shape.dtype, shape.head_dim)  # raises for one that is unknown or cannot run
         if not isinstance(batch_invariant, bool):
@@ -189,7 +189,7 @@ class Engine:
                 f"strategy: got {strategy!r}; pass an instance of a Strategy, such as ab.SelfConsistency(n=8), or None"
             )
         limit = check_model(self.model, self.cache)
-        extra, criteria = kwargs.pop("logits_processor", None), kwargs.pop("stopping_criteria", None)
+        extra, criteria = (_callables(kwargs.pop(n, None), n) for n in ("logits_processor", "stopping_criteria"))
         budget = kwargs.pop("max_total_tokens", None)
         if budget is not None:
             budget = whole(budget, "max_total_tokens", 1, hint=", or None")
@@ -241,6 +241,13 @@ class Engine:
                     f"make the engine with num_pages of at least {-(-(len(tokens) + more) // size) + (not more)}"
                     + (", or use a smaller max_new_tokens" if more else "")
                 )
+
+
+def _callables(value: Any, name: str) -> Any:
+    """A list of functions, as Transformers takes it, or None."""
+    if value is not None and not (isinstance(value, (list, tuple)) and all(callable(item) for item in value)):
+        raise TypeError(f"{name}: expected a list of callables, got {told(value)}; pass [{name}]")
+    return value
 
 
 def _seeds(seed: Any, count: int) -> list[int]:

@@ -228,8 +228,8 @@ class Run:
             if last >= limit:
                 raise ValueError(
                     f"thread {thread.id}: its tokens reach position {last}, but the model has embeddings for {limit} "
-                    f"positions (0 … {limit - 1}); insert, join or spawn less, use a smaller max_new_tokens, or a model "
-                    "with a longer context"
+                    f"positions (0 … {limit - 1}); insert, join or spawn less, use a smaller max_new_tokens, or a "
+                    "model with a longer context"
                 )
 
     def _scores(self, ids: list[int], step: Any, rows: list[int]) -> torch.Tensor:

@@ -21,7 +21,9 @@ def split_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
     if isinstance(prompt, str):
         return [prompt], False
     if not isinstance(prompt, Sequence) or not len(prompt):
-        raise ValueError(f"prompt: got {told(prompt)}; pass a string, token ids or a chat, or a non-empty list of those")
+        raise ValueError(
+            f"prompt: got {told(prompt)}; pass a string, token ids or a chat, or a non-empty list of those"
+        )
     kinds = {int if _is_one_id(p) else dict if isinstance(p, dict) else None for p in prompt}
     if kinds == {int} or kinds == {dict}:
         return [prompt], False
@@ -29,6 +31,9 @@ def split_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
         raise ValueError(
             "prompt: the list mixes token ids or chat messages with other things; pass one kind of prompt a list"
         )
+    for i, item in enumerate(prompt):
+        if not isinstance(item, (str, Sequence, torch.Tensor, np.ndarray)):
+            raise ValueError(f"prompt[{i}]: got {told(item)}; pass a string, token ids or a chat")
     many = enumerate(prompt)
     return [
         _id_lists(p, f"prompt[{i}]", (1,)) if isinstance(p, (torch.Tensor, np.ndarray)) else p for i, p in many
@@ -48,9 +53,8 @@ def _id_lists(ids: Any, name: str, dims: tuple[int, ...]) -> Any:
         whole = ids.dtype.kind in "iu"
     if ids.ndim not in dims or not whole:
         shapes = "[tokens] or [prompts, tokens]" if len(dims) > 1 else "[tokens]"
-        raise ValueError(
-            f"{name}: a {type(ids).__name__} of shape {tuple(ids.shape)}, {ids.dtype}; pass token ids of shape {shapes}"
-        )
+        kind = "a tensor" if isinstance(ids, torch.Tensor) else "an array"
+        raise ValueError(f"{name}: {kind} of shape {tuple(ids.shape)}, {ids.dtype}; pass token ids of shape {shapes}")
     return ids.tolist()
 
 

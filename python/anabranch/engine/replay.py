@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .._check import told
 from ..strategies.ops import Ended, Score
 from ..strategies.protocol import Action, Strategy, Thread
 from .core import Engine
@@ -31,6 +32,10 @@ def replay(trace: Trace | Result, engine: Engine) -> Result:
     >>> again = ab.replay(ab.trace.load("trace.json"), engine)
     >>> max(abs(a - b) for a, b in ab.engine.logprob_pairs(result, again))
     """
+    if not hasattr(trace, "tree"):
+        raise TypeError(f"trace: expected a Result or a Trace (trace.load), got {told(trace)}")
+    if not isinstance(engine, Engine):
+        raise TypeError(f"engine: expected an Engine, got {told(engine)}")
     tree = trace.tree
     if not tree.log and tree.runs[1:]:
         raise ValueError("trace: holds no log of what was done (version 1 had none), so it cannot be replayed")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .._check import whole_fields
 from .ops import Decode, Ended, TokenStats
 from .protocol import Strategy, Thread
 from .voting import Vote, answer_in, check_vote
@@ -45,10 +46,7 @@ class EntropyFork(Strategy):
 
     def __post_init__(self) -> None:
         check_vote("EntropyFork", self.vote)
-        for field in ("n", "window", "k", "look_ahead", "max_forks"):
-            value = getattr(self, field)
-            if not (isinstance(value, int) and value >= 1) and (value is not None or field != "look_ahead"):
-                raise ValueError(f"EntropyFork: {field}={value!r}; pass a whole number of at least 1")
+        whole_fields(self, ("n", "window", "k", "look_ahead", "max_forks"), optional=("look_ahead",))
         for field in ("threshold", "min_confidence"):
             value = getattr(self, field)
             if not isinstance(value, (int, float)) and (value is not None or field == "threshold"):

@@ -22,6 +22,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from .._check import index_of, told, whole
 from .ops import Awaitable, Decode, Ended, Fork, Insert, Join, Op, Score, ThreadGone, Truncate
 
 __all__ = ["Segment", "Strategy", "Thread"]
@@ -174,20 +175,24 @@ class Thread:
             other fields NaN and is cheaper.
         """
         self._check_alive("decode")
-        if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
-            raise ValueError(f"decode: max_new_tokens={max_new_tokens!r}; pass a whole number of at least 1, or None")
-        stops = [stop] if isinstance(stop, (str, int)) else list(stop)
-        if any(isinstance(s, str) and not s for s in stops):
+        if max_new_tokens is not None:
+            max_new_tokens = whole(max_new_tokens, "decode: max_new_tokens", 1, hint=", or None")
+        given = [stop] if isinstance(stop, str) or index_of(stop) is not None else stop
+        if not isinstance(given, Iterable):
+            raise TypeError(f"decode: stop={told(stop)}; pass strings and token ids")
+        stops: list[Any] = [s if isinstance(s, str) else index_of(s) for s in given]
+        if "" in stops:
             raise ValueError("decode: stop holds an empty string, which would end every text at once; leave it out")
-        if any(not isinstance(s, (str, int)) for s in stops):
-            raise TypeError(f"decode: stop={stop!r}; pass strings and token ids")
+        if None in stops:
+            raise TypeError(f"decode: stop={told(stop)}; pass strings and token ids")
         self._host.check_ids([s for s in stops if not isinstance(s, str)], "stop")
         if any(isinstance(s, str) for s in stops):
             self._host.encode("")  # says so when there is no tokenizer
         self._host.check_sampling(sampling)
-        if not (isinstance(stats, int) and stats >= 0) and stats != "logprob":
-            raise ValueError(f"decode: stats={stats!r}; pass True, False, a k of at least 1, or 'logprob'")
-        topk = 20 if stats is True else 0 if stats == "logprob" else int(stats) or None
+        if isinstance(stats, bool) or (isinstance(stats, str) and stats == "logprob"):
+            topk = {True: 20, False: None, "logprob": 0}[stats]
+        else:
+            topk = whole(stats, "decode: stats", 0, hint=" (the k of its top-k mean), True, False or 'logprob'") or None
         return self._submit(Decode(self, max_new_tokens, stops, sampling, until, topk))
 
     def insert(self, text_or_ids: str | Sequence[int]) -> Insert:
@@ -207,9 +212,13 @@ class Thread:
         headers: how many, or one header a child (text, token ids or None), inserted at its beginning.
         """
         self._check_alive("fork")
-        heads = [None] * headers if isinstance(headers, int) else list(headers)
-        if isinstance(headers, str) or not heads:
-            raise ValueError(f"fork: headers={headers!r}; pass a number of at least 1, or a list of one header a child")
+        count = index_of(headers)
+        many = not isinstance(headers, (str, bytes, dict)) and isinstance(headers, Iterable)
+        heads: list[Any] = [None] * count if count is not None else list(headers) if many else []  # type: ignore[arg-type]
+        if not heads:
+            raise ValueError(
+                f"fork: headers={told(headers)}; pass a number of at least 1, or a list of one header a child"
+            )
         tokens = [None if h is None else self._tokens(h, f"fork: headers[{i}]") for i, h in enumerate(heads)]
         kids = [self._host.new_thread(self, "fork") for _ in heads]
         self._submit(Fork(self, list(kids)))  # a list of its own: the caller may change theirs
@@ -249,6 +258,8 @@ class Thread:
         `text`. "discard": nothing comes back; children still decoding are killed.
         """
         self._check_alive("join")
+        if not isinstance(kids, (Thread, Iterable)):
+            raise ValueError(f"join: kids={told(kids)}; pass the children to take back")
         kids = [kids] if isinstance(kids, Thread) else list(kids)
         if mode not in JOIN_MODES:
             raise ValueError(f"join: mode={mode!r}; pass one of {', '.join(map(repr, JOIN_MODES))}")
@@ -257,6 +268,8 @@ class Thread:
                 f"join: mode={mode!r} with text={text!r}, keep={keep!r}; "
                 "summary takes text (and keep), no other mode does"
             )
+        if keep is not None:
+            keep = whole(keep, "join: keep", hint=", or None")
         if not kids:
             raise ValueError("join: kids is empty; pass at least one child")
         if headers is not None and (mode != "reprefill" or isinstance(headers, str) or len(headers) != len(kids)):
@@ -286,8 +299,7 @@ class Thread:
     def truncate(self, length: int) -> Truncate:
         """Forget this thread's tokens from context length `length` on (see ``thread.length``); only its own can go."""
         self._check_alive("truncate")
-        if not isinstance(length, int) or length < 0:
-            raise ValueError(f"truncate: length={length!r}; pass a context length, as thread.length gives it")
+        length = whole(length, "truncate: length", hint=" (a context length, as thread.length gives it)")
         return self._submit(Truncate(self, length))
 
     def rstrip(self) -> Truncate:

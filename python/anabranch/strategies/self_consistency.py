@@ -6,6 +6,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
+from .._check import whole_fields
 from .ops import Decode, Ended, first
 from .protocol import Strategy, Thread
 from .voting import Vote, answer_in, check_vote, decided, majority
@@ -37,8 +38,7 @@ class SelfConsistency(Strategy):
     early_stop: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.n, int) or self.n < 1:
-            raise ValueError(f"SelfConsistency: n={self.n!r}; pass a number of branches of at least 1")
+        whole_fields(self, ("n",))
         check_vote("SelfConsistency", self.vote)
         if self.early_stop and self.vote is None:
             raise ValueError("SelfConsistency: early_stop=True without a vote that could be decided; pass vote=…")

@@ -7,6 +7,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
+from .._check import whole_fields
 from .protocol import Strategy, Thread
 
 SKELETON = (
@@ -48,11 +49,9 @@ class SkeletonOfThought(Strategy):
     point_request: str = POINT
 
     def __post_init__(self) -> None:
-        if not all(isinstance(n, int) for n in (self.least, self.most)) or not 1 <= self.least <= self.most:
+        whole_fields(self, ("least", "most", "skeleton_tokens", "point_tokens"))
+        if self.least > self.most:
             raise ValueError(f"SkeletonOfThought: least={self.least!r}, most={self.most!r}; pass 1 ≤ least ≤ most")
-        for field in ("skeleton_tokens", "point_tokens"):
-            if not isinstance(value := getattr(self, field), int) or value < 1:
-                raise ValueError(f"SkeletonOfThought: {field}={value!r}; pass a whole number of at least 1")
         for field, names in (("skeleton_request", ("question",)), ("point_request", ("question", "number"))):
             for name in names:
                 if f"{{{name}}}" not in getattr(self, field):

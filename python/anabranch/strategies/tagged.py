@@ -7,6 +7,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .._check import whole_fields
 from .ops import Ended
 from .protocol import Strategy, Thread
 
@@ -94,10 +95,8 @@ class Tagged(Strategy):
             raise ValueError(f"{name}: next_header={self.next_header!r} with join='concat', which keeps each header")
         if self.join == "concat" and not self.after:
             raise ValueError(f"{name}: after is empty; behind join='concat' the trunk needs a token to go on from")
-        for field in ("max_blocks", "max_threads", "thread_tokens"):
-            value = getattr(self, field)
-            if not (isinstance(value, int) and value >= 1) and (value is not None or field == "max_blocks"):
-                raise ValueError(f"{name}: {field}={value!r}; pass a whole number of at least 1")
+        limits = ("max_blocks", "max_threads", "thread_tokens")
+        whole_fields(self, limits, optional=("max_threads", "thread_tokens"))
 
     def run(self, trunk: Thread) -> Generator[Any, Any, Any]:
         # No generator itself: an unfit tokenizer is told before anything runs.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from anabranch._check import told
 from anabranch.training.layout import Layout, Rows
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def from_trace(
     Raises:
         ValueError: a thread was forked from tokens that its parent then cut off: what it saw is no longer in the trace.
     """
+    if not hasattr(trace, "tree"):
+        raise TypeError(f"trace: expected a Result or a Trace (trace.load), got {told(trace)}")
     writer = _Writer(discarded, forgotten, flat_loss)
     writer.thread(trace.tree, [])
     return writer.rows.layout()

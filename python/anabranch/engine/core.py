@@ -16,9 +16,10 @@ from .events import Event
 from .invariant import Invariant, check_rows, require_invariant
 from .linear import linear_context
 from .loop import Run
+from .options import prepare_config
 from .prompts import Prompt, Text, split_prompts
 from .request import Request
-from .sampling import Samplers, prepare_config
+from .sampling import Samplers
 
 
 class Engine:
@@ -193,7 +194,8 @@ class Engine:
             raise ValueError(
                 f"logprobs={logprobs!r}; pass True to record each sampled token's log-probability, or False"
             )
-        prepared = prepare_config(self.model, config, max_new_tokens, kwargs)
+        plain = isinstance(getattr(strategy, "strategy", strategy), Plain)
+        prepared = prepare_config(self.model, config, max_new_tokens, kwargs, samples=not plain)
         samplers = Samplers(self.model, self.tokenizer, prepared, extra, criteria)
         text = Text(self.tokenizer, self.vocab_size, samplers.base.eos_ids)
         prompts, many = split_prompts(prompt)
@@ -202,7 +204,7 @@ class Engine:
             raise ValueError(f"seed={seed!r}; pass a whole number ≥ 0, or a list of {len(prompts)} (one a prompt)")
         ids = [text.prompt_ids(p, f"prompt[{i}]" if many else "prompt") for i, p in enumerate(prompts)]
         # Without anything that could end it early, plain decoding writes all it may; its last token needs no place.
-        endless = isinstance(getattr(strategy, "strategy", strategy), Plain) and not budget
+        endless = plain and not budget
         endless = endless and not samplers.base.eos_ids and not samplers.base.criteria
         self._check_room(ids, prepared.max_new_tokens - 1 if endless else 0, many)
         buffer: deque[Event] = deque()

@@ -17,9 +17,10 @@ from .fit import check_model
 from .invariant import Invariant, check_rows, require_invariant
 from .linear import linear_context
 from .loop import Run
+from .options import prepare_config
 from .prompts import Prompt, Text, split_prompts
 from .request import Request
-from .sampling import Samplers, prepare_config
+from .sampling import Samplers
 
 
 class Engine:
@@ -198,14 +199,15 @@ class Engine:
             raise ValueError(
                 f"logprobs={logprobs!r}; pass True to record each sampled token's log-probability, or False"
             )
-        prepared = prepare_config(self.model, config, max_new_tokens, kwargs)
+        plain = isinstance(getattr(strategy, "strategy", strategy), Plain)
+        prepared = prepare_config(self.model, config, max_new_tokens, kwargs, samples=not plain)
         samplers = Samplers(self.model, self.tokenizer, prepared, extra, criteria)
         text = Text(self.tokenizer, self.vocab_size, samplers.base.eos_ids)
         prompts, many = split_prompts(prompt)
         seeds = _seeds(seed, len(prompts))
         ids = [text.prompt_ids(p, f"prompt[{i}]" if many else "prompt") for i, p in enumerate(prompts)]
         # Without anything that could end it early, plain decoding writes all it may; its last token needs no place.
-        endless = isinstance(getattr(strategy, "strategy", strategy), Plain) and not budget
+        endless = plain and not budget
         endless = endless and not samplers.base.eos_ids and not samplers.base.criteria
         self._check_room(ids, prepared.max_new_tokens - 1 if endless else 0, many)
         _check_positions(ids, limit, many)

@@ -195,8 +195,9 @@ class Run:
         launched = time.perf_counter()
         with torch.inference_mode(), own_precision(self.cache.device), self.engine.linear:
             logits = self._scores(ids, step, [head.row for head in heads])
-            what = f"{type(self.engine.model).__name__} returned NaN scores in step {self.steps + 1}"
-            scores.refuse_nan(logits, heads, entries, what)
+            # remove_invalid_values=True, a processor of Transformers, deals with such scores.
+            if not self.requests[0].samplers.base.config.remove_invalid_values:
+                scores.refuse_invalid(logits, heads, entries, type(self.engine.model).__name__, self.steps + 1)
         done = time.perf_counter()
         self.steps += 1
         for clock, n in parts:
@@ -373,8 +374,9 @@ class Run:
                     logits,
                     contexts,
                     [t.length for t in threads],
-                    [t._host.trunk._prompt_length for t in threads],
+                    [_counted_from(t) for t in threads],
                     [t._live.stream for t in threads],
+                    lambda i, threads=threads: _place(threads[i]),  # type: ignore[misc]
                 )
                 logprobs = scores.stats(logits, threads, tokens)
             for i, (thread, token) in enumerate(zip(threads, tokens, strict=True)):
@@ -386,6 +388,22 @@ class Run:
                 thread._live.scores = None
                 request.took(thread._ops[0], token, logprobs.get(i) if request.logprobs else None)
         share(time.perf_counter() - begin, "sampling", [(r.spent, n) for r, n in together.items()])
+
+
+def _counted_from(thread: Thread) -> int:
+    """Length of the prompt that ``min_new_tokens`` and its like count from: the one that begins the thread's context.
+
+    A spawned thread has its own; a fork goes on with its parent's context, and so behind its parent's prompt.
+    """
+    while thread.role == "fork":
+        assert thread.parent is not None
+        thread = thread.parent
+    return thread._prompt_length
+
+
+def _place(thread: Thread) -> str:
+    host: Any = thread._host
+    return f"prompt {host.index}, thread {thread.id}, position {thread._position}"
 
 
 def _built_on(thread: Thread) -> bool:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process as lp
-from transformers.generation.stopping_criteria import StopStringCriteria
+from transformers.generation.stopping_criteria import ConfidenceCriteria, StopStringCriteria
 
-from .._check import whole
 from ..strategies.ops import TokenStats
+from .options import refuse, refuse_unsampled
 
 # Processors that look at the scores alone: one call serves all threads. Any other sees each thread's own tokens.
 _CONTEXT_FREE = (
@@ -54,29 +54,6 @@ _AMONG_CANDIDATES = (
     lp.EtaLogitsWarper,
 )
 
-# GenerationConfig fields that ask for another kind of decoding, with the value that means "off", and what to do
-# instead.
-_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "num_beams": ((None, 1), "beam search is not available"),
-    "num_return_sequences": ((None, 1), "use strategy=ab.SelfConsistency(n=…) for several samples"),
-    "guidance_scale": ((None, 1, 1.0), "classifier-free guidance is not available"),
-    "penalty_alpha": ((None, 0, 0.0), "contrastive search is not available"),
-    "dola_layers": ((None,), "DoLa decoding is not available"),
-    "prompt_lookup_num_tokens": ((None,), "assisted decoding is not available"),
-    "constraints": ((None,), "constrained beam search is not available"),
-    "force_words_ids": ((None,), "constrained beam search is not available"),
-    "use_mtp": ((None, False), "multi-token prediction is not available"),
-    "forced_eos_token_id": ((None,), "have the strategy insert() it"),
-    "return_dict_in_generate": ((None, False), "the Result holds everything"),
-    "output_scores": ((None, False), "use decode(stats=True)"),
-    "output_logits": ((None, False), "use decode(stats=True)"),
-    "output_attentions": ((None, False), "there are no attention weights over a tree"),
-    "output_hidden_states": ((None, False), "call the model itself with tree_step"),
-    "token_healing": ((None, False), "token healing is not available"),
-    "max_time": ((None,), "use Engine.abort() or leave the stream"),
-}
-
-
 def random_stream(seed: int, path: tuple[int, ...]) -> np.random.Generator:
     """A thread's own uniform stream; numpy's SeedSequence makes streams of different paths independent."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy=seed, spawn_key=path)))
@@ -93,11 +70,6 @@ class Sampler:
         extra: LogitsProcessorList,
         criteria: StoppingCriteriaList,
     ):
-        for name, (off, remedy) in _REFUSED.items():
-            if getattr(config, name, None) not in off:
-                raise ValueError(
-                    f"generation_config: {name}={getattr(config, name)!r} is not honoured by this engine; {remedy}"
-                )
         self.model, self.config, self.extra = model, config, extra
         self.greedy = not config.do_sample
         model._prepare_special_tokens(config, device=model.device)
@@ -149,15 +121,18 @@ class Sampler:
         lengths: Sequence[int],
         prompt_lengths: Sequence[int],
         streams: Sequence[np.random.Generator],
+        where: Callable[[int], str] = "row {}".format,
     ) -> list[int]:
         """One token a row of `logits` [rows, vocabulary] (float32, left unchanged).
 
         contexts[i]() gives thread i's whole token sequence (asked for only by processors that look at it), lengths[i]
         long; prompt_lengths[i] is what ``min_new_tokens`` and its like count from; streams[i] draws one uniform when
-        sampling.
+        sampling; where(i) names thread i in errors.
+
+        Raises ValueError when no token can be chosen: every score is −inf, or one is NaN or +inf.
         """
         if self.context_free:
-            return self._choose(logits, None, 1, streams)
+            return self._choose(logits, None, 1, streams, where)
         # Contexts of one length go through the processors together; a caller's own processors get one at a time.
         groups: dict[Any, list[int]] = {}
         for i, key in enumerate(zip(lengths, prompt_lengths, strict=True)):
@@ -169,43 +144,75 @@ class Sampler:
             else:
                 ids = torch.tensor([contexts[i]() for i in rows], dtype=torch.long, device=logits.device)
             part = logits if len(rows) == len(lengths) else logits[rows]
-            for i, token in zip(
-                rows, self._choose(part, ids, prompt_lengths[rows[0]], [streams[i] for i in rows]), strict=True
-            ):
+            found = self._choose(
+                part,
+                ids,
+                prompt_lengths[rows[0]],
+                [streams[i] for i in rows],
+                lambda at, rows=rows: where(rows[at]),  # type: ignore[misc]
+            )
+            for i, token in zip(rows, found, strict=True):
                 chosen[i] = token
         return chosen
 
-    def _choose(self, logits: torch.Tensor, ids: Any, prompt_length: int, streams: Sequence[Any]) -> list[int]:
+    def _choose(
+        self, logits: torch.Tensor, ids: Any, prompt_length: int, streams: Sequence[Any], where: Callable[[int], str]
+    ) -> list[int]:
         first, rest, k = self._lists(prompt_length)
         scores = first(ids, logits.clone()) if first else logits
+        if scores.shape != logits.shape:
+            raise ValueError(
+                f"logits_processor: {_names(first)} made scores of shape {list(scores.shape)} from {list(logits.shape)}; "
+                "a processor returns one score for each token of the vocabulary"
+            )
         if self.greedy:
-            return scores.argmax(-1).tolist()
-        if k is not None:
-            found = self._among_top(scores, rest, k, streams)
-            if found is not None:
-                return found
-            scores = rest(ids, scores.clone())
-        return _draw(scores, streams).tolist()
+            found = scores.argmax(-1)
+            self._require_finite(scores.gather(-1, found[:, None])[:, 0], first, where)
+            return found.tolist()
+        self._require_finite(scores.amax(-1), first, where)
+        if k is None:
+            return _draw(rest(ids, scores), streams).tolist()
+        return self._among_top(scores, rest, k, streams)
+
+    @staticmethod
+    def _require_finite(best: torch.Tensor, processors: LogitsProcessorList, where: Callable[[int], str]) -> None:
+        """ValueError unless each row's highest score, [rows], is a number."""
+        if (bad := ~best.isfinite()).any():
+            row = int(bad.nonzero()[0, 0])
+            after = f" after {_names(processors)}" if processors else ""
+            what = "every score is −inf" if float(best[row]) < 0 else f"a score is {float(best[row])}"
+            raise ValueError(
+                f"no token can be chosen for {where(row)}: {what}{after}; a logits processor must leave at least one token "
+                "with a finite score (a grammar that is through leaves EOS); remove_invalid_values=True replaces NaN and +inf"
+            )
 
     @staticmethod
     def _among_top(
         scores: torch.Tensor, rest: LogitsProcessorList, k: int, streams: Sequence[np.random.Generator]
-    ) -> list[int] | None:
+    ) -> list[int]:
         """The same draw from the same distribution, over the few highest scores instead of the whole vocabulary.
 
         A top-k warper leaves nothing below the k-th score, and what runs after it is not touched by what is gone.
-        Scores tied with the k-th stay in (Transformers' rule), so a few more than k are looked at; None when not all of
-        the ties can be seen that way.
+        Scores tied with the k-th stay in (Transformers' rule), so a few more than k are looked at; a row whose ties
+        cannot all be seen that way is drawn over the whole vocabulary, whatever the other rows need.
         """
         size = scores.shape[-1]
         k = min(k, size)
         seen = min(k + 32, size)
         values, ids = scores.topk(seen, dim=-1)
-        if seen < size and bool((values[:, -1] >= values[:, k - 1]).any()):
-            return None
         ids, order = ids.sort(dim=-1)  # by token, as over the whole vocabulary
         few = rest(None, values.gather(-1, order))  # type: ignore[arg-type]
-        return ids.gather(-1, _draw(few, streams)[:, None])[:, 0].tolist()
+        tied = (values[:, -1] >= values[:, k - 1]).tolist() if seen < size else [False] * len(streams)
+        if not any(tied):
+            return ids.gather(-1, _draw(few, streams)[:, None])[:, 0].tolist()
+        chosen = []
+        for row, (all_of_it, stream) in enumerate(zip(tied, streams, strict=True)):
+            one = slice(row, row + 1)
+            if all_of_it:
+                chosen.append(int(_draw(rest(None, scores[one].clone()), [stream])))  # type: ignore[arg-type]
+            else:
+                chosen.append(int(ids[row, _draw(few[one], [stream])]))
+        return chosen
 
     def stops(self, context: Callable[[], list[int]]) -> bool:
         """Whether the config's own stop strings, or criteria given to generate(), end a thread here."""
@@ -227,13 +234,32 @@ def _draw(scores: torch.Tensor, streams: Sequence[np.random.Generator]) -> torch
     return found.clamp_(max=scores.shape[-1] - 1)[:, 0]
 
 
+def _names(processors: Sequence[Any]) -> str:
+    return ", ".join(type(p).__name__ if not hasattr(p, "__name__") else p.__name__ for p in processors)
+
+
+def _listed(name: str, value: Any) -> list[Any]:
+    """A caller's processors or criteria, checked."""
+    if value is None:
+        return []
+    if callable(value) or not isinstance(value, (list, tuple)) or not all(callable(x) for x in value):
+        raise ValueError(f"{name}={value!r}; pass a list of them, as to model.generate")
+    return list(value)
+
+
 class Samplers:
     """The samplers of one call: one for the call's config, one for each set of fields that a strategy overrides."""
 
     def __init__(self, model: Any, tokenizer: Any, config: GenerationConfig, extra: Any = None, criteria: Any = None):
         self._args = (model, tokenizer)
         self._config = config
-        self._extra, self._criteria = LogitsProcessorList(extra or []), StoppingCriteriaList(criteria or [])
+        self._extra = LogitsProcessorList(_listed("logits_processor", extra))
+        self._criteria = StoppingCriteriaList(_listed("stopping_criteria", criteria))
+        if any(isinstance(c, ConfidenceCriteria) for c in self._criteria):
+            raise ValueError(
+                "stopping_criteria: ConfidenceCriteria reads scores, which criteria are not given here; "
+                "use decode(stats=True, until=…) in a strategy"
+            )
         self._made: dict[tuple[tuple[str, Any], ...], Sampler] = {}
         self.settings: dict[str, Any] = {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
         self.base = self.get(())
@@ -251,6 +277,9 @@ class Samplers:
                 setattr(config, name, value)
             if overrides:
                 config.validate()
+                asked = [name for name, _ in overrides]
+                refuse(config, asked)
+                refuse_unsampled(config, asked)
             self._made[key] = Sampler(*self._args, config, self._extra, self._criteria)
         return self._made[key]
 
@@ -261,34 +290,6 @@ def _hashable(value: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-def prepare_config(
-    model: Any, config: GenerationConfig | None, max_new_tokens: int | None, kwargs: dict[str, Any]
-) -> GenerationConfig:
-    """The config `model.generate` would arrive at, with ``max_new_tokens`` always settled (256 when nobody says)."""
-    if max_new_tokens is not None:
-        max_new_tokens = whole(max_new_tokens, "max_new_tokens", 1)
-    if config is not None and not isinstance(config, GenerationConfig):
-        raise TypeError(f"generation_config: got {type(config).__name__}; pass a transformers.GenerationConfig")
-    if "max_length" in kwargs or (config is not None and config.max_length and not config.max_new_tokens):
-        raise ValueError("max_length: counts the prompt, which threads share; pass max_new_tokens instead")
-    if config is not None and kwargs:
-        config = copy.deepcopy(config)
-        unknown = config.update(**kwargs)
-        kwargs = {}
-    else:
-        unknown = {}
-    prepared, left = model._prepare_generation_config(config, **kwargs)
-    unknown = unknown | {k: v for k, v in left.items() if not hasattr(prepared, k)}
-    if unknown:
-        raise ValueError(f"generate: unknown argument {sorted(unknown)[0]!r}; it takes the fields of GenerationConfig")
-    if max_new_tokens is not None:
-        prepared.max_new_tokens = max_new_tokens
-    elif prepared.max_new_tokens is None:
-        prepared.max_new_tokens = 256
-    prepared.max_new_tokens = whole(prepared.max_new_tokens, "generation_config: max_new_tokens", 1)
-    return prepared
 
 
 def token_logprobs(logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:

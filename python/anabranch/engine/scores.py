@@ -60,13 +60,16 @@ def record(logits: torch.Tensor, found: Sequence[Head]) -> None:
             op.logprobs[nth] = logprob
 
 
-def refuse_nan(
-    logits: torch.Tensor, found: Sequence[Head], entries: Sequence[tuple[Live, Feed, int]], what: str
+def refuse_invalid(
+    logits: torch.Tensor, found: Sequence[Head], entries: Sequence[tuple[Live, Feed, int]], model: str, step: int
 ) -> None:
-    """ValueError (it begins with `what`) that names the first row with a NaN."""
-    bad = torch.isnan(logits.amax(-1))  # amax hands a NaN on, and reads the scores once
+    """ValueError that names the first row with a NaN or +inf, or with nothing but −inf."""
+    best = logits.amax(-1)  # hands a NaN on, and reads the scores once
+    bad = ~torch.isfinite(best)
     if not bool(bad.any()):
         return
+    first = float(best[int(bad.nonzero()[0, 0])])
+    what = f"{model} returned {'NaN' if first != first else '+inf' if first > 0 else 'only −inf'} scores in step {step}"
     live, feed, _ = entries[0]
     position = feed.branch.position - 1
     if found:

@@ -129,7 +129,7 @@ class Thread:
         self._forgotten: list[Segment] = []
         self._depth = 0  # Lamport clock at its end
         self._path_sampled = 0  # sampled tokens on the longest way here
-        self._prompt_length = 0
+        self._prompt_length = 0  # of a prompt of its own: the trunk's, a spawned thread's
         self._header_length = 0  # tokens of the header that its fork gave it
         self._log: list[Action] = []
         self._live: Any = None

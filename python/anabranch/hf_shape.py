@@ -3,7 +3,8 @@
 Configurations name the same thing in many ways, so `describe` reads only refusals from them. The facts (layers, heads,
 windows, softcaps) come from a *probe*: one forward of two rows in which every attention call is recorded and answered
 with zeros. It also proves what no configuration says: that keywords reach every attention layer, and that nothing but
-attention mixes rows (a convolution or a state-space layer would).
+attention mixes rows (a convolution or a state-space layer would). Two more forwards, which end at the first layers'
+attention, prove that a row's query and key do not depend on where the other row stands, before it or behind it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from anabranch.hf_rope import RopeRule, rope_rules
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}  # of config.layer_types: what a tree can honour
 
@@ -40,6 +43,8 @@ class ModelShape:
     """Whether any layer has attention sinks (one learned logit a query head)."""
     max_positions: int | None
     """Longest context the configuration promises, in tokens; None where it names none."""
+    rope_rules: tuple[RopeRule, ...] = ()
+    """Where a forward's longest sequence decides the rotation of all rows (hf_rope.py); () = nowhere."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +62,22 @@ class _Call:
     sinks: bool
 
 
+class _Enough(Exception):
+    """Ends a probe's forward that has seen the layers it wanted."""
+
+
 class Probe:
-    """Stands in for a step in the probe's forward: every attention call reports here and gets zeros back."""
+    """Stands in for a step in the probe's forward: every attention call reports here and gets zeros back.
+
+    watched: layers whose queries and keys are kept. last: the forward ends at this layer's attention; None: runs on.
+    """
 
     ROWS = 2
 
-    def __init__(self) -> None:
+    def __init__(self, watched: frozenset[int] = frozenset(), last: int | None = None) -> None:
         self.calls: list[_Call] = []
+        self.rotated: dict[int, torch.Tensor] = {}  # layer → queries and keys of each row, [ROWS, (Hq + Hkv) · D]
+        self._watched, self._last = watched, last
 
     def record(
         self,
@@ -109,16 +123,20 @@ class Probe:
                 kwargs.get("s_aux") is not None,
             )
         )
+        if layer in self._watched:
+            self.rotated[layer] = torch.cat([query, key], dim=1)[0].transpose(0, 1).flatten(1).float()
+        if layer == self._last:
+            raise _Enough
         return torch.zeros_like(query).transpose(1, 2).contiguous()
 
 
 def uses_anabranch(model: Any) -> bool:
     """Whether the model's decoder layers call ``attn_implementation="anabranch"``."""
-    config = _text_config(model)
+    config = text_config(model)
     return getattr(config, "_attn_implementation", None) == "anabranch"
 
 
-def _text_config(model: Any) -> Any:
+def text_config(model: Any) -> Any:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise TypeError(f"model: expected a Transformers model with a config, got {type(model).__name__}")
@@ -127,7 +145,7 @@ def _text_config(model: Any) -> Any:
 
 def refuse_by_config(model: Any) -> None:
     """Raise `UnsupportedModel` for what the configuration alone rules out; touches nothing."""
-    config, name = _text_config(model), type(model).__name__
+    config, name = text_config(model), type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise UnsupportedModel(
             f"{name} is an encoder–decoder or has cross-attention layers; a TreeCache serves decoder-only models"
@@ -167,7 +185,7 @@ def describe(model: Any) -> ModelShape:
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     enabled = uses_anabranch(model)
     first = next(model.parameters())
-    state = (first.dtype, first.device)
+    state = (first.dtype, first.device, rope_rules(text_config(model)))
     known = _known.get(model)
     if known is None or known[0] != state or not enabled:
         refuse_by_config(model)
@@ -183,33 +201,67 @@ def describe(model: Any) -> ModelShape:
 
 @torch.no_grad()
 def _probe(model: Any) -> ModelShape:
-    config, name, probe = _text_config(model), type(model).__name__, Probe()
-    embedding = model.get_input_embeddings()
-    device = embedding.weight.device
-    # Twice the same token at the same position: whatever makes the rows differ mixes rows, and is not attention.
-    ids = torch.full((1, Probe.ROWS), embedding.weight.shape[0] // 2, device=device)
-    positions = torch.zeros(1, Probe.ROWS, dtype=torch.long, device=device)
+    config, name = text_config(model), type(model).__name__
+    rules = rope_rules(config)
+    # A position whose rotation shows every frequency, and the last one up to which no rule has a say.
+    far = min([rule.limit for rule in rules] + [getattr(config, "max_position_embeddings", None) or 9]) - 1
+    here = far // 2
+    kinds = list(getattr(config, "layer_types", None) or ["all"])
+    firsts = frozenset(kinds.index(kind) for kind in kinds)  # each kind of layer may have a rotary embedding of its own
+    token = model.get_input_embeddings().weight.shape[0] // 2
     training = [part for part in model.modules() if part.training]
-    devices = [device] if device.type == "cuda" else []
     try:
         model.eval()
-        with torch.random.fork_rng(devices=devices):
-            logits = model(
-                input_ids=ids,
-                position_ids=positions,
-                tree_step=probe,
-                use_cache=False,
-                logits_to_keep=torch.arange(Probe.ROWS, device=device),
-            ).logits
+        # Twice the same token at the same position: whatever makes the rows differ mixes rows, and is not attention.
+        probe = Probe(firsts)
+        logits = _forward(model, probe, [token, token], [here, here])
+        shape = _shape_of(name, config, probe.calls, logits, rules)
+        for row, ids, positions in ((0, [token, token - 1], [here, far]), (1, [token - 1, token], [far, here])):
+            beside = Probe(firsts, last=max(firsts))
+            _forward(model, beside, ids, positions)
+            _require_alike(name, probe.rotated, beside.rotated, row, far)
     except TypeError as error:
         raise UnsupportedModel(f"{name}.forward does not take what a forward over a tree passes: {error}") from error
     finally:
         for part in training:
             part.training = True
-    return _shape_of(name, config, probe.calls, logits)
+    return shape
 
 
-def _shape_of(name: str, config: Any, calls: list[_Call], logits: torch.Tensor) -> ModelShape:
+def _forward(model: Any, probe: Probe, ids: list[int], positions: list[int]) -> torch.Tensor | None:
+    """Logits of a probe's forward; None where the probe ended it."""
+    device = model.get_input_embeddings().weight.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            return model(
+                input_ids=torch.tensor([ids], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                tree_step=probe,
+                use_cache=False,
+                logits_to_keep=torch.arange(Probe.ROWS, device=device),
+            ).logits
+        except _Enough:
+            return None
+
+
+def _require_alike(
+    name: str, alone: dict[int, torch.Tensor], beside: dict[int, torch.Tensor], row: int, far: int
+) -> None:
+    """Raise unless a row's queries and keys are what they were beside its like, now beside a row at position `far`."""
+    for layer, want in alone.items():
+        # Other frequencies change them by about their own size; rounding, even to 8 bits of mantissa, by far less.
+        bound = 0.1 * float(want.abs().max().nan_to_num(0.0))
+        if not torch.allclose(beside[layer][row], want[row], rtol=0, atol=bound, equal_nan=True):
+            raise UnsupportedModel(
+                f"{name} rotates a row differently when another row of the forward is at position {far} (layer {layer}): "
+                "its rotary embeddings look at the whole forward in a way that its configuration does not tell, so a "
+                "branch would depend on its company; use a model whose position embeddings are fixed"
+            )
+
+
+def _shape_of(
+    name: str, config: Any, calls: list[_Call], logits: torch.Tensor | None, rules: tuple[RopeRule, ...]
+) -> ModelShape:
     layers = sorted(call.layer for call in calls)
     expected = list(range(len(layers)))
     promised = getattr(config, "num_hidden_layers", len(layers))
@@ -224,6 +276,7 @@ def _shape_of(name: str, config: Any, calls: list[_Call], logits: torch.Tensor) 
         if len(found) > 1:
             each = ", ".join(f"{value} (layer {layer})" for value, layer in sorted(found.items(), key=lambda x: x[1]))
             raise UnsupportedModel(f"{name} has layers that differ in {what}: {each}; a TreeCache has one shape")
+    assert logits is not None  # the forward was not ended early
     a, b = logits[0, 0].float(), logits[0, 1].float()
     if not torch.allclose(a, b, rtol=0, atol=0.02 * float(a.abs().max().nan_to_num(0.0)), equal_nan=True):
         raise UnsupportedModel(
@@ -242,4 +295,5 @@ def _shape_of(name: str, config: Any, calls: list[_Call], logits: torch.Tensor) 
         softcap=first.softcap,
         sinks=any(call.sinks for call in calls),
         max_positions=getattr(config, "max_position_embeddings", None),
+        rope_rules=rules,
     )

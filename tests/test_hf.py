@@ -124,6 +124,7 @@ MISUSES = {
     "padding": ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}, ValueError, "attention_mask: must not be given"),
     "4-D mask": ({"attention_mask": torch.ones(1, 1, 5, 5)}, ValueError, "attention_mask: must not be given"),
     "positions": ({"position_ids": torch.arange(5)[None] + 1}, ValueError, r"position_ids.*step\.position_ids"),
+    "positions but the last": ({"position_ids": torch.tensor([[3, 1, 2, 3, 4]])}, ValueError, "position_ids.*other pos"),
     "attentions": ({"output_attentions": True}, ValueError, "output_attentions"),
     "not a step": ({"tree_step": 7}, TypeError, "tree_step: expected the Step.*got int"),
     "backend": ({"tree_backend": "abacus"}, ValueError, "backend: 'abacus'"),
@@ -204,7 +205,7 @@ def test_deferred_mask_is_an_ordinary_tensor_to_others():
     band = torch.ones(4, 4, dtype=torch.bool).tril().triu(-1)
     assert torch.equal(mask[0, 0, :, :], band)
     assert torch.equal(torch.where(mask, 1.0, 0.0)[0, 0], band.float())
-    with pytest.raises(ValueError, match="tree_mask serves only"):
+    with pytest.raises(ValueError, match="serves only forwards with tree_step"):
         hf.DeferredMask((1, 1, 4, 4), "cpu", None, None).resolve()
 
 

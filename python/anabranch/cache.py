@@ -344,6 +344,11 @@ class TreeCache:
         cache._watch = ModelWatch(type(model).__name__, text_config(model), shape)
         return cache
 
+    @property
+    def for_a_model(self) -> bool:
+        """Whether `for_model` made this cache, which then knows what its model can serve."""
+        return type(self._watch) is not Watch
+
     # -- branches ----------------------------------------------------------------------------------------------------
     def branch(self) -> Branch:
         """A new, empty branch (``.length``, ``.position``, ``.alive``)."""

@@ -1,6 +1,7 @@
 """`attn_implementation="anabranch"` for any Hugging Face decoder, through Transformers' own registries.
 
-Nothing is patched. `register()` puts one attention function and one mask function under the name ``"anabranch"``;
+Nothing is patched. `register()` puts one attention function and one mask function under the name ``"anabranch"`` and
+lets the other implementations refuse what only this one knows (hf_guard.py);
 hooks.py calls it at the moment Transformers' modelling code is loaded, so that `import anabranch`
 neither imports it (seconds) nor depends on which of the two was imported first.
 
@@ -26,8 +27,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anabranch.hf_branch import over_branches
-from anabranch.hf_call import is_causal, refuse_unheard, window_of
+from anabranch.hf_call import is_causal, refuse_unheard, remember_window, window_of
+from anabranch.hf_guard import guard_others
 from anabranch.hf_mask import DeferredMask, mask, tree_mask
+from anabranch.hf_rope import rope_rules
 from anabranch.hf_shape import ModelShape, Probe, UnsupportedModel, describe, refuse_by_config, uses_anabranch
 
 if TYPE_CHECKING:
@@ -60,6 +63,7 @@ def register() -> None:
     AttentionInterface.register(NAME, attention)
     # Without a mask function of the same name Transformers passes no mask at all, and padding would be lost silently.
     AttentionMaskInterface.register(NAME, mask)
+    guard_others(AttentionInterface, NAME)
 
 
 def enable(model: Any) -> ModelShape:
@@ -114,7 +118,8 @@ def attention(
                 f"{type(module).__name__} gives attention a mask of its own making "
                 f"(shape {tuple(attention_mask.shape)}), which cannot be honoured over a tree"
             )
-        return step.record(module, query, key, value, window_of(module, attention_mask, kwargs), kwargs), None
+        window = remember_window(module, attention_mask, kwargs)
+        return step.record(module, query, key, value, window, kwargs), None
     return _over_tree(module, query, key, value, attention_mask, step, kwargs), None
 
 
@@ -133,6 +138,7 @@ def _over_tree(
     layer = _check_tree_call(module, query, key, attention_mask, step, kwargs)
     # [1, H, T, D] → [T, H, D]. Rotary embeddings keep the layout of the projection, so this is usually free.
     q, k, v = (x.detach()[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    window = window_of(module, attention_mask, kwargs)  # before anything is written
     sinks = kwargs.get("s_aux")
     backend = kwargs.get("tree_backend") or "auto"
     step.cache.write(layer, k, v, step, backend=backend)
@@ -143,7 +149,7 @@ def _over_tree(
         step,
         scale=kwargs.get("scaling"),
         softcap=kwargs.get("softcap"),
-        window=window_of(module, attention_mask, kwargs),
+        window=window,
         sinks=None if sinks is None else sinks.detach().reshape(-1),
         backend=backend,
     )
@@ -209,6 +215,11 @@ def _check_tree_call(
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions: there are no attention weights over a tree; pass output_attentions=False")
     refuse_unheard(module, kwargs, "over a tree")
+    if not step.cache.for_a_model and (rules := rope_rules(getattr(module, "config", None))):
+        raise ValueError(
+            f"tree_step: {where} has {rules[0].rope_type} rotary embeddings, which look at the whole forward, and only a "
+            "cache that knows the model can tell when that matters; make it with TreeCache.for_model(model)"
+        )
     _check_positions(step, kwargs.get("position_ids"), layer)
     return layer
 

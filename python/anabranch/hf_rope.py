@@ -79,13 +79,13 @@ def _rule(config: Any, parameters: Mapping[str, Any]) -> RopeRule | None:
 
 
 @torch.compiler.disable
-def check_branch_mask(module: torch.nn.Module, mask: BranchMask) -> None:
-    """Raise ValueError for a packed row whose sequences the model would rotate otherwise, were each alone.
+def check_branch_mask(mask: BranchMask, rules: tuple[RopeRule, ...]) -> None:
+    """Raise ValueError for a packed row whose sequences a model with these rules would rotate otherwise, each alone.
 
     A sequence is a segment that no other continues, with all that it sees.
     """
-    for rule in rope_rules(getattr(module, "config", None)):
-        longest = int(mask.positions.max()) + 1 if mask.num_tokens else 0
+    longest = int(mask.positions.max()) + 1 if mask.num_tokens else 0
+    for rule in rules:
         if not rule.is_long(longest):
             continue
         if not rule.beyond:

@@ -29,7 +29,7 @@ import torch
 from anabranch.hf_branch import over_branches
 from anabranch.hf_call import is_causal, refuse_unheard, remember_window, window_of
 from anabranch.hf_guard import guard_others
-from anabranch.hf_mask import DeferredMask, mask, tree_mask
+from anabranch.hf_mask import DeferredMask, beside_branch_mask, mask, tree_mask
 from anabranch.hf_rope import rope_rules
 from anabranch.hf_shape import ModelShape, Probe, UnsupportedModel, describe, refuse_by_config, uses_anabranch
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ModelShape",
     "UnsupportedModel",
+    "beside_branch_mask",
     "describe",
     "enable",
     "register",

@@ -1,4 +1,4 @@
-"""Rotary embeddings that look at the longest sequence of a forward: exact while that cannot matter, refused when it can."""
+"""Rotary embeddings that look at the longest sequence of a forward: exact where that cannot matter, else refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Tree:
     @torch.no_grad()
     def run(self, rows: dict[ab.Branch, list[int]], **kwargs) -> dict[ab.Branch, torch.Tensor]:
         step = self.cache.step({branch: len(ids) for branch, ids in rows.items()}, **kwargs)
-        ids = torch.tensor([sum(rows.values(), [])])
+        ids = torch.tensor([[i for ids in rows.values() for i in ids]])
         logits = self.model(ids, position_ids=step.position_ids[None], tree_step=step, use_cache=False).logits[0]
         return {branch: logits[step.rows[branch]] for branch in rows}
 
@@ -96,7 +96,7 @@ def refusals(tree: Tree) -> dict[str, tuple]:
     cut = cache.fork(long)[0]
     cache.truncate(cut, 10)
     return {
-        "a short one beside a long one": (lambda: tree.run({short: [3], long: [4]}), "would take the factors of the lon"),
+        "a short one beside a long one": (lambda: tree.run({short: [3], long: [4]}), "the factors of the long one"),
         "decoding past the switch": (lambda: tree.run({full: [3]}), "cached keys were rotated with the short ones"),
         "the second chunk of a long prompt": (lambda: tree.run({short: tokens(SWITCH)}), "with the short ones"),
         "a long one cut short": (lambda: tree.run({cut: [3]}), "cached keys were rotated with the long ones"),
@@ -154,7 +154,8 @@ def test_engine_gives_what_the_model_gives_or_says_why_not():
 
     for ids in (tokens(20), tokens(SWITCH + 10)):
         assert engine.generate(ids, **options).token_ids == greedy(ids)
-    for prompt, rows in (([tokens(20), tokens(SWITCH + 10)], 512), (tokens(SWITCH + 10), 32), (tokens(SWITCH - 3), 512)):
+    beyond = tokens(SWITCH + 10)
+    for prompt, rows in (([tokens(20), beyond], 512), (beyond, 32), (tokens(SWITCH - 3), 512)):
         with pytest.raises(ValueError, match="longrope rotary embeddings"):
             engine.max_rows = rows
             engine.generate(prompt, **options)
@@ -218,7 +219,7 @@ class ByTheLongest(nn.Module):
 def test_the_probe_finds_what_no_configuration_tells(behind):
     model = build("LlamaConfig")
     model.model.rotary_emb = ByTheLongest(model.model.rotary_emb, behind)
-    with pytest.raises(hf.UnsupportedModel, match=r"rotates a row differently.*position 255.*look at the whole forward"):
+    with pytest.raises(hf.UnsupportedModel, match=r"rotates a row differently.*position 255.*whole forward"):
         hf.describe(model)
 
 

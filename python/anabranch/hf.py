@@ -218,8 +218,8 @@ def _check_tree_call(
     refuse_unheard(module, kwargs, "over a tree")
     if not step.cache.for_a_model and (rules := rope_rules(getattr(module, "config", None))):
         raise ValueError(
-            f"tree_step: {where} has {rules[0].rope_type} rotary embeddings, which look at the whole forward, and only a "
-            "cache that knows the model can tell when that matters; make it with TreeCache.for_model(model)"
+            f"tree_step: {where} has {rules[0].rope_type} rotary embeddings, which look at the whole forward, and this "
+            "cache knows no model, so it cannot tell when that matters; make it with TreeCache.for_model(model)"
         )
     _check_positions(step, kwargs.get("position_ids"), layer)
     return layer

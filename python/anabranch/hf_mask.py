@@ -42,9 +42,9 @@ class DeferredMask(torch.Tensor):
         """The mask as `sdpa_mask` makes it: bool ``[1, 1, q, kv]``, or None where ``is_causal`` says it all."""
         if self.build is None:
             raise ValueError(
-                f"attention_mask: this one serves only forwards with {self.keyword}=…, in which anabranch's attention "
-                f"never looks at it; either {self.keyword} was left out, or the model uses another attn_implementation: "
-                "call anabranch.hf.enable(model) (save_pretrained does not keep the implementation)"
+                f"attention_mask: this one serves only forwards with {self.keyword}=… of a model on "
+                f'attn_implementation="anabranch", which never reads it. Either {self.keyword} was left out, or the '
+                "model uses another implementation: call anabranch.hf.enable(model) (save_pretrained does not keep it)"
             )
         if not self._built:
             self._built.append(self.build())

@@ -65,8 +65,7 @@ def _rule(config: Any, parameters: Mapping[str, Any]) -> RopeRule | None:
     unequal = [pair for pair in _PAIRS if parameters.get(pair[0]) != parameters.get(pair[1])]
     if kind == "default" or not unequal:
         return None
-    limit = parameters.get("original_max_position_embeddings")
-    limit = int(config.max_position_embeddings if limit is None else limit)
+    limit = int(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
     one = ", ".join(f'p["{short}"] = p["{long}"]' for short, long in unequal)
     return RopeRule(
         kind,

@@ -253,9 +253,9 @@ def _require_alike(
         bound = 0.05 * float(want.abs().max().nan_to_num(0.0))
         if not torch.allclose(beside[layer][row], want[row], rtol=0, atol=bound, equal_nan=True):
             raise UnsupportedModel(
-                f"{name} rotates a row differently when another row of the forward is at position {far} (layer {layer}): "
-                "its rotary embeddings look at the whole forward in a way that its configuration does not tell, so a "
-                "branch would depend on its company; use a model whose position embeddings are fixed"
+                f"{name} rotates a row differently when another row of the forward is at position {far} (layer "
+                f"{layer}): its rotary embeddings look at the whole forward in a way that its configuration does not "
+                "tell, so a branch would depend on its company; use a model whose position embeddings are fixed"
             )
 
 

@@ -1,7 +1,7 @@
 """What a `TreeCache` made for a model is held to, so that a wrong forward is noticed before its numbers are used.
 
-`TreeCache.for_model` gives its cache a `ModelWatch`, which the cache tells of every change of its tree. It raises, before
-anything changes, when
+`TreeCache.for_model` gives its cache a `ModelWatch`, which the cache tells of every change of its tree. It raises,
+before anything changes, when
 
 * the model no longer uses ``attn_implementation="anabranch"`` (its layers would not see the tree),
 * a branch goes on from rows whose keys and values no layer wrote (the forward did not reach the cache, or not in every
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from anabranch.cache import Branch, Step, StepPlan, Watch
 
 if TYPE_CHECKING:
-    from anabranch.hf_rope import RopeRule
     from anabranch.hf_shape import ModelShape
 
 
@@ -121,12 +120,13 @@ class ModelWatch(Watch):
             for open_step in steps:
                 if branch in open_step.starts:
                     start, missing = open_step.starts[branch], open_step.plan.unwritten()
-                    some = f"{len(missing)} of {self.shape.num_layers} layers (the first is layer {missing[0]})"
+                    where = "all layers"
+                    if len(missing) < self.shape.num_layers:
+                        where = f"layer {missing[0]} ({len(missing)} of {self.shape.num_layers} layers)"
                     raise ValueError(
-                        f"step: {branch!r} has tokens from index {start} on that "
-                        f"{'no layer' if len(missing) == self.shape.num_layers else some} wrote; run the model with "
-                        "the tree_step that reserved them, and see that all its attention layers use "
-                        f'"anabranch" (hf.enable(model)), or give them up: cache.truncate(branch, {start})'
+                        f"step: {branch!r} has tokens from index {start} on whose keys and values are missing in "
+                        f"{where}; run the model with the tree_step that reserved them (all its attention layers must "
+                        f'use "anabranch": hf.enable(model)), or give them up: cache.truncate(branch, {start})'
                     )
 
     def _require_same_rotation(self, rows: Mapping[Branch, int], positions: Mapping[Branch, Any]) -> None:

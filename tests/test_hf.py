@@ -305,6 +305,36 @@ def test_mixing_outside_attention_is_noticed(models):
         hf.describe(model)
 
 
+class OverTheForward(nn.Module):
+    """Normalises by the mean of all rows: equal rows stay equal."""
+
+    def forward(self, x):
+        return x - x.mean(1, keepdim=True)
+
+
+class LimitedExperts(nn.Module):
+    """Takes the first `capacity` rows and passes over the others, as a router whose expert is full."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+
+    def forward(self, x):
+        return torch.cat([x[:, : self.capacity], torch.zeros_like(x[:, self.capacity :])], dim=1)
+
+
+@pytest.mark.parametrize(
+    "mlp, message",
+    [(OverTheForward(), "other logits when the other tokens"), (LimitedExperts(5), "experts of limited capacity")],
+    ids=["statistics", "capacity"],
+)
+def test_layers_that_look_at_the_whole_forward_are_noticed(models, mlp, message):
+    model = copy.deepcopy(models("llama")[0])
+    model.model.layers[1].mlp = mlp
+    with pytest.raises(hf.UnsupportedModel, match=message):
+        hf.describe(model)
+
+
 def test_layers_of_different_shape_are_refused(models):
     model = copy.deepcopy(models("llama")[0])
     attn = model.model.layers[2].self_attn

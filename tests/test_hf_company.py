@@ -98,3 +98,17 @@ def test_a_window_that_only_the_mask_knows_must_be_known_where_another_stands_in
         run(attention_mask=hf.tree_mask)
     assert any(hf.describe(model).windows)
     assert_close(run(attention_mask=hf.tree_mask), want)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("model_type", ["phimoe", "qwen2_moe"])
+@torch.no_grad()
+def test_a_window_that_only_the_mask_knows_is_kept_under_compile(model_type):
+    """There the model's own mask is built at once, and no longer says what its window is."""
+    model = build_type(model_type, "anabranch")
+    cache = ab.TreeCache.for_model(model, num_pages=16)
+    ids, mask, step = torch.arange(3, 3 + N)[None], ab.BranchMask.from_tree([N], [-1]), cache.step({cache.branch(): N})
+    want = model(ids, use_cache=False).logits[0]
+    compiled = torch.compile(model, backend="eager")
+    assert_close(compiled(ids, position_ids=mask.positions[None], branch_mask=mask, use_cache=False).logits[0], want)
+    assert_close(compiled(ids, position_ids=step.position_ids[None], tree_step=step, use_cache=False).logits[0], want)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import anabranch as ab
 
@@ -172,3 +172,34 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, bound: float = 2e-5) -> 
     error = (got - want).norm(dim=-1) / want.norm(dim=-1)
     worst = int(error.argmax())
     assert error[worst] < bound, f"row {worst} of {len(error)} differs by {float(error[worst]):.1e}"
+
+
+# Every model type of Transformers' AutoModelForCausalLM that builds small and can run over a tree.
+EVERY_FAMILY = """
+afmoe apertus apertus1p5_text arcee aria_text beam bitnet cohere cohere2 cohere2_moe ctrl cwm ernie4_5 ernie4_5_moe
+exaone exaone4 exaone_moe flex_olmo flint fuyu gemma gemma2 gemma3_text glm glm4 glm4_moe gpt-sw3 gpt2 gpt_bigcode
+gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe
+hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna lfm2 llama mellum minimax_m2 minimax_m3_vl_text
+ministral ministral3 mistral mixtral modernbert-decoder moshi nanochat olmo olmo2 olmo3 opt persimmon phi phi3 phimoe
+qwen2 qwen2_moe qwen3 qwen3_moe sarvam_moe seed_oss smollm3 solar_open starcoder2 vaultgemma
+""".split()
+_SAME = {  # one size under the names of several families, and a window wherever there can be one
+    "sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1, "num_experts": 4,
+    "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32, "n_layer": 3, "n_head": 4, "n_embd": 128, "ffn_dim": 96,
+    "word_embed_proj_dim": 128,
+}  # fmt: skip
+
+
+def build_type(model_type: str, attn: str, seed: int = 0) -> nn.Module:
+    """A small random model of one of `EVERY_FAMILY`; LookupError where this Transformers has none of it."""
+    if model_type not in CONFIG_MAPPING:
+        raise LookupError(f"this Transformers has no {model_type}")
+    for options in (SMALL | _SAME | {"head_dim": 32}, SMALL | _SAME, SMALL):
+        try:
+            config = CONFIG_MAPPING[model_type](**options)
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config, attn_implementation=attn).eval()
+        except Exception as error:  # whatever a configuration says of options that it does not take
+            failure = error
+    raise failure

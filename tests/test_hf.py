@@ -124,6 +124,7 @@ MISUSES = {
     "padding": ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}, ValueError, "attention_mask: must not be given"),
     "4-D mask": ({"attention_mask": torch.ones(1, 1, 5, 5)}, ValueError, "attention_mask: must not be given"),
     "positions": ({"position_ids": torch.arange(5)[None] + 1}, ValueError, r"position_ids.*step\.position_ids"),
+    "positions but the last": ({"position_ids": torch.tensor([[3, 1, 2, 3, 4]])}, ValueError, "got other pos"),
     "attentions": ({"output_attentions": True}, ValueError, "output_attentions"),
     "not a step": ({"tree_step": 7}, TypeError, "tree_step: expected the Step.*got int"),
     "backend": ({"tree_backend": "abacus"}, ValueError, "backend: 'abacus'"),
@@ -204,7 +205,7 @@ def test_deferred_mask_is_an_ordinary_tensor_to_others():
     band = torch.ones(4, 4, dtype=torch.bool).tril().triu(-1)
     assert torch.equal(mask[0, 0, :, :], band)
     assert torch.equal(torch.where(mask, 1.0, 0.0)[0, 0], band.float())
-    with pytest.raises(ValueError, match="tree_mask serves only"):
+    with pytest.raises(ValueError, match="serves only forwards with tree_step"):
         hf.DeferredMask((1, 1, 4, 4), "cpu", None, None).resolve()
 
 
@@ -301,6 +302,36 @@ def test_mixing_outside_attention_is_noticed(models):
     model = copy.deepcopy(models("llama")[0])
     model.model.layers[1].mlp = Shift()
     with pytest.raises(hf.UnsupportedModel, match="mixes tokens outside of attention"):
+        hf.describe(model)
+
+
+class OverTheForward(nn.Module):
+    """Normalises by the mean of all rows: equal rows stay equal."""
+
+    def forward(self, x):
+        return x - x.mean(1, keepdim=True)
+
+
+class LimitedExperts(nn.Module):
+    """Takes the first `capacity` rows and passes over the others, as a router whose expert is full."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+
+    def forward(self, x):
+        return torch.cat([x[:, : self.capacity], torch.zeros_like(x[:, self.capacity :])], dim=1)
+
+
+@pytest.mark.parametrize(
+    "mlp, message",
+    [(OverTheForward(), "other logits when the other tokens"), (LimitedExperts(5), "experts of limited capacity")],
+    ids=["statistics", "capacity"],
+)
+def test_layers_that_look_at_the_whole_forward_are_noticed(models, mlp, message):
+    model = copy.deepcopy(models("llama")[0])
+    model.model.layers[1].mlp = mlp
+    with pytest.raises(hf.UnsupportedModel, match=message):
         hf.describe(model)
 
 

@@ -50,6 +50,7 @@ class BranchMask:
     def __init__(self, starts: Tensor, row_ptr: Tensor, cols: Tensor, positions: Tensor) -> None:
         self.starts, self.row_ptr, self.cols, self.positions = starts, row_ptr, cols, positions
         self.num_tokens = int(positions.shape[0])
+        self.num_copies = 0  # of the last tokens: those that `with_copies` added
         self._transposed: tuple[Tensor, Tensor] | None = None
         self._copies: dict[torch.device, BranchMask] = {starts.device: self}
 
@@ -312,7 +313,9 @@ class BranchMask:
         where = torch.cat([self.positions, self.positions[torch.from_numpy(at).to(self.device)]])
         pairs = np.concatenate([_NOTHING, *seen])
         begins, counts, intervals = (torch.from_numpy(x).to(self.device) for x in (edges, row_ptr, pairs))
-        return BranchMask(begins, counts, intervals, where)
+        mask = BranchMask(begins, counts, intervals, where)
+        mask.num_copies = self.num_copies + len(at)
+        return mask
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> BranchMask:
         """The same mask on another device; the copy is kept, so that asking again costs nothing."""
@@ -325,7 +328,7 @@ class BranchMask:
             copy = BranchMask(*(x.to(target, non_blocking=non_blocking) for x in parts))
             if self._transposed is not None:
                 copy._transposed = tuple(x.to(target, non_blocking=non_blocking) for x in self._transposed)  # type: ignore[assignment]
-            copy._copies = self._copies
+            copy.num_copies, copy._copies = self.num_copies, self._copies
             self._copies[target] = copy
         return self._copies[target]
 

@@ -117,6 +117,12 @@ class StepPlan(Plan):
         """Positions and slots as NumPy arrays, int64 and int32 [rows]."""
         return self._core.positions(), self._core.slots()
 
+    def unwritten(self) -> list[int]:
+        """The layers that have no K and V of this step."""
+        if len(self._written) == self._cache.num_layers:
+            return []
+        return [layer for layer in range(self._cache.num_layers) if layer not in self._written]
+
     def require_unused(self) -> None:
         """Raises when the step is stale, or was written already."""
         self._require_current()
@@ -225,6 +231,34 @@ def step_of(handle: Tensor) -> Step:
     return step
 
 
+class Watch:
+    """Told of every change of a cache's tree; what it raises comes before anything has changed.
+
+    This one does nothing. A cache made for a model has one that knows what the model can serve (hf_watch.py).
+    """
+
+    def check_step(self, rows: Mapping[Branch, int], positions: Mapping[Branch, Any]) -> None:
+        """Before a step. positions: for some branches, integers as NumPy arrays."""
+
+    def stepped(self, step: Step) -> None:
+        """After a step."""
+
+    def forked(self, branch: Branch, kids: Sequence[Branch]) -> None:
+        """After a fork."""
+
+    def check_join(self, trunk: Branch, kids: Sequence[Branch]) -> None:
+        """Before a join by concatenation."""
+
+    def joined(self, trunk: Branch, kids: Sequence[Branch]) -> None:
+        """After it."""
+
+    def truncating(self, branch: Branch, length: int) -> None:
+        """Before a truncation, which may still be refused."""
+
+    def ending(self, branch: Branch) -> None:
+        """Before a release, which may still be refused."""
+
+
 class TreeCache:
     """A paged, copy-on-write KV cache for branches that fork and join.
 
@@ -307,6 +341,7 @@ class TreeCache:
         self._last_arrays: dict[tuple[int, Profile], tuple[int, PlanArrays]] = {}
         self._resident: dict[tuple[int, Profile], ResidentPlan] = {}
         self._on_host = self.device.type == "cpu"
+        self._watch = Watch()
 
     @classmethod
     def for_model(
@@ -317,7 +352,9 @@ class TreeCache:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> TreeCache:
-        """A cache with a Hugging Face model's shape.
+        """A cache with a Hugging Face model's shape, for that model: steps that it could not serve raise ValueError
+        (the model has been switched to another attention; rows of the last step were never written; rotary embeddings
+        that would depend on another branch's length), before anything changes.
 
         Args:
             model: a decoder; its config gives layers, heads and head_dim, its weights dtype and device.
@@ -326,7 +363,8 @@ class TreeCache:
         Raises:
             ValueError: a model whose layers are not all plain self-attention; the message names what is in the way.
         """
-        from anabranch.hf_shape import describe  # pulls in nothing of ours, but Transformers
+        from anabranch.hf_shape import describe, text_config  # the model's side, which need not be there for a cache
+        from anabranch.hf_watch import ModelWatch
 
         page_size = _size("page_size", page_size)
         shape = describe(model)
@@ -337,10 +375,17 @@ class TreeCache:
         if num_pages is None:
             page_bytes = 2 * shape.num_layers * page_size * shape.num_kv_heads * shape.head_dim * dtype.itemsize
             num_pages = max(1, min(free_memory(device) // page_bytes, 2**20 // page_size))
-        return cls(
+        cache = cls(
             shape.num_layers, shape.num_kv_heads, shape.head_dim, num_pages, page_size, dtype, device,
             max_positions=shape.position_limit,
         )  # fmt: skip
+        cache._watch = ModelWatch(type(model).__name__, text_config(model), shape)
+        return cache
+
+    @property
+    def for_a_model(self) -> bool:
+        """Whether `for_model` made this cache, which then knows what its model can serve."""
+        return type(self._watch) is not Watch
 
     # -- branches ----------------------------------------------------------------------------------------------------
     def branch(self) -> Branch:
@@ -353,7 +398,9 @@ class TreeCache:
         Raises:
             DeadBranch, ValueError: a dead or foreign branch, n < 1.
         """
-        return self._core.fork(_branch(branch, "fork"), _number(n, "fork: n"))
+        kids = self._core.fork(_branch(branch, "fork"), _number(n, "fork: n"))
+        self._watch.forked(branch, kids)
+        return kids
 
     def step(self, rows: Mapping[Branch, int], positions: Mapping[Branch, Tensor] | None = None) -> Step:
         """Reserves new rows: slots for their K and V, positions, and the plan of who sees what.
@@ -368,17 +415,21 @@ class TreeCache:
 
         Raises:
             OutOfPages: too few free pages for all branches together; nothing was changed.
-            DeadBranch, ValueError, TypeError: a dead or foreign branch, no rows, positions that do not fit.
+            DeadBranch, ValueError, TypeError: a dead or foreign branch, no rows, positions that do not fit; what the
+                model of a cache made by `for_model` cannot serve.
         """
         rows = _rows(rows)
         given = {} if positions is None else _positions(positions)
         if self.max_positions is not None:
             self._check_limit(rows, given)
+        self._watch.check_step(rows, given)
         core = self._core.step(rows, given)
         if core.num_copies:
             src, dst, filled = torch.from_numpy(core.copies()).unbind(0)
             self._backend.copy_pages(self._pool, src, dst, filled)
-        return Step(self, core, tuple(rows))
+        step = Step(self, core, tuple(rows))
+        self._watch.stepped(step)
+        return step
 
     def join(self, trunk: Branch, kids: Sequence[Branch], mode: str = "concat") -> None:
         """Ends ``kids`` and gives the trunk what they wrote since their fork.
@@ -402,8 +453,12 @@ class TreeCache:
         kids = [_branch(kid, f"join: kids[{i}]") for i, kid in enumerate(kids)]
         if mode == "discard":
             self._core.discard(trunk, kids)
+            for kid in kids:
+                self._watch.ending(kid)
         else:
+            self._watch.check_join(trunk, kids)
             self._core.join(trunk, kids)
+            self._watch.joined(trunk, kids)
 
     def truncate(self, branch: Branch, length: int) -> None:
         """Forgets the tokens from index ``length`` on; pages that nobody else holds are free at once.
@@ -413,7 +468,9 @@ class TreeCache:
         Raises:
             DeadBranch, ValueError: a dead or foreign branch; a length below 0 or beyond the branch's.
         """
-        self._core.truncate(_branch(branch, "truncate"), _number(length, "truncate: length"))
+        length = _number(length, "truncate: length")
+        self._watch.truncating(_branch(branch, "truncate"), length)
+        self._core.truncate(branch, length)
 
     def release(self, branch: Branch) -> None:
         """Drops the branch's references; pages that nobody else holds are free at once.
@@ -421,7 +478,8 @@ class TreeCache:
         Raises:
             DeadBranch, ValueError: already released or joined; another cache's.
         """
-        self._core.release(_branch(branch, "release"))
+        self._watch.ending(_branch(branch, "release"))
+        self._core.release(branch)
 
     # -- tensors -----------------------------------------------------------------------------------------------------
     def k_pages(self, layer: int) -> Tensor:

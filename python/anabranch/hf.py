@@ -1,6 +1,7 @@
 """`attn_implementation="anabranch"` for any Hugging Face decoder, through Transformers' own registries.
 
-Nothing is patched. `register()` puts one attention function and one mask function under the name ``"anabranch"``;
+Nothing is patched. `register()` puts one attention function and one mask function under the name ``"anabranch"`` and
+lets the other implementations refuse what only this one knows (hf_guard.py);
 hooks.py calls it at the moment Transformers' modelling code is loaded, so that `import anabranch`
 neither imports it (seconds) nor depends on which of the two was imported first.
 
@@ -26,8 +27,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anabranch.hf_branch import over_branches
-from anabranch.hf_call import is_causal, refuse_unheard, window_of
-from anabranch.hf_mask import DeferredMask, made_here, mask, tree_mask
+from anabranch.hf_call import is_causal, refuse_unheard, remember_window, window_of
+from anabranch.hf_guard import guard_others
+from anabranch.hf_mask import DeferredMask, beside_branch_mask, made_here, mask, tree_mask
+from anabranch.hf_rope import rope_rules
 from anabranch.hf_shape import (
     ModelShape,
     Probe,
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ModelShape",
     "UnsupportedModel",
+    "beside_branch_mask",
     "describe",
     "enable",
     "is_compiled",
@@ -70,6 +74,7 @@ def register() -> None:
     AttentionInterface.register(NAME, attention)
     # Without a mask function of the same name Transformers passes no mask at all, and padding would be lost silently.
     AttentionMaskInterface.register(NAME, mask)
+    guard_others(AttentionInterface, NAME)
 
 
 def enable(model: Any) -> ModelShape:
@@ -124,7 +129,8 @@ def attention(
                 f"{type(module).__name__} gives attention a mask of its own making "
                 f"(shape {tuple(attention_mask.shape)}), which cannot be honoured over a tree"
             )
-        return step.record(module, query, key, value, window_of(module, attention_mask, kwargs), kwargs), None
+        window = remember_window(module, attention_mask, kwargs)
+        return step.record(module, query, key, value, window, kwargs), None
     return _over_tree(module, query, key, value, attention_mask, step, kwargs), None
 
 
@@ -139,6 +145,7 @@ def _over_tree(
 ) -> torch.Tensor:
     """``query [1, Hq, T, D]``, ``key``, ``value [1, Hkv, T, D]`` → ``[1, T, Hq, D]``, T = ``step.num_rows``."""
     layer = _check_tree_call(module, attention_mask, step, kwargs)
+    window = window_of(module, attention_mask, kwargs)  # before anything is written
     sinks = kwargs.get("s_aux")
     options: dict[str, Any] = dict(
         where=type(module).__name__,
@@ -146,8 +153,9 @@ def _over_tree(
         backend=kwargs.get("tree_backend") or "auto",
         scale=kwargs.get("scaling"),
         softcap=kwargs.get("softcap"),
-        window=window_of(module, attention_mask, kwargs),
+        window=window,
         sinks=None if sinks is None else sinks.detach().reshape(-1),
+        rope=next((rule.rope_type for rule in rope_rules(getattr(module, "config", None))), ""),
     )
     if torch.compiler.is_compiling():
         return traced(layer, query, key, value, step, kwargs.get("position_ids"), **options)

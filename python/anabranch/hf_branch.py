@@ -14,6 +14,7 @@ import torch
 from anabranch.branch_mask import BranchMask
 from anabranch.hf_call import is_causal, refuse_unheard, window_of
 from anabranch.hf_mask import DeferredMask
+from anabranch.hf_rope import check_branch_mask, rope_rules
 from anabranch.hf_shape import UnsupportedModel
 
 
@@ -94,6 +95,9 @@ def _check(
             f"branch_mask: is on {mask.device}, the model's input on {query.device}; pass "
             f"branch_mask=mask.to({str(query.device)!r})"
         )
+    rules = rope_rules(getattr(module, "config", None))
+    if rules and getattr(module, "layer_idx", 0) == 0:
+        check_branch_mask(mask, rules)
     if not torch.compiler.is_compiling():
         _check_positions(module, mask, kwargs.get("position_ids"))
 

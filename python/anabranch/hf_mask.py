@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from anabranch.cache import Step
 
 
+# What training loops do to every tensor of a batch before the model has it.
+_MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.detach.default, torch.ops.aten.clone.default)
+
+
 class DeferredMask(torch.Tensor):
     """A causal mask ``[1, 1, q_length, kv_length]`` (bool, True = may attend), built only if looked at.
 
@@ -21,18 +25,27 @@ class DeferredMask(torch.Tensor):
 
     build: Callable[..., torch.Tensor | None] | None
     window: int | None
+    keyword: str
     _built: list[torch.Tensor | None]
 
     @staticmethod
-    def __new__(cls, shape: tuple[int, ...], device: Any, build: Callable | None, window: int | None) -> DeferredMask:
+    def __new__(
+        cls, shape: tuple[int, ...], device: Any, build: Callable | None, window: int | None, keyword: str = "tree_step"
+    ) -> DeferredMask:
+        """build: None: there is nothing to build; it stands beside `keyword`, and only an attention that knows that one
+        may be given it."""
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
-        self.build, self.window, self._built = build, window, []
+        self.build, self.window, self.keyword, self._built = build, window, keyword, []
         return self
 
     def resolve(self) -> torch.Tensor | None:
         """The mask as `sdpa_mask` makes it: bool ``[1, 1, q, kv]``, or None where ``is_causal`` says it all."""
         if self.build is None:
-            raise ValueError("attention_mask: a tree_mask serves only forwards with tree_step=…; leave it out here")
+            raise ValueError(
+                f"attention_mask: this one serves only forwards with {self.keyword}=… of a model on "
+                f'attn_implementation="anabranch", which never reads it. Either {self.keyword} was left out, or the '
+                "model uses another implementation: call anabranch.hf.enable(model) (save_pretrained does not keep it)"
+            )
         if not self._built:
             self._built.append(self.build())
         return self._built[0]
@@ -46,6 +59,10 @@ class DeferredMask(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         from torch.utils._pytree import tree_map_only
 
+        first = args[0] if args else None
+        if func in _MOVES and isinstance(first, DeferredMask) and first.build is None:
+            device = (kwargs or {}).get("device") or first.device
+            return DeferredMask(tuple(first.shape), device, None, None, first.keyword)
         args, kwargs = tree_map_only(DeferredMask, DeferredMask.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -60,6 +77,11 @@ def tree_mask(step: Step) -> torch.Tensor:
     the position ids back from the device (a synchronisation a forward, which CUDA graph capture does not allow).
     """
     return DeferredMask((1, 1, step.num_rows, step.num_rows), step.position_ids.device, None, None)
+
+
+def beside_branch_mask(num_tokens: int, device: torch.device) -> torch.Tensor:
+    """An ``attention_mask`` for a forward with ``branch_mask=``: raises in a model that does not know that keyword."""
+    return DeferredMask((1, 1, num_tokens, num_tokens), device, None, None, "branch_mask")
 
 
 def mask(
@@ -98,9 +120,9 @@ def made_here(attention_mask: Any) -> bool:
     return hasattr(attention_mask, "anabranch_window")
 
 
-def local_of(attention_mask: Any, default: int | None) -> int | None:
-    """Tokens to which a traced mask of `mask`'s is local (None: all); `default` for any other."""
-    return attention_mask.anabranch_window if made_here(attention_mask) else default
+def local_of(attention_mask: Any) -> int | None:
+    """Tokens to which a mask of `mask`'s is local; None: all."""
+    return attention_mask.window if isinstance(attention_mask, DeferredMask) else attention_mask.anabranch_window
 
 
 def _is_zero(offset: Any) -> bool:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-APART = 3  # positions of the two rows of the forward that is watched: 0 and so many
 _TABLE_LOOKUPS: dict[Any, Callable[..., tuple[int, Any]]] = {
     torch.ops.aten.embedding.default: lambda table, index, *_, **__: (table.shape[0], index),
     torch.ops.aten.index_select.default: lambda table, dim, index: (table.shape[dim], index),
@@ -22,14 +21,15 @@ _TABLE_LOOKUPS: dict[Any, Callable[..., tuple[int, Any]]] = {
 
 
 class PositionTables(TorchDispatchMode):
-    """Watches a forward of two rows, the same token at positions 0 and `APART`: notes the tables that are read there.
+    """Watches a forward whose rows are at two positions, `near` and `far`: notes the tables that are read there.
 
     Attributes:
         limit: positions from 0 that every table read so far has a row for; None: no table was read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, near: int, far: int) -> None:
         super().__init__()
+        self.near, self.apart = near, far - near
         self.limit: int | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -43,9 +43,9 @@ class PositionTables(TorchDispatchMode):
 
     def _look(self, size: int, index: torch.Tensor | None) -> None:
         """A table that is read at two places as far apart as the positions holds a row a position."""
-        if index is None or index.is_floating_point() or index.dtype == torch.bool or size <= APART:
+        if index is None or index.is_floating_point() or index.dtype == torch.bool or size <= self.apart:
             return
         places = index.unique()
-        if len(places) == 2 and int(places[1] - places[0]) == APART:
-            limit = size - int(places[0])
+        if len(places) == 2 and int(places[1] - places[0]) == self.apart:
+            limit = size - int(places[0]) + self.near
             self.limit = limit if self.limit is None else min(self.limit, limit)

@@ -1,9 +1,11 @@
 """What a Hugging Face decoder looks like to a tree cache, found by asking the model itself.
 
 Configurations name the same thing in many ways, so `describe` reads only refusals from them. The facts (layers, heads,
-windows, softcaps) come from a *probe*: one forward of two rows in which every attention call is recorded and answered
-with zeros. It also proves what no configuration says: that keywords reach every attention layer, and that nothing but
-attention mixes rows (a convolution or a state-space layer would).
+windows, softcaps) come from a *probe*: a forward of a few equal rows in which every attention call is recorded and
+answered with zeros. It also proves what no configuration says: that keywords reach every attention layer, and that
+nothing but attention mixes rows (a convolution, a state-space layer or experts of limited capacity would). A second
+forward, in which one of these rows is among strangers far away, proves that it does not depend on its company (rotary
+embeddings that look at the longest sequence, statistics over the forward).
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from typing import Any
 
 import torch
 
-from anabranch.hf_positions import APART, PositionTables
+from anabranch.hf_positions import PositionTables
+from anabranch.hf_rope import RopeRule, rope_rules
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}  # of config.layer_types: what a tree can honour
 
@@ -46,6 +49,8 @@ class ModelShape:
     position_limit: int | None = None
     """Positions the model has embeddings for, where it looks them up in a table: none can lie beyond. None = no table
     (rotary embeddings)."""
+    rope_rules: tuple[RopeRule, ...] = ()
+    """Where a forward's longest sequence decides the rotation of all rows (hf_rope.py); () = nowhere."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,18 @@ class _Call:
 
 
 class Probe:
-    """Stands in for a step in the probe's forward: every attention call reports here and gets zeros back."""
+    """Stands in for a step in the probe's forward: every attention call reports here and gets zeros back.
 
-    ROWS = 2
+    watched: layers whose queries and keys are kept.
+    """
 
-    def __init__(self) -> None:
+    ROWS = 8
+    ROW = 3  # the one that is compared: some before it, some behind it
+
+    def __init__(self, watched: frozenset[int]) -> None:
         self.calls: list[_Call] = []
+        self.rotated: dict[int, torch.Tensor] = {}  # layer → queries and keys of row ROW, [(Hq + Hkv), D]
+        self._watched = watched
 
     def record(
         self,
@@ -115,6 +126,8 @@ class Probe:
                 kwargs.get("s_aux") is not None,
             )
         )
+        if layer in self._watched:
+            self.rotated[layer] = torch.cat([query, key], dim=1)[0, :, self.ROW].float()
         return torch.zeros_like(query).transpose(1, 2).contiguous()
 
 
@@ -130,11 +143,11 @@ def is_compiled(model: Any) -> bool:
 
 def uses_anabranch(model: Any) -> bool:
     """Whether the model's decoder layers call ``attn_implementation="anabranch"``."""
-    config = _text_config(model)
+    config = text_config(model)
     return getattr(config, "_attn_implementation", None) == "anabranch"
 
 
-def _text_config(model: Any) -> Any:
+def text_config(model: Any) -> Any:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise TypeError(f"model: expected a Transformers model with a config, got {type(model).__name__}")
@@ -143,7 +156,7 @@ def _text_config(model: Any) -> Any:
 
 def refuse_by_config(model: Any) -> None:
     """Raise `UnsupportedModel` for what the configuration alone rules out; touches nothing."""
-    config, name = _text_config(model), type(model).__name__
+    config, name = text_config(model), type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise UnsupportedModel(
             f"{name} is an encoder–decoder or has cross-attention layers; a TreeCache serves decoder-only models"
@@ -207,16 +220,17 @@ _known: weakref.WeakKeyDictionary[Any, tuple[Any, ModelShape]] = weakref.WeakKey
 
 
 def describe(model: Any) -> ModelShape:
-    """The model's `ModelShape`, by a probe of two rows (kept: later calls cost nothing while dtype and device stay).
+    """The model's `ModelShape`, by a probe of a few rows (kept: later calls cost nothing while dtype and device stay).
 
     The model must use ``attn_implementation="anabranch"``. Raises `UnsupportedModel`, naming the reason, for models
     that cannot run over a tree: encoders, cross-attention, state-space or linear-attention layers, convolutions between
-    tokens, layers with different KV heads or head_dim, values narrower than keys, layers on several devices.
+    tokens, anything else by which a row depends on the other rows of its forward, layers with different KV heads or
+    head_dim, values narrower than keys, layers on several devices.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     enabled = uses_anabranch(model)
     first = next(model.parameters())
-    state = (first.dtype, first.device)
+    state = (first.dtype, first.device, rope_rules(text_config(model)))
     known = _known.get(model)
     if known is None or known[0] != state or not enabled:
         refuse_by_config(model)
@@ -232,45 +246,78 @@ def describe(model: Any) -> ModelShape:
 
 @torch.no_grad()
 def _probe(model: Any) -> ModelShape:
-    config, name, probe = _text_config(model), type(model).__name__, Probe()
-    embedding = model.get_input_embeddings()
-    device = embedding.weight.device
-    # Twice the same token at the same position: whatever makes the rows differ mixes rows, and is not attention.
-    ids = torch.full((1, Probe.ROWS), embedding.weight.shape[0] // 2, device=device)
-    same = torch.zeros(1, Probe.ROWS, dtype=torch.long, device=device)
-    apart = torch.tensor([[0, APART]], device=device)
-    tables = PositionTables()
-
-    def forward(positions: torch.Tensor, probe: Probe) -> torch.Tensor:
-        return model(
-            input_ids=ids,
-            position_ids=positions,
-            tree_step=probe,
-            use_cache=False,
-            logits_to_keep=torch.arange(Probe.ROWS, device=device),
-        ).logits
-
+    config, name = text_config(model), type(model).__name__
+    rules = rope_rules(config)
+    # The last position up to which no rule has a say, and an early one that is rotated enough to show a difference.
+    far = min([rule.limit for rule in rules] + [getattr(config, "max_position_embeddings", None) or 9]) - 1
+    here = min(16, far // 2)
+    kinds = list(getattr(config, "layer_types", None) or ["all"])
+    firsts = frozenset(kinds.index(kind) for kind in kinds)  # each kind of layer may have a rotary embedding of its own
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    token = vocabulary // 2
     training = [part for part in model.modules() if part.training]
-    devices = [device] if device.type == "cuda" else []
+    tables = PositionTables(here, far)
     try:
         model.eval()
-        # A probe is looked at by Python code, which a compiled model would trace.
-        eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
-        with torch.random.fork_rng(devices=devices), eager, own_precision(device):
-            logits = forward(same, probe)
-            if (getattr(config, "max_position_embeddings", None) or APART + 1) > APART:
-                with tables:
-                    forward(apart, Probe())
+        # The same token at the same position: whatever makes the rows differ mixes rows, and is not attention.
+        alike = Probe(firsts)
+        logits = _forward(model, alike, [token] * Probe.ROWS, [here] * Probe.ROWS)
+        ids, positions = [(token + 1 + i) % vocabulary for i in range(Probe.ROWS)], [far] * Probe.ROWS
+        ids[Probe.ROW], positions[Probe.ROW] = token, here
+        among = Probe(firsts)
+        with tables:
+            strangers = _forward(model, among, ids, positions)
+        shape = _shape_of(name, config, alike.calls, logits, rules, tables.limit)
     except TypeError as error:
         raise UnsupportedModel(f"{name}.forward does not take what a forward over a tree passes: {error}") from error
     finally:
         for part in training:
             part.training = True
-    return _shape_of(name, config, probe.calls, logits, tables.limit)
+    for layer, want in alike.rotated.items():
+        if not _close(among.rotated[layer], want, 0.2):
+            raise UnsupportedModel(
+                f"{name} rotates a row differently when another row of the forward is at position {far} (layer "
+                f"{layer}): its rotary embeddings look at the whole forward in a way that its configuration does not "
+                "tell, so a branch would depend on its company; use a model whose position embeddings are fixed"
+            )
+    # Loose: with other company, rounding may send a row to another expert whose score is all but the same.
+    if not _close(strangers[Probe.ROW], logits[Probe.ROW], 0.25):
+        raise UnsupportedModel(
+            f"{name} gives a token other logits when the other tokens of the forward change, though attention is the "
+            "same: some layer looks at the whole forward (statistics over its rows, experts of limited capacity)"
+        )
+    return shape
+
+
+def _forward(model: Any, probe: Probe, ids: list[int], positions: list[int]) -> torch.Tensor:
+    """Logits [ROWS, vocabulary] of a probe's forward."""
+    device = model.get_input_embeddings().weight.device
+    devices = [device] if device.type == "cuda" else []
+    # A probe is looked at by Python code, which a compiled model would trace.
+    eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
+    with torch.random.fork_rng(devices=devices), eager, own_precision(device):
+        return model(
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            tree_step=probe,
+            use_cache=False,
+            logits_to_keep=torch.arange(Probe.ROWS, device=device),
+        ).logits[0]
+
+
+def _close(got: torch.Tensor, want: torch.Tensor, bound: float) -> bool:
+    """Whether they differ by no more than `bound` of the largest value."""
+    got, want = got.float(), want.float()
+    return torch.allclose(got, want, rtol=0, atol=bound * float(want.abs().max().nan_to_num(0.0)), equal_nan=True)
 
 
 def _shape_of(
-    name: str, config: Any, calls: list[_Call], logits: torch.Tensor, position_limit: int | None
+    name: str,
+    config: Any,
+    calls: list[_Call],
+    logits: torch.Tensor,
+    rules: tuple[RopeRule, ...],
+    position_limit: int | None,
 ) -> ModelShape:
     layers = sorted(call.layer for call in calls)
     expected = list(range(len(layers)))
@@ -286,11 +333,10 @@ def _shape_of(
         if len(found) > 1:
             each = ", ".join(f"{value} (layer {layer})" for value, layer in sorted(found.items(), key=lambda x: x[1]))
             raise UnsupportedModel(f"{name} has layers that differ in {what}: {each}; a TreeCache has one shape")
-    a, b = logits[0, 0].float(), logits[0, 1].float()
-    if not torch.allclose(a, b, rtol=0, atol=0.02 * float(a.abs().max().nan_to_num(0.0)), equal_nan=True):
+    if not _close(logits, logits[:1].expand_as(logits), 0.02):
         raise UnsupportedModel(
-            f"{name} mixes tokens outside of attention (convolution or recurrent layers): two equal "
-            "rows at the same position gave different logits"
+            f"{name} mixes tokens outside of attention (convolution or recurrent layers, experts of limited capacity): "
+            "equal rows at the same position gave different logits"
         )
     first = calls[0]
     return ModelShape(
@@ -305,4 +351,5 @@ def _shape_of(
         sinks=any(call.sinks for call in calls),
         max_positions=getattr(config, "max_position_embeddings", None),
         position_limit=position_limit,
+        rope_rules=rules,
     )

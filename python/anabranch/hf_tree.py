@@ -31,6 +31,7 @@ def attend(
     where: str = "attention",
     cached: bool = False,
     backend: str = "auto",
+    rope: str = "",
     **options: Any,
 ) -> Tensor:
     """Write one layer's keys and values to the step's cache, and attend there.
@@ -40,6 +41,7 @@ def attend(
         position_ids: what the model was given, [1, T], where it hands them on; compared with the step's in layer 0.
         where: names the module in messages.
         cached: whether the model was asked for a cache of Transformers' own.
+        rope: kind of the module's rotary embeddings where they look at the whole forward (hf_rope.py); "" elsewhere.
         options: scale, softcap, window and sinks of ``tree_attention``.
 
     Returns:
@@ -51,6 +53,11 @@ def attend(
     _check_rows(step, layer, query, key, where, cached)
     if layer == 0:
         _check_positions(step, position_ids)
+    if rope and not step.cache.for_a_model:
+        raise ValueError(
+            f"tree_step: {where} has {rope} rotary embeddings, which look at the whole forward, and this cache knows no "
+            "model, so it cannot tell when that matters; make it with TreeCache.for_model(model)"
+        )
     # [1, H, T, D] → [T, H, D]. Rotary embeddings keep the layout of the projection, so this is usually free.
     q, k, v = (x.detach()[0].transpose(0, 1).contiguous() for x in (query, key, value))
     _check_dtype(step, q, k, v, where)
@@ -132,7 +139,7 @@ def _check_positions(step: Step, position_ids: Any) -> None:
 # another order. As a tensor on the host it also keeps "reduce-overhead" from recording the op in a CUDA graph.
 _lib.define(
     "tree_layer(Tensor query, Tensor key, Tensor value, Tensor(a!) step, Tensor? position_ids, Tensor? sinks, "
-    "float scale, float softcap, int window, int layer, str where, bool cached, str backend) -> Tensor"
+    "float scale, float softcap, int window, int layer, str where, bool cached, str backend, str rope) -> Tensor"
 )
 _lib.define("refuse_gradient(Tensor out, Tensor query) -> Tensor")
 _lib.define("raise_no_gradient(Tensor grad) -> Tensor")
@@ -158,6 +165,7 @@ def traced(
     softcap: float | None,
     window: int | None,
     sinks: Tensor | None,
+    rope: str,
 ) -> Tensor:
     """`attend` as one op, for code that ``torch.compile`` traces: of the step it reads the handle alone."""
     out = torch.ops.anabranch.tree_layer(
@@ -174,6 +182,7 @@ def traced(
         where,
         cached,
         backend,
+        rope,
     )
     if torch.is_grad_enabled() and query.requires_grad:
         out = torch.ops.anabranch.refuse_gradient(out, query)
@@ -182,10 +191,10 @@ def traced(
 
 def _tree_layer(
     query: Tensor, key: Tensor, value: Tensor, step: Tensor, position_ids: Tensor | None, sinks: Tensor | None,
-    scale: float, softcap: float, window: int, layer: int, where: str, cached: bool, backend: str,
+    scale: float, softcap: float, window: int, layer: int, where: str, cached: bool, backend: str, rope: str,
 ) -> Tensor:  # fmt: skip
     return attend(
-        step_of(step), layer, query, key, value, position_ids, where=where, cached=cached, backend=backend,
+        step_of(step), layer, query, key, value, position_ids, where=where, cached=cached, backend=backend, rope=rope,
         scale=scale, softcap=None if softcap == NO_SOFTCAP else softcap, window=None if window == NO_WINDOW else window,
         sinks=sinks,
     )  # fmt: skip

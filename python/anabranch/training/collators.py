@@ -38,7 +38,9 @@ class BranchCollator:
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         if not features:
             raise ValueError("features: empty; a batch has at least one item")
-        return Layout.pack([self.layout(item, i) for i, item in enumerate(features)]).batch(self.logits)
+        batch = Layout.pack([self.layout(item, i) for i, item in enumerate(features)]).batch(self.logits)
+        del batch["attention_mask"]  # trainers count tokens by it
+        return batch
 
     def layout(self, item: Any, index: int = 0) -> Layout:
         """One item as a `Layout`."""
@@ -93,6 +95,7 @@ class GRPOCollator:
             except ValueError as error:
                 raise ValueError(f"features[{i}]: {error}") from None
         batch = Layout.pack(layouts).batch()
+        del batch["attention_mask"]
         sizes = [len(answer) for item in features for answer in item["completion_ids"]]
         batch["answers"] = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
         given = [sum(name in item for item in features) for name in ("advantages", "old_logprobs")]

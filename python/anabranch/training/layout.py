@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from anabranch.branch_mask import BranchMask
+from anabranch.hf_mask import beside_branch_mask
 
 __all__ = ["IGNORE", "Layout"]
 
@@ -101,8 +102,9 @@ class Layout:
     def batch(self, logits: str = "needed") -> dict[str, Any]:
         """Keywords of ``model(**layout.batch())``, for Transformers' own loss.
 
-        Always ``input_ids``, ``position_ids``, ``labels`` (not shifted), ``branch_mask``, and ``shift_labels``, what
-        each row predicts, which Transformers' losses take in place of shifting ``labels`` themselves.
+        Always ``input_ids``, ``position_ids``, ``labels`` (not shifted), ``branch_mask``, ``shift_labels``, what each
+        row predicts, which Transformers' losses take in place of shifting ``labels`` themselves, and an
+        ``attention_mask`` that makes a model raise which would not use the ``branch_mask`` (collators leave it out).
 
         logits: "needed": logits only for the N rows that predict something (``logits_to_keep`` [N]; ``shift_labels``
             is [1, N]). Saves the head's time and memory on all others.
@@ -131,7 +133,8 @@ class Layout:
         else:
             raise ValueError(f"logits={logits!r}; pass 'needed' or 'all'")
         row = {"input_ids": ids[None], "position_ids": mask.positions[None], "labels": labels[None]}
-        return {**row, "branch_mask": mask, **extra}
+        guard = beside_branch_mask(mask.num_tokens, mask.device)
+        return {**row, "branch_mask": mask, "attention_mask": guard, **extra}
 
     def logprobs(self, model: Any, **kwargs: Any) -> Tensor:
         """float32 [N], the model's log-probability of each token of `learnt`, by one training forward.

@@ -38,7 +38,7 @@ def final_answer(text: str) -> tuple[str, bool]:
     last = text.splitlines()[-1] if text else ""
     behind = last.rpartition("=")
     if behind[1] and quantity(tidy(behind[2])) is not None:
-        return behind[2], True
+        return (last if read(last).name else behind[2]), True
     return re.split(r"\n\s*\n", text)[-1], False
 
 

@@ -6,7 +6,7 @@ import re
 
 from .compare import matches
 from .find import BOX, MARK, boxed, starts_with_letter
-from .numbers import CURRENCY, Found, cleaned_numbers, quantity, unit_of, written
+from .numbers import Found, cleaned_numbers, quantity, unit_of, written
 from .read import Reading, read
 from .tidy import tidy
 
@@ -99,9 +99,8 @@ def _only_number(given: str, expected: Reading) -> bool:
     if len(found) != 1 or _DENIES.search(text) or text[found[0].end :].startswith(".."):
         return False
     number = found[0]
-    rest = text[: number.start].rstrip("".join(CURRENCY) + " -") + " " + text[number.end :]
-    plain = re.sub(r"(?<=[A-Za-z])-(?=[A-Za-z])|^\s*[-~]|\$", " ", rest)
-    if re.search(r"\d", rest) or _SIGN.search(plain) or re.search(r"[\w)]-\s?$", text[: number.start]):
+    rest = text[: number.start] + " " + text[number.end :]
+    if re.search(r"\d", rest) or _SIGN.search(re.sub(r"(?<=[A-Za-z])-(?=[A-Za-z])|^\s*~", " ", rest)):
         return False
     return _same_number(text, number, expected)
 
@@ -111,11 +110,11 @@ def _last_number(given: str, expected: Reading) -> bool:
     if not found:
         return False
     number = found[-1]
-    before, behind = text[: number.start].rstrip("".join(CURRENCY) + " "), text[number.end :]
+    before, behind = text[: number.start].rstrip(" "), text[number.end :]
     if expected.name or re.search(r"\d[,.:]$|\\[A-Za-z]+\s*\{?\s*$", before) or behind.startswith(".."):
         return False
     doubt = re.search(rf"(?:{_DENIES.pattern}|(?<!\w)(?:to|and))\s*(?:\w+\s*)?$", before, re.IGNORECASE)
-    if doubt or re.search(r"\d", behind) or re.search(r"[\w)]\s*-\s*$|[+*/^<>\\|]\s*$", before):
+    if doubt or re.search(r"\d", behind) or re.search(r"[-+*/^<>\\|]$", before):
         return False
     if re.match(r"\s*[-+*/^<>=\\|!_]", behind) or _DENIES.search(re.split(r"[.!?\n]", behind)[0]):
         return False
@@ -170,10 +169,7 @@ def _tokens(text: str) -> list[str] | None:
     out: list[str] = []
     at = 0
     for start, end, value in [*((f.start, f.end, f) for f in found), (len(text), len(text), None)]:
-        between = text[at:start]
-        if value is not None and between.endswith("-"):
-            between = between[:-1]
-        between = re.sub(r"(?<=[A-Za-z])-(?=[A-Za-z])", " ", between)
+        between = re.sub(r"(?<=[A-Za-z])-(?=[A-Za-z])", " ", text[at:start])
         if re.search(r"[-+*/^<>=\\|!_%()\[\]{}]", re.sub(r"[!]\s*$", "", between)):
             return None
         out += [w.casefold() for w in re.findall(r"[^\W\d_]+|\d+", between) if w.casefold() != "and"]

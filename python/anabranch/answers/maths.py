@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
+from math import comb
 from typing import Any
 
 LONGEST = 200  # characters of an expression
 LARGEST = 100_000  # exponent, or product of the exponents where powers are nested
-BUDGET = 2_000_000  # calls of Python functions: one to three seconds; a usual comparison takes ten to fifty thousand
+TERMS = 1_000  # of an expanded power of a bracket, at most
+DEPTH = 12  # of brackets in one another
+BUDGET = 1_000_000  # calls of Python functions, one to two seconds; a usual comparison takes 300,000 at most
 
 
 def require(who: str) -> None:
@@ -60,11 +63,15 @@ def tame(text: str) -> bool:
     """Whether no step of evaluating `text` can be a single operation on integers too large to compute with."""
     if len(text) > LONGEST or re.search(r"\\(?:prod|sum|int|lim|operatorname|def|newcommand)|\d{100}", text):
         return False
+    if _depth(text) > DEPTH or re.search(r"\^\s*(?:\{[^{}]*\}|\S)\s*\^", text):
+        return False
     if not all(re.search(r"(?:(?<!\d)\d{1,3}|[A-Za-z])$", text[: m.start()]) for m in re.finditer("!", text)):
         return False  # a factorial of more than three digits, of a bracket or of a factorial
     if any(int(n) > 999 for part in re.findall(r"\\d?t?binom(.{0,24})", text) for n in re.findall(r"\d+", part)):
         return False
-    total, largest, nested = 1, 1, False
+    letters = set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
+    terms = len(letters) + text.count(r"\sqrt")
+    total, largest, nested, expanded = 1, 1, False, 1
     for match in re.finditer(r"\^\s*(\{|\S)", text):
         exponent = _group(text, match.start(1)) if match[1] == "{" else match[1]
         if re.search(r"[\^!]", exponent):
@@ -73,8 +80,20 @@ def tame(text: str) -> bool:
         for n in re.findall(r"\d+", exponent):
             size *= max(1, int(n))
         total, largest = total * size, max(largest, size)
-        nested |= text[: match.start()].rstrip()[-1:] in (*")}]|",) and "^" in text[: match.start()]
-    return largest <= LARGEST and (not nested or total <= LARGEST)
+        if text[: match.start()].rstrip()[-1:] in (")", "}", "]", "|"):
+            nested |= "^" in text[: match.start()]
+            expanded *= size
+    if largest > LARGEST or (nested and total > LARGEST):
+        return False
+    return not terms or (expanded <= 1000 and comb(terms + expanded, expanded) <= TERMS)
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for c in text:
+        depth += (c in "([{") - (c in ")]}")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _group(text: str, start: int) -> str:

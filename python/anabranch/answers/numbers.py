@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from .tidy import balanced, cleaned
 
+LONGEST = 1_000  # digits of a number
 _GROUPED = (
     r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?"  # 1,234.5
     r"|[1-9]\d?(?:,\d{2})+,\d{3}(?:\.\d+)?"  # 12,34,567
@@ -41,6 +42,8 @@ def value_of(text: str) -> Fraction | None:
 
 
 def _unsigned(text: str) -> Fraction | None:
+    if len(text) > LONGEST:
+        return None
     if (m := _NUMBER.fullmatch(text)) is not None:
         return _decimal(m[1]) * Fraction(10) ** int(m[2] or m[3] or 0)
     if (m := _RATIO.fullmatch(text)) is not None:
@@ -180,7 +183,7 @@ def quantity(text: str) -> tuple[Fraction, str] | None:
 
 @dataclass(frozen=True)
 class Found:
-    """A number within a text, text[start:end] without its sign. unit: of a currency whose sign stands before it."""
+    """A number within a text: text[start:end], with its sign. unit: of a currency whose mark stands before it."""
 
     start: int
     end: int
@@ -198,30 +201,30 @@ _RAISED = re.compile(rf"({PLAIN})\s*(?:\^|\*\*)\s*\{{?\s*(\d{{1,3}})\s*\}}?")
 def find_numbers(text: str) -> list[Found]:
     """The numbers of a text, each as long as it can be read; `text` is `cleaned` (see `tidy`).
 
-    A "-" is a sign unless it stands between two things (3-5, 7 - 5) or begins a line of a list.
+    A "-" is a sign where it touches the number and nothing before it (x=-5, not 3-5), and with a space behind "=", a
+    bracket, a colon or "is" (not in 7 - 5, nor where it begins a line of a list).
     """
     found = []
     for match in _IN_TEXT.finditer(text):
         body = match[0].rstrip()
         raised = _RAISED.fullmatch(body)
-        value = _unsigned(body) if raised is None else _decimal(raised[1]) ** int(raised[2])
-        if value is None:  # a division by zero
+        value = _unsigned(body) if raised is None else _raised(raised[1], int(raised[2]))
+        if value is None:  # a division by zero, or too long
             continue
-        before = text[: match.start()]
-        mark = re.search(rf"([{_MARKS}])\s?$", before)
-        if mark is not None:
-            before = before[: mark.start()]
-        unit = CURRENCY[mark[1]] if mark is not None else ""
-        if _negative(before):
-            value = -value
-        found.append(Found(match.start(), match.start() + len(body), value, unit))
+        start, unit = match.start(), ""
+        if (mark := re.search(rf"([{_MARKS}])\s?$", text[max(0, start - 2) : start])) is not None:
+            start, unit = start - len(mark[0]), CURRENCY[mark[1]]
+        if (sign := _SIGN.search(text[max(0, start - 12) : start])) is not None:
+            start, value = start - len(sign[0]) + sign[0].rindex("-"), -value
+        found.append(Found(start, match.start() + len(body), value, unit))
     return found
 
 
-def _negative(before: str) -> bool:
-    """Whether what stands before a number ends in its sign."""
-    match = re.search(r"(?<![-\w)}\]%.])-$|(?:^|[^\s\w)}\]%.-])[^\S\n]*-[^\S\n]$", before)
-    return match is not None
+def _raised(base: str, power: int) -> Fraction | None:
+    return _decimal(base) ** power if len(base) * power <= LONGEST else None
+
+
+_SIGN = re.compile(r"(?<![-\w)}\]%.])-$|(?:[=:(\[{,<>]|\b(?:is|was|are|be|equals|gets?|gives|to))[^\S\n]*-[^\S\n]+$")
 
 
 def cleaned_numbers(text: str) -> tuple[str, list[Found]]:

@@ -181,7 +181,9 @@ def is_maths(text: str) -> bool:
     bare = re.sub(r"\\(?:begin|end)\s*\{[a-z]+\}|\\[A-Za-z]+", " ", text)
     if re.fullmatch(r"[\d\s.,:/-]*", text) and re.search(r"\d\s*[-:]+\s*[\d.]|/.*/", text):
         return False
-    if re.search(r"\\[lcdv]?dots|\.\.", text) or not re.fullmatch(r"[A-Za-z\d\s+\-*/^_=<>!|().,{}\[\]\\&;]+", text):
+    if re.search(r"\\[lcdv]?dots|\.\.|\d\.\d+\.\d", text) or not re.fullmatch(
+        r"[A-Za-z\d\s+\-*/^_=<>!|().,{}\[\]\\&;]+", text
+    ):
         return False
     runs = re.findall(r"[A-Za-z]+", bare)
     if re.search(r"(?<![A-Za-z])[A-Za-z]{1,2} +\d", bare):

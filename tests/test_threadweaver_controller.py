@@ -103,27 +103,28 @@ class Babble:
         self.seed = seed
         last = "<Conclusion>" if conclusion else "</Parallel>"
         self.usual = {
-            "<Parallel>": ["<Outlines>", "\n"],
+            "q": ["<Parallel>"],
+            "<Parallel>": ["<Outlines>"],
             "<Outlines>": ["<Outline>"],
-            "<Outline>": ["1", "2", "3", " "],
+            "<Outline>": ["1", "2", "3", "2", "3", " "],
             " ": ["1", ":"],
             "</Outline>": ["<Outline>", "</Outlines>"],
-            **{digit: [":", ":", ".", "1"] for digit in "123"},
+            **{digit: [":", ":", ":", ":", "."] for digit in "123"},
             ".": ["1", "2"],
             ":": ["a", "b"],
             **{letter: ["a", "</Outline>", "</Thread>", "</Thread>"] for letter in "ab"},
-            "\n": ["</Parallel>", "<Outlines>", "a", *(["</Conclusion>"] if conclusion else [])],
+            "\n": ["</Parallel>", "</Parallel>", "a"] if not conclusion else ["a", *["</Conclusion>"] * 6],
             "</Parallel>": ["<Parallel>", "a", "<eos>"],
             "<Conclusion>": ["a", "\n"],
-            "</Conclusion>": ["\n", "</Parallel>"],
+            "</Conclusion>": ["</Parallel>"],
             "</Outlines>": ["a", last],
         }
         self.words = [*TAGS, *"1:2ab. \n"]
 
     def __call__(self, context):
         rng = random.Random(f"{self.seed} {len(context)} {context[-6:]}")
-        words = self.usual.get(text_of(context[-1:]), []) if rng.random() < 0.93 else []
-        ends = rng.random() < 0.02 + 0.001 * len(context)
+        words = self.usual.get(text_of(context[-1:]), []) if rng.random() < 0.98 else []
+        ends = rng.random() < 0.003 + 0.0003 * len(context)
         return ids("<eos>" if ends else rng.choice(words or self.words))[0]
 
 
@@ -144,13 +145,13 @@ def engine():
 
 @pytest.mark.parametrize("conclusion", [False, True], ids=["plain", "conclusion"])
 def test_the_strategy_agrees_with_the_controller_token_for_token(conclusion):
-    """150 generations in each variant: with broken threads, outlines without ids, nested tags and few iterations."""
+    """100 generations in each variant: with broken threads, outlines without ids, nested tags and few iterations."""
     ours, rng = engine(), random.Random(conclusion)
     forks = broken = stopped = clean = 0
-    for seed in range(150):
+    for seed in range(100):
         model = Babble(seed, conclusion)
         iterations, most = rng.choice([32, 32, 32, 2, 3, 4]), rng.choice([None, None, 3, 8])
-        prompt = ids(rng.choice(["q", "q: ", "<Parallel><Outlines><Outline>1:a</Outline>", "x\n"]))
+        prompt = ids(rng.choice(["q", "q", "<Parallel><Outlines><Outline>1:a</Outline>", "x\n"]))
         expected, count = Controller(model, conclusion, iterations, most).run(prompt)
         strategy = ThreadWeaver(conclusion=conclusion, max_iterations=iterations, thread_tokens=most)
         result = ours.generate(

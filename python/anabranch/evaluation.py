@@ -85,8 +85,10 @@ def wilson(hits: int, of: int, z: float = 1.96) -> tuple[float, float]:
 
 def bootstrap(
     pairs: Sequence[tuple[float, float]], statistic: Callable[[Sequence[tuple[float, float]]], float]
-) -> tuple:
-    """95 % percentile interval over problems drawn again, 2,000 times, with a fixed seed."""
+) -> tuple[float, float] | None:
+    """95 % percentile interval over problems drawn again, 2,000 times, with a fixed seed; None for a single one."""
+    if len(pairs) < 2:
+        return None
     rng = random.Random(0)
     values = sorted(statistic(rng.choices(pairs, k=len(pairs))) for _ in range(2000))
     return values[49], values[1949]
@@ -130,6 +132,7 @@ def evaluate(
 
     engine: an `Engine`. strategy: None leaves mode "plain" alone possible. batch: prompts at a time for accuracy.
     timed: problems that are also run one at a time, forked and sequential in turns, evenly spaced over the list.
+    Speed-ups are given where at least one of them forked, intervals from two problems on.
     max_new_tokens: most tokens one after another. chat: whether a prompt that is text goes through the chat template;
     None: where there is one. sampling: arguments for ``engine.generate``; default greedy. check(problem, text): whether
     an answer is right; default `is_right`.
@@ -172,7 +175,7 @@ def evaluate(
         ]
     if "forked" in runs and "sequential" in runs:
         pairs = [(float(a.right), float(b.right)) for a, b in zip(runs["forked"], runs["sequential"], strict=True)]
-        difference = [_mean_difference(pairs), *bootstrap(pairs, _mean_difference)]
+        difference = [_mean_difference(pairs), *(bootstrap(pairs, _mean_difference) or (None, None))]
         out["forked_minus_sequential"] = dict(zip(("difference", "low", "high"), difference, strict=True))
     if timed:
         out["timed"] = _timed(engine, prompts, strategies, timed, how, report)
@@ -247,7 +250,7 @@ def _timed(
     report("timed", count, count)
     out: dict[str, Any] = {"problems": count, "forked": len(where_forked), "overhead": _ratio_of_sums(overhead)}
     for name, some in (("all", pairs), ("where_forked", where_forked)):
-        if some:
+        if where_forked:  # else both ways are the same, and there is nothing to compare
             out[name] = {
                 "sequential_seconds": sum(a for a, _ in some),
                 "forked_seconds": sum(b for _, b in some),

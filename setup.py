@@ -97,6 +97,7 @@ setup(
     cmdclass={"build_ext": CMakeBuild},
     packages=[
         "anabranch",
+        "anabranch.answers",
         "anabranch.backends",
         "anabranch.cli",
         "anabranch.engine",

@@ -213,7 +213,7 @@ class ParallelR1(Strategy):
             kids = trunk.fork(["<Path>"] * self.paths)
             yield [kid.decode(stop="</Path>") for kid in kids]
             trunk.join(kids, self.joined)
-            trunk.insert("</Parallel><Summary>")
+            trunk.insert("</Parallel>\n<Summary>")
 
 
 @pytest.mark.parametrize("joined", ["reprefill", "concat"])
@@ -234,7 +234,7 @@ def test_parallel_r1_the_runtime_asks_for_the_summary(joined):
     text = {"a": "a.</Path>", "b": "bbb.</Path>"}
     lines = [("p", ": <Parallel>"), (open_ + "a", ".</Path>"), (open_ + "b", "bb.</Path>")]
     for x, y in orders.values():
-        lines.append((f"{open_}{text[x]}<Path>{text[y]}</Parallel><Summary>", "so</Summary>$"))
+        lines.append((f"{open_}{text[x]}<Path>{text[y]}</Parallel>\n<Summary>", "so</Summary>$"))
     result = engine.generate(
         "p",
         strategy=ParallelR1(joined=joined),
@@ -248,7 +248,7 @@ def test_parallel_r1_the_runtime_asks_for_the_summary(joined):
     kids = result.tree.children
     base = len("p: <Parallel>")
     assert [k.start for k in kids] == [base, base] and kids[0].text != kids[1].text
-    assert result.text == ": <Parallel>" + kids[0].text + kids[1].text + "</Parallel><Summary>so</Summary>"
+    assert result.text == ": <Parallel>" + kids[0].text + kids[1].text + "</Parallel>\n<Summary>so</Summary>"
     summary = next(r for r in result.tree.runs if r.kind == "inserted")
     longest, total = max(len(k.token_ids) for k in kids), sum(len(k.token_ids) for k in kids)
     assert summary.position == base + (total if joined == "reprefill" else longest)

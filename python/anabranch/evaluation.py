@@ -4,8 +4,8 @@
 
     {"prompt": "7308 * 4406", "answer": "32199048", "threads": 3, "family": "4x4"}
 
-``prompt`` (text, or chat messages) and ``answer`` are needed; ``threads`` (what the problem calls for, 0 = no fork) and
-``family`` (for a breakdown) are not.
+``prompt`` (text, or chat messages) and ``answer`` (text or a number) are needed; ``threads`` (what the problem calls
+for, 0 = no fork) and ``family`` (for a breakdown) are not.
 
 Three modes run the same model on the same problems: ``forked`` (the strategy), ``sequential`` (the same format, one
 thread after another, each as blind to its siblings) and ``plain`` (``strategy=None``). Accuracy and tokens come from
@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from anabranch.answers import final_answer, is_right, require
 from anabranch.strategies import Sequential, Strategy
 
 __all__ = ["MODES", "Problem", "evaluate", "final_answer", "is_right", "read_problems", "wilson"]
@@ -56,6 +57,10 @@ def read_problems(path: str | Path) -> list[Problem]:
             raise ValueError(f"{where}: not JSON ({error}); one object a line is expected") from None
         if not isinstance(data, dict) or not data.get("prompt") or "answer" not in data:
             raise ValueError(f'{where}: expected an object with "prompt" and "answer"')
+        known = data["answer"]
+        number = isinstance(known, (int, float)) and not isinstance(known, bool) and math.isfinite(known)
+        if not number and not (isinstance(known, str) and known.strip()):
+            raise ValueError(f'{where}: "answer" is {known!r}; expected a number, or text that is not empty')
         threads = data.pop("threads", None)
         if threads is not None and (not isinstance(threads, int) or threads < 0):
             raise ValueError(f'{where}: "threads" is {threads!r}; expected a whole number, 0 for no fork')
@@ -64,50 +69,6 @@ def read_problems(path: str | Path) -> list[Problem]:
     if not out:
         raise ValueError(f"{path}: no problems in it")
     return out
-
-
-# ------------------------------------------------------------------------------------------------ answers
-
-_MARKS = re.compile(r"answer is|answer:|####|\\boxed\{", re.IGNORECASE)
-
-
-_ENDS = re.compile(r"(<\|[^|<>]*\|>|</?s>|<eos>)\s*$")  # end-of-sequence tokens as tokenizers spell them
-
-
-def final_answer(text: str) -> tuple[str, bool]:
-    """What `text` gives as its answer, and whether it is marked: "The answer is …", ####, \\boxed, a last "="."""
-    text = _ENDS.sub("", text).strip()
-    marks = list(_MARKS.finditer(text))
-    if marks:
-        return text[marks[-1].end() :].split("\n")[0], True
-    last = text.splitlines()[-1] if text else ""
-    if re.search(r"=\s*[-\d.,]+\s*$", last):
-        return last.rpartition("=")[2], True
-    return text.split("\n\n")[-1], False
-
-
-def _words(text: str) -> list[str]:
-    """Words and numbers, without case, punctuation or thousands separators."""
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
-    return [w.casefold() for w in re.findall(r"-?\d+(?:\.\d+)?|[^\W\d_]+", text)]
-
-
-def is_right(text: str, answer: str) -> bool:
-    """Whether `text` ends in `answer`.
-
-    A marked answer must be the expected one, word for word and number for number. For models that were never taught to
-    mark it the last paragraph counts: it must hold the expected words and numbers in order, and end in that number if
-    the answer is one.
-    """
-    given, marked = final_answer(text)
-    got, wanted = _words(given), _words(answer)
-    if marked and got == wanted:
-        return True
-    numbers = [w for w in got if w[-1].isdigit()]
-    if len(wanted) == 1 and wanted[0][-1].isdigit():
-        return bool(numbers) and numbers[-1] == wanted[0]  # "The answer is 84 legs."
-    rest = iter(got)
-    return not marked and all(w in rest for w in wanted)
 
 
 # ------------------------------------------------------------------------------------------------ statistics
@@ -124,8 +85,10 @@ def wilson(hits: int, of: int, z: float = 1.96) -> tuple[float, float]:
 
 def bootstrap(
     pairs: Sequence[tuple[float, float]], statistic: Callable[[Sequence[tuple[float, float]]], float]
-) -> tuple:
-    """95 % percentile interval over problems drawn again, 2,000 times, with a fixed seed."""
+) -> tuple[float, float] | None:
+    """95 % percentile interval over problems drawn again, 2,000 times, with a fixed seed; None for a single one."""
+    if len(pairs) < 2:
+        return None
     rng = random.Random(0)
     values = sorted(statistic(rng.choices(pairs, k=len(pairs))) for _ in range(2000))
     return values[49], values[1949]
@@ -169,6 +132,7 @@ def evaluate(
 
     engine: an `Engine`. strategy: None leaves mode "plain" alone possible. batch: prompts at a time for accuracy.
     timed: problems that are also run one at a time, forked and sequential in turns, evenly spaced over the list.
+    Speed-ups are given where at least one of them forked, intervals from two problems on.
     max_new_tokens: most tokens one after another. chat: whether a prompt that is text goes through the chat template;
     None: where there is one. sampling: arguments for ``engine.generate``; default greedy. check(problem, text): whether
     an answer is right; default `is_right`.
@@ -181,6 +145,8 @@ def evaluate(
         raise ValueError(f"modes: {list(modes)} without a strategy; pass modes=['plain'], or a strategy")
     if not problems:
         raise ValueError("problems: none; pass at least one")
+    if check is None:
+        require("evaluate")
     good = check or (lambda problem, text: is_right(text, problem.answer))
     how = {"do_sample": False, "max_new_tokens": max_new_tokens, "seed": seed, **(sampling or {})}
     use_chat = bool(getattr(engine.tokenizer, "chat_template", None)) if chat is None else chat
@@ -209,7 +175,7 @@ def evaluate(
         ]
     if "forked" in runs and "sequential" in runs:
         pairs = [(float(a.right), float(b.right)) for a, b in zip(runs["forked"], runs["sequential"], strict=True)]
-        difference = [_mean_difference(pairs), *bootstrap(pairs, _mean_difference)]
+        difference = [_mean_difference(pairs), *(bootstrap(pairs, _mean_difference) or (None, None))]
         out["forked_minus_sequential"] = dict(zip(("difference", "low", "high"), difference, strict=True))
     if timed:
         out["timed"] = _timed(engine, prompts, strategies, timed, how, report)
@@ -284,7 +250,7 @@ def _timed(
     report("timed", count, count)
     out: dict[str, Any] = {"problems": count, "forked": len(where_forked), "overhead": _ratio_of_sums(overhead)}
     for name, some in (("all", pairs), ("where_forked", where_forked)):
-        if some:
+        if where_forked:  # else both ways are the same, and there is nothing to compare
             out[name] = {
                 "sequential_seconds": sum(a for a, _ in some),
                 "forked_seconds": sum(b for _, b in some),

@@ -63,7 +63,8 @@ SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 def compare(
     engine: Any, context: Sequence[int], branches: int, length: int, rounds: int = 3, patience: float = 20.0
 ) -> Comparison:
-    """Time both, alternating, after a short warm-up; each side's best round counts. No new round after `patience` s.
+    """Time both, in turns, after a short warm-up; each side's best round counts. From the third round on, none begins
+    after `patience` s.
 
     Both sample from the whole vocabulary at temperature 1 and may not stop early, so both write branches · length
     tokens. The engine computes the context once; ``generate(num_return_sequences=)`` computes it once a branch, and its
@@ -77,9 +78,9 @@ def compare(
         call(2)
     best = dict.fromkeys(calls, (float("inf"), float("inf")))
     begin, done = time.perf_counter(), 0
-    while done < rounds and (not done or time.perf_counter() - begin < patience):
-        for name, call in calls.items():
-            wall, cpu = call(length)
+    while done < min(2, rounds) or (done < rounds and time.perf_counter() - begin < patience):
+        for name in sorted(calls, reverse=done % 2 == 1):  # whoever was second begins
+            wall, cpu = calls[name](length)
             best[name] = (min(best[name][0], wall), min(best[name][1], cpu))
         done += 1
     tokens = branches * length

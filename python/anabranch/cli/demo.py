@@ -137,9 +137,8 @@ def run(options: Options) -> None:
     if options.compare:
         comparison = _compare(engine, result, context, options, out if live else None)
         if comparison is None:
-            (err if quiet else out).print(
-                "\nThe answer ended before it could fork, so there is nothing to compare.", style="dim"
-            )
+            why = "One branch alone" if result.tree.children else "The answer ended before it could fork"
+            (err if quiet else out).print(f"\n{why}, so there is nothing to compare.", style="dim")
         elif not quiet:
             from anabranch.cli import score
 
@@ -256,7 +255,7 @@ def _compare(engine: Any, result: Result, context: list[int], options: Options, 
     from anabranch.cli.compare import compare
 
     kids = result.tree.children
-    if not kids or not context:
+    if len(kids) < 2 or not context:
         return None
     from anabranch.cli.score import written
 

@@ -150,17 +150,23 @@ def remarks(report: dict[str, Any]) -> list[str]:
             lines.append(f"{mode}, right by family: " + ", ".join(f"{k} {v}" for k, v in m["by_family"].items()))
     if "forked_minus_sequential" in report:
         d = report["forked_minus_sequential"]
-        low, high = (f"{100 * d[k]:+.1f}" for k in ("low", "high"))
-        lines.append(f"forked less sequential: {100 * d['difference']:+.1f} points ({low} to {high})")
+        known = d["low"] is not None
+        interval = f"{100 * d['low']:+.1f} to {100 * d['high']:+.1f}" if known else "one problem, no interval"
+        lines.append(f"forked less sequential: {100 * d['difference']:+.1f} points ({interval})")
     if "timed" in report:
         for name, what in (("where_forked", "where it forks"), ("all", "over all")):
             if name in report["timed"]:
                 s = report["timed"][name]
-                low, high = s["speedup_95"]
+                both = s["speedup_95"]
+                interval = f"{both[0]:.2f} to {both[1]:.2f}" if both else "one problem, no interval"
                 lines.append(
                     f"wall clock {what}, one problem at a time: {s['speedup']:.2f}× its own sequential run "
-                    f"({low:.2f} to {high:.2f}); {s['sequential_seconds']:.1f} s against {s['forked_seconds']:.1f} s"
+                    f"({interval}); {s['sequential_seconds']:.1f} s against {s['forked_seconds']:.1f} s"
                 )
+        if "all" not in report["timed"]:
+            lines.append(
+                f"wall clock: none of the {report['timed']['problems']} timed problems forked: nothing to compare"
+            )
         lines.append(f"deciding (strategy, plan and bookkeeping): {percent(report['timed']['overhead'])} of the time")
     lines.append("speed-up: tokens ÷ critical path where it forks; " + report["machine"] + "; " + report["dtype"])
     return lines

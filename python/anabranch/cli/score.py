@@ -36,10 +36,15 @@ def card(m: Metrics, page_size: int | None = None, peak: Pages | None = None) ->
     inserted = f"{m.sampled_tokens} sampled, {m.inserted_tokens} inserted (headers)"
     table.add_row("tokens", f"{m.total_tokens}", inserted)
     table.add_row("critical path", f"{m.critical_path_tokens}", "had to wait for one another")
-    table.add_row("token speed-up", f"{m.token_speedup:.2f}×", "tokens ÷ critical path")
+    if m.num_threads:
+        table.add_row("token speed-up", f"{m.token_speedup:.2f}×", "tokens ÷ critical path")
+    else:
+        table.add_row("token speed-up", "–", "it did not fork, so there is nothing to compare")
     forks = f"{m.num_forks} fork{'' if m.num_forks == 1 else 's'}"
     table.add_row("threads", f"{m.num_threads}", f"in {forks}; at most {m.max_concurrency} at once")
-    if peak is not None:
+    if not m.num_threads:
+        pass  # one thread shares nothing
+    elif peak is not None:
         shared = f"at the fullest: {peak.logical} tokens seen, {peak.physical} held"
         table.add_row("cache shared", f"{peak.sharing:.2f}×", shared)
     else:
@@ -48,7 +53,8 @@ def card(m: Metrics, page_size: int | None = None, peak: Pages | None = None) ->
     copied = f"{m.pages_copied} page{'' if m.pages_copied == 1 else 's'} copied on write"
     size = f"of {page_size} tokens, " if page_size else ""
     table.add_row("pages", f"{m.pages_peak}", f"{size}at most; {copied}")
-    table.add_row("time", f"{m.wall_seconds:.2f} s", f"{m.steps} steps, {m.total_tokens / m.wall_seconds:.1f} tokens/s")
+    rate = f", {m.total_tokens / m.wall_seconds:.1f} tokens/s" if m.total_tokens and m.wall_seconds else ""
+    table.add_row("time", f"{m.wall_seconds:.2f} s", f"{m.steps} steps{rate}")
     table.add_row("overhead", f"{100 * m.overhead:.1f} %", "planning, forks, joins and bookkeeping")
     return table
 
@@ -66,8 +72,8 @@ def comparison_table(c: Comparison) -> Table:
         times = f"{side.seconds:.2f}", f"{side.cpu_seconds:.2f}"
         row = (*times, f"{side.tokens_per_second:.1f}", f"{side.prompt_tokens_computed}")
         table.add_row(label, *row, style=style)
-    cpu = c.generate.cpu_seconds / c.engine.cpu_seconds
-    table.add_row("ratio", f"{c.ratio:.2f}×", f"{cpu:.2f}×", "", "")
+    cpu = f"{c.generate.cpu_seconds / c.engine.cpu_seconds:.2f}×" if c.engine.cpu_seconds else "–"
+    table.add_row("ratio", f"{c.ratio:.2f}×", cpu, "", "")
     return table
 
 
@@ -80,7 +86,7 @@ def show(console: Console, result: Result, page_size: int, peak: Pages) -> None:
 def show_comparison(console: Console, c: Comparison, dtype: str) -> None:
     """The comparison with what it means and where it was measured."""
     console.print()
-    rounds = "one round" if c.rounds == 1 else f"best of {c.rounds} rounds, in turns"
+    rounds = f"best of {c.rounds} rounds, in turns, after a warm-up"
     console.print(
         f"The same fork again, without the display: {c.branches} sampled continuations of {c.length} tokens each after "
         f"the {c.prompt_tokens} tokens before the fork; {rounds}. model.generate(num_return_sequences={c.branches}) "

@@ -10,7 +10,7 @@ from typing import Any
 from .._check import whole_fields
 from .ops import Decode, Ended, TokenStats
 from .protocol import Strategy, Thread
-from .voting import Vote, answer_in, check_vote
+from .voting import Ballot, Vote, answer_in, check_vote
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,13 @@ class EntropyFork(Strategy):
     def _best(self, alive: list[int], answers: list[Any], ends: list[Any]) -> int:
         """Index of the branch to go on with."""
         if self.vote is not None and any(answers[i] is not None for i in alive):
-            weight: dict[Any, float] = {}
-            for i in alive:
-                if answers[i] is not None:
-                    weight[answers[i]] = weight.get(answers[i], 0.0) + confidence(ends[i].stats)
-            winner = max(weight, key=lambda answer: weight[answer])
-            return max((i for i in alive if answers[i] == winner), key=lambda i: rounded(confidence(ends[i].stats)))
+            classes = Ballot([answers[i] if i in alive else None for i in range(len(ends))], self.vote).classes
+            weight: dict[int, float] = {}
+            for i, name in enumerate(classes):
+                if name is not None:
+                    weight[name] = weight.get(name, 0.0) + confidence(ends[i].stats)
+            winner = max(weight, key=lambda name: weight[name])
+            return max((i for i in alive if classes[i] == winner), key=lambda i: rounded(confidence(ends[i].stats)))
         return max(alive, key=lambda i: rounded(sum(s.logprob for s in ends[i].stats) / max(1, len(ends[i].stats))))
 
 

@@ -19,9 +19,21 @@ class SelfConsistency(Strategy):
     The prompt is computed once, and its KV exists once. ``result.answers`` lists what each branch answered, in order.
 
     vote: what an answer is, to be counted — a function of a branch's text (None: it has no answer), a regular
-    expression (its last match, the first group if there is one), or a name: "number", "boxed", "letter", "line". The
-    most frequent answer wins, the earlier branch among equals. None: no vote, the answers are the texts (token ids
+    expression (its last match, the first group if there is one), or a name (below). The most frequent answer wins, the
+    earlier branch among equals; who has no answer does not vote. None: no vote, the answers are the texts (token ids
     without a tokenizer), and the branch whose tokens the model found likeliest (mean log-probability) wins.
+
+    ==========  ========================================================================================================
+    "number"    the last number of the text, as an exact decimal without groups of digits or unit: "1,234 m" is "1234",
+                "1/2" is "0.5". A "-" between two numbers is no sign: "3-5" ends in 5
+    "boxed"     what the last ``\\boxed{…}`` holds, as it is written; none where that box never closes. Counted by what
+                it means: equal numbers, lists and expressions are one answer (``\\frac12``, 0.5 and 50 %), "5 cm" and
+                "5 m" are two, and "5" goes with the one of them that is there
+    "letter"    the option A to J that the text chooses: in a box, behind "answer is" or "answer:", else in the
+                last line that has one: at its beginning, or the last that stands alone
+    "line"      the last line that is not blank
+    ==========  ========================================================================================================
+
     temperature, top_p, top_k: None leaves the generation config's own value.
     max_new_tokens: of a branch; None leaves the answer's own limit.
     early_stop: stop as soon as no branch still writing can change which answer wins; those are killed, their pages are
@@ -53,7 +65,7 @@ class SelfConsistency(Strategy):
         ]
         if self.early_stop:
             answers = yield from self._until_decided(kids, decodes)
-            winner = kids[majority(answers)]
+            winner = kids[majority(answers, self.vote)]
         else:
             ends = yield decodes
             answers = [self.answer(end) for end in ends]
@@ -66,7 +78,7 @@ class SelfConsistency(Strategy):
     def _until_decided(self, kids: list[Thread], decodes: list[Decode]) -> Generator[Any, Any, list[Any]]:
         answers: list[Any] = [None] * len(kids)
         writing = list(range(len(kids)))
-        while writing and not decided(answers, len(writing)):
+        while writing and not decided(answers, len(writing), self.vote):
             at, end = yield first(*(decodes[i] for i in writing))
             index = writing.pop(at)
             answers[index] = self.answer(end)
@@ -89,4 +101,4 @@ class SelfConsistency(Strategy):
             return max(
                 range(len(ends)), key=lambda i: sum(s.logprob for s in ends[i].stats) / max(1, len(ends[i].stats))
             )
-        return majority(answers)
+        return majority(answers, self.vote)

@@ -43,9 +43,12 @@ class Tagged(Strategy):
         answer is over then.
     shape: regular expression that the tags of a well-formed answer, all in a row, match as a whole.
     join: "reprefill" (later threads see the earlier ones) or "concat" (siblings stay blind, nothing is computed again).
-    max_blocks: an answer that asks for more ends there. max_threads: threads of one answer that decode at a time; more
-        wait for their turn, which changes no token (unless ``max_total_tokens`` runs out meanwhile). thread_tokens:
-        most tokens sampled in a thread; None leaves the answer's own limit.
+    max_blocks: an answer that asks for more ends there. max_iterations: most phases of an answer, where what the trunk
+        writes up to a trigger is one, and a block another; the answer ends behind the last, even if that leaves a
+        block open. None: no limit.
+    max_threads: threads of one answer that decode at a time; more wait for their turn, which changes no token (unless
+        ``max_total_tokens`` runs out meanwhile). thread_tokens: most tokens sampled in a thread; None leaves the
+        answer's own limit.
     pieces: ids of the format's own text, in place of the tokenizer's, for an engine without one: each tag and what
         headers and outlines are spelled with, e.g. ``{"<Thread>": 7, "\n": 10, ":": 11, "1": 21, …}``.
 
@@ -66,6 +69,7 @@ class Tagged(Strategy):
     shape: str
     join: str = "reprefill"
     max_blocks: int = 32
+    max_iterations: int | None = None
     max_threads: int | None = 64
     thread_tokens: int | None = None
     pieces: Mapping[str, int] | tuple[tuple[str, int], ...] | None = None
@@ -95,8 +99,8 @@ class Tagged(Strategy):
             raise ValueError(f"{name}: next_header={self.next_header!r} with join='concat', which keeps each header")
         if self.join == "concat" and not self.after:
             raise ValueError(f"{name}: after is empty; behind join='concat' the trunk needs a token to go on from")
-        limits = ("max_blocks", "max_threads", "thread_tokens")
-        whole_fields(self, limits, optional=("max_threads", "thread_tokens"))
+        limits = ("max_blocks", "max_iterations", "max_threads", "thread_tokens")
+        whole_fields(self, limits, optional=limits[1:])
 
     def run(self, trunk: Thread) -> Generator[Any, Any, Any]:
         # No generator itself: an unfit tokenizer is told before anything runs.
@@ -121,9 +125,13 @@ class _Writer:
 
     def write(self) -> Generator[Any, Any, None]:
         trunk, form = self.trunk, self.form
-        blocks = 0
+        blocks = iterations = 0
         joined = False  # the trunk's last tokens are a join's
         while True:
+            if iterations == form.max_iterations:
+                trunk.malformed(f"more than {form.max_iterations} iterations; ended there")
+                break
+            iterations += 1
             end = yield trunk.decode(stop=self.trigger)
             if end.stop != self.trigger:
                 if joined and not end.token_ids and self.closing[: len(self.after)] == self.after:
@@ -140,7 +148,9 @@ class _Writer:
             if blocks == form.max_blocks:
                 trunk.malformed(f"more than {form.max_blocks} parallel blocks; ended there")
                 break
-            blocks += 1
+            if iterations == form.max_iterations:
+                continue
+            blocks, iterations = blocks + 1, iterations + 1
             if (yield from self.block(list(dict.fromkeys(names)))):
                 break
             joined = True

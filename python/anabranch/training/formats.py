@@ -199,7 +199,7 @@ def parallel_r1(prompt: Ids, pieces: Pieces) -> Layout:
     """Parallel-R1, as it is trained: paths side by side, without outlines, then a summary on base + longest.
 
     pieces: ids that the model writes, up to ``<Parallel>``; a `Block` with ``<Path>`` as each header and
-    ``</Parallel><Summary>`` as ``after``; the summary; …
+    ``</Parallel>``, a newline and ``<Summary>`` as ``after``; the summary; …
     """
     return _side_by_side(prompt, pieces)
 

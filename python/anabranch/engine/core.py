@@ -15,9 +15,10 @@ from ..strategies import Plain, Strategy
 from .events import Event
 from .linear import linear_context
 from .loop import Run
-from .prompts import Prompt, Text, split_prompts
+from .prompts import Prompt, Text, check_template, split_prompts
 from .request import Request
 from .sampling import Samplers, prepare_config
+from .text import Tokens
 
 
 class Engine:
@@ -71,6 +72,7 @@ class Engine:
         self.linear = linear_context(model, own_linear)
         self.graphs = self._decode_graph(cuda_graphs)
         self._runs: set[Run] = set()
+        self._tokens = Tokens(tokenizer)
 
     # ---------------------------------------------------------------------------------------- public
 
@@ -86,7 +88,8 @@ class Engine:
         """Answer one prompt (→ `Result`) or many (→ a list of them); many share their forwards.
 
         prompt: a string, tokenised as it stands (no chat template); a list of token ids; or a chat
-            (``[{"role": "user", "content": …}]``) through the tokenizer's chat template. A list of those is many.
+            (``[{"role": "user", "content": …}]``) through the tokenizer's chat template. A list of those is many. A
+            chat that ends with a message of the assistant is continued: what is written goes on with that message.
         strategy: None decodes plainly: greedy, it equals ``model.generate(do_sample=False)`` token for token in
         float32.
         generation_config: Transformers' own; by default the model's. Further keywords set its fields
@@ -97,6 +100,9 @@ class Engine:
         max_new_tokens: most tokens sampled one after another (along the critical path) for one prompt; default: the
             config's ``max_new_tokens``, else 256. ``max_total_tokens=``: most tokens sampled over all threads of a
             prompt.
+        ``chat_template_kwargs={"enable_thinking": False, "tools": […], "documents": […]}``: what the chat template
+        takes besides the messages. ``"continue_final_message"`` and ``"add_generation_prompt"`` decide themselves
+        whether a chat's last message is continued; given together with a prompt that is no chat it is an error.
         ``logprobs=True`` records the log-probability of every sampled token (of the raw scores, before any processor)
         in the result's tree and trace.
 
@@ -180,17 +186,21 @@ class Engine:
             raise ValueError(
                 f"logprobs={logprobs!r}; pass True to record each sampled token's log-probability, or False"
             )
+        template = check_template(kwargs.pop("chat_template_kwargs", None))
         prepared = prepare_config(self.model, config, max_new_tokens, kwargs)
         samplers = Samplers(self.model, self.tokenizer, prepared, extra, criteria)
-        text = Text(self.tokenizer, self.vocab_size, samplers.base.eos_ids)
+        if self._tokens.tokenizer is not self.tokenizer:
+            self._tokens = Tokens(self.tokenizer)
+        text = Text(self.tokenizer, self.vocab_size, samplers.base.eos_ids, self._tokens)
         prompts, many = split_prompts(prompt)
         seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed] * len(prompts)
         if len(seeds) != len(prompts) or not all(isinstance(s, int) and s >= 0 for s in seeds):
             raise ValueError(f"seed={seed!r}; pass a whole number ≥ 0, or a list of {len(prompts)} (one a prompt)")
-        ids = [text.prompt_ids(p, f"prompt[{i}]" if many else "prompt") for i, p in enumerate(prompts)]
+        ids = [text.prompt_ids(p, f"prompt[{i}]" if many else "prompt", template) for i, p in enumerate(prompts)]
         # Without anything that could end it early, plain decoding writes all it may; its last token needs no place.
         endless = isinstance(getattr(strategy, "strategy", strategy), Plain) and not budget
-        endless = endless and not samplers.base.eos_ids and not samplers.base.criteria
+        base = samplers.base
+        endless = endless and not base.eos_ids and not base.criteria and not base.stop_strings
         self._check_room(ids, prepared.max_new_tokens - 1 if endless else 0, many)
         buffer: deque[Event] = deque()
         requests = [
@@ -207,6 +217,7 @@ class Engine:
                 logprobs=logprobs,
                 emit=buffer.append if streaming else None,
                 prompt=prompts[i],
+                template=template,
             )
             for i, (tokens, s) in enumerate(zip(ids, seeds, strict=True))
         ]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..strategies.protocol import Segment, Thread
-from .prompts import Detokenizer
+from .text import Reader
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Live:
         self.pinned = False  # cannot be rebuilt from its tokens, so it is never pre-empted
         self.born = True
         self.last_step = 0  # the last step it had rows in
-        self.detokenizer: Detokenizer | None = None
+        self.reader: Reader | None = None  # tells the thread's text to whoever streams it
         self._rebuild: Iterator[Feed] | None = None
         self._feed: Feed | None = None
         self._scratch: list[Any] = []  # branches that exist only while it is being rebuilt

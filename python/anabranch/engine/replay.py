@@ -99,8 +99,8 @@ class _Player:
         self.playing: dict[str, Any] = {}
         self.early: dict[str, str] = {}  # killed before they came to be → how
 
-    def play(self, thread: Thread, node: Node) -> Generator[Any, Any, None]:
-        header = thread._header_length > 0  # the fork has queued it
+    def play(self, thread: Thread, node: Node, header: bool = False) -> Generator[Any, Any, None]:
+        """What the log says; `header`: the fork has queued the first tokens."""
         for action in node.log:
             if action.do == "insert":
                 if not header:
@@ -126,13 +126,14 @@ class _Player:
     def _children(self, thread: Thread, action: Action) -> None:
         thread._next_child = int(action.children[0].rpartition(".")[2])
         if action.do == "fork":
-            kids = thread.fork(list(action.headers))
+            headers = action.headers
+            kids = thread.fork(list(headers))
         else:
             runs = self.nodes[action.children[0]].runs
-            kids = [thread.spawn(next(run.token_ids for run in runs if run.kind == "prompt"))]
-        for kid in kids:
+            headers, kids = [None], [thread.spawn(next(run.token_ids for run in runs if run.kind == "prompt"))]
+        for kid, header in zip(kids, headers, strict=True):
             self.threads[kid.id] = kid
-            self.playing[kid.id] = thread.start(self.play(kid, self.nodes[kid.id]))
+            self.playing[kid.id] = thread.start(self.play(kid, self.nodes[kid.id], bool(header)))
             if kid.id in self.early:
                 thread._host.kill(kid, self.early[kid.id])
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from anabranch.engine.prompts import takes_chats
 from anabranch.strategies import Sequential, Strategy
 
 __all__ = ["MODES", "Problem", "evaluate", "final_answer", "is_right", "read_problems", "wilson"]
@@ -183,7 +184,7 @@ def evaluate(
         raise ValueError("problems: none; pass at least one")
     good = check or (lambda problem, text: is_right(text, problem.answer))
     how = {"do_sample": False, "max_new_tokens": max_new_tokens, "seed": seed, **(sampling or {})}
-    use_chat = bool(getattr(engine.tokenizer, "chat_template", None)) if chat is None else chat
+    use_chat = takes_chats(engine.tokenizer) if chat is None else chat
     prompts = [
         [{"role": "user", "content": p.prompt}] if use_chat and isinstance(p.prompt, str) else p.prompt
         for p in problems

@@ -101,9 +101,13 @@ class Tokens:
         """
         found = self._closes.get(token)
         if found is None:
-            found = BROKEN not in self.piece(token) and self.settled([*self.anchor, token])
+            found = not self._broken(token) and self.settled([*self.anchor, token])
             self._closes[token] = found
         return found
+
+    def _broken(self, token: int) -> bool:
+        """Whether a token holds a part of a character (alone it reads as `BROKEN`, or as nothing)."""
+        return not self.piece(token) or BROKEN in self.piece(token)
 
     def settled(self, ids: Sequence[int]) -> bool:
         """Whether the text of `ids`, which begin where nothing can change, stays as it is whatever follows."""
@@ -153,8 +157,8 @@ class Tokens:
             found = []
             for char in pair:
                 ids = self._encode(char)
-                at = next((i for i, token in enumerate(ids) if BROKEN in self.piece(token)), None)
-                if at is not None and BROKEN in self.piece(ids[-1]) and self.run(ids[at:]) == char:
+                at = next((i for i, token in enumerate(ids) if self._broken(token)), None)
+                if at is not None and self._broken(ids[-1]) and self.run(ids[at:]) == char:
                     found.append((ids[-1:], ids[at:]))
             if len(found) == len(pair):
                 return found
@@ -283,7 +287,7 @@ class Reader:
         # one: the run is broken, and reads as nothing until it ends.
         if new and not (self._tokens.by_runs and len(new) > _LONGEST):
             text = self._whole_text + self._tokens.added(self._head, new)
-            if BROKEN not in text:
+            if self._tokens.by_runs and BROKEN not in text:
                 self._whole, self._whole_text = len(self._open), text
             return self._own(text.rstrip(BROKEN))
         return self._own(self._whole_text)

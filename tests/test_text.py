@@ -155,7 +155,8 @@ def test_half_a_character_is_no_match_and_is_never_told():
 # ------------------------------------------------------------------------------------------------ text → ids
 
 ADDED = ("llo", "\nPros:", " a ok", "\n\nOn the one hand,", "漢字", "  x", "é", "\t", "1.", "ไท", "\n<Thread>\n1:")
-EXACT = [n for n in EVERY if not n.startswith("wo") and n not in ("whole words", "unigram, no bytes", "characters")]
+INEXACT = ("whole words", "unigram, no bytes", "characters", "slow, strips")
+EXACT = [n for n in EVERY if not n.startswith("wo") and n not in INEXACT]
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -170,6 +170,13 @@ class Slow(PreTrainedTokenizer):
         return b"".join(t.encode() if t in own else bytes([int(t[1:3], 16)]) for t in tokens).decode(errors="replace")
 
 
+class Stripped(Slow):
+    """One whose decoding drops the spaces at both ends, as that of several older ones in Python does."""
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return super().convert_tokens_to_string(tokens).strip(" ")
+
+
 BUILDERS = {
     "byte-level": byte_level,
     "byte-level, prefix": lambda: byte_level(prefix=True),
@@ -187,6 +194,7 @@ BUILDERS = {
     "characters": characters,
     "whole words": whole_words,
     "slow bytes": Slow,
+    "slow, strips": Stripped,
     "slow, drops what is broken": lambda: ByT5Tokenizer(extra_ids=0, extra_special_tokens=list(TAGS)),
 }
 

@@ -112,14 +112,9 @@ class Tokens:
     def settled(self, ids: Sequence[int]) -> bool:
         """Whether the text of `ids`, which begin where nothing can change, stays as it is whatever follows."""
         text = self.decode(ids)
-        if not self._probes:
-            return not text.endswith(BROKEN)
-        for probe, alone in self._probes:
-            more = self.decode([*ids, *probe])
-            # Between words some decoders put a space that belongs to the second one.
-            if not more.startswith(text) or more[len(text) :].strip(" ") != alone:
-                return False
-        return True
+        if not self._probes:  # a space that reads as nothing may yet show: some decoders strip the end
+            return not text.endswith(BROKEN) and text != self.decode(ids[:-1])
+        return text != "" and all(self.decode([*ids, *probe]) == text + alone for probe, alone in self._probes)
 
     def place(self, backwards: Iterable[int]) -> Place:
         """Where a text goes on behind some tokens, given from the last one backwards; reads no more than it must."""
@@ -166,9 +161,9 @@ class Tokens:
 
     @cached_property
     def _probes(self) -> list[tuple[list[int], str]]:
-        """What may follow: one to three bytes that continue a character, and a whole one; each with its own text."""
-        probes = [byte * times for byte, _ in self._bytes for times in (1, 2, 3)] + [char for _, char in self._bytes]
-        return [(probe, self.run(probe).strip(" ")) for probe in probes]
+        """What may follow: one to three bytes that continue a character; each with its own text."""
+        probes = [byte * times for byte, _ in self._bytes for times in (1, 2, 3)]
+        return [(probe, self.run(probe)) for probe in probes]
 
     # ---------------------------------------------------------------------------------------- text → ids
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from anabranch import training
+from anabranch.engine.text import Tokens
 from anabranch.strategies import Tagged, ThreadWeaver
 
 
@@ -75,11 +76,8 @@ def lesson(
     if not len(prompt_ids):
         raise ValueError("prompt_ids is empty; a model needs a token to go on from")
     encode = _encoder(tokenizer_or_pieces)
-    (stop,) = encode(form.stop)
-
-    def behind(tag: str, text: str) -> list[int]:  # as the runtime does it: ids of `text` as it reads behind a tag
-        ids = encode(tag + text)
-        return ids[ids.index(encode(tag)[0]) + 1 :]
+    (stop,), (trigger,) = encode(form.stop, prompt_ids), encode(form.trigger, prompt_ids)
+    after = encode(form.after, [stop])
 
     def block(name: str, threads: Sequence[tuple[str, str]]) -> training.Block:
         if not threads or len({i for i, _ in threads}) < len(threads):
@@ -88,18 +86,21 @@ def lesson(
             if form.stop in text:
                 raise ValueError(f"{name}[{index}]: leave {form.stop} out; it is appended")
         header = form.next_header
+        headers = [encode(form.header.replace("{id}", i), [trigger]) for i, _ in threads]
         return training.Block(
-            [[*encode(text), stop] for _, text in threads],
-            headers=[behind(form.trigger, form.header.replace("{id}", i)) for i, _ in threads],
-            after=behind(form.stop, form.after),
-            next_headers=[behind(form.stop, "" if header is None else header.replace("{id}", i)) for i, _ in threads],
+            [[*encode(text, head), stop] for (_, text), head in zip(threads, headers, strict=True)],
+            headers=headers,
+            after=after,
+            next_headers=[encode("" if header is None else header.replace("{id}", i), [stop]) for i, _ in threads],
         )
 
     pieces: list[Any] = []
     for number, item in enumerate(items):
         name, last = f"items[{number}]", number == len(items) - 1
         if isinstance(item, str):
-            pieces.append(encode(item) + ([eos_id] if last and eos_id is not None else []))
+            joined = number and not isinstance(items[number - 1], str)
+            front = [stop, *after] if joined else pieces[-1] if number and pieces[-1] else prompt_ids
+            pieces.append(encode(item, front) + ([eos_id] if last and eos_id is not None else []))
             continue
         before = items[number - 1] if number else None
         if not isinstance(before, str) or not before.endswith(form.trigger):
@@ -111,8 +112,10 @@ def lesson(
 
 
 def _encoder(tokenizer_or_pieces: Any) -> Any:
+    """(text, ids before it) → its ids, as the runtime has them there."""
     if isinstance(tokenizer_or_pieces, dict):
         from anabranch.strategies.tagged import _Pieces
 
         return _Pieces(tokenizer_or_pieces).encode
-    return lambda text: list(tokenizer_or_pieces(text, add_special_tokens=False)["input_ids"]) if text else []
+    tokens = Tokens(tokenizer_or_pieces)
+    return lambda text, before: tokens.encode(text, tokens.place(reversed(before)))

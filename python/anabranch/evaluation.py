@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from anabranch.answers import final_answer, is_right, require
+from anabranch.engine.prompts import takes_chats
 from anabranch.strategies import Sequential, Strategy
 
 __all__ = ["MODES", "Problem", "evaluate", "final_answer", "is_right", "read_problems", "wilson"]
@@ -149,7 +150,7 @@ def evaluate(
         require("evaluate")
     good = check or (lambda problem, text: is_right(text, problem.answer))
     how = {"do_sample": False, "max_new_tokens": max_new_tokens, "seed": seed, **(sampling or {})}
-    use_chat = bool(getattr(engine.tokenizer, "chat_template", None)) if chat is None else chat
+    use_chat = takes_chats(engine.tokenizer) if chat is None else chat
     prompts = [
         [{"role": "user", "content": p.prompt}] if use_chat and isinstance(p.prompt, str) else p.prompt
         for p in problems

@@ -156,8 +156,9 @@ def _engine(name: str, dtype: str) -> tuple[Any, str]:
 
 
 def _asked(engine: Any, case: Case) -> Any:
-    chat = getattr(engine.tokenizer, "chat_template", None)
-    return [{"role": "user", "content": case.prompt}] if chat else case.prompt
+    from anabranch.engine.prompts import takes_chats
+
+    return [{"role": "user", "content": case.prompt}] if takes_chats(engine.tokenizer) else case.prompt
 
 
 def _strategy(sequential: bool) -> Any:

@@ -257,6 +257,10 @@ def generate(
         bool | None,
         _flag("--chat/--raw", help="Through the chat template (default where there is one), or as is."),
     ] = None,
+    template_kwargs: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help='For the chat template, e.g. {"enable_thinking": false}.'),
+    ] = None,
     stream: Annotated[bool, _flag("--stream", help="Show the answer as it is written.")] = False,
     save: SaveOption = None,
     num_pages: Annotated[
@@ -279,8 +283,8 @@ def generate(
     body.run(
         body.Options(
             prompt=prompt, model=model, strategy=strategy.value, n=n, vote=vote, temperature=temperature, top_p=top_p,
-            seed=seed, max_new_tokens=max_new_tokens, chat=chat, stream=stream, as_json=json, save=save,
-            num_pages=num_pages, page_size=page_size, backend=backend, dtype=dtype.value,
+            seed=seed, max_new_tokens=max_new_tokens, chat=chat, template_kwargs=template_kwargs, stream=stream,
+            as_json=json, save=save, num_pages=num_pages, page_size=page_size, backend=backend, dtype=dtype.value,
         )
     )  # fmt: skip
 

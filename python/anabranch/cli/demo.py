@@ -160,9 +160,10 @@ def _engine(options: Options, console: Console | None) -> tuple[Any, str]:
             models.path(options.model)  # its bar and our spinner must not draw at the same time
     with console.status("loading the model …") if console is not None else nullcontext():
         import anabranch as ab
+        from anabranch.engine.prompts import takes_chats
 
         model, tokenizer, dtype = load_model(options.model, options.dtype)
-        if not getattr(tokenizer, "chat_template", None):
+        if not takes_chats(tokenizer):
             raise Mistake(
                 f"--model {options.model!r}: its tokenizer has no chat template, and the demo asks a question; "
                 "use `anabranch generate --raw` for a base model",
@@ -174,7 +175,9 @@ def _engine(options: Options, console: Console | None) -> tuple[Any, str]:
 
 def _pages(options: Options, tokenizer: Any) -> int:
     """Pages of 16 tokens for all that may be written, with room for a header of one token a byte."""
-    ids = tokenizer.apply_chat_template(_chat(options), add_generation_prompt=True, return_dict=True)["input_ids"]
+    from anabranch.engine.prompts import Text
+
+    ids = Text(tokenizer, len(tokenizer)).prompt_ids(_chat(options))
     trunk = len(ids) + INTRO_TOKENS + CONCLUSION_TOKENS + len(CONCLUSION) + 2
     branches = sum(len(h.encode()) + 2 + _most(options) for h in options.headers)
     return (trunk + branches) // 16 + 4 * len(options.headers) + 8
@@ -196,18 +199,25 @@ class EndOfThought:
     """
 
     def __init__(self, tokenizer: Any, enough: int):
-        self.tokenizer, self.enough = tokenizer, enough
+        from anabranch.engine.text import Tokens
+
+        self.tokens, self.enough = Tokens(tokenizer), enough
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         return input_ids.new_tensor([self.ends(row) for row in input_ids.tolist()]).bool()
 
     def ends(self, ids: list[int]) -> bool:
         """Whether a thread with this context is to stop here."""
-        last = self.tokenizer.decode(ids[-3:]).rstrip(" ")
+        last = self._end_of(ids, 3).rstrip(" ")
         if last.endswith("\n\n"):
             return True
         # A lead-in begins with a blank line, so one among the last `enough` tokens means that there were fewer since.
-        return last.endswith((".", "!", "?")) and "\n\n" not in self.tokenizer.decode(ids[-self.enough :])
+        return last.endswith((".", "!", "?")) and "\n\n" not in self._end_of(ids, self.enough)
+
+    def _end_of(self, ids: list[int], count: int) -> str:
+        """Text of the last `count` tokens, as it reads there."""
+        begin = max(0, len(ids) - count)
+        return self.tokens.reading(ids[begin:], self.tokens.place(reversed(ids[:begin])))
 
 
 def _strategy(options: Options) -> Any:

@@ -26,6 +26,7 @@ class Options:
     seed: int = 0
     max_new_tokens: int = 256
     chat: bool | None = None
+    template_kwargs: str | None = None
     stream: bool = False
     as_json: bool = False
     save: Path | None = None
@@ -38,6 +39,7 @@ class Options:
 def run(options: Options) -> None:
     """The whole command."""
     _check(options)
+    template = _template(options.template_kwargs)
     prompt = _read(options.prompt)
     out, err = consoles()
     interactive = not options.as_json and not plain_terminal(err)
@@ -48,9 +50,12 @@ def run(options: Options) -> None:
             models.path(options.model)  # its bar and our spinner must not draw at the same time
     with err.status("loading the model …") if interactive else nullcontext():
         import anabranch as ab
+        from anabranch.engine.prompts import takes_chats
 
         model, tokenizer, dtype = load_model(options.model, options.dtype)
-        chat = bool(getattr(tokenizer, "chat_template", None)) if options.chat is None else options.chat
+        chat = takes_chats(tokenizer) if options.chat is None else options.chat
+        if template and not chat:
+            raise Mistake("--template-kwargs is for a chat template, and this prompt goes through none", USAGE)
         engine = ab.Engine(
             model, tokenizer, num_pages=options.num_pages, page_size=options.page_size, backend=options.backend
         )
@@ -59,6 +64,7 @@ def run(options: Options) -> None:
         "strategy": _strategy(options),
         "seed": options.seed,
         "max_new_tokens": options.max_new_tokens,
+        **({"chat_template_kwargs": template} if template else {}),
         **_sampling(options),
     }
     try:
@@ -103,6 +109,19 @@ def _check(options: Options) -> None:
     if options.backend not in names:
         raise Mistake(f"--backend {options.backend!r}: expected one of {', '.join(names)}", USAGE)
     check_save(options.save)
+
+
+def _template(text: str | None) -> dict[str, Any]:
+    """What the chat template takes besides the message, from JSON."""
+    if text is None:
+        return {}
+    try:
+        given = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise Mistake(f"--template-kwargs {text!r}: not JSON ({error})", USAGE) from None
+    if not isinstance(given, dict):
+        raise Mistake(f"--template-kwargs {text!r}: expected an object, e.g. '{{\"enable_thinking\": false}}'", USAGE)
+    return given
 
 
 def _read(prompt: str) -> str:
@@ -153,8 +172,8 @@ def _stream(engine: Any, prompt: Any, call: dict[str, Any], out: Any, options: O
                 stack.enter_context(follow(out, story, []))
             for event in stream:
                 story.take(event)
-                if plain and isinstance(event, Token) and (text := story.text(event)):
-                    print(printable(text) if out.is_terminal else text, end="", flush=True)
+                if plain and isinstance(event, Token) and event.text:
+                    print(printable(event.text) if out.is_terminal else event.text, end="", flush=True)
                 elif lines is not None:
                     lines.take(event)
     finally:

@@ -82,13 +82,11 @@ class Pages:
 class Story:
     """Feed it events of one prompt; ``trunk`` is the tree so far, ``result`` is there at the end.
 
-    engine: whose events these are, for its cache and its end-of-sequence tokens, which are not text to be read; None
-    for a finished story.
+    engine: whose events these are, for its cache; None for a finished story.
     """
 
     def __init__(self, engine: Any = None):
         self.cache = cache = getattr(engine, "cache", None)
-        self._ends = _end_tokens(engine) if engine is not None else {}
         self.trunk = Branch("0")
         self.branches: dict[str, Branch] = {"0": self.trunk}
         self.pages = Pages()
@@ -104,18 +102,13 @@ class Story:
         """Since the first sampled token."""
         return time.perf_counter() - self.first if self.first is not None else 0.0
 
-    def text(self, token: Token) -> str:
-        """What a token event adds to the page: its text without an end-of-sequence token."""
-        text = token.text or ""
-        return text.removesuffix(self._ends.get(token.token_ids[-1], "")) if token.token_ids else text
-
     def take(self, event: Any) -> None:
         """One event, in order."""
         if isinstance(event, Token):
             branch = self.branches[event.thread]
             if event.inserted and not branch.parts and not branch.tokens:
                 branch.inserted = event.text or ""
-            branch.add(self.text(event))
+            branch.add(event.text or "")
             branch.tokens += len(event.token_ids)
             if not event.inserted:
                 self.sampled += len(event.token_ids)
@@ -144,12 +137,6 @@ class Story:
             self.pages = Pages.of(self.cache, self._copied_before)
             if self.pages.logical > self.peak.logical:
                 self.peak = self.pages
-
-
-def _end_tokens(engine: Any) -> dict[int, str]:
-    ids = getattr(engine.model.generation_config, "eos_token_id", None)
-    ids = [ids] if isinstance(ids, int) else ids or []
-    return {i: engine.tokenizer.decode([i], skip_special_tokens=False) for i in ids} if engine.tokenizer else {}
 
 
 def from_node(node: Node) -> Branch:

@@ -18,9 +18,10 @@ from .invariant import Invariant, check_rows, require_invariant
 from .linear import linear_context
 from .loop import Run
 from .options import prepare_config
-from .prompts import Prompt, Text, split_prompts
+from .prompts import Prompt, Text, check_template, split_prompts
 from .request import Request
 from .sampling import Samplers
+from .text import Tokens
 
 
 class Engine:
@@ -83,11 +84,13 @@ class Engine:
         self.model, self.tokenizer, self.backend, self.max_rows = model, tokenizer, backend, max_rows
         self.cache = TreeCache.for_model(model, num_pages=num_pages, page_size=page_size)
         self.cache.batch_invariant = batch_invariant
-        self.linear: Any = Invariant(model) if batch_invariant else linear_context(model, own_linear)
-        if batch_invariant:
-            check_rows(model, self.linear, backend)
+        invariant = Invariant(model) if batch_invariant else None
+        self.linear: Any = invariant or linear_context(model, own_linear)
+        if invariant is not None:
+            check_rows(model, invariant, backend)
         self.graphs = self._decode_graph(cuda_graphs)
         self._runs: set[Run] = set()
+        self._tokens = Tokens(tokenizer)
 
     # ---------------------------------------------------------------------------------------- public
 
@@ -103,7 +106,8 @@ class Engine:
         """Answer one prompt (→ `Result`) or many (→ a list of them); many share their forwards.
 
         prompt: a string, tokenised as it stands (no chat template); a list of token ids; or a chat
-            (``[{"role": "user", "content": …}]``) through the tokenizer's chat template. A list of those is many.
+            (``[{"role": "user", "content": …}]``) through the tokenizer's chat template. A list of those is many. A
+            chat that ends with a message of the assistant is continued: what is written goes on with that message.
         strategy: None decodes plainly: greedy, it equals ``model.generate(do_sample=False)`` token for token in
         float32.
         generation_config: Transformers' own; by default the model's. Further keywords set its fields
@@ -114,6 +118,9 @@ class Engine:
         max_new_tokens: most tokens sampled one after another (along the critical path) for one prompt; default: the
             config's ``max_new_tokens``, else 256. ``max_total_tokens=``: most tokens sampled over all threads of a
             prompt.
+        ``chat_template_kwargs={"enable_thinking": False, "tools": […], "documents": […]}``: what the chat template
+        takes besides the messages. ``"continue_final_message"`` and ``"add_generation_prompt"`` decide themselves
+        whether a chat's last message is continued; given together with a prompt that is no chat it is an error.
         ``logprobs=True`` records the log-probability of every sampled token (of the raw scores, before any processor)
         in the result's tree and trace.
 
@@ -199,16 +206,19 @@ class Engine:
             raise ValueError(
                 f"logprobs={logprobs!r}; pass True to record each sampled token's log-probability, or False"
             )
+        template = check_template(kwargs.pop("chat_template_kwargs", None))
         plain = isinstance(getattr(strategy, "strategy", strategy), Plain)
         prepared = prepare_config(self.model, config, max_new_tokens, kwargs, samples=not plain)
         samplers = Samplers(self.model, self.tokenizer, prepared, extra, criteria)
-        text = Text(self.tokenizer, self.vocab_size, samplers.base.eos_ids)
+        if self._tokens.tokenizer is not self.tokenizer:
+            self._tokens = Tokens(self.tokenizer)
+        text = Text(self.tokenizer, self.vocab_size, samplers.base.eos_ids, self._tokens)
         prompts, many = split_prompts(prompt)
         seeds = _seeds(seed, len(prompts))
-        ids = [text.prompt_ids(p, f"prompt[{i}]" if many else "prompt") for i, p in enumerate(prompts)]
+        ids = [text.prompt_ids(p, f"prompt[{i}]" if many else "prompt", template) for i, p in enumerate(prompts)]
         # Without anything that could end it early, plain decoding writes all it may; its last token needs no place.
-        endless = plain and not budget
-        endless = endless and not samplers.base.eos_ids and not samplers.base.criteria
+        base = samplers.base
+        endless = plain and not budget and not base.eos_ids and not base.criteria and not base.stop_strings
         self._check_room(ids, prepared.max_new_tokens - 1 if endless else 0, many)
         _check_positions(ids, limit, many)
         buffer: deque[Event] = deque()
@@ -227,6 +237,7 @@ class Engine:
                 position_limit=limit,
                 emit=buffer.append if streaming else None,
                 prompt=prompts[i],
+                template=template,
             )
             for i, (tokens, s) in enumerate(zip(ids, seeds, strict=True))
         ]

@@ -33,13 +33,7 @@ def adoptable(op: Join) -> bool:
 def join(request: Request, op: Join) -> None:
     """Carry out a join (not "discard", which needs no waiting); all that `Request.needs` named is in the cache."""
     thread, kids, mode = op.thread, op.kids, op.mode
-    if kids:
-        thread._log.append(Action("join", op.token_ids, [k.id for k in kids], mode, op.keep, list(op.headers)))
-    else:  # all were killed while it waited for them
-        if op.keep is not None:
-            thread._log.append(Action("truncate", length=op.keep))
-        if op.token_ids:
-            thread._log.append(Action("insert", op.token_ids))
+    length = thread.length
     for kid in kids:
         thread._depth = max(thread._depth, kid._depth)
         thread._path_sampled = max(thread._path_sampled, kid._path_sampled)
@@ -49,15 +43,23 @@ def join(request: Request, op: Join) -> None:
         for kid in kids:
             _end_children(request, kid)
             request.retire(kid, "joined")
-        request.insert(thread, op.token_ids, "inserted")
-    elif not kids:
-        return
-    elif adoptable(op):
-        _adopt(request, thread, kids[0])
-    elif mode == "concat":
-        _splice(request, thread, kids)
-    else:
-        _reprefill(request, thread, op)
+        request.insert(thread, request.settle(op), "inserted")
+    elif kids:
+        if adoptable(op):
+            _adopt(request, thread, kids[0])
+        elif mode == "concat":
+            _splice(request, thread, kids)
+        else:
+            _reprefill(request, thread, op)
+        request.tell_held(thread, length)
+    if kids:
+        headers: list[Any] = list(op.headers)
+        thread._log.append(Action("join", op.token_ids, [k.id for k in kids], mode, op.keep, headers))
+    else:  # all were killed while it waited for them
+        if op.keep is not None:
+            thread._log.append(Action("truncate", length=op.keep))
+        if op.token_ids:
+            thread._log.append(Action("insert", op.token_ids))
     if request.emit and kids:
         request.emit(events.Join(request.index, thread.id, tuple(k.id for k in kids), mode, thread.length))
 
@@ -106,11 +108,12 @@ def _reprefill(request: Request, thread: Thread, op: Join) -> None:
         # Nothing stands between the fork and the first child: its KV is what computing it again would give.
         _splice(request, thread, op.kids[:1])
         rest = rest[1:]
-    for kid, header in rest:
+    for kid, given in rest:
         _end_children(request, kid)
         depth = thread._depth
         own = kid._own[kid._prompt_length :]
-        if header is not None:
+        if given is not None:
+            header = op.headers[op.kids.index(kid)] = request.ids(thread, given)
             own = header + own[kid._header_length :]
         if own:
             append(thread, own, "joined", kid.id)
@@ -164,6 +167,8 @@ def truncate(cache: Any, thread: Thread, length: int, what: str) -> None:
         live.release(cache)
     elif live.branch is not None and live.branch.length > length:
         cache.truncate(live.branch, length)
+    if live.reader is not None and not live.reader.drop(thread.length - length):
+        live.reader = None  # some of it was told
     live.pinned = not cut(thread, length) or live.pinned
     live.scores = None
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..strategies.protocol import Segment, Thread
-from .prompts import Detokenizer
+from .text import Reader
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Live:
         self.severed = False  # a fork whose parent has cut, and perhaps written anew, some of what it shares
         self.born = True
         self.last_step = 0  # the last step it had rows in
-        self.detokenizer: Detokenizer | None = None
+        self.reader: Reader | None = None  # tells the thread's text to whoever streams it
         self._rebuild: Iterator[Feed] | None = None
         self._feed: Feed | None = None
         self._scratch: list[Any] = []  # branches that exist only while it is being rebuilt

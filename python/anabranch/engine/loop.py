@@ -96,6 +96,7 @@ class Run:
             request.kill(thread, "discarded")
         request.finished, request.trunk.fate = True, fate
         self.active.remove(request)
+        request.tell_rest(request.trunk)
         result = build_result(self.engine, request, self.peaks)
         request.release()
         self.results[request.index] = result

@@ -1,15 +1,17 @@
-"""Prompts and text: what a caller may pass, and the way between text and token ids."""
+"""Prompts: what a caller may pass, chats through their template, and the checks of whatever becomes token ids."""
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from .._check import indices, told
+from .text import Place, Reader, Tokens
 
 Prompt = Any  # str | list[int] | list[dict]: see Engine.generate
 
@@ -58,41 +60,162 @@ def _id_lists(ids: Any, name: str, dims: tuple[int, ...]) -> Any:
     return ids.tolist()
 
 
+# Arguments of apply_chat_template that are the engine's own affair.
+_NOT_TEMPLATE = ("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation",
+                 "max_length", "tokenizer_kwargs")  # fmt: skip
+
+
+def takes_chats(tokenizer: Any) -> bool:
+    """Whether a tokenizer turns chats into tokens: it has a chat template, or a way of its own (mistral-common's)."""
+    own = getattr(type(tokenizer), "apply_chat_template", None)
+    return bool(getattr(tokenizer, "chat_template", None)) or (
+        own is not None and own is not PreTrainedTokenizerBase.apply_chat_template
+    )
+
+
+def check_template(options: Any) -> dict[str, Any]:
+    """``chat_template_kwargs`` as a dict; ValueError for what is none, or holds what a template does not decide."""
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise ValueError(
+            f"chat_template_kwargs={options!r}; pass a dict of what the chat template takes, "
+            'e.g. {"enable_thinking": False, "tools": [...]}'
+        )
+    if refused := [name for name in _NOT_TEMPLATE if name in options]:
+        raise ValueError(f"chat_template_kwargs: {refused[0]!r} is not the template's to decide; leave it out")
+    return dict(options)
+
+
 class Text:
-    """A tokenizer (or none) with the engine's rules: ids are checked, text survives cuts in the middle of a word."""
+    """A tokenizer (or none) with the engine's rules: ids are checked, errors say what to pass instead.
 
-    def __init__(self, tokenizer: Any, vocab_size: int, eos_ids: frozenset[int] = frozenset()):
+    tokens: those of the same tokenizer, to share what they know of it.
+    """
+
+    def __init__(
+        self, tokenizer: Any, vocab_size: int, eos_ids: frozenset[int] = frozenset(), tokens: Tokens | None = None
+    ):
         self.tokenizer, self.vocab_size, self.eos_ids = tokenizer, vocab_size, eos_ids
-        self._pieces: dict[int, str] = {}
+        self._tokens = Tokens(tokenizer) if tokens is None else tokens
 
-    def prompt_ids(self, prompt: Prompt, name: str = "prompt") -> list[int]:
-        """Token ids of one prompt: a string with the tokenizer's own special tokens, a chat through its template."""
+    # ---------------------------------------------------------------------------------------- prompts
+
+    def prompt_ids(self, prompt: Prompt, name: str = "prompt", template: Mapping[str, Any] | None = None) -> list[int]:
+        """Token ids of one prompt: a string with the tokenizer's own special tokens, a chat through its template.
+
+        template: what the chat template takes besides the messages (see `Engine.generate`); None for a prompt that is
+            no chat.
+        """
         if isinstance(prompt, str):
             self._need_tokenizer(name)
             ids = self.tokenizer(prompt)["input_ids"]
         elif len(prompt) and all(isinstance(m, dict) for m in prompt):
-            self._need_tokenizer(name)
-            for i, message in enumerate(prompt):
-                if not {"role", "content"} <= message.keys():
-                    raise ValueError(
-                        f"{name}[{i}]: a chat message needs 'role' and 'content', got the keys {sorted(message)}"
-                    )
-            if not getattr(self.tokenizer, "chat_template", None):
-                raise ValueError(
-                    f"{name} is a chat, but the tokenizer has no chat template; pass a string or token ids"
-                )
-            ids = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
+            ids = self._chat_ids(list(prompt), name, dict(template or {}))
+            template = None
         else:
             ids = self.check_ids(prompt, name)
+        if template:
+            raise ValueError(
+                f"chat_template_kwargs: {name} is no chat, so no template reads {sorted(template)[0]!r}; "
+                'leave them out, or pass a list of messages ([{"role": "user", "content": ...}])'
+            )
         if not len(ids):
             raise ValueError(f"{name} is empty; a model needs at least one token to go on from")
         return self.check_ids(ids, name)
 
-    def encode(self, text: str) -> list[int]:
+    def _chat_ids(self, chat: list[dict[str, Any]], name: str, options: dict[str, Any]) -> list[int]:
+        self._need_tokenizer(name)
+        for i, message in enumerate(chat):
+            if "role" not in message or not {"content", "tool_calls"} & message.keys():
+                raise ValueError(
+                    f"{name}[{i}]: a chat message needs 'role' and 'content', got the keys {sorted(message)}"
+                )
+        if not takes_chats(self.tokenizer):
+            raise ValueError(f"{name} is a chat, but the tokenizer has no chat template; pass a string or token ids")
+        ends_open = chat[-1]["role"] == "assistant" and "add_generation_prompt" not in options
+        continues = options.setdefault("continue_final_message", ends_open)
+        options.setdefault("add_generation_prompt", not continues)
+        if continues and options["add_generation_prompt"]:
+            raise ValueError(
+                "chat_template_kwargs: continue_final_message goes on with the last message, add_generation_prompt "
+                "begins a new one; pass one of them"
+            )
+        try:
+            ids = self.tokenizer.apply_chat_template(chat, return_dict=True, **options)["input_ids"]
+        except Exception as error:
+            if not continues:
+                raise
+            raise ValueError(
+                f"{name}: the chat template cannot go on with the last message ({error}); leave that message out, pass "
+                'chat_template_kwargs={"add_generation_prompt": True} to begin a new one behind it, or pass token ids'
+            ) from error
+        return self._with_its_end(list(ids), chat[-1], continues)
+
+    def _with_its_end(self, ids: list[int], message: Mapping[str, Any], continues: Any) -> list[int]:
+        """The ids of a chat that is continued, with the white space at its end that many templates trim."""
+        text = message.get(continues if isinstance(continues, str) else "content") if continues else None
+        if isinstance(text, list):
+            text = next((part["text"] for part in reversed(text) if "text" in part), None)
+        if not isinstance(text, str) or self._tokens.decode(ids).endswith(text):
+            return ids
+        blank = text[len(text.rstrip()) :]
+        return ids + self.encode(blank, reversed(ids))
+
+    # ---------------------------------------------------------------------------------------- ids → text
+
+    def place(self, backwards: Iterable[int]) -> Place | None:
+        """Where a text goes on behind tokens, given from the last one backwards; None without a tokenizer."""
+        return None if self.tokenizer is None else self._tokens.place(backwards)
+
+    def reader(self, backwards: Iterable[int]) -> Reader | None:
+        """The text of tokens that will come behind those given, piece by piece; None without a tokenizer."""
+        place = self.place(backwards)
+        return None if place is None else Reader(self._tokens, place, self.eos_ids)
+
+    def text(self, token_ids: Sequence[int], backwards: Iterable[int] = ()) -> str | None:
+        """Text of `token_ids` where they stand, a final EOS left out; None without a tokenizer.
+
+        backwards: the tokens in front of them, from the last one on (no more is read of them than matters).
+        """
+        reader = self.reader(backwards)
+        if reader is None:
+            return None
+        reader.push(token_ids)
+        return reader.text
+
+    def last_characters(self, context: Sequence[int], count: int) -> str:
+        """The end of a context's text, `count` characters or more if there are as many; needs a tokenizer."""
+        size = 4 * count + 8
+        while True:
+            text = self._tokens.decode(context[max(0, len(context) - size) :])
+            if len(text) > 2 * count or size >= len(context):
+                return text
+            size *= 2
+
+    def blank_at_end(self, token_ids: Sequence[int]) -> int:
+        """How many of the last tokens are EOS, or make up nothing but white space."""
+        left = len(token_ids)
+        while left:
+            if token_ids[left - 1] in self.eos_ids:
+                left -= 1
+                continue
+            if self.tokenizer is None:
+                break
+            # A character of several bytes may take as many tokens.
+            runs = (self._tokens.run(token_ids[left - n : left]) for n in range(1, min(4, left) + 1))
+            size = next((n for n, run in enumerate(runs, 1) if not run.strip()), 0)
+            if not size:
+                break
+            left -= size
+        return len(token_ids) - left
+
+    # ---------------------------------------------------------------------------------------- text → ids
+
+    def encode(self, text: str, backwards: Iterable[int] | None = None) -> list[int]:
+        """Token ids of `text`, no special tokens added; with `backwards` as it goes on behind those tokens."""
         self._need_tokenizer(f"the text {text!r}" if text else "a stop string")
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+        return self._tokens.encode(text, None if backwards is None else self._tokens.place(backwards))
 
     def check_ids(self, token_ids: Iterable[int], name: str) -> list[int]:
         ids = indices(token_ids, name, "text or a list of token ids (ints)")
@@ -107,26 +230,7 @@ class Text:
                 raise ValueError(
                     f"{name}: token id {token} at {i} is outside the model's vocabulary of {self.vocab_size}{remedy}"
                 )
-        return ids
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    def text(self, token_ids: Sequence[int], before: Sequence[int] = ()) -> str | None:
-        """Text of `token_ids` where they stand behind `before`, a final EOS left out; None without a tokenizer."""
-        if self.tokenizer is None:
-            return None
-        ids = list(token_ids)
-        while ids and ids[-1] in self.eos_ids:
-            ids.pop()
-        if not ids:
-            return ""
-        if not len(before):
-            return self.decode(ids)
-        # Some tokenizers drop the space of a first token, so ids are read behind a few that precede them.
-        head = self.decode(list(before)[-8:])
-        whole = self.decode(list(before)[-8:] + ids)
-        return whole[len(head) :] if whole.startswith(head) else self.decode(ids)
+        return list(map(int, ids))
 
     def tag_ids(self, tags: Sequence[str]) -> dict[str, int]:
         """The one token id of each control tag; ValueError names the tags that are not one token, and the remedy."""
@@ -134,8 +238,8 @@ class Text:
         for tag in tags:
             self._need_tokenizer(f"the control tag {tag!r}")
             # Some tokenizers begin every text with a blank token of their own.
-            ids = [i for i in self.encode(tag) if self.piece(i).strip()]
-            if len(ids) == 1 and self.piece(ids[0]).strip() == tag:
+            ids = [i for i in self.encode(tag) if self._tokens.piece(i).strip()]
+            if len(ids) == 1 and self._tokens.piece(ids[0]).strip() == tag:
                 found[tag] = ids[0]
         if missing := [tag for tag in tags if tag not in found]:
             ids = self.encode(missing[0])
@@ -151,55 +255,8 @@ class Text:
             )
         return found
 
-    def is_blank(self, token_id: int) -> bool:
-        """Whether a token is an EOS or nothing but white space."""
-        return token_id in self.eos_ids or (self.tokenizer is not None and not self.piece(token_id).strip())
-
-    def piece(self, token_id: int) -> str:
-        """Text of one token alone (remembered); needs a tokenizer."""
-        if token_id not in self._pieces:
-            self._pieces[token_id] = self.decode([token_id])
-        return self._pieces[token_id]
-
     def _need_tokenizer(self, name: str) -> None:
         if self.tokenizer is None:
             raise ValueError(
                 f"{name} needs a tokenizer, and the engine has none; pass token ids, or Engine(model, tokenizer)"
             )
-
-
-def _rest(whole: str, head: str) -> str:
-    """`whole` without what it shares with `head` (all of `head`, unless that ended in half a character)."""
-    shared = next((i for i, (a, b) in enumerate(zip(whole, head, strict=False)) if a != b), min(len(whole), len(head)))
-    return whole[shared:]
-
-
-class Detokenizer:
-    """Text of a growing thread, piece by piece; holds back the bytes of a character that is not whole yet."""
-
-    def __init__(self, text: Text, before: Sequence[int]):
-        self._text = text
-        self._ids = list(before)[-8:]
-        self._done = len(self._ids)  # ids whose text is out
-
-    def push(self, token_ids: Sequence[int]) -> str | None:
-        if self._text.tokenizer is None:
-            return None
-        self._ids.extend(token_ids)
-        # Reading from a few ids before the new ones keeps both the cost of a token and its spaces right.
-        start = max(0, self._done - 8)
-        head = self._text.decode(self._ids[start : self._done])
-        whole = self._text.decode(self._ids[start:])
-        if whole.endswith("\ufffd"):
-            return ""
-        self._done = len(self._ids)
-        return _rest(whole, head)
-
-    def flush(self) -> str:
-        """What was held back and will not become whole any more."""
-        if self._text.tokenizer is None or self._done == len(self._ids):
-            return ""
-        start = max(0, self._done - 8)
-        head, whole = self._text.decode(self._ids[start : self._done]), self._text.decode(self._ids[start:])
-        self._done = len(self._ids)
-        return _rest(whole, head)

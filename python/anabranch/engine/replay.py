@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from .._check import told
 from ..strategies.ops import Ended, Score
 from ..strategies.protocol import Action, Strategy, Thread
 from .core import Engine
-from .result import Node, Result
+from .result import Node, Result, Run
 
 if TYPE_CHECKING:
     from ..trace import Trace
@@ -55,9 +55,15 @@ def replay(trace: Trace | Result, engine: Engine) -> Result:
 def logprob_pairs(first: Trace | Result, second: Trace | Result) -> Iterator[tuple[float, float]]:
     """Log-probabilities of the same tokens in two trees that are equal, for all that both have recorded."""
     for a, b in zip(first.tree.walk(), second.tree.walk(), strict=True):
-        for one, two in zip((*a.runs, *a.forgotten), (*b.runs, *b.forgotten), strict=True):
-            if one.logprobs is not None and two.logprobs is not None:
-                yield from zip(one.logprobs, two.logprobs, strict=True)
+        for one, two in zip(_logprobs(a), _logprobs(b), strict=True):
+            if one is not None and two is not None:
+                yield one, two
+
+
+def _logprobs(node: Node) -> list[float | None]:
+    """Of each token of a thread, None where none was recorded."""
+    runs = (*node.runs, *node.forgotten)
+    return [logprob for run in runs for logprob in (run.logprobs or [None] * len(run.token_ids))]
 
 
 def _check(tree: Node) -> None:
@@ -79,7 +85,21 @@ _COMPARED = ("id", "role", "token_ids", "start", "stop", "forked_at", "ended", "
 
 def _facts(node: Node) -> list[Any]:
     """What must come out the same: all but the text, which is the tokenizer's affair."""
-    return [len(node.children) if name == "children" else getattr(node, name) for name in _COMPARED]
+    facts = {"children": len(node.children), "runs": _whole(node.runs), "forgotten": _whole(node.forgotten)}
+    return [facts.get(name, getattr(node, name)) for name in _COMPARED]
+
+
+def _whole(runs: Sequence[Run]) -> list[Run]:
+    """Runs of one origin in one piece: what was scored stands apart from what was inserted, until it is replayed."""
+    found: list[Run] = []
+    for run in runs:
+        last = found[-1] if found else None
+        spliced = run.spliced or (last is not None and last.spliced)
+        if last is not None and not spliced and (last.kind, last.source) == (run.kind, run.source):
+            found[-1] = Run(run.kind, last.token_ids + run.token_ids, last.position, run.source)
+        else:
+            found.append(run)
+    return found
 
 
 @dataclass(frozen=True)
@@ -104,8 +124,8 @@ class _Player:
         self.playing: dict[str, Any] = {}
         self.early: dict[str, str] = {}  # killed before they came to be → how
 
-    def play(self, thread: Thread, node: Node) -> Generator[Any, Any, None]:
-        header = thread._header_length > 0  # the fork has queued it
+    def play(self, thread: Thread, node: Node, header: bool = False) -> Generator[Any, Any, None]:
+        """What the log says; `header`: the fork has queued the first tokens."""
         for action in node.log:
             if action.do == "insert":
                 if not header:
@@ -131,13 +151,14 @@ class _Player:
     def _children(self, thread: Thread, action: Action) -> None:
         thread._next_child = int(action.children[0].rpartition(".")[2])
         if action.do == "fork":
-            kids = thread.fork(list(action.headers))
+            headers = action.headers
+            kids = thread.fork(list(headers))
         else:
             runs = self.nodes[action.children[0]].runs
-            kids = [thread.spawn(next(run.token_ids for run in runs if run.kind == "prompt"))]
-        for kid in kids:
+            headers, kids = [None], [thread.spawn(next(run.token_ids for run in runs if run.kind == "prompt"))]
+        for kid, header in zip(kids, headers, strict=True):
             self.threads[kid.id] = kid
-            self.playing[kid.id] = thread.start(self.play(kid, self.nodes[kid.id]))
+            self.playing[kid.id] = thread.start(self.play(kid, self.nodes[kid.id], bool(header)))
             if kid.id in self.early:
                 thread._host.kill(kid, self.early[kid.id])
 

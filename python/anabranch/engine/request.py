@@ -15,9 +15,10 @@ from . import events
 from .clock import Clock
 from .joins import adoptable, built_on, join, rewind, splits_joined, truncate
 from .live import Live, append
-from .prompts import Detokenizer, Text
+from .prompts import Text
 from .sampling import Samplers, random_stream
 from .tasks import Task, Tasks
+from .text import Reader, Stops
 
 
 class Request:
@@ -39,8 +40,12 @@ class Request:
         position_limit: int | None = None,
         emit: Callable[[events.Event], None] | None,
         prompt: Any = None,
+        template: Mapping[str, Any] | None = None,
     ):
         self.index, self.strategy, self.seed, self.prompt = index, strategy, seed, prompt
+        # How a chat ends is said of the caller's own; the rest holds for a strategy's as well.
+        own = ("add_generation_prompt", "continue_final_message")
+        self._template = {k: v for k, v in (template or {}).items() if k not in own}
         self.cache, self.samplers, self._text = cache, samplers, text
         self.max_new_tokens, self.max_total_tokens = max_new_tokens, max_total_tokens
         self.logprobs, self.emit = logprobs, emit
@@ -98,20 +103,21 @@ class Request:
             return self._asked._depth
         return self.tasks.current.now if self.tasks.current is not None else 0
 
-    def encode(self, text: str) -> list[int]:
-        return self._text.encode(text)
+    def encode(self, text: str, backwards: Iterable[int] | None = None) -> list[int]:
+        return self._text.encode(text, backwards)
 
     def encode_prompt(self, prompt: Any) -> list[int]:
-        return self._text.prompt_ids(prompt)
+        chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        return self._text.prompt_ids(prompt, template=self._template if chat else None)
 
-    def text(self, token_ids: Sequence[int], before: Sequence[int]) -> str | None:
-        return self._text.text(token_ids, before)
+    def text(self, token_ids: Sequence[int], backwards: Iterable[int]) -> str | None:
+        return self._text.text(token_ids, backwards)
 
     def tag_ids(self, tags: Sequence[str]) -> dict[str, int]:
         return self._text.tag_ids(tags)
 
-    def is_blank(self, token_id: int) -> bool:
-        return self._text.is_blank(token_id)
+    def blank_at_end(self, token_ids: Sequence[int]) -> int:
+        return self._text.blank_at_end(token_ids)
 
     def check_ids(self, token_ids: Iterable[int], name: str) -> list[int]:
         return self._text.check_ids(token_ids, name)
@@ -175,6 +181,7 @@ class Request:
             self.emit(events.Discard(self.index, thread.id, fate))
 
     def retire(self, thread: Thread, fate: str) -> None:
+        self.tell_rest(thread)
         thread.alive, thread.fate = False, fate
         thread._live.release(self.cache)
         thread._live.scores = None
@@ -216,7 +223,7 @@ class Request:
         thread._depth = max(thread._depth, op.issued)
         thread._ops.popleft()
         if isinstance(op, Insert):
-            self.insert(thread, op.token_ids, op.kind)
+            self.insert(thread, self.settle(op), op.kind)
             if op.kind == "inserted":
                 thread._log.append(Action("insert", list(op.token_ids)))
         elif isinstance(op, Fork):
@@ -279,7 +286,13 @@ class Request:
         branches = self.cache.fork(live.branch, len(op.kids))
         thread._forks.append((thread.length, op.kids))
         thread._spawned_at = -1
-        headers = [list(k._ops[0].token_ids) if k._ops and k._header_length else None for k in op.kids]
+        headers: list[list[int] | None] = []
+        for kid in op.kids:
+            header = kid._ops[0] if kid._ops and isinstance(kid._ops[0], Insert) and kid._ops[0].header else None
+            if header is not None:
+                header.token_ids = header.given = self.ids(thread, header.given)
+                kid._header_length = len(header.token_ids)
+            headers.append(None if header is None else list(header.token_ids))
         thread._log.append(Action("fork", children=[kid.id for kid in op.kids], headers=headers))
         for kid, branch in zip(op.kids, branches, strict=True):
             kid._prefix, kid._depth, kid._path_sampled = context, thread._depth, thread._path_sampled
@@ -302,7 +315,8 @@ class Request:
             if self.position_limit is not None:
                 op._limit = min(op._limit, self.position_limit - thread._position + self._last_is_free)
             op._sampler = self.samplers.get(op.sampling)
-            op._before = list((*thread._prefix[-8:], *thread._own[-8:])[-8:])
+            op._reader = self._text.reader(thread._backwards())
+            op._stops = self._stops(op)
             thread._depth = max(thread._depth, op.issued)
         if op._limit <= 0 or self._out_of_budget():
             thread._ops.popleft()
@@ -323,11 +337,12 @@ class Request:
     def _score(self, op: Score) -> bool:
         """Bring a thread's given tokens on their way, or see whether all their scores are there by now."""
         thread, live = op.thread, op.thread._live
-        if op.begin is None and op.token_ids:
+        if op.begin is None and self.settle(op):
             self._need_scores(thread, "score")
             if not (live.in_cache and live.has_scores):
                 return False
             thread._depth = max(thread._depth, op.issued)
+            op.logprobs = [None] * len(op.token_ids)
             rows, at = live.scores
             op.begin, op.logprobs[0] = thread.length, float(rows[at].float().log_softmax(-1)[op.token_ids[0]])
             thread._log.append(Action("sample" if op.kind == "sampled" else "insert", list(op.token_ids)))
@@ -340,7 +355,7 @@ class Request:
                 self.inserted += len(op.token_ids)
             self._tell(thread, op.token_ids, position, op.kind != "sampled")
         logprobs = [logprob for logprob in op.logprobs if logprob is not None]
-        if len(logprobs) < len(op.token_ids):
+        if len(logprobs) < len(op.logprobs):
             return False
         thread._ops.popleft()
         if logprobs:
@@ -393,34 +408,62 @@ class Request:
         finally:
             self._asked = None
 
+    def _stops(self, op: Decode) -> list[Stops]:
+        """What looks for stop strings: the decode's own in what it samples, the config's in all of the thread."""
+        found = [Stops(op.stop_strings)] if op.stop_strings else []
+        if configured := op._sampler.stop_strings:
+            thread = op.thread
+            front = self._text.last_characters([*thread._prefix, *thread._own], max(map(len, configured)))
+            found.append(Stops(configured, front))
+        return found
+
     def _stop_string(self, op: Decode) -> str | None:
-        if not op.stop_strings:
+        if not op._stops:
             return None
-        # A match ends in the last token, so most tokens rule it out by themselves. (White space at a token's edge, and
-        # characters that are not whole, do not show in a token alone.)
-        piece = self._text.piece(op.token_ids[-1])
-        if "\ufffd" not in piece and not any(s[-1] in piece or s[-1].isspace() for s in op.stop_strings):
-            return None
-        # A token is at least one byte of text, so the match lies in so many last tokens; two more, because a tokenizer
-        # may read the first of a run differently.
-        most = max(len(s.encode()) for s in op.stop_strings) + 2
-        tail = self._text.decode(op.token_ids[-most:])
-        return next((s for s in op.stop_strings if s in tail), None)
+        told, held = op._read(), op._reader.whole()
+        return next((found for stops in op._stops if (found := stops.find(told, held)) is not None), None)
 
     def _end(self, op: Decode, reason: str, stop: str | int | None = None) -> None:
         thread = op.thread
         thread.ended = Ended(reason, tuple(op.token_ids), op.text, stop, tuple(op.stats))
         op._resolve(thread.ended, thread._depth)
-        detokenizer = thread._live.detokenizer
-        if self.emit and detokenizer is not None and (held := detokenizer.flush()):
-            self.emit(events.Token(self.index, thread.id, (), held, thread._position))
+
+    # ---------------------------------------------------------------------------------------- text
+
+    def ids(self, thread: Thread, given: str | Sequence[int]) -> list[int]:
+        """Token ids of what is to go on at a thread's end."""
+        return self._text.encode(given, thread._backwards()) if isinstance(given, str) else list(given)
+
+    def settle(self, op: Insert | Score | Join) -> list[int]:
+        """The token ids of an op whose turn has come: only now is it known what its text stands behind."""
+        op.token_ids = op.given = self.ids(op.thread, op.given)
+        return op.token_ids
 
     def _tell(self, thread: Thread, token_ids: list[int], position: int, inserted: bool) -> None:
         if not self.emit:
             return
-        live = thread._live
-        if live.detokenizer is None:
-            before = [*thread._prefix[-8:], *thread._own[: -len(token_ids)]]
-            live.detokenizer = Detokenizer(self._text, before)
-        text = live.detokenizer.push(token_ids)
+        live, length = thread._live, thread.length - len(token_ids)
+        if length < thread._prompt_length:  # a fresh thread's prompt: a text of its own
+            text = self._text.text(token_ids)
+        else:
+            if live.reader is None:
+                live.reader = self._text.reader(thread._backwards(length))
+            text = None if live.reader is None else live.reader.push(token_ids)
         self.emit(events.Token(self.index, thread.id, tuple(token_ids), text, position, inserted))
+
+    def tell_held(self, thread: Thread, length: int) -> None:
+        """Before children's tokens, which begin at context length `length`: tell what was held back until now."""
+        reader: Reader | None = thread._live.reader
+        if self.emit and reader is not None and reader.holds and thread.length > length:
+            joined = thread._own[length - thread.length :]
+            text, theirs = reader.push(joined) + reader.rest(), self._text.text(joined, thread._backwards(length)) or ""
+            if held := text.removesuffix(theirs):
+                self.emit(events.Token(self.index, thread.id, (), held, thread._position))
+        thread._live.reader = None
+
+    def tell_rest(self, thread: Thread) -> None:
+        """At a thread's end: tell what was held back, which nothing completes any more."""
+        reader: Reader | None = thread._live.reader
+        if self.emit and reader is not None and (held := reader.rest()):
+            self.emit(events.Token(self.index, thread.id, (), held, thread._position))
+        thread._live.reader = None

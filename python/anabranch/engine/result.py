@@ -160,7 +160,7 @@ def build_result(engine: Any, request: Request, peaks: Peaks) -> Result:
     )
     model = engine.model
     return Result(
-        text=request.text(trunk.token_ids, ()),
+        text=tree.text,
         token_ids=trunk.token_ids,
         tree=tree,
         metrics=metrics,

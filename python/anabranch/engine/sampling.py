@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process as lp
-from transformers.generation.stopping_criteria import ConfidenceCriteria, StopStringCriteria
+from transformers.generation.stopping_criteria import ConfidenceCriteria
 
 from ..strategies.ops import TokenStats
 from .options import refuse, refuse_unsampled
@@ -76,10 +76,12 @@ class Sampler:
         eos = config._eos_token_tensor
         self.eos_ids: frozenset[int] = frozenset() if eos is None else frozenset(eos.tolist())
         self.criteria = StoppingCriteriaList(criteria)
-        if config.stop_strings is not None:
-            if tokenizer is None:
-                raise ValueError("generation_config: stop_strings needs a tokenizer; pass Engine(model, tokenizer)")
-            self.criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
+        strings = () if config.stop_strings is None else config.stop_strings
+        self.stop_strings = (strings,) if isinstance(strings, str) else tuple(strings)  # the request looks for them
+        if self.stop_strings and tokenizer is None:
+            raise ValueError("generation_config: stop_strings needs a tokenizer; pass Engine(model, tokenizer)")
+        if not all(self.stop_strings):
+            raise ValueError("generation_config: stop_strings holds an empty string; leave it out")
         self._made: dict[int, tuple[LogitsProcessorList, LogitsProcessorList, int | None]] = {}
         lead, rest, _ = self._lists(1)
         kinds = {type(p) for p in (*lead, *rest)}
@@ -215,7 +217,7 @@ class Sampler:
         return chosen
 
     def stops(self, context: Callable[[], list[int]]) -> bool:
-        """Whether the config's own stop strings, or criteria given to generate(), end a thread here."""
+        """Whether criteria given to generate() end a thread here."""
         if not self.criteria:
             return False
         ids = torch.tensor([context()], dtype=torch.long, device=self.model.device)

@@ -130,9 +130,12 @@ class Op(Awaitable):
 
 
 class Insert(Op):
-    def __init__(self, thread: Thread, token_ids: list[int], kind: str):
+    """Tokens to append: ids, or text, which becomes ids (``token_ids``) when its turn has come; `header`: a child's."""
+
+    def __init__(self, thread: Thread, given: str | list[int], kind: str, header: bool = False):
         super().__init__(thread)
-        self.token_ids, self.kind = token_ids, kind
+        self.given, self.kind, self.header = given, kind, header
+        self.token_ids: list[int] = []
 
 
 class Fork(Op):
@@ -147,13 +150,15 @@ class Join(Op):
         thread: Thread,
         kids: list[Thread],
         mode: str,
-        token_ids: list[int] | None = None,
+        given: str | list[int] | None = None,
         keep: int | None = None,
-        headers: list[list[int] | None] | None = None,
+        headers: Sequence[str | list[int] | None] | None = None,
     ):
         super().__init__(thread)
-        self.kids, self.mode, self.token_ids, self.keep = kids, mode, token_ids or [], keep
-        self.headers = headers or [None] * len(kids)  # token ids that take the place of each kid's own header
+        self.kids, self.mode, self.given, self.keep = kids, mode, given or [], keep
+        self.token_ids: list[int] = []  # of `given`
+        # What takes the place of each kid's own header; text becomes token ids when the join is carried out.
+        self.headers: list[str | list[int] | None] = list(headers or [None] * len(kids))
 
 
 class Truncate(Op):
@@ -165,10 +170,11 @@ class Truncate(Op):
 class Score(Op):
     """Tokens that are given, not sampled; its value: the log-probability of each."""
 
-    def __init__(self, thread: Thread, token_ids: list[int], kind: str):
+    def __init__(self, thread: Thread, given: str | list[int], kind: str):
         super().__init__(thread)
-        self.token_ids, self.kind = token_ids, kind
-        self.logprobs: list[float | None] = [None] * len(token_ids)
+        self.given, self.kind = given, kind
+        self.token_ids: list[int] = []
+        self.logprobs: list[float | None] = []
         self.begin: int | None = None  # context length in front of the first; None: they are not in the thread yet
 
 
@@ -194,8 +200,20 @@ class Decode(Op):
         self.stats: list[TokenStats] = []
         self._limit: int | None = None  # of tokens, settled when it starts
         self._sampler: Any = None
-        self._before: list[int] = []  # a few tokens of context, for text that depends on what precedes it
+        self._reader: Any = None  # of its text, from when it starts; stays None without a tokenizer
+        self._seen = 0  # so many of its tokens the reader has
+        self._stops: Any = ()
+
+    def _read(self) -> str:
+        """Let the reader have all tokens; what became certain of the text by that."""
+        new, self._seen = self.token_ids[self._seen :], len(self.token_ids)
+        told: str = self._reader.push(new)
+        return told
 
     @property
     def text(self) -> str | None:
-        return self.thread._host.text(self.token_ids, self._before)
+        if self._reader is None:
+            return self.thread._host.text(self.token_ids, ())
+        self._read()
+        text: str = self._reader.text
+        return text

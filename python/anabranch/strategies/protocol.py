@@ -18,8 +18,9 @@ No tensor and no model is in sight here, and nothing in this file imports one.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, Protocol
 
 from .._check import index_of, told, whole
@@ -50,11 +51,11 @@ class Host(Protocol):
     prompt: Any
 
     def clock(self) -> int: ...
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, backwards: Iterable[int] | None = None) -> list[int]: ...
     def encode_prompt(self, prompt: Any) -> list[int]: ...
-    def text(self, token_ids: Sequence[int], before: Sequence[int]) -> str | None: ...
+    def text(self, token_ids: Sequence[int], backwards: Iterable[int]) -> str | None: ...
     def tag_ids(self, tags: Sequence[str]) -> dict[str, int]: ...
-    def is_blank(self, token_id: int) -> bool: ...
+    def blank_at_end(self, token_ids: Sequence[int]) -> int: ...
     def check_ids(self, token_ids: Iterable[int], name: str) -> list[int]: ...
     def check_sampling(self, sampling: Mapping[str, Any] | None) -> None: ...
     def submit(self, op: Op) -> None: ...
@@ -152,8 +153,13 @@ class Thread:
 
     @property
     def text(self) -> str | None:
-        before = self._own[: self._prompt_length] or self._prefix
-        return self._host.text(self._own[self._prompt_length :], before[-8:])
+        begin = len(self._prefix) + self._prompt_length
+        return self._host.text(self._own[self._prompt_length :], self._backwards(begin))
+
+    def _backwards(self, length: int | None = None) -> Iterator[int]:
+        """The context (up to `length`) from its last token on."""
+        skip = 0 if length is None else self.length - length
+        return islice(chain(reversed(self._own), reversed(self._prefix)), skip, None)
 
     def decode(
         self,
@@ -198,13 +204,13 @@ class Thread:
     def insert(self, text_or_ids: str | Sequence[int]) -> Insert:
         """Append tokens that the model did not sample; they are prefilled and marked as inserted."""
         self._check_alive("insert")
-        return self._submit(Insert(self, self._tokens(text_or_ids, "insert"), "inserted"))
+        return self._submit(Insert(self, self._given(text_or_ids, "insert"), "inserted"))
 
     def score(self, text_or_ids: str | Sequence[int]) -> Score:
         """Like `insert`, and find out how likely the model found them: ``yield`` gives a log-probability for each token
         (nats, from its raw scores), however many there are in a forward or two."""
         self._check_alive("score")
-        return self._submit(Score(self, self._tokens(text_or_ids, "score"), "inserted"))
+        return self._submit(Score(self, self._given(text_or_ids, "score"), "inserted"))
 
     def fork(self, headers: int | Sequence[str | Sequence[int] | None]) -> list[Thread]:
         """Children that share all of this thread's context, in one block; no KV is copied.
@@ -219,19 +225,19 @@ class Thread:
             raise ValueError(
                 f"fork: headers={told(headers)}; pass a number of at least 1, or a list of one header a child"
             )
-        tokens = [None if h is None else self._tokens(h, f"fork: headers[{i}]") for i, h in enumerate(heads)]
+        given = [None if h is None else self._given(h, f"fork: headers[{i}]") for i, h in enumerate(heads)]
         kids = [self._host.new_thread(self, "fork") for _ in heads]
         self._submit(Fork(self, list(kids)))  # a list of its own: the caller may change theirs
-        for kid, ids in zip(kids, tokens, strict=True):
-            if ids:
-                kid._header_length = len(ids)
-                kid._submit(Insert(kid, ids, "inserted"))
+        for kid, header in zip(kids, given, strict=True):
+            if header:
+                kid._submit(Insert(kid, header, "inserted", header=True))
         return kids
 
     def spawn(self, prompt: str | Sequence[int]) -> Thread:
         """A child with a context of its own: it sees `prompt` and nothing else, from position 0."""
         self._check_alive("spawn")
-        ids = self._tokens(prompt, "spawn: prompt")
+        given = self._given(prompt, "spawn: prompt")
+        ids = self._host.encode(given) if isinstance(given, str) else given
         if not ids:
             raise ValueError("spawn: prompt is empty; a fresh thread needs at least one token")
         kid = self._host.new_thread(self, "fresh")
@@ -292,9 +298,9 @@ class Thread:
                 self._host.kill(kid, "discarded")
             op._resolve(None, op.issued)
             return op
-        ids = [] if text is None else self._tokens(text, "join: text")
-        heads = [None if h is None else self._tokens(h, f"join: headers[{i}]") for i, h in enumerate(headers or [])]
-        return self._submit(Join(self, kids, mode, ids, keep, heads))
+        given = None if text is None else self._given(text, "join: text")
+        heads = [None if h is None else self._given(h, f"join: headers[{i}]") for i, h in enumerate(headers or [])]
+        return self._submit(Join(self, kids, mode, given, keep, heads))
 
     def truncate(self, length: int) -> Truncate:
         """Forget this thread's tokens from context length `length` on (see ``thread.length``); only its own can go."""
@@ -308,10 +314,7 @@ class Thread:
         if self._ops:
             raise ValueError(f"rstrip: thread {self.id} still has work queued; yield it first")
         sampled = self._segments[-1].token_ids if self._segments and self._segments[-1].kind == "sampled" else []
-        blank = 0
-        while blank < len(sampled) and self._host.is_blank(sampled[-1 - blank]):
-            blank += 1
-        return self.truncate(self.length - blank)
+        return self.truncate(self.length - self._host.blank_at_end(sampled))
 
     def kill(self) -> None:
         """End it now, with its children; a decode in progress ends with reason "killed", and its pages are free.
@@ -333,9 +336,13 @@ class Thread:
         """The prompt as the caller gave it: text, token ids, or a chat (a list of messages)."""
         return self._host.prompt
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, no special tokens added."""
-        return self._host.encode(text)
+    def encode(self, text: str, before: Sequence[int] | None = None) -> list[int]:
+        """Token ids of `text`, no special tokens added: as a text of its own, or as it goes on behind the ids `before`.
+
+        The two differ where a tokenizer begins every text with a space of its own. Text given to `insert`, `score`,
+        `fork` and `join` goes on behind whatever stands there when its turn has come.
+        """
+        return self._host.encode(text, None if before is None else reversed(before))
 
     def encode_prompt(self, prompt: Any) -> list[int]:
         """Token ids of a prompt for `spawn`, by the rules of ``Engine.generate``: a chat goes through the tokenizer's
@@ -354,8 +361,10 @@ class Thread:
         """Count this answer as breaking the strategy's format (``metrics.format_correctness``)."""
         self._host.malformed(self, why)
 
-    def _tokens(self, value: str | Sequence[int], name: str) -> list[int]:
-        return self._host.encode(value) if isinstance(value, str) else self._host.check_ids(value, name)
+    def _given(self, value: str | Sequence[int], name: str) -> str | list[int]:
+        """Text or token ids, checked: text, too, must have ids that the model knows."""
+        ids: list[int] = self._host.check_ids(self._host.encode(value) if isinstance(value, str) else value, name)
+        return value if isinstance(value, str) else ids
 
     def _check_alive(self, what: str) -> None:
         if not self.alive:

@@ -79,7 +79,7 @@ class SkeletonOfThought(Strategy):
         ends = yield [kid.decode(self.point_tokens, stop=self.point_stop) for kid in kids]
         for kid in kids:
             kid.rstrip()
-        heads = [trunk.encode(f"{title}:" if i == 0 else f"\n{title}:") for i, title in enumerate(titles)]
+        heads = [f"{title}:" if i == 0 else f"\n{title}:" for i, title in enumerate(titles)]
         yield trunk.join(kids, "reprefill", headers=heads)
         return [f"{title}:{end.text}".rstrip() for title, end in zip(titles, ends, strict=True)]
 
@@ -113,7 +113,8 @@ def _prompt(trunk: Thread, request: str, begin: str) -> list[int]:
         return trunk.encode_prompt(f"{request}\n\n{begin}")
     at = max(i for i, message in enumerate(prompt) if message["role"] == "user")
     chat = [*prompt[:at], {**prompt[at], "content": request}]
-    return [*trunk.encode_prompt(chat), *trunk.encode(begin)]
+    ids = trunk.encode_prompt(chat)
+    return [*ids, *trunk.encode(begin, ids)]
 
 
 def _fill(request: str, **values: Any) -> str:

@@ -115,13 +115,14 @@ class _Writer:
         self.coder: Any = trunk if form.pieces is None else _Pieces(dict(form.pieces))
         self.ids: dict[str, int] = self.coder.tag_ids(form.tags)
         self.trigger, self.stop, self.opening = (self.ids[t] for t in (form.trigger, form.stop, form.opening))
-        self.unclosed = self.coder.encode(form.unclosed)
         self.after, self.closing = self.behind(form.stop, form.after), self.behind(form.stop, form.closing)
+        # Behind a thread's own text; pieces read the same everywhere.
+        self.unclosed = form.unclosed if form.pieces is None else self.coder.encode(form.unclosed)
 
     def behind(self, tag: str, text: str) -> list[int]:
         """Ids of `text` as it reads right behind a tag: some tokenizers begin a text otherwise than they go on."""
-        ids = self.coder.encode(tag + text)
-        return ids[ids.index(self.ids[tag]) + 1 :]
+        ids: list[int] = self.coder.encode(text, (self.ids[tag],))
+        return ids
 
     def write(self) -> Generator[Any, Any, None]:
         trunk, form = self.trunk, self.form
@@ -208,7 +209,8 @@ class _Pieces:
         self._texts = {i: text for text, i in ids.items()}
         self._any = re.compile("|".join(map(re.escape, sorted(ids, key=len, reverse=True))) or r"(?!)")
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, before: Sequence[int] | None = None) -> list[int]:
+        """Ids of `text`, the same wherever it stands."""
         ids, at = [], 0
         while at < len(text):
             match = self._any.match(text, at)

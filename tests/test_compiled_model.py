@@ -6,17 +6,17 @@ for the one model that goes through inductor.
 
 from __future__ import annotations
 
-import engine_kit
-import hf_kit
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 import anabranch as ab
+import engine_kit
+import hf_kit
 
 pytestmark = pytest.mark.compiled
 
-# One graph for the first number of rows, one for any number, one for a single row (torch.compile makes 0 and 1 special).
+# One graph for the first number of rows, one for any number, one for a single row (torch.compile makes 1 special).
 MOST_GRAPHS = 4
 
 
@@ -119,7 +119,7 @@ def test_an_engine(how):
 
 
 def test_wrong_calls_are_told_when_the_graph_runs():
-    model = hf_kit.build("LlamaConfig", num_hidden_layers=2)
+    model = hf_kit.build("LlamaConfig", num_hidden_layers=1)
     compiled = torch.compile(model, backend="eager", dynamic=True)
     cache = ab.TreeCache.for_model(model, num_pages=16, page_size=4)
     trunk = cache.branch()
@@ -166,5 +166,4 @@ def test_opcheck():
     # Each check runs the op, and a layer is written once: one layer a check.
     for layer, check in enumerate(("test_schema", "test_faketensor", "test_autograd_registration")):
         args = (q, k, k, step.handle, step.position_ids[None], None, 0.2, 0.0, 0, layer, "test", False, "auto")
-        if check != "test_schema":  # it asks that declared changes be seen; the handle's stands for the cache's
-            torch.library.opcheck(torch.ops.anabranch.tree_layer.default, args, test_utils=check)
+        torch.library.opcheck(torch.ops.anabranch.tree_layer.default, args, test_utils=check)

@@ -126,7 +126,9 @@ class Engine:
 
         Prompts, and threads, that do not fit the cache together wait for one another. Raises ValueError, before
         anything ran, for an empty prompt, ids outside the vocabulary, an option that is not honoured, or a prompt that
-        can never fit in ``num_pages``. Whatever is raised, later or by a strategy, or Ctrl-C: all pages are free again
+        can never fit in ``num_pages`` or, with a model that looks its positions up in a table (GPT-2, OPT), in that
+        table; a thread that decodes to the table's end stops there with reason "length". The model runs in its own
+        dtype, under torch.autocast too. Whatever is raised, later or by a strategy, or Ctrl-C: all pages are free again
         and the engine is as good as new.
         """
         run, many = self._prepare(prompt, strategy, generation_config, seed, max_new_tokens, kwargs, streaming=False)

@@ -184,7 +184,8 @@ class Run:
         self._needed.clear()
         wanted = [live for request in self.active for live in self._wanted(request)]
         entries = self._choose(wanted)
-        self._check_positions(entries)
+        for live, feed, _ in entries:
+            live.thread._host.check_position(live.thread, feed.position + len(feed.token_ids) - 1)
         step, entries = self._reserve(entries, wanted)
         # Work of several prompts is shared out by its rows.
         parts = [(live.thread._host.spent, n) for live, _, n in entries]
@@ -217,22 +218,6 @@ class Run:
         scores.record(logits, heads)
         self.peaks.look()
         share(launched - begin + time.perf_counter() - done, "plan", parts)
-
-    @staticmethod
-    def _check_positions(entries: list[tuple[Live, Feed, int]]) -> None:
-        """Raise for a thread that would be computed past the positions which the model has embeddings for."""
-        for live, feed, _ in entries:
-            thread = live.thread
-            limit: int | None = thread._host.position_limit
-            if limit is None:
-                return
-            last = feed.position + len(feed.token_ids) - 1
-            if last >= limit:
-                raise ValueError(
-                    f"thread {thread.id}: its tokens reach position {last}, but the model has embeddings for {limit} "
-                    f"positions (0 … {limit - 1}); insert, join or spawn less, use a smaller max_new_tokens, or a "
-                    "model with a longer context"
-                )
 
     def _scores(self, ids: list[int], step: Any, rows: list[int]) -> torch.Tensor:
         """The model's scores for some rows of a step, in order, [rows, vocabulary]."""

@@ -313,6 +313,7 @@ class Request:
             left = self.max_new_tokens - thread._path_sampled
             op._limit = left if op.max_new_tokens is None else min(left, op.max_new_tokens)
             if self.position_limit is not None:
+                self.check_position(thread, thread._position - 1)
                 op._limit = min(op._limit, self.position_limit - thread._position + self._last_is_free)
             op._sampler = self.samplers.get(op.sampling)
             op._reader = self._text.reader(thread._backwards())
@@ -324,6 +325,15 @@ class Request:
             return True
         self._need_scores(thread, "decode")
         return False
+
+    def check_position(self, thread: Thread, last: int) -> None:
+        """Raise for a thread with tokens past the positions which the model has embeddings for."""
+        if self.position_limit is not None and last >= self.position_limit:
+            raise ValueError(
+                f"thread {thread.id}: its tokens reach position {last}, but the model has embeddings for "
+                f"{self.position_limit} positions (0 … {self.position_limit - 1}); insert, join or spawn less, use a "
+                "smaller max_new_tokens, or a model with a longer context"
+            )
 
     def _need_scores(self, thread: Thread, what: str) -> None:
         """See to it that the next token's scores will be computed where they are missing."""

@@ -219,6 +219,8 @@ class Thread:
         """
         self._check_alive("fork")
         count = index_of(headers)
+        if count is not None and not 1 <= count <= 2**20:
+            raise ValueError(f"fork: headers={count}; pass a number from 1 to 2^20, or a list of one header a child")
         many = not isinstance(headers, (str, bytes, dict)) and isinstance(headers, Iterable)
         heads: list[Any] = [None] * count if count is not None else list(headers) if many else []  # type: ignore[arg-type]
         if not heads:

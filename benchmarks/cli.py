@@ -30,6 +30,7 @@ app = typer.Typer(
 [bold]attention[/bold]  tree shapes × head shapes × dtypes; SDPA, masked, two-phase, FlexAttention, the floor
 [bold]e2e[/bold]        SmolLM2: 16 branches through our engine, through model.generate and, optionally, through vLLM
 [bold]host[/bold]       what a fork, a step and a plan cost; what a cache holds
+[bold]linear[/bold]     what Engine(batch_invariant=True) costs: linear layers and forwards of 1 to 512 rows
 [bold]branch[/bold]     training: attention under a branch mask, forward + backward; masked SDPA, FlexAttention
 [bold]all[/bold]        all of them (also what runs when no command is given)
 [bold]report[/bold]     Markdown tables and figures from a results file
@@ -229,6 +230,21 @@ def host_command(quick: Quick = False, threads: Threads = None, clock: ClockOpti
     """Forks, steps, plans and memory: what the bookkeeping costs."""
     store = _start(threads, json, clock)
     _run_host(store, quick)
+    _finish(store, None)
+
+
+@app.command("linear")
+def linear_command(
+    quick: Quick = False, threads: Threads = None, clock: ClockOption = "wall", json: Json = None
+) -> None:
+    """Linear layers and forwards of SmolLM2 with batch_invariant=True, beside the default."""
+    from . import linear
+
+    store = _start(threads, json, clock)
+    for entry in linear.run(quick=quick):
+        store.put("linear", ("case", "dtype", "rows"), entry)
+        times = " / ".join(f"{entry[name]['median_us']:,.0f}" for name in ("invariant", "default"))
+        console.print(f"{entry['case']:24} {entry['dtype']:9} {entry['rows']:4} rows  {times} µs  × {entry['ratio']}")
     _finish(store, None)
 
 

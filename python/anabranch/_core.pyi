@@ -45,6 +45,7 @@ class PlanParams:
         num_kv_heads: int,
         elem_size: int,
         narrow: int = 0,
+        fixed: bool = False,
     ) -> None: ...
 
 PlanResult = tuple[int, Ints, tuple[int, ...], tuple[int, ...]]

@@ -33,8 +33,8 @@ name = "cpu"
 TILE = 64
 # Tokens. Partial results of a chunk cost about as much traffic as 8 · rows tokens; below 256 that begins to show.
 CHUNK = 256
-# STREAM_ROWS of csrc/cpu/kernels.hpp. Items of more packed rows are summed up in tiles of another size; where all are of
-# so many at most, or each is one row of a larger group, one kernel computes every row.
+# STREAM_ROWS of csrc/cpu/kernels.hpp. Items of more packed rows are summed up in tiles of another size; where all are
+# of so many at most, or each is one row of a larger group, one kernel computes every row.
 FEW_ROWS_TILE = 8
 UNITS_PER_THREAD = 4  # for balance: the last unit to end then holds up the others for an eighth of the time at most
 
@@ -72,7 +72,10 @@ def profile(
     device: torch.device,
     batch_invariant: bool = False,
 ) -> Profile:
-    """How plans for these kernels are to be cut. batch_invariant: so that a row's result depends on its context alone."""
+    """How plans for these kernels are to be cut.
+
+    batch_invariant: so that a row's result depends on its own context alone.
+    """
     return Profile(
         tile=FEW_ROWS_TILE if batch_invariant else TILE,
         chunk=CHUNK,

@@ -84,10 +84,10 @@ class Engine:
         self.model, self.tokenizer, self.backend, self.max_rows = model, tokenizer, backend, max_rows
         self.cache = TreeCache.for_model(model, num_pages=num_pages, page_size=page_size)
         self.cache.batch_invariant = batch_invariant
-        invariant = Invariant(model) if batch_invariant else None
-        self.linear: Any = invariant or linear_context(model, own_linear)
-        if invariant is not None:
-            check_rows(model, invariant, backend)
+        self.linear: Any = linear_context(model, own_linear)
+        if batch_invariant:
+            self.linear = Invariant(model)
+            check_rows(model, self.linear, backend)
         self.graphs = self._decode_graph(cuda_graphs)
         self._runs: set[Run] = set()
         self._tokens = Tokens(tokenizer)
@@ -113,8 +113,10 @@ class Engine:
         generation_config: Transformers' own; by default the model's. Further keywords set its fields
             (``do_sample=True, temperature=0.7``); ``logits_processor=`` and ``stopping_criteria=`` take lists, as in
             Transformers.
-        seed: of all sampling; a thread's stream depends on the seed and the thread's place in the tree alone, so the
-            same seed gives the same answer whatever else is in the call. A list gives each prompt its own.
+        seed: of all sampling; a thread's stream depends on the seed and the thread's place in the tree alone. With
+            ``Engine(batch_invariant=True)`` the same seed gives the same answer whatever else is in the call; without,
+            a score's last bits depend on the rows beside it, which shows seldom in float32 and often in bfloat16. A
+            list gives each prompt its own.
         max_new_tokens: most tokens sampled one after another (along the critical path) for one prompt; default: the
             config's ``max_new_tokens``, else 256. ``max_total_tokens=``: most tokens sampled over all threads of a
             prompt.
@@ -127,9 +129,9 @@ class Engine:
         Prompts, and threads, that do not fit the cache together wait for one another. Raises ValueError, before
         anything ran, for an empty prompt, ids outside the vocabulary, an option that is not honoured, or a prompt that
         can never fit in ``num_pages`` or, with a model that looks its positions up in a table (GPT-2, OPT), in that
-        table; a thread that decodes to the table's end stops there with reason "length". The model runs in its own
-        dtype, under torch.autocast too. Whatever is raised, later or by a strategy, or Ctrl-C: all pages are free again
-        and the engine is as good as new.
+        table; a thread that decodes to the table's end stops there with reason "length". Raises it later where scores
+        leave no token to choose (all −inf, or a NaN). The model runs in its own dtype, under torch.autocast too.
+        Whatever is raised, later or by a strategy, or Ctrl-C: all pages are free again and the engine is as good as new.
         """
         run, many = self._prepare(prompt, strategy, generation_config, seed, max_new_tokens, kwargs, streaming=False)
         for _ in self._drive(run):

@@ -33,14 +33,15 @@ _EXACT = frozenset(
     """
     abs add add_ alias all amax amin any arange argmax argmin argsort bincount bitwise_and bitwise_not bitwise_or
     bitwise_xor broadcast_to cat ceil chunk clamp clamp_ clamp_max clamp_min clone contiguous copy_ cos cumsum detach
-    detach_ div div_ empty empty_like empty_strided embedding eq erf exp expand expand_as eye fill_ flatten flip floor
-    floor_divide full full_like gather ge gt histc index index_add index_add_ index_put index_put_ index_select is_nonzero
-    isfinite isin isinf isnan item le lift_fresh log log1p logical_and logical_not logical_or lt masked_fill masked_fill_
-    max maximum min minimum movedim mul mul_ narrow ne neg new_empty new_full new_ones new_zeros nonzero
-    nonzero_numpy one_hot ones ones_like permute reciprocal relu relu_ remainder repeat repeat_interleave reshape round
-    rsub scalar_tensor scatter scatter_ scatter_add scatter_add_ select sign sin slice sort split split_with_sizes sqrt square
-    squeeze stack sub sub_ swapaxes t tanh tanh_ to topk transpose tril triu trunc type_as unbind unflatten unsqueeze
-    view view_as where zero_ zeros zeros_like _local_scalar_dense _to_copy _unsafe_view
+    detach_ div div_ empty empty_like empty_strided embedding eq equal erf exp expand expand_as eye fill_ flatten flip
+    floor floor_divide full full_like gather ge gt histc index index_add index_add_ index_put index_put_ index_select
+    is_nonzero isfinite isin isinf isnan item le lift_fresh log log1p logical_and logical_not logical_or lt
+    masked_fill masked_fill_ max maximum min minimum movedim mul mul_ narrow ne neg new_empty new_full new_ones
+    new_zeros nonzero nonzero_numpy one_hot ones ones_like permute reciprocal relu relu_ remainder repeat
+    repeat_interleave reshape round rsub scalar_tensor scatter scatter_ scatter_add scatter_add_ select sign sin slice
+    sort split split_with_sizes sqrt square squeeze stack sub sub_ swapaxes t tanh tanh_ to topk transpose tril triu
+    trunc type_as unbind unflatten unsqueeze view view_as where zero_ zeros zeros_like _local_scalar_dense _to_copy
+    _unsafe_view
     """.split()
 )
 # Sums along a dimension, each row by itself. Over the rows they would mix them: `check_rows` notices.
@@ -76,8 +77,8 @@ def _rows_by(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight = weight.contiguous()
     if not takes(x, weight, bias):
         raise ValueError(
-            f"a product of {list(x.shape)} {x.dtype} and {list(weight.shape)} {weight.dtype} on {weight.device}, which the "
-            "linear kernel does not take (plain CPU tensors, both float32, bfloat16 or float16, without autocast)"
+            f"a product of {list(x.shape)} {x.dtype} and {list(weight.shape)} {weight.dtype} on {weight.device}, which "
+            "the linear kernel does not take (plain CPU tensors, both float32, bfloat16 or float16, without autocast)"
         )
     return _linear(x, weight, bias)
 
@@ -221,7 +222,8 @@ def _watching(model: nn.Module, seen: dict[str, Tensor], stack: list[str]) -> It
                 stack.pop()
                 output = output[0] if isinstance(output, tuple) and output else output
                 if isinstance(output, Tensor):
-                    seen.setdefault(name, output)  # of a module that runs several times, the first
+                    # Of a module that runs several times, the first; a copy, since layers work in place as well.
+                    seen.setdefault(name, output.clone())
 
             for hook in (module.register_forward_pre_hook(before), module.register_forward_hook(after)):
                 hooks.callback(hook.remove)
@@ -232,8 +234,8 @@ def require_invariant(model: Any, backend: str, own_linear: bool | None) -> None
     """ValueError where ``batch_invariant=True`` cannot be had: on a GPU, in another dtype, beside other choices."""
     if torch.device(model.device).type != "cpu":
         raise ValueError(
-            f"batch_invariant=True: the model is on {model.device}; only CPU forwards can be kept to it, because torch's "
-            "linear layers on a GPU choose their kernels by the number of rows; use batch_invariant=False there"
+            f"batch_invariant=True: the model is on {model.device}; only CPU forwards can be kept to it, because "
+            "torch's linear layers on a GPU choose their kernels by the number of rows; use batch_invariant=False there"
         )
     if backend not in ("auto", "cpu"):
         raise ValueError(f"batch_invariant=True: backend={backend!r} does not keep to it; pass backend='cpu' or 'auto'")
@@ -276,7 +278,7 @@ def check_rows(model: Any, context: Invariant, backend: str) -> None:
         for name, output in part.items():
             whole = together.get(name)
             a, b = _rows_of(whole, total), _rows_of(output, end - begin)
-            if a is not None and b is not None and not torch.equal(a[begin:end], b):
+            if a is not None and b is not None and not torch.equal(a[begin:end].flatten(), b.flatten()):
                 raise ValueError(
                     f"batch_invariant=True: {name or type(model).__name__} "
                     f"({type(model.get_submodule(name)).__name__}) gives a row other values beside other rows; "

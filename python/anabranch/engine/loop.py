@@ -273,7 +273,7 @@ class Run:
         stuck: list[Live] = []  # those that cannot go on though all that may leave has left
         while True:
             positions = {
-                feed.branch: torch.arange(feed.position + feed.done, feed.position + feed.done + count)
+                feed.branch: torch.arange(feed.position + feed.done, feed.position + feed.done + count, device="cpu")
                 for _, feed, count in entries
                 if feed.branch.position != feed.position + feed.done
             }

@@ -54,6 +54,7 @@ _AMONG_CANDIDATES = (
     lp.EtaLogitsWarper,
 )
 
+
 def random_stream(seed: int, path: tuple[int, ...]) -> np.random.Generator:
     """A thread's own uniform stream; numpy's SeedSequence makes streams of different paths independent."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy=seed, spawn_key=path)))
@@ -164,8 +165,8 @@ class Sampler:
         scores = first(ids, logits.clone()) if first else logits
         if scores.shape != logits.shape:
             raise ValueError(
-                f"logits_processor: {_names(first)} made scores of shape {list(scores.shape)} from {list(logits.shape)}; "
-                "a processor returns one score for each token of the vocabulary"
+                f"logits_processor: {_names(first)} made scores of shape {list(scores.shape)} from "
+                f"{list(logits.shape)}; a processor returns one score for each token of the vocabulary"
             )
         if self.greedy:
             found = scores.argmax(-1)
@@ -184,8 +185,9 @@ class Sampler:
             after = f" after {_names(processors)}" if processors else ""
             what = "every score is −inf" if float(best[row]) < 0 else f"a score is {float(best[row])}"
             raise ValueError(
-                f"no token can be chosen for {where(row)}: {what}{after}; a logits processor must leave at least one token "
-                "with a finite score (a grammar that is through leaves EOS); remove_invalid_values=True replaces NaN and +inf"
+                f"no token can be chosen for {where(row)}: {what}{after}; a logits processor must leave at least one "
+                "token with a finite score (a grammar that is through leaves EOS); remove_invalid_values=True replaces "
+                "NaN and +inf"
             )
 
     @staticmethod
@@ -244,7 +246,7 @@ def _listed(name: str, value: Any) -> list[Any]:
     """A caller's processors or criteria, checked."""
     if value is None:
         return []
-    if callable(value) or not isinstance(value, (list, tuple)) or not all(callable(x) for x in value):
+    if not isinstance(value, (list, tuple)) or not all(callable(x) for x in value):
         raise ValueError(f"{name}={value!r}; pass a list of them, as to model.generate")
     return list(value)
 

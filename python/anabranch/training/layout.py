@@ -54,7 +54,8 @@ class Layout:
             if value.shape != (total,):
                 raise ValueError(f"{name}: expected [{total}], as the mask has, got {list(value.shape)}")
             object.__setattr__(self, name, value.to(self.mask.device, dtype))
-        recorded = torch.full((total,), float("nan")) if self.recorded is None else torch.as_tensor(self.recorded)
+        recorded = torch.full((total,), float("nan")) if self.recorded is None else self.recorded
+        recorded = torch.as_tensor(recorded, dtype=torch.float32)  # whatever the default dtype: a list would be rounded
         if recorded.shape != (total,):
             raise ValueError(f"recorded: expected [{total}], as the mask has, got {list(recorded.shape)}")
         object.__setattr__(self, "recorded", recorded.to(self.mask.device, torch.float32))
@@ -225,10 +226,10 @@ class Rows:
         mask = BranchMask.from_context(sizes, self.sees, torch.tensor(list(places), dtype=torch.int64))
         ids = torch.tensor(list(flat(self.ids)), dtype=torch.int64)
         learnt = torch.tensor(list(flat(self.learnt)), dtype=torch.bool) & (mask.previous >= 0)
-        recorded = torch.full((len(ids),), float("nan"))
+        recorded = torch.full((len(ids),), float("nan"), dtype=torch.float32)
         for segment, values in self.recorded.items():
             begin = int(mask.starts[segment])
-            recorded[begin : begin + len(values)] = torch.tensor(values)
+            recorded[begin : begin + len(values)] = torch.tensor(values, dtype=torch.float32)
         return Layout(
             ids,
             mask,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import importlib.util
 import logging
 import random
@@ -381,6 +380,8 @@ TEXTS = [
     ("It ends at 12:84", "84", False),
     ("It is 5-84", "-84", False),
     ("Version 1.2.84", "84", False),
+    ("The answer is COVID84.", "84", False),
+    ("Some molecule of C84", "84", False),
     ("That is more than 84", "84", False),
     ("That leaves -84", "84", False),
     ("That leaves \u221284", "-84", True),
@@ -491,6 +492,10 @@ def test_what_a_box_holds(text, found):
         ("on 2024-05-12", "12"),
         ("+2a2b9c6d1=1692", "1692"),
         ("1/0", None),
+        ("c.7", "7"),  # a full stop
+        ("so ..7", "7"),
+        ("a7", "7"),
+        ("v1.2.3", "1.2"),
         ("none", None),
         ("", None),
     ],
@@ -684,4 +689,3 @@ def test_importing_the_package_imports_no_math_verify():
 
     code = "import sys, anabranch, anabranch.evaluation; assert 'math_verify' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert builtins.__import__  # (this process may have it)

@@ -62,6 +62,9 @@ def test_wilson_against_known_values():
         ('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}', 'line 2: expected an object with "prompt" and "answer"'),
         ('{"prompt": "a", "answer": 1, "threads": -1}', '"threads" is -1'),
         ("[1]", "line 1: expected an object"),
+        ('{"prompt": "a", "answer": null}', 'line 1: "answer" is None; expected a number, or text'),
+        ('{"prompt": "a", "answer": " "}', "line 1: \"answer\" is ' '"),
+        ('{"prompt": "a", "answer": true}', 'line 1: "answer" is True'),
         ("\n\n", "no problems"),
     ],
 )

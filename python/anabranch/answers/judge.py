@@ -99,6 +99,8 @@ def _only_number(given: str, expected: Reading) -> bool:
     if len(found) != 1 or _DENIES.search(text) or text[found[0].end :].startswith(".."):
         return False
     number = found[0]
+    if text[number.start - 1 : number.start].isalpha() and number.start:
+        return False
     rest = text[: number.start] + " " + text[number.end :]
     if re.search(r"\d", rest) or _SIGN.search(re.sub(r"(?<=[A-Za-z])-(?=[A-Za-z])|^\s*~", " ", rest)):
         return False
@@ -110,6 +112,8 @@ def _last_number(given: str, expected: Reading) -> bool:
     if not found:
         return False
     number = found[-1]
+    if text[number.start - 1 : number.start].isalpha() and number.start:
+        return False
     before, behind = text[: number.start].rstrip(" "), text[number.end :]
     if expected.name or re.search(r"\d[,.:]$|\\[A-Za-z]+\s*\{?\s*$", before) or behind.startswith(".."):
         return False

@@ -15,7 +15,7 @@ _GROUPED = (
     r"|[1-9]\d{0,2}(?:[ '_]\d{3})+(?:[.,]\d+)?"  # 1 234,5
     r"|[1-9]\d{0,2}(?:\.\d{3})+,\d+|[1-9]\d{0,2}(?:\.\d{3}){2,}"  # 1.234,5 and 1.234.567
 )
-PLAIN = rf"(?:(?:{_GROUPED})(?!\d)|\d+(?:\.\d+)?|\.\d+)"
+PLAIN = rf"(?:(?:{_GROUPED})(?!\d)|\d+(?:\.\d+)?|(?<![\w.])\.\d+)"
 _TIMES = r"\s*(?:\\times(?![A-Za-z])|\\cdot(?![A-Za-z])|\*|x)\s*10\s*(?:\^|\*\*)\s*"
 _POWER = rf"(?:[eE]([-+]?\d{{1,3}})|{_TIMES}(?:\{{\s*)?([-+]?\d{{1,3}})(?:\s*\}})?)"
 _FRAC = rf"\\frac\s*(?:\{{\s*([-+]?\s*{PLAIN})\s*\}}\s*\{{\s*({PLAIN})\s*\}}|(\d)\s*(\d)(?!\d))"
@@ -192,7 +192,7 @@ class Found:
 
 
 _IN_TEXT = re.compile(
-    rf"(?<![A-Za-z_\d])(?:(?<!\.)|(?<=\.\.))(?:{_MIXED.pattern}(?!\s*/)|{_FRAC}|{PLAIN}\s*/\s*{PLAIN}(?!\s*/\s*\d)"
+    rf"(?<![_\d])(?<!\d\.)(?:{_MIXED.pattern}(?!\s*/)|{_FRAC}|{PLAIN}\s*/\s*{PLAIN}(?!\s*/\s*\d)"
     rf"|{PLAIN}\s*(?:\^|\*\*)\s*(?:\{{\s*\d{{1,3}}\s*\}}|\d{{1,3}})(?!\d)|{PLAIN}{_POWER}(?!\d)|{PLAIN})"
 )
 _RAISED = re.compile(rf"({PLAIN})\s*(?:\^|\*\*)\s*\{{?\s*(\d{{1,3}})\s*\}}?")

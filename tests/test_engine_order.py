@@ -181,13 +181,15 @@ def joins_the_longest(trunk):
 
 def waits_for_a_kill(trunk):
     a, b = trunk.fork(2)
+    (c,) = b.fork(1)
+    c.decode(30)
 
     def sentence():
         yield a.decode(9)
         b.kill()
 
     trunk.start(sentence())
-    yield b.decode(30, until=lambda op: False)
+    yield b.join(c)  # which never comes to be
     yield trunk.decode(2)
 
 

@@ -84,6 +84,8 @@ def passes(copy: Path, tests: str) -> bool:
 
 def main(word: str = "") -> int:
     mutants, console = listed(word), Console()
+    if not list((ROOT / "python/anabranch").glob("_cpu*")):
+        raise Stale("the C++ modules are not in place; run `make build` first")
     table = Table("mutant", "file", "outcome", title=f"{len(mutants)} mutants")
     fates: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:

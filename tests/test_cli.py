@@ -345,11 +345,27 @@ def test_generate_streams_the_text_it_would_print(tiny):
 
 def test_an_end_of_sequence_token_is_not_text():
     engine = make_engine("llama", byte_tokenizer(), num_pages=64)
+    first = engine.generate("Once", max_new_tokens=4, eos_token_id=None).token_ids
     story = Story(engine)
-    eos = engine.model.generation_config.eos_token_id
-    for ids, text in (((72, 105), "Hi"), ((33, eos), "!<eos>")):
-        story.take(ab.engine.events.Token(0, "0", ids, text, 0))
-    assert story.trunk.text == "Hi!" and story.sampled == 4
+    for event in engine.stream("Once", max_new_tokens=9, eos_token_id=first[3]):
+        story.take(event)
+    assert story.result.tree.ended == "eos" and story.sampled == first.index(first[3]) + 1
+    assert story.trunk.text == story.result.text == byte_tokenizer().decode(first[: story.sampled - 1])
+
+
+def test_generate_passes_options_to_the_chat_template(tiny):
+    arguments = ["generate", "Once", "--model", tiny, "--max-new-tokens", "2", "--json", *PAGES]
+    bare, told = (
+        json.loads(invoke(*arguments, *options).stdout)["metrics"]["prompt_tokens"]
+        for options in ((), ("--template-kwargs", '{"add_generation_prompt": false}'))
+    )
+    assert bare - told == len("[a]")
+    for options, message in (
+        (["--template-kwargs", "{"], "not JSON"),
+        (["--template-kwargs", "[1]"], "expected an object"),
+        (["--template-kwargs", '{"x": 1}', "--raw"], "goes through none"),
+    ):
+        assert message in invoke(*arguments, *options, code=2).stderr
 
 
 def test_generate_with_strategies(tiny):

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 class Token:
     """Tokens joined a thread's end: one sampled, or a run that the runtime inserted.
 
-    ``text`` is what they add to the thread's text. Bytes of an unfinished UTF-8 character are held back until it is
-    whole, so ``text`` may be empty; None without a tokenizer. ``position`` is the first token's.
+    ``text`` is what they make certain of the thread's text; None without a tokenizer. A thread's pieces, joined, are
+    its text. Held back, so that ``text`` may be empty, are a character that is not whole yet, a run of byte tokens of a
+    byte-fallback tokenizer (it is read as a whole) and an end-of-sequence token, which is text only if something
+    follows it. A Token without token ids tells what was still held when a thread ended or took its children back.
+    What `Thread.truncate` cuts off stays told. ``position`` is the first token's.
     """
 
     prompt: int

@@ -81,8 +81,9 @@ class Node:
 class Result:
     """The answer to one prompt.
 
-    ``token_ids``: what the trunk holds after all joins, prompt excluded; ``text``: the same, a final EOS left out (None
-    without a tokenizer). ``answers``: what the strategy's run() returned, e.g. each branch's answer of a vote.
+    ``token_ids``: what the trunk holds after all joins, prompt excluded; ``text``: the same as it reads behind the
+    prompt (so the first word keeps its space), a final EOS left out (None without a tokenizer).
+    ``answers``: what the strategy's run() returned, e.g. each branch's answer of a vote.
     """
 
     text: str | None

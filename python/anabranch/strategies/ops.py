@@ -32,7 +32,8 @@ class Ended:
 
     ``reason``: "stop" (a stop string or id), "eos", "length" (its own or the answer's token limit), "budget" (the
     prompt's token budget over all threads), "until" (the caller's predicate), "killed". ``token_ids`` includes the
-    token that ended it; ``text`` leaves a final EOS out and is None without a tokenizer; ``stop`` is the stop string or
+    token that ended it; ``text`` is theirs as they read where they stand, leaves a final EOS out and is None without a
+    tokenizer; ``stop`` is the stop string or
     id that matched; ``stats`` has one entry a token when asked for, else none.
     """
 

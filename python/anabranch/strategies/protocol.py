@@ -173,7 +173,8 @@ class Thread:
         """Sample until something ends it; ``yield`` gives the `Ended`.
 
         max_new_tokens: at most so many tokens (the answer's own limit holds as well).
-        stop: strings and token ids that end it, matched in what *this* call samples; EOS always ends.
+        stop: strings and token ids that end it; EOS always ends. Strings are looked for in the text of what *this* call
+            samples, not in what was inserted before; one ends it with the token with which that text first holds it.
         sampling: fields of Transformers' GenerationConfig that differ here, e.g. ``{"do_sample": True, "temperature":
         0.8}``.
         until: called after every token with this `Decode`; True ends it.
@@ -202,7 +203,10 @@ class Thread:
         return self._submit(Decode(self, max_new_tokens, stops, sampling, until, topk))
 
     def insert(self, text_or_ids: str | Sequence[int]) -> Insert:
-        """Append tokens that the model did not sample; they are prefilled and marked as inserted."""
+        """Append tokens that the model did not sample; they are prefilled and marked as inserted.
+
+        Text reads exactly as given behind what stands there when its turn has come: no tokenizer's dummy space.
+        """
         self._check_alive("insert")
         return self._submit(Insert(self, self._given(text_or_ids, "insert"), "inserted"))
 

@@ -84,7 +84,7 @@ def test_positions_go_on_from_the_largest_that_is_left():
         trunk.insert([50])
         yield trunk
         assert trunk.length == 15
-        trunk.truncate(12)  # the second child is gone, the first stands on 7 to 11
+        trunk.truncate(13)  # one token of the second child is left, on 7; the first stands on 7 to 11
         trunk.insert([51])
         yield trunk.decode(2)
         trunk.truncate(9)

@@ -84,7 +84,7 @@ def test_positions_go_on_from_the_largest_that_is_left():
         trunk.insert([50])
         yield trunk
         assert trunk.length == 15
-        trunk.truncate(12)  # the second child is gone, the first stands on 7 to 11
+        trunk.truncate(13)  # one token of the second child is left, on 7; the first stands on 7 to 11
         trunk.insert([51])
         yield trunk.decode(2)
         trunk.truncate(9)
@@ -131,7 +131,7 @@ def test_a_join_does_without_a_child_that_is_killed_while_it_waits(mode, mortals
         kids = trunk.fork(2)
         ends = []
         for i, kid in enumerate(kids):
-            kill = lambda op, i=i: i < mortals and len(op.token_ids) == 2 and op.thread.kill()  # noqa: E731
+            kill = lambda op, i=i: i < mortals and len(op.token_ids) == 2 and not op.thread.kill()  # noqa: E731
             ends.append(kid.decode(4, until=kill))
             kid.insert([30 + i])
         yield trunk.join(kids, mode, **({"text": [9, 8], "keep": 7} if mode == "summary" else {}))
@@ -148,8 +148,7 @@ def test_a_join_does_without_a_child_that_is_killed_while_it_waits(mode, mortals
 def test_an_until_may_kill_who_samples_in_the_same_step():
     def program(trunk):
         kids = trunk.fork(3)
-        others = iter(kids[1:])
-        kill = lambda op: len(op.token_ids) == 2 and next(others).kill()  # noqa: E731
+        kill = lambda op: len(op.token_ids) == 2 and not [kid.kill() for kid in kids[1:]]  # noqa: E731
         yield [
             kids[0].decode(5, until=kill),
             kids[1].decode(5, sampling={"do_sample": True, "top_k": 0}),
@@ -158,8 +157,12 @@ def test_an_until_may_kill_who_samples_in_the_same_step():
         return [kid.alive for kid in kids]
 
     result = make_engine().generate(PROMPT, strategy=Does(program), **FREE)
-    assert result.answers == [True, False, True]
-    assert [kid.ended for kid in result.tree.children] == ["length", "killed", "length"]
+    assert result.answers == [True, False, False]
+    assert [(kid.ended, len(kid.token_ids)) for kid in result.tree.children] == [
+        ("length", 5),
+        ("killed", 1),
+        ("killed", 1),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ the clock

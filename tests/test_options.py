@@ -31,12 +31,12 @@ ASKED = {
     "force_words_ids": [[1]], "use_mtp": True, "forced_eos_token_id": 3, "encoder_repetition_penalty": 2.0,
     "encoder_no_repeat_ngram_size": 2, "token_healing": True, "max_time": 1.0, "max_length": 40,
     "return_dict_in_generate": True, "output_scores": True, "output_logits": True, "output_attentions": True,
-    "output_hidden_states": True, "early_stopping": True, "length_penalty": 2.0, "low_memory": True, "use_cache": False,
-    "cache_implementation": "static", "cache_config": {"a": 1}, "max_cache_len": 99, "prefill_chunk_size": 9,
-    "continuous_batching_config": {"a": 1}, "compile_config": CompileConfig(), "is_assistant": True,
-    "num_assistant_tokens": 5, "num_assistant_tokens_schedule": "heuristic", "assistant_confidence_threshold": 0.9,
-    "assistant_early_exit": 1, "assistant_lookbehind": 3, "assistant_ensemble_weight": 0.5, "target_lookbehind": 3, "max_matching_ngram_size": 4,
-    "speculation_type": "x",
+    "output_hidden_states": True, "early_stopping": True, "length_penalty": 2.0, "low_memory": True,
+    "use_cache": False, "cache_implementation": "static", "cache_config": {"a": 1}, "max_cache_len": 99,
+    "prefill_chunk_size": 9, "continuous_batching_config": {"a": 1}, "compile_config": CompileConfig(),
+    "is_assistant": True, "num_assistant_tokens": 5, "num_assistant_tokens_schedule": "heuristic",
+    "assistant_confidence_threshold": 0.9, "assistant_early_exit": 1, "assistant_lookbehind": 3,
+    "assistant_ensemble_weight": 0.5, "target_lookbehind": 3, "max_matching_ngram_size": 4, "speculation_type": "x",
 }  # fmt: skip
 
 

@@ -170,30 +170,20 @@ class Sampler:
             )
         if self.greedy:
             found = scores.argmax(-1)
-            self._require_finite(scores.gather(-1, found[:, None])[:, 0], first, where)
-            return found.tolist()
-        self._require_finite(scores.amax(-1), first, where)
-        if k is None:
-            return _draw(rest(ids, scores), streams).tolist()
-        return self._among_top(scores, rest, k, streams)
-
-    @staticmethod
-    def _require_finite(best: torch.Tensor, processors: LogitsProcessorList, where: Callable[[int], str]) -> None:
-        """ValueError unless each row's highest score, [rows], is a number."""
-        if (bad := ~best.isfinite()).any():
-            row = int(bad.nonzero()[0, 0])
-            after = f" after {_names(processors)}" if processors else ""
-            what = "every score is −inf" if float(best[row]) < 0 else f"a score is {float(best[row])}"
-            raise ValueError(
-                f"no token can be chosen for {where(row)}: {what}{after}; a logits processor must leave at least one "
-                "token with a finite score (a grammar that is through leaves EOS); remove_invalid_values=True replaces "
-                "NaN and +inf"
-            )
+            best = scores.gather(-1, found[:, None])[:, 0]
+        else:
+            best = scores.amax(-1)
+            found = _draw(rest(ids, scores), streams) if k is None else self._among_top(scores, rest, k, streams)
+        # One wait for the device, not two: a row without a choice shows in the tokens.
+        tokens = torch.where(best.isfinite(), found, -1).tolist()
+        if -1 in tokens:
+            raise _no_choice(float(best[tokens.index(-1)]), first, where(tokens.index(-1)))
+        return tokens
 
     @staticmethod
     def _among_top(
         scores: torch.Tensor, rest: LogitsProcessorList, k: int, streams: Sequence[np.random.Generator]
-    ) -> list[int]:
+    ) -> torch.Tensor:
         """The same draw from the same distribution, over the few highest scores instead of the whole vocabulary.
 
         A top-k warper leaves nothing below the k-th score, and what runs after it is not touched by what is gone.
@@ -208,7 +198,7 @@ class Sampler:
         few = rest(None, values.gather(-1, order))  # type: ignore[arg-type]
         tied = (values[:, -1] >= values[:, k - 1]).tolist() if seen < size else [False] * len(streams)
         if not any(tied):
-            return ids.gather(-1, _draw(few, streams)[:, None])[:, 0].tolist()
+            return ids.gather(-1, _draw(few, streams)[:, None])[:, 0]
         chosen = []
         for row, (all_of_it, stream) in enumerate(zip(tied, streams, strict=True)):
             one = slice(row, row + 1)
@@ -216,7 +206,7 @@ class Sampler:
                 chosen.append(int(_draw(rest(None, scores[one].clone()), [stream])))  # type: ignore[arg-type]
             else:
                 chosen.append(int(ids[row, _draw(few[one], [stream])]))
-        return chosen
+        return torch.tensor(chosen, device=scores.device)
 
     def stops(self, context: Callable[[], list[int]]) -> bool:
         """Whether criteria given to generate() end a thread here."""
@@ -236,6 +226,16 @@ def _draw(scores: torch.Tensor, streams: Sequence[np.random.Generator]) -> torch
     draws = torch.tensor([s.random() for s in streams], dtype=torch.float64, device=scores.device)
     found = torch.searchsorted(cdf, draws[:, None] * cdf[:, -1:], right=True)
     return found.clamp_(max=scores.shape[-1] - 1)[:, 0]
+
+
+def _no_choice(best: float, processors: Sequence[Any], where: str) -> ValueError:
+    """The error for a row whose highest score is no number."""
+    after = f" after {_names(processors)}" if processors else ""
+    what = "every score is −inf" if best < 0 else f"a score is {best}"
+    return ValueError(
+        f"no token can be chosen for {where}: {what}{after}; a logits processor must leave at least one token with a "
+        "finite score (a grammar that is through leaves EOS); remove_invalid_values=True replaces NaN and +inf"
+    )
 
 
 def _names(processors: Sequence[Any]) -> str:

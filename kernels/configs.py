@@ -144,7 +144,7 @@ _BRANCH: dict[tuple[str, int, int], BranchConfig] = {
     ("forward", 192, 2): BranchConfig(64, 32, 8, 2),
     ("forward", 256, 2): BranchConfig(64, 32, 8, 2),
     ("dq", 64, 2): BranchConfig(64, 64, 8, 2),
-    ("dq", 96, 2): BranchConfig(32, 32, 8, 2),
+    ("dq", 96, 2): BranchConfig(64, 32, 8, 2),
     ("dq", 128, 2): BranchConfig(64, 32, 8, 2, 168),
     ("dq", 192, 2): BranchConfig(32, 32, 8, 2),
     ("dq", 256, 2): BranchConfig(32, 32, 8, 2),

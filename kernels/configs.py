@@ -71,7 +71,7 @@ def column_split(head_dim: int) -> tuple[int, int]:
 # tile is 64 rows: 128 would need eight warps for every leaf, too.
 _LARGE: dict[tuple[int, int], Config] = {
     (64, 2): Config(64, 64, 4, 64, 4, 4),
-    (96, 2): Config(64, 64, 3, 64, 4, 8),
+    (96, 2): Config(64, 32, 4, 32, 4, 8),
     (128, 2): Config(64, 64, 3, 64, 3, 4),
     (192, 2): Config(64, 32, 3, 32, 4, 8),
     (256, 2): Config(64, 32, 3, 32, 4, 8),
@@ -85,7 +85,6 @@ _LARGE: dict[tuple[int, int], Config] = {
 # sm_80 multiplies out of registers (mma.sync) where later ones do out of shared memory: wide tiles take smaller blocks.
 _SM80 = _LARGE | {
     (64, 2): Config(64, 32, 4, 64, 4, 4),
-    (96, 2): Config(64, 32, 4, 32, 4, 8),
     (128, 2): Config(64, 32, 4, 64, 4, 8),
     (192, 2): Config(64, 16, 3, 32, 4, 8),
     (256, 2): Config(32, 32, 4, 32, 4, 8),

@@ -2,8 +2,8 @@
 
 No GPU is needed. Writes ``benchmarks/results/triton_resources.json`` and ``.md``; a variant that fails to compile is
 reported with its error and makes the exit code 1, and the others still run. With ``--kernel``, ``--arch``, ``--dtype``,
-``--head-dim`` or ``--sample`` only those are compiled, and the rows of the others stay as they are in the file, if the same Triton
-made them.
+``--head-dim`` or ``--sample`` only those are compiled, and the rows of the others stay as they are in the file, if the
+same Triton made them.
 """
 
 from __future__ import annotations

@@ -270,9 +270,9 @@ def compile_variant(variant: Variant) -> dict[str, Any]:
 
     Returns:
         the variant's fields, those of ``launched_as`` and: ``registers`` a thread, ``spill_bytes`` a thread,
-        ``shared_bytes`` a block, ``tensor_cores`` (instruction kinds, sorted), ``copy_bytes`` (the least that an
-        asynchronous copy moves; 0: there is none), ``load_bytes`` (the most that a load of global memory does; both
-        are 0 for AMD) and ``code_bytes``.
+        ``shared_bytes`` a block, ``tensor_cores`` (instruction kinds, sorted), ``copy_bytes`` (the most that an
+        asynchronous copy moves, that is one of K and V; 0: there is none), ``load_bytes`` (the most that a load of
+        global memory does; both are 0 for AMD) and ``code_bytes``.
 
     Raises:
         RuntimeError: nothing can be compiled here (``why_not`` tells why).
@@ -299,7 +299,7 @@ def compile_variant(variant: Variant) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         **_chosen(constants, options),
         "tensor_cores": sorted(name for name, instruction in TENSOR_CORES.items() if instruction in text),
-        "copy_bytes": min(copies, default=0),
+        "copy_bytes": max(copies, default=0),
         "load_bytes": max(loads, default=0),
         "code_bytes": len(code),
     }

@@ -30,12 +30,22 @@ def compiled():
 TABLE = json.loads((Path(__file__).parents[1] / report.OUT / "triton_resources.json").read_text())
 
 
+# What spills all the same, in bytes a thread at most: two column parts beside the guard against hidden values, and
+# AMD's compiler.
+SPILLS = {("attention", 72): 64, ("attention", 80): 64, ("branch_dq", 80): 80, ("branch_forward", "amd"): 332}
+
+
+def spills(variant):
+    amd = variant.capability == variants.AMD
+    return SPILLS.get((variant.kernel, "amd" if amd else variant.head_dim), 0)
+
+
 def check(variant, row):
     # Another Triton brings another assembler, which may spill a few bytes: 3.7.1 does, 8 of them, in float32 for sm_80.
     most = 0 if TABLE["made_with"] == f"Triton {triton.__version__}" else 32
     assert "error" not in row, row
     assert row["code_bytes"] > 1000 and row["registers"] > 0
-    assert row["spill_bytes"] <= most, row
+    assert row["spill_bytes"] <= max(most, spills(variant)), row
     assert row["shared_bytes"] <= variants.SHARED_LIMIT[variant.arch], row
     assert variant.capability == variants.AMD or row["registers"] <= 255
 
@@ -98,7 +108,7 @@ def test_the_committed_table_is_of_the_kernels_as_they_are_launched():
         assert "error" not in row, row
         launched = variants.launched_as(variant)
         assert {name: row[name] for name in launched} == launched, "run python -m anabranch.kernels.report"
-        assert row["spill_bytes"] == 0 or variant.head_dim > 128, row
+        assert row["spill_bytes"] <= spills(variant) or variant.head_dim > 128, row
 
 
 def test_a_variant_that_fails_is_reported_and_the_rest_still_compile():

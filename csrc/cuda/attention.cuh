@@ -80,13 +80,7 @@ ANABRANCH_DEVICE u32 without_infinities(T, u32& pair) {
   pair &= ~((top >> 15) * 0xffffu);
   return top;
 }
-ANABRANCH_DEVICE u32 without_infinities(float& x) {
-  const bool odd = (ptx::bits(x) & 0x7f800000u) == 0x7f800000u;
-  if (odd) x = 0;
-  return odd;
-}
 // 0 for what is finite.
-ANABRANCH_DEVICE float infinity_of(float x) { return (ptx::bits(x) & 0x7f800000u) == 0x7f800000u ? x : 0; }
 template <class T>
 ANABRANCH_DEVICE float infinity_of(T, u32 half) {
   constexpr u32 all = exponents(T{}) & 0xffffu;
@@ -297,10 +291,10 @@ struct Tile {
   }
 
   // A token that a row does not see has probability 0, and 0 · NaN is NaN: guarded, infinities and NaN are left out of
-  // the product and given to the rows that see them.
+  // the tensor cores' product and given to the rows that see them. FMAs leave out what has probability 0.
   template <bool GUARDED>
   ANABRANCH_DEVICE void add_values(const char* values) {
-    u32 odd = 0;
+    [[maybe_unused]] u32 odd = 0;
     const int lane = ptx::thread() & 31, first_key = warp_n * steps * S::kKeys;
     if constexpr (S::kHalf) {
       const char* value = values + (first_key + down(lane)) * S::kPitch + down_right(lane);
@@ -331,17 +325,20 @@ struct Tile {
           const float p1 = ptx::shuffle(ptx::number(key & 1 ? p[step][3] : p[step][2]), holder);
           ANABRANCH_UNROLL
           for (int i = 0; i < D / 8; ++i) {
-            Float2 v = ptx::load(reinterpret_cast<const Float2*>(value + (step * 8 + key) * S::kPitch + i * 32));
-            if constexpr (GUARDED) odd |= without_infinities(v.x) | without_infinities(v.y);
-            acc[i][0] += p0 * v.x;
-            acc[i][1] += p0 * v.y;
-            acc[i][2] += p1 * v.x;
-            acc[i][3] += p1 * v.y;
+            const Float2 v = ptx::load(reinterpret_cast<const Float2*>(value + (step * 8 + key) * S::kPitch + i * 32));
+            if (!GUARDED || p0 != 0) {
+              acc[i][0] += p0 * v.x;
+              acc[i][1] += p0 * v.y;
+            }
+            if (!GUARDED || p1 != 0) {
+              acc[i][2] += p1 * v.x;
+              acc[i][3] += p1 * v.y;
+            }
           }
         }
       }
     }
-    if constexpr (GUARDED)
+    if constexpr (GUARDED && S::kHalf)
       if (ptx::any(odd != 0)) add_infinities(values);
   }
 
@@ -353,16 +350,8 @@ struct Tile {
       const u32 sees = ptx::shuffle(seen, (lane & ~3) | (key >> 1 & 3)) >> (key / 8 * 4 + (key & 1));
       ANABRANCH_UNROLL
       for (int i = 0; i < D / 8; ++i) {
-        float x[2];
-        if constexpr (S::kHalf) {
-          const u32 pair = ptx::load(reinterpret_cast<const u32*>(value + i * 16));
-          x[0] = infinity_of(T{}, pair & 0xffff);
-          x[1] = infinity_of(T{}, pair >> 16);
-        } else {
-          const Float2 v = ptx::load(reinterpret_cast<const Float2*>(value + i * 32));
-          x[0] = infinity_of(v.x);
-          x[1] = infinity_of(v.y);
-        }
+        const u32 pair = ptx::load(reinterpret_cast<const u32*>(value + i * 16));
+        const float x[2] = {infinity_of(T{}, pair & 0xffff), infinity_of(T{}, pair >> 16)};
         ANABRANCH_UNROLL
         for (int c = 0; c < 4; ++c)
           if (sees >> (c & 2) & 1) acc[i][c] += x[c & 1];

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from .contenders import ALL, Contender, Unfit
+from .environment import available_bytes
 from .floor import Floor
-from .machine import available_bytes
 from .shapes import DEFAULT_HEADS, HEADS, Case, all_cases, parse_heads
 from .timing import interleaved
 from .workload import TOLERANCE, Workload, oracle, relative_error, sampled_rows

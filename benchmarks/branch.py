@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 
 import anabranch as ab
-from anabranch.branch_mask import BranchMask
+from anabranch.attention.mask import BranchMask
 
-from .machine import available_bytes
+from .environment import available_bytes
 from .shapes import parse_heads
 from .timing import Timing, flush_caches, now, once
 

@@ -11,8 +11,8 @@ import torch
 
 import anabranch as ab
 from anabranch import backends
-from anabranch.graph import DecodeGraph
-from anabranch.plan import Profile
+from anabranch.plan.tile_config import TileConfig
+from anabranch.runner.graph import DecodeGraph
 
 from .timing import Timing, once
 
@@ -20,9 +20,9 @@ CPU = torch.device("cpu")
 Q_HEADS, KV_HEADS, HEAD_DIM, DTYPE = 32, 8, 128, torch.bfloat16
 
 
-def profile() -> Profile:
+def tile_config() -> TileConfig:
     """How this machine's backend wants its work cut, for 32/8 heads of 128."""
-    return backends.choose("auto", CPU, DTYPE, HEAD_DIM).profile(Q_HEADS, KV_HEADS, HEAD_DIM, DTYPE, CPU)
+    return backends.choose("auto", CPU, DTYPE, HEAD_DIM).tile_config(Q_HEADS, KV_HEADS, HEAD_DIM, DTYPE, CPU)
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Forest:
     trunk: ab.Branch
     branches: list[ab.Branch]
 
-    def step(self, cut: Profile) -> None:
+    def step(self, cut: TileConfig) -> None:
         """One decode step's bookkeeping: slots and positions for every branch, and the plan's work items."""
         step = self.cache.step({b: 1 for b in self.branches})
         step.plan.arrays(Q_HEADS // KV_HEADS, cut)
@@ -77,7 +77,7 @@ def fork_cost(rounds: int) -> dict[str, object]:
 
 def step_costs(branches: int, rounds: int) -> Iterator[dict[str, object]]:
     """A decode step of many branches: bookkeeping and planning, with the topology as it was and changed."""
-    cut = profile()
+    cut = tile_config()
     wood = forest(2048, branches, 2 * rounds + 4)
     for _ in range(2):
         wood.step(cut)
@@ -96,7 +96,7 @@ def step_costs(branches: int, rounds: int) -> Iterator[dict[str, object]]:
 def replay_cost(branches: int, rounds: int) -> dict[str, object]:
     """What the host does in a decode step that is one graph replay (anabranch.DecodeGraph): the step's bookkeeping, its
     plan, its inputs' way to where the graph reads them. The replay itself is left out: nothing stands in its place."""
-    cut = profile()
+    cut = tile_config()
     wood = forest(2048, branches, 2 * rounds + 16)
     wood.cache._on_host = False  # plans are kept as on a GPU
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 import anabranch as ab
-from anabranch.engine.invariant import Invariant
-from anabranch.engine.linear import linear, linear_context
-from anabranch.graph import forward
+from anabranch.runner.eager import forward
+from anabranch.runner.invariant import Invariant
+from anabranch.runner.linear import linear, linear_context
 
 from .timing import Timing, interleaved
 

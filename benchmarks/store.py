@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .machine import describe, load_average
+from .environment import describe, load_average
 
 SCHEMA = 1
 

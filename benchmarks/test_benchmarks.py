@@ -55,7 +55,7 @@ def test_headline(benchmark, dtype: torch.dtype) -> None:
 
 
 def test_step_of_1000_branches(benchmark) -> None:
-    wood, cut = host.forest(512, 1000, 64), host.profile()
+    wood, cut = host.forest(512, 1000, 64), host.tile_config()
     wood.step(cut)
     benchmark.pedantic(wood.step, args=(cut,), rounds=20)
     assert all(b.length == wood.branches[0].length for b in wood.branches)

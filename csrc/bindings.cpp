@@ -7,9 +7,9 @@
 #include <list>
 #include <memory>
 
-#include "branch_plan.hpp"
-#include "plan.hpp"
-#include "tree.hpp"
+#include "plan/branch_plan.hpp"
+#include "plan/plan.hpp"
+#include "tree/tree.hpp"
 
 namespace py = pybind11;
 using namespace anabranch;

@@ -47,7 +47,7 @@ def main() -> None:
             names = archive.getnames()
         for part in (
             "CMakeLists.txt",
-            "csrc/tree.cpp",
+            "csrc/tree/tree.cpp",
             "csrc/cpu/kernels.cpp",
             "kernels/attention.py",
             "LICENSE",

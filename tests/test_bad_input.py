@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from engine_kit import assert_nothing_held, byte_tokenizer, make_engine, make_model
 
 import anabranch as ab
 from anabranch import hf
 from anabranch.strategies import Strategy
-from engine_kit import assert_nothing_held, byte_tokenizer, make_engine, make_model
 
 NOT_WHOLE = (True, 1.5, "2", None, [2], torch.tensor([2]), torch.tensor(2.0), np.bool_(True))
 WHOLE = (np.int64(2), np.array(2), torch.tensor(2))

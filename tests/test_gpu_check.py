@@ -63,12 +63,12 @@ def test_flat_reads_every_context_whole():
     case = levels("shared", [1, 8], [64, 8])
     p = problem(case)
     assert error(p, contenders.flat("cpu")(p).attend(0)) < 1e-5
-    _, profile = contenders._backend("cpu", p)
+    _, tile_config = contenders._backend("cpu", p)
     import anabranch as ab
 
-    shared = ab.Plan.from_block_tables(p.tables, p.lengths, p.page_size, p.queries).arrays(p.group, profile)
+    shared = ab.Plan.from_block_tables(p.tables, p.lengths, p.page_size, p.queries).arrays(p.group, tile_config)
     alone = torch.arange(p.tables.numel(), dtype=torch.int32).view(p.tables.shape)
-    flat = ab.Plan.from_block_tables(alone, p.lengths, p.page_size, p.queries).arrays(p.group, profile)
+    flat = ab.Plan.from_block_tables(alone, p.lengths, p.page_size, p.queries).arrays(p.group, tile_config)
     assert shared.kv_tokens < flat.kv_tokens == case.logical_tokens
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from engine_kit import byte_tokenizer, make_model
 
 import anabranch as ab
-from engine_kit import byte_tokenizer, make_model
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from anabranch import training
-from anabranch.engine.text import Tokens
 from anabranch.strategies import Tagged, ThreadWeaver
+from anabranch.text.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def lesson(
 def _encoder(tokenizer_or_pieces: Any) -> Any:
     """(text, ids before it) → its ids, as the runtime has them there."""
     if isinstance(tokenizer_or_pieces, dict):
-        from anabranch.strategies.tagged import _Pieces
+        from anabranch.strategies.tagged.tagged import _Pieces
 
         return _Pieces(tokenizer_or_pieces).encode
     tokens = Tokens(tokenizer_or_pieces)

@@ -67,7 +67,7 @@ class Ours(Contender):
     def variants(self) -> dict[str, Call]:
         work = self.work
         self.backend = backends.choose("auto", torch.device("cpu"), work.dtype, work.head_dim)
-        self.profile = self.backend.profile(
+        self.tile_config = self.backend.tile_config(
             work.num_q_heads, work.num_kv_heads, work.head_dim, work.dtype, torch.device("cpu")
         )
         return self._from_tables() if work.case.via_tables else self._from_tree()
@@ -79,7 +79,7 @@ class Ours(Contender):
         cache = self.cache
         start = now()
         step = cache.step(self.rows)
-        step.plan.arrays(work.group, self.profile)
+        step.plan.arrays(work.group, self.tile_config)
         self.extra["plan_new_us"] = (now() - start) * 1e6
         # The case's rows are in depth-first order of their nodes, and so are the step's.
         index = work.row_index
@@ -99,7 +99,7 @@ class Ours(Contender):
         lengths = torch.tensor(case.row_lengths)
         start = now()
         plan = ab.Plan.from_block_tables(tables, lengths, page_size=1)
-        plan.arrays(work.group, self.profile)
+        plan.arrays(work.group, self.tile_config)
         self.extra["plan_new_us"] = (now() - start) * 1e6
         k, v = (t.clone()[:, None] for t in (work.keys, work.values))
         name = getattr(self.backend, "name", "auto")
@@ -115,7 +115,7 @@ class Ours(Contender):
             try:
                 start = now()
                 step = self.cache.step(self.rows)
-                step.plan.arrays(self.work.group, self.profile)
+                step.plan.arrays(self.work.group, self.tile_config)
                 best = min(best, now() - start)
             except ab.OutOfPages:
                 break

@@ -6,7 +6,7 @@
 // units' sums are added in their order). Five products, no atomics.
 #pragma once
 
-#include "branch_plan.hpp"
+#include "plan/branch_plan.hpp"
 #include "cpu/packed.hpp"
 
 namespace anabranch::cpu {

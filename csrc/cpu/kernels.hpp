@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "branch_plan.hpp"
+#include "plan/branch_plan.hpp"
 
 namespace anabranch::cpu {
 

@@ -10,7 +10,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from anabranch.hooks import register_when_imported
+from anabranch import _moved
+from anabranch._hooks import register_when_imported
 
 __version__ = "0.1.0"
 
@@ -19,21 +20,21 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).resolve().parents[2]))
 
 _HOME = {
-    "TreeCache": "cache",
-    "Branch": "cache",
-    "Step": "cache",
-    "Usage": "cache",
+    "TreeCache": "kv",
+    "Branch": "kv",
+    "Step": "kv",
+    "Usage": "kv",
     "Plan": "plan",
     "tree_attention": "attention",
     "paged_tree_attention": "attention",
-    "BranchMask": "branch_mask",
-    "branch_attention": "branch",
-    "DecodeGraph": "graph",
+    "BranchMask": "attention",
+    "branch_attention": "attention",
+    "DecodeGraph": "runner",
     "OutOfPages": "errors",
     "DeadBranch": "errors",
     "BackendUnavailable": "errors",
     "Engine": "engine",
-    "Result": "engine",
+    "Result": "records",
     "replay": "engine",
     "Strategy": "strategies",
     "Aspects": "strategies",
@@ -44,23 +45,27 @@ _HOME = {
     "ThreadWeaver": "strategies",
 }
 _MODULES = (
+    "attention",
     "backends",
-    "cache",
     "cli",
     "engine",
     "errors",
+    "evaluation",
     "hf",
-    "metrics",
+    "kv",
     "models",
     "ops",
     "plan",
+    "records",
+    "runner",
     "strategies",
-    "trace",
     "training",
+    "viz",
 )
 
 __all__ = ["__version__", *_HOME]
 
+_moved.install()
 register_when_imported()
 
 
@@ -69,7 +74,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"anabranch.{_HOME[name]}"), name)
         globals()[name] = value
         return value
-    if name in _MODULES:
+    if name in _MODULES or name in _moved.MOVED:
         return importlib.import_module(f"anabranch.{name}")
     raise AttributeError(f"module 'anabranch' has no attribute {name!r}")
 

@@ -9,7 +9,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-
 from triton_cases import Case
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

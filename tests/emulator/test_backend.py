@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from triton_cases import relative_error
 
 import anabranch as ab
-from anabranch import backends, resident
+from anabranch import backends
 from anabranch.backends import cuda
 from anabranch.errors import TopologyChanged
-from triton_cases import relative_error
+from anabranch.plan import resident
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def emulated_backend(device, monkeypatch):
     monkeypatch.setattr(cuda, "_module", lambda: device)
     monkeypatch.setattr(cuda, "_on_device", lambda where: where.type == "cpu")
     monkeypatch.setattr(cuda, "_stream", lambda where: 0)
-    caches = (cuda.unavailable, cuda._traits, cuda.profile, backends.unavailable)
+    caches = (cuda.unavailable, cuda._traits, cuda.tile_config, backends.unavailable)
     for cache in caches:
         cache.cache_clear()
     yield device
@@ -91,7 +92,7 @@ def test_own_pages(emulated_backend):
 
 
 def test_profile_and_info(emulated_backend):
-    p = cuda.profile(8, 2, 32, torch.bfloat16, torch.device("cpu"))
+    p = cuda.tile_config(8, 2, 32, torch.bfloat16, torch.device("cpu"))
     assert (p.tile, p.parallelism, p.narrow) == (64, 6, 0)
     assert cuda.info()["devices"][0]["arch"] == 80
 
@@ -184,24 +185,24 @@ def test_plans_advance_on_the_device(emulated_backend, monkeypatch, kernel):
         resident, "split_buffer", lambda result, *a, **k: uploads.append(result) or split(result, *a, **k)
     )
     cache = on_a_device(ab.TreeCache(1, 2, 32, num_pages=60, page_size=8))
-    group, profile = 3, cuda.profile(6, 2, 32, torch.float32, torch.device("cpu"))
+    group, tile_config = 3, cuda.tile_config(6, 2, 32, torch.float32, torch.device("cpu"))
     trunk = cache.branch()
     cache.step({trunk: 37})
     kids = cache.fork(trunk, 5)
     cache.step({kids[0]: 3})
-    first = cache.step({kid: 1 for kid in kids}).plan.arrays(group, profile)
+    first = cache.step({kid: 1 for kid in kids}).plan.arrays(group, tile_config)
     addresses = {name: (x.data_ptr(), x.shape) for name, x in vars(first).items() if isinstance(x, torch.Tensor)}
     for _ in range(20):
         assert len(uploads) == 1
         step = cache.step({kid: 1 for kid in kids})
-        arrays = step.plan.arrays(group, profile)
+        arrays = step.plan.arrays(group, tile_config)
         assert arrays is first
         assert addresses == {n: (x.data_ptr(), x.shape) for n, x in vars(arrays).items() if isinstance(x, torch.Tensor)}
     # What the planner did on the host meanwhile, in its own buffer, is what happened here, to the last integer.
     for name, want in vars(split(uploads[0], torch.device("cpu"))).items():
         assert torch.equal(getattr(arrays, name), want) if isinstance(want, torch.Tensor) else True, name
     cache.fork(kids[1], 1)  # another topology: noticed, and uploaded
-    changed = cache.step({kid: 1 for kid in kids}).plan.arrays(group, profile)
+    changed = cache.step({kid: 1 for kid in kids}).plan.arrays(group, tile_config)
     assert changed is not first and len(uploads) == 2
 
 
@@ -222,17 +223,17 @@ def test_decoding_on_the_device(emulated_backend, dtype):
 
 def test_a_topology_change_inside_a_capture(emulated_backend, monkeypatch):
     cache = on_a_device(ab.TreeCache(1, 2, 32, num_pages=60, page_size=8))
-    profile = cuda.profile(6, 2, 32, torch.float32, torch.device("cpu"))
+    tile_config = cuda.tile_config(6, 2, 32, torch.float32, torch.device("cpu"))
     trunk = cache.branch()
     cache.step({trunk: 5})
     kids = cache.fork(trunk, 2)
-    cache.step({kid: 1 for kid in kids}).plan.arrays(3, profile)
+    cache.step({kid: 1 for kid in kids}).plan.arrays(3, tile_config)
     steady = cache.step({kid: 1 for kid in kids})
     assert steady.slots.shape == steady.position_ids.shape  # they are on the GPU now
     monkeypatch.setattr(ab.cache, "capturing", lambda where: True)
-    steady.plan.arrays(3, profile)  # the same topology: nothing to upload
+    steady.plan.arrays(3, tile_config)  # the same topology: nothing to upload
     with pytest.raises(TopologyChanged, match="make and use steps outside the capture"):
         _ = cache.step({kid: 1 for kid in kids}).position_ids
     changed = cache.step({kids[0]: 1})
     with pytest.raises(RuntimeError, match="topology changed, which a captured CUDA graph cannot follow"):
-        changed.plan.arrays(3, profile)
+        changed.plan.arrays(3, tile_config)

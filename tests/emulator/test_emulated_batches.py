@@ -6,9 +6,8 @@ import random
 
 import pytest
 import torch
-from test_backend import emulated_backend  # noqa: F401  (a fixture)
-
 from plan_kit import GROUPS, KNOWN, check_attention, random_batch
+from test_backend import emulated_backend  # noqa: F401  (a fixture)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import kit
 import pytest
 import torch
-
 from triton_cases import random_case
 
 SEEDS = 18  # each landing and schedule three times

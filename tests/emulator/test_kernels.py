@@ -10,12 +10,11 @@ import functools
 import math
 import os
 
+import kernel_bodies as bodies
+import kernel_extremes as extremes
 import kit
 import pytest
 import torch
-
-import kernel_bodies as bodies
-import kernel_extremes as extremes
 from kernel_bodies import DTYPES, OPTIONS, with_sinks
 from triton_cases import check, random_case
 

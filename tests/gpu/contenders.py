@@ -60,16 +60,16 @@ def ours(name: str) -> Callable[[Problem], Ready]:
     def prepare(p: Problem) -> Ready:
         import anabranch as ab
 
-        _, profile = _backend(name, p)
+        _, tile_config = _backend(name, p)
 
         def plan() -> Any:
             made = ab.Plan.from_block_tables(p.tables, p.lengths, p.page_size, p.queries)
             made.check(0, p.k_pages(0))
-            made.arrays(p.group, profile)  # the backend asks for the same again, and finds them
+            made.arrays(p.group, tile_config)  # the backend asks for the same again, and finds them
             return made
 
         made, plan_us = timed(plan, p.device)
-        found = made.arrays(p.group, profile)
+        found = made.arrays(p.group, tile_config)
         return Ready(
             lambda layer: ab.paged_tree_attention(
                 p.q, p.k_pages(layer), p.v_pages(layer), made, scale=p.scale, backend=name
@@ -90,14 +90,14 @@ def flat(name: str) -> Callable[[Problem], Ready]:
     def prepare(p: Problem) -> Ready:
         import anabranch as ab
 
-        backend, profile = _backend(name, p)
+        backend, tile_config = _backend(name, p)
         if p.tables.numel() * p.page_size > 2**31 - 1:
             raise Unfit("more than 2^31 tokens in all sequences together")
 
         def plan() -> FlatPlan:
             # Pages of its own for every sequence, as far as the planner knows; then each slot's true place.
             alone = torch.arange(p.tables.numel(), dtype=torch.int32).view(p.tables.shape)
-            made = ab.Plan.from_block_tables(alone, p.lengths, p.page_size, p.queries).arrays(p.group, profile)
+            made = ab.Plan.from_block_tables(alone, p.lengths, p.page_size, p.queries).arrays(p.group, tile_config)
             slots = made.kv_slots.long().clamp(0, p.tables.numel() * p.page_size - 1)
             true = p.tables.flatten()[slots // p.page_size] * p.page_size + slots % p.page_size
             arrays = replace(made, kv_slots=true.int())
@@ -119,7 +119,7 @@ class FlatPlan:
 
     made: Any
 
-    def arrays(self, group: int, profile: Any) -> Any:
+    def arrays(self, group: int, tile_config: Any) -> Any:
         return self.made
 
 
@@ -131,7 +131,7 @@ def _backend(name: str, p: Problem) -> tuple[Any, Any]:
         backend = backends.choose(name, torch.device(p.device), p.dtype, p.head_dim)
     except (BackendUnavailable, ValueError) as reason:
         raise Unfit(str(reason)) from None
-    return backend, backend.profile(p.num_q_heads, p.num_kv_heads, p.head_dim, p.dtype, p.q.device)
+    return backend, backend.tile_config(p.num_q_heads, p.num_kv_heads, p.head_dim, p.dtype, p.q.device)
 
 
 def sdpa(p: Problem) -> Ready:

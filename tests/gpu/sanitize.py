@@ -11,10 +11,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parents[2] / "python"))
 
+from triton_cases import check, random_case, relative_error
+
 import anabranch as ab
 from anabranch import backends
 from anabranch.backends import cuda
-from triton_cases import check, random_case, relative_error
 
 SKIPPED = 77
 

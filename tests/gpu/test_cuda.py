@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import kernel_bodies as bodies
 import pytest
 import torch
+from triton_cases import relative_error
 
 import anabranch as ab
-import kernel_bodies as bodies
 from anabranch import backends
 from anabranch.backends import cuda
-from triton_cases import relative_error
 
 pytestmark = pytest.mark.skipif(
     backends.unavailable("cuda") is not None, reason=f"cuda backend: {backends.unavailable('cuda')}"
@@ -65,12 +65,12 @@ def test_a_decode_step_is_one_replay():
 
     fresh(cache.step({trunk: 300}))
     kids = cache.fork(trunk, 6)
-    profile = cuda.profile(8, 2, 64, torch.bfloat16, cache.device)
+    tile_config = cuda.tile_config(8, 2, 64, torch.bfloat16, cache.device)
     for _ in range(2):
         step = cache.step({kid: 1 for kid in kids})
         fresh(step)
-        arrays = step.plan.arrays(4, profile)
-    kept = cache._resident[(4, profile)]
+        arrays = step.plan.arrays(4, tile_config)
+    kept = cache._resident[(4, tile_config)]
     q = torch.randn(6, 8, 64, generator=gen, device="cuda").bfloat16()
     slots, positions = step.slots.clone(), step.position_ids.clone()
     state = {name: x.clone() for name, x in vars(arrays).items() if isinstance(x, torch.Tensor)}
@@ -89,7 +89,7 @@ def test_a_decode_step_is_one_replay():
         fresh(step)
         slots.copy_(step.slots)
         positions.copy_(step.position_ids)
-        assert step.plan.arrays(4, profile) is arrays, "the topology did not change"
+        assert step.plan.arrays(4, tile_config) is arrays, "the topology did not change"
         graph.replay()
         want = ab.tree_attention(q, cache, 0, step, scale=0.125, backend="reference")
         assert relative_error(out, want.cpu()) <= 6e-3

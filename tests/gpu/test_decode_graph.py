@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engine_kit import make_model
+from test_engine import Nested
 
 import anabranch as ab
 from anabranch import backends
 from anabranch.errors import TopologyChanged
-from anabranch.graph import forward
-from engine_kit import make_model
-from test_engine import Nested
+from anabranch.runner.eager import forward
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(backends.unavailable(name) is not None, reason=f"{name}: not here"))

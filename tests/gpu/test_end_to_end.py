@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engine_kit import Nested, Recorder, assert_dense, assert_nothing_held, make_model
 
 import anabranch as ab
-from engine_kit import Nested, Recorder, assert_dense, assert_nothing_held, make_model
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hf_kit import FAMILIES, Run, assert_close, build, program
 
 import anabranch as ab
-from hf_kit import FAMILIES, Run, assert_close, build, program
 
 BOUND = 1e-4  # float32 matrix products of other shapes add up in another order
 

@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
+from plan_kit import GROUPS, KNOWN, check_attention, random_batch
 
 from anabranch import backends
-from plan_kit import GROUPS, KNOWN, check_attention, random_batch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -6,11 +6,11 @@ import functools
 
 import pytest
 import torch
+from branch_kit import computed, expected, random_graph, random_tree, relative, tensors
+from triton_cases import relative_error
 
 import anabranch as ab
 from anabranch import backends
-from branch_kit import computed, expected, random_graph, random_tree, relative, tensors
-from triton_cases import relative_error
 
 BACKENDS = ["reference", "triton", "cuda"]
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}

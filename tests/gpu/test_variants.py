@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import kernel_bodies as bodies
 import pytest
 import torch
-
-import kernel_bodies as bodies
 from triton_cases import check, dense, random_case, relative_error
 
 pytest.importorskip("triton", reason="Triton is not installed (it has wheels for Linux only)")

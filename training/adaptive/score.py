@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from anabranch.cli import evaluate as cli
-from anabranch.evaluation import Problem, final_answer, is_right
+from anabranch.evaluation.evaluate import Problem, final_answer, is_right
 
 FILE = Path(__file__).with_name("problems.jsonl")
 RG = {"legs": "leg_counting", "sums": "chain_sum"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import anabranch as ab
-from anabranch import adaptive
+from anabranch.models import adaptive
 from training.layout import Lesson, lesson
 
 from .families import Problem

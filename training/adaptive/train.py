@@ -26,7 +26,7 @@ import typer
 from safetensors.torch import load_file, save_file
 
 import anabranch as ab
-from anabranch.adaptive import TAG_ROWS
+from anabranch.models.adaptive import TAG_ROWS
 from anabranch.training import Layout
 
 from .families import FAMILIES, Problem, problems

@@ -7,11 +7,11 @@ read here: exact numbers, their units, lists and brackets, option letters, words
 time, threads or the order of calls.
 """
 
-from .compare import labels, matches, same_value
-from .find import boxed, letter, number
-from .judge import final_answer, is_right
-from .maths import require
-from .read import Reading, read
+from anabranch.answers.compare import labels, matches, same_value
+from anabranch.answers.find import boxed, letter, number
+from anabranch.answers.judge import final_answer, is_right
+from anabranch.answers.maths import require
+from anabranch.answers.read import Reading, read
 
 __all__ = [
     "Reading",

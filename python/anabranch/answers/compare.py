@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
-from .maths import equal
-from .read import Reading, read
+from anabranch.answers.maths import equal
+from anabranch.answers.read import Reading, read
 
 
 def same_value(a: Reading, b: Reading) -> bool:

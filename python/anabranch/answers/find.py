@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from .numbers import cleaned_numbers, written
-from .tidy import cleaned, unwrap
+from anabranch.answers.numbers import cleaned_numbers, written
+from anabranch.answers.tidy import cleaned, unwrap
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _JOINS = re.compile(r"[\s$]*(?:[,;]|,?\s*(?:\\text\s*\{\s*)?(?:and|or)(?:\s*\})?)[\s$]*")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-from .compare import matches
-from .find import BOX, MARK, boxed, starts_with_letter
-from .numbers import Found, cleaned_numbers, quantity, unit_of, written
-from .read import Reading, read
-from .tidy import tidy
+from anabranch.answers.compare import matches
+from anabranch.answers.find import BOX, MARK, boxed, starts_with_letter
+from anabranch.answers.numbers import Found, cleaned_numbers, quantity, unit_of, written
+from anabranch.answers.read import Reading, read
+from anabranch.answers.tidy import tidy
 
 _ENDS = re.compile(r"(?:(?:<\|[^|<>]*\|>|</?s>|<eos>)\s*)+$")  # end-of-sequence tokens as tokenizers spell them
 _SENTENCE = re.compile(r"[.!?](?=[\s*\"')]|$)")

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .tidy import balanced, cleaned
+from anabranch.answers.tidy import balanced, cleaned
 
 LONGEST = 1_000  # digits of a number
 _GROUPED = (

@@ -8,8 +8,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
 
-from .numbers import quantity
-from .tidy import tidy
+from anabranch.answers.numbers import quantity
+from anabranch.answers.tidy import tidy
 
 LONGEST = 2_000  # characters of an answer that is read; a longer one is compared as it is written
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from anabranch.backends import native
 from anabranch.backends.native import MAX_HEAD_DIM, TYPES, address, floats, rows, strided
-from anabranch.plan import Profile
+from anabranch.plan.tile_config import TileConfig
 
 if TYPE_CHECKING:
-    from anabranch.branch_ops import Layout
-    from anabranch.plan import Plan
+    from anabranch.ops.branch import Layout
+    from anabranch.plan.plan import Plan
 
 __all__ = [
-    "attention", "branch_backward", "branch_forward", "copy_pages", "info", "large_pages", "name", "profile", "refuses",
+    "attention", "branch_backward", "branch_forward", "copy_pages", "info", "large_pages", "name", "tile_config", "refuses",
     "unavailable", "write_kv",
 ]  # fmt: skip
 
@@ -64,19 +64,19 @@ def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     return None
 
 
-def profile(
+def tile_config(
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
     batch_invariant: bool = False,
-) -> Profile:
+) -> TileConfig:
     """How plans for these kernels are to be cut.
 
     batch_invariant: so that a row's result depends on its own context alone.
     """
-    return Profile(
+    return TileConfig(
         tile=FEW_ROWS_TILE if batch_invariant else TILE,
         chunk=CHUNK,
         parallelism=UNITS_PER_THREAD * torch.get_num_threads(),
@@ -110,7 +110,7 @@ def attention(
 
     num_q_heads, num_kv_heads = q.shape[1], k_pages.shape[2]
     shape = num_q_heads, num_kv_heads, q.shape[2], q.dtype, q.device
-    arrays = plan.arrays(num_q_heads // num_kv_heads, profile(*shape, batch_invariant=plan.batch_invariant))
+    arrays = plan.arrays(num_q_heads // num_kv_heads, tile_config(*shape, batch_invariant=plan.batch_invariant))
     return native.attention(
         _cpu.attention, rows(q), k_pages, v_pages, arrays, torch.get_num_threads(),
         scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse,

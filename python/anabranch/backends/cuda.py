@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from anabranch import machine
+from anabranch.backends import cost_model as machine
 from anabranch.backends import native
 from anabranch.backends.native import MAX_HEAD_DIM, TYPES, address, rows, strided
-from anabranch.plan import Profile
+from anabranch.plan.tile_config import TileConfig
 
 if TYPE_CHECKING:
-    from anabranch.plan import Plan, PlanArrays
+    from anabranch.plan.arrays import PlanArrays
+    from anabranch.plan.plan import Plan
 
-__all__ = ["advance", "attention", "copy_pages", "info", "name", "profile", "refuses", "unavailable", "write_kv"]
+__all__ = ["advance", "attention", "copy_pages", "info", "name", "tile_config", "refuses", "unavailable", "write_kv"]
 
 name = "cuda"
 
@@ -124,16 +125,16 @@ def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 
 
 @functools.lru_cache(maxsize=256)
-def profile(
+def tile_config(
     num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device,
     chunk: int | None = None,
-) -> Profile:  # fmt: skip
+) -> TileConfig:  # fmt: skip
     """How plans for these kernels are to be cut: the kernel's own tile; chunk (where none is given) and split by the
     model of the machine."""
     tile = _module().packed_rows(TYPES[dtype], head_dim)
     multiprocessors = _traits(_index(device))["multiprocessors"]
     cut = machine.cut_for(device, multiprocessors, num_q_heads, num_kv_heads, head_dim, dtype.itemsize, tile, chunk)
-    return Profile(
+    return TileConfig(
         tile=tile,
         chunk=cut.chunk,
         parallelism=cut.parallelism,
@@ -181,7 +182,7 @@ def attention(
     """out [rows, Hq, D] in q's dtype; lse [rows, Hq] float32 (natural log) or None."""
     num_q_heads, num_kv_heads = q.shape[1], k_pages.shape[2]
     arrays = plan.arrays(
-        num_q_heads // num_kv_heads, profile(num_q_heads, num_kv_heads, q.shape[2], q.dtype, k_pages.device)
+        num_q_heads // num_kv_heads, tile_config(num_q_heads, num_kv_heads, q.shape[2], q.dtype, k_pages.device)
     )
     return run(
         q, k_pages, v_pages, arrays, scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse
@@ -241,7 +242,7 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
 
 
 def advance(arrays: PlanArrays, tails: Tensor, slots: Tensor, positions: Tensor) -> None:
-    """One decode step of a kept plan: a token more for every tail, in place (anabranch.resident); one launch.
+    """One decode step of a kept plan: a token more for every tail, in place (anabranch.plan.resident); one launch.
 
     tails int64 [rows] (items), slots int32 [rows], positions int64 [rows], all on the arrays' device.
     """

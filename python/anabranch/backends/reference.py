@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from anabranch.plan import Plan, Profile
+from anabranch.plan.plan import Plan
+from anabranch.plan.tile_config import TileConfig
 
 if TYPE_CHECKING:
-    from anabranch.branch_ops import Layout
+    from anabranch.ops.branch import Layout
 
 name = "reference"
 
@@ -28,8 +29,10 @@ def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     return None
 
 
-def profile(num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Profile:
-    return Profile(tile=64, chunk=256, parallelism=1, num_kv_heads=num_kv_heads, elem_size=dtype.itemsize)
+def tile_config(
+    num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> TileConfig:
+    return TileConfig(tile=64, chunk=256, parallelism=1, num_kv_heads=num_kv_heads, elem_size=dtype.itemsize)
 
 
 def gather(pages: Tensor, slots: Tensor) -> Tensor:

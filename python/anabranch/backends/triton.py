@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from anabranch import machine
+from anabranch.backends import cost_model as machine
 from anabranch.backends.native import rows
-from anabranch.plan import Profile
+from anabranch.plan.tile_config import TileConfig
 
 if TYPE_CHECKING:
-    from anabranch.branch_ops import Layout
     from anabranch.kernels.branch_launch import Tables
-    from anabranch.plan import Plan
+    from anabranch.ops.branch import Layout
+    from anabranch.plan.plan import Plan
 
 __all__ = [
-    "attention", "branch_backward", "branch_forward", "copy_pages", "name", "profile", "refuses", "unavailable",
+    "attention", "branch_backward", "branch_forward", "copy_pages", "name", "tile_config", "refuses", "unavailable",
     "write_kv",
 ]  # fmt: skip
 
@@ -65,10 +65,10 @@ def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 
 
 @functools.lru_cache(maxsize=256)
-def profile(
+def tile_config(
     num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device,
     chunk: int | None = None,
-) -> Profile:  # fmt: skip
+) -> TileConfig:  # fmt: skip
     """How plans for these kernels are to be cut: the wide tile of this device; chunk (where none is given) and split
     by the model of the machine. Shorter chunks cost more partials than they balance, longer ones leave a tail."""
     from anabranch.kernels import configs, launch
@@ -78,7 +78,7 @@ def profile(
     cut = machine.cut_for(
         device, traits.multiprocessors, num_q_heads, num_kv_heads, head_dim, dtype.itemsize, tile, chunk
     )
-    return Profile(
+    return TileConfig(
         tile=tile,
         chunk=cut.chunk,
         parallelism=cut.parallelism,
@@ -104,7 +104,7 @@ def attention(
 
     num_q_heads, num_kv_heads = q.shape[1], k_pages.shape[2]
     arrays = plan.arrays(
-        num_q_heads // num_kv_heads, profile(num_q_heads, num_kv_heads, q.shape[2], q.dtype, k_pages.device)
+        num_q_heads // num_kv_heads, tile_config(num_q_heads, num_kv_heads, q.shape[2], q.dtype, k_pages.device)
     )
     out, lse = launch.attention(q, k_pages, v_pages, arrays, scale=scale, softcap=softcap, window=window, sinks=sinks)
     return out, lse if return_lse else None
@@ -136,8 +136,8 @@ def _cut(layout: Layout, columns: bool, most: int) -> Tables:
     The first call for a mask copies its few index arrays to the host, which waits for the device; later calls do not.
     """
     from anabranch._core import branch_tables
-    from anabranch.branch_mask import _transpose
     from anabranch.kernels.branch_launch import Tables
+    from anabranch.plan.intervals import transpose_intervals
 
     kept = _tables.setdefault(layout.starts, {})
     if "host" not in kept:
@@ -146,7 +146,7 @@ def _cut(layout: Layout, columns: bool, most: int) -> Tables:
     starts, ptr, intervals = kept["host"]
     if columns:
         if "turned" not in kept:
-            kept["turned"] = tuple(x.numpy() for x in _transpose(starts, ptr, intervals))
+            kept["turned"] = tuple(x.numpy() for x in transpose_intervals(starts, ptr, intervals))
         ptr, intervals = kept["turned"]
     if (columns, most) not in kept:
         tiles, pieces = branch_tables(starts, ptr, intervals, columns, most, NARROWEST)

@@ -8,7 +8,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from anabranch.cli.common import Mistake, consoles, load_model, machine_note, plain_terminal
+from anabranch.cli.common import Mistake, load_model
+from anabranch.viz.console import consoles, machine_note, plain_terminal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console, RenderableType
 
-    from anabranch.cli.story import Story
+    from anabranch.viz.story import Story
 
 PRODUCT = re.compile(r"\s*(\d{1,4})\s*[*x×]\s*(\d{1,4})\s*=?\s*")
 
@@ -156,7 +157,7 @@ def _engine(name: str, dtype: str) -> tuple[Any, str]:
 
 
 def _asked(engine: Any, case: Case) -> Any:
-    from anabranch.engine.prompts import takes_chats
+    from anabranch.text.prompts import takes_chats
 
     return [{"role": "user", "content": case.prompt}] if takes_chats(engine.tokenizer) else case.prompt
 
@@ -179,8 +180,8 @@ def _tell(
     seed: int,
 ) -> Told:
     """Run it once, drawing."""
-    from anabranch.cli.display import tell
-    from anabranch.evaluation import is_right
+    from anabranch.evaluation.evaluate import is_right
+    from anabranch.viz.terminal import tell
 
     stream = engine.stream(
         _asked(engine, case), strategy=_strategy(sequential), max_new_tokens=most, seed=seed, do_sample=False
@@ -251,7 +252,7 @@ def _card(told: Told) -> RenderableType:
 
 
 def _report(told: Sequence[Told], sequential: bool) -> dict[str, Any]:
-    """``--json``: one entry a problem; metrics by their names in `anabranch.metrics`."""
+    """``--json``: one entry a problem; metrics by their names in `anabranch.records.metrics`."""
     entries = []
     for one in told:
         result = one.story.result

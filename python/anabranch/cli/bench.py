@@ -13,7 +13,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from anabranch.cli.common import USAGE, Mistake, choose_dtype, consoles, machine_note, plain_terminal
+from anabranch.cli.common import USAGE, Mistake, choose_dtype
+from anabranch.viz.console import consoles, machine_note, plain_terminal
 
 COMMANDS = ("attention", "e2e", "host", "all", "report")
 ALLOWED = {"float32": 1e-5, "bfloat16": 1e-2}  # relative error against float64
@@ -65,7 +66,7 @@ def predict(as_json: bool, arguments: list[str]) -> None:
     """What the model of the machine expects of the cuda backend; nothing is measured."""
     from dataclasses import asdict
 
-    from anabranch import machine
+    from anabranch.backends import cost_model as machine
 
     if arguments:
         raise Mistake(f"{' '.join(arguments)}: --predict takes --json alone", USAGE)

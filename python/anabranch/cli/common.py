@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
+from anabranch.viz.console import cpu
 
 INTERRUPTED = 128 + signal.SIGINT  # 130, as shells count
+
 FAILED, USAGE = 1, 2
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 # bfloat16 matrix products in hardware. Without them the CPU converts, and a step of 16 rows of SmolLM2 takes 2.2 times
 # as long as in float32 (AVX2, one thread), though one of a single row, which only reads weights, takes 0.7 times.
 BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16", "svebf16")
@@ -37,13 +40,6 @@ def set_debug(value: bool) -> bool:
     global _debug
     _debug = _debug or value
     return value
-
-
-def consoles() -> tuple[Console, Console]:
-    """(stdout, stderr)."""
-    from rich.console import Console
-
-    return Console(highlight=False), Console(stderr=True, highlight=False)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -78,25 +74,11 @@ def _mistake(error: Exception) -> int | None:
     if isinstance(error, Mistake):
         return error.code
     # The library's own errors name the argument and the remedy; only its modules are asked for them, once loaded.
-    known = [("anabranch.models", "ModelUnavailable"), ("anabranch.hf_shape", "UnsupportedModel")]
+    known = [("anabranch.models", "ModelUnavailable"), ("anabranch.hf.probe", "UnsupportedModel")]
     known += [("anabranch.errors", name) for name in ("OutOfPages", "BackendUnavailable")]
     classes = [getattr(sys.modules[module], name) for module, name in known if module in sys.modules]
     files = (FileNotFoundError, PermissionError, IsADirectoryError)
     return FAILED if isinstance(error, (ValueError, *files, *classes)) else None
-
-
-def plain_terminal(console: Console) -> bool:
-    """Whether output is read by a program, a log or a terminal without cursor movement: lines only, no live display."""
-    return not console.is_terminal or console.is_dumb_terminal
-
-
-# A model may write any byte, escape sequences that a terminal obeys among them.
-_CONTROL = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
-
-
-def printable(text: str) -> str:
-    """`text` with control characters replaced: safe to show in a terminal."""
-    return text.translate(_CONTROL)
 
 
 def check_save(path: Path | None) -> None:
@@ -108,22 +90,6 @@ def check_save(path: Path | None) -> None:
         raise Mistake(f"--save {str(path)!r}: there is no folder {str(folder)!r}", USAGE)
     if path.is_dir() or not os.access(folder, os.W_OK):
         raise Mistake(f"--save {str(path)!r}: cannot write a file there", USAGE)
-
-
-# ------------------------------------------------------------------------------------------------ models
-
-
-def cpu() -> tuple[str, list[str]]:
-    """(model name, feature flags) of the CPU; flags are empty where the system does not tell."""
-    import platform
-
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine(), []
-    block = text.split("\n\n")[0].splitlines()
-    fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in block)}
-    return fields.get("model name", platform.machine()), (fields.get("flags") or fields.get("Features") or "").split()
 
 
 def choose_dtype(wish: str = "auto") -> tuple[torch.dtype, str]:
@@ -202,21 +168,3 @@ def _load_folder(folder: Path, kind: torch.dtype) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         raise Mistake(f"--model {str(folder)!r}: Transformers cannot load it: {error}") from error
     return model.to(device).eval(), tokenizer
-
-
-def machine_note() -> str:
-    """One line that says where something was measured."""
-    import torch
-
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}; torch {torch.__version__}"
-    name, flags = cpu()
-    count = torch.get_num_threads()
-    threads = "1 thread" if count == 1 else f"{count} threads"
-    best = next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd") if f in flags), "")
-    busy = ""
-    if hasattr(os, "getloadavg"):
-        load, cores = os.getloadavg()[0], os.cpu_count() or 1
-        if load > 1.5 * cores:
-            busy = f"; busy: load {load:.1f} on {cores} cores, so wall times are too long"
-    return f"{name} ({best}), {threads}; torch {torch.__version__}{busy}".replace(" ()", "")

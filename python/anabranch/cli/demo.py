@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anabranch.cli.common import FAILED, USAGE, Mistake, check_save, consoles, load_model, plain_terminal
+from anabranch.cli.common import FAILED, USAGE, Mistake, check_save, load_model
+from anabranch.viz.console import consoles, plain_terminal
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from anabranch.cli.story import Story
-    from anabranch.engine.result import Result
+    from anabranch.records.result import Result
+    from anabranch.viz.story import Story
 
 DECIDING = ("multiplication", "smollm2-adaptive")  # models of ours that were taught to fork
 QUESTION = "Should I learn to play the piano as an adult?"
@@ -127,7 +128,7 @@ def run(options: Options) -> None:
     assert result is not None
     comparison = None
     if not quiet:
-        from anabranch.cli import score
+        from anabranch.viz import card as score
 
         score.show(out, result, engine.cache.page_size, story.peak)
     if options.save is not None:
@@ -140,11 +141,11 @@ def run(options: Options) -> None:
             why = "One branch alone" if result.tree.children else "The answer ended before it could fork"
             (err if quiet else out).print(f"\n{why}, so there is nothing to compare.", style="dim")
         elif not quiet:
-            from anabranch.cli import score
+            from anabranch.viz import card as score
 
             score.show_comparison(out, comparison, dtype)
     if quiet:
-        from anabranch.cli import score
+        from anabranch.viz import card as score
 
         report = score.as_json(
             result, model=options.model, dtype=dtype, prompt=options.prompt, comparison=comparison, command="demo"
@@ -160,7 +161,7 @@ def _engine(options: Options, console: Console | None) -> tuple[Any, str]:
             models.path(options.model)  # its bar and our spinner must not draw at the same time
     with console.status("loading the model …") if console is not None else nullcontext():
         import anabranch as ab
-        from anabranch.engine.prompts import takes_chats
+        from anabranch.text.prompts import takes_chats
 
         model, tokenizer, dtype = load_model(options.model, options.dtype)
         if not takes_chats(tokenizer):
@@ -175,7 +176,7 @@ def _engine(options: Options, console: Console | None) -> tuple[Any, str]:
 
 def _pages(options: Options, tokenizer: Any) -> int:
     """Pages of 16 tokens for all that may be written, with room for a header of one token a byte."""
-    from anabranch.engine.prompts import Text
+    from anabranch.text.prompts import Text
 
     ids = Text(tokenizer, len(tokenizer)).prompt_ids(_chat(options))
     trunk = len(ids) + INTRO_TOKENS + CONCLUSION_TOKENS + len(CONCLUSION) + 2
@@ -199,7 +200,7 @@ class EndOfThought:
     """
 
     def __init__(self, tokenizer: Any, enough: int):
-        from anabranch.engine.text import Tokens
+        from anabranch.text.tokens import Tokens
 
         self.tokens, self.enough = Tokens(tokenizer), enough
 
@@ -237,7 +238,7 @@ def _follow(
     engine: Any, options: Options, console: Console, live: bool, quiet: bool, dtype: str
 ) -> tuple[Story, list[int]]:
     """Run it, drawing; returns the story with its result, and the token ids before the fork (none without one)."""
-    from anabranch.cli.display import tell
+    from anabranch.viz.terminal import tell
 
     end = EndOfThought(engine.tokenizer, options.branch_tokens)
     sampling = {"seed": options.seed, "max_new_tokens": options.max_new_tokens, "stopping_criteria": [end], **SAMPLING}
@@ -267,7 +268,7 @@ def _compare(engine: Any, result: Result, context: list[int], options: Options, 
     kids = result.tree.children
     if len(kids) < 2 or not context:
         return None
-    from anabranch.cli.score import written
+    from anabranch.viz.card import written
 
     longest = max(map(written, kids))
     with console.status("the same fork through model.generate …") if console is not None else nullcontext():

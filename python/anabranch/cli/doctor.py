@@ -11,7 +11,8 @@ import time
 from typing import Any
 
 from anabranch import __version__
-from anabranch.cli.common import FAILED, consoles, cpu
+from anabranch.cli.common import FAILED
+from anabranch.viz.console import consoles, cpu
 
 # Every variable that our code reads, or that decides what it can do here (a test looks for any that is missing).
 VARIABLES = {
@@ -200,7 +201,7 @@ def _auto() -> dict[str, Any]:
         except ValueError as error:
             chosen[device] = {"backend": None, "why": str(error)}
             continue
-        better = backends._PREFERRED[device]
+        better = backends.PREFERRED[device]
         passed_over = [f"{b}: {backends.unavailable(b)}" for b in better[: better.index(name)]]
         chosen[device] = {"backend": name, "why": "; ".join(passed_over) or "the fastest for this device, and it works"}
     return chosen

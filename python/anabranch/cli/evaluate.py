@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anabranch.cli.common import USAGE, Mistake, check_save, consoles, load_model, machine_note, plain_terminal
+from anabranch.cli.common import USAGE, Mistake, check_save, load_model
+from anabranch.viz.console import consoles, machine_note, plain_terminal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from rich.table import Table
 
-    from anabranch.evaluation import Problem
+    from anabranch.evaluation.evaluate import Problem
 
 
 @dataclass(frozen=True)

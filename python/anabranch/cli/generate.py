@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anabranch.cli.common import USAGE, Mistake, check_save, consoles, load_model, plain_terminal, printable
+from anabranch.cli.common import USAGE, Mistake, check_save, load_model
+from anabranch.viz.console import consoles, plain_terminal, printable
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def run(options: Options) -> None:
             models.path(options.model)  # its bar and our spinner must not draw at the same time
     with err.status("loading the model …") if interactive else nullcontext():
         import anabranch as ab
-        from anabranch.engine.prompts import takes_chats
+        from anabranch.text.prompts import takes_chats
 
         model, tokenizer, dtype = load_model(options.model, options.dtype)
         chat = takes_chats(tokenizer) if options.chat is None else options.chat
@@ -79,7 +80,7 @@ def run(options: Options) -> None:
     if options.save is not None:
         result.trace().save(options.save)
     if options.as_json:
-        from anabranch.cli.score import as_json
+        from anabranch.viz.card import as_json
 
         report = as_json(
             result, model=options.model, dtype=str(dtype).removeprefix("torch."), prompt=prompt, comparison=None,
@@ -158,9 +159,9 @@ def _sampling(options: Options) -> dict[str, Any]:
 
 def _stream(engine: Any, prompt: Any, call: dict[str, Any], out: Any, options: Options) -> Any:
     """Plain decoding: the text as it comes. With a strategy: the tree, live in a terminal, as lines elsewhere."""
-    from anabranch.cli.display import Lines, Picture, follow
-    from anabranch.cli.story import Story
-    from anabranch.engine.events import Token
+    from anabranch.records.events import Token
+    from anabranch.viz.story import Story
+    from anabranch.viz.terminal import Lines, Picture, follow
 
     story, plain = Story(engine), options.strategy == "none"
     live = not plain and not plain_terminal(out)

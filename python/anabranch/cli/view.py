@@ -6,17 +6,18 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anabranch.cli.common import Mistake, consoles, load_model
+from anabranch.cli.common import Mistake, load_model
+from anabranch.viz.console import consoles
 
 if TYPE_CHECKING:
-    from anabranch.trace import Trace
+    from anabranch.records.trace import Trace
 
 
 def run(path: Path, as_json: bool, replay: bool = False, model: str | None = None) -> None:
     """Read, check and draw; `replay`: through `model` (None: the one that wrote it) first."""
     if not path.is_file():
         raise Mistake(f"TRACE {str(path)!r}: no such file; `anabranch demo --save {path.name}` makes one")
-    from anabranch import trace as traces
+    from anabranch.records import trace as traces
 
     try:
         trace = traces.load(path)
@@ -30,9 +31,9 @@ def run(path: Path, as_json: bool, replay: bool = False, model: str | None = Non
         return
     from rich.markup import escape
 
-    from anabranch.cli.display import Picture
-    from anabranch.cli.score import card
-    from anabranch.cli.story import Story, from_node
+    from anabranch.viz.card import card
+    from anabranch.viz.story import Story, from_node
+    from anabranch.viz.terminal import Picture
 
     out, _ = consoles()
     name = Path(trace.model).name or trace.model

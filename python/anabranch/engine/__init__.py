@@ -1,9 +1,9 @@
 """The loop: one packed forward a step for all threads of all prompts."""
 
-from .core import Engine
-from .events import Discard, Event, Finish, Fork, Join, Token
-from .replay import logprob_pairs, replay
-from .result import Node, Result
+from anabranch.engine.engine import Engine
+from anabranch.engine.replay import logprob_pairs, replay
+from anabranch.records.events import Discard, Event, Finish, Fork, Join, Token
+from anabranch.records.result import Node, Result
 
 __all__ = [
     "Discard",

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from .. import hf
-from ..cache import TreeCache
-from ..hf_shape import refuse_prompt_learning
+from anabranch import hf
+from anabranch.hf.probe import refuse_prompt_learning
+from anabranch.kv.cache import TreeCache
 
 __all__ = ["check_model"]
 

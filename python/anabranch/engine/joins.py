@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..strategies.ops import Join
-from ..strategies.protocol import Action, Segment, Thread
-from . import events
-from .live import append, cut
+from anabranch.engine.thread_state import append, cut
+from anabranch.records import events
+from anabranch.records.actions import Action
+from anabranch.strategies.api.ops import Join
+from anabranch.strategies.api.thread import Segment, Thread
 
 if TYPE_CHECKING:
-    from .request import Request
+    from anabranch.engine.request import Request
 
 
 def adoptable(op: Join) -> bool:

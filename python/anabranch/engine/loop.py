@@ -11,18 +11,20 @@ from typing import Any
 
 import torch
 
-from ..errors import OutOfPages
-from ..graph import forward
-from ..hf_shape import own_precision
-from ..strategies.ops import Decode, Join
-from ..strategies.protocol import Thread
-from . import events, scores
-from .clock import Peaks, share
-from .live import Feed, Live
-from .modes import evaluating
-from .request import Request
-from .result import Result, build_result
-from .slots import Slots
+from anabranch.engine import logits as scores
+from anabranch.engine.admission import Slots
+from anabranch.engine.costs import Peaks, share
+from anabranch.engine.request import Request
+from anabranch.engine.results import build_result
+from anabranch.engine.thread_state import Feed, Live
+from anabranch.errors import OutOfPages
+from anabranch.hf.probe import own_precision
+from anabranch.records import events
+from anabranch.records.result import Result
+from anabranch.runner.eager import forward
+from anabranch.runner.modes import evaluating
+from anabranch.strategies.api.ops import Decode, Join
+from anabranch.strategies.api.thread import Thread
 
 
 class Run:

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from .._check import whole
+from anabranch._check import whole
 
 HONOURED = frozenset(
     """

@@ -6,14 +6,16 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .._check import told
-from ..strategies.ops import Ended, Score
-from ..strategies.protocol import Action, Strategy, Thread
-from .core import Engine
-from .result import Node, Result, Run
+from anabranch._check import told
+from anabranch.engine.engine import Engine
+from anabranch.records.actions import Action
+from anabranch.records.result import Node, Result, Run
+from anabranch.strategies.api.ops import Ended, Score
+from anabranch.strategies.api.strategy import Strategy
+from anabranch.strategies.api.thread import Thread
 
 if TYPE_CHECKING:
-    from ..trace import Trace
+    from anabranch.records.trace import Trace
 
 __all__ = ["logprob_pairs", "replay"]
 

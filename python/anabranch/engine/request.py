@@ -8,17 +8,20 @@ from inspect import isgenerator
 from math import nan
 from typing import Any
 
-from ..strategies.ops import Awaitable, Decode, Ended, Fork, Insert, Join, Op, Score, Truncate
-from ..strategies.plain import Plain
-from ..strategies.protocol import Action, Strategy, Thread
-from . import events
-from .clock import Clock
-from .joins import adoptable, built_on, join, rewind, splits_joined, truncate
-from .live import Live, append
-from .prompts import Text
-from .sampling import Samplers, random_stream
-from .tasks import Task, Tasks
-from .text import Reader, Stops
+from anabranch.engine.costs import Clock
+from anabranch.engine.joins import adoptable, built_on, join, rewind, splits_joined, truncate
+from anabranch.engine.sampling import Samplers, random_stream
+from anabranch.engine.tasks import Task, Tasks
+from anabranch.engine.thread_state import Live, append
+from anabranch.records import events
+from anabranch.records.actions import Action
+from anabranch.strategies.api.awaitable import Awaitable
+from anabranch.strategies.api.ops import Decode, Ended, Fork, Insert, Join, Op, Score, Truncate
+from anabranch.strategies.api.strategy import Strategy
+from anabranch.strategies.api.thread import Thread
+from anabranch.strategies.plain import Plain
+from anabranch.text.prompts import Text
+from anabranch.text.tokens import Reader, Stops
 
 
 class Request:

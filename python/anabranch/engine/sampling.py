@@ -17,8 +17,8 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import logits_process as lp
 from transformers.generation.stopping_criteria import ConfidenceCriteria
 
-from ..strategies.ops import TokenStats
-from .options import refuse, refuse_unsampled
+from anabranch.engine.options import refuse, refuse_unsampled
+from anabranch.strategies.api.ops import TokenStats
 
 # Processors that look at the scores alone: one call serves all threads. Any other sees each thread's own tokens.
 _CONTEXT_FREE = (

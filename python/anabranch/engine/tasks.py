@@ -7,8 +7,8 @@ from collections.abc import Generator
 from inspect import isgenerator
 from typing import Any
 
-from ..strategies.ops import Awaitable, ThreadGone, _Combined, _Gather
-from ..strategies.protocol import Thread
+from anabranch.strategies.api.awaitable import Awaitable, ThreadGone, _Combined, _Gather
+from anabranch.strategies.api.thread import Thread
 
 
 class Task(Awaitable):

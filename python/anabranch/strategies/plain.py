@@ -6,7 +6,8 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
-from .protocol import Strategy, Thread
+from anabranch.strategies.api.strategy import Strategy
+from anabranch.strategies.api.thread import Thread
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ A `Layout` is one packed row: tokens, a `BranchMask`, labels. Builders make it f
 Transformers' ``Trainer`` or TRL's ``SFTTrainer``.
 """
 
-from .collators import BranchCollator, GRPOCollator
-from .formats import (
+from anabranch.training.collators import BranchCollator, GRPOCollator
+from anabranch.training.formats import (
     Block,
     Inserted,
     grpo,
@@ -18,8 +18,8 @@ from .formats import (
     threadweaver,
     trie,
 )
-from .layout import IGNORE, Layout
-from .traces import from_trace
+from anabranch.training.layout import IGNORE, Layout
+from anabranch.training.traces import from_trace
 
 __all__ = [
     "IGNORE",

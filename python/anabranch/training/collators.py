@@ -44,8 +44,8 @@ class BranchCollator:
 
     def layout(self, item: Any, index: int = 0) -> Layout:
         """One item as a `Layout`."""
-        from anabranch.engine.result import Result
-        from anabranch.trace import SCHEMA, Trace
+        from anabranch.records.result import Result
+        from anabranch.records.trace import SCHEMA, Trace
         from anabranch.training.traces import from_trace
 
         if isinstance(item, Layout):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anabranch.branch_mask import BranchMask
-from anabranch.hf_mask import beside_branch_mask
+from anabranch.attention.mask import BranchMask
+from anabranch.hf.mask import beside_branch_mask
 
 __all__ = ["IGNORE", "Layout"]
 

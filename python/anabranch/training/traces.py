@@ -10,8 +10,8 @@ from anabranch._check import told
 from anabranch.training.layout import Layout, Rows
 
 if TYPE_CHECKING:
-    from anabranch.engine.result import Node, Result, Run
-    from anabranch.trace import Trace
+    from anabranch.records.result import Node, Result, Run
+    from anabranch.records.trace import Trace
 
 
 def from_trace(

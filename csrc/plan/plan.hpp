@@ -1,0 +1,113 @@
+// The planner: contexts (lists of token pieces) → work items for the kernels.
+//
+// Pieces with the same visitors are put into one *run*, wherever they stand in the contexts: fewer, longer runs make
+// fewer partial results. A run keeps its tokens in context order, so that what a row must not see yet is a suffix. It is
+// cut into items: a tile of the rows that see it × a range of its tokens. Linear in pieces listed + tokens + rows of
+// all runs.
+//
+// The layout of the arrays is the contract in docs/architecture.md.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "tree/tree.hpp"
+
+namespace anabranch {
+
+// What the planner is told: B contexts, each a list of pieces and its number of query rows. The rows of a context are
+// its last tokens: row j of n sees everything but the last n − 1 − j tokens.
+//
+// The planner relies on this: a context lists a piece once, and two contexts list the pieces they share in the same
+// order. Block tables: pieces come by column, then by place in the page. Trees: a list grows at its end only, and a span
+// enters it in one of three ways: with the step that makes it, by a fork (a copy of the list), or by the join of the one
+// branch whose own it is, in that branch's order, after which that branch is gone. (tests/test_plan_fuzz.py: same_order)
+struct Contexts {
+  struct Piece {
+    const i32* slots;
+    const i32* positions;
+    i32 length;
+  };
+  std::vector<Piece> pieces;
+  std::vector<i32> piece_ptr;    // [B + 1]
+  std::vector<i32> piece_ids;    // piece_ids[piece_ptr[b] : piece_ptr[b+1]] in context order
+  std::vector<i32> row_ptr;      // [B + 1]
+  std::vector<i64> row_positions;  // [rows]
+};
+
+struct PlanParams {
+  i32 group;         // query heads a KV head
+  i32 tile;          // packed rows (rows × group) an item
+  i32 chunk;         // grain of token ranges
+  i32 parallelism;   // items × KV heads a run should at least be split into
+  i32 num_kv_heads;
+  i32 elem_size;     // bytes of one KV element
+  i32 narrow = 0;    // items of at most this many packed rows come after all others (0: one order for all)
+  bool fixed = false;  // a row's token ranges depend on its own context alone: borders at multiples of `chunk`
+  bool operator==(const PlanParams& o) const {
+    return group == o.group && tile == o.tile && chunk == o.chunk && parallelism == o.parallelism &&
+           num_kv_heads == o.num_kv_heads && elem_size == o.elem_size && narrow == o.narrow && fixed == o.fixed;
+  }
+};
+
+// The same contexts, cut at multiples of `grain` tokens; pieces are in the order of those borders.
+struct FixedContexts {
+  Contexts contexts;
+  std::vector<i32> slots, positions;  // what the pieces point into
+};
+FixedContexts fixed_pieces(const Contexts& contexts, i32 grain);
+
+constexpr i32 kItemFields = 8;
+enum ItemField { kKvBegin, kKvLen, kRowBegin, kRowCount, kMasked, kKvPosMax, kRowPosMin };
+
+// One int32 buffer with the sections of PlanArrays, in this order. The long ones come first: they are written where
+// they stay.
+enum Section { kKvSlots, kKvPositions, kItems, kRows, kLimits, kDest, kRowPositions, kMergeRows, kMergePtr, kSections };
+
+struct PlanData {
+  std::shared_ptr<i32[]> buffer;  // not initialised where nothing is written
+  i64 begin[kSections + 1];  // section s is buffer[begin[s] : begin[s + 1]]
+  i64 num_items = 0, num_partials = 0, num_merge = 0, tile_rows = 0, num_runs = 0, num_absorbed = 0, kv_tokens = 0,
+      num_rows = 0, num_wide = 0;
+};
+
+class Planner {
+ public:
+  // `slack`: free places behind the tokens of single-row tails, so that `advance` can append.
+  static PlanData build(const Contexts& contexts, const PlanParams& params, i32 slack, std::vector<i32>* tail_items,
+                        std::vector<i32>* tail_capacity);
+};
+
+// A plan that is kept while the topology stays: each further decode step appends one token to each tail.
+class LivePlan {
+ public:
+  // True when `data` now describes `step`.
+  bool advance(const StepState& step, const PlanParams& params);
+  void rebuild(const Tree& tree, const StepState& step, const PlanParams& params);
+  const PlanData& data() const { return data_; }
+  const PlanParams& params() const { return params_; }
+  i64 build = 0, advances = 0;  // build: set by the owner, a number for each rebuild
+
+ private:
+  PlanParams params_{};
+  PlanData data_;
+  std::vector<i32> branches_;
+  std::vector<i64> lengths_;
+  i64 topology_ = -1;
+  std::vector<i32> tail_items_;     // the item each branch's next token goes to; −1 where there is none
+  std::vector<i32> tail_capacity_;  // the kv_len up to which it may grow in place
+};
+
+Contexts contexts_of(const Tree& tree, const StepState& step);
+
+// Contexts of a user's own page pool. Sharing is found from the tables: the same page in the same column is one piece.
+struct PagedContexts {
+  Contexts contexts;
+  std::vector<i32> slots, positions;  // what the pieces point into
+  i32 max_page = -1;
+};
+// tables: [batch, columns]; lengths, queries: [batch]. Entries are checked by the caller.
+PagedContexts contexts_of_tables(const i32* tables, i64 batch, i64 columns, const i64* lengths, const i64* queries,
+                                 i32 page_size);
+
+}  // namespace anabranch

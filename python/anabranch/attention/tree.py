@@ -1,0 +1,219 @@
+"""``tree_attention`` and ``paged_tree_attention``: the checks a caller deserves, then the torch op."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from anabranch import ops
+from anabranch._check import index_of, number, told
+from anabranch.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from anabranch.kv.cache import TreeCache
+    from anabranch.kv.step import Step
+
+
+def tree_attention(
+    q: Tensor,
+    cache: TreeCache,
+    layer: int,
+    step: Step,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of a step's rows over their own branches' contexts.
+
+    Row i of branch b sees every token of b up to and including its own, in context order. Four branches forked from a
+    three-token trunk, one new row each (rows 0–3), columns = trunk tokens and the four new ones::
+
+        1 1 1   1 0 0 0
+        1 1 1   0 1 0 0
+        1 1 1   0 0 1 0
+        1 1 1   0 0 0 1
+
+    The trunk's KV is read once for all four. Decode, prefill and mixed steps are alike; it works under
+    ``torch.compile(fullgraph=True)`` and has no backward.
+
+    Args:
+        q: [rows, num_q_heads, head_dim], contiguous, in the cache's dtype and on its device; rows in the step's order.
+            Query head h reads KV head h // (num_q_heads // num_kv_heads).
+        cache: the cache whose ``write`` put this step's K and V in.
+        layer: 0 … num_layers − 1.
+        step: what ``cache.step`` returned.
+        scale: factor on q·k; default head_dim ** -0.5.
+        softcap: scores become softcap · tanh(score / softcap), before the mask (Gemma 2).
+        window: a key is visible when q_position − k_position < window (logical positions, as in Transformers).
+        sinks: [num_q_heads], an extra logit a head that takes part in the softmax only (gpt-oss).
+        backend: "auto", "cpu", "triton", "cuda" or "reference".
+        return_lse: also return the log-sum-exp of the scores.
+
+    Returns:
+        out [rows, num_q_heads, head_dim] in q's dtype; with ``return_lse`` also lse [rows, num_q_heads], float32,
+        natural logarithm, sinks included.
+
+    Raises:
+        ValueError: a shape, dtype, device, layer or option that does not fit; nothing was computed.
+        DeadBranch, ValueError: the step is stale because one of its branches moved on.
+    """
+    made_by = getattr(step, "cache", None)
+    if made_by is None:
+        raise TypeError(f"step: expected the Step that TreeCache.step() returned, got {told(step)}")
+    if made_by is not cache:
+        raise ValueError(f"step: made by another cache, {made_by!r}, not by {told(cache)}; pass the one that made it")
+    layer = layer_of(layer, cache.num_layers)
+    return _attend(
+        q, cache.k_pages(layer), cache.v_pages(layer), step.handle, step.num_rows, layer, scale, softcap, window, sinks,
+        backend, return_lse,
+    )  # fmt: skip
+
+
+def paged_tree_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: Plan,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The same attention over a page pool of the user's own.
+
+    Args:
+        q: [rows, num_q_heads, head_dim], contiguous; the rows of sequence 0, then of sequence 1, …
+            (``query_lengths`` of the plan; one each by default).
+        k_pages, v_pages: [num_pages, page_size, num_kv_heads, head_dim], q's dtype and device; the last dimension must
+            have stride 1, the others are free.
+        plan: ``Plan.from_block_tables(...)``; one plan serves all layers.
+        scale, softcap, window, sinks, backend, return_lse: as for ``tree_attention``; positions count from 0 in each
+            sequence.
+
+    Returns:
+        as ``tree_attention``. A sequence of length 0 has no rows unless ``query_lengths`` is left out: then its
+        row is 0 and its lse −inf.
+
+    Raises:
+        ValueError: a shape, dtype, device or option that does not fit.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a Plan (Plan.from_block_tables), got {type(plan).__name__}")
+    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        if not isinstance(pages, Tensor) or pages.dim() != 4:
+            raise ValueError(
+                f"{name}: expected a tensor [num_pages, page_size, num_kv_heads, head_dim], got {shape_of(pages)}"
+            )
+        if pages.stride(3) != 1:
+            raise ValueError(
+                f"{name}: the last dimension must have stride 1, got {pages.stride(3)}; call .contiguous()"
+            )
+    if k_pages.shape != v_pages.shape:
+        raise ValueError(f"v_pages: expected k_pages' shape {list(k_pages.shape)}, got {list(v_pages.shape)}")
+    if v_pages.dtype != k_pages.dtype or v_pages.device != k_pages.device:
+        raise ValueError(
+            f"v_pages: expected {k_pages.dtype} on {k_pages.device} like k_pages, "
+            f"got {v_pages.dtype} on {v_pages.device}"
+        )
+    return _attend(
+        q, k_pages, v_pages, plan.handle, plan.num_rows, 0, scale, softcap, window, sinks, backend, return_lse
+    )  # fmt: skip
+
+
+def layer_of(layer: Any, num_layers: int) -> int:
+    """`layer` as an int; ValueError unless it is one of 0 … num_layers − 1."""
+    found = index_of(layer)
+    if found is None or not 0 <= found < num_layers:
+        raise ValueError(f"layer: must be from 0 to {num_layers - 1}, got {told(layer)}")
+    return found
+
+
+def shape_of(value: object) -> str:
+    return f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def options_of(head_dim: int, scale: Any, softcap: Any, window: Any) -> tuple[float, float, int]:
+    """``(scale, softcap, window)`` as the ops take them; ValueError names the one that is none of its kind."""
+    factor = float(head_dim**-0.5) if scale is None else number(scale, "scale", hint=", or None for head_dim ** -0.5")
+    cap = ops.NO_SOFTCAP if softcap is None else number(softcap, "softcap", positive=True, hint=", or None for none")
+    if window is None:
+        return factor, cap, ops.NO_WINDOW
+    width = index_of(window)
+    if width is None or width < 1:
+        raise ValueError(
+            f"window: must be at least 1 (the row's own token), a whole number, or None for none, got {told(window)}"
+        )
+    return factor, cap, min(width, 2**31 - 1)  # positions are below 2^31: a wider one hides nothing
+
+
+def check_sinks(sinks: Any, q: Tensor) -> None:
+    """Raise ValueError unless there is one floating-point sink a query head, or None."""
+    if sinks is None:
+        return
+    if not isinstance(sinks, Tensor) or sinks.dim() != 1 or sinks.shape[0] != q.shape[1]:
+        raise ValueError(f"sinks: expected shape [{q.shape[1]}] (one a query head), got {shape_of(sinks)}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks: expected device {q.device} like q, got {sinks.device}; move it there")
+    if not sinks.is_floating_point():
+        raise ValueError(f"sinks: expected floating-point numbers, got {sinks.dtype}")
+
+
+def check_backend(backend: Any) -> None:
+    if not isinstance(backend, str):
+        raise ValueError(f"backend: expected a name such as 'auto', 'cpu' or 'triton', got {told(backend)}")
+
+
+def _attend(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    handle: Tensor,
+    num_rows: int,
+    layer: int,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None,
+    backend: str,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    num_kv_heads, head_dim = k_pages.shape[2], k_pages.shape[3]
+    if not isinstance(q, Tensor) or q.dim() != 3:
+        raise ValueError(f"q: expected a tensor [rows, num_q_heads, head_dim], got {shape_of(q)}")
+    if q.shape[0] != num_rows or q.shape[2] != head_dim:
+        raise ValueError(
+            f"q: expected shape [{num_rows}, num_q_heads, {head_dim}] (the step's rows, the cache's head_dim), "
+            f"got {list(q.shape)}"
+        )
+    if q.shape[1] == 0 or q.shape[1] % num_kv_heads != 0:
+        raise ValueError(f"q: {q.shape[1]} query heads are not a multiple of the {num_kv_heads} KV heads")
+    if q.dtype != k_pages.dtype:
+        raise ValueError(f"q: expected dtype {k_pages.dtype} like the pages, got {q.dtype}; call q.to({k_pages.dtype})")
+    if q.device != k_pages.device:
+        raise ValueError(f"q: expected device {k_pages.device} like the pages, got {q.device}; move it there")
+    if not q.is_contiguous():
+        raise ValueError(f"q: must be contiguous, got strides {list(q.stride())}; call q.contiguous()")
+    numbers = options_of(head_dim, scale, softcap, window)
+    check_sinks(sinks, q)
+    if sinks is not None:
+        sinks = sinks.detach().to(torch.float32).contiguous()
+    check_backend(backend)
+    out, lse = torch.ops.anabranch.tree_attention(
+        q,
+        k_pages,
+        v_pages,
+        handle,
+        sinks,
+        *numbers,
+        layer,
+        backend,
+        bool(return_lse),
+    )
+    return (out, lse) if return_lse else out

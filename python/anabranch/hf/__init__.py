@@ -1,0 +1,17 @@
+"""``attn_implementation="anabranch"`` for any Hugging Face decoder, through Transformers' own registries."""
+
+from anabranch.hf.mask import beside_branch_mask, tree_mask
+from anabranch.hf.probe import ModelShape, UnsupportedModel, describe, is_compiled, uses_anabranch
+from anabranch.hf.register import enable, register
+
+__all__ = [
+    "ModelShape",
+    "UnsupportedModel",
+    "beside_branch_mask",
+    "describe",
+    "enable",
+    "is_compiled",
+    "register",
+    "tree_mask",
+    "uses_anabranch",
+]

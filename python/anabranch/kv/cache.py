@@ -1,0 +1,409 @@
+"""``TreeCache``: a paged KV cache whose branches fork for free and join without a copy.
+
+The bookkeeping (pages, spans, reference counts, plans) is C++ in ``anabranch._core``; this file holds the tensors, the
+checks and the one device call a step may need, the copy of shared tail pages.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from anabranch import _core, backends
+from anabranch._check import told
+from anabranch.attention.tree import layer_of, shape_of
+from anabranch.errors import TopologyChanged
+from anabranch.kv.arguments import _branch, _device, _number, _positions, _rows, _size
+from anabranch.kv.step import Branch, Step
+from anabranch.kv.watch import Watch
+from anabranch.plan.arrays import PlanArrays, capturing, split_buffer, upload
+from anabranch.plan.resident import ResidentPlan
+from anabranch.plan.tile_config import TileConfig, core_params
+
+if TYPE_CHECKING:
+    from anabranch.kv.step import StepPlan
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a cache holds, in pages and tokens.
+
+    Attributes:
+        pages_total, pages_free: pages of the pool.
+        tokens_logical: Σ of the branches' lengths, as if nothing were shared.
+        tokens_physical: tokens that really take up a slot.
+        pages_copied: shared tail pages copied since the cache was made (each for all layers, K and V).
+    """
+
+    pages_total: int
+    pages_free: int
+    tokens_logical: int
+    tokens_physical: int
+    pages_copied: int
+
+
+class TreeCache:
+    """A paged, copy-on-write KV cache for branches that fork and join.
+
+    Example::
+
+        cache = ab.TreeCache(num_layers=2, num_kv_heads=2, head_dim=64, num_pages=256)
+        trunk = cache.branch()
+        step = cache.step({trunk: 20})                      # 20 new rows
+        cache.write(0, k, v, step)                          # k, v: [20, 2, 64]
+        out = ab.tree_attention(q, cache, 0, step)          # q: [20, heads, 64]
+        kids = cache.fork(trunk, 4)                         # nothing is copied
+        step = cache.step({kid: 1 for kid in kids})         # one row each; the shared tail page is copied, once a kid
+
+    Args:
+        num_layers, num_kv_heads, head_dim: the model's.
+        num_pages: pages of the pool; a page holds ``page_size`` tokens of K and of V for every layer, that is
+            2 · num_layers · page_size · num_kv_heads · head_dim elements.
+        page_size: tokens a page.
+        dtype: float32, float16, bfloat16 (float64 with the reference backend only).
+        device: "cpu" or a CUDA device.
+        max_positions: positions that the model has embeddings for, where they are looked up in a table (GPT-2, OPT);
+            `step` refuses to go beyond. None: no limit (rotary embeddings).
+
+    Not safe for use by several threads at once.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        page_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        max_positions: int | None = None,
+    ) -> None:
+        num_layers, num_kv_heads, head_dim, num_pages, page_size = (
+            _size(name, value)
+            for name, value in (
+                ("num_layers", num_layers),
+                ("num_kv_heads", num_kv_heads),
+                ("head_dim", head_dim),
+                ("num_pages", num_pages),
+                ("page_size", page_size),
+            )
+        )
+        if max_positions is not None:
+            max_positions = _size("max_positions", max_positions)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype: expected a torch.dtype such as torch.float32, got {dtype!r}")
+        if num_pages * page_size > 2**31 - 1:
+            raise ValueError(
+                f"num_pages: {num_pages} pages × {page_size} tokens exceed 2^31 − 1 slots; take fewer pages"
+            )
+        self.num_layers = num_layers
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.max_positions = max_positions
+        self.dtype = dtype
+        device = _device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.device = device
+        # Raises for a dtype, device or head_dim that nothing here can serve, before memory is taken.
+        self._backend = backends.choose("auto", self.device, dtype, head_dim)
+        # A head's tokens lie together in a page, so that a kernel's (item × KV head) streams whole pages.
+        self._pool = torch.empty(
+            2 * num_layers, num_pages, num_kv_heads, page_size, head_dim, dtype=dtype, device=self.device
+        )
+        if self._backend.name == "cpu":
+            self._backend.large_pages(self._pool)
+        self._k = [self._pool[i].transpose(1, 2) for i in range(num_layers)]
+        self._v = [self._pool[num_layers + i].transpose(1, 2) for i in range(num_layers)]
+        self._core = _core.Cache(num_pages, page_size)
+        self.batch_invariant = False  # for plans of later steps; the cpu backend alone can honour it
+        self._params: dict[tuple[int, TileConfig], _core.PlanParams] = {}
+        self._last_arrays: dict[tuple[int, TileConfig], tuple[int, PlanArrays]] = {}
+        self._resident: dict[tuple[int, TileConfig], ResidentPlan] = {}
+        self._on_host = self.device.type == "cpu"
+        self._watch = Watch()
+
+    @classmethod
+    def for_model(
+        cls,
+        model: Any,
+        num_pages: int | None = None,
+        page_size: int = 16,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> TreeCache:
+        """A cache with a Hugging Face model's shape, for that model: steps that it could not serve raise ValueError
+        (the model has been switched to another attention; rows of the last step were never written; rotary embeddings
+        that would depend on another branch's length), before anything changes.
+
+        Args:
+            model: a decoder; its config gives layers, heads and head_dim, its weights dtype and device.
+            num_pages: default: a quarter of the machine's free memory (nine tenths of a GPU's), at most 2^20 tokens.
+
+        Raises:
+            ValueError: a model whose layers are not all plain self-attention; the message names what is in the way.
+        """
+        from anabranch.hf.probe import describe, text_config
+        from anabranch.hf.watch import ModelWatch
+
+        page_size = _size("page_size", page_size)
+        shape = describe(model)
+        dtype = shape.dtype if dtype is None else dtype
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype: expected a torch.dtype such as torch.float32, got {dtype!r}")
+        device = _device(shape.device if device is None else device)
+        if num_pages is None:
+            page_bytes = 2 * shape.num_layers * page_size * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+            num_pages = max(1, min(free_memory(device) // page_bytes, 2**20 // page_size))
+        cache = cls(
+            shape.num_layers, shape.num_kv_heads, shape.head_dim, num_pages, page_size, dtype, device,
+            max_positions=shape.position_limit,
+        )  # fmt: skip
+        cache._watch = ModelWatch(type(model).__name__, text_config(model), shape)
+        return cache
+
+    @property
+    def for_a_model(self) -> bool:
+        """Whether `for_model` made this cache, which then knows what its model can serve."""
+        return type(self._watch) is not Watch
+
+    # -- branches ----------------------------------------------------------------------------------------------------
+    def branch(self) -> Branch:
+        """A new, empty branch (``.length``, ``.position``, ``.alive``)."""
+        return self._core.branch()
+
+    def fork(self, branch: Branch, n: int = 1) -> list[Branch]:
+        """``n`` new branches that see all of ``branch``. Metadata only: no KV is copied, whatever the length.
+
+        Raises:
+            DeadBranch, ValueError: a dead or foreign branch, n < 1.
+        """
+        kids = self._core.fork(_branch(branch, "fork"), _number(n, "fork: n"))
+        self._watch.forked(branch, kids)
+        return kids
+
+    def step(self, rows: Mapping[Branch, int], positions: Mapping[Branch, Tensor] | None = None) -> Step:
+        """Reserves new rows: slots for their K and V, positions, and the plan of who sees what.
+
+        A branch whose part-filled tail page is shared gets its own copy of that page first: all such branches, all
+        layers, K and V, in one call. The last holder goes on in place.
+
+        Args:
+            rows: how many new tokens each branch gets; rows follow the dict's order.
+            positions: logical positions for some branches, integers [rows of that branch]; default: from
+                ``branch.position`` on. The branch goes on from the last one given + 1.
+
+        Raises:
+            OutOfPages: too few free pages for all branches together; nothing was changed.
+            DeadBranch, ValueError, TypeError: a dead or foreign branch, no rows, positions that do not fit; what the
+                model of a cache made by `for_model` cannot serve.
+        """
+        rows = _rows(rows)
+        given = {} if positions is None else _positions(positions)
+        if self.max_positions is not None:
+            self._check_limit(rows, given)
+        self._watch.check_step(rows, given)
+        core = self._core.step(rows, given)
+        if core.num_copies:
+            src, dst, filled = torch.from_numpy(core.copies()).unbind(0)
+            self._backend.copy_pages(self._pool, src, dst, filled)
+        step = Step(self, core, tuple(rows))
+        self._watch.stepped(step)
+        return step
+
+    def join(self, trunk: Branch, kids: Sequence[Branch], mode: str = "concat") -> None:
+        """Ends ``kids`` and gives the trunk what they wrote since their fork.
+
+        With ``"concat"`` the trunk's context becomes its own tokens, then each kid's own, in the order given; nothing
+        is copied or recomputed, positions stay what they were, and the trunk's next position is the largest of all.
+        With ``"discard"`` the trunk keeps its own tokens only. The trunk may have gone on meanwhile. (Joins that
+        prefill text again, ``"reprefill"`` and ``"summary"``, are the engine's: they need the model.)
+
+        Raises:
+            DeadBranch, ValueError: a dead or foreign branch, a kid that was not forked from the trunk, an unknown mode.
+        """
+        if mode not in ("concat", "discard"):
+            raise ValueError(
+                f"mode: expected 'concat' or 'discard', got {mode!r}"
+                + ("; this one needs the model: use Engine" if mode in ("reprefill", "summary") else "")
+            )
+        _branch(trunk, "join: trunk")
+        if isinstance(kids, Branch) or not isinstance(kids, Iterable):
+            raise TypeError(f"join: kids: expected a list of branches, got {told(kids)}; pass [kid]")
+        kids = [_branch(kid, f"join: kids[{i}]") for i, kid in enumerate(kids)]
+        if mode == "discard":
+            self._core.discard(trunk, kids)
+            for kid in kids:
+                self._watch.ending(kid)
+        else:
+            self._watch.check_join(trunk, kids)
+            self._core.join(trunk, kids)
+            self._watch.joined(trunk, kids)
+
+    def truncate(self, branch: Branch, length: int) -> None:
+        """Forgets the tokens from index ``length`` on; pages that nobody else holds are free at once.
+
+        ``branch.position`` becomes one past the last token left (0 when none is).
+
+        Raises:
+            DeadBranch, ValueError: a dead or foreign branch; a length below 0 or beyond the branch's.
+        """
+        length = _number(length, "truncate: length")
+        self._watch.truncating(_branch(branch, "truncate"), length)
+        self._core.truncate(branch, length)
+
+    def release(self, branch: Branch) -> None:
+        """Drops the branch's references; pages that nobody else holds are free at once.
+
+        Raises:
+            DeadBranch, ValueError: already released or joined; another cache's.
+        """
+        self._watch.ending(_branch(branch, "release"))
+        self._core.release(branch)
+
+    # -- tensors -----------------------------------------------------------------------------------------------------
+    def k_pages(self, layer: int) -> Tensor:
+        """A view of the layer's K pool: [num_pages, page_size, num_kv_heads, head_dim] (not contiguous)."""
+        return self._k[layer_of(layer, self.num_layers)]
+
+    def v_pages(self, layer: int) -> Tensor:
+        """A view of the layer's V pool, like ``k_pages``."""
+        return self._v[layer_of(layer, self.num_layers)]
+
+    def write(self, layer: int, k: Tensor, v: Tensor, step: Step, backend: str = "auto") -> None:
+        """Puts a step's K and V (after rotary embedding) into its slots.
+
+        Args:
+            layer: 0 … num_layers − 1.
+            k, v: [rows, num_kv_heads, head_dim], contiguous, in the cache's dtype and on its device.
+            step: what ``step`` returned; each layer of it is written once.
+
+        Raises:
+            ValueError: a shape, dtype, device or layer that does not fit; a step that is stale or already written.
+        """
+        if not isinstance(step, Step):
+            raise TypeError(f"step: expected the Step that TreeCache.step() returned, got {told(step)}")
+        if step.cache is not self:
+            raise ValueError("step: made by another cache; write to the cache that made it")
+        layer = layer_of(layer, self.num_layers)
+        expected = (step.num_rows, self.num_kv_heads, self.head_dim)
+        for name, x in (("k", k), ("v", v)):
+            if not isinstance(x, Tensor) or x.shape != expected:
+                raise ValueError(
+                    f"{name}: expected shape {list(expected)} (rows, num_kv_heads, head_dim), got {shape_of(x)}"
+                )
+            if x.dtype != self.dtype:
+                raise ValueError(
+                    f"{name}: expected dtype {self.dtype} like the cache, got {x.dtype}; call {name}.to(...)"
+                )
+            if x.device != self.device:
+                raise ValueError(f"{name}: expected device {self.device} like the cache, got {x.device}")
+            if not x.is_contiguous():
+                raise ValueError(
+                    f"{name}: must be contiguous, got strides {list(x.stride())}; call {name}.contiguous()"
+                )
+        torch.ops.anabranch.write_kv(
+            k.detach(), v.detach(), self._k[layer], self._v[layer], step.handle, layer, backend
+        )
+
+    def read(self, branch: Branch, layer: int) -> tuple[Tensor, Tensor]:
+        """Dense copies of a branch's K and V: [length, num_kv_heads, head_dim] each, in context order."""
+        layer = layer_of(layer, self.num_layers)
+        slots = torch.from_numpy(self._core.slots(_branch(branch, "read"))).to(self.device).long()
+        page, offset = slots // self.page_size, slots % self.page_size
+        return self._k[layer][page, offset], self._v[layer][page, offset]
+
+    def positions(self, branch: Branch) -> Tensor:
+        """Logical positions of a branch's tokens, int64 [length], in context order, on the CPU."""
+        return torch.from_numpy(self._core.positions(_branch(branch, "positions")))
+
+    def _check_limit(self, rows: Mapping[Branch, int], given: Mapping[Branch, Any]) -> None:
+        """Raise for a branch whose new rows would lie past the positions that the model has embeddings for."""
+        for branch, count in rows.items():
+            where = given.get(branch)
+            self._core.check_branch(branch, "step")
+            last = branch.position + count - 1 if where is None else int(where.max(initial=0))
+            if last >= self.max_positions:  # type: ignore[operator]
+                raise ValueError(
+                    f"step: {branch!r} would get a token at position {last}, but the model has embeddings for "
+                    f"{self.max_positions} positions (0 … {self.max_positions - 1}); end the branch, or truncate it"  # type: ignore[operator]
+                )
+
+    # -- accounts ----------------------------------------------------------------------------------------------------
+    def usage(self) -> Usage:
+        """Pages and tokens held now, and pages copied so far."""
+        return Usage(*self._core.usage())
+
+    def plan_stats(self) -> tuple[int, int]:
+        """(plans built from scratch, plans advanced in place) since the cache was made."""
+        return self._core.plan_stats()
+
+    def check(self) -> None:
+        """Raises ``RuntimeError`` unless reference counts, free list, spans and branches agree (for tests; linear)."""
+        self._core.check()
+
+    def _upload(self, array: Any) -> Tensor:
+        if not self._on_host and capturing(self.device):
+            raise TopologyChanged(
+                "step: it is not on the GPU yet, and what a captured CUDA graph copies there stays the same in every "
+                "replay; make and use steps outside the capture, or let anabranch.DecodeGraph capture the forward"
+            )
+        return upload(array, self.device)
+
+    def _plan_on_host(self, plan: StepPlan, key: tuple[int, TileConfig]) -> tuple:
+        params = self._params.get(key)
+        if params is None:
+            params = self._params[key] = core_params(*key)
+        return self._core.plan(plan._core, params)
+
+    def _plan_arrays(self, plan: StepPlan, key: tuple[int, TileConfig]) -> PlanArrays:
+        result = plan.result(key)
+        if self._on_host:
+            last = self._last_arrays.get(key)
+            if last is not None and last[0] == result[0]:
+                return last[1]  # advanced in place: the same memory, already wrapped
+            arrays = split_buffer(result, self.device)
+            self._last_arrays[key] = (result[0], arrays)
+            return arrays
+        resident = self._resident.get(key)
+        if resident is not None and resident.build == result[0]:
+            resident.advance(plan.slots, plan.positions, self._advance_kernel())
+        else:
+            if capturing(self.device):
+                raise TopologyChanged(
+                    "step: this plan is not on the GPU yet, or the tree's topology changed, which a captured CUDA "
+                    "graph cannot follow; run one step of this topology eagerly, then capture the next one"
+                )
+            resident = self._resident[key] = ResidentPlan(result, self.device)
+        return resident.arrays
+
+    @staticmethod
+    def _advance_kernel() -> Callable[..., None] | None:
+        return backends.get("cuda").advance if backends.unavailable("cuda") is None else None
+
+    def __repr__(self) -> str:
+        u = self.usage()
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"TreeCache(layers={self.num_layers}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, {dtype}, "
+            f"{self.device}, pages={u.pages_total - u.pages_free}/{u.pages_total} × {self.page_size}, "
+            f"tokens={u.tokens_physical} for {u.tokens_logical})"
+        )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes a cache may take by default: nine tenths of a GPU's free memory, a quarter of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] * 9 // 10
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    except (ValueError, OSError):  # not on every system
+        return 2**30

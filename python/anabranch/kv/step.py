@@ -1,0 +1,198 @@
+"""`Step`: the rows reserved for one packed forward, and the plan of who sees what."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from anabranch import _core
+from anabranch.plan.arrays import FlatContexts, PlanArrays
+from anabranch.plan.plan import Plan, plan_of
+from anabranch.plan.tile_config import TileConfig
+
+if TYPE_CHECKING:
+    from anabranch.kv.cache import TreeCache
+
+
+Branch = _core.Branch
+
+
+class StepPlan(Plan):
+    """The plan of one step. Work items are cut when a kernel first asks; while the topology stays, the arrays of the
+    last step are advanced in place instead."""
+
+    def __init__(self, cache: TreeCache, core: _core.Step) -> None:
+        super().__init__(core.num_rows, cache.device)
+        self.batch_invariant = cache.batch_invariant
+        self._cache = cache
+        self._core = core
+        self._results: dict[tuple[int, TileConfig], tuple] = {}
+        self._arrays: dict[tuple[int, TileConfig], PlanArrays] = {}
+        self._slots: Tensor | None = None
+        self._positions: Tensor | None = None
+        self._written: set[int] = set()
+
+    def arrays(self, group: int, tile_config: TileConfig) -> PlanArrays:
+        key = (group, tile_config)
+        found = self._arrays.get(key)
+        if found is None:
+            found = self._arrays[key] = self._cache._plan_arrays(self, key)
+        return found
+
+    def result(self, key: tuple[int, TileConfig]) -> tuple:
+        """What the planner says for this step; asked once. Whoever asks sees to it that the arrays follow."""
+        found = self._results.get(key)
+        if found is None:
+            found = self._results[key] = self._cache._plan_on_host(self, key)
+        return found
+
+    def builds(self) -> dict[tuple[int, TileConfig], int]:
+        """The planner's number of each plan that was asked for: the same as the last step's while topology stays."""
+        return {key: result[0] for key, result in self._results.items()}
+
+    def follow(self) -> None:
+        """Bring the device's arrays to where the planner is."""
+        for key in self._results:
+            self.arrays(*key)
+
+    def replayed(self, arrays: dict[tuple[int, TileConfig], PlanArrays]) -> None:
+        """A captured graph has written K and V of all layers and has advanced these arrays."""
+        self._arrays.update(arrays)
+        self._written.update(range(self._cache.num_layers))
+
+    def contexts(self) -> FlatContexts:
+        return FlatContexts(*self._core.contexts())
+
+    @property
+    def slots(self) -> Tensor:
+        """int32 [rows] on the cache's device."""
+        if self._slots is None:
+            self._slots = self._cache._upload(self._core.slots())
+        return self._slots
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [rows] on the cache's device."""
+        if self._positions is None:
+            self._positions = self._cache._upload(self._core.positions())
+        return self._positions
+
+    def host_rows(self) -> tuple[Any, Any]:
+        """Positions and slots as NumPy arrays, int64 and int32 [rows]."""
+        return self._core.positions(), self._core.slots()
+
+    def unwritten(self) -> list[int]:
+        """The layers that have no K and V of this step."""
+        if len(self._written) == self._cache.num_layers:
+            return []
+        return [layer for layer in range(self._cache.num_layers) if layer not in self._written]
+
+    def require_unused(self) -> None:
+        """Raises when the step is stale, or was written already."""
+        self._require_current()
+        if self._written:
+            raise ValueError("step: was already written; a step is used once, make a new one for new rows")
+
+    def _require_current(self) -> None:
+        at = self._core.moved_on()
+        if at >= 0:
+            raise ValueError(
+                f"step: its branch number {at} has moved on (a later step, a join, a truncation or a release); "
+                "make a new step and use that"
+            )
+
+    def check(self, layer: int, k_pages: Tensor) -> None:
+        self._require_current()
+        if layer not in self._written:
+            raise ValueError(
+                f"layer: {layer} of this step has no K and V yet; call cache.write({layer}, k, v, step) first"
+            )
+
+    def begin_write(self, layer: int) -> Tensor:
+        self._require_current()
+        if layer in self._written:
+            raise ValueError(
+                f"step: layer {layer} was already written; a step is used once, make a new one for new rows"
+            )
+        return self.slots
+
+    def end_write(self, layer: int) -> None:
+        self._written.add(layer)
+
+
+class Rows(Mapping[Branch, slice]):
+    """Branch → slice of the step's rows."""
+
+    def __init__(self, branches: Sequence[Branch], row_ptr: Sequence[int]) -> None:
+        self._slices = {b: slice(row_ptr[i], row_ptr[i + 1]) for i, b in enumerate(branches)}
+
+    def __getitem__(self, branch: Branch) -> slice:
+        try:
+            return self._slices[branch]
+        except KeyError:
+            raise KeyError(f"{branch!r} has no rows in this step") from None
+
+    def __iter__(self) -> Iterator[Branch]:
+        return iter(self._slices)
+
+    def __len__(self) -> int:
+        return len(self._slices)
+
+
+class Step:
+    """Rows reserved by ``TreeCache.step``: one packed forward's worth.
+
+    Attributes:
+        num_rows: rows of all branches together.
+        position_ids: int64 [rows], on the cache's device.
+        branches: the branches, in row order.
+        handle: names the step's plan to the torch op.
+    """
+
+    def __init__(self, cache: TreeCache, core: _core.Step, branches: tuple[Branch, ...]) -> None:
+        self.cache = cache
+        self.branches = branches
+        self.num_rows: int = core.num_rows
+        self.plan = StepPlan(cache, core)
+        self.plan.step = weakref.ref(self)
+        self.handle = self.plan.handle
+        self._core = core
+        self._rows: Rows | None = None
+        self._last_rows: Tensor | None = None
+
+    @property
+    def position_ids(self) -> Tensor:
+        return self.plan.positions
+
+    @property
+    def rows(self) -> Mapping[Branch, slice]:
+        """Branch → slice of rows."""
+        if self._rows is None:
+            self._rows = Rows(self.branches, self._core.row_ptr().tolist())
+        return self._rows
+
+    @property
+    def last_rows(self) -> Tensor:
+        """int64 [branches]: each branch's last row, in order; for ``logits_to_keep``."""
+        if self._last_rows is None:
+            self._last_rows = self.cache._upload(self._core.row_ptr()[1:].astype("int64") - 1)
+        return self._last_rows
+
+    @property
+    def slots(self) -> Tensor:
+        """int32 [rows]: where each row's K and V go (page · page_size + offset)."""
+        return self.plan.slots
+
+    def __repr__(self) -> str:
+        return f"Step(rows={self.num_rows}, branches={len(self.branches)})"
+
+
+def step_of(handle: Tensor) -> Step:
+    """The live step behind a handle tensor; raises ``ValueError`` when it is gone, or the handle is another plan's."""
+    step = plan_of(handle).step()
+    if step is None:
+        raise ValueError("step: this handle is not that of a live Step; pass step.handle, and keep the Step alive")
+    return step

@@ -1,0 +1,6 @@
+"""The torch operators ``torch.ops.anabranch.*``: schemas, fake implementations, dispatch to a backend."""
+
+from anabranch.ops import branch, tree
+from anabranch.ops.tree import NO_SOFTCAP, NO_WINDOW
+
+__all__ = ["NO_SOFTCAP", "NO_WINDOW", "branch", "tree"]

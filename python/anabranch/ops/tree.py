@@ -1,0 +1,111 @@
+"""The torch ops: schemas, fake implementations, dispatch to a backend.
+
+``torch.ops.anabranch.tree_attention`` takes a plan by its handle (an int64 CPU tensor [1]); everything that depends on
+Python objects happens inside the op, so ``torch.compile(fullgraph=True)`` sees tensors only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anabranch import backends
+from anabranch.plan.plan import plan_of
+
+_lib = torch.library.Library("anabranch", "DEF")
+_lib.define(
+    "tree_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor plan, Tensor? sinks, float scale, float softcap, "
+    "int window, int layer, str backend, bool return_lse) -> (Tensor, Tensor)"
+)
+_lib.define(
+    "write_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor plan, int layer, str backend) -> ()"
+)
+
+#: values that stand for "off" in the op's schema, which has no optional numbers
+NO_SOFTCAP = 0.0
+NO_WINDOW = 0
+
+
+def _lse_shape(q: Tensor, return_lse: bool) -> tuple[int, ...]:
+    return (q.shape[0], q.shape[1]) if return_lse else (0,)
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _tree_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    layer: int,
+    backend: str,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    chosen = backends.choose(backend, q.device, q.dtype, q.shape[2])
+    live = plan_of(plan)
+    live.check(layer, k_pages)
+    out, lse = chosen.attention(
+        q,
+        k_pages,
+        v_pages,
+        live,
+        scale=scale,
+        softcap=None if softcap == NO_SOFTCAP else softcap,
+        window=None if window == NO_WINDOW else window,
+        sinks=sinks,
+        return_lse=return_lse,
+    )
+    return out, lse if lse is not None else q.new_empty((0,), dtype=_lse_dtype(q))
+
+
+def _tree_attention_fake(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    layer: int,
+    backend: str,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(_lse_shape(q, return_lse), dtype=_lse_dtype(q))
+
+
+def _no_backward(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(
+        "tree_attention reads a KV cache and has no backward: generate under torch.no_grad(), and train with "
+        "anabranch.branch_attention"
+    )
+
+
+def _write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Tensor, layer: int, backend: str) -> None:
+    live = plan_of(plan)
+    slots = live.begin_write(layer)  # type: ignore[attr-defined]  # raises before anything is written
+    backends.choose(backend, k.device, k.dtype, k.shape[2]).write_kv(k, v, k_pages, v_pages, slots)
+    live.end_write(layer)  # type: ignore[attr-defined]
+
+
+def _write_kv_fake(
+    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Tensor, layer: int, backend: str
+) -> None:
+    return None
+
+
+for _key in ("CPU", "CUDA"):
+    _lib.impl("tree_attention", _tree_attention, _key)
+    _lib.impl("write_kv", _write_kv, _key)
+torch.library.register_fake("anabranch::tree_attention", _tree_attention_fake, lib=_lib)
+torch.library.register_fake("anabranch::write_kv", _write_kv_fake, lib=_lib)
+torch.library.register_autograd("anabranch::tree_attention", _no_backward, lib=_lib)

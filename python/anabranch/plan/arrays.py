@@ -1,0 +1,99 @@
+"""The arrays of a plan on a device, and how they get there. Every field is in docs/architecture.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PlanArrays:
+    """Work items as int32 tensors on one device. See docs/architecture.md for every field."""
+
+    items: Tensor  # [num_items, 8]
+    kv_slots: Tensor
+    kv_positions: Tensor
+    rows: Tensor
+    limits: Tensor
+    dest: Tensor
+    row_positions: Tensor  # [num_rows]
+    merge_rows: Tensor  # [num_merge]
+    merge_ptr: Tensor  # [num_merge + 1]
+    num_items: int
+    num_partials: int
+    num_merge: int
+    tile_rows: int
+    num_runs: int
+    num_absorbed: int
+    kv_tokens: int  # tokens listed over all runs: unique ones plus those re-read by the absorb rule
+    num_wide: int | None = (
+        None  # items[:num_wide] pack more than tile_config.narrow query vectors, the others at most that
+    )
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_positions.shape[0]
+
+
+@dataclass(frozen=True)
+class FlatContexts:
+    """What each row sees, spelled out token by token: the view of the dense reference.
+
+    Context ``c`` holds the tokens ``slots[ptr[c]:ptr[c+1]]`` in order; its query rows ``row_ptr[c]:row_ptr[c+1]``
+    are its last tokens, and row j of n sees all but the last n − 1 − j.
+    """
+
+    ptr: np.ndarray  # int64 [contexts + 1]
+    slots: np.ndarray  # int32 [tokens]
+    positions: np.ndarray  # int32 [tokens]
+    row_ptr: np.ndarray  # int32 [contexts + 1]
+    row_positions: np.ndarray  # int64 [rows]
+
+
+_SECTIONS = ("kv_slots", "kv_positions", "items", "rows", "limits", "dest", "row_positions", "merge_rows", "merge_ptr")
+
+
+def staged(array: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor on the host to be copied to the device: pinned for a GPU, so that the host waits for nothing."""
+    host = torch.from_numpy(array)
+    return host.pin_memory() if device.type == "cuda" else host
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor of `array` on the device."""
+    return staged(array, device).to(device, non_blocking=device.type == "cuda")
+
+
+def split_buffer(result: tuple, device: torch.device, copy: bool = False) -> PlanArrays:
+    """Views into the planner's one int32 buffer, or into a copy of it: on another device, or where ``copy`` asks."""
+    _, buffer, begin, counts = result
+    num_items, num_partials, num_merge, tile_rows, num_runs, num_absorbed, kv_tokens, num_rows, num_wide = counts
+    data = torch.from_numpy(buffer)
+    if device.type != "cpu":
+        data = data.to(device, non_blocking=True)
+    elif copy:
+        data = data.clone()
+    parts = {name: data[begin[i] : begin[i + 1]] for i, name in enumerate(_SECTIONS)}
+    parts["items"] = parts["items"][: num_items * 8].view(num_items, 8)
+    parts["row_positions"] = parts["row_positions"][:num_rows]
+    parts["merge_rows"] = parts["merge_rows"][:num_merge]
+    parts["merge_ptr"] = parts["merge_ptr"][: num_merge + 1]
+    return PlanArrays(
+        **parts,
+        num_items=num_items,
+        num_partials=num_partials,
+        num_merge=num_merge,
+        tile_rows=tile_rows,
+        num_runs=num_runs,
+        num_absorbed=num_absorbed,
+        kv_tokens=kv_tokens,
+        num_wide=num_wide,
+    )
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on this device's current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

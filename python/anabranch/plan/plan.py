@@ -1,0 +1,219 @@
+"""Plans: which query rows attend to which KV slots, cut into work items for a kernel.
+
+A plan is made once a topology, serves all layers, and knows no cache and no model. ``TreeCache.step`` makes one a step;
+``Plan.from_block_tables`` makes one for a page pool of the user's own. The array layout is in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anabranch import _core
+from anabranch._check import index_of, told
+from anabranch.plan.arrays import FlatContexts, capturing, split_buffer
+from anabranch.plan.tile_config import core_params
+
+if TYPE_CHECKING:
+    from anabranch.plan.arrays import PlanArrays
+    from anabranch.plan.tile_config import TileConfig
+
+
+# Plans by handle, so that the torch op can be given a tensor instead of a Python object. Weak: a plan lives as long as
+# the Step or the variable that holds it.
+_plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
+
+_handles = itertools.count(1)
+
+
+def _no_step() -> None:
+    """Stands for the step of a plan that belongs to none."""
+
+
+def plan_of(handle: Tensor) -> Plan:
+    """The live plan behind a handle tensor; raises ``ValueError`` when it is gone."""
+    plan = _plans.get(int(handle))
+    if plan is None:
+        raise ValueError(
+            "plan: the plan behind this handle no longer exists; keep its Step or Plan alive while it is used"
+        )
+    return plan
+
+
+class Plan:
+    """Who attends to what, ready to be cut into work items.
+
+    Attributes:
+        num_rows: query rows that attention expects.
+        handle: int64 CPU tensor [1] that names this plan to ``torch.ops.anabranch.tree_attention``.
+        device: where the arrays go.
+        step: gives the Step that the plan belongs to; None for a plan of the user's own, and once the step is gone.
+        batch_invariant: a row's attention is to be the same, bit for bit, whatever rows are beside it.
+    """
+
+    batch_invariant = False
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self.num_rows = num_rows
+        self.device = device
+        number = next(_handles)
+        # Not an inference tensor, even in inference mode: a compiled forward outside of it declares it as changed.
+        with torch.inference_mode(False):
+            self.handle = torch.from_numpy(np.array([number]))  # torch.tensor takes several times as long
+        self.step: Callable[[], Any] = _no_step
+        _plans[number] = self
+
+    # -- what a kernel asks ------------------------------------------------------------------------------------------
+    def arrays(self, group: int, tile_config: TileConfig) -> PlanArrays:
+        """Work items for ``group`` query heads a KV head, cut as ``tile_config`` says. Cached."""
+        raise NotImplementedError  # by every kind of plan
+
+    def contexts(self) -> FlatContexts:
+        """What each row sees, token by token."""
+        raise NotImplementedError
+
+    def check(self, layer: int, k_pages: Tensor) -> None:
+        """Raises when the plan no longer fits: stale, or made for other pages."""
+
+    def begin_write(self, layer: int) -> Tensor:
+        """The slots that a write of this layer goes to, int32 [rows]; raises when it must not happen."""
+        raise ValueError("plan: only a step of a TreeCache can be written through; write to your own pages yourself")
+
+    def end_write(self, layer: int) -> None:
+        """The layer's K and V are in their slots."""
+
+    # -- plans for a pool of one's own -------------------------------------------------------------------------------
+    @staticmethod
+    def from_block_tables(
+        block_tables: Tensor,
+        lengths: Tensor | Sequence[int],
+        page_size: int,
+        query_lengths: Tensor | Sequence[int] | None = None,
+    ) -> Plan:
+        """A plan over a page pool of the user's own; shared pages are found, not declared.
+
+        Sequences whose tables name the same page in the same column share the work for it, wherever that is: common
+        prefixes, trees of them, or pages that meet again after a fork. Nothing is copied from the tables' KV.
+
+        Args:
+            block_tables: [batch, max_pages], integers, any device. Row b lists the pages of sequence b; entries behind
+                its length are not read (−1 is a common filler).
+            lengths: [batch], tokens in each sequence's context, the new ones included. 0 gives an output of zeros.
+            page_size: tokens a page.
+            query_lengths: [batch], query rows of each sequence, its last tokens (causal among themselves). Default: one
+                row each (decode). ``q`` then holds the rows of all sequences, one after another.
+
+        Returns:
+            a plan for ``anabranch.paged_tree_attention``; reusable for all layers until a length changes.
+
+        Raises:
+            ValueError: shapes that do not fit, a negative page inside a length, or more rows than tokens.
+        """
+        return TablePlan(block_tables, lengths, page_size, query_lengths)
+
+
+def _ints(name: str, value: Tensor | Sequence[int] | np.ndarray, ndim: int) -> np.ndarray:
+    try:
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    except ValueError:  # rows of different lengths
+        raise ValueError(f"{name}: the rows have different lengths; pad them (−1 is a common filler)") from None
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, got {array.dtype}")
+    if array.ndim != ndim:
+        raise ValueError(f"{name}: expected {ndim} dimension{'s' * (ndim > 1)}, got shape {list(array.shape)}")
+    return array
+
+
+class TablePlan(Plan):
+    """``Plan.from_block_tables``."""
+
+    def __init__(
+        self,
+        block_tables: Tensor,
+        lengths: Tensor | Sequence[int],
+        page_size: int,
+        query_lengths: Tensor | Sequence[int] | None,
+    ) -> None:
+        size = index_of(page_size)
+        if size is None or not 1 <= size < 2**31:
+            raise ValueError(f"page_size: must be at least 1, a whole number below 2^31, got {told(page_size)}")
+        page_size = size
+        tables = _ints("block_tables", block_tables, 2)
+        held = _ints("lengths", lengths, 1).astype(np.int64)
+        batch, columns = tables.shape
+        if held.shape[0] != batch:
+            raise ValueError(f"lengths: expected shape [{batch}] (one a row of block_tables), got {list(held.shape)}")
+        if batch == 0:
+            raise ValueError("block_tables: no sequences")
+        if query_lengths is None:
+            queries = np.ones(batch, dtype=np.int64)
+        else:
+            queries = _ints("query_lengths", query_lengths, 1).astype(np.int64)
+            if queries.shape[0] != batch:
+                raise ValueError(f"query_lengths: expected shape [{batch}], got {list(queries.shape)}")
+            bad = np.flatnonzero((queries < 0) | (queries > held))
+            if bad.size:
+                i = int(bad[0])
+                raise ValueError(f"query_lengths[{i}]: {queries[i]} rows do not fit in lengths[{i}] = {held[i]} tokens")
+        bad = np.flatnonzero((held < 0) | (held > columns * page_size))
+        if bad.size:
+            i = int(bad[0])
+            raise ValueError(
+                f"lengths[{i}]: must be from 0 to {columns} pages × {page_size} = {columns * page_size}, got {held[i]}"
+            )
+        used = np.arange(columns)[None, :] * page_size < held[:, None]
+        outside = (tables < 0) | (tables.astype(np.int64) * page_size + page_size > 2**31 - 1)
+        if (used & outside).any():
+            i, j = map(int, np.argwhere(used & outside)[0])
+            most = (2**31 - 1) // page_size - 1
+            raise ValueError(
+                f"block_tables[{i}, {j}]: page {tables[i, j]} is inside lengths[{i}] but out of range; pages count "
+                f"from 0 to {most}, since slots (page × {page_size} + offset) are 32-bit numbers"
+            )
+        device = block_tables.device if isinstance(block_tables, Tensor) else torch.device("cpu")
+        super().__init__(int(queries.sum()), device)
+        self.page_size = page_size
+        self._tables = _core.Tables(np.ascontiguousarray(tables, dtype=np.int32), held, queries, page_size)
+        self._arrays: dict[tuple[int, TileConfig], PlanArrays] = {}
+
+    def arrays(self, group: int, tile_config: TileConfig) -> PlanArrays:
+        key = (group, tile_config)
+        if key not in self._arrays:
+            if capturing(self.device):
+                raise RuntimeError(
+                    "plan: it is not on the GPU yet, and a captured CUDA graph cannot bring it there; run one call "
+                    "with this plan before the capture"
+                )
+            self._arrays[key] = split_buffer(self._tables.plan(core_params(group, tile_config)), self.device)
+        return self._arrays[key]
+
+    def contexts(self) -> FlatContexts:
+        return FlatContexts(*self._tables.contexts())
+
+    @property
+    def unique_tokens(self) -> int:
+        """Tokens after sharing: what attention has to read."""
+        return self._tables.unique_tokens
+
+    def check(self, layer: int, k_pages: Tensor) -> None:
+        num_pages, page_size = k_pages.shape[:2]
+        if self.device != k_pages.device:  # tables made on the host, pages on the GPU
+            self.device = k_pages.device
+            self._arrays.clear()
+        if page_size != self.page_size:
+            raise ValueError(f"k_pages: page size {page_size}, but the plan was made for {self.page_size}")
+        if self._tables.max_page >= num_pages:
+            raise ValueError(
+                f"k_pages: {num_pages} pages, but the plan's block tables name page {self._tables.max_page}"
+            )
+
+    def __repr__(self) -> str:
+        return f"Plan(rows={self.num_rows}, unique_tokens={self.unique_tokens}, page_size={self.page_size})"

@@ -1,0 +1,36 @@
+"""How a backend wants its work cut into items."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anabranch import _core
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How a backend wants its work cut.
+
+    Attributes:
+        tile: packed query vectors (rows × group) an item, at most (one row when the group is larger).
+        chunk: grain of token ranges, in tokens.
+        parallelism: items × KV heads that a run of tokens should be split into at least.
+        num_kv_heads: KV heads, which multiply the items.
+        elem_size: bytes of one KV element, for the absorb rule.
+        narrow: items of at most this many packed query vectors come after all wider ones (0: no such parting).
+        fixed: token ranges end at multiples of `chunk` of each row's own context, so that how a row's result is summed
+            up depends on that context alone, not on the rows beside it. `parallelism` has no say then.
+    """
+
+    tile: int
+    chunk: int
+    parallelism: int
+    num_kv_heads: int = 8
+    elem_size: int = 2
+    narrow: int = 0
+    fixed: bool = False
+
+
+def core_params(group: int, tile_config: TileConfig) -> _core.PlanParams:
+    p = tile_config
+    return _core.PlanParams(group, p.tile, p.chunk, p.parallelism, p.num_kv_heads, p.elem_size, p.narrow, p.fixed)

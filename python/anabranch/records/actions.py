@@ -1,0 +1,25 @@
+"""What was done to a thread, in order: enough to do it all again (`ab.replay`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+JOIN_MODES = ("concat", "reprefill", "summary", "discard")
+
+
+@dataclass
+class Action:
+    """One thing that was done to a thread: an entry of its log, which is enough to do it all again (`ab.replay`).
+
+    ``do``: "insert" or "sample" (`token_ids`), "fork" (`children`, and the `headers` they began with), "spawn"
+    (`children`), "join" (`children`, `mode`; with "summary" `token_ids` and `length`, what was kept; with "reprefill"
+    `headers`), "kill" (`children`, `mode`: how they went), "truncate" (`length`).
+    """
+
+    do: str
+    token_ids: Sequence[int] = ()
+    children: Sequence[str] = ()
+    mode: str | None = None
+    length: int | None = None
+    headers: Sequence[Sequence[int] | None] = ()

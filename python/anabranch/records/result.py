@@ -1,0 +1,99 @@
+"""What a generation returns: the tree of threads and the answer. Pure data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from anabranch.records.actions import Action
+from anabranch.records.metrics import Metrics
+
+if TYPE_CHECKING:
+    from anabranch.records.trace import Trace
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens of one origin in a row: ``kind`` "prompt", "inserted", "sampled" or "joined" (from thread ``source``).
+
+    They stand on positions ``position`` … ``position`` + len − 1. ``spliced``: their KV is the source thread's own.
+    ``logprobs``: log-probability of each token when it was sampled or scored (raw scores, nats), where that was asked
+    for (``generate(logprobs=True)``); not part of comparisons, since the last digits depend on what else was in a step.
+    """
+
+    kind: str
+    token_ids: tuple[int, ...]
+    position: int
+    source: str | None = None
+    spliced: bool = False
+    logprobs: tuple[float, ...] | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One thread of the tree.
+
+    ``role``: "trunk", "fork" or "fresh". ``token_ids`` and ``text``: what it held at its end beyond what it shared with
+    its parent (a trunk's or fresh thread's prompt left out), joined siblings included. ``start``, ``stop``: its
+    position
+    range, ``stop`` not included. ``forked_at``: context length at its fork. ``ended``: how its last decode ended (see
+    `Ended.reason`; None when it never decoded). ``fate``: "finished", "joined", "discarded" or "killed".
+    ``runs``: its tokens by origin, prompt included; ``forgotten``: what was cut off on the way. ``log``: all that was
+    done to it, in order: what `ab.replay` does again (not part of comparisons).
+    """
+
+    id: str
+    role: str
+    token_ids: tuple[int, ...]
+    text: str | None
+    start: int
+    stop: int
+    forked_at: int
+    ended: str | None
+    fate: str | None
+    runs: tuple[Run, ...] = ()
+    forgotten: tuple[Run, ...] = ()
+    children: tuple[Node, ...] = ()
+    log: tuple[Action, ...] = field(default=(), compare=False, repr=False)
+
+    def walk(self) -> Iterator[Node]:
+        """This node and all below it, depth first."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    def pretty(self, width: int = 60) -> str:
+        """The tree as indented lines, one a thread."""
+        lines = []
+        for node in self.walk():
+            shown = repr(node.text if node.text is not None else list(node.token_ids))
+            shown = shown if len(shown) <= width else shown[: width - 1] + "…"
+            head = f"{'  ' * node.id.count('.')}{node.id} {node.role} [{node.start}:{node.stop}]"
+            lines.append(f"{head} {node.ended}/{node.fate} {shown}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The answer to one prompt.
+
+    ``token_ids``: what the trunk holds after all joins, prompt excluded; ``text``: the same as it reads behind the
+    prompt (so the first word keeps its space), a final EOS left out (None without a tokenizer).
+    ``answers``: what the strategy's run() returned, e.g. each branch's answer of a vote.
+    """
+
+    text: str | None
+    token_ids: tuple[int, ...]
+    tree: Node
+    metrics: Metrics
+    answers: Any = None
+    prompt_token_ids: tuple[int, ...] = ()
+    malformed: tuple[str, ...] = ()
+    info: dict[str, Any] = field(default_factory=dict, repr=False)  # model, strategy, seed, config: for the trace
+
+    def trace(self) -> Trace:
+        """All of it as a `Trace`, to save and load."""
+        from anabranch.records.trace import Trace
+
+        return Trace.of(self)

@@ -1,0 +1,6 @@
+"""Strategies of models that write control tags: each system is data for `Tagged`."""
+
+from anabranch.strategies.tagged.tagged import Tagged
+from anabranch.strategies.tagged.threadweaver import ThreadWeaver
+
+__all__ = ["Tagged", "ThreadWeaver"]

@@ -1,0 +1,66 @@
+"""Who gives way when pages run out: what nobody waits for, then the youngest; never a parent of what is cached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from engine_kit import assert_nothing_held, make_engine
+
+from anabranch.engine.thread_state import Live
+from anabranch.strategies import Strategy
+
+PROMPTS = [[5 + i, 6, 7, 8 + i] for i in range(4)]
+OPTIONS = dict(max_new_tokens=20, eos_token_id=None)
+
+
+def test_the_youngest_prompt_gives_way():
+    """Room for two of four and a bit: the two oldest are never pushed out, so they end when they would end alone."""
+    expected = make_engine(num_pages=64).generate(PROMPTS, **OPTIONS)
+    engine = make_engine(num_pages=13)  # a prompt and its answer take 6
+    results = engine.generate(PROMPTS, **OPTIONS)
+    preempted = [r.metrics.preemptions for r in results]
+    assert [r.token_ids for r in results] == [r.token_ids for r in expected]
+    assert preempted[0] == preempted[1] == 0 and sum(preempted[2:]) > 0
+    assert_nothing_held(engine)
+
+
+def test_one_after_another_is_the_least_number_of_steps():
+    """Those that fit decode together to their end; pushing out the older first would compute them again and again."""
+    few, many = make_engine(num_pages=13), make_engine(num_pages=64)
+    steps = {}
+    for name, engine in (("few", few), ("many", many)):
+        results = engine.generate(PROMPTS, **OPTIONS)
+        steps[name] = max(r.metrics.steps for r in results)
+    assert steps["many"] == 20
+    assert steps["few"] <= 2 * steps["many"] + 2  # two and two
+
+
+@dataclass(frozen=True)
+class Leaves(Strategy):
+    """Spawns a thread that is then left alone while the trunk and a second one go on."""
+
+    def run(self, trunk):
+        left = trunk.spawn([40, 41, 42, 43, 44, 45, 46])
+        yield left.decode(4)
+        second = trunk.spawn([50, 51, 52])
+        yield [second.decode(14), trunk.decode(14)]
+        return (yield left.decode(3)).token_ids, second.token_ids, trunk.token_ids
+
+
+@pytest.mark.parametrize("pages", [9, 10, 11])
+def test_a_thread_that_nobody_waits_for_leaves_first(pages, monkeypatch):
+    expected = make_engine(num_pages=64).generate(PROMPTS[0], Leaves(), max_new_tokens=40, eos_token_id=None)
+    engine = make_engine(num_pages=pages)
+    left: list[tuple[str, int]] = []
+    release = Live.release
+
+    def noted(self, cache):
+        if self.branch is not None and self.thread.alive and not self.thread._host.finished:
+            left.append((self.thread.id, len(self.thread._ops)))
+        release(self, cache)
+
+    monkeypatch.setattr(Live, "release", noted)
+    result = engine.generate(PROMPTS[0], Leaves(), max_new_tokens=40, eos_token_id=None)
+    assert result.answers == expected.answers
+    assert result.metrics.preemptions > 0 and left[0] == ("0.0", 0)

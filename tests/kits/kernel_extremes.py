@@ -1,0 +1,194 @@
+"""More of what the suites of the tree attention kernels share (kernel_bodies.py): values at hidden places, memory past
+2^31 elements, and maxima that come late. ``run``, ``copy`` and ``write`` are as there; all on the CPU's memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from kernel_bodies import Run
+from triton_cases import Case, check, dense, relative_error
+
+FAR = 2**31
+
+
+# ------------------------------------------------------------------------------------------------ hidden values
+
+
+def seen_slots(case: Case, row: int, window: int | None) -> np.ndarray:
+    slots, positions = case.context[row]
+    return slots if window is None else slots[case.row_positions[row] - positions < window]
+
+
+def hidden_from_some(case: Case, window: int | None) -> tuple[list[int], np.ndarray]:
+    """Some rows, and slots that none of these sees though they lie in items of theirs, where other rows do see them."""
+    every = range(case.q.shape[0])
+    by = [set(seen_slots(case, row, window).tolist()) for row in every]
+    items = [
+        (set(case.arrays.kv_slots[begin : begin + n].tolist()), set(case.arrays.rows[at : at + count].tolist()))
+        for begin, n, at, count, *_ in case.arrays.items.tolist()
+    ]
+    gen, best = np.random.default_rng(0), (0, [0], set())
+    for _ in range(60):
+        kept = set(gen.permutation(every)[: gen.integers(1, len(every))].tolist())
+        theirs = set().union(*by) - set().union(*(by[row] for row in kept))
+        beside = [(slots & theirs, rows & kept) for slots, rows in items]
+        score = sum(len(slots) * len(rows) for slots, rows in beside)
+        if score > best[0]:
+            best = score, sorted(kept), set().union(*(slots for slots, rows in beside if rows))
+    assert best[0] > 5, "the case hides nothing that shares an item with a row that does not see it"
+    return best[1], np.array(sorted(best[2]))
+
+
+def hidden_values(run: Run, case: Case, value: float, **options: Any) -> None:
+    """K and V of tokens that some rows do not see are set to ``value``; these rows do not notice."""
+    (clean, clean_lse), used = run(case, **options)
+    check(case, (clean, clean_lse), **used)
+    kept, slots = hidden_from_some(case, used.get("window"))
+    page_size = case.k_pages.shape[1]
+    for pool in (case.k_pages, case.v_pages):
+        for slot in slots.tolist():
+            pool[slot // page_size, slot % page_size] = value
+    (out, lse), _ = run(case, **options)
+    assert torch.isfinite(out[kept]).all()
+    # Kept apart from what is hidden, a sum may be taken in smaller steps: equal up to rounding.
+    assert torch.allclose(lse[kept], clean_lse[kept], rtol=1e-5, atol=1e-5)
+    bound = 1e-5 if case.q.dtype == torch.float32 else 6e-3
+    assert relative_error(out[kept], clean[kept].double()) <= bound
+
+
+def seen_infinities(run: Run, case: Case, **options: Any) -> None:
+    """Infinities and NaN in single elements of V reach the rows that see them, in their column, and nothing else."""
+    _, used = run(case, **options)
+    kept, slots = hidden_from_some(case, used.get("window"))
+    page_size, columns = case.v_pages.shape[1], case.v_pages.shape[3]
+    gen = np.random.default_rng(0)
+    for slot in slots.tolist():
+        column = int(gen.integers(0, columns))
+        case.v_pages[slot // page_size, slot % page_size, :, column] = [math.inf, -math.inf, math.nan][slot % 3]
+    (out, lse), _ = run(case, **options)
+    want, _ = dense(case, **used)
+    sees_some = [row for row in range(out.shape[0]) if np.isin(seen_slots(case, row, used.get("window")), slots).any()]
+    assert sees_some and not set(sees_some) & set(kept)
+    finite = torch.isfinite(want)
+    assert not finite[sees_some].all()
+    assert torch.equal(torch.isfinite(out), finite)
+    assert torch.equal(torch.isnan(out), torch.isnan(want))
+    infinite = torch.isinf(want)
+    assert torch.equal(out[infinite].double(), want[infinite])
+    assert torch.isfinite(lse[kept]).any()
+    bound = 1e-5 if case.q.dtype == torch.float32 else 6e-3
+    assert relative_error(out[finite], want[finite]) <= bound
+
+
+# ------------------------------------------------------------------------------------------------ past 2^31
+
+
+def sparse(folder: Path, name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros of which only what is touched takes memory."""
+    return torch.from_file(str(folder / name), shared=True, size=size, dtype=dtype)
+
+
+def writes_beyond_32_bits(write: Callable[..., None], folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """``write_kv`` to and from places past 2^31 elements: by the page, the slot and the head; of K and of V."""
+    heads, dim, page_size = 2, 16, 4
+    gen = torch.Generator().manual_seed(3)
+    small = torch.randn(2, 3, heads, dim, generator=gen).to(dtype)
+    far = FAR // 2 + 4096  # times 2: past 2^31 elements
+    for name, strides in {
+        "page": (far, heads * dim, dim, 1),
+        "slot": (heads * dim, far, dim, 1),
+        "head": (page_size * dim, dim, 2 * far, 1),
+    }.items():
+        size = 2 * strides[0] + 3 * strides[1] + strides[2] + dim
+        pools = [
+            sparse(folder, f"{name}{i}", size, dtype).as_strided((3, page_size, heads, dim), strides) for i in (0, 1)
+        ]
+        slots = torch.tensor([2 * page_size + 3, 0, page_size + 2], dtype=torch.int32)
+        write(small[0], small[1], *pools, slots)
+        for pool, rows in zip(pools, small, strict=True):
+            for row, slot in zip(rows, slots.tolist(), strict=True):
+                assert torch.equal(pool[slot // page_size, slot % page_size], row), name
+    source = sparse(folder, "rows", 2 * far + heads * dim, dtype).as_strided((3, heads, dim), (far, dim, 1))
+    source[:] = small[0]
+    near = torch.zeros(2, 3, page_size, heads, dim, dtype=dtype)
+    write(source, source, near[0], near[1], slots)
+    for row, slot in zip(small[0], slots.tolist(), strict=True):
+        assert torch.equal(near[0, slot // page_size, slot % page_size], row)
+        assert torch.equal(near[1, slot // page_size, slot % page_size], row)
+
+
+def copies_beyond_32_bits(copy: Callable[..., None], folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """``copy_pages`` with source, destination, plane, head and slot past 2^31 elements."""
+    planes, pages, heads, page_size, dim = 2, 3, 2, 4, 16
+    far = FAR // 2 + 4096
+    near = (pages * heads * page_size * dim, heads * page_size * dim, page_size * dim, dim, 1)
+    for name, at in {"plane": 0, "page": 1, "head": 2, "slot": 3}.items():
+        strides = list(near)
+        strides[at] = 2 * far if name in ("plane", "head") else far
+        shape = (planes, pages, heads, page_size, dim)
+        size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        pool = sparse(folder, name, size, dtype).as_strided(shape, strides)
+        want = torch.randn(shape, generator=torch.Generator().manual_seed(at)).to(dtype)
+        pool.copy_(want)
+        src, dst, filled = (torch.tensor(x, dtype=torch.int32) for x in ([2], [1], [4]))
+        copy(pool, src, dst, filled)
+        want[:, 1] = want[:, 2]
+        assert torch.equal(pool, want), name
+        copy(pool, *(torch.tensor(x, dtype=torch.int32) for x in ([0], [2], [3])))
+        want[:, 2, :, :3] = want[:, 0, :, :3]
+        assert torch.equal(pool, want), name
+
+
+def partials_beyond_32_bits(run: Run, case: Case) -> None:
+    """A plan whose partials begin past 2^31 elements of the accumulators: attention writes them, the merge reads them.
+
+    ``run`` must take memory for the partials that costs nothing where it is not touched.
+    """
+    (want, want_lse), _ = run(case)
+    a = case.arrays
+    assert a.num_partials > 2
+    begin = FAR // (case.q.shape[1] * case.q.shape[2]) + 5
+    moved = SimpleNamespace(**vars(a))
+    moved.dest = torch.where(a.dest >= 0, a.dest + begin, a.dest)
+    moved.merge_ptr = a.merge_ptr + begin
+    moved.num_partials = a.num_partials + begin
+    case.arrays = moved
+    (out, lse), _ = run(case)
+    assert torch.equal(out, want) and torch.equal(lse, want_lse)
+
+
+# ------------------------------------------------------------------------------------------------ late maxima
+
+
+def merges_of_many_partials(merged: Callable[..., Any], dim: int) -> None:
+    """Rows of 33 to 70 partials: the largest m in the first, a middle and the last of them, far above all others, and
+    nothing visible in the first, a middle or the last. ``merged`` is as in kernel_bodies.merge, for six rows."""
+    heads, lengths = 3, [40, 40, 33, 70, 65, 34]
+    top, empty = [39, 0, 32, 35, 64, 33], [0, 39, 16, 69, 0, 1]
+    gen = torch.Generator().manual_seed(4)
+    total = sum(lengths)
+    m = torch.randn(total, heads, generator=gen)
+    l = torch.rand(total, heads, generator=gen) + 1  # noqa: E741
+    acc = torch.randn(total, heads, dim, generator=gen)
+    ptr = torch.tensor([0, *lengths]).cumsum(0).int()
+    for i in range(6):
+        m[ptr[i] + top[i]] += 300  # exp of the difference overflows float32
+        at = ptr[i] + empty[i]
+        m[at], l[at], acc[at] = -math.inf, 0.0, math.nan
+    rows = torch.tensor([4, 0, 2, 5, 1, 3], dtype=torch.int32)
+    for sinks in (None, torch.zeros(heads), torch.full((heads,), 310.0)):
+        out, lse = merged(acc, m, l, rows, ptr, sinks)
+        for i, row in enumerate(rows.tolist()):
+            part = slice(int(ptr[i]), int(ptr[i + 1]))
+            mm, ll, aa = m[part].double(), l[part].double(), acc[part].double().nan_to_num()
+            high = mm.amax(0) if sinks is None else torch.maximum(mm.amax(0), sinks.double())
+            w = torch.exp(mm - high)
+            sum_l = (w * ll).sum(0) + (0 if sinks is None else torch.exp(sinks.double() - high))
+            assert relative_error(out[row], (w[..., None] * aa).sum(0) / sum_l[:, None]) < 1e-4
+            assert torch.allclose(lse[row].double(), high + sum_l.log(), rtol=1e-5, atol=1e-4)

@@ -1,0 +1,228 @@
+"""The problems that taught SmolLM2 to fork, their layout against the engine, and the adapter."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from training.adaptive import families, text
+from training.adaptive.families import GOODS, NAMES, SPLITS, problems
+
+import anabranch as ab
+from anabranch.evaluation.evaluate import is_right, read_problems
+from anabranch.models import adaptive
+from training import adaptive as package
+
+OWN = ("bills", "times", "story")
+FILE = package.__path__[0] + "/problems.jsonl"
+
+
+def some(split: str, count: int, names: tuple[str, ...] = OWN, seed: int = 3) -> list[families.Problem]:
+    return list(itertools.islice(problems(split, seed, names), count))
+
+
+def with_gym() -> tuple[str, ...]:
+    """All families where reasoning-gym is installed, else ours alone."""
+    try:
+        import reasoning_gym  # noqa: F401
+    except ImportError:
+        return OWN
+    return families.FAMILIES
+
+
+def test_every_sum_product_and_comparison_that_is_written_is_true():
+    seen = 0
+    for split in SPLITS:
+        for p in some(split, 120, with_gym()):
+            written = " ".join(part.work for part in p.parts) + " " + p.join
+            for chain in re.findall(r"[\d+*=-]*=[\d+*=-]*\d", written):
+                assert len({eval(re.sub(r"\b0+(?=\d)", "", side)) for side in chain.split("=")}) == 1, (chain, p)
+                seen += 1
+            for big, than, small in re.findall(r"(\d+)([<>])(\d+)", p.join):
+                assert (int(big) > int(small)) == (than == ">")
+            assert p.threads == (len(p.parts) if len(p.parts) > 1 else 0) and len(p.parts) <= 6
+    assert seen > 1000
+
+
+def test_the_answer_follows_from_the_question():
+    for p in some("train", 200, ("bills",)):
+        assert p.prompt.count("cents") >= len(p.parts)
+        by_name = {part.outline: part.result for part in p.parts}
+        numbers = [int(x) for x in re.findall(r"\d+", p.prompt)]  # quantity, price and extra of one after another
+        assert len(numbers) == 3 * len(by_name)
+        for i, (name, result) in enumerate(by_name.items()):
+            q, price, extra = numbers[3 * i : 3 * i + 3]
+            assert result == f"{name} {q * price + extra}"
+        assert [p.prompt.index(name) for name in by_name] == sorted(p.prompt.index(name) for name in by_name)
+        assert p.answer == (", ".join(by_name.values()) if p.threads else p.parts[0].result.split()[1])
+    for p in some("test", 60, ("times",)):
+        totals = {part.outline: int(part.result.split()[1]) for part in p.parts}
+        if p.threads:
+            best = max(totals, key=lambda name: totals[name])
+            assert p.answer == f"{best} {totals[best]}"
+
+
+def test_splits_share_neither_names_nor_goods_nor_numbers_nor_problems():
+    for table in (NAMES, GOODS, families.THINGS):
+        assert not set(table["train"]) & (set(table["dev"]) | set(table["test"]))
+        assert not set(table["dev"]) & set(table["test"])
+    drawn = {split: some(split, 300, ("bills",)) for split in SPLITS}
+    prompts = [p.prompt for many in drawn.values() for p in many]
+    assert len(prompts) == len(set(prompts))
+    for split, many in drawn.items():
+        for p in many:
+            for part in p.parts:
+                a, b = map(int, re.search(r" (\d+)\*(\d+)", part.work).groups())
+                assert families.held_out(a, b) == split
+    assert not any(p.unseen_words for p in drawn["train"])
+    assert 0.3 < sum(p.unseen_words for p in drawn["test"]) / 300 < 0.7
+
+
+def test_the_problem_file_is_of_the_test_split():
+    lines = read_problems(FILE)
+    assert len(lines) == len({p.prompt for p in lines}) >= 400
+    counts = {f: sum(p.family == f for p in lines) for f in families.FAMILIES}
+    assert min(counts.values()) >= 40
+    for p in lines:
+        assert is_right(f"The answer is {p.answer}.", p.answer)
+        assert not any(re.search(rf"\b{name}\b", p.prompt) for name in NAMES["train"])
+
+
+@pytest.mark.parametrize("family", ["legs", "sums"])
+def test_reasoning_gym_s_verifier_agrees(family):
+    pytest.importorskip("reasoning_gym")
+    from training.adaptive.score import verified
+
+    for line in [p for p in read_problems(FILE) if p.family == family][:40]:
+        assert verified(line, f"The answer is {line.answer}.<|im_end|>")
+        wrong = re.sub(r"\d+$", lambda m: str(int(m[0]) + 1), line.answer)
+        assert not verified(line, f"The answer is {wrong}.") and not verified(line, "I do not know.")
+    if family == "sums":
+        line = next(p for p in read_problems(FILE) if p.threads == 3 and p.family == family)
+        parts = line.answer.split(", ")
+        assert not verified(line, f"The answer is {', '.join(parts[::-1])}.") and not verified(
+            line, f"The answer is {parts[0]}."
+        )
+
+
+# ------------------------------------------------------------------------------------------------ layout and adapter
+
+
+def stock() -> None:
+    try:
+        ab.models.path("smollm2")
+    except ab.models.ModelUnavailable as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.smollm2
+def test_the_tokenizer_has_one_token_a_tag_and_ordinary_text_is_as_before():
+    stock()
+    from transformers import AutoTokenizer
+
+    own, before = text.tokenizer(), AutoTokenizer.from_pretrained(ab.models.path("smollm2"))
+    for tag, i in text.TAG_IDS.items():
+        assert own(tag, add_special_tokens=False)["input_ids"] == [i] and own.decode([i]) == tag
+    for said in ("Anna pays 7*38: 7*30=210.", "naïve – “quotes”\n\n", "<thread> < Thread>"):
+        assert own(said)["input_ids"] == before(said)["input_ids"]
+    assert own.eos_token == "<|im_end|>"
+
+
+@pytest.mark.smollm2
+def test_forced_through_the_engine_a_problem_has_the_layout_s_tokens_and_positions():
+    stock()
+    tokenizer = text.tokenizer()
+    model = _untrained(tokenizer)
+    for p in [next(p for p in some("train", 50) if p.threads == n) for n in (0, 2, 4)]:
+        made = text.lesson_of(p, tokenizer)
+        follow = _Teacher(made)
+        engine = ab.Engine(model, tokenizer, num_pages=128)
+        result = engine.generate(
+            made.row.input_ids[: follow.prompt].tolist(), strategy=ab.ThreadWeaver(), do_sample=False,
+            max_new_tokens=900, logits_processor=[follow],
+        )  # fmt: skip
+        assert result.metrics.num_threads == p.threads and not result.malformed
+        assert is_right(result.text, p.answer)
+        # Every sampled token is one of the trie's, with its position as depth.
+        seen = set(zip(made.row.position_ids.tolist(), made.row.input_ids.tolist(), strict=True))
+        for node in result.tree.walk():
+            for run in node.runs:
+                for offset, token in enumerate(run.token_ids):
+                    assert (run.position + offset, token) in seen
+        assert follow.asked == set(made.row.mask.previous[made.forked].tolist())
+
+
+class _Teacher:
+    """A logits processor that lets the model write the row's forked run and nothing else."""
+
+    def __init__(self, made):
+        self.children: dict[int, dict[int, int]] = {}
+        self.target: dict[int, int] = {}
+        ids = made.row.input_ids.tolist()
+        for i, up in enumerate(made.row.mask.previous.tolist()):
+            self.children.setdefault(up, {})[ids[i]] = i
+            if made.forked[i]:
+                assert up not in self.target
+                self.target[up] = ids[i]
+        self.prompt = int(made.row.learnt[0])
+        self.asked: set[int] = set()
+
+    def __call__(self, input_ids, scores):
+        out = torch.full_like(scores, -1e9)
+        for i, ids in enumerate(input_ids.tolist()):
+            row = -1
+            for token in ids:
+                row = self.children[row][token]
+            self.asked.add(row)
+            out[i, self.target[row]] = 0.0
+        return out
+
+
+def _untrained(tokenizer):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config._attn_implementation = "anabranch"
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.smollm2
+def test_an_adapter_is_merged_as_low_rank_updates_and_tag_rows(tmp_path):
+    stock()
+    from safetensors.torch import load_file
+
+    base = ab.models.path("smollm2")
+    weights = load_file(base / "model.safetensors")
+    target = "model.layers.3.mlp.up_proj"
+    out_features, in_features = weights[f"{target}.weight"].shape
+    torch.manual_seed(0)
+    a, b = torch.randn(2, in_features) * 0.1, torch.randn(out_features, 2) * 0.1
+    tags = torch.randn(8, weights["model.embed_tokens.weight"].shape[1])
+    adapter, folder = tmp_path / "adapter", tmp_path / "merged"
+    adapter.mkdir(), folder.mkdir()
+    save_file(
+        {f"base_model.model.{target}.lora_A.weight": a, f"base_model.model.{target}.lora_B.weight": b,
+         adaptive.TAG_ROWS: tags}, adapter / "adapter_model.safetensors",
+    )  # fmt: skip
+    config = {"r": 2, "lora_alpha": 4, "tag_ids": text.TAG_IDS, "chat_template": text.TEMPLATE}
+    (adapter / "adapter_config.json").write_text(__import__("json").dumps(config))
+    adaptive.merge(base, adapter, folder)
+    merged = load_file(folder / "model.safetensors")
+    want = weights[f"{target}.weight"].float() + 2.0 * (b @ a)
+    torch.testing.assert_close(merged[f"{target}.weight"].float(), want, rtol=8e-3, atol=1e-3)
+    rows = merged["model.embed_tokens.weight"][torch.tensor(list(text.TAG_IDS.values()))].float()
+    torch.testing.assert_close(rows, tags, rtol=8e-3, atol=1e-3)
+    same = "model.layers.4.mlp.up_proj.weight"
+    assert torch.equal(merged[same].float(), weights[same].float())
+    save_file({f"base_model.model.{target}.lora_A.weight": a[:, :5].clone(),
+               f"base_model.model.{target}.lora_B.weight": b, adaptive.TAG_ROWS: tags},
+              adapter / "adapter_model.safetensors")  # fmt: skip
+    with pytest.raises(ValueError, match="does not fit"):
+        adaptive.merge(base, adapter, folder)

@@ -98,7 +98,7 @@ def replay_cost(branches: int, rounds: int) -> dict[str, object]:
     plan, its inputs' way to where the graph reads them. The replay itself is left out: nothing stands in its place."""
     cut = tile_config()
     wood = forest(2048, branches, 2 * rounds + 16)
-    wood.cache._on_host = False  # plans are kept as on a GPU
+    wood.cache.planner.on_host = False  # plans are kept as on a GPU
 
     def model(tree_step: ab.Step, **_: object) -> SimpleNamespace:
         tree_step.plan.arrays(Q_HEADS // KV_HEADS, cut)

@@ -55,16 +55,19 @@ struct Step {
   }
 };
 
-py::tuple result_of(const PlanData& data, i64 build) {
-  auto* kept = new std::shared_ptr<i32[]>(data.buffer);
-  py::capsule owner(kept, [](void* p) { delete static_cast<std::shared_ptr<i32[]>*>(p); });
-  py::array_t<i32> buffer({static_cast<py::ssize_t>(data.begin[kSections])}, {sizeof(i32)}, data.buffer.get(), owner);
-  py::tuple begin(kSections + 1);
-  for (int s = 0; s <= kSections; ++s) begin[s] = data.begin[s];
-  return py::make_tuple(build, buffer, begin,
-                        py::make_tuple(data.num_items, data.num_partials, data.num_merge, data.tile_rows, data.num_runs,
-                                       data.num_absorbed, data.kv_tokens, data.num_rows, data.num_wide));
-}
+// One state of a plan: the numbers behind its sections, and which build they belong to. A kept plan is advanced in place,
+// so the buffer of an earlier result shows the later state.
+struct PlanResult {
+  PlanData data;
+  i64 build;
+
+  py::array_t<i32> buffer() const {
+    auto* kept = new std::shared_ptr<i32[]>(data.buffer);
+    py::capsule owner(kept, [](void* p) { delete static_cast<std::shared_ptr<i32[]>*>(p); });
+    return py::array_t<i32>({static_cast<py::ssize_t>(data.begin[kSections])}, {sizeof(i32)}, data.buffer.get(), owner);
+  }
+  std::vector<i64> begin() const { return {data.begin, data.begin + kSections + 1}; }
+};
 
 class Cache {
  public:
@@ -170,18 +173,18 @@ class Cache {
     tree_->release(b.id);
   }
 
-  py::tuple plan(const Step& step, const PlanParams& params) {
+  PlanResult plan(const Step& step, const PlanParams& params) {
     LivePlan* slot = nullptr;
     for (LivePlan& live : live_)
       if (live.params() == params) slot = &live;
-    if (slot != nullptr && slot->advance(step.state, params)) return result_of(slot->data(), slot->build);
+    if (slot != nullptr && slot->advance(step.state, params)) return {slot->data(), slot->build};
     if (slot == nullptr) {  // a few are kept, one a (backend, head shape)
       if (live_.size() == kKept) live_.pop_front();
       slot = &live_.emplace_back();
     }
     slot->rebuild(*tree_, step.state, params);
     slot->build = ++builds_;  // never used before: callers know by it which arrays they already hold
-    return result_of(slot->data(), slot->build);
+    return {slot->data(), slot->build};
   }
 
   py::tuple stats() const {
@@ -215,15 +218,15 @@ py::tuple flat(const Contexts& c) {
                         array_of(std::vector<i32>(c.row_ptr)), array_of(std::vector<i64>(c.row_positions)));
 }
 
-// A static plan over a user's own tables.
-class Tables {
+// A plan over a user's own block tables.
+class BlockTables {
  public:
-  Tables(const py::array_t<i32, py::array::c_style>& tables, const py::array_t<i64, py::array::c_style>& lengths,
+  BlockTables(const py::array_t<i32, py::array::c_style>& tables, const py::array_t<i64, py::array::c_style>& lengths,
          const py::array_t<i64, py::array::c_style>& queries, i32 page_size)
       : paged_(contexts_of_tables(tables.data(), tables.shape(0), tables.shape(1), lengths.data(), queries.data(),
                                   page_size)) {}
-  py::tuple plan(const PlanParams& params) const {
-    return result_of(Planner::build(paged_.contexts, params, 0, nullptr, nullptr), ++builds_);
+  PlanResult plan(const PlanParams& params) const {
+    return {Planner::build(paged_.contexts, params, 0, nullptr, nullptr), ++builds_};
   }
   py::tuple contexts() const { return flat(paged_.contexts); }
   i32 max_page() const { return paged_.max_page; }
@@ -307,13 +310,30 @@ PYBIND11_MODULE(_core, m) {
            py::arg("group"), py::arg("tile"), py::arg("chunk"), py::arg("parallelism"), py::arg("num_kv_heads"),
            py::arg("elem_size"), py::arg("narrow") = 0, py::arg("fixed") = false);
 
-  py::class_<Tables>(m, "Tables")
+  py::class_<PlanResult>(m, "PlanResult")
+      .def_readonly("build", &PlanResult::build)
+      .def_property_readonly("buffer", &PlanResult::buffer)
+      .def_property_readonly("begin", &PlanResult::begin)
+      .def_property_readonly("num_items", [](const PlanResult& r) { return r.data.num_items; })
+      .def_property_readonly("num_partials", [](const PlanResult& r) { return r.data.num_partials; })
+      .def_property_readonly("num_merge", [](const PlanResult& r) { return r.data.num_merge; })
+      .def_property_readonly("tile_rows", [](const PlanResult& r) { return r.data.tile_rows; })
+      .def_property_readonly("num_runs", [](const PlanResult& r) { return r.data.num_runs; })
+      .def_property_readonly("num_absorbed", [](const PlanResult& r) { return r.data.num_absorbed; })
+      .def_property_readonly("kv_tokens", [](const PlanResult& r) { return r.data.kv_tokens; })
+      .def_property_readonly("num_rows", [](const PlanResult& r) { return r.data.num_rows; })
+      .def_property_readonly("num_wide", [](const PlanResult& r) { return r.data.num_wide; });
+
+  m.def("plan_layout", [] { return py::make_tuple(kSectionNames, kItemFieldNames, kItemFields); },
+        "Names of a plan's sections and of an item's fields, in order, and the stride of an item (csrc/plan/layout.hpp).");
+
+  py::class_<BlockTables>(m, "BlockTables")
       .def(py::init<const py::array_t<i32, py::array::c_style>&, const py::array_t<i64, py::array::c_style>&,
                     const py::array_t<i64, py::array::c_style>&, i32>())
-      .def("plan", &Tables::plan)
-      .def("contexts", &Tables::contexts)
-      .def_property_readonly("max_page", &Tables::max_page)
-      .def_property_readonly("unique_tokens", &Tables::unique_tokens);
+      .def("plan", &BlockTables::plan)
+      .def("contexts", &BlockTables::contexts)
+      .def_property_readonly("max_page", &BlockTables::max_page)
+      .def_property_readonly("unique_tokens", &BlockTables::unique_tokens);
 
   m.def("branch_tables", &branch_tables, py::arg("starts"), py::arg("ptr"), py::arg("intervals"), py::arg("columns"),
         py::arg("most"), py::arg("pad"),

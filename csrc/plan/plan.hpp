@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "plan/layout.hpp"
 #include "tree/tree.hpp"
 
 namespace anabranch {
@@ -56,13 +57,6 @@ struct FixedContexts {
   std::vector<i32> slots, positions;  // what the pieces point into
 };
 FixedContexts fixed_pieces(const Contexts& contexts, i32 grain);
-
-constexpr i32 kItemFields = 8;
-enum ItemField { kKvBegin, kKvLen, kRowBegin, kRowCount, kMasked, kKvPosMax, kRowPosMin };
-
-// One int32 buffer with the sections of PlanArrays, in this order. The long ones come first: they are written where
-// they stay.
-enum Section { kKvSlots, kKvPositions, kItems, kRows, kLimits, kDest, kRowPositions, kMergeRows, kMergePtr, kSections };
 
 struct PlanData {
   std::shared_ptr<i32[]> buffer;  // not initialised where nothing is written

@@ -170,21 +170,20 @@ def test_without_the_module_or_a_gpu(monkeypatch):
 
 def on_a_device(cache):
     """The cache keeps its plans as it does on a GPU: copied once a topology, advanced there."""
-    cache._on_host = False
+    cache.planner.on_host = False
     return cache
 
 
 @pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "operators"])
 def test_plans_advance_on_the_device(emulated_backend, monkeypatch, kernel):
     """A decode step with the tree unchanged: the same addresses and shapes, nothing uploaded, no plan built."""
-    if not kernel:
-        monkeypatch.setattr(backends, "unavailable", lambda name: "not here")
     uploads = []
     split = resident.split_buffer
     monkeypatch.setattr(
         resident, "split_buffer", lambda result, *a, **k: uploads.append(result) or split(result, *a, **k)
     )
     cache = on_a_device(ab.TreeCache(1, 2, 32, num_pages=60, page_size=8))
+    cache.planner.advance_kernel = cuda.advance if kernel else None
     group, tile_config = 3, cuda.tile_config(6, 2, 32, torch.float32, torch.device("cpu"))
     trunk = cache.branch()
     cache.step({trunk: 37})

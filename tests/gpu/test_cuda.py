@@ -70,7 +70,7 @@ def test_a_decode_step_is_one_replay():
         step = cache.step({kid: 1 for kid in kids})
         fresh(step)
         arrays = step.plan.arrays(4, tile_config)
-    kept = cache._resident[(4, tile_config)]
+    kept = cache.planner.resident((4, tile_config))
     q = torch.randn(6, 8, 64, generator=gen, device="cuda").bfloat16()
     slots, positions = step.slots.clone(), step.position_ids.clone()
     state = {name: x.clone() for name, x in vars(arrays).items() if isinstance(x, torch.Tensor)}

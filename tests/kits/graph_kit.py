@@ -128,5 +128,5 @@ def counted_reads(capture, monkeypatch):
 
 def as_on_a_device(cache):
     """The cache keeps its plans as it does on a GPU: copied once a topology, advanced there."""
-    cache._on_host = False
+    cache.planner.on_host = False
     return cache

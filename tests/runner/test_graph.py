@@ -355,7 +355,7 @@ def test_a_topology_change_inside_a_capture(monkeypatch):
         fresh = cache.step({b: 1 for b in loop.branches[0]})
         assert fresh.position_ids.shape == fresh.slots.shape
         loop.capture.active = True
-        ab.cache.TreeCache._plan_arrays(cache, fresh.plan, next(iter(cache._params)))
+        fresh.plan.arrays(*next(iter(step.plan.builds())))
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,17 @@ if TYPE_CHECKING:
     from anabranch.plan.plan import Plan
 
 __all__ = [
-    "attention", "branch_backward", "branch_forward", "copy_pages", "info", "large_pages", "name", "tile_config", "refuses",
-    "unavailable", "write_kv",
+    "attention",
+    "branch_backward",
+    "branch_forward",
+    "copy_pages",
+    "info",
+    "large_pages",
+    "name",
+    "refuses",
+    "tile_config",
+    "unavailable",
+    "write_kv",
 ]  # fmt: skip
 
 name = "cpu"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from anabranch.plan.arrays import PlanArrays
     from anabranch.plan.plan import Plan
 
-__all__ = ["advance", "attention", "copy_pages", "info", "name", "tile_config", "refuses", "unavailable", "write_kv"]
+__all__ = ["advance", "attention", "copy_pages", "info", "name", "refuses", "tile_config", "unavailable", "write_kv"]
 
 name = "cuda"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -66,3 +67,11 @@ def _auto(device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType
         f"no backend takes device {device}, {dtype}, head_dim {head_dim} ({'; '.join(reasons)}). "
         "Supported: float32, float16 and bfloat16 with head_dim 32–256; the reference also takes float64"
     )
+
+
+def advance_kernel(device: torch.device) -> Callable[..., None] | None:
+    """A backend's own kernel that advances a resident plan on `device`; None: PyTorch's operators do it."""
+    if device.type == "cpu":
+        return None
+    found = (get(name) for name in NAMES if unavailable(name) is None and hasattr(get(name), "advance"))
+    return next((module.advance for module in found), None)

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from anabranch.plan.plan import Plan
 
 __all__ = [
-    "attention", "branch_backward", "branch_forward", "copy_pages", "name", "tile_config", "refuses", "unavailable",
+    "attention",
+    "branch_backward",
+    "branch_forward",
+    "copy_pages",
+    "name",
+    "refuses",
+    "tile_config",
+    "unavailable",
     "write_kv",
 ]  # fmt: skip
 

@@ -7,9 +7,9 @@ checks and the one device call a step may need, the copy of shared tail pages.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,16 +17,10 @@ from torch import Tensor
 from anabranch import _core, backends
 from anabranch._check import told
 from anabranch.attention.tree import layer_of, shape_of
-from anabranch.errors import TopologyChanged
 from anabranch.kv.arguments import _branch, _device, _number, _positions, _rows, _size
 from anabranch.kv.step import Branch, Step
 from anabranch.kv.watch import Watch
-from anabranch.plan.arrays import PlanArrays, capturing, split_buffer, upload
-from anabranch.plan.resident import ResidentPlan
-from anabranch.plan.tile_config import TileConfig, core_params
-
-if TYPE_CHECKING:
-    from anabranch.kv.step import StepPlan
+from anabranch.plan.planner import Planner
 
 
 @dataclass(frozen=True)
@@ -125,10 +119,7 @@ class TreeCache:
         self._v = [self._pool[num_layers + i].transpose(1, 2) for i in range(num_layers)]
         self._core = _core.Cache(num_pages, page_size)
         self.batch_invariant = False  # for plans of later steps; the cpu backend alone can honour it
-        self._params: dict[tuple[int, TileConfig], _core.PlanParams] = {}
-        self._last_arrays: dict[tuple[int, TileConfig], tuple[int, PlanArrays]] = {}
-        self._resident: dict[tuple[int, TileConfig], ResidentPlan] = {}
-        self._on_host = self.device.type == "cpu"
+        self.planner = Planner(self._core.plan, self.device, backends.advance_kernel(self.device))
         self._watch = Watch()
 
     @classmethod
@@ -349,45 +340,6 @@ class TreeCache:
     def check(self) -> None:
         """Raises ``RuntimeError`` unless reference counts, free list, spans and branches agree (for tests; linear)."""
         self._core.check()
-
-    def _upload(self, array: Any) -> Tensor:
-        if not self._on_host and capturing(self.device):
-            raise TopologyChanged(
-                "step: it is not on the GPU yet, and what a captured CUDA graph copies there stays the same in every "
-                "replay; make and use steps outside the capture, or let anabranch.DecodeGraph capture the forward"
-            )
-        return upload(array, self.device)
-
-    def _plan_on_host(self, plan: StepPlan, key: tuple[int, TileConfig]) -> tuple:
-        params = self._params.get(key)
-        if params is None:
-            params = self._params[key] = core_params(*key)
-        return self._core.plan(plan._core, params)
-
-    def _plan_arrays(self, plan: StepPlan, key: tuple[int, TileConfig]) -> PlanArrays:
-        result = plan.result(key)
-        if self._on_host:
-            last = self._last_arrays.get(key)
-            if last is not None and last[0] == result[0]:
-                return last[1]  # advanced in place: the same memory, already wrapped
-            arrays = split_buffer(result, self.device)
-            self._last_arrays[key] = (result[0], arrays)
-            return arrays
-        resident = self._resident.get(key)
-        if resident is not None and resident.build == result[0]:
-            resident.advance(plan.slots, plan.positions, self._advance_kernel())
-        else:
-            if capturing(self.device):
-                raise TopologyChanged(
-                    "step: this plan is not on the GPU yet, or the tree's topology changed, which a captured CUDA "
-                    "graph cannot follow; run one step of this topology eagerly, then capture the next one"
-                )
-            resident = self._resident[key] = ResidentPlan(result, self.device)
-        return resident.arrays
-
-    @staticmethod
-    def _advance_kernel() -> Callable[..., None] | None:
-        return backends.get("cuda").advance if backends.unavailable("cuda") is None else None
 
     def __repr__(self) -> str:
         u = self.usage()

@@ -11,6 +11,7 @@ from torch import Tensor
 from anabranch import _core
 from anabranch.plan.arrays import FlatContexts, PlanArrays
 from anabranch.plan.plan import Plan, plan_of
+from anabranch.plan.planner import PlanKey, Planner
 from anabranch.plan.tile_config import TileConfig
 
 if TYPE_CHECKING:
@@ -24,13 +25,14 @@ class StepPlan(Plan):
     """The plan of one step. Work items are cut when a kernel first asks; while the topology stays, the arrays of the
     last step are advanced in place instead."""
 
-    def __init__(self, cache: TreeCache, core: _core.Step) -> None:
-        super().__init__(core.num_rows, cache.device)
-        self.batch_invariant = cache.batch_invariant
-        self._cache = cache
+    def __init__(self, planner: Planner, core: _core.Step, num_layers: int, batch_invariant: bool = False) -> None:
+        super().__init__(core.num_rows, planner.device)
+        self.batch_invariant = batch_invariant
+        self._planner = planner
         self._core = core
-        self._results: dict[tuple[int, TileConfig], tuple] = {}
-        self._arrays: dict[tuple[int, TileConfig], PlanArrays] = {}
+        self._num_layers = num_layers
+        self._results: dict[PlanKey, _core.PlanResult] = {}
+        self._arrays: dict[PlanKey, PlanArrays] = {}
         self._slots: Tensor | None = None
         self._positions: Tensor | None = None
         self._written: set[int] = set()
@@ -39,29 +41,32 @@ class StepPlan(Plan):
         key = (group, tile_config)
         found = self._arrays.get(key)
         if found is None:
-            found = self._arrays[key] = self._cache._plan_arrays(self, key)
+            found = self._arrays[key] = self._planner.arrays(self.result(key), key, self._places)
         return found
 
-    def result(self, key: tuple[int, TileConfig]) -> tuple:
-        """What the planner says for this step; asked once. Whoever asks sees to it that the arrays follow."""
+    def result(self, key: PlanKey) -> _core.PlanResult:
+        """What the planner says for this step; asked once. Whoever asks must see that the arrays follow (`follow`)."""
         found = self._results.get(key)
         if found is None:
-            found = self._results[key] = self._cache._plan_on_host(self, key)
+            found = self._results[key] = self._planner.result(self._core, key)
         return found
 
-    def builds(self) -> dict[tuple[int, TileConfig], int]:
+    def builds(self) -> dict[PlanKey, int]:
         """The planner's number of each plan that was asked for: the same as the last step's while topology stays."""
-        return {key: result[0] for key, result in self._results.items()}
+        return {key: result.build for key, result in self._results.items()}
 
     def follow(self) -> None:
-        """Bring the device's arrays to where the planner is."""
+        """Bring the device's arrays to the planner's state."""
         for key in self._results:
             self.arrays(*key)
 
-    def replayed(self, arrays: dict[tuple[int, TileConfig], PlanArrays]) -> None:
+    def replayed(self, arrays: Mapping[PlanKey, PlanArrays]) -> None:
         """A captured graph has written K and V of all layers and has advanced these arrays."""
         self._arrays.update(arrays)
-        self._written.update(range(self._cache.num_layers))
+        self._written.update(range(self._num_layers))
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        return self.slots, self.positions
 
     def contexts(self) -> FlatContexts:
         return FlatContexts(*self._core.contexts())
@@ -70,14 +75,14 @@ class StepPlan(Plan):
     def slots(self) -> Tensor:
         """int32 [rows] on the cache's device."""
         if self._slots is None:
-            self._slots = self._cache._upload(self._core.slots())
+            self._slots = self._planner.upload(self._core.slots())
         return self._slots
 
     @property
     def positions(self) -> Tensor:
         """int64 [rows] on the cache's device."""
         if self._positions is None:
-            self._positions = self._cache._upload(self._core.positions())
+            self._positions = self._planner.upload(self._core.positions())
         return self._positions
 
     def host_rows(self) -> tuple[Any, Any]:
@@ -152,16 +157,22 @@ class Step:
         handle: names the step's plan to the torch op.
     """
 
-    def __init__(self, cache: TreeCache, core: _core.Step, branches: tuple[Branch, ...]) -> None:
+    def __init__(self, cache: TreeCache, core: _core.Step, branches: tuple[Branch, ...], plan: Any = None) -> None:
         self.cache = cache
         self.branches = branches
         self.num_rows: int = core.num_rows
-        self.plan = StepPlan(cache, core)
-        self.plan.step = weakref.ref(self)
+        if plan is None:
+            plan = StepPlan(cache.planner, core, cache.num_layers, cache.batch_invariant)
+        plan.step = weakref.ref(self)
+        self.plan: Any = plan
         self.handle = self.plan.handle
         self._core = core
         self._rows: Rows | None = None
         self._last_rows: Tensor | None = None
+
+    def with_plan(self, plan: Plan) -> Step:
+        """The same rows under another plan: what a captured forward is given, whose plan reads fixed memory."""
+        return Step(self.cache, self._core, self.branches, plan)
 
     @property
     def position_ids(self) -> Tensor:
@@ -178,7 +189,7 @@ class Step:
     def last_rows(self) -> Tensor:
         """int64 [branches]: each branch's last row, in order; for ``logits_to_keep``."""
         if self._last_rows is None:
-            self._last_rows = self.cache._upload(self._core.row_ptr()[1:].astype("int64") - 1)
+            self._last_rows = self.cache.planner.upload(self._core.row_ptr()[1:].astype("int64") - 1)
         return self._last_rows
 
     @property

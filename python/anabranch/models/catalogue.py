@@ -7,7 +7,8 @@ and decides by itself whether to fork, and into how many threads. `training/mult
 file, so no account and no model hub is needed. They are converted once into an ordinary Transformers folder in
 the user's cache (``ANABRANCH_CACHE``, else ``$XDG_CACHE_HOME/anabranch``, else ``~/.cache/anabranch``).
 
-``"smollm2-adaptive"`` is the same model with our adapter, which comes inside this package (see `models.adaptive`).
+``"smollm2-adaptive"`` is the same model with our adapter, which comes inside this
+package (see `models.adaptive`).
 """
 
 from __future__ import annotations

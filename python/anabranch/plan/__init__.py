@@ -4,4 +4,6 @@ from anabranch.plan.arrays import FlatContexts, PlanArrays
 from anabranch.plan.plan import Plan, plan_of
 from anabranch.plan.tile_config import TileConfig
 
-__all__ = ["FlatContexts", "Plan", "PlanArrays", "TileConfig", "plan_of"]
+Profile = TileConfig  # its former name, kept for one release
+
+__all__ = ["FlatContexts", "Plan", "PlanArrays", "Profile", "TileConfig", "plan_of"]

@@ -8,12 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anabranch import _core
+from anabranch.plan.layout import ITEM_FIELDS, SECTIONS
+
 
 @dataclass(frozen=True)
 class PlanArrays:
     """Work items as int32 tensors on one device. See docs/architecture.md for every field."""
 
-    items: Tensor  # [num_items, 8]
+    items: Tensor  # [num_items, ITEM_FIELDS]
     kv_slots: Tensor
     kv_positions: Tensor
     rows: Tensor
@@ -30,7 +33,7 @@ class PlanArrays:
     num_absorbed: int
     kv_tokens: int  # tokens listed over all runs: unique ones plus those re-read by the absorb rule
     num_wide: int | None = (
-        None  # items[:num_wide] pack more than tile_config.narrow query vectors, the others at most that
+        None  # items[:num_wide] pack more query vectors than TileConfig.narrow, the rest at most that
     )
 
     @property
@@ -53,7 +56,37 @@ class FlatContexts:
     row_positions: np.ndarray  # int64 [rows]
 
 
-_SECTIONS = ("kv_slots", "kv_positions", "items", "rows", "limits", "dest", "row_positions", "merge_rows", "merge_ptr")
+def section(result: _core.PlanResult, name: str) -> np.ndarray:
+    """One section of the planner's buffer, a view: int32, flat (items: [num_items, ITEM_FIELDS])."""
+    index = SECTIONS.index(name)
+    begin = result.begin
+    values = result.buffer[begin[index] : begin[index + 1]]
+    return values[: result.num_items * ITEM_FIELDS].reshape(-1, ITEM_FIELDS) if name == "items" else values
+
+
+def split_buffer(result: _core.PlanResult, device: torch.device, copy: bool = False) -> PlanArrays:
+    """Views into the planner's one int32 buffer, or into a copy of it: on another device, or where ``copy`` asks."""
+    data, begin = torch.from_numpy(result.buffer), result.begin
+    if device.type != "cpu":
+        data = data.to(device, non_blocking=True)
+    elif copy:
+        data = data.clone()
+    parts = {name: data[begin[i] : begin[i + 1]] for i, name in enumerate(SECTIONS)}
+    parts["items"] = parts["items"][: result.num_items * ITEM_FIELDS].view(-1, ITEM_FIELDS)
+    parts["row_positions"] = parts["row_positions"][: result.num_rows]
+    parts["merge_rows"] = parts["merge_rows"][: result.num_merge]
+    parts["merge_ptr"] = parts["merge_ptr"][: result.num_merge + 1]
+    return PlanArrays(
+        **parts,
+        num_items=result.num_items,
+        num_partials=result.num_partials,
+        num_merge=result.num_merge,
+        tile_rows=result.tile_rows,
+        num_runs=result.num_runs,
+        num_absorbed=result.num_absorbed,
+        kv_tokens=result.kv_tokens,
+        num_wide=result.num_wide,
+    )
 
 
 def staged(array: np.ndarray, device: torch.device) -> Tensor:
@@ -65,33 +98,6 @@ def staged(array: np.ndarray, device: torch.device) -> Tensor:
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
     """A tensor of `array` on the device."""
     return staged(array, device).to(device, non_blocking=device.type == "cuda")
-
-
-def split_buffer(result: tuple, device: torch.device, copy: bool = False) -> PlanArrays:
-    """Views into the planner's one int32 buffer, or into a copy of it: on another device, or where ``copy`` asks."""
-    _, buffer, begin, counts = result
-    num_items, num_partials, num_merge, tile_rows, num_runs, num_absorbed, kv_tokens, num_rows, num_wide = counts
-    data = torch.from_numpy(buffer)
-    if device.type != "cpu":
-        data = data.to(device, non_blocking=True)
-    elif copy:
-        data = data.clone()
-    parts = {name: data[begin[i] : begin[i + 1]] for i, name in enumerate(_SECTIONS)}
-    parts["items"] = parts["items"][: num_items * 8].view(num_items, 8)
-    parts["row_positions"] = parts["row_positions"][:num_rows]
-    parts["merge_rows"] = parts["merge_rows"][:num_merge]
-    parts["merge_ptr"] = parts["merge_ptr"][: num_merge + 1]
-    return PlanArrays(
-        **parts,
-        num_items=num_items,
-        num_partials=num_partials,
-        num_merge=num_merge,
-        tile_rows=tile_rows,
-        num_runs=num_runs,
-        num_absorbed=num_absorbed,
-        kv_tokens=kv_tokens,
-        num_wide=num_wide,
-    )
 
 
 def capturing(device: torch.device) -> bool:

@@ -181,7 +181,7 @@ class TablePlan(Plan):
         device = block_tables.device if isinstance(block_tables, Tensor) else torch.device("cpu")
         super().__init__(int(queries.sum()), device)
         self.page_size = page_size
-        self._tables = _core.Tables(np.ascontiguousarray(tables, dtype=np.int32), held, queries, page_size)
+        self._tables = _core.BlockTables(np.ascontiguousarray(tables, dtype=np.int32), held, queries, page_size)
         self._arrays: dict[tuple[int, TileConfig], PlanArrays] = {}
 
     def arrays(self, group: int, tile_config: TileConfig) -> PlanArrays:

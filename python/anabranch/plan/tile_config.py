@@ -32,5 +32,6 @@ class TileConfig:
 
 
 def core_params(group: int, tile_config: TileConfig) -> _core.PlanParams:
+    """The C++ planner's parameters for ``group`` query heads a KV head."""
     p = tile_config
     return _core.PlanParams(group, p.tile, p.chunk, p.parallelism, p.num_kv_heads, p.elem_size, p.narrow, p.fixed)

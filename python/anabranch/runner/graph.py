@@ -9,7 +9,6 @@ so nothing waits. With another topology come other arrays, and another capture o
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,10 +51,10 @@ class _FixedPlan(Plan):
 
     def __init__(self, rows: int, slots: Tensor, positions: Tensor, kept: dict[tuple[int, TileConfig], ResidentPlan]):
         super().__init__(rows, slots.device)
-        self.slots, self.positions, self._kept = slots, positions, kept
+        self.slots, self.positions, self.kept = slots, positions, kept
 
     def arrays(self, group: int, tile_config: TileConfig) -> PlanArrays:
-        kept = self._kept.get((group, tile_config))
+        kept = self.kept.get((group, tile_config))
         if kept is None:
             raise TopologyChanged(
                 "step: the forward asks for a plan in a capture that it did not ask for in the steps before; "
@@ -68,17 +67,6 @@ class _FixedPlan(Plan):
 
     def begin_write(self, layer: int) -> Tensor:
         return self.slots
-
-
-class _FixedStep(Step):
-    """The step that a captured forward is given."""
-
-    def __init__(self, step: Step, plan: _FixedPlan) -> None:
-        self.cache, self.branches, self.num_rows = step.cache, step.branches, step.num_rows
-        self.plan: Any = plan
-        plan.step = weakref.ref(self)
-        self.handle = plan.handle
-        self._core, self._rows, self._last_rows = step._core, None, None
 
 
 class _Inputs(NamedTuple):
@@ -96,9 +84,9 @@ class _Inputs(NamedTuple):
 class _Graph:
     """One capture: how to replay it, where the scores are."""
 
-    def __init__(self, step: _FixedStep, replay: Callable[[], None], scores: Tensor) -> None:
+    def __init__(self, step: Step, replay: Callable[[], None], scores: Tensor) -> None:
         self.step, self.replay, self.scores = step, replay, scores
-        self.arrays = {key: kept.arrays for key, kept in step.plan._kept.items()}
+        self.arrays = {key: kept.arrays for key, kept in step.plan.kept.items()}
 
 
 class DecodeGraph:
@@ -193,7 +181,7 @@ class DecodeGraph:
                 return self._run(given, step)
         except BaseException:
             self.drop()
-            self.cache._resident.clear()  # the planner may be a step ahead of the device: begin with its arrays anew
+            self.cache.planner.forget_device()  # the planner may be a step ahead of it
             raise
 
     def _run(self, ids: Tensor | np.ndarray, step: Step) -> Tensor:
@@ -236,7 +224,7 @@ class DecodeGraph:
         """Whether this step only makes its branches longer: the last step's arrays, advanced by a token each."""
         if self._off or not self._builds:
             return False
-        return all(step.plan.result(key)[0] == build for key, build in self._builds.items())
+        return all(step.plan.result(key).build == build for key, build in self._builds.items())
 
     # ---------------------------------------------------------------------------------------- captured
 
@@ -260,9 +248,9 @@ class DecodeGraph:
             return None  # on modules that are new: said in the next step
         cache, inputs = self.cache, self._inputs
         assert inputs is not None  # filled
-        kept = {key: cache._resident[key] for key in self._builds}
-        kernel = cache._advance_kernel()
-        fixed = _FixedStep(step, _FixedPlan(inputs.rows, inputs.slots, inputs.positions, kept))
+        kept = {key: cache.planner.resident(key) for key in self._builds}
+        kernel = cache.planner.advance_kernel
+        fixed = step.with_plan(_FixedPlan(inputs.rows, inputs.slots, inputs.positions, kept))
 
         def record() -> Tensor:
             inputs.slots.copy_(inputs.wide_slots)

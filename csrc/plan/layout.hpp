@@ -1,0 +1,22 @@
+// The layout of a plan, named once: the sections of its one int32 buffer, and the fields of a work item.
+// `anabranch._core.plan_layout()` hands the names to Python, where plan/layout.py has the same ones and a test compares.
+// What each of them means is the contract in docs/architecture.md.
+#pragma once
+
+#include <array>
+
+namespace anabranch {
+
+// Sections of the buffer, in this order. The long ones come first: they are written where they stay.
+enum Section { kKvSlots, kKvPositions, kItems, kRows, kLimits, kDest, kRowPositions, kMergeRows, kMergePtr, kSections };
+constexpr std::array<const char*, kSections> kSectionNames = {
+    "kv_slots", "kv_positions", "items", "rows", "limits", "dest", "row_positions", "merge_rows", "merge_ptr"};
+
+// Fields of a work item; it is padded to a power of two, so that a row of `items` is two aligned vector loads.
+enum ItemField { kKvBegin, kKvLen, kRowBegin, kRowCount, kMasked, kKvPosMax, kRowPosMin, kNamedFields };
+constexpr std::array<const char*, kNamedFields> kItemFieldNames = {
+    "kv_begin", "kv_len", "row_begin", "row_count", "masked", "kv_pos_max", "row_pos_min"};
+constexpr int kItemFields = 8;
+static_assert(kNamedFields <= kItemFields);
+
+}  // namespace anabranch

@@ -130,8 +130,8 @@ class Engine:
         anything ran, for an empty prompt, ids outside the vocabulary, an option that is not honoured, or a prompt that
         can never fit in ``num_pages`` or, with a model that looks its positions up in a table (GPT-2, OPT), in that
         table; a thread that decodes to the table's end stops there with reason "length". Raises it later where scores
-        leave no token to choose (all −inf, or a NaN). The model runs in its own dtype, under torch.autocast too.
-        Whatever is raised, later or by a strategy, or Ctrl-C: all pages are free again and the engine is as good as new.
+        leave no token to choose (all −inf, or a NaN). The model runs in its own dtype, under torch.autocast too. After
+        any exception, a strategy's own or Ctrl-C, all pages are free again and the engine is as good as new.
         """
         run, many = self._prepare(prompt, strategy, generation_config, seed, max_new_tokens, kwargs, streaming=False)
         for _ in self._drive(run):

@@ -55,8 +55,8 @@ def attend(
         _check_positions(step, position_ids)
     if rope and not step.cache.for_a_model:
         raise ValueError(
-            f"tree_step: {where} has {rope} rotary embeddings, which look at the whole forward, and this cache knows no "
-            "model, so it cannot tell when that matters; make it with TreeCache.for_model(model)"
+            f"tree_step: {where} has {rope} rotary embeddings, which look at the whole forward, and this cache knows "
+            "no model, so it cannot tell when that matters; make it with TreeCache.for_model(model)"
         )
     # [1, H, T, D] → [T, H, D]. Rotary embeddings keep the layout of the projection, so this is usually free.
     q, k, v = (x.detach()[0].transpose(0, 1).contiguous() for x in (query, key, value))

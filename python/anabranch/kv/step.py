@@ -91,9 +91,9 @@ class StepPlan(Plan):
 
     def unwritten(self) -> list[int]:
         """The layers that have no K and V of this step."""
-        if len(self._written) == self._cache.num_layers:
+        if len(self._written) == self._num_layers:
             return []
-        return [layer for layer in range(self._cache.num_layers) if layer not in self._written]
+        return [layer for layer in range(self._num_layers) if layer not in self._written]
 
     def require_unused(self) -> None:
         """Raises when the step is stale, or was written already."""

@@ -95,7 +95,7 @@ def attention(
         d0, d1 = column_split(head_dim)
         config = attention_config(head_dim, q.element_size(), device_traits(q.device).arch)
         if arrays.num_items:
-            # tile_rows is what the tile_config allows; a small batch has fewer rows in all, and needs fewer tiles an item.
+            # tile_rows is what the TileConfig allows; a small batch has fewer rows, and needs fewer tiles per item.
             tiles = triton.cdiv(min(arrays.tile_rows, rows) * group, config.wide)
             tree_attention_kernel[(arrays.num_items * num_kv_heads, tiles)](
                 q, k_pages, v_pages, out, lse, part_acc, part_ml,

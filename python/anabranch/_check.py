@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from math import isfinite
 from typing import Any
 
-__all__ = ["index_of", "indices", "number", "told", "whole", "whole_fields"]
+__all__ = ["index_of", "indices", "layer_of", "number", "shape_of", "told", "whole", "whole_fields"]
 
 
 def index_of(value: Any) -> int | None:
@@ -93,3 +93,17 @@ def told(value: Any) -> str:
         return f"{type(value).__name__} of shape {list(shape)}, {getattr(value, 'dtype', '?')}"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def shape_of(value: Any) -> str:
+    """What came where a tensor was expected, for a message: its shape, or its type where it has none."""
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"shape {list(shape)}"
+
+
+def layer_of(layer: Any, num_layers: int) -> int:
+    """`layer` as an int; ValueError unless it is one of 0 … num_layers − 1."""
+    found = index_of(layer)
+    if found is None or not 0 <= found < num_layers:
+        raise ValueError(f"layer: must be from 0 to {num_layers - 1}, got {told(layer)}")
+    return found

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from anabranch._check import shape_of
 from anabranch.attention.mask import BranchMask
-from anabranch.attention.tree import check_backend, check_sinks, options_of, shape_of
+from anabranch.attention.tree import check_backend, check_sinks, options_of
 from anabranch.ops import branch as branch_ops  # noqa: F401  # defines the op
 
 

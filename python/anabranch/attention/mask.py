@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from anabranch.records.result import Result
     from anabranch.records.trace import Trace
 from anabranch.plan.intervals import _starts, transpose_intervals
+from anabranch.records.trace_rows import trace_rows
 
 _NOTHING = np.empty((0, 2), dtype=np.int32)
 
@@ -185,9 +186,8 @@ class BranchMask:
     @classmethod
     def from_trace(cls, trace: Trace | Result) -> BranchMask:
         """The mask of everything an engine wrote for one prompt; ``training.from_trace`` gives the tokens with it."""
-        from anabranch.training import from_trace
-
-        return from_trace(trace).mask
+        rows = trace_rows(trace)
+        return cls.from_context(rows.sizes(), rows.sees, torch.tensor(rows.positions(), dtype=torch.int64))
 
     @classmethod
     def pack(cls, masks: Iterable[BranchMask]) -> BranchMask:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anabranch import ops
-from anabranch._check import index_of, number, told
+from anabranch._check import index_of, layer_of, number, shape_of, told
 from anabranch.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -125,18 +125,6 @@ def paged_tree_attention(
     return _attend(
         q, k_pages, v_pages, plan.handle, plan.num_rows, 0, scale, softcap, window, sinks, backend, return_lse
     )  # fmt: skip
-
-
-def layer_of(layer: Any, num_layers: int) -> int:
-    """`layer` as an int; ValueError unless it is one of 0 … num_layers − 1."""
-    found = index_of(layer)
-    if found is None or not 0 <= found < num_layers:
-        raise ValueError(f"layer: must be from 0 to {num_layers - 1}, got {told(layer)}")
-    return found
-
-
-def shape_of(value: object) -> str:
-    return f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def options_of(head_dim: int, scale: Any, softcap: Any, window: Any) -> tuple[float, float, int]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from anabranch import _core, backends
-from anabranch._check import told
-from anabranch.attention.tree import layer_of, shape_of
+from anabranch._check import layer_of, shape_of, told
 from anabranch.kv.arguments import _branch, _device, _number, _positions, _rows, _size
+from anabranch.kv.model import shape_for
 from anabranch.kv.step import Branch, Step
 from anabranch.kv.watch import Watch
 from anabranch.plan.planner import Planner
@@ -142,11 +142,8 @@ class TreeCache:
         Raises:
             ValueError: a model whose layers are not all plain self-attention; the message names what is in the way.
         """
-        from anabranch.hf.probe import describe, text_config
-        from anabranch.hf.watch import ModelWatch
-
         page_size = _size("page_size", page_size)
-        shape = describe(model)
+        shape = shape_for(model)
         dtype = shape.dtype if dtype is None else dtype
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype: expected a torch.dtype such as torch.float32, got {dtype!r}")
@@ -156,9 +153,9 @@ class TreeCache:
             num_pages = max(1, min(free_memory(device) // page_bytes, 2**20 // page_size))
         cache = cls(
             shape.num_layers, shape.num_kv_heads, shape.head_dim, num_pages, page_size, dtype, device,
-            max_positions=shape.position_limit,
+            max_positions=shape.max_positions,
         )  # fmt: skip
-        cache._watch = ModelWatch(type(model).__name__, text_config(model), shape)
+        cache._watch = shape.watch
         return cache
 
     @property

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anabranch.training.layout import Layout, Rows
+from anabranch.records.rows import Rows
+from anabranch.training.layout import Layout, layout_of
 
 __all__ = [
     "Block",
@@ -104,7 +105,7 @@ def trie(sequences: Sequence[Sequence[tuple[Ids, bool, bool]]]) -> Layout:
         )
         below = [*sees, segment]
         stack += [(kid, below, depth + len(run)) for kid in reversed(children[run[-1]].values())]
-    return rows.layout()
+    return layout_of(rows)
 
 
 def threadweaver(prompt: Ids, pieces: Pieces, *, flat_loss: bool = False, sequential: bool = False) -> Layout:
@@ -175,7 +176,7 @@ def _side_by_side(prompt: Ids, pieces: Pieces) -> Layout:
         raise ValueError("prompt: empty; a row begins with at least one token that the model does not write")
     root = rows.add(prompt, [], 0, False)
     write(pieces, [root], len(prompt), 0)
-    return rows.layout()
+    return layout_of(rows)
 
 
 def multiverse(prompt: Ids, pieces: Pieces) -> Layout:

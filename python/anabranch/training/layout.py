@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anabranch.attention.mask import BranchMask
 from anabranch.hf.mask import beside_branch_mask
+from anabranch.records.rows import Rows
 
 __all__ = ["IGNORE", "Layout"]
 
@@ -184,57 +185,22 @@ class Layout:
         return cls(mask=mask, **{name: torch.as_tensor(data[name]) for name in _FIELDS})
 
 
-class Rows:
-    """A layout in the making: segments one behind another, each with the earlier ones that it sees."""
-
-    def __init__(self) -> None:
-        self.ids: list[Sequence[int]] = []
-        self.sees: list[list[int]] = []
-        self.first: list[int] = []  # positions
-        self.written: list[Sequence[bool]] = []
-        self.learnt: list[Sequence[bool]] = []
-        self.threads: list[int] = []
-        self.recorded: dict[int, Sequence[float]] = {}  # of some segments
-
-    def add(
-        self,
-        ids: Sequence[int],
-        sees: Sequence[int],
-        position: int,
-        written: bool | Sequence[bool],
-        learnt: bool | Sequence[bool] | None = None,
-        thread: int = 0,
-    ) -> int:
-        """A segment; its index. `written` and `learnt` (default: as written) hold for all of it, or one a token."""
-        every = [written] * len(ids) if isinstance(written, bool) else written
-        self.ids.append(ids)
-        self.sees.append(list(sees))
-        self.first.append(position)
-        self.written.append(every)
-        self.learnt.append(every if learnt is None else [learnt] * len(ids) if isinstance(learnt, bool) else learnt)
-        self.threads.append(thread)
-        return len(self.ids) - 1
-
-    def end(self, segment: int) -> int:
-        """One past a segment's last position."""
-        return self.first[segment] + len(self.ids[segment])
-
-    def layout(self) -> Layout:
-        sizes = [len(ids) for ids in self.ids]
-        flat = itertools.chain.from_iterable
-        places = flat(range(p, p + n) for p, n in zip(self.first, sizes, strict=True))
-        mask = BranchMask.from_context(sizes, self.sees, torch.tensor(list(places), dtype=torch.int64))
-        ids = torch.tensor(list(flat(self.ids)), dtype=torch.int64)
-        learnt = torch.tensor(list(flat(self.learnt)), dtype=torch.bool) & (mask.previous >= 0)
-        recorded = torch.full((len(ids),), float("nan"), dtype=torch.float32)
-        for segment, values in self.recorded.items():
-            begin = int(mask.starts[segment])
-            recorded[begin : begin + len(values)] = torch.tensor(values, dtype=torch.float32)
-        return Layout(
-            ids,
-            mask,
-            torch.tensor(list(flat(self.written)), dtype=torch.bool),
-            torch.where(learnt, ids, IGNORE),
-            torch.repeat_interleave(torch.tensor(self.threads, dtype=torch.int64), torch.tensor(sizes)),
-            recorded,
-        )
+def layout_of(rows: Rows) -> Layout:
+    """The `Layout` of a packed row: its lists as tensors, with the mask of who sees whom."""
+    sizes = rows.sizes()
+    flat = itertools.chain.from_iterable
+    mask = BranchMask.from_context(sizes, rows.sees, torch.tensor(rows.positions(), dtype=torch.int64))
+    ids = torch.tensor(list(flat(rows.ids)), dtype=torch.int64)
+    learnt = torch.tensor(list(flat(rows.learnt)), dtype=torch.bool) & (mask.previous >= 0)
+    recorded = torch.full((len(ids),), float("nan"), dtype=torch.float32)
+    for segment, values in rows.recorded.items():
+        begin = int(mask.starts[segment])
+        recorded[begin : begin + len(values)] = torch.tensor(values, dtype=torch.float32)
+    return Layout(
+        ids,
+        mask,
+        torch.tensor(list(flat(rows.written)), dtype=torch.bool),
+        torch.where(learnt, ids, IGNORE),
+        torch.repeat_interleave(torch.tensor(rows.threads, dtype=torch.int64), torch.tensor(sizes)),
+        recorded,
+    )

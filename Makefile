@@ -24,7 +24,7 @@ test: $(VENV)/.model  ## install what is needed, then run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n auto --dist worksteal --benchmark-disable
 
 test-slow: $(VENV)/.model  ## a million cache operations, 100,000 plans, 1,000 generations, 100,000 programs (hours)
-	$(BIN)/python -m pytest -q -m slow tests/test_cache.py tests/test_plan_fuzz.py tests/test_stress.py tests/test_naive_engine.py
+	$(BIN)/python -m pytest -q -m slow tests/kv tests/plan tests/engine
 
 mutants: $(VENV)/.model  ## small mistakes put into a copy of the code: do the tests notice? (ONLY=word: some of them)
 	$(BIN)/python tests/mutants/run.py $(ONLY)
@@ -32,11 +32,12 @@ mutants: $(VENV)/.model  ## small mistakes put into a copy of the code: do the t
 bench: $(VENV)/.model  ## the whole benchmark table, peers and floor in the same run
 	$(BIN)/python -m benchmarks all
 
-lint: $(VENV)/.package  ## ruff and mypy
-	$(PIP) install -q ruff mypy
+lint: $(VENV)/.package  ## ruff, mypy and the import contracts
+	$(PIP) install -q ruff mypy import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PYTHONPATH=python $(BIN)/lint-imports --no-cache
 
 dist-check: $(VENV)/.package  ## sdist and wheel: both build, and work from a folder outside the checkout
 	$(BIN)/python tests/dist_check.py

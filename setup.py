@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -95,16 +95,7 @@ MODULES = ["_core", "_cpu", *(["_cuda"] if CUDA_COMPILER else [])]
 setup(
     ext_modules=[Extension(f"anabranch.{module}", sources=[]) for module in MODULES],
     cmdclass={"build_ext": CMakeBuild},
-    packages=[
-        "anabranch",
-        "anabranch.answers",
-        "anabranch.backends",
-        "anabranch.cli",
-        "anabranch.engine",
-        "anabranch.kernels",
-        "anabranch.strategies",
-        "anabranch.training",
-    ],
+    packages=[*find_packages("python"), "anabranch.kernels"],
     package_dir={"": "python", "anabranch.kernels": "kernels"},
     package_data={"anabranch": ["py.typed", "*.pyi", "data/*/*"]},
 )

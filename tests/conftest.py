@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -12,9 +13,7 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest.register_assert_rewrite(
-    "branch_kit", "engine_kit", "hf_kit", "kernel_bodies", "kernel_extremes", "plan_kit", "triton_cases"
-)
+pytest.register_assert_rewrite(*(path.stem for path in (Path(__file__).parent / "kits").glob("*.py")))
 
 settings.register_profile(
     "anabranch",

@@ -6,7 +6,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from test_evaluation import Canned
+from evaluation_kit import Canned
 from typer.testing import CliRunner
 
 from anabranch.cli import adaptive, compare

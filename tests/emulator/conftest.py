@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "kits")]
 
 import emulated  # noqa: E402
 

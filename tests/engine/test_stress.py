@@ -15,7 +15,7 @@ import pytest
 import torch
 from engine_kit import EOS, SIZES, assert_nothing_held
 from programs_of_threads import Anything
-from test_threadweaver import Babble, tag_tokenizer
+from threadweaver_kit import Babble, tag_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import anabranch as ab

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 from engine_kit import byte_tokenizer, make_model
+from evaluation_kit import Canned
 
 import anabranch as ab
 from anabranch import evaluation
 from anabranch.cli import evaluate as cli
 from anabranch.evaluation import evaluate
 from anabranch.evaluation.evaluate import Problem, final_answer, is_right, read_problems, wilson
-from anabranch.strategies import Sequential, ThreadWeaver
+from anabranch.strategies import ThreadWeaver
 
 
 @pytest.mark.parametrize(
@@ -83,32 +83,6 @@ def test_a_problem_file_is_read_whole(tmp_path):
         '{"prompt": "a", "answer": 5, "threads": 2, "family": "f", "x": 1}\n\n{"prompt": "b", "answer": "c"}\n'
     )
     assert read_problems(path) == [Problem("a", "5", 2, "f", {"x": 1}), Problem("b", "c", None, "", {})]
-
-
-class Canned:
-    """An engine whose answers are known: (text, threads, malformed, total, critical) by prompt."""
-
-    tokenizer = SimpleNamespace(chat_template=None)
-
-    def __init__(self, answers, sequential):
-        self.answers, self.sequential, self.calls = answers, sequential, []
-
-    def generate(self, prompts, strategy=None, **how):
-        self.calls.append((prompts, strategy, how))
-        many = isinstance(prompts, list)
-        table = self.sequential if isinstance(strategy, Sequential) else self.answers
-        results = [self._result(table[p]) for p in (prompts if many else [prompts])]
-        return results if many else results[0]
-
-    @staticmethod
-    def _result(row):
-        text, threads, malformed, total, critical = row
-        seconds = {"decode": 0.9, "plan": 0.02, "strategy": 0.01}
-        m = SimpleNamespace(
-            num_threads=threads, total_tokens=total, critical_path_tokens=critical, seconds=seconds,
-            overhead_seconds=0.03,
-        )  # fmt: skip
-        return SimpleNamespace(text=text, malformed=["x"] * malformed, metrics=m)
 
 
 def test_counts_ratios_and_differences_are_those_of_the_results():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # triton_cases
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kits"))
 
 
 def why_skipped() -> str | None:

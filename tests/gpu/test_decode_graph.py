@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_kit import make_model
-from test_engine import Nested
+from engine_kit import Nested, make_model
 
 import anabranch as ab
 from anabranch import backends

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_hf import FAMILIES, WINDOW, build, one_thread  # noqa: F401
+from hf_kit import FAMILIES, WINDOW, build, one_thread  # noqa: F401
 
 import anabranch as ab
 from anabranch import hf, training

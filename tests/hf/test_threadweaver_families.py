@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 from engine_kit import EOS, VOCAB, assert_nothing_held
-from test_hf import FAMILIES, build
-from test_threadweaver import TAGS, Polite, by_the_rules, tag_tokenizer
-from test_threadweaver import ids as bytes_and_tags
+from hf_kit import FAMILIES, build
+from threadweaver_kit import TAGS, Polite, by_the_rules, tag_tokenizer
+from threadweaver_kit import ids as bytes_and_tags
 from transformers import LogitsProcessor
 
 import anabranch as ab

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -468,7 +469,7 @@ def test_info_and_choice_of_instruction_set():
 
 PROGRAM = """
 import os, sys, threading, torch, numpy as np
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {paths!r}
 import test_cpu_kernels as t
 torch.set_num_threads(2)
 rng = np.random.default_rng(0)
@@ -479,7 +480,9 @@ q = torch.from_numpy(rng.standard_normal((40, 8, 64))).float()
 
 
 def run_program(program: str, **environment: str) -> str:
-    code = PROGRAM.format(tests=os.path.dirname(__file__)) + program
+    code = (
+        PROGRAM.format(paths=[os.path.dirname(__file__), str(Path(__file__).resolve().parents[1] / "kits")]) + program
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120
     )

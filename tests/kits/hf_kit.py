@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -203,3 +204,12 @@ def build_type(model_type: str, attn: str, seed: int = 0) -> nn.Module:
         except Exception as error:  # whatever a configuration says of options that it does not take
             failure = error
     raise failure
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from more, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from functools import cache
 
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    ByT5Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+import anabranch as ab
 
 WORDS = ("the", "he", "llo", "in", "on", "Pros", "Cons", "ok", "and", "and so")
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?-'"
@@ -202,3 +211,31 @@ BUILDERS = {
 @cache
 def made(name: str):
     return BUILDERS[name]()
+
+
+def decode(tokenizer, ids):
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def own_decoding(tokenizer, before, ids) -> str:
+    """The definition, word for word: all of it decoded, without the longest decoded beginning of what stands before."""
+    whole = decode(tokenizer, [*before, *ids])
+    for size in range(len(before), 0, -1):
+        if whole.startswith(lead := decode(tokenizer, before[:size])):
+            return whole[len(lead) :]
+    return whole
+
+
+@cache
+def model_for(size: int):
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=size, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
+        pad_token_id=None, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def engine_for(tokenizer, **options) -> ab.Engine:
+    return ab.Engine(model_for(len(tokenizer)), tokenizer, num_pages=256, page_size=8, **options)

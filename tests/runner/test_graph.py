@@ -6,9 +6,8 @@ import copy
 
 import pytest
 import torch
-from engine_kit import assert_nothing_held, make_engine, make_model
+from engine_kit import Nested, assert_nothing_held, make_engine, make_model
 from graph_kit import HostWork, TapeCapture, as_on_a_device, counted_reads
-from test_engine import Nested
 
 import anabranch as ab
 from anabranch.errors import TopologyChanged

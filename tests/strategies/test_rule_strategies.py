@@ -16,6 +16,7 @@ from engine_kit import (
     make_engine,
     make_model,
 )
+from strategies_kit import Says, ids
 from transformers import LogitsProcessor
 
 import anabranch as ab
@@ -24,28 +25,6 @@ from anabranch.strategies import EntropyFork, SelfConsistency, Sequential, Skele
 from anabranch.strategies.api.voting import decided, majority
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
-
-
-def ids(text: str) -> tuple[int, ...]:
-    return tuple(byte_tokenizer()(text)["input_ids"])
-
-
-class Says(LogitsProcessor):
-    """A model that answers by what its context holds: of the keys of `lines` the one whose end comes last; then EOS."""
-
-    def __init__(self, lines: dict[str, str]):
-        self.lines = lines
-
-    def __call__(self, input_ids, scores):
-        scores = torch.full_like(scores, -torch.inf)
-        for row, context in enumerate(input_ids.tolist()):
-            text = byte_tokenizer().decode(context)
-            key = max((k for k in self.lines if k in text), key=lambda k: text.rindex(k) + len(k))
-            said = text[text.rindex(key) + len(key) :]
-            assert self.lines[key].startswith(said), (key, said)
-            rest = ids(self.lines[key][len(said) :])
-            scores[row, rest[0] if rest else EOS] = 0
-        return scores
 
 
 # ------------------------------------------------------------------------------------------------ a vote decided early

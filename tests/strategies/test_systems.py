@@ -20,8 +20,8 @@ from engine_kit import (
     byte_tokenizer,
     make_engine,
 )
-from test_threadweaver import TAGS, play
-from test_threadweaver import ids as tag_ids
+from threadweaver_kit import TAGS, play
+from threadweaver_kit import ids as tag_ids
 from transformers import LogitsProcessor
 
 from anabranch.strategies import Strategy, Tagged, first

@@ -5,68 +5,35 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
-from functools import cache
-from typing import ClassVar
 
 import pytest
 import torch
 from engine_kit import EOS, VOCAB, Recorder, assert_dense, assert_nothing_held, byte_tokenizer, make_engine, make_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from threadweaver_kit import (
+    AGAIN,
+    ALONE,
+    FIRST,
+    JOINED,
+    JOINED_AGAIN,
+    LAST,
+    MANY,
+    TAG,
+    TAGS,
+    TWO,
+    Babble,
+    Polite,
+    Script,
+    by_the_rules,
+    engine_with_tags,
+    ids,
+    play,
+    tag_tokenizer,
+)
+from tokenizers import Tokenizer
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
 import anabranch as ab
-from anabranch.engine.sampling import random_stream
 from anabranch.strategies import Sequential, Tagged, ThreadWeaver
-
-TAGS = ThreadWeaver().tags
-
-
-@cache
-def tag_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and one a tag, within the tiny models' vocabulary (tags 248–255, then pad, bos, eos)."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:248]  # what is left out are control bytes
-    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([*TAGS, "<pad>", "<bos>", "<eos>"])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
-
-
-def ids(text: str) -> tuple[int, ...]:
-    return tuple(tag_tokenizer()(text, add_special_tokens=False)["input_ids"])
-
-
-TAG = {tag: ids(tag)[0] for tag in TAGS}
-
-
-class Script(LogitsProcessor):
-    """Makes the model say what is written: `lines` are (all that stands before, what it then says)."""
-
-    def __init__(self, *lines: tuple[str, str]):
-        self.next: dict[tuple[int, ...], int] = {}
-        for before, says in lines:
-            context = ids(before)
-            for token in ids(says):
-                assert self.next.setdefault(context, token) == token, "the script contradicts itself"
-                context += (token,)
-
-    def __call__(self, input_ids, scores):
-        token = self.next[tuple(input_ids[0].tolist())]  # a KeyError: a context that the format does not lead to
-        return torch.full_like(scores, -torch.inf).index_fill(-1, torch.tensor(token), 0.0)
-
-
-def engine_with_tags(**options) -> ab.Engine:
-    return make_engine(tokenizer=tag_tokenizer(), **({"num_pages": 600} | options))
-
-
-def play(prompt, *lines, strategy=None, engine=None, recorder=None, **options):
-    engine = engine or engine_with_tags()
-    processors = [p for p in (recorder, Script(*lines)) if p is not None]
-    options = {"max_new_tokens": 200} | options
-    try:
-        return engine.generate(prompt, strategy=strategy or ThreadWeaver(), logits_processor=processors, **options)
-    finally:
-        assert_nothing_held(engine)
 
 
 def assert_trace(result, answer: str, threads: list[str]) -> None:
@@ -81,29 +48,6 @@ def assert_trace(result, answer: str, threads: list[str]) -> None:
         assert kid.start == kid.forked_at and kid.stop == kid.start + len(kid.token_ids) and kid.fate == "joined"
 
 
-# The example of the format, and an answer with two blocks, dotted ids, one thread alone, and no block at all.
-OUTLINES = "<Parallel>\n<Outlines>\n<Outline>1: Compute a.</Outline>\n<Outline>2: Compute b.</Outline>\n</Outlines>"
-FIRST = "<think> Two parts. " + OUTLINES
-JOINED = "\n<Thread>\n1: a is 4.</Thread><Thread>\n2: b is 25, I think.</Thread>\n"
-LAST = "</Parallel> So 29. </think>29<eos>"
-TWO = [
-    ("q: ", FIRST),
-    ("q: " + FIRST + "\n<Thread>\n1:", " a is 4.</Thread>"),
-    ("q: " + FIRST + "\n<Thread>\n2:", " b is 25, I think.</Thread>"),
-    ("q: " + FIRST + JOINED, LAST),
-]
-AGAIN = "<Parallel>\n<Outlines>\n<Outline> 1.1 : x</Outline><Outline>1.2:y</Outline><Outline>3: z</Outline></Outlines>"
-JOINED_AGAIN = "\n<Thread>\n1.1:x</Thread><Thread>\n1.2:yy</Thread><Thread>\n3:zzz</Thread>\n"
-ALONE = "</Parallel><Parallel><Outlines><Outline>7:w</Outline></Outlines>"
-MANY = [
-    ("r", AGAIN),
-    ("r" + AGAIN + "\n<Thread>\n1.1:", "x</Thread>"),
-    ("r" + AGAIN + "\n<Thread>\n1.2:", "yy</Thread>"),
-    ("r" + AGAIN + "\n<Thread>\n3:", "zzz</Thread>"),
-    ("r" + AGAIN + JOINED_AGAIN, ALONE),
-    ("r" + AGAIN + JOINED_AGAIN + ALONE + "\n<Thread>\n7:", "w</Thread>"),
-    ("r" + AGAIN + JOINED_AGAIN + ALONE + "\n<Thread>\n7:w</Thread>\n", "</Parallel>.<eos>"),
-]
 NONE = [("s", "just so<eos>")]
 EXPECTED = {
     "q: ": (FIRST + JOINED + LAST, ["\n<Thread>\n1: a is 4.</Thread>", "\n<Thread>\n2: b is 25, I think.</Thread>"]),
@@ -163,74 +107,6 @@ def test_metrics_and_kept_work():
     # (Thread 2's own last token: nobody asks for what follows it, and its KV is not what the join needs.)
     again = len(ids("<Thread>\n2: b is 25, I think.</Thread>"))
     assert metrics.rows == len(ids("q: ")) + metrics.total_tokens - 1 + again - 1
-
-
-# ------------------------------------------------------------------------------------------------ a naive reference
-
-
-LETTERS = torch.tensor(ids("abcdefghijklmnopqrstuvwxyz"))
-
-
-def next_of(context: list[int]) -> int | None:
-    """What a well-behaved model must say next to keep the format; None: any letter. Lengths depend on its letters."""
-    tag_of = {i: tag for tag, i in TAG.items()}
-    tags = [tag_of[t] for t in context if t in tag_of]
-    since = next((n for n, t in enumerate(reversed(context)) if t in tag_of), len(context))
-    text = context[len(context) - since :]
-    done = since > 1 and (text[-1] % 4 == 0 or since > 9)
-    last = tags[-1] if tags else None
-    block = tags[len(tags) - tags[::-1].index("<Parallel>") :] if "<Parallel>" in tags else []
-    if last in (None, "</Parallel>"):
-        return None if not done else TAG["<Parallel>"] if tags.count("<Parallel>") < 2 else EOS
-    if last == "<Outline>":
-        start = ids(f"{block.count('<Outline>')}:")
-        return start[since] if since < len(start) else TAG["</Outline>"] if done else None
-    if last == "</Outline>":
-        return TAG["<Outline>"] if block.count("<Outline>") < 2 + context[-2] % 3 else TAG["</Outlines>"]
-    if last == "<Thread>":
-        return TAG["</Thread>"] if done and text[-1] in LETTERS.tolist() else None
-    return TAG[{"<Parallel>": "<Outlines>", "<Outlines>": "<Outline>", "</Thread>": "</Parallel>"}[last]]
-
-
-class Polite(LogitsProcessor):
-    def __call__(self, input_ids, scores):
-        token = next_of(input_ids[0].tolist())
-        allowed = LETTERS if token is None else torch.tensor([token])
-        return torch.full_like(scores, -torch.inf).index_copy(-1, allowed, scores[:, allowed])
-
-
-def by_the_rules(model, prompt: list[int], seed: int | None) -> tuple[list[int], list[list[int]]]:
-    """ThreadWeaver with nothing but whole forwards of flat contexts: (trunk, threads with their headers)."""
-
-    def until(context, path, stop):
-        stream, said = random_stream(seed or 0, path) if path not in streams else streams[path], []
-        streams[path] = stream
-        while not said or said[-1] not in (stop, EOS):
-            with torch.no_grad():
-                scores = model(torch.tensor([context + said])).logits[0, -1:]
-            scores = Polite()(torch.tensor([context + said]), scores)[0]
-            if seed is None:
-                said.append(int(scores.argmax()))
-            else:
-                cdf = scores.softmax(-1).double().cumsum(-1)
-                said.append(int(torch.searchsorted(cdf, stream.random() * cdf[-1], right=True)))
-        return said
-
-    streams: dict = {}
-    trunk, threads = list(prompt), []
-    while True:
-        trunk += until(trunk, (0,), TAG["</Outlines>"])
-        if trunk[-1] == EOS:
-            return trunk[len(prompt) :], threads
-        text = tag_tokenizer().decode(trunk)
-        names = re.findall(r"<Outline>\s*([0-9]+(?:\.[0-9]+)*)\s*:", text[text.rindex("<Outlines>") :])
-        merged: list[int] = []
-        for i, name in enumerate(names):
-            header = list(ids(f"\n<Thread>\n{name}:"))
-            said = until(trunk + header, (0, len(threads)), TAG["</Thread>"])
-            threads.append(header + said)
-            merged += [*(header if i == 0 else ids(f"<Thread>\n{name}:")), *said]
-        trunk += [*merged, *ids("\n")]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -427,33 +303,6 @@ def test_a_limit_on_threads_changes_no_token(limit):
     # Who waits for a turn has what was sampled before it on its path (the headers are all there from the fork on).
     longer = held.metrics.critical_path_tokens - free.metrics.critical_path_tokens
     assert longer == {1: 4, 2: 2, None: 0}[limit] * len(ids("x</Thread>"))
-
-
-# ------------------------------------------------------------------------------------------------ any babble at all
-
-
-class Babble(LogitsProcessor):
-    """A model that half knows the format: what it says is drawn from its context, tags, ids, letters and EOS."""
-
-    usual: ClassVar = {
-        "<Parallel>": ["<Outlines>"],
-        "<Outlines>": ["<Outline>"],
-        "<Outline>": ["1", "2", "3"],
-        "</Outline>": ["<Outline>", "</Outlines>"],
-        **{digit: [":"] for digit in "123"},
-        ":": ["a", "b"],
-        **{letter: ["a", "</Outline>", "</Thread>", "</Thread>"] for letter in "ab"},
-        "\n": ["</Parallel>"],
-        "</Parallel>": ["<Parallel>", "a"],
-    }
-    words = (*TAGS, *"1:2ab")
-
-    def __call__(self, input_ids, scores):
-        context = input_ids[0].tolist()
-        rng = random.Random(str(context[-7:]) + str(len(context)))
-        words = self.usual.get(tag_tokenizer().decode(context[-1:]), []) if rng.random() < 0.95 else []
-        word = "<eos>" if rng.random() < 0.01 else rng.choice(words or self.words)
-        return torch.full_like(scores, -torch.inf).index_fill(-1, torch.tensor(ids(word)[0]), 0.0)
 
 
 def test_any_babble_is_survived_with_plenty_or_few_pages():

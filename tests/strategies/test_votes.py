@@ -7,7 +7,7 @@ import random
 
 import pytest
 from engine_kit import assert_nothing_held, byte_tokenizer, make_engine
-from test_rule_strategies import Says
+from strategies_kit import Says
 
 import anabranch as ab
 from anabranch.strategies import EntropyFork, SelfConsistency

@@ -6,8 +6,7 @@ import os
 
 import pytest
 from engine_kit import byte_tokenizer, make_engine
-from test_text_engine import engine_for
-from text_kit import byte_fallback
+from text_kit import byte_fallback, engine_for
 
 import anabranch as ab
 from anabranch.text.prompts import Text, takes_chats

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from text_kit import BUILDERS, LETTERS, TEXTS, characters, made
+from text_kit import BUILDERS, LETTERS, TEXTS, characters, decode, made, own_decoding
 
 from anabranch.text.prompts import Text
 from anabranch.text.tokens import BROKEN, Reader, Stops, Tokens
@@ -13,19 +13,6 @@ from anabranch.text.tokens import BROKEN, Reader, Stops, Tokens
 EVERY = sorted(BUILDERS)
 WITH_BYTES = [name for name in EVERY if "byte" in name or "unigram, " in name or "drops" in name]
 WITH_BYTES.remove("unigram, no bytes")
-
-
-def decode(tokenizer, ids):
-    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def own_decoding(tokenizer, before, ids) -> str:
-    """The definition, word for word: all of it decoded, without the longest decoded beginning of what stands before."""
-    whole = decode(tokenizer, [*before, *ids])
-    for size in range(len(before), 0, -1):
-        if whole.startswith(lead := decode(tokenizer, before[:size])):
-            return whole[len(lead) :]
-    return whole
 
 
 def some_ids(tokenizer, rng: random.Random, kind: int) -> list[int]:

@@ -4,35 +4,18 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from functools import cache
 
 import pytest
 import torch
 from engine_kit import assert_nothing_held
-from test_text import own_decoding
-from text_kit import BUILDERS, TEXTS, made
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
+from text_kit import BUILDERS, TEXTS, engine_for, made, own_decoding
+from transformers import LogitsProcessor
 
 import anabranch as ab
 from anabranch.engine import Finish, Join, Token
 from anabranch.strategies import Strategy
 
 SHAPES = ("byte-level", "byte fallback, prepend", "unigram, always", "word piece", "word ends", "slow bytes")
-
-
-@cache
-def model_for(size: int):
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=size, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
-        pad_token_id=None, initializer_range=0.3,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def engine_for(tokenizer, **options) -> ab.Engine:
-    return ab.Engine(model_for(len(tokenizer)), tokenizer, num_pages=256, page_size=8, **options)
 
 
 class Script(LogitsProcessor):

@@ -11,8 +11,8 @@ from dataclasses import fields
 import pytest
 import torch
 from engine_kit import Recorder, byte_tokenizer, make_engine
-from test_strategies import Anything
-from test_threadweaver import MANY, TAGS, TWO, Script, engine_with_tags
+from programs_of_threads import Anything
+from threadweaver_kit import MANY, TAGS, TWO, Script, engine_with_tags
 
 import anabranch as ab
 from anabranch import training

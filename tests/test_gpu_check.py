@@ -278,7 +278,7 @@ def test_every_file_of_tests_gpu_is_a_group():
     files = [file for group in groups.values() for file in group]
     assert len(files) == len(set(files)) and all((ROOT / file).exists() for file in files)
     assert {f"tests/gpu/{file.name}" for file in GPU.glob("test_*.py")} < set(files)
-    assert {"tests/test_triton_kernels.py", "tests/test_branch_triton.py"} < set(files)
+    assert {"tests/kernels/test_triton_kernels.py", "tests/kernels/test_branch_triton.py"} < set(files)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run the command itself")

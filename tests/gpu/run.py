@@ -164,8 +164,8 @@ def test_groups(dry: bool) -> dict[str, list[str]]:
     files = {file.stem.removeprefix("test_"): [f"tests/gpu/{file.name}"] for file in sorted(HERE.glob("test_*.py"))}
     if dry:  # all of them are skipped: what is looked at is that they can be collected
         return {"all": [name for group in files.values() for name in group]}
-    first = {"variants": files.pop("variants"), "kernels": ["tests/test_triton_kernels.py"]}
-    return first | {"branch": ["tests/test_branch_triton.py"]} | files
+    first = {"variants": files.pop("variants"), "kernels": ["tests/kernels/test_triton_kernels.py"]}
+    return first | {"branch": ["tests/kernels/test_branch_triton.py"]} | files
 
 
 def checks(run: Run) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kits"))
 sys.path.append(str(Path(__file__).resolve().parents[2] / "python"))
 
 from triton_cases import check, random_case, relative_error

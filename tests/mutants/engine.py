@@ -5,9 +5,9 @@ from __future__ import annotations
 from run import Mutant
 
 ENGINE = "python/anabranch/engine/"
-ORDER = "tests/test_engine_order.py"
-BOTH = "tests/test_engine_order.py tests/test_naive_engine.py"
-NEAR = "tests/test_engine_order.py tests/test_engine.py tests/test_engine_limits.py"
+ORDER = "tests/engine/test_engine_order.py"
+BOTH = "tests/engine/test_engine_order.py tests/engine/test_naive_engine.py"
+NEAR = "tests/engine/test_engine_order.py tests/engine/test_engine.py tests/engine/test_engine_limits.py"
 
 MUTANTS = [
     Mutant(
@@ -65,12 +65,12 @@ MUTANTS = [
         "                if not thread.alive:\n                    continue\n", "", ORDER,
     ),
     Mutant(
-        "positions go on from the last segment", f"{ENGINE}live.py",
+        "positions go on from the last segment", f"{ENGINE}thread_state.py",
         "max([thread._start, *(max(positions(s)) + 1 for s in thread._segments)])",
         "max(positions(thread._segments[-1])) + 1 if thread._segments else thread._start", ORDER,
     ),
     Mutant(
-        "positions of a joined child counted on from its first", f"{ENGINE}live.py",
+        "positions of a joined child counted on from its first", f"{ENGINE}thread_state.py",
         "    if segment.spliced is None:\n        return range", "    if True:\n        return range", BOTH,
     ),
     Mutant(
@@ -79,7 +79,7 @@ MUTANTS = [
         "            thread._own.extend(kid._own)\n        thread._position = max(", ORDER,
     ),
     Mutant(
-        "a cut header keeps its length", f"{ENGINE}live.py",
+        "a cut header keeps its length", f"{ENGINE}thread_state.py",
         "    thread._header_length = min(thread._header_length, len(thread._own))\n", "", ORDER,
     ),
     Mutant(
@@ -126,11 +126,11 @@ MUTANTS = [
         "if parent._spawned_at == self.tasks.turn:", "if parent._spawned_at >= 0:", BOTH,
     ),
     Mutant(
-        "a donor's prompt is taken whole", f"{ENGINE}live.py",
+        "a donor's prompt is taken whole", f"{ENGINE}thread_state.py",
         "shared = min(len(mine), len(theirs)) if same is None else same", "shared = min(len(mine), len(theirs))", BOTH,
     ),
     Mutant(
-        "a fork opened late holds what its parent wrote since", f"{ENGINE}live.py",
+        "a fork opened late holds what its parent wrote since", f"{ENGINE}thread_state.py",
         "                cache.truncate(self.branch, len(thread._prefix))", "                pass", NEAR,
     ),
     Mutant(

@@ -9,7 +9,7 @@ import torch
 from programs import Twins, backends_here
 
 import anabranch as ab
-from anabranch import backends
+from anabranch.backends import registry
 from anabranch.kv.naive import NaiveCache
 
 FAST = [name for name in backends_here() if name != "reference"]
@@ -331,7 +331,7 @@ def test_backends_refuse_what_they_cannot_take() -> None:
 
 def test_an_unavailable_backend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     twins, step, q = small_step()
-    monkeypatch.setattr(backends, "unavailable", lambda name: "there is no such chip; buy one")
+    monkeypatch.setattr(registry, "unavailable", lambda name: "there is no such chip; buy one")
     with pytest.raises(ab.BackendUnavailable, match="backend 'triton': there is no such chip; buy one"):
         ab.tree_attention(q, twins.cache, 0, step[0], backend="triton")
 

@@ -9,14 +9,16 @@ import pytest
 import torch
 
 import anabranch as ab
-from anabranch import backends, plan
-from anabranch.backends import cuda
+from anabranch import backends
+from anabranch.backends import cuda, registry
+from anabranch.plan import plan
+from anabranch.plan.tile_config import TileConfig
 
 GPU = torch.device("cuda", 0)
 
 
 def forget():
-    for cached in (cuda.unavailable, cuda._traits, cuda.tile_config, backends.unavailable, backends._auto):
+    for cached in (cuda.unavailable, cuda._traits, cuda.tile_config, registry.unavailable, registry._auto):
         cached.cache_clear()
 
 
@@ -116,7 +118,7 @@ def test_pools_past_32_bits():
 
 def test_a_plan_that_a_capture_would_have_to_upload(monkeypatch):
     made = ab.Plan.from_block_tables(torch.tensor([[0, 1]]), [7], page_size=4)
-    tile_config = plan.TileConfig(tile=64, chunk=256, parallelism=4, num_kv_heads=2, elem_size=2)
+    tile_config = TileConfig(tile=64, chunk=256, parallelism=4, num_kv_heads=2, elem_size=2)
     known = made.arrays(2, tile_config)
     monkeypatch.setattr(plan, "capturing", lambda device: True)
     assert made.arrays(2, tile_config) is known  # what is there already is captured as it is

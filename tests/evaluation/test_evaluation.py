@@ -9,10 +9,17 @@ from engine_kit import byte_tokenizer, make_model
 from evaluation_kit import Canned
 
 import anabranch as ab
-from anabranch import evaluation
 from anabranch.cli import evaluate as cli
 from anabranch.evaluation import evaluate
-from anabranch.evaluation.evaluate import Problem, final_answer, is_right, read_problems, wilson
+from anabranch.evaluation.evaluate import (
+    Problem,
+    bootstrap,
+    final_answer,
+    is_right,
+    ratio_of_sums,
+    read_problems,
+    wilson,
+)
 from anabranch.strategies import ThreadWeaver
 
 
@@ -134,5 +141,5 @@ def test_a_model_without_the_tags_runs_plain():
 
 def test_intervals_hold_what_they_should_when_problems_are_drawn_again():
     pairs = [(2.0, 1.0)] * 30 + [(3.0, 1.0)] * 10
-    low, high = evaluation.bootstrap(pairs, evaluation._ratio_of_sums)
+    low, high = bootstrap(pairs, ratio_of_sums)
     assert 2.0 < low < 2.25 < high < 2.6

@@ -43,6 +43,7 @@ class Case:
     positions: np.ndarray  # [tokens]
     row_positions: np.ndarray  # [rows]
     lone: list[tuple[int, int]]  # (row, token): another row of the same item sees the token, this one does not
+    batch_invariant: bool = False
 
     def arrays(self, group: int, tile_config: TileConfig) -> PlanArrays:
         return self.arrays_

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from anabranch import models
+from anabranch.models import folders, smollm2
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed (pip install gguf)")
 
@@ -43,7 +44,7 @@ def tiny(tmp_path, monkeypatch):
     ).bfloat16().eval()  # fmt: skip
     file = tmp_path / "tiny.gguf"
     write_gguf(file, model)
-    monkeypatch.setattr(models, "_smollm2_gguf", lambda: file)
+    monkeypatch.setattr(smollm2, "gguf_file", lambda: file)
     return model
 
 
@@ -69,7 +70,7 @@ def write_gguf(file: Path, model: LlamaForCausalLM, without: str | None = None) 
     writer.add_pad_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_chat_template(TEMPLATE)
-    parts = {v: k for k, v in models._SMOLLM2_PARTS.items()} | {v: k for k, v in models._SMOLLM2_TOP.items()}
+    parts = {v: k for k, v in smollm2.PARTS.items()} | {v: k for k, v in smollm2.TOP.items()}
     for name, parameter in model.named_parameters():
         name = name.removesuffix(".weight")
         if name == without:
@@ -139,7 +140,7 @@ def test_folder_is_an_ordinary_one_and_says_where_it_came_from(tiny, cache):
 
 def test_second_load_does_not_convert(tiny, cache, monkeypatch):
     models.path("smollm2")
-    monkeypatch.setattr(models, "_convert_smollm2", lambda folder: pytest.fail("converted again"))
+    monkeypatch.setattr(smollm2, "convert", lambda folder: pytest.fail("converted again"))
     models.load("smollm2", device="cpu")
 
 
@@ -159,7 +160,7 @@ def test_interruption_leaves_nothing_behind(tiny, cache, monkeypatch, interrupti
 
 
 def test_leftovers_of_a_killed_process_are_swept(tiny, cache):
-    leftover = cache / f".{models._SMOLLM2_FOLDER}-x1y2.partial"
+    leftover = cache / f".{smollm2.FOLDER}-x1y2.partial"
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_bytes(b"half")
     models.path("smollm2")
@@ -174,7 +175,7 @@ def _fill(args: tuple[str, str]) -> str:
         with open(Path(target).parent / "log", "a") as log:
             log.write(name + "\n")
 
-    models._install_once(Path(target), fill)
+    folders.install_once(Path(target), fill)
     return (Path(target) / "who").read_text()
 
 
@@ -189,7 +190,7 @@ def test_weights_that_do_not_fit_are_refused(tiny, cache, tmp_path):
     write_gguf(tmp_path / "tiny.gguf", tiny, without="model.layers.1.mlp.up_proj")
     with pytest.raises(models.ModelUnavailable, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         models.path("smollm2")
-    assert not (cache / models._SMOLLM2_FOLDER).exists()
+    assert not (cache / smollm2.FOLDER).exists()
 
 
 def test_unknown_name_lists_what_there_is():
@@ -251,25 +252,25 @@ def test_cache_folder(environment, expected, monkeypatch):
 
 
 def smollm2_missing() -> str | None:
-    if (models.cache_folder() / models._SMOLLM2_FOLDER).is_dir():
+    if (models.cache_folder() / smollm2.FOLDER).is_dir():
         return None
     try:
-        models._smollm2_gguf()
+        smollm2.gguf_file()
     except models.ModelUnavailable as error:
         return str(error)
     return None
 
 
 @pytest.fixture(scope="module")
-def smollm2():
+def loaded():
     if reason := smollm2_missing():
         pytest.skip(reason)
     return models.load("smollm2", dtype="float32", device="cpu")
 
 
 @pytest.mark.smollm2
-def test_smollm2_answers(smollm2):
-    model, tokenizer = smollm2
+def test_smollm2_answers(loaded):
+    model, tokenizer = loaded
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**prompt, max_new_tokens=16, do_sample=False)[0, prompt["input_ids"].shape[1] :]
@@ -278,8 +279,8 @@ def test_smollm2_answers(smollm2):
 
 
 @pytest.mark.smollm2
-def test_smollm2_chat_template_and_text(smollm2):
-    _, tokenizer = smollm2
+def test_smollm2_chat_template_and_text(loaded):
+    _, tokenizer = loaded
     chat = [{"role": "user", "content": "Hi"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"

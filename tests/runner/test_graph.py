@@ -11,6 +11,7 @@ from graph_kit import HostWork, TapeCapture, as_on_a_device, counted_reads
 
 import anabranch as ab
 from anabranch.errors import TopologyChanged
+from anabranch.plan import planner
 from anabranch.runner.eager import forward
 from anabranch.runner.graph import DecodeGraph
 from anabranch.strategies import Sequential
@@ -329,7 +330,7 @@ def test_an_error_in_a_replay_leaves_the_plan_right():
 
 def test_a_topology_change_inside_a_capture(monkeypatch):
     loop = Loop()
-    monkeypatch.setattr(ab.cache, "capturing", lambda device: loop.capture.active)
+    monkeypatch.setattr(planner, "capturing", lambda device: loop.capture.active)
     cache = loop.caches[0]
     other = cache.branch()
     mlp = loop.model.model.layers[0].mlp

@@ -28,7 +28,7 @@ def check_model(model: Any, cache: TreeCache) -> int | None:
         now = model.config._attn_implementation
         raise ValueError(
             f"model: was switched to attn_implementation={now!r} after the engine was made; call "
-            'model.set_attn_implementation("anabranch") before generating'
+            "anabranch.hf.enable(model) before generating"
         )
     refuse_prompt_learning(model)
     shape = hf.describe(model)

@@ -95,7 +95,7 @@ def bootstrap(
     return values[49], values[1949]
 
 
-def _ratio_of_sums(pairs: Sequence[tuple[float, float]]) -> float:
+def ratio_of_sums(pairs: Sequence[tuple[float, float]]) -> float:
     return sum(a for a, _ in pairs) / max(sum(b for _, b in pairs), 1e-12)
 
 
@@ -249,13 +249,13 @@ def _timed(
         if m.num_threads:
             where_forked.append(pair)
     report("timed", count, count)
-    out: dict[str, Any] = {"problems": count, "forked": len(where_forked), "overhead": _ratio_of_sums(overhead)}
+    out: dict[str, Any] = {"problems": count, "forked": len(where_forked), "overhead": ratio_of_sums(overhead)}
     for name, some in (("all", pairs), ("where_forked", where_forked)):
         if where_forked:  # else both ways are the same, and there is nothing to compare
             out[name] = {
                 "sequential_seconds": sum(a for a, _ in some),
                 "forked_seconds": sum(b for _, b in some),
-                "speedup": _ratio_of_sums(some),
-                "speedup_95": bootstrap(some, _ratio_of_sums),
+                "speedup": ratio_of_sums(some),
+                "speedup_95": bootstrap(some, ratio_of_sums),
             }
     return out

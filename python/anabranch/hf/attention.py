@@ -18,7 +18,7 @@ from anabranch.hf.tree import NO_GRADIENT, attend, traced
 
 if TYPE_CHECKING:
     from anabranch.kv.step import Step
-from anabranch.hf.ordinary import _ordinary
+from anabranch.hf.ordinary import ordinary_attention
 
 # ------------------------------------------------------------------------------------------------ attention
 
@@ -47,7 +47,7 @@ def attention(
     if step is None:
         if kwargs.pop("tree_backend", None) is not None:
             raise ValueError("tree_backend: given without tree_step; pass tree_step=step too, or leave it out")
-        return _ordinary(module, query, key, value, attention_mask, *args, **kwargs)
+        return ordinary_attention(module, query, key, value, attention_mask, *args, **kwargs)
     if isinstance(step, Probe):
         if attention_mask is not None and not isinstance(attention_mask, DeferredMask):
             raise UnsupportedModel(
@@ -56,10 +56,10 @@ def attention(
             )
         window = remember_window(module, attention_mask, kwargs)
         return step.record(module, query, key, value, window, kwargs), None
-    return _over_tree(module, query, key, value, attention_mask, step, kwargs), None
+    return over_tree(module, query, key, value, attention_mask, step, kwargs), None
 
 
-def _over_tree(
+def over_tree(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------------------------ ordinary use
 
 
-def _ordinary(
+def ordinary_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

@@ -21,8 +21,8 @@ import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from anabranch.models.folders import ModelUnavailable, _install_once, _quiet_transformers, cache_folder
-from anabranch.models.smollm2 import _SMOLLM2_FOLDER, _smollm2, _smollm2_gguf
+from anabranch.models.folders import ModelUnavailable, cache_folder, install_once, quiet_transformers
+from anabranch.models.smollm2 import FOLDER, gguf_file, smollm2_folder
 
 
 def names() -> list[str]:
@@ -54,7 +54,7 @@ def load(
     hf.register()
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    with _quiet_transformers():
+    with quiet_transformers():
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto" if dtype is None else dtype,
@@ -78,11 +78,11 @@ def state(name: str) -> tuple[str, str]:
     try:
         if name == "multiplication":
             return "ready", str(_multiplication())
-        made = cache_folder() / _SMOLLM2_FOLDER if name == "smollm2" else _adaptive_folder()
+        made = cache_folder() / FOLDER if name == "smollm2" else _adaptive_folder()
         if made.is_dir():
             return "ready", str(made)
-        if not (cache_folder() / _SMOLLM2_FOLDER).is_dir():
-            _smollm2_gguf()
+        if not (cache_folder() / FOLDER).is_dir():
+            gguf_file()
     except ModelUnavailable as error:
         return "missing", str(error)
     return "installed", "will be converted when first used (some seconds)"
@@ -120,13 +120,13 @@ def _smollm2_adaptive() -> Path:
 
     folder = _adaptive_folder()
     if not folder.is_dir():
-        base = _smollm2()
-        _install_once(folder, lambda partial: adaptive.merge(base, adaptive.DATA, partial))
+        base = smollm2_folder()
+        install_once(folder, lambda partial: adaptive.merge(base, adaptive.DATA, partial))
     return folder
 
 
 _MODELS: dict[str, Callable[[], Path]] = {
     "multiplication": _multiplication,
-    "smollm2": _smollm2,
+    "smollm2": smollm2_folder,
     "smollm2-adaptive": _smollm2_adaptive,
 }

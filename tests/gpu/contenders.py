@@ -118,6 +118,7 @@ class FlatPlan:
     """What a backend asks a plan for."""
 
     made: Any
+    batch_invariant: bool = False
 
     def arrays(self, group: int, tile_config: Any) -> Any:
         return self.made

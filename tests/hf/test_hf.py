@@ -14,6 +14,7 @@ from torch import nn
 
 import anabranch as ab
 from anabranch import hf
+from anabranch.hf.mask import DeferredMask, mask
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_logits_to_keep_and_tree_mask(models, family):
 @torch.no_grad()
 def test_no_dense_mask_is_built_over_a_tree(models, monkeypatch):
     model, _ = models("mistral")
-    monkeypatch.setattr(hf.DeferredMask, "resolve", lambda self: pytest.fail("the mask was built"))
+    monkeypatch.setattr(DeferredMask, "resolve", lambda self: pytest.fail("the mask was built"))
     tree_call(model)
 
 
@@ -191,13 +192,13 @@ def test_attention_weights_come_from_the_eager_formula(models, family):
 
 @torch.no_grad()
 def test_deferred_mask_is_an_ordinary_tensor_to_others():
-    mask = hf.mask(1, 4, 4, device="cpu", local_size=2, mask_function=lambda b, h, q, k: (k <= q) & (k > q - 2))
-    assert isinstance(mask, hf.DeferredMask) and mask.window == 2 and mask.shape == (1, 1, 4, 4)
+    made = mask(1, 4, 4, device="cpu", local_size=2, mask_function=lambda b, h, q, k: (k <= q) & (k > q - 2))
+    assert isinstance(made, DeferredMask) and made.window == 2 and made.shape == (1, 1, 4, 4)
     band = torch.ones(4, 4, dtype=torch.bool).tril().triu(-1)
-    assert torch.equal(mask[0, 0, :, :], band)
-    assert torch.equal(torch.where(mask, 1.0, 0.0)[0, 0], band.float())
+    assert torch.equal(made[0, 0, :, :], band)
+    assert torch.equal(torch.where(made, 1.0, 0.0)[0, 0], band.float())
     with pytest.raises(ValueError, match="serves only forwards with tree_step"):
-        hf.DeferredMask((1, 1, 4, 4), "cpu", None, None).resolve()
+        DeferredMask((1, 1, 4, 4), "cpu", None, None).resolve()
 
 
 def test_tree_backend_without_tree_step_is_refused(models):

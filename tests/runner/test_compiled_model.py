@@ -165,5 +165,5 @@ def test_opcheck():
     q, k = torch.randn(1, 4, 3, 32), torch.randn(1, 2, 3, 32)
     # Each check runs the op, and a layer is written once: one layer a check.
     for layer, check in enumerate(("test_schema", "test_faketensor", "test_autograd_registration")):
-        args = (q, k, k, step.handle, step.position_ids[None], None, 0.2, 0.0, 0, layer, "test", False, "auto")
+        args = (q, k, k, step.handle, step.position_ids[None], None, 0.2, 0.0, 0, layer, "test", False, "auto", "")
         torch.library.opcheck(torch.ops.anabranch.tree_layer.default, args, test_utils=check)

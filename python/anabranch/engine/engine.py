@@ -201,7 +201,7 @@ class Engine:
                 f"strategy: got {strategy!r}; pass an instance of a Strategy, such as ab.SelfConsistency(n=8), or None"
             )
         limit = check_model(self.model, self.cache)
-        extra, criteria = (_callables(kwargs.pop(n, None), n) for n in ("logits_processor", "stopping_criteria"))
+        extra, criteria = (kwargs.pop(name, None) for name in ("logits_processor", "stopping_criteria"))
         budget = kwargs.pop("max_total_tokens", None)
         if budget is not None:
             budget = whole(budget, "max_total_tokens", 1, hint=", or None")
@@ -258,13 +258,6 @@ class Engine:
                     f"make the engine with num_pages of at least {-(-(len(tokens) + more) // size) + (not more)}"
                     + (", or use a smaller max_new_tokens" if more else "")
                 )
-
-
-def _callables(value: Any, name: str) -> Any:
-    """A list of functions, as Transformers takes it, or None."""
-    if value is not None and not (isinstance(value, (list, tuple)) and all(callable(item) for item in value)):
-        raise TypeError(f"{name}: expected a list of callables, got {told(value)}; pass [{name}]")
-    return value
 
 
 def _seeds(seed: Any, count: int) -> list[int]:

@@ -243,7 +243,7 @@ HIDDEN = [
 @pytest.mark.parametrize("value,window", [(math.nan, None), (math.inf, 40), (-math.inf, None)])
 def test_hidden_values(value, window):
     for i, shape in enumerate(HIDDEN):
-        case = make_case(200 + i, dtype=DTYPES[i % 3], **{"max_len": 60, "tile_rows": 6, **shape})
+        case = make_case(200 + i, dtype=DTYPES[i % 3], **{"max_len": 100, "tile_rows": 6, **shape})
         extremes.hidden_values(run, case, value, window=window)
 
 
@@ -251,7 +251,7 @@ def test_hidden_values(value, window):
 @pytest.mark.parametrize("window", [None, 40])
 def test_seen_infinities(window):
     for i, shape in enumerate(HIDDEN):
-        case = make_case(200 + i, dtype=DTYPES[i % 3], **{"max_len": 60, "tile_rows": 6, **shape})
+        case = make_case(200 + i, dtype=DTYPES[i % 3], **{"max_len": 100, "tile_rows": 6, **shape})
         extremes.seen_infinities(run, case, **with_sinks(dict(window=window, sinks=True), case))
 
 

@@ -155,11 +155,18 @@ def test_engine_gives_what_the_model_gives_or_says_why_not():
     for ids in (tokens(20), tokens(SWITCH + 10)):
         assert engine.generate(ids, **options).token_ids == greedy(ids)
     beyond = tokens(SWITCH + 10)
-    for prompt, rows in (([tokens(20), beyond], 512), (beyond, 32), (tokens(SWITCH - 3), 512)):
-        with pytest.raises(ValueError, match="longrope rotary embeddings"):
-            engine.max_rows = rows
-            engine.generate(prompt, **options)
+    refused = {
+        r"prompt: prompt\[1\] is beyond 40 tokens, prompt\[0\] is not.*separate calls": ([tokens(20), beyond], 512),
+        r"prompt: 50 tokens.*one forward; make the engine with max_rows of at least 50": (beyond, 32),
+        r"prompt: its 37 tokens and max_new_tokens=6 go past 40.*use max_new_tokens=4 at most": (tokens(37), 512),
+    }
+    for message, (prompt, rows) in refused.items():
+        engine.max_rows = rows
+        with pytest.raises(ValueError, match=message):  # before anything ran
+            next(iter(engine.stream(prompt, **options)))
         assert engine.cache.usage().pages_free == 64
+    last = engine.generate(tokens(37), max_new_tokens=4, eos_token_id=None).token_ids
+    assert last == greedy(tokens(37))[:4]
     assert engine.generate(tokens(20), **options).token_ids == greedy(tokens(20))
 
 

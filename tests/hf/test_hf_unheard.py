@@ -214,3 +214,16 @@ def test_hand_made_caches_are_their_owners():
     for _ in range(3):
         cache.step({branch: 1})
     assert branch.length == 3
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_a_bare_branch_mask_beside_labels(models, attn):
+    """No mask of ours among the arguments, as from a collator: where labels are given, the loss notices."""
+    layout = training.grpo(IDS[:6], [[3, 4, 5], [6, 7, 8]])
+    batch = {name: value for name, value in layout.batch().items() if name != "attention_mask"}
+    with pytest.raises(ValueError, match=r"branch_mask: .*knows no branch_mask.*hf\.enable\(model\)"):
+        models[attn](**batch, use_cache=False)
+    for _ in range(2):  # a mask that was attended under once is not taken for one that was attended under now
+        assert torch.isfinite(models["anabranch"](**batch, use_cache=False).loss)
+    with pytest.raises(ValueError, match="knows no branch_mask"):
+        models[attn](**batch, use_cache=False)

@@ -51,6 +51,7 @@ class BranchMask:
         self.starts, self.row_ptr, self.cols, self.positions = starts, row_ptr, cols, positions
         self.num_tokens = int(positions.shape[0])
         self.num_copies = 0  # of the last tokens: those that `with_copies` added
+        self.attended = False  # whether a layer has attended under it since a loss last asked (hf/guard.py)
         self._transposed: tuple[Tensor, Tensor] | None = None
         self._copies: dict[torch.device, BranchMask] = {starts.device: self}
 

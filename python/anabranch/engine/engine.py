@@ -9,7 +9,7 @@ from typing import Any
 from anabranch import hf
 from anabranch._check import index_of, told, whole
 from anabranch.backends.registry import choose
-from anabranch.engine.fit import check_model
+from anabranch.engine.fit import check_model, check_rotation
 from anabranch.engine.loop import Run
 from anabranch.engine.options import prepare_config
 from anabranch.engine.request import Request
@@ -225,6 +225,7 @@ class Engine:
         endless = plain and not budget and not base.eos_ids and not base.criteria and not base.stop_strings
         self._check_room(ids, prepared.max_new_tokens - 1 if endless else 0, many)
         _check_positions(ids, limit, many)
+        check_rotation(self.model, ids, prepared.max_new_tokens, self.max_rows, many)
         buffer: deque[Event] = deque()
         requests = [
             Request(

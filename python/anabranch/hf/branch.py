@@ -33,6 +33,8 @@ def over_branches(
     _check(module, query, key, attention_mask, mask, kwargs)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     sinks = kwargs.get("s_aux")
+    if not torch.compiler.is_compiling():
+        mask.attended = True
     out = branch_attention(
         q,
         k,

@@ -6,8 +6,9 @@ compute ordinary causal attention over a packed row, and a loss. `guard_others` 
 under its own name, behind a check for our two keywords: `AttentionInterface.register` is Transformers' way to make a
 library-wide change of this kind. Nothing else changes for a model that does not pass them.
 
-``"eager"`` is not in the registry (each model's file has its own): there `TreeCache.for_model`'s cache and the mask in
-`Layout.batch` notice.
+``"eager"`` is not in the registry (each model's file has its own). There `TreeCache.for_model`'s cache, the mask in
+`Layout.batch` and, where labels are given, the loss notice: Transformers hands the keywords on to its loss functions,
+and `guard_losses` has them refuse a branch mask that no layer came to.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 _OURS = ("tree_step", "branch_mask")
 
@@ -36,6 +39,27 @@ def _guarded(name: str, function: Callable) -> Callable:
 
     attention._refuses_trees = True  # type: ignore[attr-defined]
     return attention
+
+
+def guard_losses(losses: dict[str, Any]) -> None:
+    """Have Transformers' loss functions refuse a ``branch_mask`` that no attention layer has seen. Idempotent."""
+    for name, function in losses.items():
+        if not getattr(function, "_refuses_trees", False):
+            losses[name] = _guarded_loss(function)
+
+
+def _guarded_loss(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def loss(*args: Any, **kwargs: Any) -> Any:
+        mask = kwargs.get("branch_mask")
+        if mask is not None and not torch.compiler.is_compiling():
+            if not mask.attended:
+                raise ValueError(unheard("branch_mask", "the model", "eager"))
+            mask.attended = False
+        return function(*args, **kwargs)
+
+    loss._refuses_trees = True  # type: ignore[attr-defined]
+    return loss
 
 
 def unheard(keyword: str, where: str, implementation: str) -> str:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from anabranch.hf.guard import guard_others
+from anabranch.hf.guard import guard_losses, guard_others
 from anabranch.hf.mask import mask
 from anabranch.hf.probe import (
     ModelShape,
@@ -45,12 +45,14 @@ def register() -> None:
 
     `import anabranch` sees to it (hooks.py); there is no need to call this.
     """
+    from transformers.loss.loss_utils import LOSS_MAPPING
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface.register(NAME, attention)
     # Without a mask function of the same name Transformers passes no mask at all, and padding would be lost silently.
     AttentionMaskInterface.register(NAME, mask)
+    guard_losses(LOSS_MAPPING)
     guard_others(AttentionInterface, NAME)
 
 

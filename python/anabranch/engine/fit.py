@@ -75,6 +75,6 @@ def check_rotation(model: Any, prompts: list[list[int]], max_new_tokens: int, ma
         if any(long) and not all(long):
             raise ValueError(
                 f"prompt: prompt[{long.index(True)}] is beyond {rule.limit} tokens, prompt[{long.index(False)}] is "
-                f"not; the model's {rule.rope_type} rotary embeddings would rotate both as the long one. Generate them in "
-                "separate calls"
+                f"not; the model's {rule.rope_type} rotary embeddings would rotate both as the long one. Generate them "
+                "in separate calls"
             )

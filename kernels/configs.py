@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import triton
+
 __all__ = [
     "AMD",
     "BranchConfig",
@@ -26,6 +28,8 @@ __all__ = [
 
 # Stands for AMD's GPUs in place of a compute capability: 64 KB of shared memory a block.
 AMD = 0
+
+_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,9 @@ _SM80 = _LARGE | {
 }
 # On sm_100 blocks of 64 tokens spill under these wide tiles.
 _SM100 = _LARGE | {(64, 2): Config(64, 32, 4, 64, 4, 4)}
+# Triton before 3.9 fails to compile tiles of 64 rows there (its pass over tensor memory, beside a second tile); with 32
+# rows it multiplies out of registers, as on sm_80.
+_SM100_BEFORE_3_9 = {key: replace(config, wide=min(config.wide, 32)) for key, config in _SM80.items()}
 # sm_86, sm_89, sm_120: the same tiles with fewer stages, for 99 KB of shared memory.
 _SMALL: dict[tuple[int, int], Config] = {key: _with_stages(c, 2 if key[1] == 4 else 3) for key, c in _SM80.items()}
 
@@ -104,7 +111,8 @@ def attention_config(head_dim: int, itemsize: int, arch: int) -> Config:
         itemsize: bytes of an element of q, k and v: 2 or 4.
         arch: compute capability as an integer, 90 for sm_90; ``AMD`` for a GPU of theirs.
     """
-    table = _SM80 if arch == 80 else _LARGE if arch == 90 else _SM100 if 100 <= arch < 120 else _SMALL
+    sm100 = _SM100 if _TRITON >= (3, 9) else _SM100_BEFORE_3_9
+    table = _SM80 if arch == 80 else _LARGE if arch == 90 else sm100 if 100 <= arch < 120 else _SMALL
     config = table[(_head_dim_class(head_dim), itemsize)]
     return _with_stages(config, 2) if arch == AMD else config
 

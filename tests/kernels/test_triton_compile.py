@@ -40,12 +40,14 @@ def spills(variant):
     return SPILLS.get((variant.kernel, "amd" if amd else variant.head_dim), 0)
 
 
+# Another Triton brings another compiler and assembler: everything must compile there, but it may spill.
+THE_TABLES_TRITON = TABLE["made_with"] == f"Triton {triton.__version__}"
+
+
 def check(variant, row):
-    # Another Triton brings another assembler, which may spill a few bytes: 3.7.1 does, 8 of them, in float32 for sm_80.
-    most = 0 if TABLE["made_with"] == f"Triton {triton.__version__}" else 32
     assert "error" not in row, row
     assert row["code_bytes"] > 1000 and row["registers"] > 0
-    assert row["spill_bytes"] <= max(most, spills(variant)), row
+    assert not THE_TABLES_TRITON or row["spill_bytes"] <= spills(variant), row
     assert row["shared_bytes"] <= variants.SHARED_LIMIT[variant.arch], row
     assert variant.capability == variants.AMD or row["registers"] <= 255
 
@@ -79,7 +81,9 @@ def test_tensor_cores(compiled):
         elif variant.dtype == "fp32":
             assert found == [], row
         elif variant.arch in (90, 100) and variant.kernel == "attention":  # the narrow tile and the wide one
-            assert found == sorted(["mma.sync", "wgmma" if variant.arch == 90 else "tcgen05"]), row
+            # (Before Triton 3.9 wide tiles of sm_100 are narrow enough for mma.sync: kernels/configs.py.)
+            wide = "wgmma" if variant.arch == 90 else "tcgen05" if THE_TABLES_TRITON else "mma.sync"
+            assert found == sorted({"mma.sync", wide}), row
         else:
             assert found, row
 
@@ -100,6 +104,7 @@ def test_keys_and_values_come_by_asynchronous_copies_of_16_bytes(compiled):
             assert row["load_bytes"] == 16, row
 
 
+@pytest.mark.skipif(not THE_TABLES_TRITON, reason=f"the table is of {TABLE['made_with']}")
 def test_the_committed_table_is_of_the_kernels_as_they_are_launched():
     """Every row, as it is launched now; those that are compiled here are among them."""
     rows = {report._variant_of(row): row for row in TABLE["variants"]}

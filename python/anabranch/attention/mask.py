@@ -188,7 +188,9 @@ class BranchMask:
     def from_trace(cls, trace: Trace | Result) -> BranchMask:
         """The mask of everything an engine wrote for one prompt; ``training.from_trace`` gives the tokens with it."""
         rows = trace_rows(trace)
-        return cls.from_context(rows.sizes(), rows.sees, torch.tensor(rows.positions(), dtype=torch.int64))
+        return cls.from_context(
+            rows.sizes(), rows.sees, torch.tensor(rows.positions(), dtype=torch.int64, device="cpu")
+        )
 
     @classmethod
     def pack(cls, masks: Iterable[BranchMask]) -> BranchMask:

@@ -154,8 +154,8 @@ def branch_forward(
 
     q, k, v, sinks = rows(q), rows(k), rows(v), floats(sinks)
     layout = type(layout)(*(x.contiguous() for x in layout))
-    out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     _cpu.branch_forward(
         *_branch_arguments(q, k, v, layout, scale, softcap, window),
         address(sinks),
@@ -186,8 +186,8 @@ def branch_backward(
 
     q, k, v, grad, out, lse = rows(q), rows(k), rows(v), rows(grad), out.contiguous(), lse.contiguous()
     layout, grad_lse = type(layout)(*(x.contiguous() for x in layout)), floats(grad_lse)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    delta = torch.empty(lse.shape, dtype=torch.float32)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     _cpu.branch_backward(
         *_branch_arguments(q, k, v, layout, scale, softcap, window),
         0,  # what sinks do to the rows is in lse

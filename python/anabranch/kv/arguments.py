@@ -70,7 +70,7 @@ def _positions(positions: Any) -> dict[Branch, Any]:
         _branch(branch, "positions: keys")
         if not isinstance(value, Tensor):
             try:
-                value = torch.as_tensor(value)
+                value = torch.as_tensor(value, device="cpu")
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"positions: expected integers for {branch!r}, got {told(value)} ({error})") from None
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:

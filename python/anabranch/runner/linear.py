@@ -145,7 +145,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows, x_row = x.shape[0], x.stride(0)
     if bias is not None:
         bias = bias.contiguous()
-    out = torch.empty((*shape, n), dtype=x.dtype)
+    out = torch.empty((*shape, n), dtype=x.dtype, device=x.device)
     _kernel()(
         TYPES[x.dtype],
         rows,

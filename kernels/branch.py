@@ -33,11 +33,8 @@ def piece(pieces_ptr, p, lane):
 
 
 @triton.jit
-def within(positions_ptr, begin, end, low, high, BLOCK: tl.constexpr):
-    """From where to where [begin, end) has tokens whose position is between low and high, both exclusive.
-
-    Blocks begin where they would without a window: who else is in a tile must not change a sum.
-    """
+def within(positions_ptr, begin, end, low, high):
+    """The first and one past the last token of [begin, end) whose position is between low and high, both exclusive."""
     first = end
     last = begin
     for start in range(begin, end, SCAN):
@@ -46,7 +43,7 @@ def within(positions_ptr, begin, end, low, high, BLOCK: tl.constexpr):
         seen = (n < end) & (pos > low) & (pos < high)
         first = tl.minimum(first, tl.min(tl.where(seen, n, end), axis=0))
         last = tl.maximum(last, tl.max(tl.where(seen, n + 1, begin), axis=0))
-    return begin + (first - begin) // BLOCK * BLOCK, last
+    return first, last
 
 
 @triton.jit
@@ -104,7 +101,7 @@ def _forward_tile(
     for p in range(tl.load(tile_ptr + 2), tl.load(tile_ptr + 3)):
         begin, end, sees = piece(pieces_ptr, p, lane)
         if HAS_WINDOW:
-            begin, end = within(positions_ptr, begin, end, low, 2147483647, BLOCK_N)
+            begin, end = within(positions_ptr, begin, end, low, 2147483647)
         limit = tl.where(sees & live, tl.minimum(row + 1, end), 0)
         for start in range(begin, end, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)

@@ -62,7 +62,7 @@ def _dq_tile(
     for p in range(tl.load(tile_ptr + 2), tl.load(tile_ptr + 3)):
         begin, end, sees = piece(pieces_ptr, p, lane)
         if HAS_WINDOW:
-            begin, end = within(positions_ptr, begin, end, low, 2147483647, BLOCK_N)
+            begin, end = within(positions_ptr, begin, end, low, 2147483647)
         limit = tl.where(sees & live, tl.minimum(row + 1, end), 0)
         for start in range(begin, end, BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
@@ -204,7 +204,7 @@ def _dkdv_tile(
         q_head = kv_head * group + i // pieces
         begin, end, sees = piece(pieces_ptr, piece_begin + i % pieces, lane)
         if HAS_WINDOW:
-            begin, end = within(positions_ptr, begin, end, -2147483647, high, BLOCK_M)
+            begin, end = within(positions_ptr, begin, end, -2147483647, high)
         since = tl.where(sees & live, col, 2147483647)
         q_base = q_ptr + tl.multiple_of(q_head.to(tl.int64) * stride_q_head, ALIGN)
         for start in range(begin, end, BLOCK_M):

@@ -12,10 +12,10 @@ from .branch_backward import branch_dkdv_kernel, branch_dq_kernel
 from .configs import branch_config, column_split
 from .launch import INTERPRETED, _on, device_traits, stride_alignment
 
-__all__ = ["Tables", "branch_backward", "branch_forward"]
+__all__ = ["MaskTiles", "branch_backward", "branch_forward"]
 
 
-class Tables(NamedTuple):
+class MaskTiles(NamedTuple):
     """One way to cut a mask, on the device. Tiles with the most work come first: blocks are scheduled in order."""
 
     tiles: torch.Tensor  # int32 [tiles, 4]
@@ -24,7 +24,7 @@ class Tables(NamedTuple):
 
 
 # Asked with (columns?, tokens of a tile at most).
-Cut = Callable[[bool, int], Tables]
+Cut = Callable[[bool, int], MaskTiles]
 
 
 def _work_dtype(q: torch.Tensor) -> torch.dtype:

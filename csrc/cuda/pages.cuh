@@ -47,7 +47,7 @@ void copy_pages_kernel(const CopyPages c) {
   }
 }
 
-// What LivePlan::advance (csrc/plan/plan.cpp) does on the host. A tail has one row, so no two threads meet.
+// What LivePlan::advance (csrc/plan/live_plan.cpp) does on the host. A tail has one row, so no two threads meet.
 ANABRANCH_KERNEL(kThreads, 4)
 void advance_kernel(const Advance a) {
   for (int b = ptx::block() * kThreads + ptx::thread(); b < a.branches; b += ptx::blocks() * kThreads) {

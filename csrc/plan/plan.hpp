@@ -34,6 +34,8 @@ struct Contexts {
   std::vector<i32> piece_ids;    // piece_ids[piece_ptr[b] : piece_ptr[b+1]] in context order
   std::vector<i32> row_ptr;      // [B + 1]
   std::vector<i64> row_positions;  // [rows]
+  i32 batch() const { return static_cast<i32>(row_ptr.size()) - 1; }
+  i32 rows(i32 b) const { return row_ptr[b + 1] - row_ptr[b]; }
 };
 
 struct PlanParams {

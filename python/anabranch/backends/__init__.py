@@ -1,5 +1,5 @@
-"""Backends: one file each, one contract (docs/architecture.md), one oracle. `registry` picks."""
+"""Backends: one file each (`base` says what one has), one of them the oracle. `registry` picks."""
 
-from anabranch.backends.registry import NAMES, PREFERRED, advance_kernel, choose, get, unavailable
+from anabranch.backends.registry import NAMES, PREFERRED, advance_kernel, choose, get, unavailable, with_trait
 
-__all__ = ["NAMES", "PREFERRED", "advance_kernel", "choose", "get", "unavailable"]
+__all__ = ["NAMES", "PREFERRED", "advance_kernel", "choose", "get", "unavailable", "with_trait"]

@@ -1,4 +1,4 @@
-"""C++ kernels (``anabranch._cpu``): the default without a GPU. The contract is docs/architecture.md's.
+"""C++ kernels (``anabranch._cpu``): the default without a GPU. The contract is `base`.
 
 They run on torch's own OpenMP threads, as many as ``torch.get_num_threads()`` says, with the best instruction set of
 this machine; ``ANABRANCH_CPU_ISA`` (plain, avx2, avx512, avx512bf16, amx) overrides the choice. Arguments are checked
@@ -18,17 +18,21 @@ from anabranch.backends.native import MAX_HEAD_DIM, TYPES, address, floats, rows
 from anabranch.plan.tile_config import TileConfig
 
 if TYPE_CHECKING:
-    from anabranch.ops.branch import Layout
+    from anabranch.backends.base import MaskTensors
     from anabranch.plan.plan import Plan
 
 __all__ = [
     "attention",
+    "batch_invariant",
     "branch_backward",
     "branch_forward",
+    "capturable",
     "copy_pages",
+    "device_type",
+    "expected",
     "info",
-    "large_pages",
     "name",
+    "prepare_pool",
     "refuses",
     "tile_config",
     "unavailable",
@@ -36,6 +40,9 @@ __all__ = [
 ]  # fmt: skip
 
 name = "cpu"
+device_type = "cpu"
+capturable = False
+batch_invariant = True
 
 # Packed rows an item. 64 rows amortise the conversion of K and V to a few percent and leave Q, scores, accumulators and
 # a tile of K and V together inside 512 KB of second-level cache at head_dim 256.
@@ -60,6 +67,11 @@ def unavailable() -> str | None:
     except ValueError as error:
         return f"ANABRANCH_CPU_ISA: {error}; unset it or name another"
     return None
+
+
+def expected(gpu: bool) -> bool:
+    """Always: an installation without these kernels is broken."""
+    return True
 
 
 def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -96,10 +108,11 @@ def tile_config(
 
 
 def info() -> dict[str, Any]:
-    """For ``doctor``: isa, vector_bytes, compiled, runnable, parallel (whose threads)."""
+    """For ``doctor``: isa, vector_bytes, compiled, runnable, parallel (whose threads), summary."""
     from anabranch import _cpu
 
-    return _cpu.info()
+    found = _cpu.info()
+    return found | {"summary": f"{found['isa']} of {', '.join(found['compiled'])}; threads: {found['parallel']}"}
 
 
 def attention(
@@ -127,7 +140,7 @@ def attention(
 
 
 def _branch_arguments(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, softcap: float | None, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, layout: MaskTensors, scale: float, softcap: float | None, window: int | None
 ) -> tuple[Any, ...]:
     return (
         TYPES[q.dtype],
@@ -142,7 +155,7 @@ def branch_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: Layout,
+    layout: MaskTensors,
     *,
     scale: float,
     softcap: float | None,
@@ -174,7 +187,7 @@ def branch_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    layout: Layout,
+    layout: MaskTensors,
     *,
     scale: float,
     softcap: float | None,
@@ -222,7 +235,7 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
         )
 
 
-def large_pages(pool: Tensor) -> bool:
+def prepare_pool(pool: Tensor) -> bool:
     """Asks the system to back a page pool with large pages (Linux's transparent ones), before it is written to. Steps
     read all over it: with 4 KB pages, address translation takes some 4 % of the attention. Whether it will try."""
     from anabranch import _cpu

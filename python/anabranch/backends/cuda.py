@@ -1,6 +1,6 @@
 """CUDA C++ kernels (``anabranch._cuda``): NVIDIA GPUs from sm_80 on, chosen by hand with ``backend="cuda"``.
 
-The contract is docs/architecture.md's; arguments that reach this file are checked already. Two launches a layer at most
+The contract is `base`; arguments that reach this file are checked already. Two launches a layer at most
 (items, merge), one for a step's K and V, one for all pages that a step copies; on torch's current stream, no waiting.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,26 @@ if TYPE_CHECKING:
     from anabranch.plan.arrays import PlanArrays
     from anabranch.plan.plan import Plan
 
-__all__ = ["advance", "attention", "copy_pages", "info", "name", "refuses", "tile_config", "unavailable", "write_kv"]
+__all__ = [
+    "advance",
+    "attention",
+    "batch_invariant",
+    "capturable",
+    "copy_pages",
+    "device_type",
+    "expected",
+    "info",
+    "name",
+    "refuses",
+    "tile_config",
+    "unavailable",
+    "write_kv",
+]  # fmt: skip
 
 name = "cuda"
+device_type = "cuda"
+capturable = True
+batch_invariant = False
 
 OLDEST = 80  # sm_80: mma on bfloat16, ldmatrix, cp.async
 
@@ -96,6 +114,11 @@ def runs_on(built: str, arch: int) -> bool:
     return False
 
 
+def expected(gpu: bool) -> bool:
+    """Wherever there is a GPU and the extension was built, which is optional."""
+    return gpu and importlib.util.find_spec("anabranch._cuda") is not None
+
+
 def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why this call cannot be served, with the remedy; None when it can."""
     if not _on_device(device):
@@ -144,10 +167,14 @@ def tile_config(
 
 
 def info() -> dict[str, Any]:
-    """For ``doctor``: architectures (what the kernels were compiled for), devices."""
+    """For ``doctor``: architectures (what the kernels were compiled for), devices, summary."""
     module = _module()
-    count = max(0, module.device_count())
-    return {"architectures": module.architectures(), "devices": [module.device(i) for i in range(count)]}
+    count, built = max(0, module.device_count()), module.architectures()
+    return {
+        "architectures": built,
+        "devices": [module.device(i) for i in range(count)],
+        "summary": f"kernels for {built}; taken with backend='cuda' only",
+    }
 
 
 def _aligned(x: Tensor, dims: int) -> bool:

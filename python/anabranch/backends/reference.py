@@ -3,7 +3,7 @@ the planner or any kernel."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,13 +12,24 @@ from anabranch.plan.plan import Plan
 from anabranch.plan.tile_config import TileConfig
 
 if TYPE_CHECKING:
-    from anabranch.ops.branch import Layout
+    from anabranch.backends.base import MaskTensors
 
 name = "reference"
+device_type = "cpu"
+capturable = False
+batch_invariant = False
 
 
 def unavailable() -> str | None:
     return None
+
+
+def expected(gpu: bool) -> bool:
+    return True
+
+
+def info() -> dict[str, Any]:
+    return {}
 
 
 def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -108,7 +119,7 @@ def copy_pages(pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor) -> None:
         pool[:, d, :, :n] = pool[:, s, :, :n]
 
 
-def branch_visible(layout: Layout, window: int | None) -> Tensor:
+def branch_visible(layout: MaskTensors, window: int | None) -> Tensor:
     """bool [T, T] of a branch mask, True = the row may attend to the column."""
     starts, ptr = layout.starts.tolist(), layout.row_ptr.tolist()
     total = layout.positions.shape[0]
@@ -139,7 +150,7 @@ def branch_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: Layout,
+    layout: MaskTensors,
     *,
     scale: float,
     softcap: float | None,
@@ -168,7 +179,7 @@ def branch_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    layout: Layout,
+    layout: MaskTensors,
     *,
     scale: float,
     softcap: float | None,

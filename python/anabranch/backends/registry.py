@@ -1,4 +1,4 @@
-"""Backends: one file each, one contract (docs/architecture.md), one oracle. This file only picks."""
+"""The backends there are, and which one serves a call. `base` says what a backend is."""
 
 from __future__ import annotations
 
@@ -6,23 +6,33 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable
-from types import ModuleType
+from typing import cast
 
 import torch
 
+from anabranch.backends.base import AdvancesPlans, Backend
 from anabranch.errors import BackendUnavailable
 
-NAMES = ("reference", "cpu", "triton", "cuda")
-# "cuda" is chosen by hand until measurements say where it should be the default.
-PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+# One line for each backend, the module of that name in this folder: the device types for which "auto" considers it.
+# "auto" takes the last line that works. "cuda" is chosen by hand until measurements say where to prefer it.
+_AUTO_FOR: dict[str, tuple[str, ...]] = {
+    "reference": ("cpu", "cuda"),
+    "cpu": ("cpu",),
+    "triton": ("cuda",),
+    "cuda": (),
+}
+
+NAMES = tuple(_AUTO_FOR)
+#: by device type, the backends that "auto" tries, in order
+PREFERRED = {device: tuple(name for name in reversed(NAMES) if device in _AUTO_FOR[name]) for device in ("cpu", "cuda")}
 
 
 @functools.cache
-def get(name: str) -> ModuleType:
+def get(name: str) -> Backend:
     """The backend module, or ``ValueError`` for a name that does not exist."""
     if name not in NAMES:
         raise ValueError(f"backend: {name!r} is not one of {', '.join(NAMES)} or 'auto'")
-    return importlib.import_module(f"anabranch.backends.{name}")
+    return cast(Backend, importlib.import_module(f"anabranch.backends.{name}"))
 
 
 @functools.cache
@@ -31,7 +41,7 @@ def unavailable(name: str) -> str | None:
     return get(name).unavailable()
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType:
+def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     """The backend for a call.
 
     ``"auto"`` takes the first that works: on the CPU ``cpu``, then ``reference``; on a GPU ``triton``, then
@@ -54,7 +64,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
 
 
 @functools.cache
-def _auto(device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType:
+def _auto(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     reasons: list[str] = []
     for name in PREFERRED.get(device.type, ("reference",)):
         reason = unavailable(name) or get(name).refuses(device, dtype, head_dim)
@@ -69,9 +79,15 @@ def _auto(device: torch.device, dtype: torch.dtype, head_dim: int) -> ModuleType
     )
 
 
+def with_trait(has: Callable[[Backend], bool]) -> str:
+    """The backends of which `has` is true, quoted and joined by "or", for a message."""
+    return " or ".join(repr(name) for name in NAMES if has(get(name)))
+
+
 def advance_kernel(device: torch.device) -> Callable[..., None] | None:
     """A backend's own kernel that advances a resident plan on `device`; None: PyTorch's operators do it."""
-    if device.type == "cpu":
-        return None
-    found = (get(name) for name in NAMES if unavailable(name) is None and hasattr(get(name), "advance"))
-    return next((module.advance for module in found), None)
+    for name in NAMES:
+        backend = get(name)
+        if backend.device_type == device.type and isinstance(backend, AdvancesPlans) and unavailable(name) is None:
+            return backend.advance
+    return None

@@ -1,12 +1,12 @@
 """Triton kernels: the default on NVIDIA (and AMD) GPUs; under ``TRITON_INTERPRET=1`` the same sources run on the CPU.
 
-The contract is docs/architecture.md's; arguments that reach this file are checked already.
+The contract is `base`; arguments that reach this file are checked already.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -16,15 +16,20 @@ from anabranch.backends.native import rows
 from anabranch.plan.tile_config import TileConfig
 
 if TYPE_CHECKING:
-    from anabranch.kernels.branch_launch import Tables
-    from anabranch.ops.branch import Layout
+    from anabranch.backends.base import MaskTensors
+    from anabranch.kernels.branch_launch import MaskTiles
     from anabranch.plan.plan import Plan
 
 __all__ = [
     "attention",
+    "batch_invariant",
     "branch_backward",
     "branch_forward",
+    "capturable",
     "copy_pages",
+    "device_type",
+    "expected",
+    "info",
     "name",
     "refuses",
     "tile_config",
@@ -33,6 +38,9 @@ __all__ = [
 ]  # fmt: skip
 
 name = "triton"
+device_type = "cuda"
+capturable = True
+batch_invariant = False
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
@@ -53,6 +61,19 @@ def unavailable() -> str | None:
         "PyTorch sees no CUDA or ROCm device (none is there, or its driver is too old for this PyTorch: "
         "`torch.cuda.init()` says which; update the driver); use backend='cpu', "
         "or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's (slow) interpreter"
+    )
+
+
+def expected(gpu: bool) -> bool:
+    """Wherever there is a GPU: Triton comes with PyTorch."""
+    return gpu
+
+
+def info() -> dict[str, Any]:
+    """For ``doctor``: interpreted (by Triton's interpreter, on the CPU), summary."""
+    interpreted = not torch.cuda.is_available()
+    return {"interpreted": interpreted} | (
+        {"summary": "in Triton's interpreter: right, but slow"} if interpreted else {}
     )
 
 
@@ -137,13 +158,13 @@ def copy_pages(pool: torch.Tensor, src: torch.Tensor, dst: torch.Tensor, filled:
 _tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _cut(layout: Layout, columns: bool, most: int) -> Tables:
+def _cut(layout: MaskTensors, columns: bool, most: int) -> MaskTiles:
     """The mask cut into tiles of at most ``most`` rows (or columns), on its device.
 
     The first call for a mask copies its few index arrays to the host, which waits for the device; later calls do not.
     """
     from anabranch._core import branch_tables
-    from anabranch.kernels.branch_launch import Tables
+    from anabranch.kernels.branch_launch import MaskTiles
     from anabranch.plan.intervals import transpose_intervals
 
     kept = _tables.setdefault(layout.starts, {})
@@ -162,7 +183,7 @@ def _cut(layout: Layout, columns: bool, most: int) -> Tables:
         order = sorted(range(len(work)), key=lambda i: -work[i])
         kept[columns, most] = tuple(torch.from_numpy(x).to(layout.starts.device) for x in (tiles[order], pieces))
     by_tile, by_piece = kept[columns, most]
-    return Tables(by_tile, by_piece, kept["positions"])
+    return MaskTiles(by_tile, by_piece, kept["positions"])
 
 
 NARROWEST = 16  # lanes of a dot product: a shorter tile costs as much
@@ -172,7 +193,7 @@ def branch_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    layout: Layout,
+    layout: MaskTensors,
     *,
     scale: float,
     softcap: float | None,
@@ -196,7 +217,7 @@ def branch_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    layout: Layout,
+    layout: MaskTensors,
     *,
     scale: float,
     softcap: float | None,

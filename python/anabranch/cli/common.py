@@ -143,7 +143,7 @@ def _warn_if_slow() -> None:
 
     from anabranch import backends
 
-    name = "triton" if torch.cuda.is_available() else "cpu"
+    name = backends.PREFERRED["cuda" if torch.cuda.is_available() else "cpu"][0]
     reason = backends.unavailable(name)
     if reason is not None:
         print(f"anabranch: the {name} kernels do not work here, so this will be slow: {reason}", file=sys.stderr)

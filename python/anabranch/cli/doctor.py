@@ -119,17 +119,13 @@ def _backend(name: str) -> dict[str, Any]:
     from anabranch import backends
 
     gpu = torch.cuda.is_available()
-    built = importlib.util.find_spec("anabranch._cuda") is not None
-    expected = name in ("reference", "cpu") or (gpu and (name == "triton" or (name == "cuda" and built)))
-    entry: dict[str, Any] = {"expected": expected}
+    backend = backends.get(name)
+    entry: dict[str, Any] = {"expected": backend.expected(gpu)}
     reason = backends.unavailable(name)
     entry["works"], entry["reason"] = reason is None, reason
     if reason is None:
-        entry["selftest"] = selftest(name, "cuda" if gpu and name in ("triton", "cuda") else "cpu")
-        if name in ("cpu", "cuda"):
-            entry.update(backends.get(name).info())
-        if name == "triton":
-            entry["interpreted"] = not gpu
+        entry["selftest"] = selftest(name, backend.device_type if gpu else "cpu")
+        entry.update(backend.info())
     return entry
 
 
@@ -252,12 +248,8 @@ def _show(report: dict[str, Any]) -> None:
                 continue
             test = b["selftest"]
             text = f"{good if test['passed'] else bad}  self-test: {escape(test['detail'])}, {test['seconds']:.2f} s"
-            if name == "cpu":
-                text += escape(f"\n{b['isa']} of {', '.join(b['compiled'])}; threads: {b['parallel']}")
-            if name == "cuda":
-                text += escape(f"\nkernels for {b['architectures']}; taken with backend='cuda' only")
-            if b.get("interpreted"):
-                text += "\nin Triton's interpreter: right, but slow"
+            if "summary" in b:
+                text += escape(f"\n{b['summary']}")
             rows.append((name, text))
         section("Backends", rows)
         auto = [(d, f"{a['backend'] or '–'}  [dim]{escape(a['why'])}[/dim]") for d, a in report["auto"].items()]

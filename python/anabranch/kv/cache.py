@@ -16,6 +16,7 @@ from torch import Tensor
 
 from anabranch import _core, backends
 from anabranch._check import layer_of, shape_of, told
+from anabranch.backends.base import PreparesPool
 from anabranch.kv.arguments import _branch, _device, _number, _positions, _rows, _size
 from anabranch.kv.model import shape_for
 from anabranch.kv.step import Branch, Step
@@ -113,12 +114,12 @@ class TreeCache:
         self._pool = torch.empty(
             2 * num_layers, num_pages, num_kv_heads, page_size, head_dim, dtype=dtype, device=self.device
         )
-        if self._backend.name == "cpu":
-            self._backend.large_pages(self._pool)
+        if isinstance(self._backend, PreparesPool):
+            self._backend.prepare_pool(self._pool)
         self._k = [self._pool[i].transpose(1, 2) for i in range(num_layers)]
         self._v = [self._pool[num_layers + i].transpose(1, 2) for i in range(num_layers)]
         self._core = _core.Cache(num_pages, page_size)
-        self.batch_invariant = False  # for plans of later steps; the cpu backend alone can honour it
+        self.batch_invariant = False  # for plans of later steps; a backend with that trait honours it
         self.planner = Planner(self._core.plan, self.device, backends.advance_kernel(self.device))
         self._watch = Watch()
 

@@ -6,23 +6,14 @@ graph see is a tensor, and a mask may be dropped before the backward has run.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from anabranch import backends
+from anabranch.backends.base import BranchAttention, MaskTensors
 from anabranch.ops.tree import NO_SOFTCAP, NO_WINDOW, _lib, _lse_dtype
-
-
-class Layout(NamedTuple):
-    """A ``BranchMask``'s tensors, as a backend gets them. Never changed in place: backends keep what they derive."""
-
-    starts: Tensor  # int64 [S + 1]
-    row_ptr: Tensor  # int32 [S + 1]
-    cols: Tensor  # int32 [N, 2]
-    positions: Tensor  # int64 [T]
-
 
 _MASK = "Tensor starts, Tensor row_ptr, Tensor cols, Tensor positions"
 _OPTIONS = "Tensor? sinks, float scale, float softcap, int window, str backend"
@@ -41,12 +32,20 @@ def _numbers(scale: float, softcap: float, window: int) -> dict[str, Any]:
     }
 
 
+def _choose(backend: str, q: Tensor) -> BranchAttention:
+    chosen = backends.choose(backend, q.device, q.dtype, q.shape[2])
+    if not isinstance(chosen, BranchAttention):
+        able = backends.with_trait(lambda other: isinstance(other, BranchAttention))
+        raise ValueError(f"backend {chosen.name!r}: has no branch attention; pass backend='auto', {able}")
+    return chosen
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, row_ptr: Tensor, cols: Tensor, positions: Tensor,
     sinks: Tensor | None, scale: float, softcap: float, window: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    chosen = backends.choose(backend, q.device, q.dtype, q.shape[2])
-    layout = Layout(starts, row_ptr, cols, positions)
+    chosen = _choose(backend, q)
+    layout = MaskTensors(starts, row_ptr, cols, positions)
     return chosen.branch_forward(q, k, v, layout, sinks=sinks, **_numbers(scale, softcap, window))
 
 
@@ -62,8 +61,8 @@ def _backward(
     starts: Tensor, row_ptr: Tensor, cols: Tensor, positions: Tensor,
     sinks: Tensor | None, scale: float, softcap: float, window: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    chosen = backends.choose(backend, q.device, q.dtype, q.shape[2])
-    layout = Layout(starts, row_ptr, cols, positions)
+    chosen = _choose(backend, q)
+    layout = MaskTensors(starts, row_ptr, cols, positions)
     dq, dk, dv, delta = chosen.branch_backward(
         grad, grad_lse, q, k, v, out, lse, layout, sinks=sinks, **_numbers(scale, softcap, window)
     )

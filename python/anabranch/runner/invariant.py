@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from anabranch import backends
 from anabranch.kv.cache import TreeCache
 from anabranch.runner.eager import forward
 from anabranch.runner.linear import OwnLinear, _linear, is_compiled, takes
@@ -240,8 +241,11 @@ def require_invariant(model: Any, backend: str, own_linear: bool | None) -> None
             f"batch_invariant=True: the model is on {model.device}; only CPU forwards can be kept to it, because "
             "torch's linear layers on a GPU choose their kernels by the number of rows; use batch_invariant=False there"
         )
-    if backend not in ("auto", "cpu"):
-        raise ValueError(f"batch_invariant=True: backend={backend!r} does not keep to it; pass backend='cpu' or 'auto'")
+    if backend != "auto" and not backends.get(backend).batch_invariant:
+        able = backends.with_trait(lambda other: other.batch_invariant)
+        raise ValueError(
+            f"batch_invariant=True: backend={backend!r} does not keep to it; pass backend={able} or 'auto'"
+        )
     if own_linear is False:
         raise ValueError("batch_invariant=True: needs the package's linear layers; leave own_linear=False out")
     if is_compiled(model):

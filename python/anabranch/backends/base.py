@@ -1,0 +1,153 @@
+"""What a backend is: the members that every backend module has, and the optional ones that some have.
+
+A backend is one module in this folder whose functions and constants match `Backend`, and one line in ``registry``. The
+rest of the package never asks for a backend's name: an optional member is asked for by its protocol, such as
+``isinstance(backend, AdvancesPlans)``, and a trait by its constant, such as ``backend.capturable``.
+
+Arguments that reach a backend are checked already; ``softcap``, ``window`` and ``sinks`` are None where they are off.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from anabranch.plan.arrays import PlanArrays
+from anabranch.plan.plan import Plan
+from anabranch.plan.tile_config import TileConfig
+
+__all__ = ["AdvancesPlans", "Backend", "BranchAttention", "MaskTensors", "PreparesPool"]
+
+
+class MaskTensors(NamedTuple):
+    """A ``BranchMask``'s tensors, as a backend gets them. Never changed in place: backends keep what they derive."""
+
+    starts: Tensor  # int64 [S + 1]
+    row_ptr: Tensor  # int32 [S + 1]
+    cols: Tensor  # int32 [N, 2]
+    positions: Tensor  # int64 [T]
+
+
+class Backend(Protocol):
+    """The members of every backend.
+
+    Attributes:
+        name: the name that callers pass as ``backend=``.
+        device_type: the type of device that its kernels are for, "cpu" or "cuda".
+        capturable: its work is kernel launches on the current stream alone, which a CUDA graph can record. False: it
+            works on the host between them.
+        batch_invariant: it can honour plans with ``batch_invariant``.
+    """
+
+    name: str
+    device_type: str
+    capturable: bool
+    batch_invariant: bool
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run on this machine, with the remedy, in one sentence; None where it can."""
+
+    def expected(self, gpu: bool) -> bool:
+        """Whether an installation like this one should be able to run it; `gpu`: torch sees a GPU."""
+
+    def info(self) -> dict[str, Any]:
+        """What ``anabranch doctor`` tells of it where it works; "summary" is a line for people."""
+
+    def refuses(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why it cannot serve a call on these tensors, with the remedy; None where it can."""
+
+    def tile_config(
+        self, num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> TileConfig:
+        """How plans for its kernels are to be cut."""
+
+    def attention(
+        self,
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        plan: Plan,
+        *,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+        sinks: Tensor | None,
+        return_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tree attention.
+
+        Args:
+            q: [rows, Hq, D].
+            k_pages, v_pages: [pages, page_size, Hkv, D], the last stride 1.
+            plan: ``plan.arrays(Hq // Hkv, tile_config)`` are its work items.
+
+        Returns:
+            out [rows, Hq, D] in q's dtype; lse [rows, Hq] float32, natural logarithm, sinks included, or None unless
+            ``return_lse``.
+        """
+
+    def write_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+        """k, v [rows, Hkv, D] into slots int32 [rows] of the pages, in place."""
+
+    def copy_pages(self, pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor) -> None:
+        """Pages ``src`` to ``dst`` in every plane, the first ``filled[i]`` slots of each, one call for all.
+
+        Args:
+            pool: [planes, pages, Hkv, page_size, D].
+            src, dst, filled: int32 CPU tensors [n].
+        """
+
+
+@runtime_checkable
+class BranchAttention(Protocol):
+    """Optional: attention under a branch mask, for training."""
+
+    def branch_forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: MaskTensors,
+        *,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+        sinks: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """out [T, Hq, D] in q's dtype, lse [T, Hq] float32, natural logarithm, sinks included."""
+
+    def branch_backward(
+        self,
+        grad: Tensor,
+        grad_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        layout: MaskTensors,
+        *,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+        sinks: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dq, dk, dv in their inputs' dtypes; delta [T, Hq] = grad · out − grad_lse."""
+
+
+@runtime_checkable
+class AdvancesPlans(Protocol):
+    """Optional: a kernel that advances a resident plan by a decode step (else PyTorch's operators do it)."""
+
+    def advance(self, arrays: PlanArrays, tails: Tensor, slots: Tensor, positions: Tensor) -> None:
+        """As ``anabranch.plan.resident.advance``."""
+
+
+@runtime_checkable
+class PreparesPool(Protocol):
+    """Optional: something to do to a cache's page pool before it is first written, such as asking for large pages."""
+
+    def prepare_pool(self, pool: Tensor) -> bool:
+        """Whether it could be done."""

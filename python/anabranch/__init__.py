@@ -13,7 +13,7 @@ from typing import Any
 from anabranch import _moved
 from anabranch._hooks import register_when_imported
 
-__version__ = "0.1.0"
+__version__: str
 
 if not (Path(__file__).parent / "kernels").is_dir():
     # A checkout on PYTHONPATH: anabranch.kernels is the folder kernels/ at its root.
@@ -69,7 +69,19 @@ _moved.install()
 register_when_imported()
 
 
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("anabranch")
+    except PackageNotFoundError:  # a checkout on PYTHONPATH
+        return "0+checkout"
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        globals()[name] = value = _version()
+        return value
     if name in _HOME:
         value = getattr(importlib.import_module(f"anabranch.{_HOME[name]}"), name)
         globals()[name] = value

@@ -1,0 +1,33 @@
+"""Sphinx configuration of the documentation site (``make docs``). Needs no network: no intersphinx, no remote assets."""
+
+from __future__ import annotations
+
+import anabranch
+
+project = "anabranch"
+author = "the anabranch authors"
+copyright = "the anabranch authors, Apache-2.0"
+version = release = anabranch.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "sphinx_design"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["pictures/*.py"]
+default_role = "code"  # docstrings write names in single backticks
+
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 4
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # shapes, dtypes and units are in the docstrings
+autodoc_default_options = {"members": True, "undoc-members": False}
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+html_theme = "furo"
+html_title = "anabranch"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import anabranch
 
 project = "anabranch"
@@ -31,3 +33,26 @@ html_title = "anabranch"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
+napoleon_use_ivar = True
+
+_ARGUMENT = re.compile(r"[a-z_]\w*(, [a-z_]\w*)*: ")
+
+
+def _name_arguments(app, what, name, obj, options, lines: list[str]) -> None:
+    """Put an ``Args:`` line above a paragraph of ``name: text`` lines that has none, so that napoleon reads it."""
+    out: list[str] = []
+    inside = False
+    for at, line in enumerate(lines):
+        begins = (at == 0 or not lines[at - 1].strip()) and _ARGUMENT.match(line)
+        if begins and not inside:
+            out.append("Args:")
+            inside = True
+        elif not line.strip():
+            inside = False
+        indent = "    " if inside and (_ARGUMENT.match(line) or line.startswith(" ")) else "        " if inside else ""
+        out.append(indent + line)
+    lines[:] = out
+
+
+def setup(app) -> None:
+    app.connect("autodoc-process-docstring", _name_arguments, priority=100)  # before napoleon

@@ -12,7 +12,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc kernels pyth
 export ANABRANCH_CUDA ?= $(if $(shell command -v nvidia-smi 2> /dev/null),auto,0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow mutants bench lint wheels dist-check gpu-check build clean
+.PHONY: help demo test test-slow mutants bench docs lint wheels dist-check gpu-check build clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,11 @@ mutants: $(VENV)/.model  ## small mistakes put into a copy of the code: do the t
 
 bench: $(VENV)/.model  ## the whole benchmark table, peers and floor in the same run
 	$(BIN)/python -m benchmarks all
+
+docs: $(VENV)/.package  ## the documentation site, into build/site; warnings are errors
+	@$(BIN)/python -c 'import sphinx, furo, myst_parser, sphinx_copybutton, sphinx_design' 2> /dev/null || \
+	  $(PIP) install -q '.[docs]'
+	$(BIN)/python -m sphinx -b html -W --keep-going docs build/site
 
 lint: $(VENV)/.package  ## ruff, mypy and the import contracts
 	$(PIP) install -q ruff mypy import-linter

@@ -73,7 +73,7 @@ def attention(
     Args:
         q: [rows, Hq, D]; the last stride 1.
         k_pages, v_pages: [pages, page_size, Hkv, D]; any strides, the last 1.
-        arrays: PlanArrays for this group (docs/architecture.md). With a ``counts`` tensor (int32 on the device:
+        arrays: PlanArrays for this group (docs/kernel_contract.md). With a ``counts`` tensor (int32 on the device:
             num_items, num_partials, num_merge) its host ints are capacities and the true numbers are read on the
             device, which is what a captured graph needs.
 

@@ -1,4 +1,4 @@
-// What the kernels are given and what each instruction set offers. docs/architecture.md defines the plan's arrays.
+// What the kernels are given and what each instruction set offers. docs/kernel_contract.md defines the plan's arrays.
 #pragma once
 
 #include <cstddef>
@@ -27,7 +27,7 @@ struct Attention {
   int64_t q_row, q_head;
   Pool k, v;
   int page_size, page_shift;  // page_shift = log2(page_size), or −1 when it is no power of two
-  // The plan, int32 as in docs/architecture.md.
+  // The plan, int32 as in docs/kernel_contract.md.
   const int32_t *items, *kv_slots, *kv_positions, *rows, *limits, *dest, *row_positions, *merge_rows, *merge_ptr;
   int num_items, num_merge;
   float scale;         // natural units

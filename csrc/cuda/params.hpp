@@ -1,4 +1,4 @@
-// What the kernels are given. docs/architecture.md defines the plan's arrays; addresses and element strides only.
+// What the kernels are given. docs/kernel_contract.md defines the plan's arrays; addresses and element strides only.
 #pragma once
 
 #include <cstddef>

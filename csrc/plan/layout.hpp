@@ -1,6 +1,6 @@
 // The layout of a plan, named once: the sections of its one int32 buffer, and the fields of a work item.
 // `anabranch._core.plan_layout()` hands the names to Python, where plan/layout.py has the same ones and a test compares.
-// What each of them means is the contract in docs/architecture.md.
+// What each of them means is the contract in docs/kernel_contract.md.
 #pragma once
 
 #include <array>

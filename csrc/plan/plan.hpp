@@ -5,7 +5,7 @@
 // cut into items: a tile of the rows that see it × a range of its tokens. Linear in pieces listed + tokens + rows of
 // all runs.
 //
-// The layout of the arrays is the contract in docs/architecture.md.
+// The layout of the arrays is the contract in docs/kernel_contract.md.
 #pragma once
 
 #include <memory>

@@ -1,4 +1,4 @@
-"""The CPU kernels against a float64 oracle, on plans made here, by hand, from the contract in docs/architecture.md:
+"""The CPU kernels against a float64 oracle, on plans made here, by hand, from the contract in docs/kernel_contract.md:
 an independent reading of it, which shares nothing with the planner."""
 
 from __future__ import annotations

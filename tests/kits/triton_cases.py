@@ -1,7 +1,7 @@
 """Random plans for the Triton kernels, with a dense float64 answer: used in the interpreter and on a GPU.
 
 ``random_case`` is a planner of its own, independent of the package's: it cuts random contexts at random places into
-the arrays of docs/architecture.md, so that a kernel and a planner cannot share a misreading unnoticed.
+the arrays of docs/kernel_contract.md, so that a kernel and a planner cannot share a misreading unnoticed.
 """
 
 from __future__ import annotations

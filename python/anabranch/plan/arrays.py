@@ -1,4 +1,4 @@
-"""The arrays of a plan on a device, and how they get there. Every field is in docs/architecture.md."""
+"""The arrays of a plan on a device, and how they get there. Every field is in docs/kernel_contract.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anabranch.plan.layout import ITEM_FIELDS, SECTIONS
 
 @dataclass(frozen=True)
 class PlanArrays:
-    """Work items as int32 tensors on one device. See docs/architecture.md for every field."""
+    """Work items as int32 tensors on one device. See docs/kernel_contract.md for every field."""
 
     items: Tensor  # [num_items, ITEM_FIELDS]
     kv_slots: Tensor

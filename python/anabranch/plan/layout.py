@@ -1,7 +1,7 @@
 """The layout of a plan's arrays, named once for Python.
 
 The names and their order are those of ``csrc/plan/layout.hpp``; ``tests/plan/test_layout.py`` holds the two together.
-What each field means is in docs/architecture.md.
+What each field means is in docs/kernel_contract.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Plans: which query rows attend to which KV slots, cut into work items for a kernel.
 
 A plan is made once a topology, serves all layers, and knows no cache and no model. ``TreeCache.step`` makes one a step;
-``Plan.from_block_tables`` makes one for a page pool of the user's own. The array layout is in docs/architecture.md.
+``Plan.from_block_tables`` makes one for a page pool of the user's own. The array layout is in docs/kernel_contract.md.
 """
 
 from __future__ import annotations

@@ -346,5 +346,5 @@ class Wait(Ask):
 
     def run(self, trunk):
         self.ask(trunk)
-        kids = [kid for _, block in trunk._forks for kid in block]
+        kids = trunk.children
         yield [trunk.decode(1), *kids]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 from engine_kit import assert_nothing_held, make_engine
 
-from anabranch.engine.thread_state import Live
+from anabranch.engine.thread_kv import ThreadKV
 from anabranch.strategies import Strategy
 
 PROMPTS = [[5 + i, 6, 7, 8 + i] for i in range(4)]
@@ -53,14 +53,14 @@ def test_a_thread_that_nobody_waits_for_leaves_first(pages, monkeypatch):
     expected = make_engine(num_pages=64).generate(PROMPTS[0], Leaves(), max_new_tokens=40, eos_token_id=None)
     engine = make_engine(num_pages=pages)
     left: list[tuple[str, int]] = []
-    release = Live.release
+    release = ThreadKV.release
 
     def noted(self, cache):
-        if self.branch is not None and self.thread.alive and not self.thread._host.finished:
-            left.append((self.thread.id, len(self.thread._ops)))
+        if self.branch is not None and self.thread.alive and not self.thread.request.finished:
+            left.append((self.thread.id, len(self.thread.queue)))
         release(self, cache)
 
-    monkeypatch.setattr(Live, "release", noted)
+    monkeypatch.setattr(ThreadKV, "release", noted)
     result = engine.generate(PROMPTS[0], Leaves(), max_new_tokens=40, eos_token_id=None)
     assert result.answers == expected.answers
     assert result.metrics.preemptions > 0 and left[0] == ("0.0", 0)

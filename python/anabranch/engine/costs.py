@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from anabranch.kv.cache import TreeCache
 from anabranch.records.metrics import PHASES
 
 
 @dataclass(eq=False)
-class Clock:
+class Costs:
     """One prompt's seconds by phase, steps, rows and pre-emptions."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
@@ -19,18 +20,18 @@ class Clock:
     preemptions: int = 0
 
 
-def share(seconds: float, phase: str, among: Iterable[tuple[Clock, int]]) -> None:
+def share(seconds: float, phase: str, among: Iterable[tuple[Costs, int]]) -> None:
     """Count `seconds` that several prompts spent together, for each by its weight (its rows, its threads)."""
     parts = list(among)
     whole = sum(weight for _, weight in parts)
-    for clock, weight in parts:
-        clock.seconds[phase] += seconds * weight / whole
+    for costs, weight in parts:
+        costs.seconds[phase] += seconds * weight / whole
 
 
 class Peaks:
     """The fullest a cache was during one call."""
 
-    def __init__(self, cache: Any):
+    def __init__(self, cache: TreeCache):
         self._cache = cache
         self._copied_before = cache.usage().pages_copied
         self.pages = self.logical = self.physical = 0

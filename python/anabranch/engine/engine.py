@@ -10,7 +10,7 @@ from anabranch import hf
 from anabranch._check import index_of, told, whole
 from anabranch.backends.registry import choose
 from anabranch.engine.fit import check_model, check_rotation
-from anabranch.engine.loop import Run
+from anabranch.engine.loop import Call
 from anabranch.engine.options import prepare_config
 from anabranch.engine.request import Request
 from anabranch.engine.sampling import Samplers
@@ -89,7 +89,7 @@ class Engine:
             self.linear = Invariant(model)
             check_rows(model, self.linear, backend)
         self.graphs = self._decode_graph(cuda_graphs)
-        self._runs: set[Run] = set()
+        self._runs: set[Call] = set()
         self._tokens = Tokens(tokenizer)
 
     # ---------------------------------------------------------------------------------------- public
@@ -176,7 +176,7 @@ class Engine:
             raise ValueError(f"cuda_graphs=True: {reason}, or leave cuda_graphs out")
         return None
 
-    def _drive(self, run: Run) -> Iterator[Event]:
+    def _drive(self, run: Call) -> Iterator[Event]:
         self._runs.add(run)
         try:
             yield from run.drive()
@@ -193,7 +193,7 @@ class Engine:
         max_new_tokens: Any,
         kwargs: dict[str, Any],
         streaming: bool,
-    ) -> tuple[Run, bool]:
+    ) -> tuple[Call, bool]:
         """Check everything and set up the run; nothing in the cache changes here."""
         strategy = Plain() if strategy is None else strategy
         if not isinstance(strategy, Strategy):
@@ -246,7 +246,7 @@ class Engine:
             )
             for i, (tokens, s) in enumerate(zip(ids, seeds, strict=True))
         ]
-        return Run(self, requests, buffer), many
+        return Call(self, requests, buffer), many
 
     def _check_room(self, ids: list[list[int]], more: int, many: bool) -> None:
         """ValueError for a prompt that, with `more` tokens behind it, can never fit in the cache."""

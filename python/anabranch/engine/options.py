@@ -169,10 +169,11 @@ def prepare_config(
         raise ValueError("max_length: counts the prompt, which threads share; pass max_new_tokens instead")
     if config is not None and kwargs:
         config = copy.deepcopy(config)
-        unknown = config.update(**kwargs)
+        unknown: dict[str, Any] = config.update(**kwargs)  # type: ignore[no-untyped-call]
         kwargs = {}
     else:
         unknown = {}
+    prepared: GenerationConfig
     prepared, left = model._prepare_generation_config(config, **kwargs)
     unknown = unknown | {k: v for k, v in left.items() if not hasattr(prepared, k)}
     if unknown:

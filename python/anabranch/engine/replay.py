@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from anabranch._check import told
 from anabranch.engine.engine import Engine
+from anabranch.engine.request import Request
+from anabranch.engine.thread_kv import EngineThread
 from anabranch.records.actions import Action
+from anabranch.records.joins import JOINS
 from anabranch.records.result import Node, Result, Run
-from anabranch.strategies.api.ops import Ended, Score
+from anabranch.strategies.api.ops import Ended, ScoreOp
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
 
@@ -134,7 +137,8 @@ class _Player:
                     thread.insert(action.token_ids)
                 header = False
             elif action.do == "sample":
-                thread._submit(Score(thread, thread._host.check_ids(action.token_ids, f"trace: {node.id}"), "sampled"))
+                token_ids = thread.host.check_ids(action.token_ids, f"trace: {node.id}")
+                thread.host.submit(ScoreOp(thread, token_ids, "sampled"))
             elif action.do in ("fork", "spawn"):
                 self._children(thread, action)
             elif action.do == "truncate":
@@ -148,10 +152,10 @@ class _Player:
                     self._kill(thread, action)
         yield thread
         if node.ended is not None:
-            thread.ended = Ended(node.ended)
+            _state(thread).ended = Ended(node.ended)
 
     def _children(self, thread: Thread, action: Action) -> None:
-        thread._next_child = int(action.children[0].rpartition(".")[2])
+        _state(thread).next_child = int(action.children[0].rpartition(".")[2])
         if action.do == "fork":
             headers = action.headers
             kids = thread.fork(list(headers))
@@ -162,21 +166,22 @@ class _Player:
             self.threads[kid.id] = kid
             self.playing[kid.id] = thread.start(self.play(kid, self.nodes[kid.id], bool(header)))
             if kid.id in self.early:
-                thread._host.kill(kid, self.early[kid.id])
+                thread.host.kill([kid], self.early[kid.id])
 
     def _join(self, thread: Thread, action: Action) -> None:
-        kids = [self.threads[name] for name in action.children]
-        if action.mode == "summary":
-            thread.join(kids, "summary", text=action.token_ids, keep=action.length)
-        elif action.mode == "reprefill":
-            thread.join(kids, "reprefill", headers=action.headers)
-        else:
-            thread.join(kids, action.mode or "concat")
+        children = [self.threads[name] for name in action.children]
+        thread.join(children, **JOINS[action.mode or "concat"].arguments(action))
 
     def _kill(self, thread: Thread, action: Action) -> None:
         fate = action.mode or "killed"
         for name in action.children:
             if name in self.threads:
-                thread._host.kill(self.threads[name], fate)
+                thread.host.kill([self.threads[name]], fate)
             else:
                 self.early[name] = fate
+
+
+def _state(thread: Thread) -> EngineThread:
+    """The engine's record of a thread: a replay is run by an `Engine` and by no other host."""
+    assert isinstance(thread.host, Request)
+    return thread.host.state(thread)

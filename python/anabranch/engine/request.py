@@ -8,20 +8,25 @@ from inspect import isgenerator
 from math import nan
 from typing import Any
 
-from anabranch.engine.costs import Clock
-from anabranch.engine.joins import adoptable, built_on, join, rewind, splits_joined, truncate
+from anabranch.engine.costs import Costs
+from anabranch.engine.cuts import cut_needs, rewind, truncate
+from anabranch.engine.joins import ENGINE_JOINS
+from anabranch.engine.narrator import Narrator
+from anabranch.engine.running import RunningDecode, RunningScore
 from anabranch.engine.sampling import Samplers, random_stream
 from anabranch.engine.tasks import Task, Tasks
-from anabranch.engine.thread_state import Live, append
+from anabranch.engine.thread_kv import EngineThread
+from anabranch.kv.cache import TreeCache
 from anabranch.records import events
 from anabranch.records.actions import Action
+from anabranch.records.joins import JOINS
 from anabranch.strategies.api.awaitable import Awaitable
-from anabranch.strategies.api.ops import Decode, Ended, Fork, Insert, Join, Op, Score, Truncate
+from anabranch.strategies.api.ops import Decode, Ended, ForkOp, InsertOp, JoinOp, Op, ScoreOp, TruncateOp
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
 from anabranch.strategies.plain import Plain
 from anabranch.text.prompts import Text
-from anabranch.text.tokens import Reader, Stops
+from anabranch.text.tokens import Stops
 
 
 class Request:
@@ -34,7 +39,7 @@ class Request:
         strategy: Strategy,
         seed: int,
         *,
-        cache: Any,
+        cache: TreeCache,
         text: Text,
         samplers: Samplers,
         max_new_tokens: int,
@@ -51,59 +56,60 @@ class Request:
         self._template = {k: v for k, v in (template or {}).items() if k not in own}
         self.cache, self.samplers, self._text = cache, samplers, text
         self.max_new_tokens, self.max_total_tokens = max_new_tokens, max_total_tokens
-        self.logprobs, self.emit = logprobs, emit
+        self.logprobs, self.narrator = logprobs, Narrator(index, text, emit)
         self.position_limit = position_limit
         # Plain decoding ends with a token that nothing follows: like `model.generate`, it needs no position for it.
         self._last_is_free = isinstance(getattr(strategy, "strategy", strategy), Plain)
         self.sequential = bool(getattr(strategy, "sequential", False))
-        self.tasks = Tasks(type(strategy).__name__)
-        self.threads: list[Thread] = []
-        self.queued: dict[Thread, None] = {}  # threads with something in their queue, in order of arrival
+        self.tasks = Tasks(type(strategy).__name__, self.drained)
+        self.threads: list[EngineThread] = []
+        self._states: dict[Thread, EngineThread] = {}
+        self.queued: dict[EngineThread, None] = {}  # threads with something in their queue, in order of arrival
         self.sampled = self.inserted = self.max_concurrency = self.longest_context = 0
         self.malformed_reasons: list[str] = []
-        self._asked: Thread | None = None  # whose until() is being called
-        self.spent = Clock()
+        self._asked: EngineThread | None = None  # whose until() is being called
+        self.spent = Costs()
         self.answers: Any = None
         self.started: float | None = None
         self.finished = False
         self.trunk = self._make(None, "trunk", (0,))
-        self.trunk._prompt_length = len(token_ids)
-        append(self.trunk, token_ids, "prompt")
-        self.trunk._depth = 0  # the prompt is not part of the answer's critical path
+        self.trunk.prompt_length = len(token_ids)
+        self.trunk.append(token_ids, "prompt")
+        self.trunk.clock = 0  # the prompt is not part of the answer's critical path
         self.main: Task | None = None
 
     # ---------------------------------------------------------------------------------------- life
 
     def start_strategy(self) -> None:
         self.started = time.perf_counter()
-        running = self.strategy.run(self.trunk)
+        running = self.strategy.run(self.trunk.handle)
         if isgenerator(running):
             self.main = self.tasks.start(running, 0)
         else:  # a run() without any yield has already queued all it wants
             self.main = Task(iter(()), 0)  # type: ignore[arg-type]
-            self.main._resolve(running, 0)
+            self.main.resolve(running, 0)
 
     @property
     def over(self) -> bool:
-        return self.main is not None and self.main.done and not self.trunk._ops
+        return self.main is not None and self.main.done and not self.trunk.queue
 
     def critical_path(self) -> int:
         assert self.main is not None
         # Run one after another, every token is on the path.
-        return self.sampled + self.inserted if self.sequential else max(self.main.now, self.trunk._depth)
+        return self.sampled + self.inserted if self.sequential else max(self.main.now, self.trunk.clock)
 
     def release(self) -> None:
         """Give back every page and end every generator. Safe at any moment, and twice."""
         for thread in self.threads:
-            thread._live.release(self.cache)
-            thread._live.scores = None
+            thread.kv.release(self.cache)
+            thread.kv.logits = None
         self.tasks.close()
 
     # ---------------------------------------------------------------------------------------- Host
 
     def clock(self) -> int:
         if self._asked is not None:  # what an until() asks for comes after the tokens that it has seen
-            return self._asked._depth
+            return self._asked.clock
         return self.tasks.current.now if self.tasks.current is not None else 0
 
     def encode(self, text: str, backwards: Iterable[int] | None = None) -> list[int]:
@@ -128,8 +134,25 @@ class Request:
     def check_sampling(self, sampling: Mapping[str, Any] | None) -> None:
         self.samplers.get(tuple(sorted((sampling or {}).items())))
 
+    def state(self, thread: Thread) -> EngineThread:
+        """The record of a handle."""
+        return self._states[thread]
+
     def submit(self, op: Op) -> None:
-        self.queued[op.thread] = None
+        thread = self._states[op.thread]
+        thread.queue.append(op)
+        self.queued[thread] = None
+
+    def drained(self, thread: Thread) -> Awaitable:
+        wait, state = Awaitable(), self._states[thread]
+        if state.queue and state.alive:
+            state.waiting.append(wait)
+        else:
+            wait.resolve(thread, state.clock)
+        return wait
+
+    def children(self, thread: Thread) -> list[Thread]:
+        return [child.handle for child in self._states[thread].children]
 
     def start(self, generator: Generator[Any, Any, Any]) -> Awaitable:
         return self.tasks.start(generator, self.clock())
@@ -137,57 +160,69 @@ class Request:
     def malformed(self, thread: Thread, why: str) -> None:
         self.malformed_reasons.append(f"thread {thread.id}: {why}")
 
-    def new_thread(self, parent: Thread, role: str) -> Thread:
-        path = (*parent.path, parent._next_child)
-        parent._next_child += 1
-        return self._make(parent, role, path)
+    def decoded_text(self, op: Decode) -> str | None:
+        decode = self._states[op.thread].decode
+        if decode is None or decode.op is not op or decode.reader is None:
+            return self.text(op.token_ids, ())
+        return decode.text
 
-    def _make(self, parent: Thread | None, role: str, path: tuple[int, ...]) -> Thread:
-        thread = Thread(self, parent, path, role)
-        thread._live = Live(thread, len(self.threads), random_stream(self.seed, path))
-        thread._live.born = role != "fork"  # a fork begins when its parent gets to the Fork in its queue
+    def new_thread(self, parent: Thread, role: str) -> Thread:
+        state = self._states[parent]
+        path = (*state.path, state.next_child)
+        state.next_child += 1
+        return self._make(state, role, path).handle
+
+    def _make(self, parent: EngineThread | None, role: str, path: tuple[int, ...]) -> EngineThread:
+        thread = EngineThread(self, parent, path, role, len(self.threads), random_stream(self.seed, path))
+        self._states[thread.handle] = thread
         self.threads.append(thread)
         if role == "fresh" and parent is not None:
-            parent._log.append(Action("spawn", children=[thread.id]))
-            if parent._spawned_at == self.tasks.turn:
-                parent._forks[-1][1].append(thread)  # spawned in one go: one block
+            parent.log.append(Action("spawn", children=[thread.id]))
+            if parent.spawned_at == self.tasks.turn:
+                parent.blocks[-1][1].append(thread)  # spawned in one go: one block
             else:
-                parent._forks.append((parent.length, [thread]))
-                parent._spawned_at = self.tasks.turn
-            thread._depth, thread._path_sampled = self.clock(), parent._path_sampled
-            if self.emit:
-                self.emit(events.Fork(self.index, parent.id, (thread.id,), "fresh"))
+                parent.blocks.append((parent.length, [thread]))
+                parent.spawned_at = self.tasks.turn
+            thread.clock, thread.path_sampled = self.clock(), parent.path_sampled
+            self.narrator.forked(parent, [thread.id], "fresh")
         return thread
 
-    def kill(self, thread: Thread, fate: str) -> None:
+    def kill(self, children: Sequence[Thread], fate: str) -> None:
+        states = [self._states[child] for child in children]
+        for parent in dict.fromkeys(state.parent for state in states if state.parent is not None):
+            names = [state.id for state in states if state.parent is parent]
+            parent.log.append(Action("kill", children=names, mode=fate))
+        for state in states:
+            self.end(state, fate)
+
+    def end(self, thread: EngineThread, fate: str) -> None:
+        """End a thread now, with its children."""
         if not thread.alive:
             return
-        thread._depth = max(thread._depth, self.clock())
-        for op in thread.parent._ops if thread.parent is not None else ():
-            if isinstance(op, Join) and thread in op.kids:  # what was queued to take it back does without it
-                del op.headers[op.kids.index(thread)]
-                op.kids.remove(thread)
-                op.issued = max(op.issued, thread._depth)
-        for _, children in thread._forks:
-            for child in children:
-                self.kill(child, fate)
-        for op in thread._ops:
+        thread.reach(self.clock())
+        for op in thread.parent.queue if thread.parent is not None else ():
+            if isinstance(op, JoinOp) and thread.handle in op.children:  # what would take it back does without it
+                op.without(thread.handle)
+                op.issued = max(op.issued, thread.clock)
+        for child in list(thread.children):
+            self.end(child, fate)
+        for op in thread.queue:
             if isinstance(op, Decode):
-                self._end(op, "killed")
-            elif isinstance(op, Fork):  # children that never came to be
-                for child in op.kids:
-                    self.kill(child, fate)
-            op._resolve(None, thread._depth)
-        thread._ops.clear()
+                self._end(thread, op, "killed")
+            elif isinstance(op, ForkOp):  # children that never came to be
+                for handle in op.children:
+                    self.end(self._states[handle], fate)
+            op.resolve(None, thread.clock)
+        thread.queue.clear()
         self.retire(thread, fate)
-        if self.emit:
-            self.emit(events.Discard(self.index, thread.id, fate))
+        self.narrator.discarded(thread, fate)
 
-    def retire(self, thread: Thread, fate: str) -> None:
-        self.tell_rest(thread)
+    def retire(self, thread: EngineThread, fate: str) -> None:
+        """A thread takes nothing more; its pages are free."""
+        self.narrator.tell_rest(thread)
         thread.alive, thread.fate = False, fate
-        thread._live.release(self.cache)
-        thread._live.scores = None
+        thread.kv.release(self.cache)
+        thread.kv.logits = None
         self._drained(thread)
 
     # ---------------------------------------------------------------------------------------- the queues
@@ -197,139 +232,156 @@ class Request:
         moved = any_moved = self.tasks.run_ready()
         while True:
             for thread in list(self.queued):
-                while thread._ops and self._carry_out(thread._ops[0]):
+                while thread.queue and self._carry_out(thread, thread.queue[0]):
                     moved = True
-                if not thread._ops:
+                if not thread.queue:
                     self._drained(thread)
             moved = self.tasks.run_ready() or moved
             if not moved:
                 return any_moved
             any_moved, moved = True, False
 
-    def _drained(self, thread: Thread) -> None:
+    def _drained(self, thread: EngineThread) -> None:
         self.queued.pop(thread, None)
-        waiting, thread._waiting = thread._waiting, []
+        waiting, thread.waiting = thread.waiting, []
         for wait in waiting:
-            wait._resolve(thread, thread._depth)
+            wait.resolve(thread.handle, thread.clock)
 
-    def _carry_out(self, op: Op) -> bool:
+    def _carry_out(self, thread: EngineThread, op: Op) -> bool:
         """Do `op`, the first in its thread's queue, if that is possible now."""
-        thread = op.thread
-        if not thread._live.born:
+        if not thread.born:
             return False  # its parent has yet to fork
         if isinstance(op, Decode):
-            return self._begin(op)
-        if isinstance(op, Score):
-            return self._score(op)
-        if not self._ready(op):
+            return self._begin(thread, op)
+        if isinstance(op, ScoreOp):
+            return self._score(thread, op)
+        if not self._ready(thread, op):
             return False
-        thread._depth = max(thread._depth, op.issued)
-        thread._ops.popleft()
-        if isinstance(op, Insert):
-            self.insert(thread, self.settle(op), op.kind)
+        thread.reach(op.issued)
+        thread.queue.popleft()
+        if isinstance(op, InsertOp):
+            self.insert(thread, self.settle(thread, op), op.kind)
             if op.kind == "inserted":
-                thread._log.append(Action("insert", list(op.token_ids)))
-        elif isinstance(op, Fork):
-            self._fork(op)
-        elif isinstance(op, Join):
-            join(self, op)
-        elif isinstance(op, Truncate):
-            thread._log.append(Action("truncate", length=op.length))
+                thread.log.append(Action("insert", list(op.token_ids)))
+        elif isinstance(op, ForkOp):
+            self._fork(thread, op)
+        elif isinstance(op, JoinOp):
+            self._join(thread, op)
+        elif isinstance(op, TruncateOp):
+            thread.log.append(Action("truncate", length=op.length))
             truncate(self.cache, thread, op.length, f"truncate: length={op.length}")
-        op._resolve(op.kids if isinstance(op, Fork) else None, thread._depth)
+        op.resolve(op.children if isinstance(op, ForkOp) else None, thread.clock)
         return True
 
-    def needs(self, op: Op) -> list[Thread]:
+    def needs(self, thread: EngineThread, op: Op) -> list[EngineThread]:
         """Threads that must be wholly in the cache before `op` can be carried out (or, for a Decode, go on).
 
         A fork's children are to share the parent's last token, and what a join splices is KV: the token that was
         sampled last has none yet, so it is computed first. That costs one more row in a step that other threads use as
-        well, and the row's scores serve children without a header. (Leaving the token to the children instead would
-        compute it once a child, and a concat join would then bring it back once a child.)
+        well, and the row's logits serve children without a header. (Leaving the token to the children instead would
+        compute it once per child, and a concat join would then bring it back once per child.)
         """
-        thread = op.thread
-        if isinstance(op, (Fork, Decode, Score)):
+        if isinstance(op, (ForkOp, Decode, ScoreOp)):
             return [thread]
-        if isinstance(op, Join) and op.kids and op.mode in ("concat", "reprefill") and not adoptable(op):
-            if op.mode == "reprefill" and op.kids[0].role == "fresh":
-                return []  # nothing of it is to be spliced
-            return [thread, *(op.kids if op.mode == "concat" else op.kids[:1])]
-        length = op.length if isinstance(op, Truncate) else op.keep if isinstance(op, Join) else None
-        if length is not None and any(kid._live.branch is None for kid in built_on(thread, length)):
-            return [thread]  # a child that is not in the cache takes what it shares from here, before that is cut
-        if length is not None and not thread._live.opened and splits_joined(thread, length):
-            return [thread]  # half of what a child wrote cannot be computed again
-        return []
+        if isinstance(op, JoinOp):
+            return ENGINE_JOINS[op.mode].needs(thread, op, self.joined(op))
+        return cut_needs(thread, op.length) if isinstance(op, TruncateOp) else []
 
-    def _ready(self, op: Op) -> bool:
-        if isinstance(op, Join) and any(kid._ops or not kid._live.born for kid in op.kids):
+    def joined(self, op: JoinOp) -> list[EngineThread]:
+        """The children that a join takes back."""
+        return [self._states[child] for child in op.children]
+
+    def waits_for_children(self, op: Op) -> bool:
+        """Whether `op` takes back children that still have something to do."""
+        return isinstance(op, JoinOp) and any(child.queue or not child.born for child in self.joined(op))
+
+    def _ready(self, thread: EngineThread, op: Op) -> bool:
+        if self.waits_for_children(op):
             return False
-        if isinstance(op, Fork) and not op.thread._live.has_scores and rewind(self.cache, op.thread):
+        if isinstance(op, ForkOp) and not thread.kv.has_logits and rewind(self.cache, thread):
             return False
-        return all(t._live.in_cache for t in self.needs(op))
+        return all(t.kv.in_cache for t in self.needs(thread, op))
 
     # ---------------------------------------------------------------------------------------- each op
 
-    def insert(self, thread: Thread, token_ids: list[int], kind: str, source: str | None = None) -> None:
+    def insert(self, thread: EngineThread, token_ids: list[int], kind: str) -> None:
+        """Append tokens that nobody sampled."""
         if not token_ids:
             return
-        position, depth = thread._position, thread._depth
-        append(thread, token_ids, kind, source)
+        position, clock = thread.position, thread.clock
+        thread.append(token_ids, kind)
         if kind == "inserted":
             self.inserted += len(token_ids)
         else:
-            thread._depth = depth  # a fresh thread's prompt, like the trunk's, is not part of the answer
+            thread.clock = clock  # a fresh thread's prompt, like the trunk's, is not part of the answer
         if kind == "prompt":
-            thread._prompt_length = len(token_ids)
-        self._tell(thread, token_ids, position, kind != "sampled")
+            thread.prompt_length = len(token_ids)
+        self.narrator.tell(thread, token_ids, position, kind != "sampled")
 
-    def _fork(self, op: Fork) -> None:
-        thread, live = op.thread, op.thread._live
-        context = (*thread._prefix, *thread._own)  # one tuple for all children
-        branches = self.cache.fork(live.branch, len(op.kids))
-        thread._forks.append((thread.length, op.kids))
-        thread._spawned_at = -1
+    def _join(self, thread: EngineThread, op: JoinOp) -> None:
+        children, names = self.joined(op), [child.id for child in op.children]
+        for child in children:
+            thread.reach(child.clock)
+            thread.path_sampled = max(thread.path_sampled, child.path_sampled)
+        ENGINE_JOINS[op.mode].carry_out(self, thread, op, children)
+        if children:
+            headers = [None if h is None else self.ids(thread, h) for h in op.headers]
+            thread.log.append(JOINS[op.mode].recorded(names, op.token_ids, op.keep, headers))
+            self.narrator.joined(thread, names, op.mode)
+        else:  # all were killed while it waited for them
+            if op.keep is not None:
+                thread.log.append(Action("truncate", length=op.keep))
+            if op.token_ids:
+                thread.log.append(Action("insert", op.token_ids))
+
+    def _fork(self, thread: EngineThread, op: ForkOp) -> None:
+        children = [self._states[child] for child in op.children]
+        context = thread.context  # one tuple for all children
+        branches = self.cache.fork(thread.kv.held, len(children))
+        thread.blocks.append((thread.length, children))
+        thread.spawned_at = -1
         headers: list[list[int] | None] = []
-        for kid in op.kids:
-            header = kid._ops[0] if kid._ops and isinstance(kid._ops[0], Insert) and kid._ops[0].header else None
-            if header is not None:
-                header.token_ids = header.given = self.ids(thread, header.given)
-                kid._header_length = len(header.token_ids)
-            headers.append(None if header is None else list(header.token_ids))
-        thread._log.append(Action("fork", children=[kid.id for kid in op.kids], headers=headers))
-        for kid, branch in zip(op.kids, branches, strict=True):
-            kid._prefix, kid._depth, kid._path_sampled = context, thread._depth, thread._path_sampled
-            kid._start = kid._position = thread._position
-            kid._live.branch, kid._live.scores, kid._live.scores_at = branch, live.scores, live.scores_at
-            kid._live.born = True
-            if not kid.alive:  # killed before it came to be
-                kid._live.release(self.cache)
-        if self.emit:
-            self.emit(events.Fork(self.index, thread.id, tuple(k.id for k in op.kids)))
+        for child in children:
+            header = child.queue[0] if child.queue else None
+            if isinstance(header, InsertOp) and header.header:
+                header.token_ids = self.ids(thread, header.given)
+                header.given = header.token_ids
+                child.header_length = len(header.token_ids)
+                headers.append(list(header.token_ids))
+            else:
+                headers.append(None)
+        thread.log.append(Action("fork", children=[child.id for child in children], headers=headers))
+        for child, branch in zip(children, branches, strict=True):
+            thread.branch_off(child, context)
+            child.kv.branch, child.kv.logits, child.kv.logits_at = branch, thread.kv.logits, thread.kv.logits_at
+            if not child.alive:  # killed before it came to be
+                child.kv.release(self.cache)
+        self.narrator.forked(thread, [child.id for child in children])
 
     # ---------------------------------------------------------------------------------------- decoding
 
-    def _begin(self, op: Decode) -> bool:
+    def _begin(self, thread: EngineThread, op: Decode) -> bool:
         """Settle a decode that has come to the head of its queue; True when it ends at once."""
-        thread = op.thread
-        if op._limit is None:
-            left = self.max_new_tokens - thread._path_sampled
-            op._limit = left if op.max_new_tokens is None else min(left, op.max_new_tokens)
+        decode = thread.decode
+        if decode is None or decode.op is not op:
+            left = self.max_new_tokens - thread.path_sampled
+            limit = left if op.max_new_tokens is None else min(left, op.max_new_tokens)
             if self.position_limit is not None:
-                self.check_position(thread, thread._position - 1)
-                op._limit = min(op._limit, self.position_limit - thread._position + self._last_is_free)
-            op._sampler = self.samplers.get(op.sampling)
-            op._reader = self._text.reader(thread._backwards())
-            op._stops = self._stops(op)
-            thread._depth = max(thread._depth, op.issued)
-        if op._limit <= 0 or self._out_of_budget():
-            thread._ops.popleft()
-            self._end(op, "length" if op._limit <= 0 else "budget")
+                self.check_position(thread, thread.position - 1)
+                limit = min(limit, self.position_limit - thread.position + self._last_is_free)
+            sampler = self.samplers.get(op.sampling)
+            decode = RunningDecode(op, limit, sampler, self._text.reader(thread.backwards()))
+            decode.stops = self._stops(thread, decode)
+            thread.decode = decode
+            thread.reach(op.issued)
+        if decode.limit <= 0 or self._out_of_budget():
+            thread.queue.popleft()
+            self._end(thread, op, "length" if decode.limit <= 0 else "budget")
             return True
-        self._need_scores(thread, "decode")
+        self._need_logits(thread, "decode")
         return False
 
-    def check_position(self, thread: Thread, last: int) -> None:
+    def check_position(self, thread: EngineThread, last: int) -> None:
         """Raise for a thread with tokens past the positions which the model has embeddings for."""
         if self.position_limit is not None and last >= self.position_limit:
             raise ValueError(
@@ -338,145 +390,110 @@ class Request:
                 "smaller max_new_tokens, or a model with a longer context"
             )
 
-    def _need_scores(self, thread: Thread, what: str) -> None:
-        """See to it that the next token's scores will be computed where they are missing."""
-        live = thread._live
-        if live.in_cache and not live.has_scores and not rewind(self.cache, thread):
+    def _need_logits(self, thread: EngineThread, what: str) -> None:
+        """Have the next token's logits computed where they are missing."""
+        if thread.kv.in_cache and not thread.kv.has_logits and not rewind(self.cache, thread):
             raise ValueError(
                 f"{what}: thread {thread.id} has nothing to go on from: its last tokens are "
-                f"{'joined siblings' if thread._segments else 'its parents'}; insert() at least one token first"
+                f"{'joined siblings' if thread.segments else 'its parents'}; insert() at least one token first"
             )
 
-    def _score(self, op: Score) -> bool:
-        """Bring a thread's given tokens on their way, or see whether all their scores are there by now."""
-        thread, live = op.thread, op.thread._live
-        if op.begin is None and self.settle(op):
-            self._need_scores(thread, "score")
-            if not (live.in_cache and live.has_scores):
+    def _score(self, thread: EngineThread, op: ScoreOp) -> bool:
+        """Append a thread's given tokens, or end the scoring once all their log-probabilities are there."""
+        if thread.score is None and self.settle(thread, op):
+            self._need_logits(thread, "score")
+            if not (thread.kv.in_cache and thread.kv.has_logits):
                 return False
-            thread._depth = max(thread._depth, op.issued)
-            op.logprobs = [None] * len(op.token_ids)
-            rows, at = live.scores
-            op.begin, op.logprobs[0] = thread.length, float(rows[at].float().log_softmax(-1)[op.token_ids[0]])
-            thread._log.append(Action("sample" if op.kind == "sampled" else "insert", list(op.token_ids)))
-            position = thread._position
-            append(thread, op.token_ids, op.kind, logprobs=[nan] * len(op.token_ids))
+            thread.reach(op.issued)
+            assert thread.kv.logits is not None
+            rows, at = thread.kv.logits
+            thread.score = RunningScore(op, thread.length, [None] * len(op.token_ids))
+            thread.score.logprobs[0] = float(rows[at].float().log_softmax(-1)[op.token_ids[0]])
+            thread.log.append(Action("sample" if op.kind == "sampled" else "insert", list(op.token_ids)))
+            position = thread.position
+            thread.append(op.token_ids, op.kind, logprobs=[nan] * len(op.token_ids))
             if op.kind == "sampled":
                 self.sampled += len(op.token_ids)
-                thread._path_sampled += len(op.token_ids)
+                thread.path_sampled += len(op.token_ids)
             else:
                 self.inserted += len(op.token_ids)
-            self._tell(thread, op.token_ids, position, op.kind != "sampled")
-        logprobs = [logprob for logprob in op.logprobs if logprob is not None]
-        if len(logprobs) < len(op.logprobs):
+            self.narrator.tell(thread, op.token_ids, position, op.kind != "sampled")
+        wanted = thread.score.logprobs if thread.score is not None else []
+        logprobs = [logprob for logprob in wanted if logprob is not None]
+        if len(logprobs) < len(wanted):
             return False
-        thread._ops.popleft()
+        thread.queue.popleft()
+        thread.score = None
         if logprobs:
-            thread._segments[-1].logprobs[-len(logprobs) :] = logprobs  # type: ignore[index]
-        op._resolve(tuple(logprobs), thread._depth)
+            kept = thread.segments[-1].logprobs
+            assert kept is not None
+            kept[-len(logprobs) :] = logprobs
+        op.resolve(tuple(logprobs), thread.clock)
         return True
 
     def _out_of_budget(self) -> bool:
         return self.max_total_tokens is not None and self.sampled >= self.max_total_tokens
 
-    def took(self, op: Decode, token: int, logprob: float | None = None) -> None:
-        """A token was sampled for `op`: book it, and see whether that ends it."""
-        thread = op.thread
-        position = thread._position
-        append(thread, [token], "sampled", logprobs=None if logprob is None else [logprob])
+    def record_token(self, thread: EngineThread, token: int, logprob: float | None = None) -> None:
+        """A token was sampled for a thread's decode; end the decode where that ends it."""
+        decode = thread.running
+        op, sampler, position = decode.op, decode.sampler, thread.position
+        thread.append([token], "sampled", logprobs=None if logprob is None else [logprob])
         if not op.token_ids:
-            thread._log.append(Action("sample", op.token_ids))  # the list itself, which grows
+            thread.log.append(Action("sample", op.token_ids))  # the list itself, which grows
         op.token_ids.append(token)
-        thread._path_sampled += 1
+        thread.path_sampled += 1
         self.sampled += 1
         self.longest_context = max(self.longest_context, thread.length)
-        self._tell(thread, [token], position, False)
-        sampler = op._sampler
+        self.narrator.tell(thread, [token], position, False)
         reason: str | None = None
         stop: str | int | None = None
         if token in op.stop_ids:
             reason, stop = "stop", token
         elif token in sampler.eos_ids:
             reason = "eos"
-        elif (stop := self._stop_string(op)) is not None or sampler.stops(lambda: [*thread._prefix, *thread._own]):
+        elif (stop := decode.stop_string()) is not None or sampler.stops(lambda: [*thread.prefix, *thread.own]):
             reason = "stop"
-        elif self._until(op):
+        elif self._until(thread, op):
             reason = "until"
-        elif len(op.token_ids) >= (op._limit or 0):
+        elif len(op.token_ids) >= decode.limit:
             reason = "length"
         elif self._out_of_budget():
             reason = "budget"
         if reason is not None and not op.done:  # until() may have killed this thread
-            thread._ops.popleft()
-            self._end(op, reason, stop)
-            if not thread._ops:
+            thread.queue.popleft()
+            self._end(thread, op, reason, stop)
+            if not thread.queue:
                 self._drained(thread)
 
-    def _until(self, op: Decode) -> bool:
+    def _until(self, thread: EngineThread, op: Decode) -> bool:
         if op.until is None:
             return False
-        self._asked = op.thread
+        self._asked = thread
         try:
             return bool(op.until(op))
         finally:
             self._asked = None
 
-    def _stops(self, op: Decode) -> list[Stops]:
+    def _stops(self, thread: EngineThread, decode: RunningDecode) -> list[Stops]:
         """What looks for stop strings: the decode's own in what it samples, the config's in all of the thread."""
-        found = [Stops(op.stop_strings)] if op.stop_strings else []
-        if configured := op._sampler.stop_strings:
-            thread = op.thread
-            front = self._text.last_characters([*thread._prefix, *thread._own], max(map(len, configured)))
-            found.append(Stops(configured, front))
+        found = [Stops(decode.op.stop_strings)] if decode.op.stop_strings else []
+        if configured := decode.sampler.stop_strings:
+            found.append(Stops(configured, self._text.last_characters(thread.context, max(map(len, configured)))))
         return found
 
-    def _stop_string(self, op: Decode) -> str | None:
-        if not op._stops:
-            return None
-        told, held = op._read(), op._reader.whole()
-        return next((found for stops in op._stops if (found := stops.find(told, held)) is not None), None)
-
-    def _end(self, op: Decode, reason: str, stop: str | int | None = None) -> None:
-        thread = op.thread
-        thread.ended = Ended(reason, tuple(op.token_ids), op.text, stop, tuple(op.stats))
-        op._resolve(thread.ended, thread._depth)
+    def _end(self, thread: EngineThread, op: Decode, reason: str, stop: str | int | None = None) -> None:
+        thread.ended = Ended(reason, tuple(op.token_ids), self.decoded_text(op), stop, tuple(op.stats))
+        op.resolve(thread.ended, thread.clock)
 
     # ---------------------------------------------------------------------------------------- text
 
-    def ids(self, thread: Thread, given: str | Sequence[int]) -> list[int]:
+    def ids(self, thread: EngineThread, given: str | Sequence[int]) -> list[int]:
         """Token ids of what is to go on at a thread's end."""
-        return self._text.encode(given, thread._backwards()) if isinstance(given, str) else list(given)
+        return self._text.encode(given, thread.backwards()) if isinstance(given, str) else list(given)
 
-    def settle(self, op: Insert | Score | Join) -> list[int]:
+    def settle(self, thread: EngineThread, op: InsertOp | ScoreOp | JoinOp) -> list[int]:
         """The token ids of an op whose turn has come: only now is it known what its text stands behind."""
-        op.token_ids = op.given = self.ids(op.thread, op.given)
+        op.token_ids = self.ids(thread, op.given)
+        op.given = op.token_ids
         return op.token_ids
-
-    def _tell(self, thread: Thread, token_ids: list[int], position: int, inserted: bool) -> None:
-        if not self.emit:
-            return
-        live, length = thread._live, thread.length - len(token_ids)
-        if length < thread._prompt_length:  # a fresh thread's prompt: a text of its own
-            text = self._text.text(token_ids)
-        else:
-            if live.reader is None:
-                live.reader = self._text.reader(thread._backwards(length))
-            text = None if live.reader is None else live.reader.push(token_ids)
-        self.emit(events.Token(self.index, thread.id, tuple(token_ids), text, position, inserted))
-
-    def tell_held(self, thread: Thread, length: int) -> None:
-        """Before children's tokens, which begin at context length `length`: tell what was held back until now."""
-        reader: Reader | None = thread._live.reader
-        if self.emit and reader is not None and reader.holds and thread.length > length:
-            joined = thread._own[length - thread.length :]
-            text, theirs = reader.push(joined) + reader.rest(), self._text.text(joined, thread._backwards(length)) or ""
-            if held := text.removesuffix(theirs):
-                self.emit(events.Token(self.index, thread.id, (), held, thread._position))
-        thread._live.reader = None
-
-    def tell_rest(self, thread: Thread) -> None:
-        """At a thread's end: tell what was held back, which nothing completes any more."""
-        reader: Reader | None = thread._live.reader
-        if self.emit and reader is not None and (held := reader.rest()):
-            self.emit(events.Token(self.index, thread.id, (), held, thread._position))
-        thread._live.reader = None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from anabranch.engine.thread_kv import EngineThread
+from anabranch.engine.thread_state import Segment
 from anabranch.records.actions import Action
 from anabranch.records.metrics import measure
-from anabranch.strategies.api.thread import Segment, Thread
 
 if TYPE_CHECKING:
     from anabranch.engine.costs import Peaks
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 from anabranch.records.result import Node, Result, Run
 
 
-def _run(segment: Segment) -> Run:
+def _run(segment: Segment[EngineThread]) -> Run:
     logprobs = None if segment.logprobs is None else tuple(segment.logprobs)
     spliced = segment.spliced is not None
     return Run(segment.kind, tuple(segment.token_ids), segment.position, segment.source, spliced, logprobs)
@@ -28,22 +29,22 @@ def _action(action: Action) -> Action:
     return Action(action.do, token_ids, children, action.mode, action.length, headers)
 
 
-def build_node(thread: Thread) -> Node:
-    begin = thread._segments[0].position if thread._segments else thread._position
+def build_node(thread: EngineThread) -> Node:
+    begin = thread.segments[0].position if thread.segments else thread.position
     return Node(
         id=thread.id,
         role=thread.role,
         token_ids=thread.token_ids,
-        text=thread.text,
+        text=thread.request.text(thread.token_ids, thread.backwards(thread.begin)),
         start=begin,
-        stop=thread._position,
-        forked_at=len(thread._prefix),
+        stop=thread.position,
+        forked_at=len(thread.prefix),
         ended=thread.ended.reason if thread.ended else None,
         fate=thread.fate,
-        runs=tuple(map(_run, thread._segments)),
-        forgotten=tuple(map(_run, thread._forgotten)),
-        children=tuple(build_node(kid) for _, kids in thread._forks for kid in kids),
-        log=tuple(map(_action, thread._log)),
+        runs=tuple(map(_run, thread.segments)),
+        forgotten=tuple(map(_run, thread.forgotten)),
+        children=tuple(build_node(child) for child in thread.children),
+        log=tuple(map(_action, thread.log)),
     )
 
 
@@ -60,11 +61,11 @@ def build_result(engine: Any, request: Request, peaks: Peaks) -> Result:
         inserted=request.inserted,
         in_threads=request.sampled + request.inserted - sum(written.values()),
         critical=request.critical_path(),
-        blocks=[len(kids) for thread in request.threads for _, kids in thread._forks],
+        blocks=[len(block) for thread in request.threads for _, block in thread.blocks],
         max_concurrency=request.max_concurrency,
         longest_context=request.longest_context,
         well_formed=not request.malformed_reasons,
-        prompt_tokens=trunk._prompt_length,
+        prompt_tokens=trunk.prompt_length,
         wall_seconds=time.perf_counter() - (request.started or 0.0),
         seconds=dict(spent.seconds),
         steps=spent.steps,
@@ -79,7 +80,7 @@ def build_result(engine: Any, request: Request, peaks: Peaks) -> Result:
         tree=tree,
         metrics=metrics,
         answers=request.main.value if request.main is not None else None,
-        prompt_token_ids=tuple(trunk._own[: trunk._prompt_length]),
+        prompt_token_ids=tuple(trunk.own[: trunk.prompt_length]),
         malformed=tuple(request.malformed_reasons),
         info={
             "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,

@@ -92,13 +92,14 @@ class Sampler:
 
     def _processors(self, prompt_length: int) -> LogitsProcessorList:
         # The list `generate` would build, in its order; every option of GenerationConfig means the same here.
-        return self.model._get_logits_processor(
+        processors: LogitsProcessorList = self.model._get_logits_processor(
             generation_config=self.config,
             input_ids_seq_length=prompt_length,
             logits_processor=self.extra,
             device=self.model.device,
             model_kwargs={},
         )
+        return processors
 
     def _lists(self, prompt_length: int) -> tuple[LogitsProcessorList, LogitsProcessorList, int | None]:
         """``(first, rest, k)``: where k is given, all that `rest` looks at is the k highest scores (ties aside)."""
@@ -213,7 +214,7 @@ class Sampler:
         if not self.criteria:
             return False
         ids = torch.tensor([context()], dtype=torch.long, device=self.model.device)
-        return bool(self.criteria(ids, None).any())  # type: ignore[arg-type]
+        return bool(self.criteria(ids, None).any())
 
 
 def _draw(scores: torch.Tensor, streams: Sequence[np.random.Generator]) -> torch.Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from inspect import isgenerator
 from typing import Any
 
-from anabranch.strategies.api.awaitable import Awaitable, ThreadGone, _Combined, _Gather
+from anabranch.strategies.api.awaitable import Awaitable, Combined, Gathered, ThreadGone
 from anabranch.strategies.api.thread import Thread
 
 
@@ -22,10 +22,10 @@ class Task(Awaitable):
 
 
 class Tasks:
-    """All generators of one prompt."""
+    """All generators of one prompt; `drained`: what to wait for where a thread is yielded."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, drained: Callable[[Thread], Awaitable]) -> None:
+        self.name, self._drained = name, drained
         self.current: Task | None = None
         self.turn = 0  # how often a generator was resumed
         self._ready: deque[tuple[Task, Awaitable | None]] = deque()
@@ -64,26 +64,26 @@ class Tasks:
                 yielded = task.generator.throw(error)  # so that the traceback shows the strategy's own line
                 target = self._awaitable(yielded, task)
         except StopIteration as stop:
-            task._resolve(stop.value, task.now)
+            task.resolve(stop.value, task.now)
             return
         except ThreadGone:
             if not task.beside:
                 raise
-            task._resolve(None, task.now)  # its thread was taken away
+            task.resolve(None, task.now)  # its thread was taken away
             return
         finally:
             self.current = outer
         task.waiting_for = yielded
-        target._when_done(lambda: self._ready.append((task, target)))
+        target.when_done(lambda: self._ready.append((task, target)))
 
     def _awaitable(self, item: Any, task: Task) -> Awaitable:
         if isinstance(item, Awaitable):
             return item
         if isinstance(item, Thread):
-            return drained(item)
+            return self._drained(item)
         if isinstance(item, (list, tuple)):
-            return _Gather([self._awaitable(i, task) for i in item])
-        if isinstance(item, _Combined):
+            return Gathered([self._awaitable(i, task) for i in item])
+        if isinstance(item, Combined):
             return item.kind([self._awaitable(i, task) for i in item.items])
         if isgenerator(item):
             return self.start(item, task.now)
@@ -99,13 +99,3 @@ class Tasks:
         """End all generators where they stand (their ``finally`` blocks run)."""
         for task in self._all:
             task.generator.close()
-
-
-def drained(thread: Thread) -> Awaitable:
-    """Done, with the thread as value, once it has nothing queued."""
-    wait = Awaitable()
-    if thread._ops and thread.alive:
-        thread._waiting.append(wait)
-    else:
-        wait._resolve(thread, thread._depth)
-    return wait

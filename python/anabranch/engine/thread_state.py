@@ -1,233 +1,198 @@
-"""A thread's place in the cache: its branch, the tokens not cached yet, and how it comes back after a pre-emption.
+"""The books of one thread: its tokens and where they came from, its positions, its queue, its children, its log.
 
-A thread's tokens are always known to the host; its KV is not always in the cache. What is missing is at the end: the
-token just sampled (its KV is computed by the step that needs the next token's scores) and whatever was inserted since.
+They know neither a cache nor a model, so whatever host runs threads may keep them: it derives its own record from
+`ThreadState`, and children, parents and joined threads are then records of that class.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
+from typing import Any, Generic, TypeVar
 
-import numpy as np
+from anabranch.records.actions import Action
+from anabranch.strategies.api.awaitable import Awaitable
+from anabranch.strategies.api.ops import Ended, Op
 
-from anabranch.strategies.api.thread import Segment, Thread
-from anabranch.text.tokens import Reader
+State = TypeVar("State", bound="ThreadState[Any]")
 
 
 @dataclass
-class Feed:
-    """A run of tokens to be cached next: on `branch`, from position `position`, the first `done` of them already."""
+class Segment(Generic[State]):
+    """A run of tokens of one origin. ``kind``: "prompt", "inserted" (by the runtime), "sampled", "joined" (from
+    `source`).
 
-    branch: Any
+    Positions are `position`, `position` + 1, … ; `spliced`: the tokens are in the context as the thread `source` wrote
+    them, blind to its siblings. `logprobs`: of each token, where they were recorded.
+    """
+
+    kind: str
     token_ids: list[int]
     position: int
-    done: int = 0
+    source: str | None = None
+    spliced: State | None = None
+    logprobs: list[float] | None = None
 
-    @property
-    def left(self) -> int:
-        return len(self.token_ids) - self.done
+    def positions(self) -> Sequence[int]:
+        """Of each of its tokens. (A joined child that had joined children of its own holds several runs of them.)"""
+        if self.spliced is None:
+            return range(self.position, self.position + len(self.token_ids))
+        return [p for s in self.spliced.segments for p in s.positions()][: len(self.token_ids)]
 
 
-class Live:
-    """Engine-side state of one thread."""
+class ThreadState(Generic[State]):
+    """What a host keeps of one thread; what a strategy sees of it is a `ThreadView`."""
 
-    def __init__(self, thread: Thread, serial: int, stream: np.random.Generator):
-        self.thread, self.serial, self.stream = thread, serial, stream
-        self.branch: Any = None  # None: not in the cache (not started, or pre-empted)
-        self.scores: tuple[Any, int] | None = None  # (logits of a step [rows, vocabulary], row): the next token's
-        self.scores_at = -1  # thread length they belong to
-        self.pinned = False  # cannot be rebuilt from its tokens, so it is never pre-empted
+    def __init__(self, parent: State | None, path: tuple[int, ...], role: str):
+        self.parent, self.path, self.role = parent, path, role
+        self.id = ".".join(map(str, path))
+        self.alive = True
+        self.fate: str | None = None  # how it left: "joined", "discarded", "killed", "finished"
+        self.ended: Ended | None = None  # how its last decode ended
+        self.queue: deque[Op] = deque()
+        self.waiting: list[Awaitable] = []  # who waits for the queue to be empty
+        self.born = role != "fork"  # a fork begins when its parent gets to the ForkOp in its queue
         self.severed = False  # a fork whose parent has cut, and perhaps written anew, some of what it shares
-        self.born = True
-        self.last_step = 0  # the last step it had rows in
-        self.reader: Reader | None = None  # tells the thread's text to whoever streams it
-        self._rebuild: Iterator[Feed] | None = None
-        self._feed: Feed | None = None
-        self._scratch: list[Any] = []  # branches that exist only while it is being rebuilt
+        self.prefix: tuple[int, ...] = ()  # context at its fork
+        self.own: list[int] = []  # tokens since; prompt included for a trunk or a fresh thread
+        self.segments: list[Segment[State]] = []  # of `own`
+        self.forgotten: list[Segment[State]] = []
+        self.start = 0  # position at its fork
+        self.position = 0  # of the next token
+        self.blocks: list[tuple[int, list[State]]] = []  # (length, children) of each fork, in order
+        self.next_child = 0
+        self.spawned_at = -1  # the turn of the strategy in which the last block, of fresh threads, was begun
+        self.clock = 0  # Lamport clock at its end
+        self.path_sampled = 0  # sampled tokens on the longest way here
+        self.prompt_length = 0  # of a prompt of its own: the trunk's, a spawned thread's
+        self.header_length = 0  # tokens of the header that its fork gave it
+        self.log: list[Action] = []
+
+    # ---------------------------------------------------------------------------------------- what there is
 
     @property
-    def pending(self) -> int:
-        """Tokens whose KV is not in the cache (while it is being rebuilt: at most so many)."""
-        if self.branch is not None:
-            return max(self.thread.length - self.branch.length, int(self._rebuild is not None))
-        return self.thread.length - len(self.thread._prefix)  # a fork's parent holds the rest
+    def idle(self) -> bool:
+        return not self.queue
 
     @property
-    def has_scores(self) -> bool:
-        return self.scores is not None and self.scores_at == self.thread.length
+    def length(self) -> int:
+        return len(self.prefix) + len(self.own)
 
     @property
-    def opened(self) -> bool:
-        """In the cache as far as it goes: what is missing are its last tokens."""
-        return self.branch is not None and self._rebuild is None
+    def begin(self) -> int:
+        """Context length in front of its own tokens, a prompt left out."""
+        return len(self.prefix) + self.prompt_length
 
     @property
-    def in_cache(self) -> bool:
-        """All of it, ready to fork or be joined."""
-        return self.opened and self.branch.length == self.thread.length
-
-    def age(self) -> tuple[int, int]:
-        """Order of arrival: of its prompt, then its own."""
-        return self.thread._host.index, self.serial  # type: ignore[attr-defined]
-
-    # ---------------------------------------------------------------------------------------- what to cache next
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(self.own[self.prompt_length :])
 
     @property
-    def may_open(self) -> bool:
-        """Whether what it continues is in the cache."""
-        if self.thread.role != "fork":
-            return True
-        parent: Live = self.thread.parent._live  # type: ignore[union-attr]
-        return (
-            parent.branch is not None and parent._rebuild is None and parent.branch.length >= len(self.thread._prefix)
-        )
+    def context(self) -> tuple[int, ...]:
+        return (*self.prefix, *self.own)
 
-    def donor(self, least: int) -> tuple[Live, int] | None:
-        """For a thread with a prompt of its own: a sibling in the cache whose prompt begins alike, and for how many
-        tokens (`least` or more): that far its KV is this thread's as well."""
-        thread = self.thread
-        if thread.role != "fresh" or thread.parent is None or any(s.spliced for s in thread._segments):
-            return None
-        best: tuple[Live, int] | None = None
-        mine = thread._own[: thread._prompt_length]
-        siblings = (kid._live for _, kids in thread.parent._forks for kid in kids if kid.role == "fresh")
-        cached = (live for live in siblings if live.branch is not None and live._rebuild is None)
-        for live in islice(cached, 8):
-            other = live.thread
-            theirs = other._own[: other._prompt_length]
-            same = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)
-            shared = min(len(mine), len(theirs)) if same is None else same
-            shared = min(shared, thread.length - 1)  # the last token's scores have to be computed
-            if shared >= (least if best is None else best[1] + 1):
-                best = live, shared
-        return best
+    @property
+    def last_sampled(self) -> Sequence[int]:
+        return self.segments[-1].token_ids if self.segments and self.segments[-1].kind == "sampled" else ()
 
-    def open(self, cache: Any, donor: tuple[Live, int] | None = None) -> None:
-        """Give it a branch; call it when `may_open`. donor: whose KV it may begin with, and how much of it."""
-        thread = self.thread
-        if donor is not None:
-            self.branch = cache.fork(donor[0].branch, 1)[0]
-            cache.truncate(self.branch, donor[1])
-        elif thread.role == "fork":
-            assert thread.parent is not None
-            self.branch = cache.fork(thread.parent._live.branch, 1)[0]
-            if self.branch.length > len(thread._prefix):  # the parent has gone on since
-                cache.truncate(self.branch, len(thread._prefix))
+    def backwards(self, length: int | None = None) -> Iterator[int]:
+        """The context (up to `length`) from its last token on."""
+        skip = 0 if length is None else self.length - length
+        return islice(chain(reversed(self.own), reversed(self.prefix)), skip, None)
+
+    @property
+    def children(self) -> Iterator[State]:
+        """All that have come to be, in order."""
+        return (child for _, block in self.blocks for child in block)
+
+    def goes_on_as(self, child: State) -> bool:
+        """Whether its context is, token for token, the one that its fork `child` began with."""
+        return self.length == len(child.prefix) and not child.severed
+
+    def forks_beyond(self, length: int) -> list[State]:
+        """Its forks that share more of it than the first `length` tokens."""
+        return [c for c in self.children if c.alive and c.born and c.role == "fork" and len(c.prefix) > length]
+
+    def splits_joined(self, length: int) -> bool:
+        """Whether a cut to context length `length` leaves a part of what a joined child wrote."""
+        end = self.length
+        for segment in reversed(self.segments):
+            begin = end - len(segment.token_ids)
+            if begin <= length:
+                return segment.spliced is not None and begin < length < end
+            end = begin
+        return False
+
+    # ---------------------------------------------------------------------------------------- what can happen to it
+
+    def reach(self, clock: int) -> None:
+        """What it does next comes after `clock`."""
+        self.clock = max(self.clock, clock)
+
+    def append(
+        self, token_ids: Sequence[int], kind: str, source: str | None = None, logprobs: list[float] | None = None
+    ) -> None:
+        """Add tokens at the end, on the positions that follow."""
+        last = self.segments[-1] if self.segments else None
+        if (
+            last is not None
+            and (last.kind, last.source, last.spliced) == (kind, source, None)
+            and (last.logprobs is None) == (logprobs is None)
+        ):
+            last.token_ids.extend(token_ids)
+            if last.logprobs is not None:
+                last.logprobs.extend(logprobs or ())
         else:
-            self.branch = cache.branch()
-        if any(s.spliced is not None for s in thread._segments):
-            self._rebuild = self._program(cache, thread, self.branch)
-            self.settle()
+            kept = None if logprobs is None else list(logprobs)
+            self.segments.append(Segment(kind, list(token_ids), self.position, source, logprobs=kept))
+        self.own.extend(token_ids)
+        self.position += len(token_ids)
+        self.clock += len(token_ids)
 
-    def next_feed(self) -> Feed:
-        """What the next step should cache of this thread; it is open and has tokens `pending`."""
-        if self._feed is not None:
-            return self._feed
-        thread, missing = self.thread, self.thread.length - self.branch.length
-        return Feed(self.branch, thread._own[len(thread._own) - missing :], thread._position - missing)
+    def branch_off(self, child: State, context: tuple[int, ...]) -> None:
+        """A fork comes to be, with `context`, which is the whole of this thread's (one tuple for all children)."""
+        child.prefix, child.clock, child.path_sampled = context, self.clock, self.path_sampled
+        child.start = child.position = self.position
+        child.born = True
 
-    def settle(self) -> None:
-        """After a step: when a feed of the rebuilding is through, go on to the next."""
-        while self._rebuild is not None and (self._feed is None or not self._feed.left):
-            self._feed = next(self._rebuild, None)
-            if self._feed is None:
-                self._rebuild = None
+    def splice(self, child: State) -> None:
+        """Take over a fork's own tokens, on the positions where it wrote them."""
+        if child.own:
+            self.segments.append(Segment("joined", list(child.own), child.segments[0].position, child.id, child))
+            self.own.extend(child.own)
+            self.position = max(self.position, child.position)
 
-    def _program(self, cache: Any, thread: Thread, branch: Any) -> Iterator[Feed]:
-        """Rebuild a thread that holds joined siblings, by the same forks and joins.
+    def adopt(self, child: State) -> None:
+        """Become one's only child, which went on where this thread stands: nothing comes in between."""
+        for segment in child.segments:
+            source = child.id if segment.spliced is None else segment.source  # whose KV it is, as everywhere
+            self.segments.append(Segment("joined", list(segment.token_ids), segment.position, source, segment.spliced))
+        self.own.extend(child.own)
+        self.position = child.position
 
-        Its tokens in a flat row would let the second sibling see the first, and give other KV than before.
-        """
-        joined = [s.spliced for s in thread._segments if s.spliced is not None]
-        waiting = {id(k): k for k in joined}
-        anchors: dict[int, Any] = {}
-
-        def anchor_here() -> None:
-            for key, kid in list(waiting.items()):
-                if len(kid._prefix) == branch.length:
-                    anchors[key] = cache.fork(branch, 1)[0]
-                    self._scratch.append(anchors[key])
-                    del waiting[key]
-
-        anchor_here()
-        for segment in thread._segments:
-            if segment.spliced is None:
-                ids, at = segment.token_ids, 0
-                while at < len(ids):
-                    cuts = [len(k._prefix) - branch.length for k in waiting.values() if len(k._prefix) > branch.length]
-                    size = min([len(ids) - at, *cuts])
-                    yield Feed(branch, ids[at : at + size], segment.position + at)
-                    at += size
-                    anchor_here()
-            else:
-                kid = anchors.pop(id(segment.spliced))
-                yield from self._program(cache, segment.spliced, kid)
-                cache.join(branch, [kid], mode="concat")
-                self._scratch.remove(kid)
-                anchor_here()
-
-    # ---------------------------------------------------------------------------------------- leaving the cache
-
-    def release(self, cache: Any) -> None:
-        """Give its pages back; its tokens and scores stay."""
-        for branch in [*self._scratch, self.branch]:
-            if branch is not None and branch.alive:
-                cache.release(branch)
-        self.branch, self._rebuild, self._feed, self._scratch = None, None, None, []
-
-
-def append(
-    thread: Thread, token_ids: list[int], kind: str, source: str | None = None, logprobs: list[float] | None = None
-) -> None:
-    """Add tokens at the end of a thread, on the positions that follow."""
-    last = thread._segments[-1] if thread._segments else None
-    if (
-        last is not None
-        and (last.kind, last.source, last.spliced) == (kind, source, None)
-        and (last.logprobs is None) == (logprobs is None)
-    ):
-        last.token_ids.extend(token_ids)
-        if last.logprobs is not None:
-            last.logprobs.extend(logprobs or ())
-    else:
-        kept = None if logprobs is None else list(logprobs)
-        thread._segments.append(Segment(kind, list(token_ids), thread._position, source, logprobs=kept))
-    thread._own.extend(token_ids)
-    thread._position += len(token_ids)
-    thread._depth += len(token_ids)
-
-
-def positions(segment: Segment) -> Sequence[int]:
-    """Of each of its tokens. (A joined child that had joined children of its own holds several runs of positions.)"""
-    if segment.spliced is None:
-        return range(segment.position, segment.position + len(segment.token_ids))
-    return [p for s in segment.spliced._segments for p in positions(s)][: len(segment.token_ids)]
-
-
-def cut(thread: Thread, length: int) -> bool:
-    """Forget a thread's tokens from context length `length` on; False when that cut through spliced tokens."""
-    excess, clean = thread.length - length, True
-    del thread._own[len(thread._own) - excess :]
-    while excess:
-        segment = thread._segments[-1]
-        gone = min(excess, len(segment.token_ids))
-        start = len(segment.token_ids) - gone
-        clean = clean and (segment.spliced is None or start == 0)
-        logprobs = None if segment.logprobs is None else segment.logprobs[start:]
-        position = positions(segment)[start]
-        thread._forgotten.append(
-            Segment(segment.kind, segment.token_ids[start:], position, segment.source, logprobs=logprobs)
-        )
-        del segment.token_ids[start:]
-        if segment.logprobs is not None:
-            del segment.logprobs[start:]
-        if not segment.token_ids:
-            thread._segments.pop()
-        excess -= gone
-    # Joined siblings share positions, so the last token left need not stand on the largest.
-    thread._position = max([thread._start, *(max(positions(s)) + 1 for s in thread._segments)])
-    thread._header_length = min(thread._header_length, len(thread._own))
-    return clean
+    def cut(self, length: int) -> bool:
+        """Forget the tokens from context length `length` on; False when that cut through spliced tokens."""
+        excess, clean = self.length - length, True
+        del self.own[len(self.own) - excess :]
+        while excess:
+            segment = self.segments[-1]
+            gone = min(excess, len(segment.token_ids))
+            start = len(segment.token_ids) - gone
+            clean = clean and (segment.spliced is None or start == 0)
+            logprobs = None if segment.logprobs is None else segment.logprobs[start:]
+            position = segment.positions()[start]
+            self.forgotten.append(
+                Segment(segment.kind, segment.token_ids[start:], position, segment.source, logprobs=logprobs)
+            )
+            del segment.token_ids[start:]
+            if segment.logprobs is not None:
+                del segment.logprobs[start:]
+            if not segment.token_ids:
+                self.segments.pop()
+            excess -= gone
+        # Joined siblings share positions, so the last token left need not stand on the largest.
+        self.position = max([self.start, *(max(s.positions()) + 1 for s in self.segments)])
+        self.header_length = min(self.header_length, len(self.own))
+        return clean

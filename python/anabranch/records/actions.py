@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-JOIN_MODES = ("concat", "reprefill", "summary", "discard")
-
 
 @dataclass
 class Action:

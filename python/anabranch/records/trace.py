@@ -13,7 +13,7 @@ Layout (version 2)::
      "metrics": {…}}
 
 ``logprobs`` is null unless they were asked for (``generate(logprobs=True)``). ``log`` is what was done to a thread, in
-order (`anabranch.strategies.api.thread.Action`): `ab.replay` does it again. Version 1, which had neither of the two and
+order (`anabranch.records.actions.Action`): `ab.replay` does it again. Version 1, which had neither of the two and
 fewer metrics, is still read; it cannot be replayed.
 """
 
@@ -25,7 +25,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from anabranch.records.actions import JOIN_MODES, Action
+from anabranch.records.actions import Action
+from anabranch.records.joins import JOINS
 from anabranch.records.metrics import Metrics, overhead_of
 from anabranch.records.result import Node, Result, Run
 
@@ -190,9 +191,10 @@ def _list(data: Mapping[str, Any], name: str, at: str, item: Callable[[Any, str]
 
 
 def _natural(value: Any, at: str) -> int:
-    if _want(value, int, at) < 0:
+    number: int = _want(value, int, at)
+    if number < 0:
         raise ValueError(f"{at}: expected a number ≥ 0, got {value}")
-    return value
+    return number
 
 
 def _ids(data: Mapping[str, Any], name: str, at: str) -> tuple[int, ...]:
@@ -231,7 +233,7 @@ def _action(data: Any, at: str) -> Action:
     do, mode = _get(data, "do", at, str), _get(data, "mode", at, (str, type(None)))
     if do not in ACTIONS:
         raise ValueError(f"{at}.do: expected one of {', '.join(ACTIONS)}, got {do!r}")
-    if mode not in (None, "killed", "discarded", *JOIN_MODES):
+    if mode not in (None, "killed", "discarded", *JOINS):
         raise ValueError(f"{at}.mode: expected a join mode, 'killed' or 'discarded', got {mode!r}")
     length = _get(data, "length", at, (int, type(None)))
     return Action(

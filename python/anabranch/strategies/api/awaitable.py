@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 class ThreadGone(ValueError):
@@ -31,7 +28,8 @@ class Awaitable:
         self.clock = 0
         self._callbacks: list[Callable[[], None]] = []
 
-    def _resolve(self, value: Any, clock: int) -> None:
+    def resolve(self, value: Any, clock: int) -> None:
+        """Make it done, once: whoever waits for it goes on with `value`, no earlier than `clock`."""
         if self.done:
             return
         self.done, self.value, self.clock = True, value, clock
@@ -39,42 +37,47 @@ class Awaitable:
         for callback in callbacks:
             callback()
 
-    def _when_done(self, callback: Callable[[], None]) -> None:
+    def when_done(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when it is done; at once if it is already."""
         if self.done:
             callback()
         else:
             self._callbacks.append(callback)
 
 
-class _Gather(Awaitable):
+class Gathered(Awaitable):
+    """Done when all of `items` are, with their values."""
+
     def __init__(self, items: Sequence[Awaitable]):
         super().__init__()
         self.items, self.missing = list(items), len(items)
         if not items:
-            self._resolve([], 0)
+            self.resolve([], 0)
         for item in self.items:
-            item._when_done(self._one_done)
+            item.when_done(self._one_done)
 
     def _one_done(self) -> None:
         self.missing -= 1
         if self.missing == 0:
-            self._resolve([i.value for i in self.items], max(i.clock for i in self.items))
+            self.resolve([i.value for i in self.items], max(i.clock for i in self.items))
 
 
-class _First(Awaitable):
+class First(Awaitable):
+    """Done when the first of `items` is, with its index and value."""
+
     def __init__(self, items: Sequence[Awaitable]):
         super().__init__()
         if not items:
             raise ValueError("first(): nothing to wait for; pass at least one decode, thread or task")
         for index, item in enumerate(items):
-            item._when_done(partial(self._one_done, index, item))
+            item.when_done(partial(self._one_done, index, item))
 
     def _one_done(self, index: int, item: Awaitable) -> None:
-        self._resolve((index, item.value), item.clock)
+        self.resolve((index, item.value), item.clock)
 
 
 @dataclass(frozen=True)
-class _Combined:
+class Combined:
     """`gather` and `first` before the loop has turned generators among their items into running tasks."""
 
     kind: Callable[[Sequence[Awaitable]], Awaitable]
@@ -87,9 +90,9 @@ def gather(*items: Any) -> Any:
 
     Yielding a list or tuple means the same.
     """
-    return _Combined(_Gather, items)
+    return Combined(Gathered, items)
 
 
 def first(*items: Any) -> Any:
     """Wait until one of `items` is done; evaluates to ``(its index, its value)``. The others go on."""
-    return _Combined(_First, items)
+    return Combined(First, items)

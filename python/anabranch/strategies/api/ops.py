@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from anabranch.strategies.api.awaitable import Awaitable
+
 if TYPE_CHECKING:
     from anabranch.strategies.api.thread import Thread
-from anabranch.strategies.api.awaitable import Awaitable
 
 
 class TokenStats(NamedTuple):
-    """How sure the model was of one sampled token, from its raw scores (before any logits processor); in nats."""
+    """How sure the model was of one sampled token, from its raw logits (before any logits processor); in nats."""
 
     logprob: float  # log-probability of the token that was sampled
     entropy: float  # of the whole next-token distribution
@@ -43,56 +44,65 @@ class Op(Awaitable):
     def __init__(self, thread: Thread):
         super().__init__()
         self.thread = thread
-        self.issued = thread._host.clock()
+        self.issued = thread.host.clock()
 
 
-class Insert(Op):
+class InsertOp(Op):
     """Tokens to append: ids, or text, which becomes ids (``token_ids``) when its turn has come; `header`: a child's."""
 
-    def __init__(self, thread: Thread, given: str | list[int], kind: str, header: bool = False):
+    def __init__(self, thread: Thread, given: str | Sequence[int], kind: str, header: bool = False):
         super().__init__(thread)
         self.given, self.kind, self.header = given, kind, header
         self.token_ids: list[int] = []
 
 
-class Fork(Op):
-    def __init__(self, thread: Thread, kids: list[Thread]):
+class ForkOp(Op):
+    """Children to begin with all of the thread's context; its value: these children."""
+
+    def __init__(self, thread: Thread, children: list[Thread]):
         super().__init__(thread)
-        self.kids = kids
+        self.children = children
 
 
-class Join(Op):
+class JoinOp(Op):
+    """Children to take back; `mode` names one of `anabranch.records.joins.JOINS`."""
+
     def __init__(
         self,
         thread: Thread,
-        kids: list[Thread],
+        children: list[Thread],
         mode: str,
-        given: str | list[int] | None = None,
+        given: str | Sequence[int] | None = None,
         keep: int | None = None,
         headers: Sequence[str | list[int] | None] | None = None,
     ):
         super().__init__(thread)
-        self.kids, self.mode, self.given, self.keep = kids, mode, given or [], keep
+        self.children, self.mode, self.given, self.keep = children, mode, given or [], keep
         self.token_ids: list[int] = []  # of `given`
-        # What takes the place of each kid's own header; text becomes token ids when the join is carried out.
-        self.headers: list[str | list[int] | None] = list(headers or [None] * len(kids))
+        # What takes the place of each child's own header; text becomes token ids when the join is carried out.
+        self.headers: list[str | list[int] | None] = list(headers or [None] * len(children))
+
+    def without(self, child: Thread) -> None:
+        """Do without a child that was killed meanwhile."""
+        at = self.children.index(child)
+        del self.headers[at], self.children[at]
 
 
-class Truncate(Op):
+class TruncateOp(Op):
+    """Tokens to forget, from context length `length` on."""
+
     def __init__(self, thread: Thread, length: int):
         super().__init__(thread)
         self.length = length
 
 
-class Score(Op):
+class ScoreOp(Op):
     """Tokens that are given, not sampled; its value: the log-probability of each."""
 
-    def __init__(self, thread: Thread, given: str | list[int], kind: str):
+    def __init__(self, thread: Thread, given: str | Sequence[int], kind: str):
         super().__init__(thread)
         self.given, self.kind = given, kind
         self.token_ids: list[int] = []
-        self.logprobs: list[float | None] = []
-        self.begin: int | None = None  # context length in front of the first; None: they are not in the thread yet
 
 
 class Decode(Op):
@@ -115,22 +125,7 @@ class Decode(Op):
         self.until, self.topk = until, stats
         self.token_ids: list[int] = []
         self.stats: list[TokenStats] = []
-        self._limit: int | None = None  # of tokens, settled when it starts
-        self._sampler: Any = None
-        self._reader: Any = None  # of its text, from when it starts; stays None without a tokenizer
-        self._seen = 0  # so many of its tokens the reader has
-        self._stops: Any = ()
-
-    def _read(self) -> str:
-        """Let the reader have all tokens; what became certain of the text by that."""
-        new, self._seen = self.token_ids[self._seen :], len(self.token_ids)
-        told: str = self._reader.push(new)
-        return told
 
     @property
     def text(self) -> str | None:
-        if self._reader is None:
-            return self.thread._host.text(self.token_ids, ())
-        self._read()
-        text: str = self._reader.text
-        return text
+        return self.thread.host.decoded_text(self)

@@ -17,36 +17,18 @@ No tensor and no model is in sight here, and nothing in this file imports one.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from anabranch._check import index_of, told, whole
-from anabranch.records.actions import JOIN_MODES, Action
+from anabranch.records.joins import JOINS
 from anabranch.strategies.api.awaitable import Awaitable, ThreadGone
-from anabranch.strategies.api.ops import Decode, Ended, Fork, Insert, Join, Score, Truncate
+from anabranch.strategies.api.ops import Decode, Ended, ForkOp, InsertOp, JoinOp, Op, ScoreOp, TruncateOp
 
 if TYPE_CHECKING:
-    from anabranch.strategies.api.host import Host
+    from anabranch.strategies.api.host import Host, ThreadView
 
-
-@dataclass
-class Segment:
-    """A run of tokens of one origin. ``kind``: "prompt", "inserted" (by the runtime), "sampled", "joined" (from
-    `source`).
-
-    Positions are `position`, `position` + 1, … ; `spliced`: the tokens lie in the cache as the thread `source` wrote
-    them, blind to its siblings. `logprobs`: of each token, where they were recorded.
-    """
-
-    kind: str
-    token_ids: list[int]
-    position: int
-    source: str | None = None
-    spliced: Thread | None = None
-    logprobs: list[float] | None = None
+SomeOp = TypeVar("SomeOp", bound=Op)
 
 
 class Thread:
@@ -56,60 +38,51 @@ class Thread:
     Attributes: ``id`` ("0" is the trunk, "0.2" its third child), ``path`` (the same as a tuple: what seeds its
     sampling), ``parent``, ``role`` ("trunk", "fork" or "fresh"), ``alive``, ``length`` (tokens of its context, prompt
     included), ``token_ids`` (its own: those since its fork, or since the prompt), ``text`` (of these), ``ended`` (its
-    last `Ended`).
+    last `Ended`), ``host`` (what runs it; a strategy has no use for it).
     """
 
-    def __init__(self, host: Host, parent: Thread | None, path: tuple[int, ...], role: str):
-        self._host: Any = host
+    def __init__(self, host: Host, view: ThreadView, parent: Thread | None, path: tuple[int, ...], role: str):
+        self.host, self._view = host, view
         self.parent, self.path, self.role = parent, path, role
         self.id = ".".join(map(str, path))
-        self.alive = True
-        self.ended: Ended | None = None
-        self.fate: str | None = None  # how it left: "joined", "discarded", "killed", "finished"
-        self._ops: deque[Any] = deque()
-        self._next_child = 0
-        self._waiting: list[Awaitable] = []  # who waits for this thread to have nothing queued
-        # Written by the loop:
-        self._prefix: tuple[int, ...] = ()  # context at its fork
-        self._own: list[int] = []  # tokens since; prompt included for a trunk or a fresh thread
-        self._segments: list[Segment] = []
-        self._start = 0  # position at its fork
-        self._position = 0  # of the next token
-        self._forks: list[tuple[int, list[Thread]]] = []  # (length, children) of each block, in order
-        self._spawned_at = -1  # the turn of the strategy in which the last block, of fresh threads, was begun
-        self._forgotten: list[Segment] = []
-        self._depth = 0  # Lamport clock at its end
-        self._path_sampled = 0  # sampled tokens on the longest way here
-        self._prompt_length = 0  # of a prompt of its own: the trunk's, a spawned thread's
-        self._header_length = 0  # tokens of the header that its fork gave it
-        self._log: list[Action] = []
-        self._live: Any = None
 
     def __repr__(self) -> str:
         return f"Thread({self.id!r}, {self.role}, length={self.length}{'' if self.alive else ', ' + str(self.fate)})"
 
     @property
+    def alive(self) -> bool:
+        return self._view.alive
+
+    @property
+    def fate(self) -> str | None:
+        """How it left: "joined", "discarded", "killed", "finished"."""
+        return self._view.fate
+
+    @property
+    def ended(self) -> Ended | None:
+        return self._view.ended
+
+    @property
+    def children(self) -> list[Thread]:
+        """Its children that have come to be, in order, those that have left included."""
+        return self.host.children(self)
+
+    @property
     def length(self) -> int:
-        return len(self._prefix) + len(self._own)
+        return self._view.length
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        return tuple(self._own[self._prompt_length :])
+        return self._view.token_ids
 
     @property
     def context(self) -> tuple[int, ...]:
         """All token ids that it sees, in order: what it shares with its parent (or its prompt), then its own."""
-        return (*self._prefix, *self._own)
+        return self._view.context
 
     @property
     def text(self) -> str | None:
-        begin = len(self._prefix) + self._prompt_length
-        return self._host.text(self._own[self._prompt_length :], self._backwards(begin))
-
-    def _backwards(self, length: int | None = None) -> Iterator[int]:
-        """The context (up to `length`) from its last token on."""
-        skip = 0 if length is None else self.length - length
-        return islice(chain(reversed(self._own), reversed(self._prefix)), skip, None)
+        return self.host.text(self._view.token_ids, self._view.backwards(self._view.begin))
 
     def decode(
         self,
@@ -131,7 +104,7 @@ class Thread:
         stats: True (or the k of its top-k mean, 20 by default) records a `TokenStats` a token; "logprob" leaves its
             other fields NaN and is cheaper.
         """
-        self._check_alive("decode")
+        self.check_alive("decode")
         if max_new_tokens is not None:
             max_new_tokens = whole(max_new_tokens, "decode: max_new_tokens", 1, hint=", or None")
         given = [stop] if isinstance(stop, str) or index_of(stop) is not None else stop
@@ -142,36 +115,36 @@ class Thread:
             raise ValueError("decode: stop holds an empty string, which would end every text at once; leave it out")
         if None in stops:
             raise TypeError(f"decode: stop={told(stop)}; pass strings and token ids")
-        self._host.check_ids([s for s in stops if not isinstance(s, str)], "stop")
+        self.host.check_ids([s for s in stops if not isinstance(s, str)], "stop")
         if any(isinstance(s, str) for s in stops):
-            self._host.encode("")  # says so when there is no tokenizer
-        self._host.check_sampling(sampling)
+            self.host.encode("")  # says so when there is no tokenizer
+        self.host.check_sampling(sampling)
         if isinstance(stats, bool) or (isinstance(stats, str) and stats == "logprob"):
             topk = {True: 20, False: None, "logprob": 0}[stats]
         else:
             topk = whole(stats, "decode: stats", 0, hint=" (the k of its top-k mean), True, False or 'logprob'") or None
         return self._submit(Decode(self, max_new_tokens, stops, sampling, until, topk))
 
-    def insert(self, text_or_ids: str | Sequence[int]) -> Insert:
+    def insert(self, text_or_ids: str | Sequence[int]) -> InsertOp:
         """Append tokens that the model did not sample; they are prefilled and marked as inserted.
 
         Text reads exactly as given behind what stands there when its turn has come: no tokenizer's dummy space.
         """
-        self._check_alive("insert")
-        return self._submit(Insert(self, self._given(text_or_ids, "insert"), "inserted"))
+        self.check_alive("insert")
+        return self._submit(InsertOp(self, self._given(text_or_ids, "insert"), "inserted"))
 
-    def score(self, text_or_ids: str | Sequence[int]) -> Score:
+    def score(self, text_or_ids: str | Sequence[int]) -> ScoreOp:
         """Like `insert`, and find out how likely the model found them: ``yield`` gives a log-probability for each token
-        (nats, from its raw scores), however many there are in a forward or two."""
-        self._check_alive("score")
-        return self._submit(Score(self, self._given(text_or_ids, "score"), "inserted"))
+        (nats, from its raw logits), however many there are in a forward or two."""
+        self.check_alive("score")
+        return self._submit(ScoreOp(self, self._given(text_or_ids, "score"), "inserted"))
 
     def fork(self, headers: int | Sequence[str | Sequence[int] | None]) -> list[Thread]:
         """Children that share all of this thread's context, in one block; no KV is copied.
 
         headers: how many, or one header a child (text, token ids or None), inserted at its beginning.
         """
-        self._check_alive("fork")
+        self.check_alive("fork")
         count = index_of(headers)
         if count is not None and not 1 <= count <= 2**20:
             raise ValueError(f"fork: headers={count}; pass a number from 1 to 2^20, or a list of one header a child")
@@ -182,23 +155,23 @@ class Thread:
                 f"fork: headers={told(headers)}; pass a number of at least 1, or a list of one header a child"
             )
         given = [None if h is None else self._given(h, f"fork: headers[{i}]") for i, h in enumerate(heads)]
-        kids = [self._host.new_thread(self, "fork") for _ in heads]
-        self._submit(Fork(self, list(kids)))  # a list of its own: the caller may change theirs
-        for kid, header in zip(kids, given, strict=True):
+        children = [self.host.new_thread(self, "fork") for _ in heads]
+        self._submit(ForkOp(self, list(children)))  # a list of its own: the caller may change theirs
+        for child, header in zip(children, given, strict=True):
             if header:
-                kid._submit(Insert(kid, header, "inserted", header=True))
-        return kids
+                self._submit(InsertOp(child, header, "inserted", header=True))
+        return children
 
     def spawn(self, prompt: str | Sequence[int]) -> Thread:
         """A child with a context of its own: it sees `prompt` and nothing else, from position 0."""
-        self._check_alive("spawn")
+        self.check_alive("spawn")
         given = self._given(prompt, "spawn: prompt")
-        ids = self._host.encode(given) if isinstance(given, str) else given
+        ids = self.host.encode(given) if isinstance(given, str) else given
         if not ids:
             raise ValueError("spawn: prompt is empty; a fresh thread needs at least one token")
-        kid = self._host.new_thread(self, "fresh")
-        kid._submit(Insert(kid, ids, "prompt"))
-        return kid
+        child = self.host.new_thread(self, "fresh")
+        self._submit(InsertOp(child, ids, "prompt"))
+        return child
 
     def join(
         self,
@@ -208,7 +181,7 @@ class Thread:
         text: str | Sequence[int] | None = None,
         keep: int | None = None,
         headers: Sequence[str | Sequence[int] | None] | None = None,
-    ) -> Join:
+    ) -> JoinOp:
         """Take children back, in the order given, once they have nothing left to do. They are gone afterwards.
 
         mode "concat": their KV becomes part of this thread's context, nothing is computed again; siblings stay blind to
@@ -219,58 +192,47 @@ class Thread:
         computed again here. "summary": forget this thread's tokens from length `keep` on (default: none), then insert
         `text`. "discard": nothing comes back; children still decoding are killed.
         """
-        self._check_alive("join")
+        self.check_alive("join")
         if not isinstance(kids, (Thread, Iterable)):
             raise ValueError(f"join: kids={told(kids)}; pass the children to take back")
-        kids = [kids] if isinstance(kids, Thread) else list(kids)
-        if mode not in JOIN_MODES:
-            raise ValueError(f"join: mode={mode!r}; pass one of {', '.join(map(repr, JOIN_MODES))}")
-        if (text is not None) != (mode == "summary") or (keep is not None and mode != "summary"):
-            raise ValueError(
-                f"join: mode={mode!r} with text={text!r}, keep={keep!r}; "
-                "summary takes text (and keep), no other mode does"
-            )
+        children = [kids] if isinstance(kids, Thread) else list(kids)
+        if mode not in JOINS:
+            raise ValueError(f"join: mode={mode!r}; pass one of {', '.join(map(repr, JOINS))}")
+        meaning = JOINS[mode]
+        meaning.check_arguments(text, keep)
         if keep is not None:
             keep = whole(keep, "join: keep", hint=", or None")
-        if not kids:
+        if not children:
             raise ValueError("join: kids is empty; pass at least one child")
-        if headers is not None and (mode != "reprefill" or isinstance(headers, str) or len(headers) != len(kids)):
-            raise ValueError(f"join: headers={headers!r}; mode 'reprefill' takes one for each of the {len(kids)} kids")
-        for i, kid in enumerate(kids):
-            if not isinstance(kid, Thread) or kid.parent is not self:
-                raise ValueError(f"join: kids[{i}]={kid!r} is not a child of {self!r}")
-            kid._check_alive(f"join: kids[{i}]")
-            if kid.role == "fresh" and mode == "concat":
-                raise ValueError(
-                    f"join: kids[{i}] has a context of its own, which cannot be spliced; "
-                    "join it by 'reprefill', 'summary' or 'discard'"
-                )
-            if any(kid is other for other in kids[:i]):
-                raise ValueError(f"join: kids[{i}]={kid!r} is given twice")
-        if mode == "discard":  # at once: a child still decoding must not cost another step
-            op = Join(self, kids, mode)
-            self._log.append(Action("kill", children=[kid.id for kid in kids], mode="discarded"))
-            for kid in kids:
-                self._host.kill(kid, "discarded")
-            op._resolve(None, op.issued)
+        meaning.check_headers(headers, len(children))
+        for i, child in enumerate(children):
+            if not isinstance(child, Thread) or child.parent is not self:
+                raise ValueError(f"join: kids[{i}]={child!r} is not a child of {self!r}")
+            child.check_alive(f"join: kids[{i}]")
+            meaning.check_child(i, child.role)
+            if any(child is other for other in children[:i]):
+                raise ValueError(f"join: kids[{i}]={child!r} is given twice")
+        if meaning.at_once:
+            op = JoinOp(self, children, mode)
+            self.host.kill(children, meaning.fate)
+            op.resolve(None, op.issued)
             return op
         given = None if text is None else self._given(text, "join: text")
         heads = [None if h is None else self._given(h, f"join: headers[{i}]") for i, h in enumerate(headers or [])]
-        return self._submit(Join(self, kids, mode, given, keep, heads))
+        return self._submit(JoinOp(self, children, mode, given, keep, heads))
 
-    def truncate(self, length: int) -> Truncate:
+    def truncate(self, length: int) -> TruncateOp:
         """Forget this thread's tokens from context length `length` on (see ``thread.length``); only its own can go."""
-        self._check_alive("truncate")
+        self.check_alive("truncate")
         length = whole(length, "truncate: length", hint=" (a context length, as thread.length gives it)")
-        return self._submit(Truncate(self, length))
+        return self._submit(TruncateOp(self, length))
 
-    def rstrip(self) -> Truncate:
+    def rstrip(self) -> TruncateOp:
         """Forget the EOS and the tokens of nothing but white space that its last decode ended with."""
-        self._check_alive("rstrip")
-        if self._ops:
+        self.check_alive("rstrip")
+        if not self._view.idle:
             raise ValueError(f"rstrip: thread {self.id} still has work queued; yield it first")
-        sampled = self._segments[-1].token_ids if self._segments and self._segments[-1].kind == "sampled" else []
-        return self.truncate(self.length - self._host.blank_at_end(sampled))
+        return self.truncate(self.length - self.host.blank_at_end(self._view.last_sampled))
 
     def kill(self) -> None:
         """End it now, with its children; a decode in progress ends with reason "killed", and its pages are free.
@@ -280,17 +242,16 @@ class Thread:
         if self.parent is None:
             raise ValueError("kill: this is the trunk; return from run() instead")
         if self.alive:
-            self.parent._log.append(Action("kill", children=[self.id], mode="killed"))
-            self._host.kill(self, "killed")
+            self.host.kill([self], "killed")
 
     def start(self, generator: Generator[Any, Any, Any]) -> Awaitable:
         """Run another generator beside this one (a child's own program); ``yield`` the return value for its result."""
-        return self._host.start(generator)
+        return self.host.start(generator)
 
     @property
     def prompt(self) -> Any:
         """The prompt as the caller gave it: text, token ids, or a chat (a list of messages)."""
-        return self._host.prompt
+        return self.host.prompt
 
     def encode(self, text: str, before: Sequence[int] | None = None) -> list[int]:
         """Token ids of `text`, no special tokens added: as a text of its own, or as it goes on behind the ids `before`.
@@ -298,35 +259,35 @@ class Thread:
         The two differ where a tokenizer begins every text with a space of its own. Text given to `insert`, `score`,
         `fork` and `join` goes on behind whatever stands there when its turn has come.
         """
-        return self._host.encode(text, None if before is None else reversed(before))
+        return self.host.encode(text, None if before is None else reversed(before))
 
     def encode_prompt(self, prompt: Any) -> list[int]:
         """Token ids of a prompt for `spawn`, by the rules of ``Engine.generate``: a chat goes through the tokenizer's
         chat template."""
-        return self._host.encode_prompt(prompt)
+        return self.host.encode_prompt(prompt)
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, control tags shown; "" without a tokenizer."""
-        return self._host.text(token_ids, ()) or ""
+        return self.host.text(token_ids, ()) or ""
 
     def tag_ids(self, tags: Sequence[str]) -> dict[str, int]:
         """The one token id of each control tag; ValueError, with the remedy, for a tag that is several tokens."""
-        return self._host.tag_ids(tags)
+        return self.host.tag_ids(tags)
 
     def malformed(self, why: str) -> None:
         """Count this answer as breaking the strategy's format (``metrics.format_correctness``)."""
-        self._host.malformed(self, why)
+        self.host.malformed(self, why)
 
     def _given(self, value: str | Sequence[int], name: str) -> str | list[int]:
         """Text or token ids, checked: text, too, must have ids that the model knows."""
-        ids: list[int] = self._host.check_ids(self._host.encode(value) if isinstance(value, str) else value, name)
+        ids = self.host.check_ids(self.host.encode(value) if isinstance(value, str) else value, name)
         return value if isinstance(value, str) else ids
 
-    def _check_alive(self, what: str) -> None:
+    def check_alive(self, what: str) -> None:
+        """`ThreadGone`, in the name of the method `what`, for a thread that has left."""
         if not self.alive:
             raise ThreadGone(f"{what}: thread {self.id} was {self.fate} and takes nothing more")
 
-    def _submit(self, op: Any) -> Any:
-        self._ops.append(op)
-        self._host.submit(op)
+    def _submit(self, op: SomeOp) -> SomeOp:
+        self.host.submit(op)
         return op

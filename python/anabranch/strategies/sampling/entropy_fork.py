@@ -81,7 +81,7 @@ class EntropyFork(Strategy):
         fallen: list[tuple[float, int, Ended]] = []  # at most one: the surest so far (whoever fell first)
 
         def branch(index: int, kid: Thread) -> Generator[Any, Any, Ended | None]:
-            end = yield self._decode(kid, self._falling())
+            end: Ended = yield self._decode(kid, self._falling())
             if end.reason != "until":
                 return end
             fallen.append((rounded(confidence(end.stats)), -index, end))
@@ -90,7 +90,7 @@ class EntropyFork(Strategy):
                 kids[-fallen.pop(0)[1]].kill()
             return None
 
-        ends = yield [branch(i, kid) for i, kid in enumerate(kids)]
+        ends: list[Any] = yield [branch(i, kid) for i, kid in enumerate(kids)]
         for _, minus, begun in fallen:
             if any(end is not None for end in ends):
                 kids[-minus].kill()

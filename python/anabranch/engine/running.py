@@ -1,0 +1,53 @@
+"""What the engine settles about a decode, or about tokens to be scored, when its turn has come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from anabranch.engine.sampling import Sampler
+from anabranch.strategies.api.ops import Decode, ScoreOp
+from anabranch.text.tokens import Reader, Stops
+
+
+@dataclass(eq=False)
+class RunningDecode:
+    """A decode at the head of its thread's queue."""
+
+    op: Decode
+    limit: int  # of tokens
+    sampler: Sampler
+    reader: Reader | None  # of its text; None without a tokenizer
+    stops: Sequence[Stops] = ()
+    seen: int = 0  # so many of its tokens the reader has
+
+    def read(self) -> str:
+        """Let the reader have all tokens; what became certain of the text by that."""
+        assert self.reader is not None
+        new, self.seen = self.op.token_ids[self.seen :], len(self.op.token_ids)
+        return self.reader.push(new)
+
+    @property
+    def text(self) -> str:
+        """Of all it sampled."""
+        self.read()
+        assert self.reader is not None
+        return self.reader.text
+
+    def stop_string(self) -> str | None:
+        """The stop string that its text holds now."""
+        if not self.stops:
+            return None
+        told = self.read()
+        assert self.reader is not None
+        held = self.reader.whole()
+        return next((found for stops in self.stops if (found := stops.find(told, held)) is not None), None)
+
+
+@dataclass(eq=False)
+class RunningScore:
+    """Tokens of a thread that are being scored."""
+
+    op: ScoreOp
+    begin: int  # context length in front of the first
+    logprobs: list[float | None] = field(default_factory=list)

@@ -1,0 +1,229 @@
+"""A thread in the engine: its books, its place in the cache, and how it comes back there after a pre-emption.
+
+A thread's tokens are always known to the host; its KV is not always in the cache. What is missing is at the end: the
+token just sampled (its KV is computed by the step that needs the next token's logits) and whatever was inserted since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from anabranch.engine.thread_state import ThreadState
+from anabranch.strategies.api.thread import Thread
+from anabranch.text.tokens import Reader
+
+if TYPE_CHECKING:
+    from anabranch.engine.request import Request
+    from anabranch.engine.running import RunningDecode, RunningScore
+    from anabranch.kv.cache import TreeCache
+    from anabranch.kv.step import Branch
+
+
+class EngineThread(ThreadState["EngineThread"]):
+    """One thread's record in the engine."""
+
+    def __init__(
+        self,
+        request: Request,
+        parent: EngineThread | None,
+        path: tuple[int, ...],
+        role: str,
+        serial: int,
+        stream: np.random.Generator,
+    ):
+        super().__init__(parent, path, role)
+        self.request, self.stream = request, stream
+        above = None if parent is None else parent.handle
+        self.handle: Thread = Thread(request, self, above, path, role)
+        self.kv = ThreadKV(self)
+        self.age = (request.index, serial)  # order of arrival: of its prompt, then its own
+        self.decode: RunningDecode | None = None  # what is settled about the decode at the head of its queue
+        self.score: RunningScore | None = None
+        self.reader: Reader | None = None  # tells the thread's text to whoever streams it
+
+    @property
+    def running(self) -> RunningDecode:
+        """Its decode, which has begun."""
+        assert self.decode is not None
+        return self.decode
+
+
+@dataclass
+class PrefillChunk:
+    """A run of tokens to be cached next: on `branch`, from position `position`, the first `done` of them already."""
+
+    branch: Branch
+    token_ids: list[int]
+    position: int
+    done: int = 0
+
+    @property
+    def left(self) -> int:
+        return len(self.token_ids) - self.done
+
+
+class ThreadKV:
+    """One thread's place in the cache."""
+
+    def __init__(self, thread: EngineThread):
+        self.thread = thread
+        self.branch: Branch | None = None  # None: not in the cache (not started, or pre-empted)
+        self.logits: tuple[torch.Tensor, int] | None = None  # (of a step [rows, vocabulary], row): the next token's
+        self.logits_at = -1  # thread length they belong to
+        self.pinned = False  # cannot be rebuilt from its tokens, so it is never pre-empted
+        self.last_step = 0  # the last step it had rows in
+        self._rebuild: Iterator[PrefillChunk] | None = None
+        self._chunk: PrefillChunk | None = None
+        self._scratch: list[Branch] = []  # branches that exist only while it is being rebuilt
+
+    @property
+    def held(self) -> Branch:
+        """Its branch, where it must have one."""
+        assert self.branch is not None
+        return self.branch
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose KV is not in the cache (while it is being rebuilt: at most so many)."""
+        if self.branch is not None:
+            return max(self.thread.length - self.branch.length, int(self._rebuild is not None))
+        return self.thread.length - len(self.thread.prefix)  # a fork's parent holds the rest
+
+    @property
+    def has_logits(self) -> bool:
+        return self.logits is not None and self.logits_at == self.thread.length
+
+    @property
+    def opened(self) -> bool:
+        """In the cache as far as it goes: what is missing are its last tokens."""
+        return self.branch is not None and self._rebuild is None
+
+    @property
+    def in_cache(self) -> bool:
+        """All of it, ready to fork or be joined."""
+        return self.branch is not None and self._rebuild is None and self.branch.length == self.thread.length
+
+    @property
+    def rebuilding(self) -> bool:
+        """What a joined child wrote is being computed again, by the same forks and joins."""
+        return self._rebuild is not None
+
+    def take_over(self, child: ThreadKV, cache: TreeCache) -> None:
+        """Become the place of a child that the thread became."""
+        self.release(cache)
+        if not child.rebuilding:
+            self.branch, child.branch = child.branch, None
+        # A child that is not in the cache is rebuilt as its parent, if needed.
+        self.logits, self.logits_at = child.logits, child.logits_at
+        self.pinned = self.pinned or child.pinned
+
+    # ---------------------------------------------------------------------------------------- what to cache next
+
+    @property
+    def may_open(self) -> bool:
+        """Whether what it continues is in the cache."""
+        if self.thread.role != "fork":
+            return True
+        assert self.thread.parent is not None
+        parent = self.thread.parent.kv
+        return parent.branch is not None and parent.opened and parent.branch.length >= len(self.thread.prefix)
+
+    def donor(self, least: int) -> tuple[ThreadKV, int] | None:
+        """For a thread with a prompt of its own: a sibling in the cache whose prompt begins alike, and for how many
+        tokens (`least` or more): that far its KV is this thread's as well."""
+        thread = self.thread
+        if thread.role != "fresh" or thread.parent is None or any(s.spliced for s in thread.segments):
+            return None
+        best: tuple[ThreadKV, int] | None = None
+        mine = thread.own[: thread.prompt_length]
+        siblings = (child.kv for child in thread.parent.children if child.role == "fresh")
+        cached = (kv for kv in siblings if kv.opened)
+        for kv in islice(cached, 8):
+            other = kv.thread
+            theirs = other.own[: other.prompt_length]
+            same = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), None)
+            shared = min(len(mine), len(theirs)) if same is None else same
+            shared = min(shared, thread.length - 1)  # the last token's logits have to be computed
+            if shared >= (least if best is None else best[1] + 1):
+                best = kv, shared
+        return best
+
+    def open(self, cache: TreeCache, donor: tuple[ThreadKV, int] | None = None) -> None:
+        """Give it a branch; call it when `may_open`. donor: whose KV it may begin with, and how much of it."""
+        thread = self.thread
+        if donor is not None:
+            self.branch = cache.fork(donor[0].held, 1)[0]
+            cache.truncate(self.branch, donor[1])
+        elif thread.role == "fork":
+            assert thread.parent is not None
+            self.branch = cache.fork(thread.parent.kv.held, 1)[0]
+            if self.branch.length > len(thread.prefix):  # the parent has gone on since
+                cache.truncate(self.branch, len(thread.prefix))
+        else:
+            self.branch = cache.branch()
+        if any(s.spliced is not None for s in thread.segments):
+            self._rebuild = self._program(cache, thread, self.branch)
+            self.settle()
+
+    def next_chunk(self) -> PrefillChunk:
+        """What the next step should cache of this thread; it is open and has tokens `pending`."""
+        if self._chunk is not None:
+            return self._chunk
+        thread, branch = self.thread, self.held
+        missing = thread.length - branch.length
+        return PrefillChunk(branch, thread.own[len(thread.own) - missing :], thread.position - missing)
+
+    def settle(self) -> None:
+        """After a step: when a chunk of the rebuilding is through, go on to the next."""
+        while self._rebuild is not None and (self._chunk is None or not self._chunk.left):
+            self._chunk = next(self._rebuild, None)
+            if self._chunk is None:
+                self._rebuild = None
+
+    def _program(self, cache: TreeCache, thread: EngineThread, branch: Branch) -> Iterator[PrefillChunk]:
+        """Rebuild a thread that holds joined siblings, by the same forks and joins.
+
+        Its tokens in a flat row would let the second sibling see the first, and give other KV than before.
+        """
+        joined = [s.spliced for s in thread.segments if s.spliced is not None]
+        waiting = {id(k): k for k in joined}
+        anchors: dict[int, Branch] = {}
+
+        def anchor_here() -> None:
+            for key, child in list(waiting.items()):
+                if len(child.prefix) == branch.length:
+                    anchors[key] = cache.fork(branch, 1)[0]
+                    self._scratch.append(anchors[key])
+                    del waiting[key]
+
+        anchor_here()
+        for segment in thread.segments:
+            if segment.spliced is None:
+                ids, at = segment.token_ids, 0
+                while at < len(ids):
+                    cuts = [len(k.prefix) - branch.length for k in waiting.values() if len(k.prefix) > branch.length]
+                    size = min([len(ids) - at, *cuts])
+                    yield PrefillChunk(branch, ids[at : at + size], segment.position + at)
+                    at += size
+                    anchor_here()
+            else:
+                anchor = anchors.pop(id(segment.spliced))
+                yield from self._program(cache, segment.spliced, anchor)
+                cache.join(branch, [anchor], mode="concat")
+                self._scratch.remove(anchor)
+                anchor_here()
+
+    # ---------------------------------------------------------------------------------------- leaving the cache
+
+    def release(self, cache: TreeCache) -> None:
+        """Give its pages back; its tokens and logits stay."""
+        for branch in [*self._scratch, self.branch]:
+            if branch is not None and branch.alive:
+                cache.release(branch)
+        self.branch, self._rebuild, self._chunk, self._scratch = None, None, None, []

@@ -66,7 +66,7 @@ class ResidentPlan:
 
 
 def advance(arrays: PlanArrays, tails: Tensor, slots: Tensor, positions: Tensor) -> None:
-    """What ``LivePlan::advance`` (csrc/plan/live_plan.cpp) does on the host, as PyTorch operators on the arrays' device.
+    """What ``LivePlan::advance`` (csrc/plan/live_plan.cpp) does on the host, as PyTorch operators on a device.
 
     Args:
         arrays: advanced in place.

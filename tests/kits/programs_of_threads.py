@@ -17,8 +17,9 @@ class Anything(Strategy):
     def work(self, thread, rng, depth):
         for _ in range(rng.randint(1, 3)):
             yield thread.decode(rng.randint(1, 5), sampling={"do_sample": rng.random() < 0.5})
-            if rng.random() < 0.2 and len(thread.token_ids) > 2 and not thread._segments[-1].spliced:
-                thread.truncate(thread.length - rng.randint(1, min(2, len(thread._segments[-1].token_ids))))
+            segments = thread.host.state(thread).segments
+            if rng.random() < 0.2 and len(thread.token_ids) > 2 and not segments[-1].spliced:
+                thread.truncate(thread.length - rng.randint(1, min(2, len(segments[-1].token_ids))))
                 thread.insert([rng.randrange(200)])
             if depth < 2 and rng.random() < 0.7:
                 if rng.random() < 0.2:

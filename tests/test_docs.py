@@ -52,4 +52,6 @@ def test_pictures_are_those_of_the_script() -> None:
     draw = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(draw)
     for name, drawing in draw.DRAWINGS.items():
-        assert (draw.HERE / f"{name}.svg").read_text(encoding="utf-8") == drawing().svg(), f"run docs/pictures/draw.py: {name}"
+        assert (draw.HERE / f"{name}.svg").read_text(encoding="utf-8") == drawing().svg(), (
+            f"run docs/pictures/draw.py: {name}"
+        )

@@ -1,4 +1,4 @@
-"""Draws the pictures of the concepts page: ``python docs/pictures/draw.py`` (the masks need anabranch and matplotlib)."""
+"""Draws the pictures of the concepts page: ``python docs/pictures/draw.py`` (masks need anabranch, matplotlib)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sphinx configuration of the documentation site (``make docs``). No network: no intersphinx, no remote assets."""
+"""Sphinx configuration of the documentation site (``make docs``). No network: no intersphinx or remote assets."""
 
 from __future__ import annotations
 

@@ -39,9 +39,11 @@ class BranchMask:
 
     Make one with `from_tree`, `from_context`, `from_trace` or `pack`, or with a builder of ``anabranch.training``.
 
-    Attributes (tensors, all on ``device``):
+    The attributes are tensors on ``device``.
+
+    Attributes:
         starts: int64 [S + 1], where each segment begins; ``starts[S]`` = T. A segment may be empty.
-        row_ptr: int32 [S + 1], cols: int32 [N, 2]: rows ``starts[s]:starts[s + 1]`` see the columns of
+        row_ptr, cols: int32 [S + 1] and int32 [N, 2]; rows ``starts[s]:starts[s + 1]`` see the columns of
             ``cols[row_ptr[s]:row_ptr[s + 1]]``: intervals [begin, end), sorted, disjoint, merged, all before
             ``starts[s]``.
         positions: int64 [T], each token's logical position: what the model's ``position_ids`` should be.

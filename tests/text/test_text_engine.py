@@ -288,3 +288,22 @@ def test_a_tagged_format_is_written_without_dummy_spaces():
     block = "\n<Thread>\n1:\n</Thread><Thread>\n2:\n</Thread>\nok"
     assert result.text == "<Thread>1.2.</Thread>" + block
     assert told["0.0"] == "\n<Thread>\n1:\n</Thread>" and result.tree.children[0].text == told["0.0"]
+
+
+@pytest.mark.parametrize("name", ["unigram, always", "byte fallback, prepend"])
+def test_a_decode_keeps_its_text_when_its_thread_decodes_again(name):
+    """These tokenizers read the first of some tokens without its space: a decode's text is read where it stands."""
+    tokenizer = made(name)
+    prompt = tokenizer("he")["input_ids"]
+    line = tokenizer("he a ok")["input_ids"]
+
+    def body(trunk):
+        first = trunk.decode(len(line) - len(prompt) - 1)
+        ended = yield first
+        yield trunk.decode(1)
+        return first.text, ended.text
+
+    engine = engine_for(tokenizer)
+    options = dict(strategy=Run(body), max_new_tokens=9, logits_processor=[Script(line)])
+    kept, text = engine.generate(prompt, **options).answers
+    assert kept == text and text.startswith(" ")

@@ -128,4 +128,5 @@ class Decode(Op):
 
     @property
     def text(self) -> str | None:
-        return self.thread.host.decoded_text(self)
+        ended = self.value  # it keeps its text, whatever the thread decodes later
+        return ended.text if isinstance(ended, Ended) else self.thread.host.decoded_text(self)

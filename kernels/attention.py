@@ -119,18 +119,17 @@ def _sum_tokens(
         v0 = load_rows(v_base, v_at, d0, keep, HEAD_DIM, D_PADDED and D1 == 0, UPCAST)
         p_in = p.to(v0.dtype)
         if GUARDED:
-            seen = tl.where(visible & keep[None, :], 1.0, 0.0).to(v0.dtype)
-            v0, up0, down0 = without_infinities(v0)
+            v0, kind0 = without_infinities(v0)
         acc0 = tl.dot(p_in, v0, acc0 * alpha[:, None], input_precision="ieee")
         if GUARDED:
-            acc0 += infinities(seen, up0, down0)
+            acc0 += infinities(visible, kind0)
         if D1 > 0:
             v1 = load_rows(v_base, v_at, d1, keep, HEAD_DIM, D_PADDED, UPCAST)
             if GUARDED:
-                v1, up1, down1 = without_infinities(v1)
+                v1, kind1 = without_infinities(v1)
             acc1 = tl.dot(p_in, v1, acc1 * alpha[:, None], input_precision="ieee")
             if GUARDED:
-                acc1 += infinities(seen, up1, down1)
+                acc1 += infinities(visible, kind1)
         m = m_new
         slot = next_slot
     if D1 == 0:

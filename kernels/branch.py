@@ -50,8 +50,8 @@ def within(positions_ptr, begin, end, low, high):
 def add(acc, weights, x, visible, GUARDED: tl.constexpr):
     """acc [M, D] + weights [M, N] · x [N, D]; guarded, what a row does not see cannot make it NaN."""
     if GUARDED:
-        x, up, down = without_infinities(x)
-        acc += infinities(visible.to(x.dtype), up, down)
+        x, kind = without_infinities(x)
+        acc += infinities(visible, kind)
     return tl.dot(weights, x, acc, input_precision="ieee")
 
 

@@ -184,10 +184,13 @@ _BRANCH_SM80 = _BRANCH | {
     ("dkdv", 64, 4): BranchConfig(16, 16, 8, 2),
 }
 
+# On sm_100 one of more columns spills in its main loop.
+_BRANCH_SM100 = _BRANCH | {("dkdv", 96, 2): BranchConfig(32, 32, 8, 2, 255)}
+
 
 def branch_config(kernel: str, head_dim: int, itemsize: int, arch: int) -> BranchConfig:
     """The configuration for "forward", "dq" or "dkdv"; the other arguments as for `attention_config`."""
-    table = _BRANCH if arch >= 90 else _BRANCH_SM80
+    table = _BRANCH_SM100 if 100 <= arch < 120 else _BRANCH if arch >= 90 else _BRANCH_SM80
     config = table[(kernel, _head_dim_class(head_dim), itemsize)]
     if arch == AMD:
         return replace(config, num_stages=min(config.num_stages, 2), max_registers=None)  # NVIDIA's option

@@ -41,33 +41,35 @@ def store_rows(ptr, offsets, d, value, keep, HEAD_DIM: tl.constexpr, PADDED: tl.
         tl.store(ptr + offsets[:, None] + d[None, :], value, mask=keep[:, None])
 
 
+DOWN = tl.constexpr(64)  # what a −inf counts in `infinities`: more than a step has tokens, and exact in float16
+
+
 @triton.jit
 def without_infinities(x):
-    """``x`` with 0 for what is not finite, and where that was +inf or NaN, and where −inf or NaN (1 or 0, x's dtype).
+    """``x`` with 0 for what is not finite, and of what kind that was: 1 for +inf, DOWN for −inf, both for NaN; float16.
 
     A hidden token has weight 0, and 0 · NaN is NaN: a product that such tokens take part in is computed with the first,
     and what the visible ones contribute is added by ``infinities``.
     """
     wide = x.to(tl.float32)
-    up = wide == float("inf")
-    down = wide == float("-inf")
     nan = wide != wide
-    return (
-        tl.where(up | down | nan, 0.0, wide).to(x.dtype),
-        tl.where(up | nan, 1.0, 0.0).to(x.dtype),
-        tl.where(down | nan, 1.0, 0.0).to(x.dtype),
-    )
+    up = (wide == float("inf")) | nan
+    down = (wide == float("-inf")) | nan
+    kind = tl.where(up, 1.0, 0.0) + tl.where(down, DOWN * 1.0, 0.0)
+    return tl.where(up | down, 0.0, wide).to(x.dtype), kind.to(tl.float16)
 
 
 @triton.jit
-def infinities(seen, up, down):
+def infinities(visible, kind):
     """[M, D]: what is to be added for the infinities and NaN that each row sees: 0, inf, −inf or NaN.
 
-    ``seen`` [M, N] is 1 where a row sees a token; up and down [N, D] are of ``without_infinities``.
+    ``visible`` [M, N]: whether a row sees a token, of fewer than DOWN; kind [N, D] is of ``without_infinities``. Small
+    whole numbers, counted on tensor cores whatever the inputs' dtype.
     """
-    plus = tl.where(tl.dot(seen, up, input_precision="ieee") > 0.0, float("inf"), 0.0)
-    minus = tl.where(tl.dot(seen, down, input_precision="ieee") > 0.0, float("-inf"), 0.0)
-    return plus + minus
+    hits = tl.dot(visible.to(tl.float16), kind)
+    downs = tl.floor(hits * (1.0 / DOWN))
+    ups = hits - downs * DOWN
+    return tl.where(ups > 0.0, float("inf"), 0.0) + tl.where(downs > 0.0, float("-inf"), 0.0)
 
 
 @triton.jit

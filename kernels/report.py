@@ -83,13 +83,14 @@ def markdown(rows: list[dict[str, Any]], versions: str) -> str:
     failed = [row for row in rows if "error" in row]
     good = [row for row in rows if "error" not in row]
     spilled = [row for row in good if row["spill_bytes"]]
+    in_loops = [row for row in spilled if row["loop_spills"]]
     archs = [arch for arch in sorted(variants.ARCHS, key=str) if any(row["arch"] == arch for row in rows)]
     lines = [
         "# Triton kernels: what every variant takes",
         "",
         f"Made by `python -m anabranch.kernels.report` with {versions}; compiled, not run: no GPU is needed for it.",
-        f"{len(good)} variants compiled, {len(failed)} failed, {len(spilled)} spill registers"
-        f" ({sum(row['head_dim'] <= 128 for row in spilled)} of these at head_dim 128 or less).",
+        f"{len(good)} variants compiled, {len(failed)} failed; {len(spilled)} spill registers, {len(in_loops)} of them"
+        " in their main loops (the others where hidden infinities and NaN are kept out, which hardly ever runs).",
         "A cell: registers a thread, shared memory a block, tensor-core instruction (– = none), spilled bytes if any,",
         "bytes of an asynchronous copy; then rows × columns × stages of each tile, and warps.",
         "`options`: softcap, window, sinks and device-side counts all on, as far as the kernel has them.",
@@ -104,7 +105,8 @@ def markdown(rows: list[dict[str, Any]], versions: str) -> str:
             cell = "**failed**"
         else:
             cell = f"{row['registers']} r, {row['shared_bytes'] / 1024:.0f} KB, {'+'.join(row['tensor_cores']) or '–'}"
-            cell += f", **{row['spill_bytes']} B spilled**" if row["spill_bytes"] else ""
+            cell += f", {row['spill_bytes']} B spilled" if row["spill_bytes"] else ""
+            cell += f" (**{row['loop_spills']} moves in main loops**)" if row["loop_spills"] else ""
             cell += f", copies {row['copy_bytes']} B" if row["copy_bytes"] else ""
             cell += f" ({row['tile']}; {row['num_warps']} warps)" if row["tile"] else ""
         table.setdefault(key, {})[row["arch"]] = cell

@@ -63,7 +63,13 @@ SHARED_LIMIT = {
     "gfx942": 64 * 1024,
     "gfx950": 160 * 1024,
 }
-TENSOR_CORES = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mfma": "v_mfma_f32"}
+TENSOR_CORES = {
+    "mma.sync": "mma.sync",
+    "wgmma": "wgmma.mma_async",
+    "tcgen05": "tcgen05.mma",
+    "mfma": "v_mfma_f32",
+    "tf32": ".tf32",
+}
 # What an asynchronous copy and a load of global memory look like in PTX.
 COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*\], (0x[0-9a-f]+|\d+)")
 LOAD = re.compile(r"ld\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+) ")
@@ -270,9 +276,10 @@ def compile_variant(variant: Variant) -> dict[str, Any]:
 
     Returns:
         the variant's fields, those of ``launched_as`` and: ``registers`` a thread, ``spill_bytes`` a thread,
-        ``shared_bytes`` a block, ``tensor_cores`` (instruction kinds, sorted), ``copy_bytes`` (the most that an
-        asynchronous copy moves, that is one of K and V; 0: there is none), ``load_bytes`` (the most that a load of
-        global memory does; both are 0 for AMD) and ``code_bytes``.
+        ``loop_spills`` (``main_loop_spills``), ``shared_bytes`` a block, ``tensor_cores`` (instruction kinds, sorted),
+        ``copy_bytes`` (the most that an asynchronous copy moves, that is one of K and V; 0: there is none),
+        ``load_bytes`` (the most that a load of global memory does) and ``code_bytes``. Nobody reads AMD's loops, copies
+        and loads: 0.
 
     Raises:
         RuntimeError: nothing can be compiled here (``why_not`` tells why).
@@ -323,7 +330,7 @@ def _amd_resources(text: str) -> dict[str, int]:
             raise RuntimeError(f"the assembly says nothing of {name}")
         return int(found.group(1))
 
-    return {"registers": value("vgpr_count"), "spill_bytes": value("private_segment_fixed_size")}
+    return {"registers": value("vgpr_count"), "spill_bytes": value("private_segment_fixed_size"), "loop_spills": 0}
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -331,9 +338,23 @@ def _resources(cubin: bytes) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        text = subprocess.run([tool, "-res-usage", path], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+        usage, code = (
+            subprocess.run([tool, option, path], check=True, capture_output=True, text=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage printed nothing to read: {text!r}")
+        raise RuntimeError(f"cuobjdump -res-usage printed nothing to read: {usage!r}")
     registers, stack, local = map(int, found.groups())
-    return {"registers": registers, "spill_bytes": stack + local}
+    return {"registers": registers, "spill_bytes": stack + local, "loop_spills": main_loop_spills(code)}
+
+
+def main_loop_spills(sass: str) -> int:
+    """Loads and stores of spilled registers in the main loops: the innermost that copy asynchronously."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    jumps = [(at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in lines]
+    loops = {(int(to[1], 16), at) for at, to in jumps if to is not None and int(to[1], 16) < at}
+    innermost = [x for x in loops if not any(y != x and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
+    bodies = [[text for at, text in lines if begin <= at <= end] for begin, end in innermost]
+    main = [body for body in bodies if any("LDGSTS" in text for text in body)]
+    return sum(bool(re.search(r"\b(LDL|STL)\b", text)) for body in main for text in body)

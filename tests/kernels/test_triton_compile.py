@@ -30,30 +30,21 @@ def compiled():
 TABLE = json.loads((Path(__file__).parents[2] / report.OUT / "triton_resources.json").read_text())
 
 
-# What spills all the same, in bytes a thread at most: two column parts beside the guard against hidden values, and
-# AMD's compiler.
-SPILLS = {("attention", 72): 64, ("attention", 80): 64, ("branch_dq", 80): 80, ("branch_forward", "amd"): 332}
-
-
-def spills(variant):
-    amd = variant.capability == variants.AMD
-    return SPILLS.get((variant.kernel, "amd" if amd else variant.head_dim), 0)
-
-
 # Another Triton brings another compiler and assembler: everything must compile there, but it may spill.
 THE_TABLES_TRITON = TABLE["made_with"] == f"Triton {triton.__version__}"
 
 
 def check(variant, row):
+    # Where hidden infinities are kept out, spills cost next to nothing: it hardly ever runs.
     assert "error" not in row, row
     assert row["code_bytes"] > 1000 and row["registers"] > 0
-    assert not THE_TABLES_TRITON or row["spill_bytes"] <= spills(variant), row
+    assert not THE_TABLES_TRITON or row["loop_spills"] == 0, row
     assert row["shared_bytes"] <= variants.SHARED_LIMIT[variant.arch], row
     assert variant.capability == variants.AMD or row["registers"] <= 255
 
 
 @pytest.mark.parametrize("arch", variants.ARCHS)
-def test_variants_compile_without_spills(compiled, arch):
+def test_variants_compile(compiled, arch):
     rows = {variant: row for variant, row in compiled.items() if variant.arch == arch}
     assert rows
     for variant, row in rows.items():
@@ -79,7 +70,8 @@ def test_tensor_cores(compiled):
         elif variant.kernel not in ("attention", *(f"branch_{name}" for name in variants.BRANCH)):
             assert found == [], row
         elif variant.dtype == "fp32":
-            assert found == [], row
+            # (In float16: counts of 0 and 1, where hidden infinities are kept out.)
+            assert "tf32" not in row["tensor_cores"] and set(found) <= {"mma.sync"}, row
         elif variant.arch in (90, 100) and variant.kernel == "attention":  # the narrow tile and the wide one
             # (Before Triton 3.9 wide tiles of sm_100 are narrow enough for mma.sync: kernels/configs.py.)
             wide = "wgmma" if variant.arch == 90 else "tcgen05" if THE_TABLES_TRITON else "mma.sync"
@@ -113,7 +105,7 @@ def test_the_committed_table_is_of_the_kernels_as_they_are_launched():
         assert "error" not in row, row
         launched = variants.launched_as(variant)
         assert {name: row[name] for name in launched} == launched, "run python -m anabranch.kernels.report"
-        assert row["spill_bytes"] <= spills(variant) or variant.head_dim > 128, row
+        assert row["loop_spills"] == 0 or variant.head_dim > 128, row
 
 
 def test_a_variant_that_fails_is_reported_and_the_rest_still_compile():

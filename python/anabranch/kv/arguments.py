@@ -53,7 +53,7 @@ def _rows(rows: Any) -> dict[Branch, int]:
         if not isinstance(rows, Mapping):
             raise TypeError(f"rows: expected a dict {{branch: number of new rows}}, got {told(rows)}")
         rows = dict(rows)
-    if all(type(count) is int for count in rows.values()):
+    if set(map(type, rows.values())) <= {int}:  # the usual case, in a fifth of the time of a generator
         return rows
     for branch, count in rows.items():
         if index_of(count) is None:

@@ -30,6 +30,14 @@ class TileConfig:
     narrow: int = 0
     fixed: bool = False
 
+    def __post_init__(self) -> None:
+        # Plans are looked up by it several times a step: hashing seven fields each time would cost a third of a step.
+        fields = (self.tile, self.chunk, self.parallelism, self.num_kv_heads, self.elem_size, self.narrow, self.fixed)
+        object.__setattr__(self, "_hash", hash(fields))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined, no-any-return]
+
 
 def core_params(group: int, tile_config: TileConfig) -> _core.PlanParams:
     """The C++ planner's parameters for ``group`` query heads a KV head."""

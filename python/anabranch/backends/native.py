@@ -60,7 +60,7 @@ def attention(
     """Tree attention by a module's ``attention``: out [rows, Hq, D] in q's dtype; lse [rows, Hq] float32 or None.
 
     q: [rows, Hq, D], the last stride 1. k_pages, v_pages: [pages, page_size, Hkv, D], the same. arrays: a plan's
-    (docs/architecture.md); ``sections`` go behind them, ``more`` behind everything.
+    (docs/kernel_contract.md); ``sections`` go behind them, ``more`` behind everything.
     """
     num_q_heads, head_dim = q.shape[1:]
     page_size, num_kv_heads = k_pages.shape[1:3]

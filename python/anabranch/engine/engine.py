@@ -33,7 +33,7 @@ class Engine:
     num_pages: pages of the cache, each of `page_size` tokens; None: as many as free memory allows.
     backend: attention backend of every forward: "auto", "cpu", "triton", "cuda" or "reference".
     batch_invariant: the same seed gives the same tokens, bit for bit, alone, in a batch and after a pre-emption, in
-        float32, bfloat16 and float16. On a CPU only, and slower (see docs/strategies.md). A
+        float32, bfloat16 and float16. On a CPU only, and slower (see docs/guides/strategies.md). A
         model with an operation whose rows are not known to be independent is refused, by the operation's name.
     max_rows: most tokens one forward takes; longer prompts are prefilled in chunks, beside what is decoding.
     max_threads: most threads, of all prompts of a call, that decode at a time; more wait for their turn, which changes

@@ -149,10 +149,11 @@ def test_an_engine_whose_model_was_switched():
 
 
 def test_rows_that_no_layer_wrote_are_noticed_at_the_next_step(models):
-    """A cache made for one model, and a forward of another: nobody is left to notice it sooner."""
+    """A step, and a forward that was not given it: nobody is left to notice it sooner."""
     _, cache, branch = llama()
     other = cache.branch()
-    call(models["eager"], cache.step({branch: 4}), IDS[:4])
+    step = cache.step({branch: 4})
+    models["eager"](torch.tensor([IDS[:4]]), position_ids=step.position_ids[None], use_cache=False)
     with pytest.raises(ValueError, match=r"index 0 on whose keys.* missing in all layers; run the.*truncate\(.*, 0\)"):
         cache.step({branch: 1})
     cache.step({other: 1})  # they are not its rows
@@ -227,3 +228,20 @@ def test_a_bare_branch_mask_beside_labels(models, attn):
         assert torch.isfinite(models["anabranch"](**batch, use_cache=False).loss)
     with pytest.raises(ValueError, match="knows no branch_mask"):
         models[attn](**batch, use_cache=False)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@torch.no_grad()
+def test_the_very_first_forward_of_any_familys_eager_model(family):
+    """No cache that knows the model, no mask of ours, no labels: nothing but the keyword."""
+    config_class, options = FAMILIES[family]
+    model = build(config_class, attn="eager", **options)
+    layout = training.grpo(IDS[:6], [[3, 4, 5], [6, 7, 8]])
+    given = dict(input_ids=layout.input_ids[None], position_ids=layout.position_ids[None], use_cache=False)
+    with pytest.raises(ValueError, match=rf"branch_mask: .*'eager'.*{REMEDY}"):
+        model(**given, branch_mask=layout.mask)
+    cache = ab.TreeCache(num_layers=3, num_kv_heads=2, head_dim=32, num_pages=8)
+    step = cache.step({cache.branch(): 4})
+    with pytest.raises(ValueError, match=rf"tree_step: .*'eager'.*{REMEDY}"):
+        call(model, step, IDS[:4])
+    assert model(**given).logits.isfinite().all()  # without them it is as ever

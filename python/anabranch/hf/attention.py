@@ -92,7 +92,7 @@ def _check_tree_call(
     module: torch.nn.Module, attention_mask: torch.Tensor | None, step: Step, kwargs: dict[str, Any]
 ) -> Any:
     """Raise unless the module and its options are such that attention over a tree can honour them; returns the layer's
-    index. What depends on the step's numbers is checked where it is used (hf_tree.py): here it would be traced."""
+    index. What depends on the step's numbers is checked where it is used (hf/tree.py): here it would be traced."""
     from anabranch.kv.step import Step
 
     if not isinstance(step, Step):

@@ -6,14 +6,17 @@ compute ordinary causal attention over a packed row, and a loss. `guard_others` 
 under its own name, behind a check for our two keywords: `AttentionInterface.register` is Transformers' way to make a
 library-wide change of this kind. Nothing else changes for a model that does not pass them.
 
-``"eager"`` is not in the registry (each model's file has its own). There `TreeCache.for_model`'s cache, the mask in
-`Layout.batch` and, where labels are given, the loss notice: Transformers hands the keywords on to its loss functions,
-and `guard_losses` has them refuse a branch mask that no layer came to.
+``"eager"`` is not in that registry (each model's file has its own attention), but its mask function is in another one,
+and a forward asks for its mask. `guard_eager` has that function look at the keywords of the forward that asks.
+Where a model makes its mask by itself, `TreeCache.for_model`'s cache, the mask in `Layout.batch` and, where labels are
+given, the loss notice: Transformers hands the keywords on to its loss functions, and `guard_losses` has them refuse a
+branch mask that no layer came to.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +42,43 @@ def _guarded(name: str, function: Callable) -> Callable:
 
     attention._refuses_trees = True  # type: ignore[attr-defined]
     return attention
+
+
+def guard_eager(interface: Any) -> None:
+    """Have the mask function of ``"eager"`` refuse forwards that were given our keywords. Idempotent."""
+    function = interface()["eager"]
+    if not getattr(function, "_refuses_trees", False):
+        interface.register("eager", _guarded_mask(function))
+
+
+def _guarded_mask(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            module, given = _asking_forward()
+            for keyword in _OURS:
+                if given.get(keyword) is not None:
+                    raise ValueError(unheard(keyword, type(module).__name__, "eager"))
+        return function(*args, **kwargs)
+
+    mask._refuses_trees = True  # type: ignore[attr-defined]
+    return mask
+
+
+def _asking_forward() -> tuple[Any, dict[str, Any]]:
+    """The module whose forward asks for a mask, and the keywords that it was given beyond those it knows.
+
+    A mask function is not told of them, so they are read off the caller's frame: once a forward, a few frames up.
+    """
+    frame = sys._getframe(2)
+    for _ in range(8):
+        module, given = frame.f_locals.get("self"), frame.f_locals.get("kwargs")
+        if isinstance(module, torch.nn.Module) and isinstance(given, dict):
+            return module, given
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return None, {}
 
 
 def guard_losses(losses: dict[str, Any]) -> None:

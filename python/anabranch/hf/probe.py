@@ -50,7 +50,7 @@ class ModelShape:
     """Positions the model has embeddings for, where it looks them up in a table: none can lie beyond. None = no table
     (rotary embeddings)."""
     rope_rules: tuple[RopeRule, ...] = ()
-    """Where a forward's longest sequence decides the rotation of all rows (hf_rope.py); () = nowhere."""
+    """Where a forward's longest sequence decides the rotation of all rows (hf/rope.py); () = nowhere."""
 
 
 @dataclass(frozen=True)

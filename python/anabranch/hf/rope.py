@@ -9,8 +9,8 @@ depend on its company:
   forward are on the same side.
 * ``dynamic`` (NTK): frequencies change with every position from ``max_position_embeddings`` on. Exact below.
 
-`rope_rules` reads these from the configuration; hf_watch.py holds a cache to them and `check_branch_mask` a packed row.
-That a model has no other such dependence is proved by the probe in hf_shape.py, not believed.
+`rope_rules` reads these from the configuration; hf/watch.py holds a cache to them and `check_branch_mask` a packed row.
+That a model has no other such dependence is proved by the probe in hf/probe.py, not believed.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def attend(
         position_ids: what the model was given, [1, T], where it hands them on; compared with the step's in layer 0.
         where: names the module in messages.
         cached: whether the model was asked for a cache of Transformers' own.
-        rope: kind of the module's rotary embeddings where they look at the whole forward (hf_rope.py); "" elsewhere.
+        rope: kind of the module's rotary embeddings where they look at the whole forward (hf/rope.py); "" elsewhere.
         options: scale, softcap, window and sinks of ``tree_attention``.
 
     Returns:

@@ -6,7 +6,7 @@ before anything changes, when
 * the model no longer uses ``attn_implementation="anabranch"`` (its layers would not see the tree),
 * a branch goes on from rows whose keys and values no layer wrote (the forward did not reach the cache, or not in every
   layer),
-* a step would rotate a branch's rows, or its cached keys, as its own sequence alone would not be (hf_rope.py).
+* a step would rotate a branch's rows, or its cached keys, as its own sequence alone would not be (hf/rope.py).
 
 Caches made by hand (``TreeCache(num_layers=…)``) have none: their owner writes what and when it likes.
 """

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 class Watch:
     """Told of every change of a cache's tree; what it raises comes before anything has changed.
 
-    This one does nothing. A cache made for a model has one that knows what the model can serve (hf_watch.py).
+    This one does nothing. A cache made for a model has one that knows what the model can serve (hf/watch.py).
     """
 
     def check_step(self, rows: Mapping[Branch, int], positions: Mapping[Branch, Any]) -> None:

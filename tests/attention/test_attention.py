@@ -66,7 +66,7 @@ def test_float32_random_programs(backend: str, seed: int) -> None:
     group = (1, 3, 4, 7, 8)[seed % 5]
     dim = (32, 64, 80, 96, 128, 256)[seed % 6]
     if light and seed >= 8:
-        pytest.skip("the interpreter is slow: 8 of the 24 programs; tests/test_triton_kernels.py sweeps the kernels")
+        pytest.skip("the interpreter is slow: 8 of 24; tests/kernels/test_triton_kernels.py sweeps the kernels")
     twins = Twins(seed=seed, page_size=(1, 4, 16, 7)[seed % 4], heads=heads, dim=dim, num_pages=2000)
     for _ in range(15 if light else 60):
         twins.random_change(max_rows=5 if light else 40)

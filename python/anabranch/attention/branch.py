@@ -1,4 +1,4 @@
-"""``branch_attention``: attention over packed branches for training. The checks a caller deserves, then the op."""
+"""``branch_attention``: attention over packed branches for training. Argument checks, then the torch op."""
 
 from __future__ import annotations
 

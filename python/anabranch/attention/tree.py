@@ -1,4 +1,4 @@
-"""``tree_attention`` and ``paged_tree_attention``: the checks a caller deserves, then the torch op."""
+"""``tree_attention`` and ``paged_tree_attention``: argument checks, then the torch op."""
 
 from __future__ import annotations
 

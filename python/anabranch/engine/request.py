@@ -69,7 +69,6 @@ class Request:
         self.malformed_reasons: list[str] = []
         self._asked: EngineThread | None = None  # whose until() is being called
         self.spent = Costs()
-        self.answers: Any = None
         self.started: float | None = None
         self.finished = False
         self.trunk = self._make(None, "trunk", (0,))

@@ -143,7 +143,6 @@ class Scheduler:
                 return self.cache.step({chunk.branch: count for _, chunk, count in entries}, positions or None), entries
             except OutOfPages as error:
                 shortage = error
-            # The oldest always gets on, at the expense of the younger; so the loop does.
             oldest, youngest = (pick((kv for kv, _, _ in entries), key=_age) for pick in (min, max))
             victim = self._victim(oldest)
             if victim is not None:

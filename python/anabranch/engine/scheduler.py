@@ -78,7 +78,7 @@ class Scheduler:
                 if not need.kv.in_cache:
                     chain = [need]
                     while chain[-1].kv.branch is None and not chain[-1].kv.may_open:
-                        chain.append(chain[-1].parent)  # type: ignore[arg-type]
+                        chain.append(chain[-1].parent)
                     wanted.update(dict.fromkeys(reversed(chain)))
         waiting = request in self._queueing or any(t.kv.has_logits and not t.kv.pending for t in decoding)
         if not wanted and not waiting:

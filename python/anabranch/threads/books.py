@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from inspect import isgenerator
-from typing import Any, Generic, TypeVar
+from math import inf
+from typing import Any, ClassVar, Generic, TypeVar
 
 from anabranch.records import events
 from anabranch.records.actions import Action
@@ -33,7 +34,7 @@ class Books(Generic[State]):
     carried out). One that keeps more than the tokens of a thread (an engine: its KV) also defines the hooks at the end.
     """
 
-    ops: Mapping[type[Op], HostOp[Any]]
+    ops: ClassVar[Mapping[type[Op], HostOp[Any]]]
 
     def __init__(
         self,
@@ -235,6 +236,17 @@ class Books(Generic[State]):
             if not moved:
                 return any_moved
             any_moved, moved = True, False
+
+    def decodable(self) -> list[State]:
+        """Threads whose queue begins with a decode; for a sequential strategy only the first that has anything to do,
+        children before their parent."""
+        threads = [t for t in self.queued if t.queue and t.born]
+        if self.sequential:
+            # A fork that still waits for its thread's last token keeps the turn: its children come next, not whoever
+            # happens to be ready. So the order, and with it who a budget stops, does not depend on pages or chunks.
+            threads = [t for t in threads if not self.ops[type(t.queue[0])].waits_for_children(self, t.queue[0])]
+            threads = sorted(threads, key=lambda t: (*t.path, inf))[:1]
+        return [t for t in threads if self.ops[type(t.queue[0])].decodes]
 
     def _advance(self, thread: State, op: Op) -> bool:
         return self.ops[type(op)].advance(self, thread, op)

@@ -13,8 +13,10 @@ from anabranch.text.tokens import Reader, Stops
 class Sampling(Protocol):
     """What ends a decode apart from its own arguments, by the generation config it samples with."""
 
-    eos_ids: frozenset[int]
-    stop_strings: tuple[str, ...]
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+    @property
+    def stop_strings(self) -> tuple[str, ...]: ...
 
     def stops(self, context: Callable[[], list[int]]) -> bool:
         """Whether a stopping criterion ends it here."""

@@ -1,6 +1,7 @@
 """The loop: one packed forward a step for all threads of all prompts."""
 
 from anabranch.engine.engine import Engine
+from anabranch.engine.handle import Handle
 from anabranch.engine.replay import logprob_pairs, replay
 from anabranch.records.events import Discard, Event, Finish, Fork, Join, Token
 from anabranch.records.result import Node, Result
@@ -11,6 +12,7 @@ __all__ = [
     "Event",
     "Finish",
     "Fork",
+    "Handle",
     "Join",
     "Node",
     "Result",

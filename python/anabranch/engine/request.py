@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from inspect import isgenerator
 from math import nan
@@ -51,6 +50,7 @@ class Request:
         template: Mapping[str, Any] | None = None,
     ):
         self.index, self.strategy, self.seed, self.prompt = index, strategy, seed, prompt
+        self.order = (0, index)  # among all requests of an engine: who comes first in a shortage (the loop's affair)
         # How a chat ends is said of the caller's own; the rest holds for a strategy's as well.
         own = ("add_generation_prompt", "continue_final_message")
         self._template = {k: v for k, v in (template or {}).items() if k not in own}
@@ -69,7 +69,7 @@ class Request:
         self.malformed_reasons: list[str] = []
         self._asked: EngineThread | None = None  # whose until() is being called
         self.spent = Costs()
-        self.started: float | None = None
+        self.started: float | None = None  # when it was handed to the loop
         self.finished = False
         self.trunk = self._make(None, "trunk", (0,))
         self.trunk.prompt_length = len(token_ids)
@@ -80,7 +80,6 @@ class Request:
     # ---------------------------------------------------------------------------------------- life
 
     def start_strategy(self) -> None:
-        self.started = time.perf_counter()
         running = self.strategy.run(self.trunk.handle)
         if isgenerator(running):
             self.main = self.tasks.start(running, 0)
@@ -93,9 +92,12 @@ class Request:
         return self.main is not None and self.main.done and not self.trunk.queue
 
     def critical_path(self) -> int:
-        assert self.main is not None
         # Run one after another, every token is on the path.
-        return self.sampled + self.inserted if self.sequential else max(self.main.now, self.trunk.clock)
+        return (
+            self.sampled + self.inserted
+            if self.sequential
+            else max(self.main.now if self.main is not None else 0, self.trunk.clock)
+        )
 
     def release(self) -> None:
         """Give back every page and end every generator. Safe at any moment, and twice."""

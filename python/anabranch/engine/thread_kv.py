@@ -42,10 +42,15 @@ class EngineThread(ThreadState["EngineThread"]):
         above = None if parent is None else parent.handle
         self.handle: Thread = Thread(request, self, above, path, role)
         self.kv = ThreadKV(self)
-        self.age = (request.index, serial)  # order of arrival: of its prompt, then its own
+        self._serial = serial
         self.decode: RunningDecode | None = None  # what is settled about the decode at the head of its queue
         self.score: RunningScore | None = None
         self.reader: Reader | None = None  # tells the thread's text to whoever streams it
+
+    @property
+    def age(self) -> tuple[int, int, int]:
+        """Who comes first: by the order of its request, then its own."""
+        return (*self.request.order, self._serial)
 
     @property
     def running(self) -> RunningDecode:

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from anabranch import hf
-from anabranch._check import index_of, told, whole
+from anabranch._check import told, whole
 from anabranch.backends.registry import choose
 from anabranch.engine.call import Call
-from anabranch.engine.fit import check_model, check_rotation
 from anabranch.engine.handle import Handle
 from anabranch.engine.loop import Loop
-from anabranch.engine.options import prepare_config
-from anabranch.engine.request import Request
-from anabranch.engine.sampling import Samplers
+from anabranch.engine.prepare import Preparation
 from anabranch.kv.cache import TreeCache
 from anabranch.records.events import Event
 from anabranch.runner.graph import DecodeGraph, unfit
 from anabranch.runner.invariant import Invariant, check_rows, require_invariant
 from anabranch.runner.linear import linear_context
-from anabranch.strategies import Plain, Strategy
-from anabranch.text.prompts import Prompt, Text, check_template, split_prompts
-from anabranch.text.tokens import Tokens
-
-_KEPT_SAMPLERS = 16
+from anabranch.strategies import Strategy
+from anabranch.text.prompts import Prompt
 
 
 class Engine:
@@ -102,10 +94,8 @@ class Engine:
             self.linear = Invariant(model)
             check_rows(model, self.linear, backend)
         self.graphs = self._decode_graph(cuda_graphs)
-        self._tokens = Tokens(tokenizer)
-        self._samplers: dict[Any, Samplers] = {}  # of calls with equal settings, the last used last
-        self._preparing = threading.RLock()
-        self._loop = Loop(self)
+        self.prepare = Preparation(self)
+        self.loop = Loop(self)
         self._nested: list[Loop] = []  # of calls that were made inside a step
 
     # ---------------------------------------------------------------------------------------- public
@@ -150,7 +140,7 @@ class Engine:
         leave no token to choose (all −inf, or a NaN). The model runs in its own dtype, under torch.autocast too. After
         any exception, a strategy's own or Ctrl-C, all pages are free again and the engine is as good as new.
         """
-        call, many = self._prepare(prompt, strategy, generation_config, seed, max_new_tokens, kwargs)
+        call, many = self.prepare.call(prompt, strategy, generation_config, seed, max_new_tokens, kwargs)
         with self._under_way(call) as loop:
             loop.wait(call, lambda: call.ended)
         results = call.outcome()
@@ -167,7 +157,7 @@ class Engine:
     ) -> Iterator[Event]:
         """Like `generate`, as it happens: yields `Token`, `Fork`, `Join`, `Discard` and, for each prompt, `Finish` with
         its `Result`. Leaving the loop early frees everything."""
-        call, _ = self._prepare(prompt, strategy, generation_config, seed, max_new_tokens, kwargs, listened=True)
+        call, _ = self.prepare.call(prompt, strategy, generation_config, seed, max_new_tokens, kwargs, listened=True)
         return self._events(call)
 
     def add(
@@ -199,13 +189,15 @@ class Engine:
         >>> handle.result().text
         """
         options = {**kwargs, "priority": priority, "deadline": deadline}
-        call, many = self._prepare(prompt, strategy, generation_config, seed, max_new_tokens, options, listened=True)
+        call, many = self.prepare.call(
+            prompt, strategy, generation_config, seed, max_new_tokens, options, listened=True
+        )
         if many:
             raise ValueError(
                 f"prompt: add takes one prompt, got a list of {len(call.requests)}; add each, or use generate"
             )
-        self._loop.submit(call, limited=True)
-        return Handle(self._loop, call)
+        self.loop.submit(call, limited=True)
+        return Handle(self.loop, call)
 
     def step(self) -> bool:
         """Do one packed forward for all requests that are there; whether anything is left to do.
@@ -213,14 +205,26 @@ class Engine:
         What goes wrong with a request comes out of its own `Handle.result`, not of here. After Ctrl-C in the middle of
         a step all other requests go on with the next.
         """
-        if self._loop.turns.mine:
+        if self.loop.turns.mine:
             raise RuntimeError("step: called inside a step, by a strategy, a logits processor or an until")
-        return self._loop.step()
+        return self.loop.step()
+
+    def serve(self, stop: threading.Event) -> None:
+        """Step whenever there is something to do, until `stop` is set: for a thread of its own.
+
+        >>> stop = threading.Event()
+        >>> thread = threading.Thread(target=engine.serve, args=(stop,))
+        """
+        work = self.loop.work
+        while not stop.is_set():
+            work.clear()
+            if not self.step():
+                work.wait(0.1)  # `stop` sets no `work`
 
     def abort(self) -> None:
         """End everything that is running or waiting and free every page. generate() then returns what there was so
         far."""
-        for loop in (self._loop, *self._nested):
+        for loop in (self.loop, *self._nested):
             loop.abort_all()
 
     @property
@@ -249,8 +253,8 @@ class Engine:
         Inside a step there is no waiting for another one: a call that is made there, by a strategy or an until, has a
         loop of its own.
         """
-        nested = self._loop.turns.mine
-        loop = Loop(self) if nested else self._loop
+        nested = self.loop.turns.mine
+        loop = Loop(self) if nested else self.loop
         if nested:
             self._nested.append(loop)
         try:
@@ -269,138 +273,3 @@ class Engine:
                 yield from call.take()
         yield from call.take()
         call.outcome()
-
-    def _prepare(
-        self,
-        prompt: Any,
-        strategy: Any,
-        config: Any,
-        seed: Any,
-        max_new_tokens: Any,
-        kwargs: dict[str, Any],
-        listened: bool = False,
-    ) -> tuple[Call, bool]:
-        """Check everything and set up the call; nothing in the cache changes here. listened: somebody reads events."""
-        with self._preparing:
-            return self._prepared(prompt, strategy, config, seed, max_new_tokens, kwargs, listened)
-
-    def _prepared(
-        self,
-        prompt: Any,
-        strategy: Any,
-        config: Any,
-        seed: Any,
-        max_new_tokens: Any,
-        kwargs: dict[str, Any],
-        listened: bool,
-    ) -> tuple[Call, bool]:
-        strategy = Plain() if strategy is None else strategy
-        if not isinstance(strategy, Strategy):
-            raise TypeError(
-                f"strategy: got {strategy!r}; pass an instance of a Strategy, such as ab.SelfConsistency(n=8), or None"
-            )
-        limit = check_model(self.model, self.cache)
-        priority = whole(kwargs.pop("priority", 0), "priority", -100, 100)
-        deadline = _deadline(kwargs.pop("deadline", None))
-        extra, criteria = (kwargs.pop(name, None) for name in ("logits_processor", "stopping_criteria"))
-        budget = kwargs.pop("max_total_tokens", None)
-        if budget is not None:
-            budget = whole(budget, "max_total_tokens", 1, hint=", or None")
-        logprobs = kwargs.pop("logprobs", False)
-        if not isinstance(logprobs, bool):
-            raise ValueError(
-                f"logprobs={logprobs!r}; pass True to record each sampled token's log-probability, or False"
-            )
-        template = check_template(kwargs.pop("chat_template_kwargs", None))
-        plain = isinstance(getattr(strategy, "strategy", strategy), Plain)
-        prepared = prepare_config(self.model, config, max_new_tokens, kwargs, samples=not plain)
-        samplers = self._samplers_for(prepared, extra, criteria)
-        if self._tokens.tokenizer is not self.tokenizer:
-            self._tokens = Tokens(self.tokenizer)
-        text = Text(self.tokenizer, self.vocab_size, samplers.base.eos_ids, self._tokens)
-        prompts, many = split_prompts(prompt)
-        seeds = _seeds(seed, len(prompts))
-        ids = [text.prompt_ids(p, f"prompt[{i}]" if many else "prompt", template) for i, p in enumerate(prompts)]
-        # Without anything that could end it early, plain decoding writes all it may; its last token needs no place.
-        base = samplers.base
-        endless = plain and not budget and not base.eos_ids and not base.criteria and not base.stop_strings
-        self._check_room(ids, prepared.max_new_tokens - 1 if endless else 0, many)
-        _check_positions(ids, limit, many)
-        check_rotation(self.model, ids, prepared.max_new_tokens, self.max_rows, many)
-        call = Call(self.cache, priority, deadline)
-        requests = [
-            Request(
-                i,
-                tokens,
-                strategy,
-                s,
-                cache=self.cache,
-                text=text,
-                samplers=samplers,
-                max_total_tokens=budget,
-                max_new_tokens=prepared.max_new_tokens,
-                logprobs=logprobs,
-                position_limit=limit,
-                emit=call.emit if listened else None,
-                prompt=prompts[i],
-                template=template,
-            )
-            for i, (tokens, s) in enumerate(zip(ids, seeds, strict=True))
-        ]
-        call.holds(requests)
-        return call, many
-
-    def _samplers_for(self, config: Any, extra: Any, criteria: Any) -> Samplers:
-        """Calls with equal settings share their samplers, so that their threads are sampled together. What a caller
-        brings along, and a watermark, may keep a state of its own."""
-        if extra or criteria or config.watermarking_config is not None:
-            return Samplers(self.model, self.tokenizer, config, extra, criteria)
-        key = (id(self.model), id(self.tokenizer), json.dumps(config.to_dict(), sort_keys=True, default=repr))
-        found = self._samplers.pop(key, None)
-        if found is None:
-            found = Samplers(self.model, self.tokenizer, config)
-        self._samplers[key] = found
-        while len(self._samplers) > _KEPT_SAMPLERS:
-            del self._samplers[next(iter(self._samplers))]
-        return found
-
-    def _check_room(self, ids: list[list[int]], more: int, many: bool) -> None:
-        """ValueError for a prompt that, with `more` tokens behind it, can never fit in the cache."""
-        pages, size = self.cache.num_pages, self.cache.page_size
-        for i, tokens in enumerate(ids):
-            if len(tokens) + more > pages * size:
-                what = f"{len(tokens)} tokens" + (f" and {more} more" if more else "")
-                raise ValueError(
-                    f"prompt{f'[{i}]' if many else ''}: {what} can never fit in num_pages={pages} of {size} tokens; "
-                    f"make the engine with num_pages of at least {-(-(len(tokens) + more) // size) + (not more)}"
-                    + (", or use a smaller max_new_tokens" if more else "")
-                )
-
-
-def _deadline(seconds: Any) -> float | None:
-    """Seconds from now, on the monotonic clock."""
-    if seconds is None:
-        return None
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
-        raise ValueError(f"deadline={told(seconds)}; pass seconds > 0, or None for no deadline")
-    return time.monotonic() + float(seconds)
-
-
-def _seeds(seed: Any, count: int) -> list[int]:
-    """One seed a prompt."""
-    one = index_of(seed)
-    many = isinstance(seed, (list, tuple)) or getattr(seed, "ndim", 0) == 1
-    seeds = [index_of(s) for s in seed] if many else [one] * count
-    if len(seeds) != count or any(s is None or s < 0 for s in seeds):
-        raise ValueError(f"seed={told(seed)}; pass a whole number ≥ 0, or a list of {count} (one a prompt)")
-    return seeds  # type: ignore[return-value]
-
-
-def _check_positions(ids: list[list[int]], limit: int | None, many: bool) -> None:
-    """ValueError for a prompt that is longer than the positions which the model has embeddings for."""
-    for i, tokens in enumerate(ids):
-        if limit is not None and len(tokens) > limit:
-            raise ValueError(
-                f"prompt{f'[{i}]' if many else ''}: {len(tokens)} tokens, but the model has embeddings for {limit} "
-                "positions; shorten it, or use a model with a longer context"
-            )

@@ -56,6 +56,7 @@ class Loop:
         self._to_end = False  # whether some call was aborted or has a deadline
         self.touched: Request | None = None  # whose strategy or processors are running
         self._evaluation = Evaluation()
+        self._settled = True  # whether all that could happen without a forward has happened behind the last one
 
     # ---------------------------------------------------------------------------------------- coming and going
 
@@ -143,11 +144,14 @@ class Loop:
         with self.turns.step(), self._evaluation.of(self.engine.model):
             try:
                 self._end_what_is_over()
-                self._settle(self._take_up())
+                settled, self._settled = self._settled, False
+                new = self._take_up()
+                self._settle(new if settled else self.active)
                 self._end_what_is_over()
                 if self.active:
                     self._step()
                     self._settle(self.active)
+                self._settled = True
                 self._end_what_is_over()
             except BaseException as error:  # Ctrl-C: who was being touched may be in any state, all others are whole
                 if self.touched is not None:

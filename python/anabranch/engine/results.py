@@ -74,6 +74,7 @@ def build_result(engine: Any, request: Request, peaks: Peaks) -> Result:
         **peaks.as_metrics(),
     )
     model = engine.model
+    every = (token for node in tree.walk() for run in (*node.runs, *node.forgotten) for token in run.token_ids)
     return Result(
         text=tree.text,
         token_ids=trunk.token_ids,
@@ -87,5 +88,6 @@ def build_result(engine: Any, request: Request, peaks: Peaks) -> Result:
             "strategy": repr(request.strategy),
             "seed": request.seed,
             "config": {k: v for k, v in request.samplers.settings.items()},
+            "pieces": request.pieces(every),
         },
     )

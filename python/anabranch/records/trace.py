@@ -10,11 +10,12 @@ Layout (version 2)::
               "runs": [{"kind", "token_ids", "position", "source", "spliced", "logprobs"}], "forgotten": [as runs],
               "children": [nodes],
               "log": [{"do", "token_ids", "children", "mode", "length", "headers"}]},
-     "metrics": {…}}
+     "metrics": {…}, "pieces": {str: str} | null}
 
-``logprobs`` is null unless they were asked for (``generate(logprobs=True)``). ``log`` is what was done to a thread, in
-order (`anabranch.records.actions.Action`): `ab.replay` does it again. Version 1, which had neither of the two and
-fewer metrics, is still read; it cannot be replayed.
+``pieces`` is what each token id reads as in the middle of a text, null without a tokenizer and missing in traces from
+before it was kept. ``logprobs`` is null unless they were asked for (``generate(logprobs=True)``). ``log`` is what was
+done to a thread, in order (`anabranch.records.actions.Action`): `ab.replay` does it again. Version 1, which had neither
+of the two and fewer metrics, is still read; it cannot be replayed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from anabranch.records.actions import Action
+from anabranch.records.files import write_whole
 from anabranch.records.joins import JOINS
 from anabranch.records.metrics import Metrics, overhead_of
 from anabranch.records.result import Node, Result, Run
@@ -50,6 +52,7 @@ class Trace:
     metrics: Metrics
     answers: Any = None
     malformed: tuple[str, ...] = ()
+    pieces: Mapping[int, str] | None = None
     version: int = field(default=VERSION)
 
     @classmethod
@@ -68,6 +71,7 @@ class Trace:
             metrics=result.metrics,
             answers=_plain(result.answers),
             malformed=result.malformed,
+            pieces=info.get("pieces"),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -76,11 +80,7 @@ class Trace:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON; a file already there is replaced only once the new one is whole."""
-        text = json.dumps(self.as_dict(), ensure_ascii=False, indent=1)
-        partial = f"{os.fspath(path)}.partial"
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(self.as_dict(), ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
     def from_dict(cls, data: Any) -> Trace:
@@ -120,6 +120,7 @@ class Trace:
             metrics=Metrics(**{**metrics, "threads_per_block": _ids(metrics, "threads_per_block", "trace.metrics")}),
             answers=data.get("answers"),
             malformed=tuple(_list(data, "malformed", "trace", lambda v, at: _want(v, str, at))),
+            pieces=_pieces(data),
         )
 
 
@@ -199,6 +200,17 @@ def _natural(value: Any, at: str) -> int:
 
 def _ids(data: Mapping[str, Any], name: str, at: str) -> tuple[int, ...]:
     return tuple(_list(data, name, at, _natural))
+
+
+def _pieces(data: Mapping[str, Any]) -> dict[int, str] | None:
+    pieces = _want(data.get("pieces"), (dict, type(None)), "trace.pieces")
+    if pieces is None:
+        return None
+    for token, text in pieces.items():
+        if not token.isdecimal():
+            raise ValueError(f"trace.pieces: {token!r} is no token id")
+        _want(text, str, f"trace.pieces[{token!r}]")
+    return {int(token): text for token, text in pieces.items()}
 
 
 def _run(data: Any, at: str) -> Run:

@@ -184,6 +184,12 @@ class Text:
         reader.push(token_ids)
         return reader.text
 
+    def pieces(self, token_ids: Iterable[int]) -> dict[int, str] | None:
+        """What each of `token_ids` reads as in the middle of a text, once; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        return {token: self._tokens.piece(token) for token in sorted(set(token_ids))}
+
     def last_characters(self, context: Sequence[int], count: int) -> str:
         """The end of a context's text, `count` characters or more if there are as many; needs a tokenizer."""
         size = 4 * count + 8

@@ -25,17 +25,16 @@ MUTANTS = [
         "return self.length == len(child.prefix)", ORDER,
     ),
     Mutant(
-        "an op does not wait for its issue time", f"{ENGINE}request.py",
+        "an op does not wait for its issue time", f"{ENGINE}ops/base.py",
         "        thread.reach(op.issued)\n        thread.queue.popleft()",
         "        thread.queue.popleft()", ORDER,
     ),
     Mutant(
-        "a decode does not wait for its issue time", f"{ENGINE}request.py",
-        "            thread.decode = decode\n            thread.reach(op.issued)",
-        "            thread.decode = decode", ORDER,
+        "a decode does not wait for its issue time", f"{ENGINE}ops/decode.py",
+        "            thread.reach(op.issued)\n", "", ORDER,
     ),
     Mutant(
-        "a join takes the last child's depth", f"{ENGINE}request.py",
+        "a join takes the last child's depth", f"{ENGINE}ops/join.py",
         "thread.reach(child.clock)", "thread.clock = child.clock", ORDER,
     ),
     Mutant(
@@ -58,7 +57,7 @@ MUTANTS = [
         "if isinstance(op, JoinOp) and thread.handle in op.children:", "if False:", ORDER,
     ),
     Mutant(
-        "until() that kills its own thread", f"{ENGINE}request.py",
+        "until() that kills its own thread", f"{ENGINE}ops/decode.py",
         "if reason is not None and not op.done:", "if reason is not None:", ORDER,
     ),
     Mutant(
@@ -89,7 +88,7 @@ MUTANTS = [
         "if w not in stuck and not w.in_cache]", "if w not in stuck]", BOTH,
     ),
     Mutant(
-        "a join forgets what a child sampled", f"{ENGINE}request.py",
+        "a join forgets what a child sampled", f"{ENGINE}ops/join.py",
         "            thread.path_sampled = max(thread.path_sampled, child.path_sampled)\n", "", BOTH,
     ),
     Mutant(
@@ -120,8 +119,8 @@ MUTANTS = [
         '        request.end(child, "killed")', "        pass", BOTH,
     ),
     Mutant(
-        "an EOS before a stop id", f"{ENGINE}request.py",
-        "        if token in op.stop_ids:\n", "        if token in op.stop_ids - sampler.eos_ids:\n", BOTH,
+        "an EOS before a stop id", f"{ENGINE}ops/decode.py",
+        "    if token in op.stop_ids:\n", "    if token in op.stop_ids - sampler.eos_ids:\n", BOTH,
     ),
     Mutant(
         "fresh threads of several turns are one block", f"{ENGINE}request.py",

@@ -12,6 +12,7 @@ import torch
 
 from anabranch.engine import logits as next_logits
 from anabranch.engine.costs import Peaks, share
+from anabranch.engine.ops import record_token
 from anabranch.engine.request import Request
 from anabranch.engine.results import build_result
 from anabranch.engine.scheduler import Scheduler
@@ -202,7 +203,7 @@ class Call:
                 together[request] = together.get(request, 0) + 1
                 request.max_concurrency = max(request.max_concurrency, together[request])
                 thread.kv.logits = None
-                request.record_token(thread, token, logprobs.get(i) if request.logprobs else None)
+                record_token(request, thread, token, logprobs.get(i) if request.logprobs else None)
         share(time.perf_counter() - begin, "sampling", [(r.spent, n) for r, n in together.items()])
 
 

@@ -5,23 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from inspect import isgenerator
-from math import nan
 from typing import Any
 
 from anabranch.engine.costs import Costs
-from anabranch.engine.cuts import cut_needs, rewind, truncate
-from anabranch.engine.joins import ENGINE_JOINS
+from anabranch.engine.cuts import rewind
 from anabranch.engine.narrator import Narrator
-from anabranch.engine.running import RunningDecode, RunningScore
+from anabranch.engine.ops import engine_op
+from anabranch.engine.running import RunningDecode
 from anabranch.engine.sampling import Samplers, random_stream
 from anabranch.engine.tasks import Task, Tasks
 from anabranch.engine.thread_kv import EngineThread
 from anabranch.kv.cache import TreeCache
 from anabranch.records import events
 from anabranch.records.actions import Action
-from anabranch.records.joins import JOINS
 from anabranch.strategies.api.awaitable import Awaitable
-from anabranch.strategies.api.ops import Decode, Ended, ForkOp, InsertOp, JoinOp, Op, ScoreOp, TruncateOp
+from anabranch.strategies.api.ops import Decode, InsertOp, JoinOp, Op, ScoreOp
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
 from anabranch.strategies.plain import Plain
@@ -209,11 +207,7 @@ class Request:
         for child in list(thread.children):
             self.end(child, fate)
         for op in thread.queue:
-            if isinstance(op, Decode):
-                self._end(thread, op, "killed")
-            elif isinstance(op, ForkOp):  # children that never came to be
-                for handle in op.children:
-                    self.end(self._states[handle], fate)
+            engine_op(op).drop(self, thread, op, fate)
             op.resolve(None, thread.clock)
         thread.queue.clear()
         self.retire(thread, fate)
@@ -225,7 +219,7 @@ class Request:
         thread.alive, thread.fate = False, fate
         thread.kv.release(self.cache)
         thread.kv.logits = None
-        self._drained(thread)
+        self.emptied(thread)
 
     # ---------------------------------------------------------------------------------------- the queues
 
@@ -234,75 +228,23 @@ class Request:
         moved = any_moved = self.tasks.run_ready()
         while True:
             for thread in list(self.queued):
-                while thread.queue and self._carry_out(thread, thread.queue[0]):
+                while (
+                    thread.queue and thread.born and engine_op(thread.queue[0]).advance(self, thread, thread.queue[0])
+                ):
                     moved = True
                 if not thread.queue:
-                    self._drained(thread)
+                    self.emptied(thread)
             moved = self.tasks.run_ready() or moved
             if not moved:
                 return any_moved
             any_moved, moved = True, False
 
-    def _drained(self, thread: EngineThread) -> None:
+    def emptied(self, thread: EngineThread) -> None:
+        """A thread has nothing queued any more: whoever waits for that goes on."""
         self.queued.pop(thread, None)
         waiting, thread.waiting = thread.waiting, []
         for wait in waiting:
             wait.resolve(thread.handle, thread.clock)
-
-    def _carry_out(self, thread: EngineThread, op: Op) -> bool:
-        """Do `op`, the first in its thread's queue, if that is possible now."""
-        if not thread.born:
-            return False  # its parent has yet to fork
-        if isinstance(op, Decode):
-            return self._begin(thread, op)
-        if isinstance(op, ScoreOp):
-            return self._score(thread, op)
-        if not self._ready(thread, op):
-            return False
-        thread.reach(op.issued)
-        thread.queue.popleft()
-        if isinstance(op, InsertOp):
-            self.insert(thread, self.settle(thread, op), op.kind)
-            if op.kind == "inserted":
-                thread.log.append(Action("insert", list(op.token_ids)))
-        elif isinstance(op, ForkOp):
-            self._fork(thread, op)
-        elif isinstance(op, JoinOp):
-            self._join(thread, op)
-        elif isinstance(op, TruncateOp):
-            thread.log.append(Action("truncate", length=op.length))
-            truncate(self.cache, thread, op.length, f"truncate: length={op.length}")
-        op.resolve(op.children if isinstance(op, ForkOp) else None, thread.clock)
-        return True
-
-    def needs(self, thread: EngineThread, op: Op) -> list[EngineThread]:
-        """Threads that must be wholly in the cache before `op` can be carried out (or, for a Decode, go on).
-
-        A fork's children are to share the parent's last token, and what a join splices is KV: the token that was
-        sampled last has none yet, so it is computed first. That costs one more row in a step that other threads use as
-        well, and the row's logits serve children without a header. (Leaving the token to the children instead would
-        compute it once per child, and a concat join would then bring it back once per child.)
-        """
-        if isinstance(op, (ForkOp, Decode, ScoreOp)):
-            return [thread]
-        if isinstance(op, JoinOp):
-            return ENGINE_JOINS[op.mode].needs(thread, op, self.joined(op))
-        return cut_needs(thread, op.length) if isinstance(op, TruncateOp) else []
-
-    def joined(self, op: JoinOp) -> list[EngineThread]:
-        """The children that a join takes back."""
-        return [self._states[child] for child in op.children]
-
-    def waits_for_children(self, op: Op) -> bool:
-        """Whether `op` takes back children that still have something to do."""
-        return isinstance(op, JoinOp) and any(child.queue or not child.born for child in self.joined(op))
-
-    def _ready(self, thread: EngineThread, op: Op) -> bool:
-        if self.waits_for_children(op):
-            return False
-        if isinstance(op, ForkOp) and not thread.kv.has_logits and rewind(self.cache, thread):
-            return False
-        return all(t.kv.in_cache for t in self.needs(thread, op))
 
     # ---------------------------------------------------------------------------------------- each op
 
@@ -320,68 +262,19 @@ class Request:
             thread.prompt_length = len(token_ids)
         self.narrator.tell(thread, token_ids, position, kind != "sampled")
 
-    def _join(self, thread: EngineThread, op: JoinOp) -> None:
-        children, names = self.joined(op), [child.id for child in op.children]
-        for child in children:
-            thread.reach(child.clock)
-            thread.path_sampled = max(thread.path_sampled, child.path_sampled)
-        ENGINE_JOINS[op.mode].carry_out(self, thread, op, children)
-        if children:
-            headers = [None if h is None else self.ids(thread, h) for h in op.headers]
-            thread.log.append(JOINS[op.mode].recorded(names, op.token_ids, op.keep, headers))
-            self.narrator.joined(thread, names, op.mode)
-        else:  # all were killed while it waited for them
-            if op.keep is not None:
-                thread.log.append(Action("truncate", length=op.keep))
-            if op.token_ids:
-                thread.log.append(Action("insert", op.token_ids))
-
-    def _fork(self, thread: EngineThread, op: ForkOp) -> None:
-        children = [self._states[child] for child in op.children]
-        context = thread.context  # one tuple for all children
-        branches = self.cache.fork(thread.kv.held, len(children))
-        thread.blocks.append((thread.length, children))
-        thread.spawned_at = -1
-        headers: list[list[int] | None] = []
-        for child in children:
-            header = child.queue[0] if child.queue else None
-            if isinstance(header, InsertOp) and header.header:
-                header.token_ids = self.ids(thread, header.given)
-                header.given = header.token_ids
-                child.header_length = len(header.token_ids)
-                headers.append(list(header.token_ids))
-            else:
-                headers.append(None)
-        thread.log.append(Action("fork", children=[child.id for child in children], headers=headers))
-        for child, branch in zip(children, branches, strict=True):
-            thread.branch_off(child, context)
-            child.kv.branch, child.kv.logits, child.kv.logits_at = branch, thread.kv.logits, thread.kv.logits_at
-            if not child.alive:  # killed before it came to be
-                child.kv.release(self.cache)
-        self.narrator.forked(thread, [child.id for child in children])
-
     # ---------------------------------------------------------------------------------------- decoding
 
-    def _begin(self, thread: EngineThread, op: Decode) -> bool:
-        """Settle a decode that has come to the head of its queue; True when it ends at once."""
-        decode = thread.decode
-        if decode is None or decode.op is not op:
-            left = self.max_new_tokens - thread.path_sampled
-            limit = left if op.max_new_tokens is None else min(left, op.max_new_tokens)
-            if self.position_limit is not None:
-                self.check_position(thread, thread.position - 1)
-                limit = min(limit, self.position_limit - thread.position + self._last_is_free)
-            sampler = self.samplers.get(op.sampling)
-            decode = RunningDecode(op, limit, sampler, self._text.reader(thread.backwards()))
-            decode.stops = self._stops(thread, decode)
-            thread.decode = decode
-            thread.reach(op.issued)
-        if decode.limit <= 0 or self._out_of_budget():
-            thread.queue.popleft()
-            self._end(thread, op, "length" if decode.limit <= 0 else "budget")
-            return True
-        self._need_logits(thread, "decode")
-        return False
+    def running(self, thread: EngineThread, op: Decode) -> RunningDecode:
+        """What is settled about a decode whose turn has come: its limit, sampler, reader and stops."""
+        left = self.max_new_tokens - thread.path_sampled
+        limit = left if op.max_new_tokens is None else min(left, op.max_new_tokens)
+        if self.position_limit is not None:
+            self.check_position(thread, thread.position - 1)
+            limit = min(limit, self.position_limit - thread.position + self._last_is_free)
+        sampler = self.samplers.get(op.sampling)
+        decode = RunningDecode(op, limit, sampler, self._text.reader(thread.backwards()))
+        decode.stops = self._stops(thread, decode)
+        return decode
 
     def check_position(self, thread: EngineThread, last: int) -> None:
         """Raise for a thread with tokens past the positions which the model has embeddings for."""
@@ -392,7 +285,7 @@ class Request:
                 "smaller max_new_tokens, or a model with a longer context"
             )
 
-    def _need_logits(self, thread: EngineThread, what: str) -> None:
+    def need_logits(self, thread: EngineThread, what: str) -> None:
         """Have the next token's logits computed where they are missing."""
         if thread.kv.in_cache and not thread.kv.has_logits and not rewind(self.cache, thread):
             raise ValueError(
@@ -400,75 +293,19 @@ class Request:
                 f"{'joined siblings' if thread.segments else 'its parents'}; insert() at least one token first"
             )
 
-    def _score(self, thread: EngineThread, op: ScoreOp) -> bool:
-        """Append a thread's given tokens, or end the scoring once all their log-probabilities are there."""
-        if thread.score is None and self.settle(thread, op):
-            self._need_logits(thread, "score")
-            if not (thread.kv.in_cache and thread.kv.has_logits):
-                return False
-            thread.reach(op.issued)
-            assert thread.kv.logits is not None
-            rows, at = thread.kv.logits
-            thread.score = RunningScore(op, thread.length, [None] * len(op.token_ids))
-            thread.score.logprobs[0] = float(rows[at].float().log_softmax(-1)[op.token_ids[0]])
-            thread.log.append(Action("sample" if op.kind == "sampled" else "insert", list(op.token_ids)))
-            position = thread.position
-            thread.append(op.token_ids, op.kind, logprobs=[nan] * len(op.token_ids))
-            if op.kind == "sampled":
-                self.sampled += len(op.token_ids)
-                thread.path_sampled += len(op.token_ids)
-            else:
-                self.inserted += len(op.token_ids)
-            self.narrator.tell(thread, op.token_ids, position, op.kind != "sampled")
-        wanted = thread.score.logprobs if thread.score is not None else []
-        logprobs = [logprob for logprob in wanted if logprob is not None]
-        if len(logprobs) < len(wanted):
-            return False
-        thread.queue.popleft()
-        thread.score = None
-        if logprobs:
-            kept = thread.segments[-1].logprobs
-            assert kept is not None
-            kept[-len(logprobs) :] = logprobs
-        op.resolve(tuple(logprobs), thread.clock)
-        return True
-
-    def _out_of_budget(self) -> bool:
+    @property
+    def out_of_budget(self) -> bool:
+        """Whether the prompt's ``max_total_tokens`` are sampled."""
         return self.max_total_tokens is not None and self.sampled >= self.max_total_tokens
 
-    def record_token(self, thread: EngineThread, token: int, logprob: float | None = None) -> None:
-        """A token was sampled for a thread's decode; end the decode where that ends it."""
-        decode = thread.running
-        op, sampler, position = decode.op, decode.sampler, thread.position
-        thread.append([token], "sampled", logprobs=None if logprob is None else [logprob])
-        if not op.token_ids:
-            thread.log.append(Action("sample", op.token_ids))  # the list itself, which grows
-        op.token_ids.append(token)
-        thread.path_sampled += 1
-        self.sampled += 1
+    def count_sampled(self, thread: EngineThread, count: int = 1) -> None:
+        """A thread was given tokens that the model wrote."""
+        thread.path_sampled += count
+        self.sampled += count
         self.longest_context = max(self.longest_context, thread.length)
-        self.narrator.tell(thread, [token], position, False)
-        reason: str | None = None
-        stop: str | int | None = None
-        if token in op.stop_ids:
-            reason, stop = "stop", token
-        elif token in sampler.eos_ids:
-            reason = "eos"
-        elif (stop := decode.stop_string()) is not None or sampler.stops(lambda: [*thread.prefix, *thread.own]):
-            reason = "stop"
-        elif self._until(thread, op):
-            reason = "until"
-        elif len(op.token_ids) >= decode.limit:
-            reason = "length"
-        elif self._out_of_budget():
-            reason = "budget"
-        if reason is not None and not op.done:  # until() may have killed this thread
-            thread.queue.popleft()
-            self._end(thread, op, reason, stop)
-            if not thread.queue:
-                self._drained(thread)
 
-    def _until(self, thread: EngineThread, op: Decode) -> bool:
+    def until(self, thread: EngineThread, op: Decode) -> bool:
+        """Whether the caller's predicate ends a decode."""
         if op.until is None:
             return False
         self._asked = thread
@@ -483,10 +320,6 @@ class Request:
         if configured := decode.sampler.stop_strings:
             found.append(Stops(configured, self._text.last_characters(thread.context, max(map(len, configured)))))
         return found
-
-    def _end(self, thread: EngineThread, op: Decode, reason: str, stop: str | int | None = None) -> None:
-        thread.ended = Ended(reason, tuple(op.token_ids), self.decoded_text(op), stop, tuple(op.stats))
-        op.resolve(thread.ended, thread.clock)
 
     # ---------------------------------------------------------------------------------------- text
 

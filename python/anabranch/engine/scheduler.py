@@ -12,12 +12,12 @@ from math import inf
 import torch
 
 from anabranch.engine.admission import DecodeLimit
+from anabranch.engine.ops import engine_op
 from anabranch.engine.request import Request
 from anabranch.engine.thread_kv import EngineThread, PrefillChunk, ThreadKV
 from anabranch.errors import OutOfPages
 from anabranch.kv.cache import TreeCache
 from anabranch.kv.step import Step
-from anabranch.strategies.api.ops import Decode
 
 
 class Scheduler:
@@ -49,9 +49,9 @@ class Scheduler:
         if request.sequential:
             # A fork that still waits for its thread's last token keeps the turn: its children come next, not whoever
             # happens to be ready. So the order, and with it who a budget stops, does not depend on pages or chunks.
-            threads = [t for t in threads if not (request.waits_for_children(t.queue[0]))]
+            threads = [t for t in threads if not (engine_op(t.queue[0]).waits_for_children(request, t.queue[0]))]
             threads = sorted(threads, key=lambda t: (*t.path, inf))[:1]
-        return [t for t in threads if isinstance(t.queue[0], Decode)]
+        return [t for t in threads if engine_op(t.queue[0]).decodes]
 
     def ready(self) -> list[EngineThread]:
         """Threads that can be given a token without another forward."""
@@ -69,11 +69,11 @@ class Scheduler:
         decoding = self.decoding[request]
         for thread in list(request.queued):
             op = thread.queue[0] if thread.queue else None
-            if op is None or not thread.born or (isinstance(op, Decode) and thread not in decoding):
+            if op is None or not thread.born or (engine_op(op).decodes and thread not in decoding):
                 continue
-            if request.waits_for_children(op):
+            if engine_op(op).waits_for_children(request, op):
                 continue
-            for need in request.needs(thread, op):
+            for need in engine_op(op).needs(request, thread, op):
                 self._needed.add(id(need.kv))
                 if not need.kv.in_cache:
                     chain = [need]

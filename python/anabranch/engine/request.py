@@ -177,7 +177,7 @@ class Request:
         self._states[thread.handle] = thread
         self.threads.append(thread)
         if role == "fresh" and parent is not None:
-            parent.log.append(Action("spawn", children=[thread.id]))
+            parent.log.append(Action("spawn", children=[thread.id], clock=self.clock()))
             if parent.spawned_at == self.tasks.turn:
                 parent.blocks[-1][1].append(thread)  # spawned in one go: one block
             else:
@@ -191,7 +191,7 @@ class Request:
         states = [self._states[child] for child in children]
         for parent in dict.fromkeys(state.parent for state in states if state.parent is not None):
             names = [state.id for state in states if state.parent is parent]
-            parent.log.append(Action("kill", children=names, mode=fate))
+            parent.log.append(Action("kill", children=names, mode=fate, clock=self.clock()))
         for state in states:
             self.end(state, fate)
 

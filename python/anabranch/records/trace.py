@@ -9,7 +9,7 @@ Layout (version 2)::
      "tree": {"id", "role", "token_ids", "text", "start", "stop", "forked_at", "ended", "fate",
               "runs": [{"kind", "token_ids", "position", "source", "spliced", "logprobs"}], "forgotten": [as runs],
               "children": [nodes],
-              "log": [{"do", "token_ids", "children", "mode", "length", "headers"}]},
+              "log": [{"do", "token_ids", "children", "mode", "length", "headers", "clock"}]},
      "metrics": {…}, "pieces": {str: str} | null}
 
 ``pieces`` is what each token id reads as in the middle of a text, null without a tokenizer and missing in traces from
@@ -248,6 +248,7 @@ def _action(data: Any, at: str) -> Action:
     if mode not in (None, "killed", "discarded", *JOINS):
         raise ValueError(f"{at}.mode: expected a join mode, 'killed' or 'discarded', got {mode!r}")
     length = _get(data, "length", at, (int, type(None)))
+    clock = _want(data.get("clock"), (int, type(None)), f"{at}.clock")
     return Action(
         do=do,
         token_ids=_ids(data, "token_ids", at),
@@ -257,6 +258,7 @@ def _action(data: Any, at: str) -> Action:
         headers=tuple(
             _list(data, "headers", at, lambda v, at: None if v is None else _ids({"header": v}, "header", at))
         ),
+        clock=None if clock is None else _natural(clock, f"{at}.clock"),
     )
 
 

@@ -208,6 +208,7 @@ class _Thread:
         self.prompt = 0
         self.numbers: dict[int, int] = {}  # serial number → which of the lane's tokens it is
         self.cuts: list[list[Range]] = []
+        self.killed: dict[str, int] = {}  # child → when it was taken away
         self.lane = Lane(
             len(book.lanes), node.id, None if parent is None else parent.number, node.role, node.fate, node.ended,
             clock, clock, clock, (node.start, node.stop), shared,
@@ -221,6 +222,8 @@ class _Thread:
             self.prompt = len(prompt)
             self.add(Step("prompt", self.lane.begin, self.book.store(prompt, self.lane.number)))
         for action in actions_of(self.node):
+            if action.clock is not None and not self.book.sequential and action.do not in ("spawn", "kill"):
+                self.lane.end = max(self.lane.end, action.clock)  # it may have waited for others than its children
             if action.do in ("insert", "sample"):
                 self.write(action.token_ids, "sampled" if action.do == "sample" else "inserted")
             elif action.do in ("fork", "spawn"):
@@ -229,8 +232,13 @@ class _Thread:
                 self.cut(action.length or 0)
             elif action.do == "join":
                 self.join(action)
-            # A "kill" is told by the lane that ends; it may name a thread that has not begun.
+            elif action.clock is not None:
+                self.killed |= dict.fromkeys(action.children, action.clock)
         self.lane.gone = self.lane.end
+        for name, clock in self.killed.items():
+            if name in self.children:
+                lane = self.children[name].lane
+                lane.gone = max(lane.end, clock)
         self.learn()
 
     @property
@@ -257,10 +265,20 @@ class _Thread:
     def branch(self, action: Action) -> None:
         fresh, lane = action.do == "spawn", self.lane
         here, shared = lane.end, [] if fresh else merged([*lane.shared, *self.own])
+        clock = self.clock
+        if fresh and action.clock is not None and not self.book.sequential:
+            here = clock = action.clock  # begun by the strategy, whatever the thread itself is at
         numbers = []
         for i, name in enumerate(action.children):
             header = action.headers[i] if i < len(action.headers) else None
-            child = _Thread(self.book, self.child(name, action.do), lane, self.clock, shared, len(header or ()))
+            child = _Thread(
+                self.book,
+                self.child(name, action.do),
+                lane,
+                self.clock if self.book.sequential else clock,
+                shared,
+                len(header or ()),
+            )
             self.children[name] = child
             child.run()
             numbers.append(child.lane.number)

@@ -45,7 +45,7 @@ class Fork(EngineOp[ForkOp]):
                 headers.append(list(header.token_ids))
             else:
                 headers.append(None)
-        thread.log.append(Action("fork", children=[child.id for child in children], headers=headers))
+        thread.log.append(Action("fork", children=[c.id for c in children], headers=headers, clock=thread.clock))
         for child, branch in zip(children, branches, strict=True):
             thread.branch_off(child, context)
             child.kv.branch, child.kv.logits, child.kv.logits_at = branch, thread.kv.logits, thread.kv.logits_at

@@ -19,5 +19,5 @@ class Truncate(EngineOp[TruncateOp]):
         return cut_needs(thread, op.length)
 
     def carry_out(self, request: Request, thread: EngineThread, op: TruncateOp) -> None:
-        thread.log.append(Action("truncate", length=op.length))
+        thread.log.append(Action("truncate", length=op.length, clock=thread.clock))
         truncate(request.cache, thread, op.length, f"truncate: length={op.length}")

@@ -119,7 +119,7 @@ class Request:
     def text(self, token_ids: Sequence[int], backwards: Iterable[int]) -> str | None:
         return self._text.text(token_ids, backwards)
 
-    def pieces(self, token_ids: Iterable[int]) -> dict[int, str] | None:
+    def pieces(self, token_ids: Iterable[int]) -> dict[int, str | tuple[int, ...]] | None:
         return self._text.pieces(token_ids)
 
     def tag_ids(self, tags: Sequence[str]) -> dict[str, int]:

@@ -10,12 +10,13 @@ Layout (version 2)::
               "runs": [{"kind", "token_ids", "position", "source", "spliced", "logprobs"}], "forgotten": [as runs],
               "children": [nodes],
               "log": [{"do", "token_ids", "children", "mode", "length", "headers", "clock"}]},
-     "metrics": {…}, "pieces": {str: str} | null}
+     "metrics": {…}, "pieces": {id: str | [byte]} | null}
 
-``pieces`` is what each token id reads as in the middle of a text, null without a tokenizer and missing in traces from
-before it was kept. ``logprobs`` is null unless they were asked for (``generate(logprobs=True)``). ``log`` is what was
-done to a thread, in order (`anabranch.records.actions.Action`): `ab.replay` does it again. Version 1, which had neither
-of the two and fewer metrics, is still read; it cannot be replayed.
+``pieces`` is what each token id reads as in the middle of a text (its bytes, where they are no whole characters), null
+without a tokenizer and missing in traces from before it was kept. ``logprobs`` is null unless they were asked for
+(``generate(logprobs=True)``). ``log`` is what was done to a thread, in order (`anabranch.records.actions.Action`):
+`ab.replay` does it again. Version 1, which had neither of the two and fewer metrics, is still read; it cannot be
+replayed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from anabranch.records.metrics import Metrics, overhead_of
 from anabranch.records.result import Node, Result, Run
 
 __all__ = ["SCHEMA", "VERSION", "Trace", "load", "save"]
+
+Piece = str | tuple[int, ...]  # what a token reads as: text, or the bytes of a part of a character
 
 SCHEMA, VERSION = "anabranch.records.trace", 2
 
@@ -52,7 +55,7 @@ class Trace:
     metrics: Metrics
     answers: Any = None
     malformed: tuple[str, ...] = ()
-    pieces: Mapping[int, str] | None = None
+    pieces: Mapping[int, Piece] | None = None
     version: int = field(default=VERSION)
 
     @classmethod
@@ -202,15 +205,18 @@ def _ids(data: Mapping[str, Any], name: str, at: str) -> tuple[int, ...]:
     return tuple(_list(data, name, at, _natural))
 
 
-def _pieces(data: Mapping[str, Any]) -> dict[int, str] | None:
+def _pieces(data: Mapping[str, Any]) -> dict[int, Piece] | None:
     pieces = _want(data.get("pieces"), (dict, type(None)), "trace.pieces")
     if pieces is None:
         return None
     for token, text in pieces.items():
         if not token.isdecimal():
             raise ValueError(f"trace.pieces: {token!r} is no token id")
-        _want(text, str, f"trace.pieces[{token!r}]")
-    return {int(token): text for token, text in pieces.items()}
+        if not isinstance(_want(text, (str, list, tuple), at := f"trace.pieces[{token!r}]"), str):
+            for byte in text:
+                if _natural(byte, at) > 255:
+                    raise ValueError(f"{at}: {byte} is no byte")
+    return {int(token): text if isinstance(text, str) else tuple(text) for token, text in pieces.items()}
 
 
 def _run(data: Any, at: str) -> Run:

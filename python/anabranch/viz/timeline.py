@@ -8,7 +8,7 @@ tick. With `Sequential` threads stand one behind another, as they ran.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,7 +19,7 @@ from anabranch.viz.thread_log import actions_of
 if TYPE_CHECKING:
     from anabranch.records.actions import Action
     from anabranch.records.result import Node, Result, Run
-    from anabranch.records.trace import Trace
+    from anabranch.records.trace import Piece, Trace
 
 __all__ = ["Arrow", "Lane", "Step", "Timeline", "Token", "Usage", "timeline"]
 
@@ -111,7 +111,7 @@ class Timeline:
     length: int
     ids: list[int]
     owner: list[int]
-    pieces: dict[int, str] | None = None
+    pieces: dict[int, Piece] | None = None
 
     def context(self, lane: int, token: int | None = None) -> list[Range]:
         """What a thread saw when its token number `token` was written; None: at its end.
@@ -138,6 +138,14 @@ class Timeline:
     def context_ids(self, lane: int, token: int | None = None) -> list[int]:
         """Token ids of `context`."""
         return [self.ids[i] for first, stop in self.context(lane, token) for i in range(first, stop)]
+
+    def text(self, token_ids: Iterable[int]) -> str | None:
+        """What tokens read as, one behind another; None where the trace does not tell."""
+        if self.pieces is None:
+            return None
+        parts = (self.pieces.get(token, "\ufffd") for token in token_ids)
+        raw = (p.encode("utf-8", "replace") if isinstance(p, str) else bytes(p) for p in parts)
+        return b"".join(raw).decode("utf-8", "replace")
 
     def usage(self, samples: int = 120) -> list[Usage]:
         """How much is seen and held over time, at about `samples` ticks."""

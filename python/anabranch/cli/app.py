@@ -292,12 +292,22 @@ def generate(
 @app.command(
     epilog=_examples(
         "anabranch demo --save trace.json && anabranch view trace.json",
-        "anabranch view trace.json --replay",
+        "anabranch view trace.json --html out.html",
+        "anabranch view trace.json --perfetto out.json   (for ui.perfetto.dev)",
+        "anabranch view trace.json --replay --html out.html   (confidence of every token, whatever was recorded)",
     ),
 )
 @command
 def view(
     trace: Annotated[Path, typer.Argument(help="A file that --save wrote.", show_default=False)],
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write one self-contained page: timeline, texts, contexts."),
+    ] = None,
+    perfetto: Annotated[
+        Path | None,
+        typer.Option("--perfetto", metavar="FILE", help="Write Chrome trace events, which Perfetto opens."),
+    ] = None,
     replay: Annotated[
         bool,
         _flag("--replay", help="Feed its tokens through the model again: must give the same tree; scores every token."),
@@ -309,10 +319,14 @@ def view(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show a saved trace: the tree with its texts, and what it cost."""
+    """Show a saved trace: the tree with its texts and what it cost, in the terminal or as a page for a browser.
+
+    The page (--html) is one file that needs no network: a timeline with one lane a thread, forks and joins as arrows,
+    tokens coloured by confidence, and the context that any thread saw.
+    """
     from anabranch.cli import view as body
 
-    body.run(trace, json, replay, model)
+    body.run(trace, json, replay, model, html, perfetto)
 
 
 @app.command(

@@ -67,6 +67,7 @@ def run(options: Options) -> None:
         "max_new_tokens": options.max_new_tokens,
         **({"chat_template_kwargs": template} if template else {}),
         **_sampling(options),
+        **({"logprobs": True} if options.save is not None else {}),  # `view` colours by them
     }
     try:
         if options.stream and not options.as_json:

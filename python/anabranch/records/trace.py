@@ -138,7 +138,7 @@ def load(path: str | os.PathLike[str]) -> Trace:
         try:
             data = json.load(file)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{os.fspath(path)}: not JSON ({error})") from None
+            raise ValueError(f"{os.fspath(path)}: not JSON ({error}); was the file cut short?") from None
     try:
         return Trace.from_dict(data)
     except ValueError as error:

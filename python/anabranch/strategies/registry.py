@@ -20,7 +20,7 @@ from typing import Any
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.option_values import import_object, kind_name, read, split
 
-__all__ = ["Option", "StrategyInfo", "build", "describe", "find", "names", "parse", "register", "split"]
+__all__ = ["Option", "StrategyInfo", "build", "describe", "find", "names", "parse", "register", "split", "take_apart"]
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,15 @@ def parse(text: str) -> Strategy:
     Raises:
         ValueError: as `build`, and for a text that is neither a name nor ``name(option=value, …)``.
     """
+    return build(*take_apart(text))
+
+
+def take_apart(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of a text that `parse` reads, the options not read yet.
+
+    Raises:
+        ValueError: as `parse`.
+    """
     match = re.fullmatch(r"\s*([\w.:-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
     if match is None:
         raise ValueError(f"strategy {text!r}: expected a name, or name(option=value, …)")
@@ -186,7 +195,7 @@ def parse(text: str) -> Strategy:
             raise ValueError(f"strategy {text!r}: option {given[1]!r} is given twice; give it once")
         else:
             options[given[1]] = given[2]
-    return build(name, options)
+    return name, options
 
 
 def describe(name: str) -> StrategyInfo:
@@ -201,8 +210,8 @@ def describe(name: str) -> StrategyInfo:
     shown, make = (name, find(name)) if ":" in name else _lookup(name)
     doc = inspect.getdoc(make) or ""
     class_name = getattr(make, "__name__", type(make).__name__)
-    about = ABOUT.get(class_name) or About("see its summary", "see its summary", _join_of(make))
     first = " ".join(doc.split("\n\n")[0].split())
+    about = ABOUT.get(class_name) or About(first, "–", _join_of(make))
     helps = _option_helps(doc, list(_fields(make)))
     options = tuple(
         Option(field, kind_name(_kinds(make).get(field, Any)), _default(make, field), helps.get(field, ""))
@@ -292,7 +301,7 @@ def _default(make: Callable[..., Strategy], field: str) -> str | None:
 
 def _join_of(make: Callable[..., Strategy]) -> str:
     default = _default(make, "join") if "join" in _fields(make) else None
-    return default.strip("'") if default else "see its summary"
+    return default.strip("'") if default else "–"
 
 
 def _option_helps(doc: str, fields: Sequence[str]) -> dict[str, str]:

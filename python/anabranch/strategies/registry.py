@@ -20,7 +20,19 @@ from typing import Any
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.option_values import import_object, kind_name, read, split
 
-__all__ = ["Option", "StrategyInfo", "build", "describe", "find", "names", "parse", "register", "split", "take_apart"]
+__all__ = [
+    "Option",
+    "StrategyInfo",
+    "build",
+    "describe",
+    "find",
+    "names",
+    "parse",
+    "register",
+    "spelled",
+    "split",
+    "take_apart",
+]
 
 
 @dataclass(frozen=True)
@@ -196,6 +208,26 @@ def take_apart(text: str) -> tuple[str, dict[str, Any]]:
         else:
             options[given[1]] = given[2]
     return name, options
+
+
+def spelled(text: str) -> str:
+    """One spelling of a text that `parse` reads: listed names, options in order, no white space between them.
+
+    >>> spelled("Self_Consistency( vote=number, n=4 )")
+    'self-consistency(n=4,vote=number)'
+
+    Raises:
+        ValueError: as `take_apart`.
+    """
+    name, options = take_apart(text)
+    shown = name if ":" in name else _lookup(name)[0]
+    kinds = _kinds(find(name))
+    parts = []
+    for key, value in sorted(options.items()):
+        key = key.replace("-", "_")
+        inner = inspect.isclass(kinds.get(key)) and issubclass(kinds[key], Strategy)
+        parts.append(spelled(value) if inner else f"{key}={value.strip()}")
+    return f"{shown}({','.join(parts)})" if parts else shown
 
 
 def describe(name: str) -> StrategyInfo:

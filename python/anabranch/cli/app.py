@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from anabranch import __version__
-from anabranch.cli.common import USAGE, Mistake, command, set_debug
+from anabranch.cli.common import USAGE, Mistake, command
+from anabranch.cli.comparing import commands as comparing
+from anabranch.cli.options import (
+    DebugOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    SaveOption,
+    SeedOption,
+)
+from anabranch.cli.options import examples as _examples
+from anabranch.cli.options import flag as _flag
 
 app = typer.Typer(
     add_completion=True,
@@ -27,53 +38,10 @@ Branches share one paged, copy-on-write KV cache: what they have in common is co
 )
 
 
-class Dtype(str, Enum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class StrategyName(str, Enum):
-    none = "none"
-    self_consistency = "self-consistency"
-    aspects = "aspects"
-
-
-def _flag(*names: str, **options: Any) -> Any:
-    """A yes-or-no option; its page needs no word for the kind of value it takes."""
-    return typer.Option(*names, metavar="", **options)
-
-
-def _examples(*lines: str) -> str:
-    return "\n\n".join(("Examples:", *lines))
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"anabranch {__version__}")
         raise typer.Exit
-
-
-DebugOption = Annotated[
-    bool, _flag("--debug", callback=set_debug, is_eager=True, help="Show the traceback of an error.")
-]
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", metavar="NAME", help="A model's name, or a Transformers folder on this machine.")
-]
-DtypeOption = Annotated[
-    Dtype,
-    typer.Option(
-        metavar="TYPE",
-        help="Of the weights: float32, bfloat16, float16 or auto, which is bfloat16 where the hardware "
-        "multiplies it, else float32.",
-    ),
-]
-JsonOption = Annotated[bool, _flag("--json", help="Print one JSON object and nothing else on standard output.")]
-SeedOption = Annotated[int, typer.Option(metavar="N", min=0, help="The same seed gives the same answer.")]
-SaveOption = Annotated[
-    Path | None, typer.Option("--save", metavar="FILE", help="Write the trace here, for `anabranch view`.")
-]
 
 
 @app.callback()
@@ -218,6 +186,8 @@ def evaluate(
     epilog=_examples(
         "anabranch generate 'Name three rivers.'",
         "anabranch generate 'What is 17 + 25?' --strategy self-consistency -n 8 --vote number",
+        "anabranch generate '7308 * 4406' --model multiplication --strategy threadweaver -o thread_tokens=200",
+        "anabranch generate 'Why is the sky blue?' --strategy 'sequential(aspects)' --save trace.json",
         "cat question.txt | anabranch generate - --stream",
         "anabranch generate 'Once upon a time' --raw --model ./my-model",
     ),
@@ -227,19 +197,28 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     model: ModelOption = "smollm2",
     strategy: Annotated[
-        StrategyName,
+        str,
         typer.Option(
-            "--strategy", "-s", metavar="NAME", help="Who forks, and when: none, self-consistency or aspects."
+            "--strategy",
+            "-s",
+            metavar="NAME",
+            help="Who forks, and when: a name that `anabranch strategies` lists, also as 'name(option=value)'.",
         ),
-    ] = StrategyName.none,
+    ] = "none",
+    strategy_option: Annotated[
+        list[str] | None,
+        typer.Option("--strategy-option", "-o", metavar="KEY=VALUE", help="Of the strategy; may be repeated."),
+    ] = None,
     n: Annotated[
-        int | None, typer.Option("-n", "--branches", metavar="N", min=1, help="Branches of the strategy.")
+        int | None,
+        typer.Option("-n", "--branches", metavar="N", min=1, help="Branches of the strategy: its n, paths or workers."),
     ] = None,
     vote: Annotated[
         str | None,
         typer.Option(
             metavar="WHAT",
-            help="self-consistency: number, boxed, letter, line or a pattern. Default: the likeliest branch wins.",
+            help="Strategies that vote, such as self-consistency: number, boxed, letter, line or a pattern. Default: "
+            "the likeliest branch wins.",
         ),
     ] = None,
     temperature: Annotated[
@@ -274,7 +253,7 @@ def generate(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Answer a prompt: plainly, by a vote of sampled branches, or in several aspects.
+    """Answer a prompt: plainly, or by any strategy that `anabranch strategies` lists.
 
     The answer goes to standard output, a line about its cost to standard error.
     """
@@ -282,7 +261,8 @@ def generate(
 
     body.run(
         body.Options(
-            prompt=prompt, model=model, strategy=strategy.value, n=n, vote=vote, temperature=temperature, top_p=top_p,
+            prompt=prompt, model=model, strategy=strategy, strategy_options=tuple(strategy_option or ()), n=n,
+            vote=vote, temperature=temperature, top_p=top_p,
             seed=seed, max_new_tokens=max_new_tokens, chat=chat, template_kwargs=template_kwargs, stream=stream,
             as_json=json, save=save, num_pages=num_pages, page_size=page_size, backend=backend, dtype=dtype.value,
         )
@@ -292,12 +272,22 @@ def generate(
 @app.command(
     epilog=_examples(
         "anabranch demo --save trace.json && anabranch view trace.json",
-        "anabranch view trace.json --replay",
+        "anabranch view trace.json --html out.html",
+        "anabranch view trace.json --perfetto out.json   (for ui.perfetto.dev)",
+        "anabranch view trace.json --replay --html out.html   (confidence of every token, whatever was recorded)",
     ),
 )
 @command
 def view(
     trace: Annotated[Path, typer.Argument(help="A file that --save wrote.", show_default=False)],
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write one self-contained page: timeline, texts, contexts."),
+    ] = None,
+    perfetto: Annotated[
+        Path | None,
+        typer.Option("--perfetto", metavar="FILE", help="Write Chrome trace events, which Perfetto opens."),
+    ] = None,
     replay: Annotated[
         bool,
         _flag("--replay", help="Feed its tokens through the model again: must give the same tree; scores every token."),
@@ -309,10 +299,14 @@ def view(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show a saved trace: the tree with its texts, and what it cost."""
+    """Show a saved trace: the tree with its texts and what it cost, in the terminal or as a page for a browser.
+
+    The page (--html) is one file that needs no network: a timeline with one lane a thread, forks and joins as arrows,
+    tokens coloured by confidence, and the context that any thread saw.
+    """
     from anabranch.cli import view as body
 
-    body.run(trace, json, replay, model)
+    body.run(trace, json, replay, model, html, perfetto)
 
 
 @app.command(
@@ -362,5 +356,7 @@ def doctor(json: JsonOption = False, debug: DebugOption = False) -> None:
 
     body.run(json)
 
+
+app.add_typer(comparing)
 
 __all__ = ["USAGE", "Mistake", "app"]

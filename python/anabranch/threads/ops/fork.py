@@ -44,7 +44,7 @@ class Fork(HostOp[ForkOp]):
                 headers.append(list(header.token_ids))
             else:
                 headers.append(None)
-        thread.log.append(Action("fork", children=[child.id for child in children], headers=headers))
+        thread.log.append(Action("fork", children=[c.id for c in children], headers=headers, clock=thread.clock))
         for child in children:
             thread.branch_off(child, context)
             if not child.alive:  # killed before it came to be

@@ -4,19 +4,25 @@ from anabranch.strategies.api.awaitable import ThreadGone, first, gather
 from anabranch.strategies.api.ops import Decode, Ended, TokenStats
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
+from anabranch.strategies.calls.apr import APR
+from anabranch.strategies.calls.asyncthink import AsyncThink
 from anabranch.strategies.plain import Plain, Sequential
 from anabranch.strategies.sampling.aspects import Aspects
 from anabranch.strategies.sampling.entropy_fork import EntropyFork
 from anabranch.strategies.sampling.self_consistency import SelfConsistency
 from anabranch.strategies.sampling.skeleton import SkeletonOfThought
+from anabranch.strategies.tagged.parallel_r1 import ParallelR1
 from anabranch.strategies.tagged.tagged import Tagged
 from anabranch.strategies.tagged.threadweaver import ThreadWeaver
 
 __all__ = [
+    "APR",
     "Aspects",
+    "AsyncThink",
     "Decode",
     "Ended",
     "EntropyFork",
+    "ParallelR1",
     "Plain",
     "SelfConsistency",
     "Sequential",

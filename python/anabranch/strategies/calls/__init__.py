@@ -1,0 +1,6 @@
+"""Systems that call sub-threads with a context of their own, in plain text: no special token is needed."""
+
+from anabranch.strategies.calls.apr import APR
+from anabranch.strategies.calls.asyncthink import AsyncThink
+
+__all__ = ["APR", "AsyncThink"]

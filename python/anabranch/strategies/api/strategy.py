@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ class Strategy:
     output that broke the strategy's format.
     """
 
+    needs: Sequence[str] = ()  # what it asks of a host besides tokens in and out ("concat joins", "entropy"): see docs
     sequential = False  # True: the loop runs one thread of a prompt at a time (see `Sequential`)
     # True: threads that nobody waits for any more finish, too, before the answer is handed out. How far they got would
     # else depend on the schedule, and so on what else runs.

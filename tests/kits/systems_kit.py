@@ -135,17 +135,18 @@ def assert_training_parity(strategy, prompt, *lines, pieces=(), **options):
     return result
 
 
-def assert_same_everywhere(strategy, prompts, processor, *pieces, pages: int, **options):
-    """The same seed gives the same tree alone, in a batch, and after pre-emptions."""
+def assert_same_everywhere(strategy, prompts, processor, *pieces, pages: int, engine: dict | None = None, **options):
+    """The same seed gives the same tree alone, in a batch, and after pre-emptions; `engine`: its options."""
+    given = engine or {}
     call = {"do_sample": True, "max_new_tokens": 60} | options
-    engine = engine_with(*pieces)
+    engine = engine_with(*pieces, **given)
     seeds = list(range(len(prompts)))
     alone = [
         engine.generate(p, strategy=strategy, seed=s, logits_processor=[processor], **call)
         for p, s in zip(prompts, seeds, strict=True)
     ]
     together = engine.generate(prompts, strategy=strategy, seed=seeds, logits_processor=[processor], **call)
-    cramped = engine_with(*pieces, num_pages=pages)
+    cramped = engine_with(*pieces, num_pages=pages, **given)
     squeezed = cramped.generate(prompts, strategy=strategy, seed=seeds, logits_processor=[processor], **call)
     assert sum(r.metrics.preemptions for r in squeezed) > 0
     for one, other, third in zip(alone, together, squeezed, strict=True):

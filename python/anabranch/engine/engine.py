@@ -14,6 +14,7 @@ from anabranch.engine.loop import Call
 from anabranch.engine.options import prepare_config
 from anabranch.engine.request import Request
 from anabranch.engine.sampling import Samplers
+from anabranch.hf.segments import find_vectors
 from anabranch.kv.cache import TreeCache
 from anabranch.records.events import Event
 from anabranch.runner.graph import DecodeGraph, unfit
@@ -44,6 +45,10 @@ class Engine:
         None: on a CUDA device with a backend that allows it ("triton", "cuda"). True asks for it, and raises ValueError
         elsewhere. A model whose forward cannot be captured runs without, and a warning says so.
 
+    segment_vectors: what ParaThinker's models add to K and V: `SegmentVectors`, or what they are read from (a
+        checkpoint's folder or file, a state dict). None: they are looked for where the model came from once a strategy
+        asks for them.
+
     ``engine.cache`` is its `TreeCache`. An engine serves one Python thread at a time; `abort` may come from any.
 
     >>> engine = ab.Engine(model, tokenizer)
@@ -62,6 +67,7 @@ class Engine:
         own_linear: bool | None = None,
         cuda_graphs: bool | None = None,
         batch_invariant: bool = False,
+        segment_vectors: Any = None,
     ):
         max_rows = whole(max_rows, "max_rows", 1, hint=" (tokens a forward)")
         if max_threads is not None:
@@ -90,6 +96,11 @@ class Engine:
             check_rows(model, self.linear, backend)
         self.graphs = self._decode_graph(cuda_graphs)
         self._runs: set[Call] = set()
+        self._vectors: hf.SegmentVectors | None = None
+        if segment_vectors is not None:
+            given = isinstance(segment_vectors, hf.SegmentVectors)
+            self._vectors = segment_vectors if given else hf.SegmentVectors.load(segment_vectors)
+            self._vectors.adder(model)  # raises for a model that they do not fit
         self._tokens = Tokens(tokenizer)
 
     # ---------------------------------------------------------------------------------------- public
@@ -246,7 +257,27 @@ class Engine:
             )
             for i, (tokens, s) in enumerate(zip(ids, seeds, strict=True))
         ]
-        return Call(self, requests, buffer), many
+        return Call(self, requests, buffer, self._adder(requests[0].kv_segments, strategy)), many
+
+    def _adder(self, segments: int, strategy: Strategy) -> Any:
+        """What adds segment vectors to K and V (`SegmentVectors.adder`), for a strategy that needs so many; or None."""
+        if not segments:
+            return None
+        if self._vectors is None:
+            found = find_vectors(self.model)
+            if found is None:
+                raise ValueError(
+                    f"strategy: {strategy!r} needs the model's segment vectors, and neither the model nor the "
+                    "checkpoint it came from holds any; pass Engine(…, segment_vectors=ab.SegmentVectors.load(path)), "
+                    "or use the strategy without them (biased=False)"
+                )
+            self._vectors = found
+        if self._vectors.num_segments < segments:
+            raise ValueError(
+                f"strategy: {strategy!r} needs vectors of {segments} segments, the prompt's included, and the engine's "
+                f"are {self._vectors!r}; ask for fewer paths"
+            )
+        return self._vectors.adder(self.model)
 
     def _check_room(self, ids: list[list[int]], more: int, many: bool) -> None:
         """ValueError for a prompt that, with `more` tokens behind it, can never fit in the cache."""

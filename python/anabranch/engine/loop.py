@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from anabranch.engine import logits as next_logits
 from anabranch.engine.peaks import Peaks
 from anabranch.engine.request import Request
 from anabranch.engine.scheduler import Scheduler
-from anabranch.engine.thread_kv import EngineThread
+from anabranch.engine.thread_kv import EngineThread, PrefillChunk, ThreadKV
 from anabranch.hf.probe import own_precision
 from anabranch.records import events
 from anabranch.records.result import Result
@@ -28,7 +29,8 @@ from anabranch.threads.results import build_result
 class Call:
     """One call of generate() or stream(): drives its requests to their end, and releases everything on any way out."""
 
-    def __init__(self, engine: Any, requests: list[Request], buffer: deque[events.Event]):
+    def __init__(self, engine: Any, requests: list[Request], buffer: deque[events.Event], adder: Any = None):
+        self.adder = adder  # adds segment vectors to K and V; None: the strategy has none
         self.engine, self.requests, self.buffer = engine, requests, buffer
         self.cache = engine.cache
         self.active = list(requests)
@@ -144,7 +146,8 @@ class Call:
         ids = [t for _, f, n in entries for t in f.token_ids[f.done : f.done + n]]
         heads = next_logits.heads(entries)
         launched = time.perf_counter()
-        with torch.inference_mode(), own_precision(self.cache.device), self.engine.linear:
+        adding = nullcontext() if self.adder is None else self.adder(self._segments(entries))
+        with torch.inference_mode(), own_precision(self.cache.device), self.engine.linear, adding:
             logits = self._logits(ids, step, [head.row for head in heads])
             # remove_invalid_values=True, a processor of Transformers, deals with such next_logits.
             if not self.requests[0].samplers.base.config.remove_invalid_values:
@@ -168,10 +171,23 @@ class Call:
         self.peaks.look()
         share(launched - begin + time.perf_counter() - done, "plan", parts)
 
+    @staticmethod
+    def _segments(entries: list[tuple[ThreadKV, PrefillChunk, int]]) -> torch.Tensor:
+        """Whose vectors are added to K and V of each row of a step, int64 [rows]; −1: none."""
+        found: list[int] = []
+        for _, chunk, n in entries:
+            found += chunk.segments[chunk.done : chunk.done + n] if chunk.segments else [-1] * n
+        return torch.tensor(found, dtype=torch.int64)
+
     def _logits(self, ids: list[int], step: Any, rows: list[int]) -> torch.Tensor:
         """The model's scores for some rows of a step, in order, [rows, vocabulary]."""
         engine, device = self.engine, self.cache.device
-        if engine.graphs is not None and rows == list(range(len(step.branches))) and len(rows) == step.num_rows:
+        if (
+            engine.graphs is not None
+            and self.adder is None
+            and rows == list(range(len(step.branches)))
+            and len(rows) == step.num_rows
+        ):
             # A replay writes over the scores of the one before. It has rows for the same branches and no other, so all
             # who held those have gone on by a token; whoever forks or ends changes the topology, and with it the graph.
             logits: torch.Tensor = engine.graphs(ids, step)

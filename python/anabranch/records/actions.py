@@ -10,9 +10,9 @@ from dataclasses import dataclass
 class Action:
     """One thing that was done to a thread: an entry of its log, which is enough to do it all again (`ab.replay`).
 
-    ``do``: "insert" or "sample" (`token_ids`), "fork" (`children`, and the `headers` they began with), "spawn"
-    (`children`), "join" (`children`, `mode`; with "summary" `token_ids` and `length`, what was kept; with "reprefill"
-    `headers`), "kill" (`children`, `mode`: how they went), "truncate" (`length`).
+    ``do``: "insert" or "sample" (`token_ids`), "fork" (`children`, the `headers` that they began with, and their
+    `segments`, if given), "spawn" (`children`), "join" (`children`, `mode`; with "summary" `token_ids` and `length`,
+    what was kept; with "reprefill" `headers`), "kill" (`children`, `mode`: how they went), "truncate" (`length`).
     """
 
     do: str
@@ -21,3 +21,4 @@ class Action:
     mode: str | None = None
     length: int | None = None
     headers: Sequence[Sequence[int] | None] = ()
+    segments: Sequence[int] = ()

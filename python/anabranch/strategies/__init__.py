@@ -12,6 +12,7 @@ from anabranch.strategies.sampling.entropy_fork import EntropyFork
 from anabranch.strategies.sampling.self_consistency import SelfConsistency
 from anabranch.strategies.sampling.skeleton import SkeletonOfThought
 from anabranch.strategies.tagged.parallel_r1 import ParallelR1
+from anabranch.strategies.tagged.parathinker import ParaThinker
 from anabranch.strategies.tagged.tagged import Tagged
 from anabranch.strategies.tagged.threadweaver import ThreadWeaver
 
@@ -22,6 +23,7 @@ __all__ = [
     "Decode",
     "Ended",
     "EntropyFork",
+    "ParaThinker",
     "ParallelR1",
     "Plain",
     "SelfConsistency",

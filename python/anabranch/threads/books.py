@@ -63,6 +63,7 @@ class Books(Generic[State]):
         # Plain decoding ends with a token that nothing follows: like `model.generate`, it needs no position for it.
         self._last_is_free = isinstance(getattr(strategy, "strategy", strategy), Plain)
         self.sequential = bool(getattr(strategy, "sequential", False))
+        self.kv_segments = int(getattr(getattr(strategy, "strategy", strategy), "kv_segments", 0))
         self.drains = bool(getattr(getattr(strategy, "strategy", strategy), "drains", False))
         self.tasks = Tasks(type(strategy).__name__, self.drained)
         self.threads: list[State] = []

@@ -23,6 +23,9 @@ class Strategy:
     # True: threads that nobody waits for any more finish, too, before the answer is handed out. How far they got would
     # else depend on the schedule, and so on what else runs.
     drains = False
+    # Segments (0 … n − 1) of which the model adds vectors to K and V, where a strategy forks into them
+    # (``thread.fork(…, segments=…)``): the engine must have as many (``Engine(segment_vectors=…)``). 0: none.
+    kv_segments = 0
 
     def run(self, trunk: Thread) -> Generator[Any, Any, Any]:
         raise NotImplementedError(f"{type(self).__name__} must define run(self, trunk)")

@@ -1,7 +1,8 @@
 """Strategies of models that write control tags: most are data for `Tagged`."""
 
 from anabranch.strategies.tagged.parallel_r1 import ParallelR1
+from anabranch.strategies.tagged.parathinker import ParaThinker
 from anabranch.strategies.tagged.tagged import Tagged
 from anabranch.strategies.tagged.threadweaver import ThreadWeaver
 
-__all__ = ["ParallelR1", "Tagged", "ThreadWeaver"]
+__all__ = ["ParaThinker", "ParallelR1", "Tagged", "ThreadWeaver"]

@@ -51,6 +51,10 @@ class ParallelR1(Strategy):
         if self.path_temperature is not None:
             number(self.path_temperature, "ParallelR1: path_temperature", positive=True, hint=", or None")
 
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("concat joins",) if self.positions == "shared" else ()
+
     def run(self, trunk: Thread) -> Generator[Any, Any, None]:
         # No generator itself: an unfit tokenizer is told before anything runs.
         return self._write(trunk, trunk.tag_ids(TAGS))

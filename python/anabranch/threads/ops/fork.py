@@ -44,12 +44,14 @@ class Fork(HostOp[ForkOp]):
                 headers.append(list(header.token_ids))
             else:
                 headers.append(None)
-        thread.log.append(Action("fork", children=[child.id for child in children], headers=headers))
-        for child in children:
+        names = [child.id for child in children]
+        thread.log.append(Action("fork", children=names, headers=headers, segments=op.segments or ()))
+        for child, segment in zip(children, op.segments or [thread.kv_segment] * len(children), strict=True):
+            child.kv_segment = segment
             thread.branch_off(child, context)
             if not child.alive:  # killed before it came to be
                 host.free(child)
-        host.narrator.forked(thread, [child.id for child in children])
+        host.narrator.forked(thread, names)
         return op.children
 
     def drop(self, host: Books[Any], thread: AnyThread, op: ForkOp, fate: str) -> None:

@@ -2,5 +2,7 @@
 
 from anabranch.strategies.calls.apr import APR
 from anabranch.strategies.calls.asyncthink import AsyncThink
+from anabranch.strategies.calls.leap import LeaP
+from anabranch.strategies.calls.pacore import PaCoRe
 
-__all__ = ["APR", "AsyncThink"]
+__all__ = ["APR", "AsyncThink", "LeaP", "PaCoRe"]

@@ -2,7 +2,9 @@
 
 from anabranch.strategies.tagged.parallel_r1 import ParallelR1
 from anabranch.strategies.tagged.parathinker import ParaThinker
+from anabranch.strategies.tagged.sprint import SPRINT
+from anabranch.strategies.tagged.ssft import SSFT
 from anabranch.strategies.tagged.tagged import Tagged
 from anabranch.strategies.tagged.threadweaver import ThreadWeaver
 
-__all__ = ["ParaThinker", "ParallelR1", "Tagged", "ThreadWeaver"]
+__all__ = ["SPRINT", "SSFT", "ParaThinker", "ParallelR1", "Tagged", "ThreadWeaver"]

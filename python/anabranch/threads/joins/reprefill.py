@@ -23,8 +23,8 @@ class Reprefill(JoinOfTokens):
 
     def append(self, host: Books[Any], thread: AnyThread, op: JoinOp, children: Sequence[AnyThread]) -> None:
         first = 0
-        kept = op.headers[0] is None and same_segment(thread, children)
-        if children[0].role == "fork" and thread.goes_on_as(children[0]) and kept:
+        same = same_segment(thread, children)
+        if same and children[0].role == "fork" and thread.goes_on_as(children[0]) and op.headers[0] is None:
             # Nothing stands between the fork and the first child: its KV is what computing it again would give.
             splice(host, thread, children[:1])
             first = 1

@@ -215,6 +215,21 @@ def test_other_strategies_of_the_same_engine_see_no_vectors():
     assert plain.token_ids == engine_with(*TAGS).generate("why", max_new_tokens=8).token_ids
 
 
+def test_rows_of_other_requests_in_the_same_steps_get_no_vectors():
+    table, recorder = vectors(), Recorder()
+    engine = engine_with(*TAGS, segment_vectors=table)
+    script = Script(*LINES, pieces=TAGS)
+    handles = [
+        engine.add("why", strategy=ab.ParaThinker(paths=3), logits_processor=[recorder, script], max_new_tokens=60),
+        engine.add("another", max_new_tokens=12, eos_token_id=None),
+    ]
+    while not all(handle.done for handle in handles):
+        engine.step()
+    result, plain = (handle.result() for handle in handles)
+    assert assert_biased(result, recorder, table.vectors) == result.metrics.sampled_tokens
+    assert plain.token_ids == engine_with(*TAGS).generate("another", max_new_tokens=12, eos_token_id=None).token_ids
+
+
 def test_nothing_remains_after_an_exception():
     def broken(input_ids, scores):
         if input_ids.shape[1] > 5:

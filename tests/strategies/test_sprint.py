@@ -31,7 +31,7 @@ def test_executors_begin_on_snapshots_and_come_back_in_the_order_of_the_prompts(
     assert [r.position for r in runs] == [sum(len(q.token_ids) for q in runs[:i]) for i in range(len(runs))]
     assert [r.source for r in runs if r.kind == "joined"] == ["0.0", "0.1"] and not any(r.spliced for r in runs)
     assert compared == result.metrics.sampled_tokens
-    assert result.metrics.max_concurrency == 3
+    assert result.metrics.max_concurrency == 2  # the first was done when the second began
 
 
 def test_its_own_critical_path_and_ours():

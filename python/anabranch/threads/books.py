@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from inspect import isgenerator
 from math import inf
@@ -73,7 +72,7 @@ class Books(Generic[State]):
         self._malformed: list[tuple[tuple[int, ...], str]] = []
         self._asked: State | None = None  # whose until() is being called
         self.spent = Costs()
-        self.started: float | None = None
+        self.started: float | None = None  # when it was handed to what runs it
         self.finished = False
         self.trunk = self._make(None, "trunk", (0,))
         self.trunk.prompt_length = len(token_ids)
@@ -84,7 +83,6 @@ class Books(Generic[State]):
     # ---------------------------------------------------------------------------------------- life
 
     def start_strategy(self) -> None:
-        self.started = time.perf_counter()
         running = self.strategy.run(self.trunk.handle)
         if isgenerator(running):
             self.main = self.tasks.start(running, 0)
@@ -99,9 +97,9 @@ class Books(Generic[State]):
         return not (self.drains and any(thread.queue for thread in self.queued))
 
     def critical_path(self) -> int:
-        assert self.main is not None
-        # Run one after another, every token is on the path.
-        return self.sampled + self.inserted if self.sequential else max(self.main.now, self.trunk.clock)
+        if self.sequential:  # run one after another, every token is on the path
+            return self.sampled + self.inserted
+        return max(self.main.now if self.main is not None else 0, self.trunk.clock)
 
     def release(self) -> None:
         """Give back all that its threads hold and end every generator. Safe at any moment, and twice."""

@@ -19,24 +19,22 @@ def told(*peers):
     return "[" + "\n".join(f'Peer {i}: "{peer}"' for i, peer in enumerate(peers, 1)) + "]"
 
 
+CUT = "q" + "ab" + "\n\n<summarize>"
+AFTER = CUT + "s</summarize>" + told("s")
+TURNS = [("q", "ab\n\ncdefgh"), (CUT, "s</summarize>"), (AFTER, "4</think>")]
+
+
 def test_a_turn_a_summary_and_what_the_peers_said():
     """Both paths have one context, so they say the same: what a path is told is the other's summary."""
-    strategy = LeaP(paths=2, turns=2, turn_tokens=10, **SMALL)
-    cut = "q" + "ab" + "\n\n<summarize>"
-    after = cut + "s</summarize>" + told("s")
-    lines = [("q", "ab\n\ncdefgh"), (cut, "s</summarize>"), (after, "4</think>")]
-    result, _ = play(strategy, "q", *lines)
-    assert result.text == (after + "4</think>")[1:] and result.answers == ["4", "4"] and result.malformed == ()
+    result, _ = play(LeaP(paths=2, turns=2, turn_tokens=10, **SMALL), "q", *TURNS)
+    assert result.text == (AFTER + "4</think>")[1:] and result.answers == ["4", "4"] and result.malformed == ()
     kid = result.tree.children[0]
     assert [run.kind for run in kid.runs] == ["sampled", "inserted", "sampled", "inserted", "sampled"]
     assert len(kid.forgotten) == 1  # the paragraph that was begun
 
 
 def test_every_row_equals_training():
-    strategy = LeaP(paths=2, turns=2, turn_tokens=10, **SMALL)
-    cut = "q" + "ab" + "\n\n<summarize>"
-    lines = [("q", "ab\n\ncdefgh"), (cut, "s</summarize>"), (cut + "s</summarize>" + told("s"), "4</think>")]
-    assert_training_parity(strategy, "q", *lines)
+    assert_training_parity(LeaP(paths=2, turns=2, turn_tokens=10, **SMALL), "q", *TURNS)
 
 
 def test_the_least_similar_peers_are_heard_or_the_most():

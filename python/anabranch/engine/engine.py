@@ -14,6 +14,7 @@ from anabranch.engine.call import Call
 from anabranch.engine.handle import Handle
 from anabranch.engine.loop import Loop
 from anabranch.engine.prepare import Preparation
+from anabranch.engine.segments import Segments
 from anabranch.kv.cache import TreeCache
 from anabranch.records.events import Event
 from anabranch.runner.graph import DecodeGraph, unfit
@@ -44,6 +45,9 @@ class Engine:
         elsewhere. A model whose forward cannot be captured runs without, and a warning says so.
     max_queue: most requests of `add` that may wait to begin; one more raises `QueueFull`. None: no limit. (`generate`
         and `stream` wait themselves, and are never refused.)
+    segment_vectors: what ParaThinker's models add to K and V: `SegmentVectors`, or what they are read from (a
+        checkpoint's folder or file, a state dict). None: they are looked for in the model, and where it came from, once
+        a strategy asks for them.
 
     ``engine.cache`` is its `TreeCache`. Any Python thread may call any method, at any time: requests of all callers
     share the forwards, join between any two of them and leave when they are answered.
@@ -65,6 +69,7 @@ class Engine:
         cuda_graphs: bool | None = None,
         batch_invariant: bool = False,
         max_queue: int | None = None,
+        segment_vectors: Any = None,
     ):
         max_rows = whole(max_rows, "max_rows", 1, hint=" (tokens a forward)")
         if max_threads is not None:
@@ -94,6 +99,7 @@ class Engine:
             self.linear = Invariant(model)
             check_rows(model, self.linear, backend)
         self.graphs = self._decode_graph(cuda_graphs)
+        self.segments = Segments(model, segment_vectors)
         self.prepare = Preparation(self)
         self.loop = Loop(self)
         self._nested: list[Loop] = []  # of calls that were made inside a step

@@ -313,8 +313,15 @@ class Loop:
             ids = [t for _, f, n in entries for t in f.token_ids[f.done : f.done + n]]
             heads = next_logits.heads(entries)
             launched = time.perf_counter()
-            with torch.inference_mode(), own_precision(self.cache.device), self.engine.linear:
-                logits = self._logits(ids, step, [head.row for head in heads])
+            with (
+                torch.inference_mode(),
+                own_precision(self.cache.device),
+                self.engine.linear,
+                self.engine.segments.adding(entries),
+            ):
+                # A captured graph has no hooks in it.
+                graphs = None if self.engine.segments.used(entries) else self.engine.graphs
+                logits = self._logits(ids, step, [head.row for head in heads], graphs)
                 invalid = next_logits.invalid(logits, heads, entries, type(self.engine.model).__name__)
             done = time.perf_counter()
         except BaseException as error:
@@ -354,13 +361,13 @@ class Loop:
             if branch.alive and branch.length > length:
                 self.cache.truncate(branch, length)
 
-    def _logits(self, ids: list[int], step: Any, rows: list[int]) -> torch.Tensor:
+    def _logits(self, ids: list[int], step: Any, rows: list[int], graphs: Any) -> torch.Tensor:
         """The model's scores for some rows of a step, in order, [rows, vocabulary]."""
         engine, device = self.engine, self.cache.device
-        if engine.graphs is not None and rows == list(range(len(step.branches))) and len(rows) == step.num_rows:
+        if graphs is not None and rows == list(range(len(step.branches))) and len(rows) == step.num_rows:
             # A replay writes over the scores of the one before. It has rows for the same branches and no other, so all
             # who held those have gone on by a token; whoever forks or ends changes the topology, and with it the graph.
-            logits: torch.Tensor = engine.graphs(ids, step)
+            logits: torch.Tensor = graphs(ids, step)
             return logits
         keep = torch.tensor(rows or [0], device=device)
         return forward(engine.model, torch.tensor(ids, device=device), step, engine.backend, keep)

@@ -108,6 +108,8 @@ class Preparation:
             )
             for i, (tokens, s) in enumerate(zip(ids, seeds, strict=True))
         ]
+        if requests[0].kv_segments:
+            engine.segments.require(engine.model, strategy, requests[0].kv_segments)
         call.holds(requests)
         return call, many
 

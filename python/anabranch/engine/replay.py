@@ -113,6 +113,11 @@ class _Replay(Strategy):
 
     tree: Node
 
+    @property
+    def kv_segments(self) -> int:  # type: ignore[override]
+        used = [s for node in self.tree.walk() for action in node.log for s in action.segments]
+        return max(used, default=-1) + 1
+
     def run(self, trunk: Thread) -> Generator[Any, Any, Any]:
         player = _Player(self.tree)
         yield from player.play(trunk, self.tree)
@@ -158,7 +163,7 @@ class _Player:
         _state(thread).next_child = int(action.children[0].rpartition(".")[2])
         if action.do == "fork":
             headers = action.headers
-            kids = thread.fork(list(headers))
+            kids = thread.fork(list(headers), segments=action.segments or None)
         else:
             runs = self.nodes[action.children[0]].runs
             headers, kids = [None], [thread.spawn(next(run.token_ids for run in runs if run.kind == "prompt"))]

@@ -6,7 +6,7 @@ token just sampled (its KV is computed by the step that needs the next token's l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -52,6 +52,7 @@ class PrefillChunk:
     branch: Branch
     token_ids: list[int]
     position: int
+    segments: Sequence[int] = ()  # of each token, where the model adds segment vectors to K and V
     done: int = 0
 
     @property
@@ -168,7 +169,8 @@ class ThreadKV:
             return self._chunk
         thread, branch = self.thread, self.held
         missing = thread.length - branch.length
-        return PrefillChunk(branch, thread.own[len(thread.own) - missing :], thread.position - missing)
+        segments = thread.kv_segments(missing) if thread.request.kv_segments else ()
+        return PrefillChunk(branch, thread.own[len(thread.own) - missing :], thread.position - missing, segments)
 
     def settle(self) -> None:
         """After a step: when a chunk of the rebuilding is through, go on to the next."""
@@ -200,7 +202,8 @@ class ThreadKV:
                 while at < len(ids):
                     cuts = [len(k.prefix) - branch.length for k in waiting.values() if len(k.prefix) > branch.length]
                     size = min([len(ids) - at, *cuts])
-                    yield PrefillChunk(branch, ids[at : at + size], segment.position + at)
+                    segments = [segment.kv_segment] * size if thread.request.kv_segments else ()
+                    yield PrefillChunk(branch, ids[at : at + size], segment.position + at, segments)
                     at += size
                     anchor_here()
             else:

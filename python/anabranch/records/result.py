@@ -20,6 +20,7 @@ class Run:
     They stand on positions ``position`` … ``position`` + len − 1. ``spliced``: their KV is the source thread's own.
     ``logprobs``: log-probability of each token when it was sampled or scored (raw scores, nats), where that was asked
     for (``generate(logprobs=True)``); not part of comparisons, since the last digits depend on what else was in a step.
+    ``kv_segment``: which segment vectors the model added to their K and V (`ParaThinker`; 0 elsewhere).
     """
 
     kind: str
@@ -28,6 +29,7 @@ class Run:
     source: str | None = None
     spliced: bool = False
     logprobs: tuple[float, ...] | None = field(default=None, compare=False)
+    kv_segment: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,17 @@ Layout (version 2)::
      "model": str, "strategy": str, "seed": int, "config": {…},
      "prompt_token_ids": [int], "token_ids": [int], "text": str | null, "answers": any JSON, "malformed": [str],
      "tree": {"id", "role", "token_ids", "text", "start", "stop", "forked_at", "ended", "fate",
-              "runs": [{"kind", "token_ids", "position", "source", "spliced", "logprobs"}], "forgotten": [as runs],
+              "runs": [{"kind", "token_ids", "position", "source", "spliced", "logprobs", "kv_segment"}],
+              "forgotten": [as runs],
               "children": [nodes],
-              "log": [{"do", "token_ids", "children", "mode", "length", "headers", "clock"}]},
+              "log": [{"do", "token_ids", "children", "mode", "length", "headers", "clock", "segments"}]},
      "metrics": {…}, "pieces": {id: str | [byte]} | null}
 
 ``pieces`` is what each token id reads as in the middle of a text (its bytes, where they are no whole characters), null
 without a tokenizer and missing in traces from before it was kept. ``logprobs`` is null unless they were asked for
 (``generate(logprobs=True)``). ``log`` is what was done to a thread, in order (`anabranch.records.actions.Action`):
-`ab.replay` does it again. Version 1, which had neither of the two and fewer metrics, is still read; it cannot be
-replayed.
+`ab.replay` does it again. ``kv_segment`` and ``segments`` may be missing (0, none). Version 1, which had neither
+``logprobs`` nor a ``log`` and fewer metrics, is still read; it cannot be replayed.
 """
 
 from __future__ import annotations
@@ -231,6 +232,7 @@ def _run(data: Any, at: str) -> Run:
         source=_get(data, "source", at, (str, type(None))),
         spliced=_get(data, "spliced", at, bool),
         logprobs=_logprobs(data, at),
+        kv_segment=_natural(data.get("kv_segment", 0), f"{at}.kv_segment"),
     )
 
 
@@ -264,6 +266,7 @@ def _action(data: Any, at: str) -> Action:
         headers=tuple(
             _list(data, "headers", at, lambda v, at: None if v is None else _ids({"header": v}, "header", at))
         ),
+        segments=_ids(data, "segments", at) if "segments" in data else (),
         clock=None if clock is None else _natural(clock, f"{at}.clock"),
     )
 

@@ -72,9 +72,8 @@ class _Writer:
                     size = min([len(run.token_ids) - at, *stops])
                     written = learnt[done : done + size]
                     loss = written if kind != "joined" or self.flat_loss else False
-                    segment = self.rows.add(
-                        run.token_ids[at : at + size], [*before, *own], run.position + at, written, loss, number
-                    )
+                    ids, sees = run.token_ids[at : at + size], [*before, *own]
+                    segment = self.rows.add(ids, sees, run.position + at, written, loss, number, run.kv_segment)
                     own.append(segment)
                     self.record(segment, run, at)
                     at, done, length = at + size, done + size, length + size
@@ -120,6 +119,7 @@ class _Writer:
                     rows.written[segment][:n],
                     False,
                     rows.threads[segment],
+                    rows.kv_segments[segment],
                 )
             found.append(segment)
             left = left[len(ids) :]
@@ -167,7 +167,7 @@ class _Writer:
             sees = [*before, *(self._prefix(s, n) for s, n in held)]
             for run in cut:
                 sampled = run.kind == "sampled"
-                segment = self.rows.add(run.token_ids, sees, run.position, sampled, sampled, number)
+                segment = self.rows.add(run.token_ids, sees, run.position, sampled, sampled, number, run.kv_segment)
                 self.record(segment, run)
                 sees.append(segment)
                 held.append((segment, len(run.token_ids)))
@@ -202,6 +202,7 @@ class _Writer:
             "written": rows.written[segment][:size],
             "learnt": False,
             "thread": rows.threads[segment],
+            "kv_segment": rows.kv_segments[segment],
         }
         return rows.add(rows.ids[segment][:size], rows.sees[segment], rows.first[segment], **part)
 

@@ -4,23 +4,40 @@ from anabranch.strategies.api.awaitable import ThreadGone, first, gather
 from anabranch.strategies.api.ops import Decode, Ended, TokenStats
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
+from anabranch.strategies.calls.apr import APR
+from anabranch.strategies.calls.asyncthink import AsyncThink
+from anabranch.strategies.calls.leap import LeaP
+from anabranch.strategies.calls.pacore import PaCoRe
 from anabranch.strategies.plain import Plain, Sequential
 from anabranch.strategies.sampling.aspects import Aspects
 from anabranch.strategies.sampling.entropy_fork import EntropyFork
 from anabranch.strategies.sampling.self_consistency import SelfConsistency
 from anabranch.strategies.sampling.skeleton import SkeletonOfThought
+from anabranch.strategies.tagged.parallel_r1 import ParallelR1
+from anabranch.strategies.tagged.parathinker import ParaThinker
+from anabranch.strategies.tagged.sprint import SPRINT, SprintAnswer
+from anabranch.strategies.tagged.ssft import SSFT
 from anabranch.strategies.tagged.tagged import Tagged
 from anabranch.strategies.tagged.threadweaver import ThreadWeaver
 
 __all__ = [
+    "APR",
+    "SPRINT",
+    "SSFT",
     "Aspects",
+    "AsyncThink",
     "Decode",
     "Ended",
     "EntropyFork",
+    "LeaP",
+    "PaCoRe",
+    "ParaThinker",
+    "ParallelR1",
     "Plain",
     "SelfConsistency",
     "Sequential",
     "SkeletonOfThought",
+    "SprintAnswer",
     "Strategy",
     "Tagged",
     "Thread",

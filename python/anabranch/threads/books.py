@@ -62,12 +62,14 @@ class Books(Generic[State]):
         # Plain decoding ends with a token that nothing follows: like `model.generate`, it needs no position for it.
         self._last_is_free = isinstance(getattr(strategy, "strategy", strategy), Plain)
         self.sequential = bool(getattr(strategy, "sequential", False))
+        self.kv_segments = int(getattr(getattr(strategy, "strategy", strategy), "kv_segments", 0))
+        self.drains = bool(getattr(getattr(strategy, "strategy", strategy), "drains", False))
         self.tasks = Tasks(type(strategy).__name__, self.drained)
         self.threads: list[State] = []
         self._states: dict[Thread, State] = {}
         self.queued: dict[State, None] = {}  # threads with something in their queue, in order of arrival
         self.sampled = self.inserted = self.max_concurrency = self.longest_context = 0
-        self.malformed_reasons: list[str] = []
+        self._malformed: list[tuple[tuple[int, ...], str]] = []
         self._asked: State | None = None  # whose until() is being called
         self.spent = Costs()
         self.started: float | None = None  # when it was handed to what runs it
@@ -90,7 +92,9 @@ class Books(Generic[State]):
 
     @property
     def over(self) -> bool:
-        return self.main is not None and self.main.done and not self.trunk.queue
+        if self.main is None or not self.main.done or self.trunk.queue:
+            return False
+        return not (self.drains and any(thread.queue for thread in self.queued))
 
     def critical_path(self) -> int:
         if self.sequential:  # run one after another, every token is on the path
@@ -161,7 +165,12 @@ class Books(Generic[State]):
         return self.tasks.start(generator, self.clock())
 
     def malformed(self, thread: Thread, why: str) -> None:
-        self.malformed_reasons.append(f"thread {thread.id}: {why}")
+        self._malformed.append((thread.path, f"thread {thread.id}: {why}"))
+
+    @property
+    def malformed_reasons(self) -> list[str]:
+        """What broke the format, in order of threads: which of two found out first depends on the schedule."""
+        return [why for _, why in sorted(self._malformed, key=lambda item: item[0])]
 
     def decoded_text(self, op: Decode) -> str | None:
         decode = self._states[op.thread].decode

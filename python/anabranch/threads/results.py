@@ -16,14 +16,16 @@ from anabranch.threads.state import AnyThread, Segment
 def _run(segment: Segment[Any]) -> Run:
     logprobs = None if segment.logprobs is None else tuple(segment.logprobs)
     spliced = segment.spliced is not None
-    return Run(segment.kind, tuple(segment.token_ids), segment.position, segment.source, spliced, logprobs)
+    tokens = tuple(segment.token_ids)
+    return Run(segment.kind, tokens, segment.position, segment.source, spliced, logprobs, segment.kv_segment)
 
 
 def _action(action: Action) -> Action:
     """As it stands now, with nothing in it that can change."""
     headers = tuple(None if header is None else tuple(header) for header in action.headers)
     token_ids, children = tuple(action.token_ids), tuple(action.children)
-    return Action(action.do, token_ids, children, action.mode, action.length, headers, action.clock)
+    segments = tuple(action.segments)
+    return Action(action.do, token_ids, children, action.mode, action.length, headers, segments, action.clock)
 
 
 def build_node(host: Books[Any], thread: AnyThread) -> Node:

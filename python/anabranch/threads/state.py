@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, Generic, TypeVar
 
@@ -29,7 +29,8 @@ class Segment(Generic[State]):
     `source`).
 
     Positions are `position`, `position` + 1, … ; `spliced`: the tokens are in the context as the thread `source` wrote
-    them, blind to its siblings. `logprobs`: of each token, where they were recorded.
+    them, blind to its siblings. `logprobs`: of each token, where they were recorded. `kv_segment`: whose vectors the
+    model adds to their K and V (see `Strategy.kv_segments`).
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Segment(Generic[State]):
     source: str | None = None
     spliced: State | None = None
     logprobs: list[float] | None = None
+    kv_segment: int = 0
 
     def positions(self) -> Sequence[int]:
         """Of each of its tokens. (A joined child that had joined children of its own holds several runs of them.)"""
@@ -73,6 +75,7 @@ class ThreadState(Generic[State]):
         self.path_sampled = 0  # sampled tokens on the longest way here
         self.prompt_length = 0  # of a prompt of its own: the trunk's, a spawned thread's
         self.header_length = 0  # tokens of the header that its fork gave it
+        self.kv_segment = 0  # of the tokens that it writes
         self.log: list[Action] = []
         self.decode: RunningDecode[Any] | None = None  # what is settled about the decode at the head of its queue
         self.score: RunningScore | None = None
@@ -121,6 +124,15 @@ class ThreadState(Generic[State]):
         """All that have come to be, in order."""
         return (child for _, block in self.blocks for child in block)
 
+    def kv_segments(self, count: int) -> list[int]:
+        """Of each of its last `count` tokens."""
+        found: list[int] = []
+        for segment in reversed(self.segments):
+            if len(found) >= count:
+                break
+            found += [segment.kv_segment] * len(segment.token_ids)
+        return found[:count][::-1]
+
     def goes_on_as(self, child: State) -> bool:
         """Whether its context is, token for token, the one that its fork `child` began with."""
         return self.length == len(child.prefix) and not child.severed
@@ -154,13 +166,16 @@ class ThreadState(Generic[State]):
             last is not None
             and (last.kind, last.source, last.spliced) == (kind, source, None)
             and (last.logprobs is None) == (logprobs is None)
+            and last.kv_segment == self.kv_segment
         ):
             last.token_ids.extend(token_ids)
             if last.logprobs is not None:
                 last.logprobs.extend(logprobs or ())
         else:
             kept = None if logprobs is None else list(logprobs)
-            self.segments.append(Segment(kind, list(token_ids), self.position, source, logprobs=kept))
+            self.segments.append(
+                Segment(kind, list(token_ids), self.position, source, logprobs=kept, kv_segment=self.kv_segment)
+            )
         self.own.extend(token_ids)
         self.position += len(token_ids)
         self.clock += len(token_ids)
@@ -174,7 +189,9 @@ class ThreadState(Generic[State]):
     def splice(self, child: State) -> None:
         """Take over a fork's own tokens, on the positions where it wrote them."""
         if child.own:
-            self.segments.append(Segment("joined", list(child.own), child.segments[0].position, child.id, child))
+            part = Segment("joined", list(child.own), child.segments[0].position, child.id, child)
+            part.kv_segment = child.kv_segment
+            self.segments.append(part)
             self.own.extend(child.own)
             self.position = max(self.position, child.position)
 
@@ -182,7 +199,8 @@ class ThreadState(Generic[State]):
         """Become one's only child, which went on where this thread stands: nothing comes in between."""
         for segment in child.segments:
             source = child.id if segment.spliced is None else segment.source  # whose KV it is, as everywhere
-            self.segments.append(Segment("joined", list(segment.token_ids), segment.position, source, segment.spliced))
+            part = replace(segment, kind="joined", token_ids=list(segment.token_ids), source=source, logprobs=None)
+            self.segments.append(part)
         self.own.extend(child.own)
         self.position = child.position
 
@@ -196,9 +214,10 @@ class ThreadState(Generic[State]):
             start = len(segment.token_ids) - gone
             logprobs = None if segment.logprobs is None else segment.logprobs[start:]
             position = segment.positions()[start]
-            self.forgotten.append(
-                Segment(segment.kind, segment.token_ids[start:], position, segment.source, logprobs=logprobs)
+            part = replace(
+                segment, token_ids=segment.token_ids[start:], position=position, spliced=None, logprobs=logprobs
             )
+            self.forgotten.append(part)
             del segment.token_ids[start:]
             if segment.logprobs is not None:
                 del segment.logprobs[start:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from anabranch.records.rows import Rows
 __all__ = ["IGNORE", "Layout"]
 
 IGNORE = -100  # a label without loss, as in Transformers
-_FIELDS = ("input_ids", "written", "labels", "threads", "recorded")
+_FIELDS = ("input_ids", "written", "labels", "threads", "recorded", "kv_segments")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,8 @@ class Layout:
     labels: int64 [T], the token itself where there is loss, −100 elsewhere (not shifted). Default: every written token
         that another one precedes.
     threads: int64 [T], which thread each token belongs to, 0 for the trunk (and, for a prompt's answers, 1, 2, …).
+    kv_segments: int64 [T], whose vectors the model adds to each token's K and V (`anabranch.hf.SegmentVectors`), 0 by
+        default.
     recorded: float32 [T], the log-probability that the engine saw when it sampled the token, NaN where none was
         recorded (``generate(logprobs=True)`` does).
 
@@ -46,10 +49,12 @@ class Layout:
     labels: Tensor | None = None
     threads: Tensor | None = None
     recorded: Tensor | None = None
+    kv_segments: Tensor | None = None
 
     def __post_init__(self) -> None:
         total = self.mask.num_tokens
-        for name, dtype in (("input_ids", torch.int64), ("written", torch.bool), ("threads", torch.int64)):
+        kinds = {"input_ids": torch.int64, "written": torch.bool, "threads": torch.int64, "kv_segments": torch.int64}
+        for name, dtype in kinds.items():
             value = getattr(self, name)
             value = torch.zeros(total) if value is None else torch.as_tensor(value)
             if value.shape != (total,):
@@ -138,9 +143,10 @@ class Layout:
         guard = beside_branch_mask(mask.num_tokens, mask.device)
         return {**row, "branch_mask": mask, "attention_mask": guard, **extra}
 
-    def logprobs(self, model: Any, **kwargs: Any) -> Tensor:
+    def logprobs(self, model: Any, segment_vectors: Any = None, **kwargs: Any) -> Tensor:
         """float32 [N], the model's log-probability of each token of `learnt`, by one training forward.
 
+        segment_vectors: `anabranch.hf.SegmentVectors` of a model that adds them to K and V, by ``kv_segments``.
         Differentiable. Further keywords go to the model (``branch_backend="reference"``). Raises what ``hf.describe``
         raises for a model that does not use ``attn_implementation="anabranch"`` or would not see the mask.
         """
@@ -150,7 +156,9 @@ class Layout:
         batch = self.batch()
         target = batch.pop("shift_labels")[0]
         batch.pop("labels")
-        logits = model(**batch, use_cache=False, **kwargs).logits[0].float()
+        adding = nullcontext() if segment_vectors is None else segment_vectors.added(model, self.kv_segments)
+        with adding:
+            logits = model(**batch, use_cache=False, **kwargs).logits[0].float()
         return logits.gather(-1, target.to(logits.device)[:, None])[:, 0] - logits.logsumexp(-1)
 
     # ------------------------------------------------------------------------------------------------ changing it
@@ -179,6 +187,7 @@ class Layout:
     def from_dict(cls, data: Mapping[str, Any]) -> Layout:
         """From what `as_dict` gives; ValueError names the field that does not fit."""
         parts = ("starts", "row_ptr", "cols", "position_ids")
+        data = {"kv_segments": [0] * len(data.get("input_ids", ())), **data}
         if missing := [name for name in (*_FIELDS, *parts) if name not in data]:
             raise ValueError(f"{missing[0]}: missing; pass a dict as Layout.as_dict() gives it")
         mask = BranchMask.from_intervals(*(data[name] for name in parts))
@@ -203,4 +212,5 @@ def layout_of(rows: Rows) -> Layout:
         torch.where(learnt, ids, IGNORE),
         torch.repeat_interleave(torch.tensor(rows.threads, dtype=torch.int64), torch.tensor(sizes)),
         recorded,
+        torch.repeat_interleave(torch.tensor(rows.kv_segments, dtype=torch.int64), torch.tensor(sizes)),
     )

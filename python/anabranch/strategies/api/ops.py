@@ -57,11 +57,12 @@ class InsertOp(Op):
 
 
 class ForkOp(Op):
-    """Children to begin with all of the thread's context; its value: these children."""
+    """Children to begin with all of the thread's context; its value: these children. `segments`: of each, if given."""
 
-    def __init__(self, thread: Thread, children: list[Thread]):
+    def __init__(self, thread: Thread, children: list[Thread], segments: Sequence[int] | None = None):
         super().__init__(thread)
         self.children = children
+        self.segments = None if segments is None else list(segments)
 
 
 class JoinOp(Op):

@@ -139,10 +139,14 @@ class Thread:
         self.check_alive("score")
         return self._submit(ScoreOp(self, self._given(text_or_ids, "score"), "inserted"))
 
-    def fork(self, headers: int | Sequence[str | Sequence[int] | None]) -> list[Thread]:
+    def fork(
+        self, headers: int | Sequence[str | Sequence[int] | None], *, segments: Sequence[int] | None = None
+    ) -> list[Thread]:
         """Children that share all of this thread's context, in one block; no KV is copied.
 
         headers: how many, or one header a child (text, token ids or None), inserted at its beginning.
+        segments: which of the model's segment vectors are added to K and V of each child's tokens, for a strategy with
+            ``kv_segments``; None: this thread's own.
         """
         self.check_alive("fork")
         count = index_of(headers)
@@ -155,8 +159,12 @@ class Thread:
                 f"fork: headers={told(headers)}; pass a number of at least 1, or a list of one header a child"
             )
         given = [None if h is None else self._given(h, f"fork: headers[{i}]") for i, h in enumerate(heads)]
+        if segments is not None:
+            segments = [whole(s, f"fork: segments[{i}]") for i, s in enumerate(segments)]
+            if len(segments) != len(heads):
+                raise ValueError(f"fork: segments={told(segments)}; pass one for each of the {len(heads)} children")
         children = [self.host.new_thread(self, "fork") for _ in heads]
-        self._submit(ForkOp(self, list(children)))  # a list of its own: the caller may change theirs
+        self._submit(ForkOp(self, list(children), segments))  # a list of its own: the caller may change theirs
         for child, header in zip(children, given, strict=True):
             if header:
                 self._submit(InsertOp(child, header, "inserted", header=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from anabranch.threads.joins.common import JoinOfTokens, adoptable, end_children, splice
+from anabranch.threads.joins.common import JoinOfTokens, adoptable, end_children, same_segment, splice
 from anabranch.threads.state import AnyThread
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ class Reprefill(JoinOfTokens):
 
     def append(self, host: Books[Any], thread: AnyThread, op: JoinOp, children: Sequence[AnyThread]) -> None:
         first = 0
-        if children[0].role == "fork" and thread.goes_on_as(children[0]) and op.headers[0] is None:
+        same = same_segment(thread, children)
+        if same and children[0].role == "fork" and thread.goes_on_as(children[0]) and op.headers[0] is None:
             # Nothing stands between the fork and the first child: its KV is what computing it again would give.
             splice(host, thread, children[:1])
             first = 1

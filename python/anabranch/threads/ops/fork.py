@@ -44,12 +44,17 @@ class Fork(HostOp[ForkOp]):
                 headers.append(list(header.token_ids))
             else:
                 headers.append(None)
-        thread.log.append(Action("fork", children=[c.id for c in children], headers=headers, clock=thread.clock))
-        for child in children:
+        names = [child.id for child in children]
+        segments = op.segments or [thread.kv_segment] * len(children)
+        thread.log.append(
+            Action("fork", children=names, headers=headers, segments=op.segments or (), clock=thread.clock)
+        )
+        for child, segment in zip(children, segments, strict=True):
+            child.kv_segment = segment
             thread.branch_off(child, context)
             if not child.alive:  # killed before it came to be
                 host.free(child)
-        host.narrator.forked(thread, [child.id for child in children])
+        host.narrator.forked(thread, names)
         return op.children
 
     def drop(self, host: Books[Any], thread: AnyThread, op: ForkOp, fate: str) -> None:

@@ -2,10 +2,11 @@
 
 from anabranch.engine.engine import Engine
 from anabranch.engine.replay import logprob_pairs, replay
-from anabranch.records.events import Discard, Event, Finish, Fork, Join, Token
+from anabranch.records.events import Become, Discard, Event, Finish, Fork, Join, Token
 from anabranch.records.result import Node, Result
 
 __all__ = [
+    "Become",
     "Discard",
     "Engine",
     "Event",

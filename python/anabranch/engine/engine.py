@@ -233,6 +233,7 @@ class Engine:
                 tokens,
                 strategy,
                 s,
+                model=self.model,
                 cache=self.cache,
                 text=text,
                 samplers=samplers,

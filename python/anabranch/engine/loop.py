@@ -21,6 +21,7 @@ from anabranch.hf.probe import own_precision
 from anabranch.records import events
 from anabranch.records.result import Result
 from anabranch.runner.eager import forward
+from anabranch.runner.hidden import head_inputs
 from anabranch.runner.modes import evaluating
 
 
@@ -137,7 +138,7 @@ class Call:
         heads = next_logits.heads(entries)
         launched = time.perf_counter()
         with torch.inference_mode(), own_precision(self.cache.device), self.engine.linear:
-            logits = self._logits(ids, step, [head.row for head in heads])
+            logits = self._logits(ids, step, heads)
             # remove_invalid_values=True, a processor of Transformers, deals with such next_logits.
             if not self.requests[0].samplers.base.config.remove_invalid_values:
                 next_logits.refuse_invalid(logits, heads, entries, type(self.engine.model).__name__, self.steps + 1)
@@ -160,9 +161,16 @@ class Call:
         self.peaks.look()
         share(launched - begin + time.perf_counter() - done, "plan", parts)
 
-    def _logits(self, ids: list[int], step: Any, rows: list[int]) -> torch.Tensor:
+    def _logits(self, ids: list[int], step: Any, heads: list[next_logits.Head]) -> torch.Tensor:
         """The model's scores for some rows of a step, in order, [rows, vocabulary]."""
         engine, device = self.engine, self.cache.device
+        rows = [head.row for head in heads]
+        if any(head.kv.wants_hidden for head in heads):  # a graph would not call the hook
+            keep = torch.tensor(rows, device=device)
+            with head_inputs(engine.model) as found:
+                scores = forward(engine.model, torch.tensor(ids, device=device), step, engine.backend, keep)
+            next_logits.note_hidden(found, heads, type(engine.model).__name__)
+            return scores
         if engine.graphs is not None and rows == list(range(len(step.branches))) and len(rows) == step.num_rows:
             # A replay writes over the scores of the one before. It has rows for the same branches and no other, so all
             # who held those have gone on by a token; whoever forks or ends changes the topology, and with it the graph.
@@ -191,7 +199,7 @@ class Call:
                     logits,
                     contexts,
                     [t.length for t in threads],
-                    [_counted_from(t) for t in threads],
+                    [t.counted_from for t in threads],
                     [t.stream for t in threads],
                     lambda i, threads=threads: _place(threads[i]),
                 )
@@ -205,17 +213,6 @@ class Call:
                 thread.kv.logits = None
                 record_token(request, thread, token, logprobs.get(i) if request.logprobs else None)
         share(time.perf_counter() - begin, "sampling", [(r.spent, n) for r, n in together.items()])
-
-
-def _counted_from(thread: EngineThread) -> int:
-    """Length of the prompt that ``min_new_tokens`` and its like count from: the one that begins the thread's context.
-
-    A spawned thread has its own; a fork goes on with its parent's context, and so behind its parent's prompt.
-    """
-    while thread.role == "fork":
-        assert thread.parent is not None
-        thread = thread.parent
-    return thread.prompt_length
 
 
 def _place(thread: EngineThread) -> str:

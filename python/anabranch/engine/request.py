@@ -37,6 +37,7 @@ class Request:
         strategy: Strategy,
         seed: int,
         *,
+        model: Any,
         cache: TreeCache,
         text: Text,
         samplers: Samplers,
@@ -52,7 +53,7 @@ class Request:
         # How a chat ends is said of the caller's own; the rest holds for a strategy's as well.
         own = ("add_generation_prompt", "continue_final_message")
         self._template = {k: v for k, v in (template or {}).items() if k not in own}
-        self.cache, self.samplers, self._text = cache, samplers, text
+        self.model, self.cache, self.samplers, self._text = model, cache, samplers, text
         self.max_new_tokens, self.max_total_tokens = max_new_tokens, max_total_tokens
         self.logprobs, self.narrator = logprobs, Narrator(index, text, emit)
         self.position_limit = position_limit
@@ -66,6 +67,7 @@ class Request:
         self.sampled = self.inserted = self.max_concurrency = self.longest_context = 0
         self.malformed_reasons: list[str] = []
         self._asked: EngineThread | None = None  # whose until() is being called
+        self.chose: set[EngineThread] = set()  # threads given a chosen token since one of them was given two
         self.spent = Costs()
         self.started: float | None = None
         self.finished = False
@@ -103,6 +105,10 @@ class Request:
         self.tasks.close()
 
     # ---------------------------------------------------------------------------------------- Host
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return self.samplers.base.eos_ids
 
     def clock(self) -> int:
         if self._asked is not None:  # what an until() asks for comes after the tokens that it has seen
@@ -263,15 +269,20 @@ class Request:
 
     def running(self, thread: EngineThread, op: Decode) -> RunningDecode:
         """What is settled about a decode whose turn has come: its limit, sampler, reader and stops."""
-        left = self.max_new_tokens - thread.path_sampled
+        left = self.left(thread)
         limit = left if op.max_new_tokens is None else min(left, op.max_new_tokens)
-        if self.position_limit is not None:
-            self.check_position(thread, thread.position - 1)
-            limit = min(limit, self.position_limit - thread.position + self._last_is_free)
         sampler = self.samplers.get(op.sampling)
         decode = RunningDecode(op, limit, sampler, self._text.reader(thread.backwards()))
         decode.stops = self._stops(thread, decode)
         return decode
+
+    def left(self, thread: EngineThread) -> int:
+        """Tokens that a thread may still be given, by the answer's limit and the model's positions."""
+        left = self.max_new_tokens - thread.path_sampled
+        if self.position_limit is not None:
+            self.check_position(thread, thread.position - 1)
+            left = min(left, self.position_limit - thread.position + self._last_is_free)
+        return left
 
     def check_position(self, thread: EngineThread, last: int) -> None:
         """Raise for a thread with tokens past the positions which the model has embeddings for."""
@@ -284,6 +295,7 @@ class Request:
 
     def need_logits(self, thread: EngineThread, what: str) -> None:
         """Have the next token's logits computed where they are missing."""
+        thread.kv.share_logits()
         if thread.kv.in_cache and not thread.kv.has_logits and not rewind(self.cache, thread):
             raise ValueError(
                 f"{what}: thread {thread.id} has nothing to go on from: its last tokens are "
@@ -300,6 +312,21 @@ class Request:
         thread.path_sampled += count
         self.sampled += count
         self.longest_context = max(self.longest_context, thread.length)
+
+    def count_chosen(self, thread: EngineThread) -> None:
+        """A thread was given a token that its strategy chose."""
+        self.count_sampled(thread)
+        if thread in self.chose:
+            self.chose.clear()
+        self.chose.add(thread)
+        self.max_concurrency = max(self.max_concurrency, len(self.chose))
+
+    def holds_stop(self, thread: EngineThread, strings: Sequence[str], token: int) -> bool:
+        """Whether one of `strings` ends a thread's text with `token`, and not before it."""
+        longest = max(map(len, strings))
+        before = self._text.last_characters(thread.context, longest)
+        read = self._text.text([token], thread.backwards()) or ""
+        return Stops(strings, before).find("", read) is not None
 
     def until(self, thread: EngineThread, op: Decode) -> bool:
         """Whether the caller's predicate ends a decode."""

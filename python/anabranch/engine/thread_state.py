@@ -86,6 +86,18 @@ class ThreadState(Generic[State]):
         return len(self.prefix) + self.prompt_length
 
     @property
+    def counted_from(self) -> int:
+        """Length of the prompt that ``min_new_tokens`` and its like count from: the one that begins its context.
+
+        A spawned thread has its own; a fork goes on with its parent's context, and so behind its parent's prompt.
+        """
+        thread = self
+        while thread.role == "fork":
+            assert thread.parent is not None
+            thread = thread.parent
+        return thread.prompt_length
+
+    @property
     def token_ids(self) -> tuple[int, ...]:
         return tuple(self.own[self.prompt_length :])
 

@@ -5,17 +5,37 @@ from __future__ import annotations
 from typing import Any
 
 from anabranch.engine.ops.base import EngineOp
+from anabranch.engine.ops.become import Become
+from anabranch.engine.ops.candidates import FindCandidates
+from anabranch.engine.ops.choose import Choose
 from anabranch.engine.ops.decode import Decoding, record_token
 from anabranch.engine.ops.fork import Fork
+from anabranch.engine.ops.hidden import Hidden
 from anabranch.engine.ops.insert import Insert
 from anabranch.engine.ops.join import Join
 from anabranch.engine.ops.score import Score
 from anabranch.engine.ops.truncate import Truncate
-from anabranch.strategies.api.ops import Decode, ForkOp, InsertOp, JoinOp, Op, ScoreOp, TruncateOp
+from anabranch.strategies.api.ops import (
+    BecomeOp,
+    CandidatesOp,
+    ChooseOp,
+    Decode,
+    ForkOp,
+    HiddenOp,
+    InsertOp,
+    JoinOp,
+    Op,
+    ScoreOp,
+    TruncateOp,
+)
 
 ENGINE_OPS: dict[type[Op], EngineOp[Any]] = {
+    BecomeOp: Become(),
+    CandidatesOp: FindCandidates(),
+    ChooseOp: Choose(),
     Decode: Decoding(),
     ForkOp: Fork(),
+    HiddenOp: Hidden(),
     InsertOp: Insert(),
     JoinOp: Join(),
     ScoreOp: Score(),

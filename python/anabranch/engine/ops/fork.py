@@ -48,6 +48,7 @@ class Fork(EngineOp[ForkOp]):
         thread.log.append(Action("fork", children=[child.id for child in children], headers=headers))
         for child, branch in zip(children, branches, strict=True):
             thread.branch_off(child, context)
+            child.kv.hidden = thread.kv.hidden
             child.kv.branch, child.kv.logits, child.kv.logits_at = branch, thread.kv.logits, thread.kv.logits_at
             if not child.alive:  # killed before it came to be
                 child.kv.release(request.cache)

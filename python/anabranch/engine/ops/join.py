@@ -19,7 +19,11 @@ class Join(EngineOp[JoinOp]):
     """What a join splices is KV, so the token that was sampled last is computed first."""
 
     def needs(self, request: Request, thread: EngineThread, op: JoinOp) -> list[EngineThread]:
-        return ENGINE_JOINS[op.mode].needs(thread, op, _children(request, op))
+        needed = ENGINE_JOINS[op.mode].needs(thread, op, _children(request, op))
+        for child in needed:
+            if child is not thread and child.kv.borrowed:
+                child.kv.release(request.cache)  # a splice takes what a branch wrote since its fork from the thread
+        return needed
 
     def waits_for_children(self, request: Request, op: JoinOp) -> bool:
         return any(child.queue or not child.born for child in _children(request, op))

@@ -50,6 +50,9 @@ class Host(Protocol):
     def prompt(self) -> Any:
         """As the caller gave it."""
 
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+
     def clock(self) -> int:
         """The Lamport clock of the program that runs now."""
 

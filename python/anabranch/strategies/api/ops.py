@@ -38,6 +38,27 @@ class Ended:
     stats: tuple[TokenStats, ...] = ()
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """The likeliest next tokens of a thread, best first (`Thread.candidates`); all in nats, one entry a token.
+
+    ``token_ids``; ``logprobs``: after the logits processors, which see log-probabilities, as in Transformers' beam
+    search, and whose result is not normalised again; ``raw``: the model's own; ``keys``: what they are ranked by,
+    ``logprobs`` or, sampled, these plus Gumbel noise (the best of several threads' keys are then a sample without
+    replacement from all of them together). ``ends``: whether the token would end the thread: EOS, a stop of the
+    generation config, or the last token it may have. ``left``: tokens that it may still be given; ``budget``: tokens
+    that ``max_total_tokens`` leaves to all threads of the prompt together, None without one.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    raw: tuple[float, ...]
+    keys: tuple[float, ...]
+    ends: tuple[bool, ...]
+    left: int
+    budget: int | None = None
+
+
 class Op(Awaitable):
     """One queued request of a thread; done when the loop has carried it out."""
 
@@ -103,6 +124,35 @@ class ScoreOp(Op):
         super().__init__(thread)
         self.given, self.kind = given, kind
         self.token_ids: list[int] = []
+
+
+class CandidatesOp(Op):
+    """The `k` likeliest next tokens to be looked up; its value: `Candidates`. bias: nats added to a token's score."""
+
+    def __init__(self, thread: Thread, k: int, sampling: Mapping[str, Any] | None, bias: Mapping[int, float] | None):
+        super().__init__(thread)
+        self.k, self.bias = k, dict(bias or {})
+        self.sampling = tuple(sorted((sampling or {}).items()))
+
+
+class ChooseOp(Op):
+    """One token to append as sampled; its value: whether there was room for it."""
+
+    def __init__(self, thread: Thread, token: int):
+        super().__init__(thread)
+        self.token = token
+
+
+class BecomeOp(Op):
+    """The thread is to go on as its sibling `source` stands."""
+
+    def __init__(self, thread: Thread, source: Thread):
+        super().__init__(thread)
+        self.source = source
+
+
+class HiddenOp(Op):
+    """The last token's hidden state to be looked up; its value: a tuple of floats."""
 
 
 class Decode(Op):

@@ -54,7 +54,10 @@ def search_in_groups(strategy: BeamSearch, trunk: Thread) -> Generator[Any, Any,
                 for b in group.running
             ]
             ranked = rank(group.running, found, wanted)
-            ending = {i for i, c in enumerate(ranked) if group_ends(found[c.beam], c)}
+            # A limit of length ends all of them together, later.
+            ending = {
+                i for i, c in enumerate(ranked) if c.token in trunk.eos_ids or (c.ends and found[c.beam].left > 1)
+            }
             going = [c for i, c in enumerate(ranked) if i not in ending][:size]
             if going:  # what stands behind the last that goes on was never looked at
                 ending = {i for i in ending if i < ranked.index(going[-1]) or len(going) < size}
@@ -79,11 +82,6 @@ def search_in_groups(strategy: BeamSearch, trunk: Thread) -> Generator[Any, Any,
     answers = [answer_of(b.thread) for b in best[: strategy.num_return_sequences]]
     yield from pool.settle(best[0].thread)
     return answers
-
-
-def group_ends(found: Any, way: Any) -> bool:
-    """Whether a candidate ends its text by what it is; the limit of length ends all of them together, later."""
-    return way.ends and found.left > 1
 
 
 def _move(pool: Pool, groups: list[Group], moves: list[Any]) -> Generator[Any, Any, None]:

@@ -186,7 +186,7 @@ class Sampler:
         first, rest, _ = self._lists(prompt_length)
         ids = torch.tensor([context], dtype=torch.long, device=scores.device)
         before = scores.shape
-        scores = rest(ids, first(ids, scores))
+        scores = rest(ids, first(ids, scores))  # type: ignore[arg-type]
         if scores.shape != before:
             raise _wrong_shape([*first, *rest], scores.shape, before)
         best = float(scores.amax(-1))

@@ -45,13 +45,9 @@ class FindCandidates(EngineOp[CandidatesOp]):
         some = sum(key > -float("inf") for key in found[0])  # what a processor has ruled out is no candidate
         left = request.left(thread)
         budget = None if request.max_total_tokens is None else max(0, request.max_total_tokens - request.sampled)
-        return Candidates(
-            tuple(tokens[:some]),
-            *(tuple(found[i][:some]) for i in (1, 2, 0)),
-            tuple(left <= 1 or _ends(request, thread, sampler, context, token) for token in tokens[:some]),
-            left,
-            budget,
-        )
+        ranked, logprobs, likely = (tuple(values[:some]) for values in found)
+        ends = tuple(left <= 1 or _ends(request, thread, sampler, context, token) for token in tokens[:some])
+        return Candidates(tuple(tokens[:some]), logprobs, likely, ranked, ends, left, budget)
 
 
 def _ends(request: Request, thread: EngineThread, sampler: Sampler, context: list[int], token: int) -> bool:

@@ -5,4 +5,15 @@ from anabranch.strategies.api.ops import Candidates, Decode, Ended, TokenStats
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
 
-__all__ = ["Awaitable", "Candidates", "Decode", "Ended", "Strategy", "Thread", "ThreadGone", "TokenStats", "first", "gather"]
+__all__ = [
+    "Awaitable",
+    "Candidates",
+    "Decode",
+    "Ended",
+    "Strategy",
+    "Thread",
+    "ThreadGone",
+    "TokenStats",
+    "first",
+    "gather",
+]

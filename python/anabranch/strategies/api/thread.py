@@ -171,9 +171,11 @@ class Thread:
         return self._submit(CandidatesOp(self, k, sampling, given))
 
     def choose(self, token_id: int) -> ChooseOp:
-        """Append one token that the strategy picked among what the model offered: it counts as sampled, its
-        log-probability is recorded, traces replay it. ``yield`` gives False, and nothing is appended, where the answer's
-        limit or the prompt's token budget is used up."""
+        """Append one token that the strategy picked among what the model offered.
+
+        It counts as sampled, its log-probability is recorded where those are, traces replay it. ``yield`` gives False,
+        and nothing is appended, where the answer's limit or the prompt's token budget is used up.
+        """
         self.check_alive("choose")
         return self._submit(ChooseOp(self, self.host.check_ids([token_id], "choose: token_id")[0]))
 
@@ -185,7 +187,12 @@ class Thread:
         the tree stays flat however often they change places.
         """
         self.check_alive("become")
-        if not isinstance(sibling, Thread) or sibling is self or sibling.parent is not self.parent or self.role != "fork":
+        if (
+            not isinstance(sibling, Thread)
+            or sibling is self
+            or sibling.parent is not self.parent
+            or self.role != "fork"
+        ):
             raise ValueError(f"become: {sibling!r} is not another fork of the thread that {self!r} was forked from")
         sibling.check_alive("become: sibling")
         return self._submit(BecomeOp(self, sibling))

@@ -50,7 +50,9 @@ def search_in_groups(strategy: BeamSearch, trunk: Thread) -> Generator[Any, Any,
         for group in (g for g in groups if not g.over):
             bias = {token: -strategy.diversity_penalty * count for token, count in taken.items()}
             found = yield [
-                b.thread.candidates(wanted, sampling=strategy.overrides, bias=bias if strategy.diversity_penalty else None)
+                b.thread.candidates(
+                    wanted, sampling=strategy.overrides, bias=bias if strategy.diversity_penalty else None
+                )
                 for b in group.running
             ]
             ranked = rank(group.running, found, wanted)

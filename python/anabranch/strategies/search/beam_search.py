@@ -113,7 +113,8 @@ class BeamSearch(Strategy):
 
     def score(self, total: float, length: int) -> float:
         """Of a text of so many tokens."""
-        return total / float(length) ** self.length_penalty
+        penalty: float = float(length) ** self.length_penalty
+        return total / penalty
 
     def _improves(self, best: Beam, worst: Beam, length: int, limit: int) -> bool:
         """Whether the best running text may still become better than the worst of `width` finished ones."""

@@ -154,6 +154,9 @@ class Request:
             wait.resolve(thread, state.clock)
         return wait
 
+    def room(self, thread: Thread) -> int:
+        return self.left(self._states[thread])
+
     def children(self, thread: Thread) -> list[Thread]:
         return [child.handle for child in self._states[thread].children]
 

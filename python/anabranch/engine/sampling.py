@@ -343,7 +343,8 @@ def token_stats(logits: torch.Tensor, tokens: Sequence[int], asked: Sequence[int
         logp = rows - total[full, None]
         # −Σ p · log p; a score of −inf adds 0 to it, not NaN.
         entropy = (-torch.where(logp.isneginf(), 0.0, logp.exp() * logp).sum(-1)).tolist()
-        best = logp.topk(min(max(asked), logp.shape[-1]), dim=-1).values.cpu()
+        best = logp.topk(min(max(2, *asked), logp.shape[-1]), dim=-1).values.cpu()
+        margins = (best[:, 0].exp() - best[:, 1:2].exp().sum(-1)).tolist()
         for at, i in enumerate(full):
-            stats[i] = TokenStats(stats[i].logprob, entropy[at], float(best[at, : asked[i]].mean()))
+            stats[i] = TokenStats(stats[i].logprob, entropy[at], float(best[at, : asked[i]].mean()), margins[at])
     return stats

@@ -67,6 +67,9 @@ class Host(Protocol):
     def new_thread(self, parent: Thread, role: str) -> Thread:
         """The next child of `parent`; `role`: "fork" or "fresh"."""
 
+    def room(self, thread: Thread) -> int:
+        """Tokens that it may still be given."""
+
     def children(self, thread: Thread) -> list[Thread]:
         """Those that have come to be, in order."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anabranch.strategies.api.awaitable import Awaitable
@@ -18,6 +19,7 @@ class TokenStats(NamedTuple):
     logprob: float  # log-probability of the token that was sampled
     entropy: float  # of the whole next-token distribution
     topk_logprob: float  # mean log-probability of the k likeliest tokens (DeepConf's confidence is its negative)
+    margin: float = nan  # probability of the likeliest token minus that of the second likeliest
 
 
 @dataclass(frozen=True)

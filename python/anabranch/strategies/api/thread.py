@@ -94,6 +94,11 @@ class Thread:
         return self._view.context
 
     @property
+    def room(self) -> int:
+        """Tokens that it may still be given, by the answer's limit."""
+        return self.host.room(self)
+
+    @property
     def text(self) -> str | None:
         return self.host.text(self._view.token_ids, self._view.backwards(self._view.begin))
 

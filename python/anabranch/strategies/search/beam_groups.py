@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from anabranch.strategies.api.thread import Thread
+from anabranch.strategies.search.beams import Beam, no_room, rank, score
 from anabranch.strategies.search.pool import Pool, answer_of
 
 if TYPE_CHECKING:
-    from anabranch.strategies.search.beam_search import Beam, BeamSearch
+    from anabranch.strategies.search.beam_search import BeamSearch
 
 
 @dataclass
@@ -30,8 +31,6 @@ def search_in_groups(strategy: BeamSearch, trunk: Thread) -> Generator[Any, Any,
     step, an ending one included, is no better than the worst of them. Texts still running at the end compete as they
     stand. One thing is left out: there, the padding of a group that is over counts as a token it chose.
     """
-    from anabranch.strategies.search.beam_search import Beam, length_limit, no_room, rank
-
     size = strategy.width // strategy.num_beam_groups
     wanted = max(2, 1 + len(trunk.eos_ids)) * size
     pool = Pool(trunk, strategy.width)
@@ -41,7 +40,7 @@ def search_in_groups(strategy: BeamSearch, trunk: Thread) -> Generator[Any, Any,
     while not all(group.over for group in groups) and length != limit:
         # The forward of all groups; what a group is asked again below is there already.
         first = yield [b.thread.candidates(1, sampling=strategy.overrides) for g in groups for b in g.running]
-        limit = length_limit(strategy, first) if limit is None else limit
+        limit = strategy.limit(first[0].left) if limit is None else limit
         if no_room(first, strategy.width):
             break
         length += 1
@@ -66,19 +65,24 @@ def search_in_groups(strategy: BeamSearch, trunk: Thread) -> Generator[Any, Any,
             taken.update(c.token for c in going)
             best: list[Any] = [(b.score, b, None) for b in group.done]
             for c in (ranked[i] for i in sorted(ending) if i < size):
-                best = sorted([*best, (strategy.score(c.score, length), group.running[c.beam], c)], key=lambda x: -x[0])
+                best = sorted(
+                    [*best, (score(c.score, length, strategy.length_penalty), group.running[c.beam], c)],
+                    key=lambda x: -x[0],
+                )
                 best = best[:size]
             moves.append((group, going, best))
             worst = best[-1][0] if len(best) == size else None
             reach = limit if strategy.early_stopping == "never" and strategy.length_penalty > 0 else length
             group.over = not going or (
                 worst is not None
-                and (strategy.early_stopping is True or worst >= strategy.score(ranked[0].score, reach))
+                and (strategy.early_stopping is True or worst >= score(ranked[0].score, reach, strategy.length_penalty))
             )
         yield from _move(pool, groups, moves)
     for group in groups:
         if not group.over:
-            group.done += [Beam(strategy.score(b.score, max(1, length)), b.thread) for b in group.running]
+            group.done += [
+                Beam(score(b.score, max(1, length), strategy.length_penalty), b.thread) for b in group.running
+            ]
             group.done = sorted(group.done, key=lambda b: -b.score)[:size]
     best = sorted((b for group in groups for b in group.done), key=lambda b: -b.score)
     answers = [answer_of(b.thread) for b in best[: strategy.num_return_sequences]]
@@ -88,8 +92,6 @@ def search_in_groups(strategy: BeamSearch, trunk: Thread) -> Generator[Any, Any,
 
 def _move(pool: Pool, groups: list[Group], moves: list[Any]) -> Generator[Any, Any, None]:
     """Give every text that goes on, or has just ended, a thread, and every such thread its token."""
-    from anabranch.strategies.search.beam_search import Beam
-
     moved = [group for group, _, _ in moves]
     kept = [b.thread for _, _, best in moves for _, b, c in best if c is None]
     kept += [b.thread for g in groups if g not in moved for b in g.done]
@@ -103,6 +105,6 @@ def _move(pool: Pool, groups: list[Group], moves: list[Any]) -> Generator[Any, A
     at = iter(threads)
     for group, going, best in moves:
         group.running = [Beam(c.score, next(at)) for c in going]
-        group.done = [b if c is None else Beam(score, next(at)) for score, b, c in best]
+        group.done = [b if c is None else Beam(total, next(at)) for total, b, c in best]
         if group.over:
             group.running = []

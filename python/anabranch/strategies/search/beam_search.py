@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from anabranch._check import number, whole_fields
-from anabranch.strategies.api.ops import Candidates
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
+from anabranch.strategies.search.beam_groups import search_in_groups
+from anabranch.strategies.search.beams import Beam, no_room, rank, score
 from anabranch.strategies.search.pool import Pool, answer_of
 
 
@@ -76,8 +77,6 @@ class BeamSearch(Strategy):
             yield trunk.decode(self.max_new_tokens, sampling=self.overrides)
             return [answer_of(trunk)]
         if self.num_beam_groups > 1:
-            from anabranch.strategies.search.beam_groups import search_in_groups
-
             return (yield from search_in_groups(self, trunk))
         pool = Pool(trunk, self.width)
         wanted = max(2, 1 + len(trunk.eos_ids)) * self.width  # enough to go on with, should all of the first end
@@ -85,7 +84,7 @@ class BeamSearch(Strategy):
         limit, length, over = None, 0, False
         while running and not over:
             found = yield [b.thread.candidates(wanted, sampling=self.overrides) for b in running]
-            limit = length_limit(self, found) if limit is None else limit
+            limit = self.limit(found[0].left) if limit is None else limit
             if no_room(found, self.width):
                 break
             length += 1
@@ -93,7 +92,7 @@ class BeamSearch(Strategy):
             ended = [c for c in ranked[: self.width] if c.ends]
             going = [c for c in ranked if not c.ends][: self.width]
             old = [(b.score, b, None) for b in done]
-            new = [(self.score(c.score, length), running[c.beam], c) for c in ended]
+            new = [(score(c.score, length, self.length_penalty), running[c.beam], c) for c in ended]
             best = sorted([*old, *new], key=lambda item: -item[0])[: self.width]
             kept = [b.thread for _, b, c in best if c is None]
             sources = [running[c.beam].thread for c in going] + [b.thread for _, b, c in best if c is not None]
@@ -101,66 +100,23 @@ class BeamSearch(Strategy):
             tokens = [c.token for c in going] + [c.token for _, _, c in best if c is not None]
             yield [thread.choose(token) for thread, token in zip(threads, tokens, strict=True)]
             finished = iter(threads[len(going) :])
-            done = [b if c is None else Beam(score, next(finished)) for score, b, c in best]
+            done = [b if c is None else Beam(total, next(finished)) for total, b, c in best]
             running = [Beam(c.score, thread) for c, thread in zip(going, threads, strict=False)]
             over = not running or (len(done) == self.width and not self._improves(running[0], done[-1], length, limit))
         if not over:  # no room for another token
-            done += [Beam(self.score(b.score, max(1, length)), b.thread) for b in running]
+            done += [Beam(score(b.score, max(1, length), self.length_penalty), b.thread) for b in running]
             done = sorted(done, key=lambda b: -b.score)
         answers = [answer_of(b.thread) for b in done[: self.num_return_sequences]]
         yield from pool.settle(done[0].thread)
         return answers
 
-    def score(self, total: float, length: int) -> float:
-        """Of a text of so many tokens."""
-        penalty: float = float(length) ** self.length_penalty
-        return total / penalty
+    def limit(self, left: int) -> int:
+        """Most tokens a text may have, of which the thread may still be given `left`."""
+        return left if self.max_new_tokens is None else min(left, self.max_new_tokens)
 
     def _improves(self, best: Beam, worst: Beam, length: int, limit: int) -> bool:
         """Whether the best running text may still become better than the worst of `width` finished ones."""
         if self.early_stopping is True:
             return False
         longest = self.early_stopping == "never" and self.length_penalty > 0
-        return self.score(best.score, limit if longest else length) > worst.score
-
-
-class Beam(NamedTuple):
-    """A text and its sum of log-probabilities, or, finished, its score."""
-
-    score: float
-    thread: Thread
-
-
-class Continuation(NamedTuple):
-    """One way to go on: which beam, by which token, the sum then, what it is ranked by, whether that ends it."""
-
-    beam: int
-    token: int
-    score: float
-    key: float
-    ends: bool
-
-
-def rank(
-    running: list[Beam], found: list[Candidates], count: int, last: bool = False, sampled: bool = False
-) -> list[Continuation]:
-    """The `count` best ways to go on of all beams together, best first."""
-    ways = [
-        Continuation(i, token, beam.score + logprob, beam.score + key, last or ends)
-        for i, (beam, c) in enumerate(zip(running, found, strict=True))
-        for token, logprob, key, ends in zip(c.token_ids, c.logprobs, c.keys, c.ends, strict=True)
-    ]
-    best = sorted(ways, key=lambda way: -way.key)[:count]
-    return sorted(best, key=lambda way: -way.score) if sampled else best
-
-
-def length_limit(strategy: BeamSearch, found: list[Candidates]) -> int:
-    """Most tokens a text may have, as the first candidates tell."""
-    left = found[0].left
-    return left if strategy.max_new_tokens is None else min(left, strategy.max_new_tokens)
-
-
-def no_room(found: list[Candidates], width: int) -> bool:
-    """Whether not all of `width` beams can go on and as many end."""
-    budget = found[0].budget
-    return min(c.left for c in found) <= 0 or (budget is not None and budget < 2 * width)
+        return score(best.score, limit if longest else length, self.length_penalty) > worst.score

@@ -37,7 +37,7 @@ def grow(
     threads = yield from pool.copies([s.thread for s in sources], [s.thread for s in over])
     ends: list[Ended] = yield [think(thread) for thread in threads]
     grown = [
-        State(thread, source.score, end.reason in ("eos", "budget") or not end.token_ids, source.stats + end.stats)
+        State(thread, source.score, end.reason in ("eos", "budget") or thread.room <= 0, source.stats + end.stats)
         for thread, source, end in zip(threads, sources, ends, strict=True)
     ]
     return [*over, *grown]

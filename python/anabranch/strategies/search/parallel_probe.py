@@ -69,7 +69,7 @@ class ParallelProbe(Strategy):
                 break
             ends = yield [kids[i].decode(self.every, sampling=sampling_of(self)) for i in writing]
             for i, end in zip(writing, ends, strict=True):
-                over[i] = end.reason != "length" or len(end.token_ids) < self.every
+                over[i] = end.reason != "length" or kids[i].room <= 0
             found = yield [self._own(kids[i]) if over[i] else self._ask(kids[i]) for i in writing]
             for i, answer in zip(writing, found, strict=True):
                 answers[i] = answer

@@ -55,7 +55,7 @@ class PruneRefork(Strategy):
             stats: Any = True if isinstance(self.scorer, str) else False
             ends = yield [kids[i].decode(self.every, sampling=sampling_of(self), stats=stats) for i in writing]
             for i, end in zip(writing, ends, strict=True):
-                over[i] = end.reason != "length" or len(end.token_ids) < self.every
+                over[i] = end.reason != "length" or kids[i].room <= 0
                 if end.token_ids:
                     scores[i] = self._score(kids[i], end.stats, f"branch {i}")
             going = sorted((i for i in writing if not over[i]), key=lambda i: (-scores[i], i))

@@ -67,8 +67,8 @@ class SlimSC(Strategy):
                 kids[i].decode(self.thought_tokens, stop=self.boundary, sampling=sampling_of(self)) for i in writing
             ]
             for i, end in zip(writing, ends, strict=True):
-                cut = end.reason == "length" and self.thought_tokens == len(end.token_ids)
-                over[i] = not (end.reason == "stop" and isinstance(end.stop, str)) and not cut
+                stopped = end.reason == "stop" and isinstance(end.stop, str)
+                over[i] = kids[i].room <= 0 or not (stopped or end.reason == "length")
                 if end.text is None:
                     raise ValueError("SlimSC: thoughts are text, but the engine has no tokenizer; pass one")
                 thoughts[i].append(end.text)

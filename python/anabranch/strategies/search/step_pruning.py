@@ -54,8 +54,8 @@ class STEP(Strategy):
         while writing := [i for i, kid in enumerate(kids) if kid.alive and not over[i]]:
             ends = yield [kids[i].decode(self.step_tokens, stop=self.stop, sampling=sampling_of(self)) for i in writing]
             for i, end in zip(writing, ends, strict=True):
-                cut = end.reason == "length" and self.step_tokens == len(end.token_ids)
-                over[i] = not (end.reason == "stop" and isinstance(end.stop, str)) and not cut
+                stopped = end.reason == "stop" and isinstance(end.stop, str)
+                over[i] = kids[i].room <= 0 or not (stopped or end.reason == "length")
             asked = [i for i, end in zip(writing, ends, strict=True) if end.token_ids]
             hidden = yield [kids[i].hidden() for i in asked]
             for i, state in zip(asked, hidden, strict=True):

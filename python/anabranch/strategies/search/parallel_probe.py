@@ -19,8 +19,8 @@ class ParallelProbe(Strategy):
     """Sample `n` branches; every `every` tokens each is asked for its answer so far (arXiv 2602.03845).
 
     Asking forks the branch, inserts `probe`, decodes at most `probe_tokens` greedily, reads the answer with `vote` and
-    discards the fork; the branch itself does not notice. One that has ended answers with its own text. The answers of
-    all branches but the pruned ones are counted at each round:
+    discards the fork; the branch itself does not notice. One that has ended answers with its own text, or, should that
+    hold no answer, as it did when asked last. The answers of all branches but the pruned ones are counted at each round:
 
     - when the leading answer has been the same for `stable` rounds, and `warmup` rounds have passed, all stop;
     - a branch still writing that was against a leading answer with at least `share` of the votes for `deviations`
@@ -72,7 +72,8 @@ class ParallelProbe(Strategy):
                 over[i] = end.reason != "length" or kids[i].room <= 0
             found = yield [self._own(kids[i]) if over[i] else self._ask(kids[i]) for i in writing]
             for i, answer in zip(writing, found, strict=True):
-                answers[i] = answer
+                if answer is not None or not over[i]:
+                    answers[i] = answer
             last = leading
             ballot = Ballot([a if kid.alive else None for a, kid in zip(answers, kids, strict=True)], self.vote)
             votes = [c for c in ballot.classes if c is not None]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -487,3 +490,19 @@ def test_the_entropy_fork_by_margin():
     with pytest.raises(ValueError, match="threshold=None and margin=None"):
         ab.EntropyFork(threshold=None)
     assert_nothing_held(engine)
+
+
+PAGES = sorted((Path(__file__).resolve().parents[2] / "docs" / "systems").glob("*.md"))
+
+
+@pytest.mark.parametrize("name", ["beam_search", "best_of_n", "deepconf", "parallel_probe", "pruning", "thoughts"])
+def test_the_code_of_its_page_runs(name):
+    engine = make_engine(tokenizer=byte_tokenizer(), num_pages=2000)
+    page = next(page for page in PAGES if page.stem == name).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert blocks
+    for block in blocks:
+        names = {"ab": ab, "engine": engine, "prompt": "What is 2 + 3?"}
+        exec(block, names)
+        assert names["result"].text is not None
+        assert_nothing_held(engine)

@@ -20,7 +20,7 @@ class ParallelProbe(Strategy):
 
     Asking forks the branch, inserts `probe`, decodes at most `probe_tokens` greedily, reads the answer with `vote` and
     discards the fork; the branch itself does not notice. One that has ended answers with its own text, or, should that
-    hold no answer, as it did when asked last. The answers of all branches but the pruned ones are counted at each round:
+    hold no answer, as it did when asked last. The answers of all branches but the pruned ones are counted each round:
 
     - when the leading answer has been the same for `stable` rounds, and `warmup` rounds have passed, all stop;
     - a branch still writing that was against a leading answer with at least `share` of the votes for `deviations`

@@ -9,6 +9,7 @@ import pytest
 import torch
 from engine_kit import Dense, Recorder, assert_nothing_held, byte_tokenizer, make_engine, make_model
 from hf_kit import FAMILIES, VOCAB, build
+from transformers import LogitsProcessor
 
 import anabranch as ab
 from anabranch.engine import logprob_pairs
@@ -271,6 +272,45 @@ def test_a_budget_ends_the_search_with_the_best_so_far():
         assert_nothing_held(engine)
 
 
+def test_a_grammar_that_leaves_nothing():
+    """Beams without a continuation fall out; where none is left and none has ended, the processors are named."""
+
+    class Only(LogitsProcessor):
+        def __init__(self, follow):
+            self.follow = follow
+
+        def __call__(self, input_ids, scores):
+            mask = torch.full_like(scores, -torch.inf)
+            for row, last in enumerate(input_ids[:, -1].tolist()):
+                mask[row, self.follow.get(last, [])] = 0
+            return scores + mask
+
+    engine = make_engine()
+    options = dict(strategy=ab.BeamSearch(width=4), max_new_tokens=8)
+    dead_ends = Only({11: [20, 21, 22], 20: [30], 30: [258], 21: [31]})
+    result = engine.generate(PROMPT, logits_processor=[dead_ends], **options)
+    assert result.token_ids == (20, 30, 258) and result.answers == [(20, 30, 258)]
+    for groups in (1, 2):
+        strategy = ab.BeamSearch(width=4, num_beam_groups=groups)
+        with pytest.raises(ValueError, match="no token can follow any beam"):
+            engine.generate(PROMPT, strategy=strategy, logits_processor=[Only({11: [20]})], max_new_tokens=8)
+        assert_nothing_held(engine)
+    with pytest.raises(ValueError, match="a score is nan"):
+        engine.generate(PROMPT, logits_processor=[lambda ids, scores: scores * torch.nan], **options)
+    with pytest.raises(ValueError, match="made scores of shape"):
+        engine.generate(PROMPT, logits_processor=[lambda ids, scores: scores[:, :5]], **options)
+    assert_nothing_held(engine)
+
+
+def test_the_call_may_ask_for_sampled_beams():
+    engine = make_engine()
+    options = dict(max_new_tokens=6, do_sample=True, seed=3)
+    by_call = engine.generate(PROMPT, strategy=ab.BeamSearch(width=3), **options)
+    assert by_call.tree == engine.generate(PROMPT, strategy=ab.BeamSearch(width=3, do_sample=True), **options).tree
+    sure = engine.generate(PROMPT, strategy=ab.BeamSearch(width=3, do_sample=False), **options)
+    assert sure.tree == engine.generate(PROMPT, strategy=ab.BeamSearch(width=3), max_new_tokens=6).tree != by_call.tree
+
+
 def test_a_search_is_told_as_it_happens():
     engine = make_engine()
     events = list(engine.stream(PROMPT, strategy=ab.BeamSearch(width=3), max_new_tokens=10))
@@ -406,6 +446,7 @@ def test_what_became_another_may_be_joined_side_by_side():
         (lambda t: (yield t.fork(1)[0].become(t)), "is not another fork"),
         (lambda t: (yield _apart(t)), "were not forked from the same place"),
         (lambda t: (yield _with_children(t)), "thread 0.0 has children"),
+        (lambda t: (yield _killed_meanwhile(t)), "thread 0.1, which thread 0.0 was to become, was killed"),
     ],
 )
 def test_bad_requests(run, message):
@@ -417,6 +458,14 @@ def _apart(trunk):
     first = trunk.fork(1)[0]
     trunk.insert([5])
     return first.become(trunk.fork(1)[0])
+
+
+def _killed_meanwhile(trunk):
+    one, two = trunk.fork(2)
+    two.decode(5)
+    op = one.become(two)
+    two.kill()
+    return op
 
 
 def _with_children(trunk):
@@ -469,3 +518,25 @@ def test_a_beam_search_checks_its_fields(change, message):
     with pytest.raises(ValueError, match=message):
         ab.BeamSearch(**change)
     assert replace(ab.BeamSearch(), width=5) == eval("ab." + repr(ab.BeamSearch(width=5)))
+
+
+def test_batch_invariant_to_the_bit():
+    def run(trunk):
+        found = yield trunk.candidates(40)
+        yield trunk.decode(3)
+        return found, (yield trunk.hidden())
+
+    engine = make_engine(batch_invariant=True, num_pages=600)
+    alone = doing(run, engine=engine).answers
+
+    @dataclass(frozen=True)
+    class Does(Strategy):
+        def run(self, trunk):
+            return (yield from run(trunk))
+
+    together = engine.generate([PROMPT, [1, 2, 3], list(range(50))], strategy=Does(), max_new_tokens=20)
+    assert together[0].answers == alone
+    options = dict(strategy=ab.BeamSearch(width=3), max_new_tokens=6)
+    beams = engine.generate(PROMPT, **options)
+    assert engine.generate([[3, 4], PROMPT], **options)[1].tree == beams.tree
+    assert_nothing_held(engine)

@@ -178,13 +178,15 @@ class Sampler:
             raise _no_choice(float(best[tokens.index(-1)]), first, where(tokens.index(-1)))
         return tokens
 
-    def processed(self, scores: torch.Tensor, context: list[int], prompt_length: int, where: str) -> torch.Tensor:
-        """`scores` [1, vocabulary] of the token behind `context` as all logits processors leave them.
+    def processed(
+        self, scores: torch.Tensor, context: Callable[[], list[int]], prompt_length: int, where: str
+    ) -> torch.Tensor:
+        """`scores` [1, vocabulary] of the token behind ``context()`` as all logits processors leave them.
 
         Raises ValueError for a NaN or +inf; that every score is −inf is no error.
         """
         first, rest, _ = self._lists(prompt_length)
-        ids = torch.tensor([context], dtype=torch.long, device=scores.device)
+        ids = torch.tensor([context()] if first or rest else [[]], dtype=torch.long, device=scores.device)
         before = scores.shape
         scores = rest(ids, first(ids, scores))  # type: ignore[arg-type]
         if scores.shape != before:

@@ -139,6 +139,7 @@ class ThreadKV:
         """Share all of a sibling's KV, which is in the cache, and its next token's logits."""
         self.release(cache)
         self.branch, self.borrowed = cache.fork(source.held, 1)[0], True
+        self.pinned = source.pinned
         self.logits, self.logits_at, self.hidden = source.logits, source.logits_at, source.hidden
 
     # ---------------------------------------------------------------------------------------- what to cache next

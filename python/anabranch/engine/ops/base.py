@@ -23,7 +23,7 @@ class EngineOp(Generic[AnyOp]):
         return []
 
     def waits_for_children(self, request: Request, op: AnyOp) -> bool:
-        """Whether `op` takes back children that still have something to do."""
+        """Whether `op` takes threads that still have something to do."""
         return False
 
     def ready(self, request: Request, thread: EngineThread, op: AnyOp) -> bool:

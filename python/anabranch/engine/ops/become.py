@@ -23,10 +23,12 @@ class Become(EngineOp[BecomeOp]):
     """
 
     def needs(self, request: Request, thread: EngineThread, op: BecomeOp) -> list[EngineThread]:
-        return [request.state(op.source)]
+        source = request.state(op.source)
+        return [source] if source.alive else []
 
     def waits_for_children(self, request: Request, op: BecomeOp) -> bool:
-        return bool(request.state(op.source).queue)
+        source = request.state(op.source)
+        return bool(source.queue) or (source.alive and not source.born)
 
     def carry_out(self, request: Request, thread: EngineThread, op: BecomeOp) -> None:
         source = request.state(op.source)

@@ -35,9 +35,8 @@ class FindCandidates(EngineOp[CandidatesOp]):
             if op.bias:
                 where = torch.tensor(list(op.bias), device=raw.device)
                 scores[0, where] += torch.tensor(list(op.bias.values()), device=raw.device)
-            context = [*thread.prefix, *thread.own]
             name = f"prompt {request.index}, thread {thread.id}, position {thread.position}"
-            scores = sampler.processed(scores, context, thread.counted_from, name)[0]
+            scores = sampler.processed(scores, lambda: list(thread.context), thread.counted_from, name)[0]
             keys = scores if sampler.greedy else scores + gumbel(scores, thread.stream)
             best = keys.topk(min(op.k, keys.shape[-1]))
             found = torch.stack([best.values, scores[best.indices], raw[0, best.indices]]).tolist()
@@ -46,12 +45,12 @@ class FindCandidates(EngineOp[CandidatesOp]):
         left = request.left(thread)
         budget = None if request.max_total_tokens is None else max(0, request.max_total_tokens - request.sampled)
         ranked, logprobs, likely = (tuple(values[:some]) for values in found)
-        ends = tuple(left <= 1 or _ends(request, thread, sampler, context, token) for token in tokens[:some])
+        ends = tuple(left <= 1 or _ends(request, thread, sampler, token) for token in tokens[:some])
         return Candidates(tuple(tokens[:some]), logprobs, likely, ranked, ends, left, budget)
 
 
-def _ends(request: Request, thread: EngineThread, sampler: Sampler, context: list[int], token: int) -> bool:
+def _ends(request: Request, thread: EngineThread, sampler: Sampler, token: int) -> bool:
     """Whether the thread would be over with `token`: by EOS, or by what the generation config or the call stops at."""
-    if token in sampler.eos_ids or sampler.stops(lambda: [*context, token]):
+    if token in sampler.eos_ids or sampler.stops(lambda: [*thread.context, token]):
         return True
     return bool(sampler.stop_strings) and request.holds_stop(thread, sampler.stop_strings, token)

@@ -22,6 +22,11 @@ class Join(EngineOp[JoinOp]):
         needed = ENGINE_JOINS[op.mode].needs(thread, op, _children(request, op))
         for child in needed:
             if child is not thread and child.kv.borrowed:
+                if child.kv.pinned:
+                    raise ValueError(
+                        f"join: thread {child.id} became a sibling, and thread {thread.id} has since forgotten what "
+                        "they share, so it cannot be joined; join it before the truncation"
+                    )
                 child.kv.release(request.cache)  # a splice takes what a branch wrote since its fork from the thread
         return needed
 

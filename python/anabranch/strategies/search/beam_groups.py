@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from anabranch.strategies.api.thread import Thread
-from anabranch.strategies.search.beams import Beam, no_room, rank, score
+from anabranch.strategies.search.beams import Beam, no_room, rank, require, score
 from anabranch.strategies.search.pool import Pool, answer_of
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def search_in_groups(strategy: BeamSearch, trunk: Thread) -> Generator[Any, Any,
             ]
             group.done = sorted(group.done, key=lambda b: -b.score)[:size]
     best = sorted((b for group in groups for b in group.done), key=lambda b: -b.score)
+    require(best)
     answers = [answer_of(b.thread) for b in best[: strategy.num_return_sequences]]
     yield from pool.settle(best[0].thread)
     return answers

@@ -10,7 +10,7 @@ from anabranch._check import number, whole_fields
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
 from anabranch.strategies.search.beam_groups import search_in_groups
-from anabranch.strategies.search.beams import Beam, no_room, rank, score
+from anabranch.strategies.search.beams import Beam, no_room, rank, require, score
 from anabranch.strategies.search.pool import Pool, answer_of
 
 
@@ -28,7 +28,8 @@ class BeamSearch(Strategy):
     num_beam_groups, diversity_penalty: diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424), as Transformers
         4 had it and ``transformers-community/group-beam-search`` has it: `width` is divided into groups that choose one
         after another, and a token costs the penalty for each beam of an earlier group that took it in this step.
-    do_sample: candidates are drawn without replacement in the place of the likeliest.
+    do_sample: candidates are drawn without replacement in the place of the likeliest; None: as the call, or the model's
+        generation config, says.
     sampling: fields of GenerationConfig that differ here; those of the call (``repetition_penalty=…``) hold as well.
     max_new_tokens: of a text; None leaves the answer's own limit.
 
@@ -41,7 +42,7 @@ class BeamSearch(Strategy):
     num_return_sequences: int = 1
     num_beam_groups: int = 1
     diversity_penalty: float = 0.0
-    do_sample: bool = False
+    do_sample: bool | None = None
     sampling: Mapping[str, Any] | None = None
     max_new_tokens: int | None = None
 
@@ -70,7 +71,8 @@ class BeamSearch(Strategy):
 
     @property
     def overrides(self) -> dict[str, Any]:
-        return {"do_sample": self.do_sample, **(self.sampling or {})}
+        do_sample = False if self.num_beam_groups > 1 else self.do_sample
+        return ({} if do_sample is None else {"do_sample": do_sample}) | dict(self.sampling or {})
 
     def run(self, trunk: Thread) -> Generator[Any, Any, list[Any]]:
         if self.width == 1:
@@ -88,7 +90,7 @@ class BeamSearch(Strategy):
             if no_room(found, self.width):
                 break
             length += 1
-            ranked = rank(running, found, wanted, length >= limit, self.do_sample)
+            ranked = rank(running, found, wanted, length >= limit)
             ended = [c for c in ranked[: self.width] if c.ends]
             going = [c for c in ranked if not c.ends][: self.width]
             old = [(b.score, b, None) for b in done]
@@ -106,6 +108,7 @@ class BeamSearch(Strategy):
         if not over:  # no room for another token
             done += [Beam(score(b.score, max(1, length), self.length_penalty), b.thread) for b in running]
             done = sorted(done, key=lambda b: -b.score)
+        require(done)
         answers = [answer_of(b.thread) for b in done[: self.num_return_sequences]]
         yield from pool.settle(done[0].thread)
         return answers

@@ -26,17 +26,23 @@ class Continuation(NamedTuple):
     ends: bool
 
 
-def rank(
-    running: Sequence[Beam], found: Sequence[Candidates], count: int, last: bool = False, sampled: bool = False
-) -> list[Continuation]:
-    """The `count` best ways to go on of all beams together, best first."""
+def rank(running: Sequence[Beam], found: Sequence[Candidates], count: int, last: bool = False) -> list[Continuation]:
+    """The `count` best ways to go on of all beams together, those with the highest sums first."""
     ways = [
         Continuation(i, token, beam.score + logprob, beam.score + key, last or ends)
         for i, (beam, c) in enumerate(zip(running, found, strict=True))
         for token, logprob, key, ends in zip(c.token_ids, c.logprobs, c.keys, c.ends, strict=True)
     ]
-    best = sorted(ways, key=lambda way: -way.key)[:count]
-    return sorted(best, key=lambda way: -way.score) if sampled else best
+    return sorted(sorted(ways, key=lambda way: -way.key)[:count], key=lambda way: -way.score)
+
+
+def require(done: Sequence[Beam]) -> None:
+    """ValueError where no text has ended and none can go on."""
+    if not done:
+        raise ValueError(
+            "BeamSearch: no token can follow any beam, and none has ended: every score is −inf; a logits processor "
+            "must leave at least one token with a finite score (a grammar that is through leaves EOS)"
+        )
 
 
 def no_room(found: Sequence[Candidates], width: int) -> bool:

@@ -79,7 +79,7 @@ class ParallelProbe(Strategy):
             votes = [c for c in ballot.classes if c is not None]
             first = ballot.winner()
             leading = answers[first] if votes else None
-            same = rounds > 0 and leading is not None and Ballot([last, leading], self.vote).classes in ([0, 0],)
+            same = rounds > 0 and leading is not None and Ballot([last, leading], self.vote).classes == [0, 0]
             held = held + 1 if same else 1
             rounds += 1
             if rounds <= max(1, self.warmup):  # the first asking is no round of its own, as released

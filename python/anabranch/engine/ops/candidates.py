@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,15 @@ class FindCandidates(EngineOp[CandidatesOp]):
         return thread.kv.has_logits
 
     def carry_out(self, request: Request, thread: EngineThread, op: CandidatesOp) -> Candidates:
+        begin = time.perf_counter()
+        found = self._look(request, thread, op)
+        seconds = time.perf_counter() - begin
+        request.spent.seconds["sampling"] += seconds
+        request.spent.seconds["strategy"] -= seconds  # which the queues' time counts as
+        return found
+
+    @staticmethod
+    def _look(request: Request, thread: EngineThread, op: CandidatesOp) -> Candidates:
         assert thread.kv.logits is not None
         rows, at = thread.kv.logits
         sampler = request.samplers.get(op.sampling)

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from anabranch.engine.cuts import rewind
-from anabranch.engine.ops.base import EngineOp
 from anabranch.engine.thread_kv import EngineThread
 from anabranch.runner.hidden import check_head
 from anabranch.strategies.api.ops import HiddenOp
+from anabranch.threads.ops.base import HostOp
 
 if TYPE_CHECKING:
     from anabranch.engine.request import Request
 
 
-class Hidden(EngineOp[HiddenOp]):
+class Hidden(HostOp[HiddenOp]):
     """The step that computes the last token notes what the language head reads. A token that is in the cache already
     is computed once more, in one row of a step."""
 
-    def needs(self, request: Request, thread: EngineThread, op: HiddenOp) -> list[EngineThread]:
+    def needs(self, host: Request, thread: EngineThread, op: HiddenOp) -> list[EngineThread]:
         return [] if _known(thread) else [thread]
 
-    def ready(self, request: Request, thread: EngineThread, op: HiddenOp) -> bool:
+    def ready(self, host: Request, thread: EngineThread, op: HiddenOp) -> bool:
         if _known(thread):
             return True
         if not thread.kv.wants_hidden:
-            check_head(request.model)
+            check_head(host.samplers.base.model)
             thread.kv.wants_hidden = True
-        if thread.kv.in_cache and not rewind(request.cache, thread):
+        if thread.kv.in_cache and not host.rewind(thread):
             raise ValueError(
                 f"hidden: thread {thread.id} has no last token of its own (it ends in "
                 f"{'joined siblings' if thread.segments else 'its parents'}); insert() at least one token, or ask the "
@@ -35,7 +34,7 @@ class Hidden(EngineOp[HiddenOp]):
             )
         return False
 
-    def carry_out(self, request: Request, thread: EngineThread, op: HiddenOp) -> tuple[float, ...]:
+    def carry_out(self, host: Request, thread: EngineThread, op: HiddenOp) -> tuple[float, ...]:
         thread.kv.wants_hidden = False
         assert thread.kv.hidden is not None
         return thread.kv.hidden[1]

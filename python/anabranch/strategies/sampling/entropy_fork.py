@@ -50,6 +50,8 @@ class EntropyFork(Strategy):
     temperature: float | None = 1.0
     margin: float | None = None
 
+    needs = ("the entropy of a distribution",)
+
     def __post_init__(self) -> None:
         check_vote("EntropyFork", self.vote)
         whole_fields(self, ("n", "window", "k", "look_ahead", "max_forks"), optional=("look_ahead",))

@@ -503,3 +503,22 @@ def test_the_code_of_its_page_runs(name):
         exec(block, names)
         assert names["result"].text is not None
         assert_nothing_held(engine)
+
+
+def test_a_server_and_a_story_tell_what_became_of_a_thread():
+    pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+    from anabranch.serve.answers import Follower
+    from anabranch.viz.story import Story
+
+    engine = make_engine(tokenizer=byte_tokenizer())
+    strategy = ab.PruneRefork(n=4, every=3, swap=2)
+    telling, story = Follower(()), Story()
+    told = ""
+    for event in engine.stream("abc", strategy=strategy, max_new_tokens=9, seed=3):
+        told += telling.take(event)
+        story.take(event)
+    told += telling.finish(story.result)
+    assert told == story.result.text and not telling.rewritten
+    winner = next(kid for kid in story.result.tree.children if kid.fate == "joined")
+    assert story.branches[winner.id].text == winner.text
+    assert_nothing_held(engine)

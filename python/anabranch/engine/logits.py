@@ -54,6 +54,18 @@ def record(logits: torch.Tensor, found: Sequence[Head]) -> None:
             score.logprobs[nth] = logprob
 
 
+def note_hidden(found: Sequence[torch.Tensor], heads: Sequence[Head], model: str) -> None:
+    """Keep what the model's head was given for the last tokens of threads that want it; `found` [heads, width] each."""
+    if len(found) != 1 or len(found[0]) != len(heads):
+        raise ValueError(
+            f"hidden: the language head of {model} was not called once, with one row a token whose logits are needed; "
+            "its hidden states cannot be told apart"
+        )
+    for row, head in zip(found[0], heads, strict=True):
+        if head.kv.wants_hidden and head.nth == head.kv.thread.length - 1:
+            head.kv.hidden = head.kv.thread.length, tuple(row.float().tolist())
+
+
 def invalid(
     logits: torch.Tensor, found: Sequence[Head], entries: Sequence[tuple[ThreadKV, PrefillChunk, int]], model: str
 ) -> dict[Request, ValueError]:

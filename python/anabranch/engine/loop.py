@@ -28,6 +28,7 @@ from anabranch.hf.probe import own_precision
 from anabranch.kv.step import Branch
 from anabranch.records import events
 from anabranch.runner.eager import forward
+from anabranch.runner.hidden import head_inputs
 from anabranch.runner.modes import Evaluation
 from anabranch.threads.costs import share
 from anabranch.threads.ops import record_token
@@ -321,7 +322,7 @@ class Loop:
             ):
                 # A captured graph has no hooks in it.
                 graphs = None if self.engine.segments.used(entries) else self.engine.graphs
-                logits = self._logits(ids, step, [head.row for head in heads], graphs)
+                logits = self._logits(ids, step, heads, graphs)
                 invalid = next_logits.invalid(logits, heads, entries, type(self.engine.model).__name__)
             done = time.perf_counter()
         except BaseException as error:
@@ -361,9 +362,16 @@ class Loop:
             if branch.alive and branch.length > length:
                 self.cache.truncate(branch, length)
 
-    def _logits(self, ids: list[int], step: Any, rows: list[int], graphs: Any) -> torch.Tensor:
+    def _logits(self, ids: list[int], step: Any, heads: list[next_logits.Head], graphs: Any) -> torch.Tensor:
         """The model's scores for some rows of a step, in order, [rows, vocabulary]."""
         engine, device = self.engine, self.cache.device
+        rows = [head.row for head in heads]
+        if any(head.kv.wants_hidden for head in heads):  # a graph would not call the hook
+            keep = torch.tensor(rows, device=device)
+            with head_inputs(engine.model) as found:
+                scores = forward(engine.model, torch.tensor(ids, device=device), step, engine.backend, keep)
+            next_logits.note_hidden(found, heads, type(engine.model).__name__)
+            return scores
         if graphs is not None and rows == list(range(len(step.branches))) and len(rows) == step.num_rows:
             # A replay writes over the scores of the one before. It has rows for the same branches and no other, so all
             # who held those have gone on by a token; whoever forks or ends changes the topology, and with it the graph.
@@ -418,7 +426,7 @@ class Loop:
                 logits,
                 contexts,
                 [t.length for t in threads],
-                [_counted_from(t) for t in threads],
+                [t.counted_from for t in threads],
                 [_Draw(t) for t in threads],  # type: ignore[misc]
                 lambda i: _place(threads[i]),
             )
@@ -455,17 +463,6 @@ class _Draw:
         if running.drawn is None:
             running.drawn = self._thread.stream.random()
         return running.drawn
-
-
-def _counted_from(thread: EngineThread) -> int:
-    """Length of the prompt that ``min_new_tokens`` and its like count from: the one that begins the thread's context.
-
-    A spawned thread has its own; a fork goes on with its parent's context, and so behind its parent's prompt.
-    """
-    while thread.role == "fork":
-        assert thread.parent is not None
-        thread = thread.parent
-    return thread.prompt_length
 
 
 def _place(thread: EngineThread) -> str:

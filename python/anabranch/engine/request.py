@@ -32,11 +32,22 @@ class Request(Books[EngineThread]):
         return thread.kv.in_cache
 
     def may_fork(self, thread: EngineThread) -> bool:
-        return (thread.kv.has_logits or not self._rewind(thread)) and thread.kv.in_cache
+        return (thread.kv.has_logits or not self.rewind(thread)) and thread.kv.in_cache
 
     def hold_children(self, thread: EngineThread, children: Sequence[EngineThread]) -> None:
         for child, branch in zip(children, self.cache.fork(thread.kv.held, len(children)), strict=True):
             child.kv.branch, child.kv.logits, child.kv.logits_at = branch, thread.kv.logits, thread.kv.logits_at
+            child.kv.hidden = thread.kv.hidden
+
+    def hold_own(self, children: Sequence[EngineThread]) -> None:
+        for child in children:
+            if child.kv.borrowed:  # a splice takes what a branch wrote since its fork from the thread
+                if child.kv.pinned:
+                    raise ValueError(
+                        f"join: thread {child.id} became a sibling, and its parent has since forgotten what they "
+                        "share, so it cannot be joined; join it before the truncation"
+                    )
+                child.kv.release(self.cache)
 
     def hold_joined(self, thread: EngineThread, children: Sequence[EngineThread]) -> None:
         # The tree takes a child's tokens since its fork from the branch itself; positions come from our own books.
@@ -74,13 +85,14 @@ class Request(Books[EngineThread]):
 
     def prepare(self, thread: EngineThread, what: str) -> None:
         """Have the next token's logits computed where they are missing."""
-        if thread.kv.in_cache and not thread.kv.has_logits and not self._rewind(thread):
+        thread.kv.share_logits()
+        if thread.kv.in_cache and not thread.kv.has_logits and not self.rewind(thread):
             raise ValueError(
                 f"{what}: thread {thread.id} has nothing to go on from: its last tokens are "
                 f"{'joined siblings' if thread.segments else 'its parents'}; insert() at least one token first"
             )
 
-    def _rewind(self, thread: EngineThread) -> bool:
+    def rewind(self, thread: EngineThread) -> bool:
         """Forget the last token's KV, so that computing it again gives the logits that are missing; whether it could.
 
         Needed after a truncation: logits belong to the token that was cut off.

@@ -68,6 +68,9 @@ class ThreadKV:
         self.branch: Branch | None = None  # None: not in the cache (not started, or pre-empted)
         self.logits: tuple[torch.Tensor, int] | None = None  # (of a step [rows, vocabulary], row): the next token's
         self.logits_at = -1  # thread length they belong to
+        self.borrowed = False  # its branch was forked from a sibling's, so no parent can splice it
+        self.hidden: tuple[int, tuple[float, ...]] | None = None  # (thread length it belongs to, the last token's)
+        self.wants_hidden = False
         self.pinned = False  # cannot be rebuilt from its tokens, so it is never pre-empted
         self.last_step = 0  # the last step it had rows in
         self._rebuild: Iterator[PrefillChunk] | None = None
@@ -114,6 +117,21 @@ class ThreadKV:
         # A child that is not in the cache is rebuilt as its parent, if needed.
         self.logits, self.logits_at = child.logits, child.logits_at
         self.pinned = self.pinned or child.pinned
+
+    def share_logits(self) -> None:
+        """A fork that stands where it was forked, as its parent does, goes on from the same logits."""
+        thread = self.thread
+        if not self.has_logits and thread.role == "fork" and not thread.own:
+            parent = thread.parent
+            if parent is not None and parent.goes_on_as(thread) and parent.kv.has_logits:
+                self.logits, self.logits_at = parent.kv.logits, parent.kv.logits_at
+
+    def borrow(self, source: ThreadKV, cache: TreeCache) -> None:
+        """Share all of a sibling's KV, which is in the cache, and its next token's logits."""
+        self.release(cache)
+        self.branch, self.borrowed = cache.fork(source.held, 1)[0], True
+        self.pinned = source.pinned
+        self.logits, self.logits_at, self.hidden = source.logits, source.logits_at, source.hidden
 
     # ---------------------------------------------------------------------------------------- what to cache next
 
@@ -221,3 +239,4 @@ class ThreadKV:
             if branch is not None and branch.alive:
                 cache.release(branch)
         self.branch, self._rebuild, self._chunk, self._scratch = None, None, None, []
+        self.borrowed = False

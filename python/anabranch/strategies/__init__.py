@@ -1,7 +1,7 @@
 """Strategies: who forks, when, and how results come back. They know neither tensors nor the model."""
 
 from anabranch.strategies.api.awaitable import ThreadGone, first, gather
-from anabranch.strategies.api.ops import Decode, Ended, TokenStats
+from anabranch.strategies.api.ops import Candidates, Decode, Ended, TokenStats
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
 from anabranch.strategies.calls.apr import APR
@@ -13,6 +13,18 @@ from anabranch.strategies.sampling.aspects import Aspects
 from anabranch.strategies.sampling.entropy_fork import EntropyFork
 from anabranch.strategies.sampling.self_consistency import SelfConsistency
 from anabranch.strategies.sampling.skeleton import SkeletonOfThought
+from anabranch.strategies.search import (
+    STEP,
+    BeamSearch,
+    BestOfN,
+    DeepConf,
+    ParallelProbe,
+    PruneRefork,
+    ScorerFailed,
+    SlimSC,
+    StepBeamSearch,
+    TreeOfThoughts,
+)
 from anabranch.strategies.tagged.parallel_r1 import ParallelR1
 from anabranch.strategies.tagged.parathinker import ParaThinker
 from anabranch.strategies.tagged.sprint import SPRINT, SprintAnswer
@@ -24,26 +36,37 @@ __all__ = [
     "APR",
     "SPRINT",
     "SSFT",
+    "STEP",
     "Aspects",
     "AsyncThink",
+    "BeamSearch",
+    "BestOfN",
+    "Candidates",
     "Decode",
+    "DeepConf",
     "Ended",
     "EntropyFork",
     "LeaP",
     "PaCoRe",
     "ParaThinker",
+    "ParallelProbe",
     "ParallelR1",
     "Plain",
+    "PruneRefork",
+    "ScorerFailed",
     "SelfConsistency",
     "Sequential",
     "SkeletonOfThought",
+    "SlimSC",
     "SprintAnswer",
+    "StepBeamSearch",
     "Strategy",
     "Tagged",
     "Thread",
     "ThreadGone",
     "ThreadWeaver",
     "TokenStats",
+    "TreeOfThoughts",
     "first",
     "gather",
 ]

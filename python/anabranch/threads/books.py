@@ -71,6 +71,7 @@ class Books(Generic[State]):
         self.sampled = self.inserted = self.max_concurrency = self.longest_context = 0
         self._malformed: list[tuple[tuple[int, ...], str]] = []
         self._asked: State | None = None  # whose until() is being called
+        self.chose: set[State] = set()  # threads given a chosen token since one of them was given two
         self.spent = Costs()
         self.started: float | None = None  # when it was handed to what runs it
         self.finished = False
@@ -108,6 +109,10 @@ class Books(Generic[State]):
         self.tasks.close()
 
     # ---------------------------------------------------------------------------------------- Host
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return self.sampling(()).eos_ids
 
     def clock(self) -> int:
         if self._asked is not None:  # what an until() asks for comes after the tokens that it has seen
@@ -157,6 +162,9 @@ class Books(Generic[State]):
         else:
             wait.resolve(thread, state.clock)
         return wait
+
+    def room(self, thread: Thread) -> int:
+        return self.left(self._states[thread])
 
     def children(self, thread: Thread) -> list[Thread]:
         return [child.handle for child in self._states[thread].children]
@@ -289,15 +297,20 @@ class Books(Generic[State]):
 
     def running(self, thread: State, op: Decode) -> RunningDecode[Any]:
         """What is settled about a decode whose turn has come: its limit, sampler, reader and stops."""
-        left = self.max_new_tokens - thread.path_sampled
+        left = self.left(thread)
         limit = left if op.max_new_tokens is None else min(left, op.max_new_tokens)
-        if self.position_limit is not None:
-            self.check_position(thread, thread.position - 1)
-            limit = min(limit, self.position_limit - thread.position + self._last_is_free)
         sampler = self.sampling(op.sampling)
         decode = RunningDecode(op, limit, sampler, self.text_rules.reader(thread.backwards()))
         decode.stops = self._stops(thread, decode)
         return decode
+
+    def left(self, thread: State) -> int:
+        """Tokens that a thread may still be given, by the answer's limit and the model's positions."""
+        left = self.max_new_tokens - thread.path_sampled
+        if self.position_limit is not None:
+            self.check_position(thread, thread.position - 1)
+            left = min(left, self.position_limit - thread.position + self._last_is_free)
+        return left
 
     def check_position(self, thread: State, last: int) -> None:
         """Raise for a thread with tokens past the positions which the model has embeddings for."""
@@ -318,6 +331,20 @@ class Books(Generic[State]):
         thread.path_sampled += count
         self.sampled += count
         self.longest_context = max(self.longest_context, thread.length)
+
+    def count_chosen(self, thread: State) -> None:
+        """A thread was given a token that its strategy chose."""
+        self.count_sampled(thread)
+        if thread in self.chose:
+            self.chose.clear()
+        self.chose.add(thread)
+        self.max_concurrency = max(self.max_concurrency, len(self.chose))
+
+    def holds_stop(self, thread: State, strings: Sequence[str], token: int) -> bool:
+        """Whether one of `strings` ends a thread's text with `token`, and not before it."""
+        before = self.text_rules.last_characters(thread.context, max(map(len, strings)))
+        read = self.text_rules.text([token], thread.backwards()) or ""
+        return Stops(strings, before).find("", read) is not None
 
     def until(self, thread: State, op: Decode) -> bool:
         """Whether the caller's predicate ends a decode."""
@@ -371,6 +398,9 @@ class Books(Generic[State]):
 
     def hold_joined(self, thread: State, children: Sequence[State]) -> None:
         """What children hold becomes a thread's, behind its own, in order; called before the books tell."""
+
+    def hold_own(self, children: Sequence[State]) -> None:
+        """Children are about to be spliced: what they hold must be their own, not a sibling's."""
 
     def take_over(self, thread: State, child: State) -> None:
         """A thread becomes its only child: it holds what that held."""

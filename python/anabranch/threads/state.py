@@ -77,6 +77,7 @@ class ThreadState(Generic[State]):
         self.header_length = 0  # tokens of the header that its fork gave it
         self.kv_segment = 0  # of the tokens that it writes
         self.log: list[Action] = []
+        self.chosen: list[int] | None = None  # of its last log entry, while tokens are chosen one after another
         self.decode: RunningDecode[Any] | None = None  # what is settled about the decode at the head of its queue
         self.score: RunningScore | None = None
         self.reader: Reader | None = None  # tells the thread's text to whoever streams it
@@ -101,6 +102,18 @@ class ThreadState(Generic[State]):
     def begin(self) -> int:
         """Context length in front of its own tokens, a prompt left out."""
         return len(self.prefix) + self.prompt_length
+
+    @property
+    def counted_from(self) -> int:
+        """Length of the prompt that ``min_new_tokens`` and its like count from: the one that begins its context.
+
+        A spawned thread has its own; a fork goes on with its parent's context, and so behind its parent's prompt.
+        """
+        thread = self
+        while thread.role == "fork":
+            assert thread.parent is not None
+            thread = thread.parent
+        return thread.prompt_length
 
     @property
     def token_ids(self) -> tuple[int, ...]:

@@ -50,6 +50,9 @@ class Host(Protocol):
     def prompt(self) -> Any:
         """As the caller gave it."""
 
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+
     def clock(self) -> int:
         """The Lamport clock of the program that runs now."""
 
@@ -63,6 +66,9 @@ class Host(Protocol):
 
     def new_thread(self, parent: Thread, role: str) -> Thread:
         """The next child of `parent`; `role`: "fork" or "fresh"."""
+
+    def room(self, thread: Thread) -> int:
+        """Tokens that it may still be given."""
 
     def children(self, thread: Thread) -> list[Thread]:
         """Those that have come to be, in order."""

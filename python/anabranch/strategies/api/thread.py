@@ -20,10 +20,23 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from anabranch._check import index_of, told, whole
+from anabranch._check import index_of, number, told, whole
 from anabranch.records.joins import JOINS
 from anabranch.strategies.api.awaitable import Awaitable, ThreadGone
-from anabranch.strategies.api.ops import Decode, Ended, ForkOp, InsertOp, JoinOp, Op, ScoreOp, TruncateOp
+from anabranch.strategies.api.ops import (
+    BecomeOp,
+    CandidatesOp,
+    ChooseOp,
+    Decode,
+    Ended,
+    ForkOp,
+    HiddenOp,
+    InsertOp,
+    JoinOp,
+    Op,
+    ScoreOp,
+    TruncateOp,
+)
 
 if TYPE_CHECKING:
     from anabranch.strategies.api.host import Host, ThreadView
@@ -79,6 +92,11 @@ class Thread:
     def context(self) -> tuple[int, ...]:
         """All token ids that it sees, in order: what it shares with its parent (or its prompt), then its own."""
         return self._view.context
+
+    @property
+    def room(self) -> int:
+        """Tokens that it may still be given, by the answer's limit."""
+        return self.host.room(self)
 
     @property
     def text(self) -> str | None:
@@ -138,6 +156,57 @@ class Thread:
         (nats, from its raw logits), however many there are in a forward or two."""
         self.check_alive("score")
         return self._submit(ScoreOp(self, self._given(text_or_ids, "score"), "inserted"))
+
+    def candidates(
+        self, k: int, *, sampling: Mapping[str, Any] | None = None, bias: Mapping[int, float] | None = None
+    ) -> CandidatesOp:
+        """Look up the `k` likeliest next tokens; nothing is appended. ``yield`` gives `Candidates`.
+
+        sampling: as for `decode`; with ``do_sample`` the tokens are drawn, without replacement. bias: nats added to the
+        log-probability of some token ids before the logits processors see them.
+
+        >>> found = yield thread.candidates(4)
+        >>> yield thread.choose(found.token_ids[0])
+        """
+        self.check_alive("candidates")
+        k = whole(k, "candidates: k", 1)
+        self.host.check_sampling(sampling)
+        ids = self.host.check_ids(list(bias or ()), "candidates: bias")
+        given = {i: number(v, f"candidates: bias[{i}]") for i, v in zip(ids, (bias or {}).values(), strict=True)}
+        return self._submit(CandidatesOp(self, k, sampling, given))
+
+    def choose(self, token_id: int) -> ChooseOp:
+        """Append one token that the strategy picked among what the model offered.
+
+        It counts as sampled, its log-probability is recorded where those are, traces replay it. ``yield`` gives False,
+        and nothing is appended, where the answer's limit or the prompt's token budget is used up.
+        """
+        self.check_alive("choose")
+        return self._submit(ChooseOp(self, self.host.check_ids([token_id], "choose: token_id")[0]))
+
+    def become(self, sibling: Thread) -> BecomeOp:
+        """Go on as `sibling` stands once it has nothing queued: what this thread wrote beyond what both have in common
+        is forgotten, the sibling's tokens take its place, and its KV is shared, not copied or computed again.
+
+        Both are forks of one thread from the same place. So a fixed pool of threads can hold the best of a search, and
+        the tree stays flat however often they change places.
+        """
+        self.check_alive("become")
+        if (
+            not isinstance(sibling, Thread)
+            or sibling is self
+            or sibling.parent is not self.parent
+            or self.role != "fork"
+        ):
+            raise ValueError(f"become: {sibling!r} is not another fork of the thread that {self!r} was forked from")
+        sibling.check_alive("become: sibling")
+        return self._submit(BecomeOp(self, sibling))
+
+    def hidden(self) -> HiddenOp:
+        """The model's last hidden state at this thread's last token: what its language head reads, after the final
+        norm. ``yield`` gives a tuple of floats, as many as the model is wide."""
+        self.check_alive("hidden")
+        return self._submit(HiddenOp(self))
 
     def fork(
         self, headers: int | Sequence[str | Sequence[int] | None], *, segments: Sequence[int] | None = None
@@ -255,6 +324,11 @@ class Thread:
     def start(self, generator: Generator[Any, Any, Any]) -> Awaitable:
         """Run another generator beside this one (a child's own program); ``yield`` the return value for its result."""
         return self.host.start(generator)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Token ids that end an answer."""
+        return self.host.eos_ids
 
     @property
     def prompt(self) -> Any:

@@ -22,7 +22,7 @@ class HostOp(Generic[AnyOp]):
         return []
 
     def waits_for_children(self, host: Any, op: AnyOp) -> bool:
-        """Whether `op` takes back children that still have something to do."""
+        """Whether `op` takes threads that still have something to do."""
         return False
 
     def ready(self, host: Any, thread: Any, op: AnyOp) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anabranch.backends import threads
 from anabranch.backends.native import TYPES
 
 __all__ = ["OwnLinear", "linear", "linear_context", "rows_for", "takes"]
@@ -157,7 +158,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight.stride(0),
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        torch.get_num_threads(),
+        threads.count(),
     )
     return out
 

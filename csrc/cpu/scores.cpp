@@ -19,7 +19,8 @@ constexpr float INFINITE = std::numeric_limits<float>::infinity();
 // where another token begins is left to torch, so that tokens are those that its operators choose.
 constexpr double DRAW_MARGIN = 2e-6;  // of the mass drawn from; its scale cancels
 constexpr double MASS_MARGIN = 2e-5;  // of a probability, whose scale is a sum in float32
-constexpr int64_t MOST_KEPT = 2048;   // tokens of a nucleus looked at here
+constexpr int64_t FEW = 256;         // tokens: a nucleus is looked for among so many first
+constexpr int BINS = 512;             // then by the mass in each 1/16 below the best score
 
 int64_t blocks_of(const Scores& s) { return (s.size + SCORE_BLOCK - 1) / SCORE_BLOCK; }
 
@@ -28,6 +29,20 @@ struct Candidate {
   int64_t token;
   bool operator<(const Candidate& o) const { return score > o.score || (score == o.score && token < o.token); }
 };
+
+// The scores of a row that are not below `least`, in any order.
+void at_least(const Kernels& kernels, const Scores& s, int64_t row, const float* peaks, float least,
+              std::vector<Candidate>& found) {
+  found.clear();
+  float values[SCORE_BLOCK];
+  for (int64_t b = 0; b < blocks_of(s); ++b) {
+    if (peaks[b] < least) continue;
+    const int64_t begin = b * SCORE_BLOCK, end = std::min(begin + SCORE_BLOCK, s.size);
+    kernels.score_read(s, row, begin, end, values);
+    for (int64_t i = begin; i < end; ++i)
+      if (values[i - begin] >= least) found.push_back({values[i - begin], i});
+  }
+}
 
 // The k highest scores of a row, highest first, equal ones by token.
 void highest(const Kernels& kernels, const Scores& s, int64_t row, const float* peaks, int64_t k,
@@ -39,20 +54,37 @@ void highest(const Kernels& kernels, const Scores& s, int64_t row, const float* 
     std::nth_element(order.begin(), order.begin() + (k - 1), order.end(), std::greater<float>());
     least = order[size_t(k - 1)];
   }
-  found.clear();
-  float values[SCORE_BLOCK];
-  for (int64_t b = 0; b < blocks; ++b) {
-    if (peaks[b] < least) continue;
-    const int64_t begin = b * SCORE_BLOCK, end = std::min(begin + SCORE_BLOCK, s.size);
-    kernels.score_read(s, row, begin, end, values);
-    for (int64_t i = begin; i < end; ++i)
-      if (values[i - begin] >= least) found.push_back({values[i - begin], i});
-  }
+  at_least(kernels, s, row, peaks, least, found);
   if (int64_t(found.size()) > k) {
     std::nth_element(found.begin(), found.begin() + (k - 1), found.end());
     found.resize(size_t(k));
   }
   std::sort(found.begin(), found.end());
+}
+
+// The highest scores of a row, highest first, that hold `mass` of its exponentials and some more.
+void heaviest(const Kernels& kernels, const Scores& s, int64_t row, const float* peaks, float best, float temperature,
+              double mass, std::vector<Candidate>& found) {
+  const float bin = temperature / 16;
+  double held[BINS] = {};
+  float values[SCORE_BLOCK], each[SCORE_BLOCK];
+  for (int64_t b = 0; b < blocks_of(s); ++b) {
+    if (best - peaks[b] >= bin * BINS) continue;
+    const int64_t begin = b * SCORE_BLOCK, count = std::min(SCORE_BLOCK, s.size - begin);
+    kernels.score_read(s, row, begin, begin + count, values);
+    kernels.exponentials(values, count, temperature, best / temperature, each);
+    for (int64_t i = 0; i < count; ++i) held[int(std::min((best - values[i]) / bin, float(BINS - 1)))] += each[i];
+  }
+  int last = 0;
+  for (double sum = held[0]; last < BINS - 1 && sum < mass * (1 + 1e-4); sum += held[++last]) {}
+  // One bin more: what is cut off is compared with what is kept.
+  at_least(kernels, s, row, peaks, last + 2 < BINS ? best - bin * float(last + 2) : -INFINITE, found);
+  std::sort(found.begin(), found.end());
+}
+
+void values_of(const std::vector<Candidate>& found, std::vector<float>& values) {
+  values.resize(found.size());
+  for (size_t i = 0; i < found.size(); ++i) values[i] = found[i].score;
 }
 
 // Index that target, a part of the masses' sum, falls to; −1 within `margin` of where another begins.
@@ -75,33 +107,33 @@ int64_t draw(const Kernels& kernels, const Scores& s, int64_t row, const float* 
   masses.resize(size_t(blocks_of(s)));
   kernels.score_masses(s, row, temperature, most, masses.data());
   const double all = std::accumulate(masses.begin(), masses.end(), 0.0);
+  std::vector<float> values;
   if (top_p >= 1) {
     double before = 0, target = uniform * all, margin = DRAW_MARGIN * all;
     for (int64_t b = 0; b < blocks_of(s); before += masses[size_t(b++)]) {
       if (target >= before + masses[size_t(b)]) continue;
       if (target - before <= margin && b) return -1;
       const int64_t begin = b * SCORE_BLOCK, count = std::min(SCORE_BLOCK, s.size - begin);
-      float values[SCORE_BLOCK];
-      std::vector<float> each(static_cast<size_t>(count));
-      kernels.score_read(s, row, begin, begin + count, values);
-      kernels.exponentials(values, count, temperature, most, each.data());
-      const int64_t at = passed(each, target - before, margin);
+      values.resize(size_t(count));
+      masses.resize(size_t(count));
+      kernels.score_read(s, row, begin, begin + count, values.data());
+      kernels.exponentials(values.data(), count, temperature, most, masses.data());
+      const int64_t at = passed(masses, target - before, margin);
       return at < 0 ? -1 : begin + at;
     }
     return -1;
   }
-  const int64_t k = std::min(MOST_KEPT, s.size);
-  int64_t look = std::min<int64_t>(k, 256), kept = 0;
+  int64_t kept = 0;
   double mass = 0;
-  for (;; look = k) {
-    highest(kernels, s, row, peaks, look, found);
-    std::vector<float> values(found.size());
-    for (size_t i = 0; i < found.size(); ++i) values[i] = found[i].score;
+  for (bool few = true;; few = false) {
+    if (few) highest(kernels, s, row, peaks, std::min(FEW, s.size), found);
+    else heaviest(kernels, s, row, peaks, best, temperature, top_p * all, found);
+    values_of(found, values);
     masses.resize(found.size());
     kernels.exponentials(values.data(), int64_t(values.size()), temperature, most, masses.data());
     // A token stays while those before it hold less than top_p.
     for (kept = 0, mass = 0; kept < int64_t(found.size()) && mass / all < top_p; ++kept) mass += masses[size_t(kept)];
-    if (kept < int64_t(found.size()) || look == k) break;
+    if (!few || kept < int64_t(found.size())) break;
   }
   if (kept == 0) mass = masses[size_t(kept++)];  // at least one stays
   if (kept == int64_t(found.size()) && kept < s.size) return -1;
@@ -111,13 +143,11 @@ int64_t draw(const Kernels& kernels, const Scores& s, int64_t row, const float* 
     return -1;  // one of several equals is cut off
   found.resize(size_t(kept));
   std::sort(found.begin(), found.end(), [](const Candidate& x, const Candidate& y) { return x.token < y.token; });
-  std::vector<float> values(found.size());
-  for (size_t i = 0; i < found.size(); ++i) values[i] = found[i].score;
+  values_of(found, values);
   masses.resize(found.size());
   kernels.exponentials(values.data(), kept, temperature, most, masses.data());
   mass = std::accumulate(masses.begin(), masses.end(), 0.0);
   const int64_t at = passed(masses, uniform * mass, DRAW_MARGIN * mass);
-  // The first and the last token have no neighbour on one side.
   return at < 0 ? (kept == 1 ? found[0].token : -1) : found[size_t(at)].token;
 }
 

@@ -83,12 +83,12 @@ void score_read(const Scores& s, int64_t row, int64_t begin, int64_t end, float*
 }
 
 void exponentials(const float* x, int64_t count, float temperature, float best, float* to) {
-  for (int64_t at = 0; at < count; at += W) {
-    vf v = splat(-INF);
-    for (int64_t i = at; i < count && i < at + W; ++i) v[i - at] = x[i];
-    v = exp_(v / splat(temperature) - best);
-    for (int64_t i = at; i < count && i < at + W; ++i) to[i] = v[i - at];
-  }
+  const vf divisor = splat(temperature);
+  int64_t at = 0;
+  for (; at + W <= count; at += W) store(to + at, exp_(load(x + at) / divisor - best));
+  if (at == count) return;
+  const vf rest = exp_(load_scores(x, at, count) / divisor - best);
+  for (int64_t i = at; i < count; ++i) to[i] = rest[i - at];
 }
 
 }  // namespace

@@ -101,13 +101,18 @@ def tile_config(
 
     batch_invariant: so that a row's result depends on its own context alone.
     """
+    return _tile_config(num_kv_heads, dtype.itemsize, batch_invariant, threads.count())
+
+
+@functools.cache
+def _tile_config(num_kv_heads: int, elem_size: int, fixed: bool, parallel: int) -> TileConfig:
     return TileConfig(
-        tile=FEW_ROWS_TILE if batch_invariant else TILE,
+        tile=FEW_ROWS_TILE if fixed else TILE,
         chunk=CHUNK,
-        parallelism=UNITS_PER_THREAD * threads.count(),
+        parallelism=UNITS_PER_THREAD * parallel,
         num_kv_heads=num_kv_heads,
-        elem_size=dtype.itemsize,
-        fixed=batch_invariant,
+        elem_size=elem_size,
+        fixed=fixed,
     )
 
 
@@ -135,10 +140,10 @@ def attention(
     from anabranch import _cpu
 
     num_q_heads, num_kv_heads = q.shape[1], k_pages.shape[2]
-    shape = num_q_heads, num_kv_heads, q.shape[2], q.dtype, q.device
-    arrays = plan.arrays(num_q_heads // num_kv_heads, tile_config(*shape, batch_invariant=plan.batch_invariant))
+    count = threads.count()
+    config = _tile_config(num_kv_heads, q.dtype.itemsize, plan.batch_invariant, count)
     return native.attention(
-        _cpu.attention, rows(q), k_pages, v_pages, arrays, threads.count(),
+        _cpu.attention, rows(q), k_pages, v_pages, plan.arrays(num_q_heads // num_kv_heads, config), count,
         scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse,
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from anabranch.engine.request import Request
 from anabranch.engine.running import RunningScore
 from anabranch.engine.sampling import token_logprobs, token_stats
 from anabranch.engine.thread_kv import EngineThread, PrefillChunk, ThreadKV
+from anabranch.runner import scores as vocabulary
 
 
 class Head(NamedTuple):
@@ -62,7 +63,7 @@ def refuse_invalid(
     step: int,
 ) -> None:
     """ValueError that names the first row with a NaN or +inf, or with nothing but −inf."""
-    best = logits.amax(-1)  # hands a NaN on, and reads the scores once
+    best = vocabulary.highest(logits)  # hands a NaN on, and reads the scores once
     bad = ~torch.isfinite(best)
     if not bool(bad.any()):
         return
@@ -91,14 +92,14 @@ def rows(held: Sequence[tuple[torch.Tensor, int]]) -> torch.Tensor:
 def stats(logits: torch.Tensor, threads: Sequence[EngineThread], tokens: Sequence[int]) -> dict[int, float]:
     """Record what decodes asked to know of their tokens; log-probabilities, by number among `threads`.
 
-    logits: raw, [threads, vocabulary], float32.
+    logits: raw, [threads, vocabulary].
     """
     decodes = [t.running.op for t in threads]
     asked = [i for i, t in enumerate(threads) if decodes[i].topk is not None or t.request.logprobs]
     if not asked:
         return {}
     raw = logits if len(asked) == len(threads) else logits[asked]
-    found = token_stats(raw, [tokens[i] for i in asked], [decodes[i].topk or 0 for i in asked])
+    found = token_stats(raw.float(), [tokens[i] for i in asked], [decodes[i].topk or 0 for i in asked])
     for i, stat in zip(asked, found, strict=True):
         if decodes[i].topk is not None:
             decodes[i].stats.append(stat)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from anabranch.backends.threads import torch_on_one
 from anabranch.engine import logits as next_logits
 from anabranch.engine.costs import Peaks, share
 from anabranch.engine.request import Request
@@ -20,6 +21,7 @@ from anabranch.hf.probe import own_precision
 from anabranch.records import events
 from anabranch.records.result import Result
 from anabranch.runner.eager import forward
+from anabranch.runner.linear import serves
 from anabranch.runner.modes import evaluating
 
 
@@ -135,7 +137,8 @@ class Call:
         ids = [t for _, f, n in entries for t in f.token_ids[f.done : f.done + n]]
         heads = next_logits.heads(entries)
         launched = time.perf_counter()
-        with torch.inference_mode(), own_precision(self.cache.device), self.engine.linear:
+        alone = serves(self.engine.linear, step.num_rows)  # then what is left to torch is small
+        with torch.inference_mode(), own_precision(self.cache.device), torch_on_one(alone), self.engine.linear:
             logits = self._logits(ids, step, [head.row for head in heads])
             # remove_invalid_values=True, a processor of Transformers, deals with such next_logits.
             if not self.requests[0].samplers.base.config.remove_invalid_values:
@@ -175,6 +178,7 @@ class Call:
     def _sample(self, ready: list[EngineThread]) -> None:
         begin = time.perf_counter()
         ready = next_logits.within_budget(ready)
+        on_cpu = self.cache.device.type == "cpu"
         groups: dict[Any, list[EngineThread]] = {}
         together: dict[Request, int] = {}
         for thread in ready:
@@ -183,8 +187,8 @@ class Call:
             threads = [t for t in sampled if t.alive]  # an until() of the groups before may have killed some
             if not threads:
                 continue
-            with torch.inference_mode(), own_precision(self.cache.device):
-                logits = next_logits.rows([t.kv.logits for t in threads if t.kv.logits is not None]).float()
+            with torch.inference_mode(), own_precision(self.cache.device), torch_on_one(sampler.by_kernels and on_cpu):
+                logits = next_logits.rows([t.kv.logits for t in threads if t.kv.logits is not None])
                 contexts = [lambda t=t: [*t.prefix, *t.own] for t in threads]
                 tokens = sampler.choose(
                     logits,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from math import nan
+from math import inf, nan
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from transformers.generation import logits_process as lp
 from transformers.generation.stopping_criteria import ConfidenceCriteria
 
 from anabranch.engine.options import refuse, refuse_unsampled
+from anabranch.runner import scores as vocabulary
 from anabranch.strategies.api.ops import TokenStats
 
 # Processors that look at the scores alone: one call serves all threads. Any other sees each thread's own tokens.
@@ -59,6 +60,8 @@ def random_stream(seed: int, path: tuple[int, ...]) -> np.random.Generator:
     """A thread's own uniform stream; numpy's SeedSequence makes streams of different paths independent."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy=seed, spawn_key=path)))
 
+_Lists = tuple[LogitsProcessorList, LogitsProcessorList, int | None]
+
 
 class Sampler:
     """One GenerationConfig, ready to use: `choose` a token for many threads, `stops` for one."""
@@ -83,12 +86,14 @@ class Sampler:
             raise ValueError("generation_config: stop_strings needs a tokenizer; pass Engine(model, tokenizer)")
         if not all(self.stop_strings):
             raise ValueError("generation_config: stop_strings holds an empty string; leave it out")
-        self._made: dict[int, tuple[LogitsProcessorList, LogitsProcessorList, int | None]] = {}
-        lead, rest, _ = self._lists(1)
+        self._made: dict[int, _Lists] = {}
+        lead, rest, k = self._lists(1)
         kinds = {type(p) for p in (*lead, *rest)}
         # What the processors look at besides the scores: nothing, how long a context is, or its tokens.
         self.context_free = kinds <= set(_CONTEXT_FREE)
         self._length_only = kinds <= {*_CONTEXT_FREE, *_LENGTH_ONLY}
+        # Nothing but small operators is left to torch, apart from processors that come first.
+        self.by_kernels = self.greedy or k is not None or _mass(rest) is not None
 
     def _processors(self, prompt_length: int) -> LogitsProcessorList:
         # The list `generate` would build, in its order; every option of GenerationConfig means the same here.
@@ -101,21 +106,9 @@ class Sampler:
         )
         return processors
 
-    def _lists(self, prompt_length: int) -> tuple[LogitsProcessorList, LogitsProcessorList, int | None]:
-        """``(first, rest, k)``: where k is given, all that `rest` looks at is the k highest scores (ties aside)."""
+    def _lists(self, prompt_length: int) -> _Lists:
         if prompt_length not in self._made:
-            processors = self._processors(prompt_length)
-            at = next((i for i, p in enumerate(processors) if type(p) is lp.TopKLogitsWarper), None)
-            k, begin = None, len(processors)
-            if at is not None and all(type(p) in _AMONG_CANDIDATES for p in processors[at:]):
-                k, begin = processors[at].top_k, at
-                while begin and type(processors[begin - 1]) is lp.TemperatureLogitsWarper:
-                    begin -= 1
-            self._made[prompt_length] = (
-                LogitsProcessorList(processors[:begin]),
-                LogitsProcessorList(processors[begin:]),
-                k,
-            )
+            self._made[prompt_length] = _parted(self._processors(prompt_length))
         return self._made[prompt_length]
 
     def choose(
@@ -127,7 +120,7 @@ class Sampler:
         streams: Sequence[np.random.Generator],
         where: Callable[[int], str] = "row {}".format,
     ) -> list[int]:
-        """One token a row of `logits` [rows, vocabulary] (float32, left unchanged).
+        """One token a row of `logits` [rows, vocabulary] (float32, float16 or bfloat16; left unchanged).
 
         contexts[i]() gives thread i's whole token sequence (asked for only by processors that look at it), lengths[i]
         long; prompt_lengths[i] is what ``min_new_tokens`` and its like count from; streams[i] draws one uniform when
@@ -163,28 +156,34 @@ class Sampler:
         self, logits: torch.Tensor, ids: Any, prompt_length: int, streams: Sequence[Any], where: Callable[[int], str]
     ) -> list[int]:
         first, rest, k = self._lists(prompt_length)
-        scores = first(ids, logits.clone()) if first else logits
+        scores = first(ids, logits.to(torch.float32, copy=True)) if first else logits
         if scores.shape != logits.shape:
             raise ValueError(
                 f"logits_processor: {_names(first)} made scores of shape {list(scores.shape)} from "
                 f"{list(logits.shape)}; a processor returns one score for each token of the vocabulary"
             )
         if self.greedy:
-            found = scores.argmax(-1)
-            best = scores.gather(-1, found[:, None])[:, 0]
+            best, found = vocabulary.best(scores)
         else:
-            best = scores.amax(-1)
-            found = _draw(rest(ids, scores), streams) if k is None else self._among_top(scores, rest, k, streams)
+            uniform = torch.tensor([s.random() for s in streams], dtype=torch.float64, device=scores.device)
+            if k is not None:
+                best, found = self._among_top(scores, rest, k, uniform)
+            elif (how := _mass(rest)) is not None and vocabulary.takes(scores):
+                best, found = self._by_masses(scores, rest, how, uniform)
+            else:
+                scores = rest(ids, scores.to(torch.float32, copy=True)) if rest else scores.float()
+                best, found = scores.amax(-1), _draw(scores, uniform)
         # One wait for the device, not two: a row without a choice shows in the tokens.
         tokens = torch.where(best.isfinite(), found, -1).tolist()
         if -1 in tokens:
-            raise _no_choice(float(best[tokens.index(-1)]), first, where(tokens.index(-1)))
+            after = first if k is not None else (*first, *rest)
+            raise _no_choice(float(best[tokens.index(-1)]), after, where(tokens.index(-1)))
         return tokens
 
     @staticmethod
     def _among_top(
-        scores: torch.Tensor, rest: LogitsProcessorList, k: int, streams: Sequence[np.random.Generator]
-    ) -> torch.Tensor:
+        scores: torch.Tensor, rest: LogitsProcessorList, k: int, uniform: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same draw from the same distribution, over the few highest scores instead of the whole vocabulary.
 
         A top-k warper leaves nothing below the k-th score, and what runs after it is not touched by what is gone.
@@ -194,20 +193,28 @@ class Sampler:
         size = scores.shape[-1]
         k = min(k, size)
         seen = min(k + 32, size)
-        values, ids = scores.topk(seen, dim=-1)
+        best, values, ids = vocabulary.top(scores, seen)
         ids, order = ids.sort(dim=-1)  # by token, as over the whole vocabulary
-        few = rest(None, values.gather(-1, order))  # type: ignore[arg-type]
-        tied = (values[:, -1] >= values[:, k - 1]).tolist() if seen < size else [False] * len(streams)
-        if not any(tied):
-            return ids.gather(-1, _draw(few, streams)[:, None])[:, 0]
-        chosen = []
-        for row, (all_of_it, stream) in enumerate(zip(tied, streams, strict=True)):
+        found = _draw(rest(None, values.gather(-1, order)), uniform)  # type: ignore[arg-type]
+        tokens = ids.gather(-1, found[:, None])[:, 0]
+        if seen < size:
+            for row in (values[:, -1] >= values[:, k - 1]).nonzero()[:, 0].tolist():
+                one = slice(row, row + 1)
+                tokens[row] = _draw(rest(None, scores[one].to(torch.float32, copy=True)), uniform[one])[0]  # type: ignore[arg-type]
+        return best, tokens
+
+    @staticmethod
+    def _by_masses(
+        scores: torch.Tensor, rest: LogitsProcessorList, how: tuple[float, float], uniform: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same draw by a kernel that sums the probabilities of blocks of tokens; rows where rounding would decide are
+        drawn as everywhere else."""
+        best, tokens = vocabulary.draw(scores, *how, uniform)
+        for row in (tokens < 0).nonzero()[:, 0].tolist():
             one = slice(row, row + 1)
-            if all_of_it:
-                chosen.append(int(_draw(rest(None, scores[one].clone()), [stream])))  # type: ignore[arg-type]
-            else:
-                chosen.append(int(ids[row, _draw(few[one], [stream])]))
-        return torch.tensor(chosen, device=scores.device)
+            cut = rest(None, scores[one].to(torch.float32, copy=True))  # type: ignore[arg-type]
+            best[row], tokens[row] = cut.amax(), _draw(cut, uniform[one])[0]
+        return best, tokens
 
     def stops(self, context: Callable[[], list[int]]) -> bool:
         """Whether criteria given to generate() end a thread here."""
@@ -217,15 +224,43 @@ class Sampler:
         return bool(self.criteria(ids, None).any())
 
 
-def _draw(scores: torch.Tensor, streams: Sequence[np.random.Generator]) -> torch.Tensor:
-    """Index drawn from softmax(scores[i]) by streams[i]'s next uniform; int64 [rows].
+def _parted(processors: LogitsProcessorList) -> _Lists:
+    """``(first, rest, k)``: where k is given, all that `rest` looks at is the k highest scores (ties aside); elsewhere
+    `_mass` knows what it does, or it is empty."""
+    k, begin = None, len(processors)
+    at = next((i for i, p in enumerate(processors) if type(p) is lp.TopKLogitsWarper), None)
+    if at is None:
+        while begin and _mass(processors[begin - 1 :]) is not None:
+            begin -= 1
+    elif all(type(p) in _AMONG_CANDIDATES for p in processors[at:]):
+        k, begin = processors[at].top_k, at
+        while begin and type(processors[begin - 1]) is lp.TemperatureLogitsWarper:
+            begin -= 1
+    return LogitsProcessorList(processors[:begin]), LogitsProcessorList(processors[begin:]), k
+
+
+def _mass(processors: Sequence[Any]) -> tuple[float, float] | None:
+    """``(temperature, top_p)`` of processors that do nothing but divide by the one and keep the likeliest tokens that
+    hold the other; None for any others."""
+    temperature, top_p, left = 1.0, 1.0, list(processors)
+    if left and type(left[0]) is lp.TemperatureLogitsWarper:
+        temperature = float(left.pop(0).temperature)
+    if left and type(left[0]) is lp.TopPLogitsWarper and left[0].min_tokens_to_keep == 1:
+        nucleus = left.pop(0)
+        if nucleus.filter_value != -inf:
+            return None
+        top_p = float(nucleus.top_p)
+    return None if left else (temperature, top_p)
+
+
+def _draw(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Index drawn from softmax(scores[i]) by uniform[i] (float64 [rows]); int64 [rows].
 
     Inverse transform sampling, in float64, so that the draw is exact over a large vocabulary. What has probability zero
     leaves the cumulated sum where it was and is never the first to pass the draw.
     """
-    cdf = torch.softmax(scores, -1).cumsum(-1, dtype=torch.float64)
-    draws = torch.tensor([s.random() for s in streams], dtype=torch.float64, device=scores.device)
-    found = torch.searchsorted(cdf, draws[:, None] * cdf[:, -1:], right=True)
+    cdf = torch.softmax(scores.float(), -1).cumsum(-1, dtype=torch.float64)
+    found = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
     return found.clamp_(max=scores.shape[-1] - 1)[:, 0]
 
 

@@ -1,0 +1,88 @@
+"""What sampling asks of scores over a whole vocabulary: the best, the highest few, a draw. On a CPU by kernels of ours.
+
+torch takes several passes for each, some of them slow on a CPU (``topk`` a tenth of a millisecond a row, ``argmax`` half
+of that, ``sort`` milliseconds); ``csrc/cpu/scores.cpp`` reads a row once, in the type it has, and a few blocks of it
+again. Results are those of torch's operators.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anabranch.backends import registry, threads
+from anabranch.backends.native import TYPES
+
+__all__ = ["best", "draw", "highest", "takes", "top"]
+
+
+def takes(scores: Tensor) -> bool:
+    """Whether the kernels can read these scores [rows, vocabulary]."""
+    return (
+        scores.device.type == "cpu"
+        and scores.dtype in TYPES
+        and scores.dim() == 2
+        and scores.shape[1] > 0
+        and scores.stride(1) == 1
+        and registry.unavailable("cpu") is None
+    )
+
+
+def _read(scores: Tensor) -> tuple[int, tuple[int, int, int, int]]:
+    return TYPES[scores.dtype], (scores.data_ptr(), *scores.shape, scores.stride(0))
+
+
+def _kernels() -> Any:
+    from anabranch import _cpu
+
+    return _cpu
+
+
+def best(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's highest score, float32 (NaN where a score is NaN), and the first token that has it, int64."""
+    if not takes(scores):
+        wide = scores.float()
+        return wide.amax(-1), wide.argmax(-1)
+    rows = scores.shape[0]
+    peaks, tokens = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+    _kernels().score_best(*_read(scores), peaks.data_ptr(), tokens.data_ptr(), threads.count())
+    return peaks, tokens
+
+
+def highest(scores: Tensor) -> Tensor:
+    """Each row's highest score; NaN where a score is NaN."""
+    return best(scores)[0] if takes(scores) else scores.amax(-1)
+
+
+def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`best`'s first, and each row's k highest scores, float32, with their tokens, int64: [rows, k], highest first.
+
+    Of scores equal to the last one, some may be missing: as many as do not fit.
+    """
+    if not takes(scores):
+        wide = scores.float()
+        return wide.amax(-1), *wide.topk(k, dim=-1)
+    rows = scores.shape[0]
+    peaks = torch.empty(rows)
+    values, tokens = torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int64)
+    _kernels().score_top(
+        *_read(scores), k, peaks.data_ptr(), values.data_ptr(), tokens.data_ptr(), threads.count()
+    )
+    return peaks, values, tokens
+
+
+def draw(scores: Tensor, temperature: float, top_p: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """`best`'s first, and the token that ``uniform`` (float64 [rows], 0 … 1) draws from softmax(scores / temperature), cut
+    to the likeliest tokens that together hold `top_p` (1.0: all of them), by inverse transform over the token ids.
+
+    −1 stands for a row that is left to torch: where the sums' last bits would decide, where more than some thousand
+    tokens are kept, or where the best score is not finite. Only for scores that the kernel `takes`.
+    """
+    rows = scores.shape[0]
+    peaks, tokens = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+    _kernels().score_draw(
+        *_read(scores), temperature, top_p, uniform.data_ptr(), peaks.data_ptr(), tokens.data_ptr(), threads.count()
+    )
+    return peaks, tokens

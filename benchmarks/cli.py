@@ -261,7 +261,7 @@ def company_command(
     rounds: Rounds = 5, model: Annotated[str, typer.Option()] = "smollm2", dtype: Dtype = Dtype.bfloat16,
     json: Json = None,
 ) -> None:  # fmt: skip
-    """Decoding of a real model alone and beside programs that spin: tokens a second, and the ratio to the fair share."""
+    """Decoding of a real model alone and beside programs that spin: tokens a second, ratio to the fair share."""
     from . import company
 
     store = _start(None, json)

@@ -135,5 +135,3 @@ def line(entry: dict[str, Any]) -> str:
         f"{entry['tokens_per_second']:7.1f} tokens/s ({entry['smallest']:.1f}–{entry['largest']:.1f}), "
         f"{entry['of_quiet']:.2f} of quiet, {entry['of_fair_share']:.2f} of the fair share"
     )
-
-

@@ -38,12 +38,12 @@ void linear(Linear& l, int threads);
 
 // Of each row of scores: the best one (NaN where a score is NaN) and the first token that has it.
 void score_best(const Scores& s, float* best, int64_t* token, int threads);
-// The best one, and the k ≤ size highest as [rows, k]: highest first, equal ones by token. k scores stand for all that are
-// equal to the last.
-void score_top(const Scores& s, int64_t k, float* best, float* scores, int64_t* tokens, int threads);
-// The best one, and the token that uniform[row] draws from softmax(scores / temperature), cut to the likeliest tokens that
-// hold top_p (1: all); −1 where rounding would decide, where the nucleus is large, or where the best is not finite.
-void score_draw(const Scores& s, float temperature, double top_p, const double* uniform, float* best, int64_t* token,
-                int threads);
+// log Σ e^score of each row.
+void score_logsumexp(const Scores& s, float* sum, int threads);
+// The best one, and the token that uniform[row] draws from softmax(scores / temperature), cut to the top_k highest (0: all;
+// all that equal the last stay) and then to the likeliest that hold top_p (1: all). −1 where rounding or the order of
+// equal scores would decide, and where the best is not finite.
+void score_draw(const Scores& s, float temperature, int64_t top_k, double top_p, const double* uniform, float* best,
+                int64_t* token, int threads);
 
 }  // namespace anabranch::cpu

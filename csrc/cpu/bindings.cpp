@@ -105,18 +105,18 @@ void py_score_best(int type, const std::array<int64_t, 4>& x, int64_t best, int6
   score_best(s, pointer<float>(best), pointer<int64_t>(token), threads);
 }
 
-void py_score_top(int type, const std::array<int64_t, 4>& x, int64_t k, int64_t best, int64_t values, int64_t tokens,
-                  int threads) {
+void py_score_logsumexp(int type, const std::array<int64_t, 4>& x, int64_t sum, int threads) {
   const Scores s = scores(type, x);
   py::gil_scoped_release release;
-  score_top(s, k, pointer<float>(best), pointer<float>(values), pointer<int64_t>(tokens), threads);
+  score_logsumexp(s, pointer<float>(sum), threads);
 }
 
-void py_score_draw(int type, const std::array<int64_t, 4>& x, float temperature, double top_p, int64_t uniform,
-                   int64_t best, int64_t token, int threads) {
+void py_score_draw(int type, const std::array<int64_t, 4>& x, float temperature, int64_t top_k, double top_p,
+                   int64_t uniform, int64_t best, int64_t token, int threads) {
   const Scores s = scores(type, x);
   py::gil_scoped_release release;
-  score_draw(s, temperature, top_p, pointer<double>(uniform), pointer<float>(best), pointer<int64_t>(token), threads);
+  score_draw(s, temperature, top_k, top_p, pointer<double>(uniform), pointer<float>(best), pointer<int64_t>(token),
+             threads);
 }
 
 // For tests: which thread ran each piece of a region; every piece takes so long, and piece `fails` throws.
@@ -249,11 +249,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("info", &info, "isa, vector_bytes, compiled, runnable, parallel, openmp (torch's library).");
   m.def("score_best", &py_score_best, py::arg("type"), py::arg("scores"), py::arg("best"), py::arg("token"),
         py::arg("threads"), "scores: address, rows, size, row stride; best float32 [rows], token int64 [rows].");
-  m.def("score_top", &py_score_top, py::arg("type"), py::arg("scores"), py::arg("k"), py::arg("best"),
-        py::arg("values"), py::arg("tokens"), py::arg("threads"), "values float32, tokens int64: [rows, k].");
-  m.def("score_draw", &py_score_draw, py::arg("type"), py::arg("scores"), py::arg("temperature"), py::arg("top_p"),
-        py::arg("uniform"), py::arg("best"), py::arg("token"), py::arg("threads"),
-        "uniform float64 [rows]; top_p 1 is off; token −1: torch has to decide.");
+  m.def("score_logsumexp", &py_score_logsumexp, py::arg("type"), py::arg("scores"), py::arg("sum"),
+        py::arg("threads"), "sum float32 [rows].");
+  m.def("score_draw", &py_score_draw, py::arg("type"), py::arg("scores"), py::arg("temperature"), py::arg("top_k"),
+        py::arg("top_p"), py::arg("uniform"), py::arg("best"), py::arg("token"), py::arg("threads"),
+        "uniform float64 [rows]; top_k 0 and top_p 1 are off; token −1: torch has to decide.");
   m.def("openmp_threads", &openmp_threads, py::arg("threads"),
         "Threads of torch's OpenMP regions in this thread from now on; the number before (0: torch has no OpenMP).");
   m.def("pieces", &py_pieces, py::arg("threads"), py::arg("count"), py::arg("piece_us") = 0, py::arg("fails") = -1,

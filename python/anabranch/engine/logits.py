@@ -49,7 +49,7 @@ def record(logits: torch.Tensor, found: Sequence[Head]) -> None:
         if score is not None and 0 <= (nth := head.nth + 1 - score.begin) < len(score.op.token_ids):
             scored.append((at, score, nth))
     if scored:
-        rows = logits[torch.tensor([at for at, _, _ in scored], device=logits.device)].float()
+        rows = logits[torch.tensor([at for at, _, _ in scored], device=logits.device)]
         logprobs = token_logprobs(rows, [score.op.token_ids[nth] for _, score, nth in scored])
         for (_, score, nth), logprob in zip(scored, logprobs, strict=True):
             score.logprobs[nth] = logprob
@@ -99,7 +99,7 @@ def stats(logits: torch.Tensor, threads: Sequence[EngineThread], tokens: Sequenc
     if not asked:
         return {}
     raw = logits if len(asked) == len(threads) else logits[asked]
-    found = token_stats(raw.float(), [tokens[i] for i in asked], [decodes[i].topk or 0 for i in asked])
+    found = token_stats(raw, [tokens[i] for i in asked], [decodes[i].topk or 0 for i in asked])
     for i, stat in zip(asked, found, strict=True):
         if decodes[i].topk is not None:
             decodes[i].stats.append(stat)

@@ -7,7 +7,8 @@ depends on the seed and the thread's path in the tree and on nothing else.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import inf, nan
 from typing import Any
 
@@ -59,6 +60,7 @@ _AMONG_CANDIDATES = (
 def random_stream(seed: int, path: tuple[int, ...]) -> np.random.Generator:
     """A thread's own uniform stream; numpy's SeedSequence makes streams of different paths independent."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy=seed, spawn_key=path)))
+
 
 _Lists = tuple[LogitsProcessorList, LogitsProcessorList, int | None]
 
@@ -156,23 +158,18 @@ class Sampler:
         self, logits: torch.Tensor, ids: Any, prompt_length: int, streams: Sequence[Any], where: Callable[[int], str]
     ) -> list[int]:
         first, rest, k = self._lists(prompt_length)
-        scores = first(ids, logits.to(torch.float32, copy=True)) if first else logits
-        if scores.shape != logits.shape:
-            raise ValueError(
-                f"logits_processor: {_names(first)} made scores of shape {list(scores.shape)} from "
-                f"{list(logits.shape)}; a processor returns one score for each token of the vocabulary"
-            )
-        if self.greedy:
-            best, found = vocabulary.best(scores)
+        banned = _banned(first, None if ids is None else ids.shape[-1], logits.shape[-1])
+        if banned is None:
+            scores = first(ids, logits.to(torch.float32, copy=True))
+            if scores.shape != logits.shape:
+                raise ValueError(
+                    f"logits_processor: {_names(first)} made scores of shape {list(scores.shape)} from "
+                    f"{list(logits.shape)}; a processor returns one score for each token of the vocabulary"
+                )
+            best, found = self._pick(scores, ids, rest, k, streams)
         else:
-            uniform = torch.tensor([s.random() for s in streams], dtype=torch.float64, device=scores.device)
-            if k is not None:
-                best, found = self._among_top(scores, rest, k, uniform)
-            elif (how := _mass(rest)) is not None and vocabulary.takes(scores):
-                best, found = self._by_masses(scores, rest, how, uniform)
-            else:
-                scores = rest(ids, scores.to(torch.float32, copy=True)) if rest else scores.float()
-                best, found = scores.amax(-1), _draw(scores, uniform)
+            with _without(logits, banned) as scores:
+                best, found = self._pick(scores, ids, rest, k, streams)
         # One wait for the device, not two: a row without a choice shows in the tokens.
         tokens = torch.where(best.isfinite(), found, -1).tolist()
         if -1 in tokens:
@@ -180,10 +177,34 @@ class Sampler:
             raise _no_choice(float(best[tokens.index(-1)]), after, where(tokens.index(-1)))
         return tokens
 
-    @staticmethod
-    def _among_top(
-        scores: torch.Tensor, rest: LogitsProcessorList, k: int, uniform: torch.Tensor
+    def _pick(
+        self, scores: torch.Tensor, ids: Any, rest: LogitsProcessorList, k: int | None, streams: Sequence[Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each row's best score and chosen token."""
+        if self.greedy:
+            return vocabulary.best(scores)
+        uniform = torch.tensor([s.random() for s in streams], dtype=torch.float64, device=scores.device)
+        how = _mass(rest)
+        if how is None or not vocabulary.takes(scores):
+            return self._by_torch(scores, ids, rest, k, uniform)
+        best, tokens = vocabulary.draw(scores, *how, uniform)
+        for row in (tokens < 0).nonzero()[:, 0].tolist():
+            one = slice(row, row + 1)
+            best[row], tokens[row] = (x[0] for x in self._by_torch(scores[one], None, rest, k, uniform[one]))
+        return best, tokens
+
+    def _by_torch(
+        self, scores: torch.Tensor, ids: Any, rest: LogitsProcessorList, k: int | None, uniform: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for any processors, by torch's operators."""
+        scores = scores.float()
+        if k is not None:
+            return scores.amax(-1), self._among_top(scores, rest, k, uniform)
+        cut = rest(ids, scores.clone()) if rest else scores
+        return cut.amax(-1), _draw(cut, uniform)
+
+    @staticmethod
+    def _among_top(scores: torch.Tensor, rest: LogitsProcessorList, k: int, uniform: torch.Tensor) -> torch.Tensor:
         """The same draw from the same distribution, over the few highest scores instead of the whole vocabulary.
 
         A top-k warper leaves nothing below the k-th score, and what runs after it is not touched by what is gone.
@@ -193,28 +214,15 @@ class Sampler:
         size = scores.shape[-1]
         k = min(k, size)
         seen = min(k + 32, size)
-        best, values, ids = vocabulary.top(scores, seen)
+        values, ids = scores.topk(seen, dim=-1)
         ids, order = ids.sort(dim=-1)  # by token, as over the whole vocabulary
         found = _draw(rest(None, values.gather(-1, order)), uniform)  # type: ignore[arg-type]
         tokens = ids.gather(-1, found[:, None])[:, 0]
         if seen < size:
             for row in (values[:, -1] >= values[:, k - 1]).nonzero()[:, 0].tolist():
                 one = slice(row, row + 1)
-                tokens[row] = _draw(rest(None, scores[one].to(torch.float32, copy=True)), uniform[one])[0]  # type: ignore[arg-type]
-        return best, tokens
-
-    @staticmethod
-    def _by_masses(
-        scores: torch.Tensor, rest: LogitsProcessorList, how: tuple[float, float], uniform: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same draw by a kernel that sums the probabilities of blocks of tokens; rows where rounding would decide are
-        drawn as everywhere else."""
-        best, tokens = vocabulary.draw(scores, *how, uniform)
-        for row in (tokens < 0).nonzero()[:, 0].tolist():
-            one = slice(row, row + 1)
-            cut = rest(None, scores[one].to(torch.float32, copy=True))  # type: ignore[arg-type]
-            best[row], tokens[row] = cut.amax(), _draw(cut, uniform[one])[0]
-        return best, tokens
+                tokens[row] = _draw(rest(None, scores[one].clone()), uniform[one])[0]  # type: ignore[arg-type]
+        return tokens
 
     def stops(self, context: Callable[[], list[int]]) -> bool:
         """Whether criteria given to generate() end a thread here."""
@@ -239,18 +247,63 @@ def _parted(processors: LogitsProcessorList) -> _Lists:
     return LogitsProcessorList(processors[:begin]), LogitsProcessorList(processors[begin:]), k
 
 
-def _mass(processors: Sequence[Any]) -> tuple[float, float] | None:
-    """``(temperature, top_p)`` of processors that do nothing but divide by the one and keep the likeliest tokens that
-    hold the other; None for any others."""
-    temperature, top_p, left = 1.0, 1.0, list(processors)
+def _mass(processors: Sequence[Any]) -> tuple[float, int, float] | None:
+    """``(temperature, top_k, top_p)`` of processors that do nothing but divide by the first, keep so many highest
+    scores (0: all) and then the likeliest tokens that hold the last (1.0: all); None for any others."""
+    temperature, top_k, top_p, left = 1.0, 0, 1.0, list(processors)
     if left and type(left[0]) is lp.TemperatureLogitsWarper:
         temperature = float(left.pop(0).temperature)
-    if left and type(left[0]) is lp.TopPLogitsWarper and left[0].min_tokens_to_keep == 1:
+    if left and type(left[0]) is lp.TopKLogitsWarper:
+        highest = left.pop(0)
+        if highest.filter_value != -inf:
+            return None
+        top_k = highest.top_k
+    if left and type(left[0]) is lp.TopPLogitsWarper:
         nucleus = left.pop(0)
-        if nucleus.filter_value != -inf:
+        if nucleus.filter_value != -inf or nucleus.min_tokens_to_keep != 1:
             return None
         top_p = float(nucleus.top_p)
-    return None if left else (temperature, top_p)
+    return None if left else (temperature, top_k, top_p)
+
+
+def _banned(processors: Sequence[Any], length: int | None, size: int) -> list[int] | None:
+    """The tokens that processors take out of contexts of `length` tokens; None where one does more than that.
+
+    size: of the vocabulary. They are few as a rule, while each of these processors copies all scores several times.
+    """
+    banned: set[int] = set()
+    for p in processors:
+        if type(p) is lp.SuppressTokensLogitsProcessor:
+            banned.update(p.suppress_tokens.tolist())
+        elif length is None:
+            return None
+        elif type(p) is lp.MinLengthLogitsProcessor:
+            banned.update(p.eos_token_id.tolist() if length < p.min_length else ())
+        elif type(p) is lp.MinNewTokensLengthLogitsProcessor:
+            short = length - p.prompt_length_to_skip < p.min_new_tokens
+            banned.update(p.eos_token_id.tolist() if short else ())
+        elif type(p) is lp.SuppressTokensAtBeginLogitsProcessor:
+            banned.update(p.begin_suppress_tokens.tolist() if length == p.begin_index else ())
+        else:
+            return None
+    return sorted(token for token in banned if 0 <= token < size)
+
+
+@contextmanager
+def _without(logits: torch.Tensor, banned: list[int]) -> Iterator[torch.Tensor]:
+    """The scores with −inf for some tokens: `logits` themselves, as they were before when the block is left."""
+    if not banned:
+        yield logits
+        return
+    if logits.is_inference() and not torch.is_inference_mode_enabled():
+        logits = logits.clone()
+    columns = torch.tensor(banned, device=logits.device)
+    before = logits[:, columns]
+    logits[:, columns] = -inf
+    try:
+        yield logits
+    finally:
+        logits[:, columns] = before
 
 
 def _draw(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -333,22 +386,22 @@ def _hashable(value: Any) -> bool:
 
 
 def token_logprobs(logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:
-    """Log-probability of one token a row of raw `logits` [rows, vocabulary], float32."""
+    """Log-probability of one token a row of raw `logits` [rows, vocabulary]."""
     chosen = logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
-    return (chosen - logits.logsumexp(-1)).tolist()
+    return (chosen - vocabulary.logsumexp(logits)).tolist()
 
 
 def token_stats(logits: torch.Tensor, tokens: Sequence[int], asked: Sequence[int]) -> list[TokenStats]:
-    """`TokenStats` of each row of raw `logits` [rows, vocabulary], float32.
+    """`TokenStats` of each row of raw `logits` [rows, vocabulary].
 
     asked[i]: k of row i's top-k mean; 0: its log-probability alone, which costs a quarter.
     """
-    total = logits.logsumexp(-1)
+    total = vocabulary.logsumexp(logits)
     chosen = logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0] - total
     stats = [TokenStats(logprob, nan, nan) for logprob in chosen.tolist()]  # one wait for the device, not one a row
     full = [i for i, k in enumerate(asked) if k]
     if full:
-        rows = logits[full] if len(full) < len(tokens) else logits
+        rows = (logits[full] if len(full) < len(tokens) else logits).float()
         logp = rows - total[full, None]
         # −Σ p · log p; a score of −inf adds 0 to it, not NaN.
         entropy = (-torch.where(logp.isneginf(), 0.0, logp.exp() * logp).sum(-1)).tolist()

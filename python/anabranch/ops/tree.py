@@ -66,7 +66,7 @@ def attend(
     backend: str,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """``torch.ops.anabranch.tree_attention`` with a plan instead of its handle. lse may be None without `return_lse`."""
+    """``torch.ops.anabranch.tree_attention`` with a plan for its handle. lse may be None without `return_lse`."""
     if unobserved(q):
         return _run(q, k_pages, v_pages, plan, sinks, scale, softcap, window, layer, backend, return_lse)
     out, lse = torch.ops.anabranch.tree_attention(
@@ -75,9 +75,7 @@ def attend(
     return out, lse
 
 
-def write(
-    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Plan, layer: int, backend: str
-) -> None:
+def write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Plan, layer: int, backend: str) -> None:
     """``torch.ops.anabranch.write_kv`` with a plan instead of its handle."""
     if unobserved(k, v):
         _run_write(k, v, k_pages, v_pages, plan, layer, backend)
@@ -113,9 +111,7 @@ def _run(
     )
 
 
-def _run_write(
-    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Plan, layer: int, backend: str
-) -> None:
+def _run_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Plan, layer: int, backend: str) -> None:
     slots = plan.begin_write(layer)  # raises before anything is written
     backends.choose(backend, k.device, k.dtype, k.shape[2]).write_kv(k, v, k_pages, v_pages, slots)
     plan.end_write(layer)

@@ -92,7 +92,7 @@ def linear_context(model: nn.Module, setting: bool | None = None) -> AbstractCon
 
 
 def serves(context: Any, rows: int) -> bool:
-    """Whether our kernel computes every linear layer of a forward of so many rows within `context` (`linear_context`)."""
+    """Whether our kernel computes all linear layers of a forward of so many rows in `context` (`linear_context`)."""
     return isinstance(context, OwnLinear) and rows <= context.most_rows
 
 

@@ -1,8 +1,8 @@
-"""What sampling asks of scores over a whole vocabulary: the best, the highest few, a draw. On a CPU by kernels of ours.
+"""What sampling asks of scores over a whole vocabulary: the best, a draw, log Σ e^score. On a CPU by kernels of ours.
 
-torch takes several passes for each, some of them slow on a CPU (``topk`` a tenth of a millisecond a row, ``argmax`` half
-of that, ``sort`` milliseconds); ``csrc/cpu/scores.cpp`` reads a row once, in the type it has, and a few blocks of it
-again. Results are those of torch's operators.
+torch takes several passes for each, some of them slow on a CPU (``topk`` a tenth of a millisecond a row, ``argmax``
+half of that, ``sort`` milliseconds); ``csrc/cpu/scores.cpp`` reads a row once, in the type it has, and a few blocks of
+it again. Results are those of torch's operators.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from anabranch.backends import registry, threads
 from anabranch.backends.native import TYPES
 
-__all__ = ["best", "draw", "highest", "takes", "top"]
+__all__ = ["best", "draw", "highest", "logsumexp", "takes"]
 
 
 def takes(scores: Tensor) -> bool:
@@ -56,33 +56,27 @@ def highest(scores: Tensor) -> Tensor:
     return best(scores)[0] if takes(scores) else scores.amax(-1)
 
 
-def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`best`'s first, and each row's k highest scores, float32, with their tokens, int64: [rows, k], highest first.
-
-    Of scores equal to the last one, some may be missing: as many as do not fit.
-    """
+def logsumexp(scores: Tensor) -> Tensor:
+    """log Σ e^score of each row, float32."""
     if not takes(scores):
-        wide = scores.float()
-        return wide.amax(-1), *wide.topk(k, dim=-1)
-    rows = scores.shape[0]
-    peaks = torch.empty(rows)
-    values, tokens = torch.empty(rows, k), torch.empty(rows, k, dtype=torch.int64)
-    _kernels().score_top(
-        *_read(scores), k, peaks.data_ptr(), values.data_ptr(), tokens.data_ptr(), threads.count()
-    )
-    return peaks, values, tokens
+        return scores.float().logsumexp(-1)
+    sums = torch.empty(scores.shape[0])
+    _kernels().score_logsumexp(*_read(scores), sums.data_ptr(), threads.count())
+    return sums
 
 
-def draw(scores: Tensor, temperature: float, top_p: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """`best`'s first, and the token that ``uniform`` (float64 [rows], 0 … 1) draws from softmax(scores / temperature), cut
-    to the likeliest tokens that together hold `top_p` (1.0: all of them), by inverse transform over the token ids.
+def draw(scores: Tensor, temperature: float, top_k: int, top_p: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """`best`'s first, and the token that ``uniform`` (float64 [rows], 0 … 1) draws from softmax(scores / temperature),
+    cut to the `top_k` highest (0: all) and then to the likeliest tokens that hold `top_p` (1.0: all), by inverse
+    transform over the token ids.
 
-    −1 stands for a row that is left to torch: where the sums' last bits would decide, where more than some thousand
-    tokens are kept, or where the best score is not finite. Only for scores that the kernel `takes`.
+    −1 stands for a row that is left to torch: where the last bits of sums or the order of equal scores would decide,
+    or where the best score is not finite. Only for scores that the kernel `takes`.
     """
     rows = scores.shape[0]
     peaks, tokens = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
     _kernels().score_draw(
-        *_read(scores), temperature, top_p, uniform.data_ptr(), peaks.data_ptr(), tokens.data_ptr(), threads.count()
-    )
+        *_read(scores), temperature, top_k, top_p, uniform.data_ptr(), peaks.data_ptr(), tokens.data_ptr(),
+        threads.count(),
+    )  # fmt: skip
     return peaks, tokens

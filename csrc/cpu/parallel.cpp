@@ -5,11 +5,11 @@
 // one such program cost three quarters of the speed. Here a worker takes part by claiming a piece, and a worker that is
 // asleep, late or descheduled has claimed none.
 //
-// How long idle threads spin. A decode step is hundreds of regions of 5 to 100 µs with gaps of 5 to 100 µs (Python, and
+// How long idle threads spin. A decode step is hundreds of regions of 5 to 100 µs with gaps of 5 to 200 µs (Python, and
 // torch's small operators); waking a sleeping thread costs the caller a system call and comes 10 to 50 µs late. So a
-// worker spins for SPIN after its last piece, about one gap, and then sleeps: between steps, and as soon as torch's own
-// threads have a longer piece of work, it is off its core. A spinning worker is also charged for it: where others want
-// the core, the system would take it away when there is work again. So a worker that was descheduled against its will
+// worker spins for SPIN after its last piece, the longer of the gaps, and then sleeps: between steps, and as soon as
+// torch's own threads have a longer piece of work, it is off its core. A spinning worker is also charged for it: where
+// others want the core, the system would take it away when there is work again. So a worker that was descheduled against its will
 // sleeps at once for the next while (CROWDED); one that has slept is put on a core soon after it is woken. The caller
 // spins for LINGER, a common piece, and then sleeps too: its core is then free for whoever holds the last piece, and a
 // scheduler that finds a core idle moves such a thread there.
@@ -42,7 +42,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
-constexpr microseconds SPIN{100}, LINGER{30}, CROWDED{50000};
+constexpr microseconds SPIN{200}, LINGER{30}, CROWDED{50000};
 constexpr int REGIONS = 8;        // open at once; a further caller works alone
 constexpr int MOST_WORKERS = 1023;
 constexpr uint32_t CLOSED = UINT32_MAX;  // as the next piece of a region

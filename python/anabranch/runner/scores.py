@@ -40,13 +40,17 @@ def _kernels() -> Any:
     return _cpu
 
 
+def _empty(rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(rows, dtype=dtype, device="cpu")  # whatever the program's defaults are
+
+
 def best(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's highest score, float32 (NaN where a score is NaN), and the first token that has it, int64."""
     if not takes(scores):
         wide = scores.float()
         return wide.amax(-1), wide.argmax(-1)
     rows = scores.shape[0]
-    peaks, tokens = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+    peaks, tokens = _empty(rows), _empty(rows, torch.int64)
     _kernels().score_best(*_read(scores), peaks.data_ptr(), tokens.data_ptr(), threads.count())
     return peaks, tokens
 
@@ -60,7 +64,7 @@ def logsumexp(scores: Tensor) -> Tensor:
     """log Σ e^score of each row, float32."""
     if not takes(scores):
         return scores.float().logsumexp(-1)
-    sums = torch.empty(scores.shape[0])
+    sums = _empty(scores.shape[0])
     _kernels().score_logsumexp(*_read(scores), sums.data_ptr(), threads.count())
     return sums
 
@@ -74,7 +78,7 @@ def draw(scores: Tensor, temperature: float, top_k: int, top_p: float, uniform: 
     or where the best score is not finite. Only for scores that the kernel `takes`.
     """
     rows = scores.shape[0]
-    peaks, tokens = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+    peaks, tokens = _empty(rows), _empty(rows, torch.int64)
     _kernels().score_draw(
         *_read(scores), temperature, top_k, top_p, uniform.data_ptr(), peaks.data_ptr(), tokens.data_ptr(),
         threads.count(),

@@ -124,6 +124,10 @@ class Books(Generic[State]):
     def text(self, token_ids: Sequence[int], backwards: Iterable[int]) -> str | None:
         return self.text_rules.text(token_ids, backwards)
 
+    def pieces(self, token_ids: Iterable[int]) -> dict[int, str | tuple[int, ...]] | None:
+        """What each token reads as in the middle of a text; None without a tokenizer."""
+        return self.text_rules.pieces(token_ids)
+
     def tag_ids(self, tags: Sequence[str]) -> dict[str, int]:
         return self.text_rules.tag_ids(tags)
 
@@ -185,7 +189,7 @@ class Books(Generic[State]):
         self._states[thread.handle] = thread
         self.threads.append(thread)
         if role == "fresh" and parent is not None:
-            parent.log.append(Action("spawn", children=[thread.id]))
+            parent.log.append(Action("spawn", children=[thread.id], clock=self.clock()))
             if parent.spawned_at == self.tasks.turn:
                 parent.blocks[-1][1].append(thread)  # spawned in one go: one block
             else:
@@ -199,7 +203,7 @@ class Books(Generic[State]):
         states = [self._states[child] for child in children]
         for parent in dict.fromkeys(state.parent for state in states if state.parent is not None):
             names = [state.id for state in states if state.parent is parent]
-            parent.log.append(Action("kill", children=names, mode=fate))
+            parent.log.append(Action("kill", children=names, mode=fate, clock=self.clock()))
         for state in states:
             self.end(state, fate)
 

@@ -45,7 +45,8 @@ class Fork(HostOp[ForkOp]):
             else:
                 headers.append(None)
         names = [child.id for child in children]
-        thread.log.append(Action("fork", children=names, headers=headers, segments=op.segments or ()))
+        action = Action("fork", children=names, headers=headers, segments=op.segments or (), clock=thread.clock)
+        thread.log.append(action)
         for child, segment in zip(children, op.segments or [thread.kv_segment] * len(children), strict=True):
             child.kv_segment = segment
             thread.branch_off(child, context)

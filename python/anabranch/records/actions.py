@@ -24,5 +24,5 @@ class Action:
     mode: str | None = None
     length: int | None = None
     headers: Sequence[Sequence[int] | None] = ()
-    segments: Sequence[int] = ()
     clock: int | None = None
+    segments: Sequence[int] = ()

@@ -10,14 +10,15 @@ Layout (version 2)::
               "runs": [{"kind", "token_ids", "position", "source", "spliced", "logprobs", "kv_segment"}],
               "forgotten": [as runs],
               "children": [nodes],
-              "log": [{"do", "token_ids", "children", "mode", "length", "headers", "clock", "segments"}]},
+              "log": [{"do", "token_ids", "children", "mode", "length", "headers", "segments",
+                       "clock"}]},
      "metrics": {…}, "pieces": {id: str | [byte]} | null}
 
 ``pieces`` is what each token id reads as in the middle of a text (its bytes, where they are no whole characters), null
 without a tokenizer and missing in traces from before it was kept. ``logprobs`` is null unless they were asked for
 (``generate(logprobs=True)``). ``log`` is what was done to a thread, in order (`anabranch.records.actions.Action`):
-`ab.replay` does it again. ``kv_segment`` and ``segments`` may be missing (0, none). Version 1, which had neither
-``logprobs`` nor a ``log`` and fewer metrics, is still read; it cannot be replayed.
+`ab.replay` does it again. ``kv_segment`` and ``segments`` may be missing (0, none). Version 1, which had neither log
+nor log-probabilities and fewer metrics, is still read; it cannot be replayed.
 """
 
 from __future__ import annotations
@@ -266,8 +267,8 @@ def _action(data: Any, at: str) -> Action:
         headers=tuple(
             _list(data, "headers", at, lambda v, at: None if v is None else _ids({"header": v}, "header", at))
         ),
-        segments=_ids(data, "segments", at) if "segments" in data else (),
         clock=None if clock is None else _natural(clock, f"{at}.clock"),
+        segments=_ids(data, "segments", at) if "segments" in data else (),
     )
 
 

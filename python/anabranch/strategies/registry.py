@@ -65,6 +65,35 @@ ABOUT = {
     "SkeletonOfThought": About(
         "a new prompt for each point of an outline", "when the outline is written", "points follow one another",
     ),
+    "APR": About(
+        "a sub-search with a context of its own for each call", "when the model writes <End Calling Sub Searches>",
+        "the calls are deleted, and what was found stands in their place", "apr",
+    ),
+    "AsyncThink": About(
+        "a worker with a context of its own", "at each </FORK-i>; the organizer writes on",
+        "a worker's text is inserted at <JOIN-i>", "asyncthink",
+    ),
+    "ParallelR1": About(
+        "a fixed number of paths", "when the model writes <Parallel>",
+        "paths follow one another (or are spliced), then a summary is asked for", "parallel-r1",
+    ),
+    "ParaThinker": About(
+        "paths with a tag and vectors of their own", "right behind the prompt",
+        "paths are spliced side by side, then a summary is forced", "parathinker",
+    ),
+    "SSFT": About("a path for each thinking tag", "right behind the prompt", "the winner of a vote is kept", "ssft"),
+    "SPRINT": About(
+        "an executor for each prompt of a plan", "at each </prompt_i.j>; the planner writes on",
+        "executions follow one another behind the plan", "sprint",
+    ),
+    "PaCoRe": About(
+        "the answers of a round", "behind the prompt, then behind a prompt with the answers as references",
+        "nothing comes back but the last answer", "pacore",
+    ),
+    "LeaP": About(
+        "sampled paths", "right behind the prompt; they read one another's summaries from time to time",
+        "the winner of a vote is kept", "leap",
+    ),
 }  # fmt: skip
 
 ABSTRACT = ("Strategy",)

@@ -25,7 +25,7 @@ def _action(action: Action) -> Action:
     headers = tuple(None if header is None else tuple(header) for header in action.headers)
     token_ids, children = tuple(action.token_ids), tuple(action.children)
     segments = tuple(action.segments)
-    return Action(action.do, token_ids, children, action.mode, action.length, headers, segments, action.clock)
+    return Action(action.do, token_ids, children, action.mode, action.length, headers, action.clock, segments)
 
 
 def build_node(host: Books[Any], thread: AnyThread) -> Node:

@@ -45,11 +45,9 @@ class Fork(HostOp[ForkOp]):
             else:
                 headers.append(None)
         names = [child.id for child in children]
-        segments = op.segments or [thread.kv_segment] * len(children)
-        thread.log.append(
-            Action("fork", children=names, headers=headers, segments=op.segments or (), clock=thread.clock)
-        )
-        for child, segment in zip(children, segments, strict=True):
+        action = Action("fork", children=names, headers=headers, segments=op.segments or (), clock=thread.clock)
+        thread.log.append(action)
+        for child, segment in zip(children, op.segments or [thread.kv_segment] * len(children), strict=True):
             child.kv_segment = segment
             thread.branch_off(child, context)
             if not child.alive:  # killed before it came to be

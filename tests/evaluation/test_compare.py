@@ -414,6 +414,27 @@ def test_mistakes_on_the_command_line(arguments, said, tmp_path):
     assert said in result.stderr and "Traceback" not in result.stderr and not store.exists()
 
 
+def test_interrupted_it_says_where_the_results_are(tiny, tmp_path, monkeypatch):
+    from anabranch.engine import Engine
+
+    store, answered = tmp_path / "r.sqlite", []
+    generate = Engine.generate
+
+    def twice(self, *arguments, **options):
+        if len(answered) == 2:
+            raise KeyboardInterrupt
+        answered.append(1)
+        return generate(self, *arguments, **options)
+
+    base = ["--models", tiny, "--strategies", "plain", "--tasks", "multiplication", "--max-new-tokens", "3"]
+    monkeypatch.setattr(Engine, "generate", twice)
+    result = invoke(*base, "--store", str(store), code=130)
+    assert "2 results are in" in result.stderr and "goes on from there" in result.stderr
+    monkeypatch.undo()
+    out = json.loads(invoke(*base, "--store", str(store), "--json").stdout)
+    assert out["results"] == {"new": 2, "there": 2}
+
+
 def test_a_store_that_is_none_is_told_in_words(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("not a database " * 100)

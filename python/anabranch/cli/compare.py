@@ -55,8 +55,8 @@ MODELS = ("multiplication", "smollm2-adaptive", "smollm2")
 PRESETS = {
     "quick": Preset(
         MODELS, ("plain", "threadweaver", "sequential(threadweaver)", "self-consistency(n=4,vote=line)"),
-        ("multiplication", "leg_counting", "chain_sum(max_digits=2,max_terms=3)", "spell_backward(max_word_len=5)"),
-        problems=4, seeds=1, max_new_tokens=192, budget="420s",
+        ("multiplication", "leg_counting(max_animals=5)", "chain_sum(max_digits=2,max_terms=3)", "letter_counting"),
+        problems=4, seeds=1, max_new_tokens=256, budget="420s",
     ),
     "full": Preset(
         MODELS,
@@ -72,7 +72,7 @@ PRESETS = {
             "prime_factorization(max_value=100)", "countdown", "needle_haystack(max_num_statements=20)", "word_sorting",
             "time_intervals",
         ),
-        problems=20, seeds=3, max_new_tokens=256, budget=None,
+        problems=20, seeds=3, max_new_tokens=512, budget=None,
     ),
 }  # fmt: skip
 

@@ -414,6 +414,25 @@ def test_mistakes_on_the_command_line(arguments, said, tmp_path):
     assert said in result.stderr and "Traceback" not in result.stderr and not store.exists()
 
 
+@pytest.mark.parametrize("preset", ["quick", "full"])
+def test_presets_name_what_is_there(preset):
+    pytest.importorskip("reasoning_gym", reason="needs reasoning-gym (pip install 'anabranch[compare]')")
+    from anabranch.cli.compare import PRESETS
+    from anabranch.strategies import registry
+
+    chosen = PRESETS[preset]
+    assert len({registry.spelled(text) for text in chosen.strategies}) == len(chosen.strategies)
+    for text in chosen.strategies:
+        registry.parse(text)
+    for text in chosen.tasks:
+        assert find_task(text).items(1, 0)[0].prompt
+    assert set(chosen.models) <= set(ab.models.names())
+    if preset == "full":
+        assert len(chosen.strategies) >= 12 and len(chosen.tasks) >= 8 and chosen.seeds >= 3
+    else:
+        assert read_budget(chosen.budget).seconds <= 540  # under ten minutes with the models loaded
+
+
 def test_interrupted_it_says_where_the_results_are(tiny, tmp_path, monkeypatch):
     from anabranch.engine import Engine
 

@@ -417,7 +417,7 @@ def test_mistakes_on_the_command_line(arguments, said, tmp_path):
 @pytest.mark.parametrize("preset", ["quick", "full"])
 def test_presets_name_what_is_there(preset):
     pytest.importorskip("reasoning_gym", reason="needs reasoning-gym (pip install 'anabranch[compare]')")
-    from anabranch.cli.compare import PRESETS
+    from anabranch.cli.comparison import PRESETS
     from anabranch.strategies import registry
 
     chosen = PRESETS[preset]

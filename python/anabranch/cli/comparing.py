@@ -89,7 +89,7 @@ def compare(
     killed at any moment, the same command goes on where it was. A problem whose verifier raises is kept as an error. A
     strategy whose tags a model does not know is left out, and so is a task that its vocabulary cannot spell.
     """
-    from anabranch.cli import compare as body
+    from anabranch.cli import comparison as body
 
     body.run(
         body.Options(

@@ -102,6 +102,7 @@ setup(
         "": ["*.json", "*.safetensors"],
         "anabranch": ["py.typed", "*.pyi"],
         "anabranch.viz.page": ["*.js", "*.css", "*.html"],
+        "anabranch.serve": ["*.html"],
     },
     include_package_data=False,
 )

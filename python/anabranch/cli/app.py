@@ -190,6 +190,7 @@ def evaluate(
         "anabranch generate 'Why is the sky blue?' --strategy 'sequential(aspects)' --save trace.json",
         "cat question.txt | anabranch generate - --stream",
         "anabranch generate 'Once upon a time' --raw --model ./my-model",
+        "anabranch generate 'Name three rivers.' --url http://localhost:8000/v1 --model ./my-model",
     ),
 )
 @command
@@ -242,6 +243,17 @@ def generate(
     ] = None,
     stream: Annotated[bool, _flag("--stream", help="Show the answer as it is written.")] = False,
     save: SaveOption = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Of a vLLM, SGLang or llama.cpp server, such as http://host:8000/v1: it runs the model, --model names "
+            "the tokenizer.",
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(metavar="KEY", envvar="ANABRANCH_API_KEY", help="For --url.", show_envvar=True)
+    ] = None,
     num_pages: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Pages of the cache. Default: by free memory.")
     ] = None,
@@ -261,7 +273,8 @@ def generate(
 
     body.run(
         body.Options(
-            prompt=prompt, model=model, strategy=strategy, strategy_options=tuple(strategy_option or ()), n=n,
+            prompt=prompt, model=model, url=url, api_key=api_key,
+            strategy=strategy, strategy_options=tuple(strategy_option or ()), n=n,
             vote=vote, temperature=temperature, top_p=top_p,
             seed=seed, max_new_tokens=max_new_tokens, chat=chat, template_kwargs=template_kwargs, stream=stream,
             as_json=json, save=save, num_pages=num_pages, page_size=page_size, backend=backend, dtype=dtype.value,
@@ -338,6 +351,73 @@ def bench(
         body.predict(as_json=json, arguments=list(context.args))
     else:
         body.run(quick=quick, builtin=builtin, as_json=json, arguments=list(context.args))
+
+
+@app.command(
+    epilog=_examples(
+        "anabranch serve --model smollm2 --port 8000",
+        "anabranch serve --model ./my-model --host 0.0.0.0 --api-key secret --api-key another",
+        "anabranch serve --model ./my-model --upstream http://cluster:8000/v1",
+        'curl localhost:8000/v1/completions -d \'{"model": "smollm2", "prompt": "Rivers", "strategy": '
+        '"self-consistency", "strategy_options": {"n": 4}}\' -H \'Content-Type: application/json\'',
+    ),
+)
+@command
+def serve(
+    model: ModelOption = "smollm2",
+    host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="Port to listen on.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Opens the server; may be repeated. Default: ANABRANCH_API_KEY, else none."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What clients call the model.", show_default="as --model")
+    ] = None,
+    upstream: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Run strategies on this server instead; --model names its tokenizer."),
+    ] = None,
+    upstream_key: Annotated[str | None, typer.Option(metavar="KEY", help="For --upstream.")] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option("--strategy", "-s", metavar="NAME", help="Allow these strategies alone; may be repeated."),
+    ] = None,
+    max_requests: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Prompts under way or waiting; more get 429.")
+    ] = 256,
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Most tokens that a request may ask for.")
+    ] = None,
+    max_body: Annotated[int, typer.Option(metavar="BYTES", min=1, help="Of a request; larger ones get 413.")] = 8388608,
+    num_pages: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Pages of the cache. Default: by free memory.")
+    ] = None,
+    page_size: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens a page.")] = 16,
+    backend: Annotated[
+        str, typer.Option(metavar="NAME", help="Attention backend: auto, cpu, triton, cuda, reference.")
+    ] = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    grace: Annotated[
+        int, typer.Option(metavar="S", min=0, help="Seconds that answers under way have to finish at the end.")
+    ] = 30,
+    debug: DebugOption = False,
+) -> None:
+    """Serve a model over OpenAI's HTTP API, with a strategy by request.
+
+    /v1/completions, /v1/chat/completions, /v1/models, /tokenize, /health, /metrics, /version; at / a page that shows
+    running trees. Ours in a request: strategy, strategy_options, priority, timeout, stream_options.threads.
+    """
+    from anabranch.cli import serve as body
+
+    body.run(
+        body.Options(
+            model=model, host=host, port=port, api_keys=tuple(api_key or ()), name=name, upstream=upstream,
+            upstream_key=upstream_key, strategies=tuple(strategy or ()), max_requests=max_requests,
+            max_tokens=max_tokens, max_body=max_body, num_pages=num_pages, page_size=page_size, backend=backend,
+            dtype=dtype.value, grace=grace,
+        )
+    )  # fmt: skip
 
 
 @app.command(

@@ -136,6 +136,21 @@ def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any, torch.dtype]:
     return (*_load_folder(folder, kind), kind)
 
 
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer alone, of a model by name or of a folder on this machine."""
+    from transformers import AutoTokenizer
+
+    from anabranch import models
+
+    folder = models.path(name) if name in models.names() else Path(name).expanduser()
+    if not folder.is_dir():
+        raise Mistake(
+            f"--model {name!r}: neither a model's name ({', '.join(models.names())}) nor a folder here; with a server "
+            "it names the tokenizer of the model that the server runs"
+        )
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def _warn_if_slow() -> None:
     """Without its kernels the package still answers, through the slow reference; that should not go unnoticed."""
     import torch

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anabranch.cli.common import USAGE, Mistake, check_save, load_model
+from anabranch.cli.common import USAGE, Mistake, check_save, load_model, load_tokenizer
 from anabranch.viz.console import consoles, plain_terminal, printable
 
 COUNTS = ("n", "paths", "workers", "width")  # how strategies call the number of their branches
@@ -38,6 +38,8 @@ class Options:
     page_size: int = 16
     backend: str = "auto"
     dtype: str = "auto"
+    url: str | None = None
+    api_key: str | None = None
 
 
 def run(options: Options) -> None:
@@ -57,13 +59,22 @@ def run(options: Options) -> None:
         import anabranch as ab
         from anabranch.text.prompts import takes_chats
 
-        model, tokenizer, dtype = load_model(options.model, options.dtype)
+        model: Any = None
+        dtype: Any = "the server's"
+        if options.url is None:
+            model, tokenizer, dtype = load_model(options.model, options.dtype)
+        else:
+            tokenizer = load_tokenizer(options.model)
         chat = takes_chats(tokenizer) if options.chat is None else options.chat
         if template and not chat:
             raise Mistake("--template-kwargs is for a chat template, and this prompt goes through none", USAGE)
-        engine = ab.Engine(
-            model, tokenizer, num_pages=options.num_pages, page_size=options.page_size, backend=options.backend
-        )
+        engine: Any
+        if options.url is not None:
+            engine = ab.RemoteEngine(options.url, tokenizer, options.api_key)
+        else:
+            engine = ab.Engine(
+                model, tokenizer, num_pages=options.num_pages, page_size=options.page_size, backend=options.backend
+            )
     asked: Any = [{"role": "user", "content": prompt}] if chat else prompt
     call = {
         "strategy": strategy,

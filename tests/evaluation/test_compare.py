@@ -433,6 +433,29 @@ def test_presets_name_what_is_there(preset):
         assert read_budget(chosen.budget).seconds <= 540  # under ten minutes with the models loaded
 
 
+def test_a_server_runs_the_model_and_one_that_is_gone_is_no_wrong_answer(tiny, tmp_path):
+    from completions_server import completions_server
+
+    store = str(tmp_path / "r.sqlite")
+    base = ["--models", tiny, "--strategies", "plain,self-consistency(n=2)", "--tasks", "multiplication",
+            "--problems", "2", "--max-new-tokens", "4", "--store", store, "--json"]  # fmt: skip
+    with completions_server(make_model("llama"), byte_tokenizer()) as (url, _):
+        out = json.loads(invoke(*base, "--url", url).stdout)
+        unfit = ["aspects" if "," in value else value for value in [*base[:-2], str(tmp_path / "u.sqlite"), "--json"]]
+        (cell,) = json.loads(invoke(*unfit, "--url", url).stdout)["cells"]  # needs KV of its own: an error each
+        assert cell["errors"] == cell["problems"] == 2 and "local Engine" in cell["first_error"]
+    assert out["results"] == {"new": 4, "there": 0} and out["cells"][0]["model"] == f"{tiny} at {url}"
+    assert all(cell["errors"] == 0 and cell["total_tokens"] > 0 for cell in out["cells"])
+    local = json.loads(invoke(*base).stdout)  # another model to the store
+    assert local["results"] == {"new": 4, "there": 0}
+    more = ["3" if value == "2" else value for value in base]
+    gone = invoke(*more, "--url", url, code=1)
+    assert "Traceback" not in gone.stderr and not gone.stdout
+    assert "--models" in invoke("--url", url, "--store", store, code=2).stderr
+    with Store(store) as kept:
+        assert len(kept.rows()) == 8 and not [row for row in kept.rows() if row.error]
+
+
 def test_interrupted_it_says_where_the_results_are(tiny, tmp_path, monkeypatch):
     from anabranch.engine import Engine
 

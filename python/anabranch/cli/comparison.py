@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anabranch.cli.common import USAGE, Mistake, load_model
+from anabranch.cli.common import USAGE, Mistake, load_model, load_tokenizer
 from anabranch.viz.console import consoles, machine_note, plain_terminal
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class Options:
     plots: Path | None = None
     retry_errors: bool = False
     dtype: str = "auto"
+    url: str | None = None
+    api_key: str | None = None
     as_json: bool = False
 
 
@@ -86,6 +88,8 @@ def run(options: Options) -> None:
     if preset is None:
         raise Mistake(f"--preset {options.preset!r}: expected one of {', '.join(PRESETS)}", USAGE)
     strategies = _parts("--strategies", options.strategies) or preset.strategies
+    if options.url is not None and options.models is None:
+        raise Mistake("--url: name the tokenizer of the server's model with --models", USAGE)
     models = _models(_parts("--models", options.models), preset)
     try:
         budget_text = options.budget or preset.budget
@@ -105,7 +109,7 @@ def run(options: Options) -> None:
         with _bar(err, shown=not options.as_json and not plain_terminal(err)) as report:
             try:
                 outcome = comparison.compare(
-                    {name: _engine(name, options.dtype) for name in models}, strategies, tasks, store,
+                    dict(_engine(name, options) for name in models), strategies, tasks, store,
                     problems=options.problems or preset.problems, seeds=range(options.seeds or preset.seeds),
                     budget=budget, max_new_tokens=tokens, facts=facts, report=report,
                 )  # fmt: skip
@@ -173,14 +177,21 @@ def _check_strategies(names: tuple[str, ...]) -> None:
         registry.parse(name)
 
 
-def _engine(name: str, dtype: str) -> Callable[[], Any]:
-    def make() -> Any:
+def _engine(name: str, options: Options) -> tuple[str, Callable[[], Any]]:
+    """What a model is stored as, and what makes its engine."""
+
+    def local() -> Any:
         import anabranch as ab
 
-        model, tokenizer, _ = load_model(name, dtype)
+        model, tokenizer, _ = load_model(name, options.dtype)
         return ab.Engine(model, tokenizer)
 
-    return make
+    def remote() -> Any:
+        import anabranch as ab
+
+        return ab.RemoteEngine(str(options.url), load_tokenizer(name), options.api_key)
+
+    return (name, local) if options.url is None else (f"{name} at {options.url}", remote)
 
 
 def _bar(console: Console, shown: bool) -> AbstractContextManager[Callable[[str, int, int], None]]:

@@ -39,6 +39,8 @@ _HOME = {
     "Strategy": "strategies",
     "Aspects": "strategies",
     "EntropyFork": "strategies",
+    "Multiverse": "strategies",
+    "NPR": "strategies",
     "SelfConsistency": "strategies",
     "Sequential": "strategies",
     "SkeletonOfThought": "strategies",

@@ -100,7 +100,8 @@ def _whole(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         last = found[-1] if found else None
         spliced = run.spliced or (last is not None and last.spliced)
-        if last is not None and not spliced and (last.kind, last.source) == (run.kind, run.source):
+        dense = last is not None and last.position + len(last.token_ids) == run.position
+        if last is not None and dense and not spliced and (last.kind, last.source) == (run.kind, run.source):
             found[-1] = Run(run.kind, last.token_ids + run.token_ids, last.position, run.source)
         else:
             found.append(run)
@@ -144,6 +145,9 @@ class _Player:
             elif action.do == "truncate":
                 yield thread  # so that a mistake in the log is this line's
                 thread.truncate(action.length)  # type: ignore[arg-type]
+            elif action.do == "skip":
+                yield thread
+                thread.skip(action.position - thread.position)  # type: ignore[operator]
             else:
                 yield [self.playing[name] for name in action.children if name in self.playing]
                 if action.do == "join":

@@ -154,6 +154,9 @@ class Request:
     def start(self, generator: Generator[Any, Any, Any]) -> Awaitable:
         return self.tasks.start(generator, self.clock())
 
+    def tokens_left(self, thread: Thread) -> int:
+        return max(0, self.max_new_tokens - self._states[thread].path_sampled)
+
     def malformed(self, thread: Thread, why: str) -> None:
         self.malformed_reasons.append(f"thread {thread.id}: {why}")
 

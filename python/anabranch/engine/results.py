@@ -26,7 +26,7 @@ def _action(action: Action) -> Action:
     """As it stands now, with nothing in it that can change."""
     headers = tuple(None if header is None else tuple(header) for header in action.headers)
     token_ids, children = tuple(action.token_ids), tuple(action.children)
-    return Action(action.do, token_ids, children, action.mode, action.length, headers)
+    return Action(action.do, token_ids, children, action.mode, action.length, headers, action.position)
 
 
 def build_node(thread: EngineThread) -> Node:

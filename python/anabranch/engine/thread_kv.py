@@ -176,8 +176,9 @@ class ThreadKV:
         if self._chunk is not None:
             return self._chunk
         thread, branch = self.thread, self.held
-        missing = thread.length - branch.length
-        return PrefillChunk(branch, thread.own[len(thread.own) - missing :], thread.position - missing)
+        position, end = thread.dense_run(branch.length)
+        shared = len(thread.prefix)
+        return PrefillChunk(branch, thread.own[branch.length - shared : end - shared], position)
 
     def settle(self) -> None:
         """After a step: when a chunk of the rebuilding is through, go on to the next."""

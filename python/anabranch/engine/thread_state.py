@@ -125,6 +125,18 @@ class ThreadState(Generic[State]):
             end = begin
         return False
 
+    def dense_run(self, length: int) -> tuple[int, int]:
+        """Of the token behind context length `length`, which is its own and was not joined: its position, and the
+        context length to which those behind it stand on the positions that follow."""
+        end, begin, first = self.length, self.length, self.position
+        for segment in reversed(self.segments):
+            if segment.spliced is not None or begin <= length:
+                break
+            if segment.position + len(segment.token_ids) != first:  # a gap, or a position that comes again
+                end = begin
+            begin, first = begin - len(segment.token_ids), segment.position
+        return first + length - begin, end
+
     # ---------------------------------------------------------------------------------------- what can happen to it
 
     def reach(self, clock: int) -> None:
@@ -140,6 +152,7 @@ class ThreadState(Generic[State]):
             last is not None
             and (last.kind, last.source, last.spliced) == (kind, source, None)
             and (last.logprobs is None) == (logprobs is None)
+            and last.position + len(last.token_ids) == self.position
         ):
             last.token_ids.extend(token_ids)
             if last.logprobs is not None:

@@ -12,7 +12,8 @@ class Action:
 
     ``do``: "insert" or "sample" (`token_ids`), "fork" (`children`, and the `headers` they began with), "spawn"
     (`children`), "join" (`children`, `mode`; with "summary" `token_ids` and `length`, what was kept; with "reprefill"
-    `headers`), "kill" (`children`, `mode`: how they went), "truncate" (`length`).
+    `headers`), "kill" (`children`, `mode`: how they went), "truncate" (`length`),
+    "skip" (`position`: of the next token).
     """
 
     do: str
@@ -21,3 +22,4 @@ class Action:
     mode: str | None = None
     length: int | None = None
     headers: Sequence[Sequence[int] | None] = ()
+    position: int | None = None

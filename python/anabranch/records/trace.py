@@ -9,7 +9,7 @@ Layout (version 2)::
      "tree": {"id", "role", "token_ids", "text", "start", "stop", "forked_at", "ended", "fate",
               "runs": [{"kind", "token_ids", "position", "source", "spliced", "logprobs"}], "forgotten": [as runs],
               "children": [nodes],
-              "log": [{"do", "token_ids", "children", "mode", "length", "headers"}]},
+              "log": [{"do", "token_ids", "children", "mode", "length", "headers", "position"}]},
      "metrics": {…}}
 
 ``logprobs`` is null unless they were asked for (``generate(logprobs=True)``). ``log`` is what was done to a thread, in
@@ -225,7 +225,7 @@ def _logprobs(data: Mapping[str, Any], at: str) -> tuple[float, ...] | None:
     return values
 
 
-ACTIONS = ("insert", "sample", "fork", "spawn", "join", "kill", "truncate")
+ACTIONS = ("insert", "sample", "fork", "spawn", "join", "kill", "truncate", "skip")
 
 
 def _action(data: Any, at: str) -> Action:
@@ -236,6 +236,7 @@ def _action(data: Any, at: str) -> Action:
     if mode not in (None, "killed", "discarded", *JOINS):
         raise ValueError(f"{at}.mode: expected a join mode, 'killed' or 'discarded', got {mode!r}")
     length = _get(data, "length", at, (int, type(None)))
+    position = _want(data.get("position"), (int, type(None)), f"{at}.position")  # older traces have none
     return Action(
         do=do,
         token_ids=_ids(data, "token_ids", at),
@@ -245,6 +246,7 @@ def _action(data: Any, at: str) -> Action:
         headers=tuple(
             _list(data, "headers", at, lambda v, at: None if v is None else _ids({"header": v}, "header", at))
         ),
+        position=None if position is None else _natural(position, f"{at}.position"),
     )
 
 

@@ -9,14 +9,18 @@ from anabranch.strategies.sampling.aspects import Aspects
 from anabranch.strategies.sampling.entropy_fork import EntropyFork
 from anabranch.strategies.sampling.self_consistency import SelfConsistency
 from anabranch.strategies.sampling.skeleton import SkeletonOfThought
+from anabranch.strategies.tagged.multiverse import Multiverse
+from anabranch.strategies.tagged.npr import NPR
 from anabranch.strategies.tagged.tagged import Tagged
 from anabranch.strategies.tagged.threadweaver import ThreadWeaver
 
 __all__ = [
+    "NPR",
     "Aspects",
     "Decode",
     "Ended",
     "EntropyFork",
+    "Multiverse",
     "Plain",
     "SelfConsistency",
     "Sequential",

@@ -10,8 +10,9 @@ from anabranch.engine.ops.fork import Fork
 from anabranch.engine.ops.insert import Insert
 from anabranch.engine.ops.join import Join
 from anabranch.engine.ops.score import Score
+from anabranch.engine.ops.skip import Skip
 from anabranch.engine.ops.truncate import Truncate
-from anabranch.strategies.api.ops import Decode, ForkOp, InsertOp, JoinOp, Op, ScoreOp, TruncateOp
+from anabranch.strategies.api.ops import Decode, ForkOp, InsertOp, JoinOp, Op, ScoreOp, SkipOp, TruncateOp
 
 ENGINE_OPS: dict[type[Op], EngineOp[Any]] = {
     Decode: Decoding(),
@@ -19,6 +20,7 @@ ENGINE_OPS: dict[type[Op], EngineOp[Any]] = {
     InsertOp: Insert(),
     JoinOp: Join(),
     ScoreOp: Score(),
+    SkipOp: Skip(),
     TruncateOp: Truncate(),
 }
 

@@ -96,6 +96,14 @@ class TruncateOp(Op):
         self.length = length
 
 
+class SkipOp(Op):
+    """Positions to leave out (or, below 0, to give twice) before the next token."""
+
+    def __init__(self, thread: Thread, count: int):
+        super().__init__(thread)
+        self.count = count
+
+
 class ScoreOp(Op):
     """Tokens that are given, not sampled; its value: the log-probability of each."""
 

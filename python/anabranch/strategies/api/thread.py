@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from anabranch._check import index_of, told, whole
 from anabranch.records.joins import JOINS
 from anabranch.strategies.api.awaitable import Awaitable, ThreadGone
-from anabranch.strategies.api.ops import Decode, Ended, ForkOp, InsertOp, JoinOp, Op, ScoreOp, TruncateOp
+from anabranch.strategies.api.ops import Decode, Ended, ForkOp, InsertOp, JoinOp, Op, ScoreOp, SkipOp, TruncateOp
 
 if TYPE_CHECKING:
     from anabranch.strategies.api.host import Host, ThreadView
@@ -70,6 +70,17 @@ class Thread:
     @property
     def length(self) -> int:
         return self._view.length
+
+    @property
+    def position(self) -> int:
+        """Logical position of its next token: behind a splicing join not its length, and see `skip`."""
+        return self._view.position
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens that it may still sample before it reaches the answer's ``max_new_tokens``, which counts the longest
+        way to a thread."""
+        return self.host.tokens_left(self)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -233,6 +244,15 @@ class Thread:
         if not self._view.idle:
             raise ValueError(f"rstrip: thread {self.id} still has work queued; yield it first")
         return self.truncate(self.length - self.host.blank_at_end(self._view.last_sampled))
+
+    def skip(self, count: int) -> SkipOp:
+        """Let the next token stand `count` positions further on than it would; below 0: further back.
+
+        Tokens stay where they are: a position may be left empty, or be held by several tokens, as siblings do. Room for
+        what another thread writes meanwhile is left that way. A later `truncate` takes it back.
+        """
+        self.check_alive("skip")
+        return self._submit(SkipOp(self, whole(count, "skip: count", None)))
 
     def kill(self) -> None:
         """End it now, with its children; a decode in progress ends with reason "killed", and its pages are free.

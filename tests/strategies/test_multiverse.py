@@ -1,4 +1,4 @@
-"""Multiverse to the token: traces written by hand, nested blocks, what its engine refuses, and anything a model says."""
+"""Multiverse to the token: traces written by hand, nested blocks, what is refused, and anything a model says."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_a_goal_without_outlines_is_plain_text(says):
 def test_an_id_that_comes_twice_gets_two_paths():
     head = goal("1", "1")
     joined = head + path("1", "a") * 2 + "<Conclusion>\n"
-    # Greedy siblings whose headers are alike write alike; their contexts are the recorder's only key, so no dense check.
+    # Greedy siblings with one header write alike, and the dense check knows rows by their contexts.
     result = play(
         "p", ("p", head), *block("p" + head, {"1": "a"}), ("p" + joined, "</Conclusion></Parallel><eos>"), exact=False
     )
@@ -230,7 +230,7 @@ def test_ten_thousand_malformed_generations_are_survived():
 
 
 def test_a_tokenizer_without_the_tags_is_told_how_to_add_them():
-    with pytest.raises(ValueError, match="<Parallel>.*add"):
+    with pytest.raises(ValueError, match=r"<Parallel>.*add"):
         make_engine(tokenizer=byte_tokenizer()).generate("p", strategy=ab.Multiverse())
 
 

@@ -272,7 +272,7 @@ def test_ten_thousand_malformed_generations_are_survived():
 
 
 def test_a_tokenizer_without_the_tags_is_told_how_to_add_them():
-    with pytest.raises(ValueError, match="<guideline>.*add"):
+    with pytest.raises(ValueError, match=r"<guideline>.*add"):
         make_engine(tokenizer=byte_tokenizer()).generate("p", strategy=ab.NPR())
 
 

@@ -37,8 +37,8 @@ class NPR(Tagged):
     - A step that ends without ``</step>`` is left open, and the answer goes on.
 
     positions: "released": dense; the newline stands on base + 1, each ``<step>`` on base + 2 (base: that of
-        ``</guideline>``), the takeaway behind the furthest step and what was kept of it. "training": each ``<step>`` on base + 1, the
-        takeaway right behind the furthest ``</step>``.
+        ``</guideline>``), the takeaway behind the furthest step and what was kept of it. "training": each ``<step>`` on
+        base + 1, the takeaway right behind the furthest ``</step>``.
     repetition_penalty: inside a step; it counts the step's whole context, as GenerationConfig's does. 1.0: none.
     nested: whether a step may hold a guideline of its own, as the engine allows and training does not.
     """

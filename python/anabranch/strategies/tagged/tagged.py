@@ -55,8 +55,8 @@ class Tagged(Strategy):
         on, and so is a `trigger` that no block fits ("text"), unless `misfit` says "end": then its thread ends there.
     stray: what `stop` means in the trunk: "text", or the "end" of the answer.
     sampling: fields of GenerationConfig that differ inside a thread. reserve: a thread (and, behind a block, the
-        answer) ends once its context comes within so many tokens of the answer's limit, prompt left out and its own tokens
-        counted once for each thread of its block.
+        answer) ends once its context comes within so many tokens of the answer's limit, prompt left out and its own
+        tokens counted once for each thread of its block.
     max_blocks: an answer that asks for more ends there. max_iterations: most phases of an answer, where what the trunk
         writes up to a trigger is one, and a block another; the answer ends behind the last, even if that leaves a
         block open. None: no limit.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from anabranch.strategies.api.ops import Ended
 from anabranch.strategies.api.thread import Thread
-from anabranch.strategies.tagged.pieces import Pieces
+from anabranch.strategies.tagged.wording import Wording
 
 if TYPE_CHECKING:
     from anabranch.strategies.tagged.tagged import Tagged
@@ -21,25 +20,20 @@ class Writer:
 
     def __init__(self, form: Tagged, trunk: Thread):
         self.form, self.trunk = form, trunk
-        self.coder: Any = trunk if form.pieces is None else Pieces(dict(form.pieces))  # type: ignore[arg-type]
-        self.ids: dict[str, int] = self.coder.tag_ids(form.tags)
-        self.trigger, self.stop, self.opening = (self.ids[t] for t in (form.trigger, form.stop, form.opening))
+        self.wording = Wording(form, trunk)
+        self.trigger, self.stop = self.wording.ids[form.trigger], self.wording.ids[form.stop]
         self.lead, self.after = self.behind(form.trigger, form.lead), self.behind(form.stop, form.after)
         self.closing = None if form.closing is None else self.behind(form.stop, form.closing)
-        # Behind a thread's own text; pieces read the same everywhere.
-        self.unclosed = form.unclosed if form.pieces is None else self.coder.encode(form.unclosed)
         self.blocks = 0
         self.prompt, self.limit = trunk.length, trunk.tokens_left
 
     def behind(self, tag: str, text: str) -> list[int]:
-        """Ids of `text` as it reads right behind a tag: some tokenizers begin a text otherwise than they go on."""
-        ids: list[int] = self.coder.encode(text, (self.ids[tag],))
-        return ids
+        return self.wording.behind(tag, text)
 
     def write(self) -> Program:
         yield from self.follow(self.trunk)
         yield self.trunk  # what was inserted last is to be seen
-        self.check_shape()
+        self.wording.check_shape(self.trunk)
 
     def follow(self, thread: Thread, depth: int = 0, siblings: int = 1) -> Program:
         """Decode on a thread, forking where it asks for that, to its end: how that came (None: the answer is over).
@@ -67,7 +61,7 @@ class Writer:
                     thread.insert(self.closing[len(self.after) :])  # the limit was reached with the last thread
                 return end
             joined = False
-            names = self.outlines(thread, since)
+            names = self.wording.outlines(thread, since)
             if names is None:
                 if form.misfit == "end":
                     return end
@@ -93,26 +87,6 @@ class Writer:
             room = self.limit - self.form.reserve - (since - self.prompt)
             limits.append(-(-room // siblings) - (thread.length - since))
         return min(limits, default=None)
-
-    def outlines(self, thread: Thread, since: int) -> list[str] | None:
-        """The ids that a block is to have; None, and told, where what the model wrote fits no block."""
-        form, context = self.form, thread.context
-        first = since if form.own_opening else 0
-        at = next((i for i in range(len(context) - 1, first - 1, -1) if context[i] == self.opening), None)
-        names = [] if at is None else re.findall(form.outline, self.coder.text_of(context[at:]))
-        names = [n if isinstance(n, str) else n[0] for n in names]  # of several groups the first is the id
-        then = "kept as plain text" if form.misfit == "text" else "ended there"
-        if not names:
-            thread.malformed(f"{form.trigger} without any outline id; {then}")
-            return None
-        if form.max_outlines is not None and len(names) > form.max_outlines:
-            thread.malformed(f"{len(names)} outlines, more than {form.max_outlines}; {then}")
-            return None
-        if len(set(names)) < len(names):
-            thread.malformed(
-                f"duplicate outline ids in {_short(names)}; {'dropped' if form.repeats == 'drop' else 'kept'}"
-            )
-        return list(dict.fromkeys(names)) if form.repeats == "drop" else names
 
     def refused(self, thread: Thread, depth: int) -> bool:
         """Whether a block fits no more: what asked for it is plain text then."""
@@ -165,26 +139,6 @@ class Writer:
         kid.malformed(f"ended by {reason} without {form.stop}; {'closed' if form.unclosed else 'left open'}")
         if reason == "eos":
             kid.truncate(kid.length - 1)
-        kid.insert(self.unclosed)
+        kid.insert(self.wording.unclosed)
         yield kid
         return kid.position
-
-    def check_shape(self) -> None:
-        tag_of = {i: tag for tag, i in self.ids.items()}
-        everything, answer = (
-            [tag_of[i] for i in ids if i in tag_of] for ids in (self.trunk.context, self.trunk.token_ids)
-        )
-        # A prompt may explain the format, or begin a block that the answer goes on with.
-        if not any(self.fits("".join(tags)) for tags in (answer, everything)):
-            self.trunk.malformed(f"its tags are {_short(answer)}")
-
-    def fits(self, tags: str) -> bool:
-        """Whether tags in a row are a well-formed answer's."""
-        whole = None
-        while self.form.nested and whole != tags:
-            whole, tags = tags, re.sub(self.form.shape, "", tags)
-        return re.fullmatch(self.form.shape, tags) is not None
-
-
-def _short(items: Sequence[str], most: int = 12) -> str:
-    return " ".join(items[:most]) + (f" … ({len(items)})" if len(items) > most else "")

@@ -21,8 +21,8 @@ MUTANTS = [
     ),
     Mutant(
         "a parent that wrote anew is taken for unchanged", f"{ENGINE}thread_state.py",
-        "return self.length == len(child.prefix) and not child.severed",
-        "return self.length == len(child.prefix)", ORDER,
+        "return self.length == len(child.prefix) and not child.severed and not child.seen",
+        "return self.length == len(child.prefix) and not child.seen", ORDER,
     ),
     Mutant(
         "an op does not wait for its issue time", f"{ENGINE}ops/base.py",
@@ -132,7 +132,7 @@ MUTANTS = [
     ),
     Mutant(
         "a fork opened late holds what its parent wrote since", f"{ENGINE}thread_kv.py",
-        "                cache.truncate(self.branch, len(thread.prefix))", "                pass", NEAR,
+        "        cache.truncate(fork, length)", "        pass", NEAR,
     ),
     Mutant(
         "logits outlive a cut", f"{ENGINE}cuts.py", "    kv.logits = None\n", "", BOTH,

@@ -24,6 +24,11 @@ def truncate(cache: TreeCache, thread: EngineThread, length: int, what: str) -> 
         )
     if length == thread.length:
         return
+    if seers := thread.seen_beyond(length):
+        raise ValueError(
+            f"{what}: thread {seers[0].id} sees what thread {thread.id} has written behind {length}; "
+            "join or kill it first"
+        )
     kv = thread.kv
     for child in thread.forks_beyond(length):
         if child.kv.branch is None:

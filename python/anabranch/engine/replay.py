@@ -85,7 +85,20 @@ def _check(tree: Node) -> None:
                     raise ValueError(f"trace: log[{i}] of thread {node.id}: {action.do} of {name!r}, which is no child")
 
 
-_COMPARED = ("id", "role", "token_ids", "start", "stop", "forked_at", "ended", "fate", "runs", "forgotten", "children")
+_COMPARED = (
+    "id",
+    "role",
+    "token_ids",
+    "start",
+    "stop",
+    "forked_at",
+    "ended",
+    "fate",
+    "runs",
+    "forgotten",
+    "children",
+    "sees",
+)
 
 
 def _facts(node: Node) -> list[Any]:
@@ -162,7 +175,8 @@ class _Player:
         _state(thread).next_child = int(action.children[0].rpartition(".")[2])
         if action.do == "fork":
             headers = action.headers
-            kids = thread.fork(list(headers))
+            sees = self.nodes[action.children[0]].sees
+            kids = thread.fork(list(headers), sees=[(self.threads[name], count) for name, count in sees])
         else:
             runs = self.nodes[action.children[0]].runs
             headers, kids = [None], [thread.spawn(next(run.token_ids for run in runs if run.kind == "prompt"))]

@@ -19,7 +19,7 @@ from anabranch.kv.cache import TreeCache
 from anabranch.records import events
 from anabranch.records.actions import Action
 from anabranch.strategies.api.awaitable import Awaitable
-from anabranch.strategies.api.ops import Decode, InsertOp, JoinOp, Op, ScoreOp
+from anabranch.strategies.api.ops import Decode, ForkOp, InsertOp, JoinOp, Op, ScoreOp
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
 from anabranch.strategies.plain import Plain
@@ -201,7 +201,10 @@ class Request:
             return
         thread.reach(self.clock())
         for op in thread.parent.queue if thread.parent is not None else ():
-            if isinstance(op, JoinOp) and thread.handle in op.children:  # what would take it back does without it
+            # What would take it back, or let others see it, does without it.
+            if (isinstance(op, JoinOp) and thread.handle in op.children) or (
+                isinstance(op, ForkOp) and any(other is thread.handle for other, _ in op.sees)
+            ):
                 op.without(thread.handle)
                 op.issued = max(op.issued, thread.clock)
         for child in list(thread.children):

@@ -38,12 +38,13 @@ def build_node(thread: EngineThread) -> Node:
         text=thread.request.text(thread.token_ids, thread.backwards(thread.begin)),
         start=begin,
         stop=thread.position,
-        forked_at=len(thread.prefix),
+        forked_at=thread.forked_at,
         ended=thread.ended.reason if thread.ended else None,
         fate=thread.fate,
         runs=tuple(map(_run, thread.segments)),
         forgotten=tuple(map(_run, thread.forgotten)),
         children=tuple(build_node(child) for child in thread.children),
+        sees=tuple((segment.source or "", len(segment.token_ids)) for segment in thread.seen),
         log=tuple(map(_action, thread.log)),
     )
 

@@ -98,7 +98,7 @@ class Scheduler:
         coming = {id(kv) for kv in wanted}
         entries: list[tuple[ThreadKV, PrefillChunk, int]] = []
         # Longest unserved first: more threads than rows take turns.
-        for kv in sorted(wanted, key=lambda w: (w.pending > 1, w.last_step if w.pending <= 1 else 0)):
+        for kv in sorted(wanted, key=_turn):
             if room <= 0:
                 break
             if kv.branch is None:
@@ -108,6 +108,8 @@ class Scheduler:
                     continue
                 if not kv.may_open:
                     continue  # its parent comes first
+                if any(id(sibling) in coming for sibling in kv.absent):
+                    continue  # and so do siblings that it sees: those that do not come are computed again, for it alone
                 donor = kv.donor(least=size)
                 if donor is not None and donor[0].held.length < donor[1]:
                     if id(donor[0]) in coming:
@@ -153,6 +155,13 @@ class Scheduler:
             if len(entries) > 1:
                 entries = [e for e in entries if e[0] is not youngest]
                 continue
+            # An older prompt's thread may be out of the cache, and find no room there: who is younger leaves for it.
+            closed = (w for w in wanted if w.branch is None and w.thread.age[0] < oldest.thread.age[0])
+            older = min(closed, key=_age, default=None)
+            if older is not None and (victim := self._victim(older)) is not None:
+                victim.release(self.cache)
+                victim.thread.request.spent.preemptions += 1
+                return None, []
             # One that had no turn in this step may be older; one that cannot leave will give its pages back at its end.
             # (Any other would be pushed out again in the next step, and so on for ever.)
             stuck.append(oldest)
@@ -200,6 +209,12 @@ class Scheduler:
                 if best_key is None or key > best_key:
                     best, best_key = kv, key
         return best
+
+
+def _turn(kv: ThreadKV) -> tuple[bool, int]:
+    """Its place in a step: those that go on by a token first, who went longest without at the head."""
+    long = kv.pending > 1 or kv.branch is None
+    return long, 0 if long else kv.last_step
 
 
 def _age(kv: ThreadKV) -> tuple[int, int]:

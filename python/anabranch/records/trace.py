@@ -8,7 +8,7 @@ Layout (version 2)::
      "prompt_token_ids": [int], "token_ids": [int], "text": str | null, "answers": any JSON, "malformed": [str],
      "tree": {"id", "role", "token_ids", "text", "start", "stop", "forked_at", "ended", "fate",
               "runs": [{"kind", "token_ids", "position", "source", "spliced", "logprobs"}], "forgotten": [as runs],
-              "children": [nodes],
+              "children": [nodes], "sees": [[id, tokens]],
               "log": [{"do", "token_ids", "children", "mode", "length", "headers", "position"}]},
      "metrics": {…}}
 
@@ -250,6 +250,12 @@ def _action(data: Any, at: str) -> Action:
     )
 
 
+def _sight(data: Any, at: str) -> tuple[str, int]:
+    if len(_want(data, (list, tuple), at)) != 2:
+        raise ValueError(f"{at}: expected a thread and how many tokens of it, got {data!r:.60}")
+    return _want(data[0], str, at), _natural(data[1], at)
+
+
 def _node(data: Any, at: str) -> Node:
     _want(data, dict, at)
     role = _get(data, "role", at, str)
@@ -268,6 +274,7 @@ def _node(data: Any, at: str) -> Node:
         runs=tuple(_list(data, "runs", at, _run)),
         forgotten=tuple(_list(data, "forgotten", at, _run)),
         children=tuple(_list(data, "children", at, _node)),
+        sees=tuple(_list(data, "sees", at, _sight)) if "sees" in data else (),  # older traces have none
         log=tuple(_list(data, "log", at, _action)),
     )
     held = [t for run in node.runs if run.kind != "prompt" for t in run.token_ids]

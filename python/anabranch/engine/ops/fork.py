@@ -24,22 +24,38 @@ class Fork(EngineOp[ForkOp]):
     """
 
     def needs(self, request: Request, thread: EngineThread, op: ForkOp) -> list[EngineThread]:
-        return [thread]
+        return [thread, *(request.state(other) for other, _ in op.sees)]
+
+    def waits_for_children(self, request: Request, op: ForkOp) -> bool:
+        """For those that are to be seen."""
+        seen = [(request.state(other), count) for other, count in op.sees]
+        return any(not s.born or (s.queue if count is None else len(s.own) < count) for s, count in seen)
 
     def ready(self, request: Request, thread: EngineThread, op: ForkOp) -> bool:
-        return (thread.kv.has_logits or not rewind(request.cache, thread)) and thread.kv.in_cache
+        if op.sees and not super().ready(request, thread, op):
+            return False  # no logits are needed: its children do not go on from its last token
+        return bool(op.sees) or ((thread.kv.has_logits or not rewind(request.cache, thread)) and thread.kv.in_cache)
 
     def carry_out(self, request: Request, thread: EngineThread, op: ForkOp) -> list[Thread]:
         children = [request.state(child) for child in op.children]
-        context = thread.context  # one tuple for all children
+        seen = [
+            (other, len(other.own) if count is None else count)
+            for other, count in ((request.state(handle), count) for handle, count in op.sees)
+        ]
+        context = thread.context + tuple(t for other, count in seen for t in other.own[:count])  # one for all children
         branches = request.cache.fork(thread.kv.held, len(children))
+        for branch in branches:
+            for other, count in seen:
+                request.cache.share(branch, other.kv.held, count)
         thread.blocks.append((thread.length, children))
         thread.spawned_at = -1
         headers: list[list[int] | None] = []
         for child in children:
+            thread.branch_off(child, context, seen)
+            child.kv.pinned = any(other.kv.pinned for other, _ in seen)
             header = child.queue[0] if child.queue else None
             if isinstance(header, InsertOp) and header.header:
-                header.token_ids = request.ids(thread, header.given)
+                header.token_ids = request.ids(child, header.given)
                 header.given = header.token_ids
                 child.header_length = len(header.token_ids)
                 headers.append(list(header.token_ids))
@@ -47,8 +63,9 @@ class Fork(EngineOp[ForkOp]):
                 headers.append(None)
         thread.log.append(Action("fork", children=[child.id for child in children], headers=headers))
         for child, branch in zip(children, branches, strict=True):
-            thread.branch_off(child, context)
-            child.kv.branch, child.kv.logits, child.kv.logits_at = branch, thread.kv.logits, thread.kv.logits_at
+            child.kv.branch = branch
+            if not seen:
+                child.kv.logits, child.kv.logits_at = thread.kv.logits, thread.kv.logits_at
             if not child.alive:  # killed before it came to be
                 child.kv.release(request.cache)
         request.narrator.forked(thread, [child.id for child in children])

@@ -57,11 +57,16 @@ class InsertOp(Op):
 
 
 class ForkOp(Op):
-    """Children to begin with all of the thread's context; its value: these children."""
+    """Children to begin with all of the thread's context, and with what those of its children that they are to see have
+    written (the first so many tokens; None: all, once nothing is queued on it); its value: these children."""
 
-    def __init__(self, thread: Thread, children: list[Thread]):
+    def __init__(self, thread: Thread, children: list[Thread], sees: Sequence[tuple[Thread, int | None]] = ()):
         super().__init__(thread)
-        self.children = children
+        self.children, self.sees = children, list(sees)
+
+    def without(self, child: Thread) -> None:
+        """Do without a child that was killed before it could be seen."""
+        self.sees = [(other, count) for other, count in self.sees if other is not child]
 
 
 class JoinOp(Op):

@@ -150,10 +150,20 @@ class Thread:
         self.check_alive("score")
         return self._submit(ScoreOp(self, self._given(text_or_ids, "score"), "inserted"))
 
-    def fork(self, headers: int | Sequence[str | Sequence[int] | None]) -> list[Thread]:
+    def fork(
+        self,
+        headers: int | Sequence[str | Sequence[int] | None],
+        *,
+        sees: Sequence[Thread | tuple[Thread, int]] = (),
+    ) -> list[Thread]:
         """Children that share all of this thread's context, in one block; no KV is copied.
 
         headers: how many, or one header a child (text, token ids or None), inserted at its beginning.
+        sees: earlier forks of this thread whose own tokens the children see as well, in this order, behind its context:
+            the steps that a step depends on. They are shared where they lie, neither copied nor computed again, and a
+            join brings back the children's own alone. The children begin one past the last position that they see. It
+            waits until nothing is queued on those that are seen; they may go on afterwards, unseen, but not
+            be cut back. ``(thread, n)``: its first n tokens.
         """
         self.check_alive("fork")
         count = index_of(headers)
@@ -166,8 +176,13 @@ class Thread:
                 f"fork: headers={told(headers)}; pass a number of at least 1, or a list of one header a child"
             )
         given = [None if h is None else self._given(h, f"fork: headers[{i}]") for i, h in enumerate(heads)]
+        seen = [self._seen(item, f"fork: sees[{i}]") for i, item in enumerate(sees)]
+        if len({id(other) for other, _ in seen}) < len(seen):
+            raise ValueError("fork: sees holds a thread twice")
+        if any(other is self or other.parent is not self or other.role != "fork" for other, _ in seen):
+            raise ValueError(f"fork: sees={told(list(sees))}; pass forks of {self!r}")
         children = [self.host.new_thread(self, "fork") for _ in heads]
-        self._submit(ForkOp(self, list(children)))  # a list of its own: the caller may change theirs
+        self._submit(ForkOp(self, list(children), seen))  # a list of its own: the caller may change theirs
         for child, header in zip(children, given, strict=True):
             if header:
                 self._submit(InsertOp(child, header, "inserted", header=True))
@@ -297,6 +312,14 @@ class Thread:
     def malformed(self, why: str) -> None:
         """Count this answer as breaking the strategy's format (``metrics.format_correctness``)."""
         self.host.malformed(self, why)
+
+    @staticmethod
+    def _seen(item: Any, name: str) -> tuple[Thread, int | None]:
+        thread, count = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
+        if not isinstance(thread, Thread):
+            raise ValueError(f"{name}={told(item)}; pass a thread, or a thread and how many of its tokens")
+        thread.check_alive(name)
+        return thread, None if count is None else whole(count, f"{name}: tokens")
 
     def _given(self, value: str | Sequence[int], name: str) -> str | list[int]:
         """Text or token ids, checked: text, too, must have ids that the model knows."""

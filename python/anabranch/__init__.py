@@ -39,6 +39,7 @@ _HOME = {
     "Strategy": "strategies",
     "Aspects": "strategies",
     "EntropyFork": "strategies",
+    "MedVerse": "strategies",
     "Multiverse": "strategies",
     "NPR": "strategies",
     "SelfConsistency": "strategies",

@@ -130,6 +130,7 @@ def assert_survives(
     seed: int = 0,
     batch: int = 50,
     num_pages: int = 6000,
+    limits: Sequence[int] = (8, 20, 40, 90),
     **options,
 ) -> Counter:
     """Run `runs` generations: none raises, none goes on past its limits, no page is lost, and what broke was counted.
@@ -139,7 +140,8 @@ def assert_survives(
     rng, told = random.Random(seed), Counter()
     engine = tiny_engine(habits.tags, num_pages=num_pages)
     for first in range(0, runs, batch):
-        most, total = rng.choice((8, 20, 40, 90)), rng.choice((60, 150, 300))
+        most = rng.choice(limits)
+        total = rng.choice((60, 150, 300)) * max(1, max(limits) // 100)
         prompts = [f"{seed + first + i:04d}q" for i in range(min(batch, runs - first))]
         models = Malformed(habits, scripted=rng.choice((0.5, 0.9)), usual=rng.choice((0.6, 0.95)))
         results = engine.generate(

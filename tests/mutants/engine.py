@@ -26,7 +26,7 @@ MUTANTS = [
     ),
     Mutant(
         "an op does not wait for its issue time", f"{ENGINE}ops/base.py",
-        "        thread.reach(op.issued)\n        thread.queue.popleft()",
+        "        thread.reach(op.issued)\n        thread.queue.remove(op)",
         "        thread.queue.popleft()", ORDER,
     ),
     Mutant(

@@ -10,7 +10,7 @@ from typing import Any
 from anabranch.engine.costs import Costs
 from anabranch.engine.cuts import rewind
 from anabranch.engine.narrator import Narrator
-from anabranch.engine.ops import engine_op
+from anabranch.engine.ops import engine_op, next_ops
 from anabranch.engine.running import RunningDecode
 from anabranch.engine.sampling import Samplers, random_stream
 from anabranch.engine.tasks import Task, Tasks
@@ -231,9 +231,7 @@ class Request:
         moved = any_moved = self.tasks.run_ready()
         while True:
             for thread in list(self.queued):
-                while (
-                    thread.queue and thread.born and engine_op(thread.queue[0]).advance(self, thread, thread.queue[0])
-                ):
+                while thread.born and any(engine_op(op).advance(self, thread, op) for op in next_ops(thread)):
                     moved = True
                 if not thread.queue:
                     self.emptied(thread)

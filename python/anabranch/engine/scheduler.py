@@ -12,7 +12,7 @@ from math import inf
 import torch
 
 from anabranch.engine.admission import DecodeLimit
-from anabranch.engine.ops import engine_op
+from anabranch.engine.ops import engine_op, next_ops
 from anabranch.engine.request import Request
 from anabranch.engine.thread_kv import EngineThread, PrefillChunk, ThreadKV
 from anabranch.errors import OutOfPages
@@ -28,6 +28,7 @@ class Scheduler:
         self._limit = None if max_threads is None else DecodeLimit(max_threads)
         self.decoding: dict[Request, dict[EngineThread, None]] = {}  # who may be given a token in this step
         self._queueing: set[Request] = set()  # requests of which some thread waits for its turn to decode
+        self._first: ThreadKV | None = None  # for whom room was made: it is the next to enter the cache
         self._needed: set[int] = set()  # ids of the ThreadKVs that the first op of some queue needs in the cache
 
     def admit(self) -> None:
@@ -68,12 +69,10 @@ class Scheduler:
         wanted: dict[EngineThread, None] = {}
         decoding = self.decoding[request]
         for thread in list(request.queued):
-            op = thread.queue[0] if thread.queue else None
-            if op is None or not thread.born or (engine_op(op).decodes and thread not in decoding):
-                continue
-            if engine_op(op).waits_for_children(request, op):
-                continue
-            for need in engine_op(op).needs(request, thread, op):
+            ops = next_ops(thread) if thread.born else []
+            ops = [op for op in ops if not engine_op(op).decodes or thread in decoding]
+            ops = [op for op in ops if not engine_op(op).waits_for_children(request, op)]
+            for need in (need for op in ops for need in engine_op(op).needs(request, thread, op)):
                 self._needed.add(id(need.kv))
                 if not need.kv.in_cache:
                     chain = [need]
@@ -98,7 +97,8 @@ class Scheduler:
         coming = {id(kv) for kv in wanted}
         entries: list[tuple[ThreadKV, PrefillChunk, int]] = []
         # Longest unserved first: more threads than rows take turns.
-        for kv in sorted(wanted, key=_turn):
+        first, self._first = self._first, None
+        for kv in sorted(wanted, key=lambda w: (w is not first, w.pending > 1, w.last_step if w.pending <= 1 else 0)):
             if room <= 0:
                 break
             if kv.branch is None:
@@ -156,8 +156,8 @@ class Scheduler:
                 entries = [e for e in entries if e[0] is not youngest]
                 continue
             # An older prompt's thread may be out of the cache, and find no room there: who is younger leaves for it.
-            closed = (w for w in wanted if w.branch is None and w.thread.age[0] < oldest.thread.age[0])
-            older = min(closed, key=_age, default=None)
+            closed = (w for w in wanted if w.branch is None and w.may_open and w.thread.age[0] < oldest.thread.age[0])
+            older = self._first = min(closed, key=_age, default=None)
             if older is not None and (victim := self._victim(older)) is not None:
                 victim.release(self.cache)
                 victim.thread.request.spent.preemptions += 1
@@ -209,12 +209,6 @@ class Scheduler:
                 if best_key is None or key > best_key:
                     best, best_key = kv, key
         return best
-
-
-def _turn(kv: ThreadKV) -> tuple[bool, int]:
-    """Its place in a step: those that go on by a token first, who went longest without at the head."""
-    long = kv.pending > 1 or kv.branch is None
-    return long, 0 if long else kv.last_step
 
 
 def _age(kv: ThreadKV) -> tuple[int, int]:

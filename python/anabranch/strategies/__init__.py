@@ -9,6 +9,7 @@ from anabranch.strategies.sampling.aspects import Aspects
 from anabranch.strategies.sampling.entropy_fork import EntropyFork
 from anabranch.strategies.sampling.self_consistency import SelfConsistency
 from anabranch.strategies.sampling.skeleton import SkeletonOfThought
+from anabranch.strategies.tagged.medverse import MedVerse
 from anabranch.strategies.tagged.multiverse import Multiverse
 from anabranch.strategies.tagged.npr import NPR
 from anabranch.strategies.tagged.tagged import Tagged
@@ -20,6 +21,7 @@ __all__ = [
     "Decode",
     "Ended",
     "EntropyFork",
+    "MedVerse",
     "Multiverse",
     "Plain",
     "SelfConsistency",

@@ -35,7 +35,7 @@ class EngineOp(Generic[AnyOp]):
         if not self.ready(request, thread, op):
             return False
         thread.reach(op.issued)
-        thread.queue.popleft()
+        thread.queue.remove(op)  # the first, as a rule: see `next_ops`
         value = self.carry_out(request, thread, op)
         op.resolve(value, thread.clock)
         return True

@@ -27,8 +27,12 @@ class Fork(EngineOp[ForkOp]):
         return [thread, *(request.state(other) for other, _ in op.sees)]
 
     def waits_for_children(self, request: Request, op: ForkOp) -> bool:
-        """For those that are to be seen."""
-        seen = [(request.state(other), count) for other, count in op.sees]
+        """For those that are to be seen, and for what the strategy may still have to add to them."""
+        if not op.sees:
+            return False
+        if request.tasks.due:
+            return True
+        seen = ((request.state(other), count) for other, count in op.sees)
         return any(not s.born or (s.queue if count is None else len(s.own) < count) for s, count in seen)
 
     def ready(self, request: Request, thread: EngineThread, op: ForkOp) -> bool:

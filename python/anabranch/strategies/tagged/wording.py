@@ -45,7 +45,7 @@ class Wording:
             return None
         if len(set(names)) < len(names):
             thread.malformed(
-                f"duplicate outline ids in {_short(names)}; {'dropped' if form.repeats == 'drop' else 'kept'}"
+                f"duplicate outline ids in {brief_list(names)}; {'dropped' if form.repeats == 'drop' else 'kept'}"
             )
         return list(dict.fromkeys(names)) if form.repeats == "drop" else names
 
@@ -55,7 +55,7 @@ class Wording:
         everything, answer = ([tag_of[i] for i in ids if i in tag_of] for ids in (trunk.context, trunk.token_ids))
         # A prompt may explain the format, or begin a block that the answer goes on with.
         if not any(self.fits("".join(tags)) for tags in (answer, everything)):
-            trunk.malformed(f"its tags are {_short(answer)}")
+            trunk.malformed(f"its tags are {brief_list(answer)}")
 
     def fits(self, tags: str) -> bool:
         """Whether tags in a row are a well-formed answer's."""
@@ -65,5 +65,10 @@ class Wording:
         return re.fullmatch(self.form.shape, tags) is not None
 
 
-def _short(items: Sequence[str], most: int = 12) -> str:
+def brief_list(items: Sequence[str], most: int = 12) -> str:
     return " ".join(items[:most]) + (f" … ({len(items)})" if len(items) > most else "")
+
+
+def brief(text: str, most: int = 20) -> str:
+    """What a model wrote, for a message."""
+    return text if len(text) <= most else f"{text[:most]}…"

@@ -42,6 +42,7 @@ _HOME = {
     "MedVerse": "strategies",
     "Multiverse": "strategies",
     "NPR": "strategies",
+    "PASTA": "strategies",
     "SelfConsistency": "strategies",
     "Sequential": "strategies",
     "SkeletonOfThought": "strategies",

@@ -12,11 +12,13 @@ from anabranch.strategies.sampling.skeleton import SkeletonOfThought
 from anabranch.strategies.tagged.medverse import MedVerse
 from anabranch.strategies.tagged.multiverse import Multiverse
 from anabranch.strategies.tagged.npr import NPR
+from anabranch.strategies.tagged.pasta import PASTA
 from anabranch.strategies.tagged.tagged import Tagged
 from anabranch.strategies.tagged.threadweaver import ThreadWeaver
 
 __all__ = [
     "NPR",
+    "PASTA",
     "Aspects",
     "Decode",
     "Ended",

@@ -43,7 +43,7 @@ def build_node(thread: EngineThread) -> Node:
         fate=thread.fate,
         runs=tuple(map(_run, thread.segments)),
         forgotten=tuple(map(_run, thread.forgotten)),
-        children=tuple(build_node(child) for child in sorted(thread.children, key=lambda child: child.path)),
+        children=tuple(build_node(child) for child in thread.children),
         sees=tuple((segment.source or "", len(segment.token_ids)) for segment in thread.seen),
         log=tuple(map(_action, thread.log)),
     )

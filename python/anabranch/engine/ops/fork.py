@@ -51,7 +51,13 @@ class Fork(EngineOp[ForkOp]):
         for branch in branches:
             for other, count in seen:
                 request.cache.share(branch, other.kv.held, count)
-        thread.blocks.append((thread.length, children))
+        at = len(thread.blocks)
+        if seen:  # forks asked for later may have come to be while it waited
+            while (
+                at and thread.blocks[at - 1][0] == thread.length and thread.blocks[at - 1][1][0].path > children[0].path
+            ):
+                at -= 1
+        thread.blocks.insert(at, (thread.length, children))
         thread.spawned_at = -1
         headers: list[list[int] | None] = []
         for child in children:

@@ -156,6 +156,31 @@ class Cache {
 
   void join(const Branch& trunk, const std::vector<Branch>& kids) { tree_->join(trunk.id, kids_of(trunk, kids)); }
 
+  void share(const Branch& b, const Branch& sibling, i64 count) {
+    const BranchState& mine_now = mine(b, "share: branch").state();
+    const BranchState& other = mine(sibling, "share: sibling").state();
+    if (b.serial == sibling.serial || mine_now.parent_serial < 0 || mine_now.parent_serial != other.parent_serial)
+      throw py::value_error("share: branch " + std::to_string(b.serial) + " and sibling (branch " +
+                            std::to_string(sibling.serial) + ") were not forked from one branch");
+    if (mine_now.length != mine_now.fork_length)
+      throw py::value_error("share: branch " + std::to_string(b.serial) + " has " +
+                            std::to_string(mine_now.length - mine_now.fork_length) +
+                            " tokens of its own; share before its first step");
+    const i64 own = other.length - other.fork_length;
+    if (count < 0 || count > own)
+      throw py::value_error("share: count must be from 0 to " + std::to_string(own) + " (the sibling's own tokens), got " +
+                            std::to_string(count));
+    i64 seen = 0;
+    for (i32 id : other.spans) {
+      const bool wanted = seen >= other.fork_length && seen < other.fork_length + count;
+      if (wanted && std::find(mine_now.spans.begin(), mine_now.spans.end(), id) != mine_now.spans.end())
+        throw py::value_error("share: branch " + std::to_string(b.serial) + " sees tokens of branch " +
+                              std::to_string(sibling.serial) + " already");
+      seen += tree_->span(id).length();
+    }
+    tree_->share(b.id, sibling.id, count);
+  }
+
   void discard(const Branch& trunk, const std::vector<Branch>& kids) {
     for (i32 id : kids_of(trunk, kids)) tree_->release(id);
   }
@@ -344,6 +369,7 @@ PYBIND11_MODULE(_core, m) {
       .def("branch", &Cache::branch)
       .def("fork", &Cache::fork)
       .def("step", &Cache::step)
+      .def("share", &Cache::share)
       .def("join", &Cache::join)
       .def("discard", &Cache::discard)
       .def("truncate", &Cache::truncate)

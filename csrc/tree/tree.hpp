@@ -76,6 +76,9 @@ class Tree {
   StepState step(const std::vector<i32>& branches, const std::vector<i32>& counts,
                  const std::vector<std::vector<i64>>& positions);
   void join(i32 trunk, const std::vector<i32>& kids);
+  // `branch`, which has written nothing since its fork, sees the first `count` of a sibling's own tokens as well; they
+  // are shared like what it was forked with.
+  void share(i32 branch, i32 sibling, i64 count);
   void truncate(i32 branch, i64 length);
   void release(i32 branch);
 

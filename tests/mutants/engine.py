@@ -22,12 +22,12 @@ MUTANTS = [
     ),
     Mutant(
         "a parent that wrote anew is taken for unchanged", f"{THREADS}state.py",
-        "return self.length == len(child.prefix) and not child.severed",
-        "return self.length == len(child.prefix)", ORDER,
+        "return self.length == len(child.prefix) and not child.severed and not child.seen",
+        "return self.length == len(child.prefix) and not child.seen", ORDER,
     ),
     Mutant(
         "an op does not wait for its issue time", f"{THREADS}ops/base.py",
-        "        thread.reach(op.issued)\n        thread.queue.popleft()",
+        "        thread.reach(op.issued)\n        thread.queue.remove(op)",
         "        thread.queue.popleft()", ORDER,
     ),
     Mutant(
@@ -133,7 +133,7 @@ MUTANTS = [
     ),
     Mutant(
         "a fork opened late holds what its parent wrote since", f"{ENGINE}thread_kv.py",
-        "                cache.truncate(self.branch, len(thread.prefix))", "                pass", NEAR,
+        "        cache.truncate(fork, length)", "        pass", NEAR,
     ),
     Mutant(
         "logits outlive a cut", f"{ENGINE}request.py", "        kv.logits = None\n", "", BOTH,

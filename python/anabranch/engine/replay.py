@@ -85,7 +85,20 @@ def _check(tree: Node) -> None:
                     raise ValueError(f"trace: log[{i}] of thread {node.id}: {action.do} of {name!r}, which is no child")
 
 
-_COMPARED = ("id", "role", "token_ids", "start", "stop", "forked_at", "ended", "fate", "runs", "forgotten", "children")
+_COMPARED = (
+    "id",
+    "role",
+    "token_ids",
+    "start",
+    "stop",
+    "forked_at",
+    "ended",
+    "fate",
+    "runs",
+    "forgotten",
+    "children",
+    "sees",
+)
 
 
 def _facts(node: Node) -> list[Any]:
@@ -100,7 +113,8 @@ def _whole(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         last = found[-1] if found else None
         spliced = run.spliced or (last is not None and last.spliced)
-        if last is not None and not spliced and (last.kind, last.source) == (run.kind, run.source):
+        dense = last is not None and last.position + len(last.token_ids) == run.position
+        if last is not None and dense and not spliced and (last.kind, last.source) == (run.kind, run.source):
             found[-1] = Run(run.kind, last.token_ids + run.token_ids, last.position, run.source)
         else:
             found.append(run)
@@ -149,6 +163,9 @@ class _Player:
             elif action.do == "truncate":
                 yield thread  # so that a mistake in the log is this line's
                 thread.truncate(action.length)  # type: ignore[arg-type]
+            elif action.do == "skip":
+                yield thread
+                thread.skip(action.position - thread.position)  # type: ignore[operator]
             else:
                 yield [self.playing[name] for name in action.children if name in self.playing]
                 if action.do == "join":
@@ -163,7 +180,8 @@ class _Player:
         _state(thread).next_child = int(action.children[0].rpartition(".")[2])
         if action.do == "fork":
             headers = action.headers
-            kids = thread.fork(list(headers), segments=action.segments or None)
+            sees = [(self.threads[name], count) for name, count in self.nodes[action.children[0]].sees]
+            kids = thread.fork(list(headers), segments=action.segments or None, sees=sees)
         else:
             runs = self.nodes[action.children[0]].runs
             headers, kids = [None], [thread.spawn(next(run.token_ids for run in runs if run.kind == "prompt"))]

@@ -34,10 +34,17 @@ class Request(Books[EngineThread]):
     def may_fork(self, thread: EngineThread) -> bool:
         return (thread.kv.has_logits or not self.rewind(thread)) and thread.kv.in_cache
 
-    def hold_children(self, thread: EngineThread, children: Sequence[EngineThread]) -> None:
+    def hold_children(
+        self, thread: EngineThread, children: Sequence[EngineThread], seen: Sequence[tuple[EngineThread, int]]
+    ) -> None:
         for child, branch in zip(children, self.cache.fork(thread.kv.held, len(children)), strict=True):
-            child.kv.branch, child.kv.logits, child.kv.logits_at = branch, thread.kv.logits, thread.kv.logits_at
-            child.kv.hidden = thread.kv.hidden
+            child.kv.branch = branch
+            for other, count in seen:
+                self.cache.share(branch, other.kv.held, count)
+                child.kv.pinned = child.kv.pinned or other.kv.pinned
+            if not seen:
+                child.kv.logits, child.kv.logits_at = thread.kv.logits, thread.kv.logits_at
+                child.kv.hidden = thread.kv.hidden
 
     def hold_own(self, children: Sequence[EngineThread]) -> None:
         for child in children:

@@ -23,6 +23,7 @@ from anabranch.errors import OutOfPages
 from anabranch.hf.rope import RopeRule
 from anabranch.kv.cache import TreeCache
 from anabranch.kv.step import Step
+from anabranch.threads.ops import next_ops
 
 
 class RequestFailed(Exception):
@@ -99,12 +100,10 @@ class Scheduler:
         wanted: dict[EngineThread, None] = {}
         decoding = self.decoding[request]
         for thread in list(request.queued):
-            op = thread.queue[0] if thread.queue else None
-            if op is None or not thread.born or (engine_op(op).decodes and thread not in decoding):
-                continue
-            if engine_op(op).waits_for_children(request, op):
-                continue
-            for need in engine_op(op).needs(request, thread, op):
+            ops = next_ops(thread) if thread.born else []
+            ops = [op for op in ops if not engine_op(op).decodes or thread in decoding]
+            ops = [op for op in ops if not engine_op(op).waits_for_children(request, op)]
+            for need in (need for op in ops for need in engine_op(op).needs(request, thread, op)):
                 self._needed.add(id(need.kv))
                 if not need.kv.in_cache:
                     chain = [need]
@@ -148,6 +147,8 @@ class Scheduler:
                     continue
                 if not kv.may_open:
                     continue  # its parent comes first
+                if any(id(sibling) in coming for sibling in kv.absent):
+                    continue  # and so do siblings that it sees: those that do not come are computed again, for it alone
                 donor = kv.donor(least=size)
                 if donor is not None and donor[0].held.length < donor[1]:
                     if id(donor[0]) in coming:

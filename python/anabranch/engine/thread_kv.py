@@ -88,7 +88,7 @@ class ThreadKV:
         """Tokens whose KV is not in the cache (while it is being rebuilt: at most so many)."""
         if self.branch is not None:
             return max(self.thread.length - self.branch.length, int(self._rebuild is not None))
-        return self.thread.length - len(self.thread.prefix)  # a fork's parent holds the rest
+        return self.thread.length - self.thread.forked_at  # a fork's parent holds the rest
 
     @property
     def has_logits(self) -> bool:
@@ -142,7 +142,13 @@ class ThreadKV:
             return True
         assert self.thread.parent is not None
         parent = self.thread.parent.kv
-        return parent.branch is not None and parent.opened and parent.branch.length >= len(self.thread.prefix)
+        return parent.branch is not None and parent.opened and parent.branch.length >= self.thread.forked_at
+
+    @property
+    def absent(self) -> list[ThreadKV]:
+        """The siblings of which it saw something that is not in the cache."""
+        seen = [(s.spliced.kv, len(s.token_ids)) for s in self.thread.seen if s.spliced is not None]
+        return [kv for kv, n in seen if not kv.opened or kv.held.length < len(kv.thread.prefix) + n]
 
     def donor(self, least: int) -> tuple[ThreadKV, int] | None:
         """For a thread with a prompt of its own: a sibling in the cache whose prompt begins alike, and for how many
@@ -172,13 +178,11 @@ class ThreadKV:
             cache.truncate(self.branch, donor[1])
         elif thread.role == "fork":
             assert thread.parent is not None
-            self.branch = cache.fork(thread.parent.kv.held, 1)[0]
-            if self.branch.length > len(thread.prefix):  # the parent has gone on since
-                cache.truncate(self.branch, len(thread.prefix))
+            self.branch = _fork_at(cache, thread.parent.kv.held, thread.forked_at)
         else:
             self.branch = cache.branch()
-        if any(s.spliced is not None for s in thread.segments):
-            self._rebuild = self._program(cache, thread, self.branch)
+        if any(s.spliced is not None for s in thread.segments) or not self._shared_at_once(cache):
+            self._rebuild = self._again(cache)
             self.settle()
 
     def next_chunk(self) -> PrefillChunk:
@@ -186,9 +190,11 @@ class ThreadKV:
         if self._chunk is not None:
             return self._chunk
         thread, branch = self.thread, self.held
-        missing = thread.length - branch.length
-        segments = thread.kv_segments(missing) if thread.request.kv_segments else ()
-        return PrefillChunk(branch, thread.own[len(thread.own) - missing :], thread.position - missing, segments)
+        position, end = thread.dense_run(branch.length)
+        shared = len(thread.prefix)
+        segments = thread.kv_segments(thread.length - branch.length) if thread.request.kv_segments else ()
+        token_ids = thread.own[branch.length - shared : end - shared]
+        return PrefillChunk(branch, token_ids, position, segments[: len(token_ids)])
 
     def settle(self) -> None:
         """After a step: when a chunk of the rebuilding is through, go on to the next."""
@@ -197,36 +203,73 @@ class ThreadKV:
             if self._chunk is None:
                 self._rebuild = None
 
+    def _shared_at_once(self, cache: TreeCache) -> bool:
+        """Share what siblings had written, where all of it is in the cache."""
+        if self.absent:
+            return False
+        for segment in self.thread.seen:
+            assert segment.spliced is not None
+            cache.share(self.held, segment.spliced.kv.held, len(segment.token_ids))
+        return True
+
+    def _again(self, cache: TreeCache) -> Iterator[PrefillChunk]:
+        """Rebuild the thread: what it saw of siblings first, each on a branch of its own, then what it holds."""
+        thread, anchors = self.thread, {id(self.thread): self.held}
+        if thread.seen:
+            assert thread.parent is not None
+            for other in _seen_by([thread]):
+                anchors[id(other)] = _fork_at(cache, thread.parent.kv.held, other.forked_at)
+                self._scratch.append(anchors[id(other)])
+        yield from self._build(cache, thread, anchors, {})
+        self._drop_scratch(cache)
+
+    def _build(
+        self, cache: TreeCache, thread: EngineThread, anchors: dict[int, Branch], built: dict[int, EngineThread]
+    ) -> Iterator[PrefillChunk]:
+        """Compute a thread on its anchor, behind what it saw of siblings, unless it is `built`."""
+        if id(thread) in built:
+            return
+        built[id(thread)] = thread
+        for segment in thread.seen:
+            assert segment.spliced is not None
+            yield from self._build(cache, segment.spliced, anchors, built)
+            cache.share(anchors[id(thread)], anchors[id(segment.spliced)], len(segment.token_ids))
+        yield from self._program(cache, thread, anchors[id(thread)])
+
     def _program(self, cache: TreeCache, thread: EngineThread, branch: Branch) -> Iterator[PrefillChunk]:
-        """Rebuild a thread that holds joined siblings, by the same forks and joins.
+        """Rebuild what a thread holds, joined siblings by the same forks and joins.
 
         Its tokens in a flat row would let the second sibling see the first, and give other KV than before.
         """
         joined = [s.spliced for s in thread.segments if s.spliced is not None]
-        waiting = {id(k): k for k in joined}
-        anchors: dict[int, Branch] = {}
+        waiting = {id(k): k for k in [*joined, *_seen_by(joined)]}
+        needed, anchors, built = list(waiting.values()), dict[int, "Branch"](), dict[int, EngineThread]()
 
         def anchor_here() -> None:
             for key, child in list(waiting.items()):
-                if len(child.prefix) == branch.length:
+                if child.forked_at == branch.length:
                     anchors[key] = cache.fork(branch, 1)[0]
                     self._scratch.append(anchors[key])
                     del waiting[key]
 
         anchor_here()
-        for segment in thread.segments:
+        for segment in list(thread.segments):
             if segment.spliced is None:
-                ids, at = segment.token_ids, 0
+                ids, at = list(segment.token_ids), 0
                 while at < len(ids):
-                    cuts = [len(k.prefix) - branch.length for k in waiting.values() if len(k.prefix) > branch.length]
+                    cuts = [k.forked_at - branch.length for k in waiting.values() if k.forked_at > branch.length]
                     size = min([len(ids) - at, *cuts])
                     segments = [segment.kv_segment] * size if thread.request.kv_segments else ()
                     yield PrefillChunk(branch, ids[at : at + size], segment.position + at, segments)
                     at += size
                     anchor_here()
             else:
-                anchor = anchors.pop(id(segment.spliced))
-                yield from self._program(cache, segment.spliced, anchor)
+                child = segment.spliced
+                yield from self._build(cache, child, anchors, built)
+                for other in needed:  # once it is joined, those that saw it can share it no more
+                    if any(s.spliced is child for s in other.seen):
+                        yield from self._build(cache, other, anchors, built)
+                anchor = anchors.pop(id(child))
                 cache.join(branch, [anchor], mode="concat")
                 self._scratch.remove(anchor)
                 anchor_here()
@@ -235,8 +278,33 @@ class ThreadKV:
 
     def release(self, cache: TreeCache) -> None:
         """Give its pages back; its tokens and logits stay."""
-        for branch in [*self._scratch, self.branch]:
-            if branch is not None and branch.alive:
+        self._drop_scratch(cache)
+        if self.branch is not None and self.branch.alive:
+            cache.release(self.branch)
+        self.branch, self._rebuild, self._chunk, self.borrowed = None, None, None, False
+
+    def _drop_scratch(self, cache: TreeCache) -> None:
+        for branch in self._scratch:
+            if branch.alive:
                 cache.release(branch)
-        self.branch, self._rebuild, self._chunk, self._scratch = None, None, None, []
-        self.borrowed = False
+        self._scratch = []
+
+
+def _fork_at(cache: TreeCache, branch: Branch, length: int) -> Branch:
+    """A fork of `branch` as it was at `length`: it may have gone on since."""
+    fork = cache.fork(branch, 1)[0]
+    if fork.length > length:
+        cache.truncate(fork, length)
+    return fork
+
+
+def _seen_by(threads: Sequence[EngineThread]) -> list[EngineThread]:
+    """The siblings that some threads saw, those that these saw, and so on; no thread twice."""
+    found: dict[int, EngineThread] = {}
+    left = list(threads)
+    while left:
+        for segment in left.pop().seen:
+            if segment.spliced is not None and id(segment.spliced) not in found:
+                found[id(segment.spliced)] = segment.spliced
+                left.append(segment.spliced)
+    return list(found.values())

@@ -237,6 +237,34 @@ class TreeCache:
             self._core.join(trunk, kids)
             self._watch.joined(trunk, kids)
 
+    def share(self, branch: Branch, sibling: Branch, count: int | None = None) -> None:
+        """Lets ``branch`` see what a sibling wrote since its fork as well; the sibling goes on as it is.
+
+        Metadata only: nothing is copied or computed again. The tokens keep their positions and count as shared, like
+        those that ``branch`` was forked with, so that a join brings back its own alone; its next position lies behind
+        them. What the sibling writes later is not seen::
+
+            one, two, both = cache.fork(trunk, 3)
+            ...                                   # steps of one and two
+            cache.share(both, one)
+            cache.share(both, two)                # sees the trunk, one and two, which stay blind to each other
+            ...                                   # steps of both
+            cache.join(trunk, [one, two, both])   # each token once
+
+        Args:
+            branch: forked from the same branch as ``sibling``, and without a step since.
+            count: of the sibling's own tokens the first so many; None: all there are now.
+
+        Raises:
+            DeadBranch, ValueError: a dead or foreign branch, one that is no sibling, has tokens of its own, or sees the
+                tokens already; a count out of range.
+        """
+        own = _branch(sibling, "share: sibling").length - sibling.fork_length
+        count = own if count is None else _number(count, "share: count")
+        self._watch.check_join(_branch(branch, "share: branch"), [sibling])
+        self._core.share(branch, sibling, count)
+        self._watch.shared(branch, sibling)
+
     def truncate(self, branch: Branch, length: int) -> None:
         """Forgets the tokens from index ``length`` on; pages that nobody else holds are free at once.
 

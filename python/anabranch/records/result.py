@@ -38,9 +38,10 @@ class Node:
 
     ``role``: "trunk", "fork" or "fresh". ``token_ids`` and ``text``: what it held at its end beyond what it shared with
     its parent (a trunk's or fresh thread's prompt left out), joined siblings included. ``start``, ``stop``: its
-    position
-    range, ``stop`` not included. ``forked_at``: context length at its fork. ``ended``: how its last decode ended (see
-    `Ended.reason`; None when it never decoded). ``fate``: "finished", "joined", "discarded" or "killed".
+    position range, ``stop`` not included. ``forked_at``: its parent's context length at its fork. ``sees``: (id,
+    tokens) of each sibling whose first tokens it saw from its beginning on, behind its parent's. ``ended``: how its
+    last decode ended (see `Ended.reason`; None when it never decoded). ``fate``: "finished", "joined", "discarded" or
+    "killed".
     ``runs``: its tokens by origin, prompt included; ``forgotten``: what was cut off on the way. ``log``: all that was
     done to it, in order: what `ab.replay` does again (not part of comparisons).
     """
@@ -57,6 +58,7 @@ class Node:
     runs: tuple[Run, ...] = ()
     forgotten: tuple[Run, ...] = ()
     children: tuple[Node, ...] = ()
+    sees: tuple[tuple[str, int], ...] = ()
     log: tuple[Action, ...] = field(default=(), compare=False, repr=False)
 
     def walk(self) -> Iterator[Node]:

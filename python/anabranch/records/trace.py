@@ -9,9 +9,9 @@ Layout (version 2)::
      "tree": {"id", "role", "token_ids", "text", "start", "stop", "forked_at", "ended", "fate",
               "runs": [{"kind", "token_ids", "position", "source", "spliced", "logprobs", "kv_segment"}],
               "forgotten": [as runs],
-              "children": [nodes],
+              "children": [nodes], "sees": [[id, tokens]],
               "log": [{"do", "token_ids", "children", "mode", "length", "headers", "segments",
-                       "clock"}]},
+                       "clock", "position"}]},
      "metrics": {…}, "pieces": {id: str | [byte]} | null}
 
 ``pieces`` is what each token id reads as in the middle of a text (its bytes, where they are no whole characters), null
@@ -246,7 +246,7 @@ def _logprobs(data: Mapping[str, Any], at: str) -> tuple[float, ...] | None:
     return values
 
 
-ACTIONS = ("insert", "sample", "fork", "spawn", "join", "kill", "truncate")
+ACTIONS = ("insert", "sample", "fork", "spawn", "join", "kill", "truncate", "skip")
 
 
 def _action(data: Any, at: str) -> Action:
@@ -258,6 +258,7 @@ def _action(data: Any, at: str) -> Action:
         raise ValueError(f"{at}.mode: expected a join mode, 'killed' or 'discarded', got {mode!r}")
     length = _get(data, "length", at, (int, type(None)))
     clock = _want(data.get("clock"), (int, type(None)), f"{at}.clock")
+    position = _want(data.get("position"), (int, type(None)), f"{at}.position")  # older traces have none
     return Action(
         do=do,
         token_ids=_ids(data, "token_ids", at),
@@ -269,7 +270,14 @@ def _action(data: Any, at: str) -> Action:
         ),
         clock=None if clock is None else _natural(clock, f"{at}.clock"),
         segments=_ids(data, "segments", at) if "segments" in data else (),
+        position=None if position is None else _natural(position, f"{at}.position"),
     )
+
+
+def _sight(data: Any, at: str) -> tuple[str, int]:
+    if len(_want(data, (list, tuple), at)) != 2:
+        raise ValueError(f"{at}: expected a thread and how many tokens of it, got {data!r:.60}")
+    return _want(data[0], str, at), _natural(data[1], at)
 
 
 def _node(data: Any, at: str) -> Node:
@@ -290,6 +298,7 @@ def _node(data: Any, at: str) -> Node:
         runs=tuple(_list(data, "runs", at, _run)),
         forgotten=tuple(_list(data, "forgotten", at, _run)),
         children=tuple(_list(data, "children", at, _node)),
+        sees=tuple(_list(data, "sees", at, _sight)) if "sees" in data else (),  # older traces have none
         log=tuple(_list(data, "log", at, _action)),
     )
     held = [t for run in node.runs if run.kind != "prompt" for t in run.token_ids]

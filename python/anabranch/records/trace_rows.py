@@ -52,7 +52,7 @@ class _Writer:
         def fork() -> None:
             for kid in [k for k in waiting if k.role == "fresh" or k.forked_at == length]:
                 waiting.remove(kid)
-                self.thread(kid, [] if kid.role == "fresh" else [*before, *own])
+                self.thread(kid, [] if kid.role == "fresh" else [*before, *own, *self.seen(kid)])
 
         fork()
         for (kind, source), group in groupby(node.runs, key=lambda run: (run.kind, run.source)):
@@ -85,6 +85,20 @@ class _Writer:
             )
         if self.forgotten:
             self.cut_off(node, before, own, number)
+
+    def seen(self, kid: Node) -> list[int]:
+        """The segments of siblings that a thread saw from its beginning on."""
+        found: list[int] = []
+        for name, left in kid.sees:
+            if self.length(self.own.get(name, [])) < left:
+                raise ValueError(
+                    f"trace: thread {kid.id} saw {left} tokens of thread {name}, which are not in the trace"
+                )
+            for segment in self.own[name]:
+                if left > 0:
+                    found.append(self._prefix(segment, min(left, len(self.rows.ids[segment]))))
+                    left -= len(self.rows.ids[segment])
+        return found
 
     def record(self, segment: int, run: Run, at: int = 0) -> None:
         logprobs = getattr(run, "logprobs", None)

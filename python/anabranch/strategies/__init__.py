@@ -25,8 +25,12 @@ from anabranch.strategies.search import (
     StepBeamSearch,
     TreeOfThoughts,
 )
+from anabranch.strategies.tagged.medverse import MedVerse
+from anabranch.strategies.tagged.multiverse import Multiverse
+from anabranch.strategies.tagged.npr import NPR
 from anabranch.strategies.tagged.parallel_r1 import ParallelR1
 from anabranch.strategies.tagged.parathinker import ParaThinker
+from anabranch.strategies.tagged.pasta import PASTA
 from anabranch.strategies.tagged.sprint import SPRINT, SprintAnswer
 from anabranch.strategies.tagged.ssft import SSFT
 from anabranch.strategies.tagged.tagged import Tagged
@@ -34,6 +38,8 @@ from anabranch.strategies.tagged.threadweaver import ThreadWeaver
 
 __all__ = [
     "APR",
+    "NPR",
+    "PASTA",
     "SPRINT",
     "SSFT",
     "STEP",
@@ -47,6 +53,8 @@ __all__ = [
     "Ended",
     "EntropyFork",
     "LeaP",
+    "MedVerse",
+    "Multiverse",
     "PaCoRe",
     "ParaThinker",
     "ParallelProbe",

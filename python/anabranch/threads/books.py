@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from anabranch.records import events
 from anabranch.records.actions import Action
 from anabranch.strategies.api.awaitable import Awaitable
-from anabranch.strategies.api.ops import Decode, InsertOp, JoinOp, Op, ScoreOp
+from anabranch.strategies.api.ops import Decode, ForkOp, InsertOp, JoinOp, Op, ScoreOp
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
 from anabranch.strategies.plain import Plain
@@ -18,7 +18,7 @@ from anabranch.text.prompts import Text
 from anabranch.text.tokens import Stops
 from anabranch.threads.costs import Costs
 from anabranch.threads.narrator import Narrator
-from anabranch.threads.ops.base import HostOp
+from anabranch.threads.ops.base import HostOp, next_ops
 from anabranch.threads.running import RunningDecode, Sampling
 from anabranch.threads.state import ThreadState
 from anabranch.threads.tasks import Task, Tasks
@@ -172,6 +172,9 @@ class Books(Generic[State]):
     def start(self, generator: Generator[Any, Any, Any]) -> Awaitable:
         return self.tasks.start(generator, self.clock())
 
+    def tokens_left(self, thread: Thread) -> int:
+        return max(0, self.max_new_tokens - self._states[thread].path_sampled)
+
     def malformed(self, thread: Thread, why: str) -> None:
         self._malformed.append((thread.path, f"thread {thread.id}: {why}"))
 
@@ -221,7 +224,10 @@ class Books(Generic[State]):
             return
         thread.reach(self.clock())
         for op in thread.parent.queue if thread.parent is not None else ():
-            if isinstance(op, JoinOp) and thread.handle in op.children:  # what would take it back does without it
+            # What would take it back, or let others see it, does without it.
+            if (isinstance(op, JoinOp) and thread.handle in op.children) or (
+                isinstance(op, ForkOp) and any(other is thread.handle for other, _ in op.sees)
+            ):
                 op.without(thread.handle)
                 op.issued = max(op.issued, thread.clock)
         for child in list(thread.children):
@@ -247,7 +253,7 @@ class Books(Generic[State]):
         moved = any_moved = self.tasks.run_ready()
         while True:
             for thread in list(self.queued):
-                while thread.queue and thread.born and self._advance(thread, thread.queue[0]):
+                while thread.born and any(self._advance(thread, op) for op in next_ops(thread)):
                     moved = True
                 if not thread.queue:
                     self.emptied(thread)
@@ -393,8 +399,8 @@ class Books(Generic[State]):
         """Whether a thread's children can begin now."""
         return self.holds(thread)
 
-    def hold_children(self, thread: State, children: Sequence[State]) -> None:
-        """Children begin with all that a thread holds."""
+    def hold_children(self, thread: State, children: Sequence[State], seen: Sequence[tuple[State, int]]) -> None:
+        """Children begin with all that a thread holds, then the first tokens of what siblings hold that they see."""
 
     def hold_joined(self, thread: State, children: Sequence[State]) -> None:
         """What children hold becomes a thread's, behind its own, in order; called before the books tell."""
@@ -418,6 +424,11 @@ class Books(Generic[State]):
             )
         if length == thread.length:
             return
+        if seers := thread.seen_beyond(length):
+            raise ValueError(
+                f"{what}: thread {seers[0].id} sees what thread {thread.id} has written behind {length}; "
+                "join or kill it first"
+            )
         self.forget(thread, length)
         for child in thread.forks_beyond(length):
             child.severed = True

@@ -31,6 +31,11 @@ class Tasks:
         self._ready: deque[tuple[Task, Awaitable | None]] = deque()
         self._all: list[Task] = []
 
+    @property
+    def due(self) -> bool:
+        """Whether some generator can go on, so that what it asks for next is not known yet."""
+        return bool(self._ready)
+
     def start(self, generator: Any, now: int) -> Task:
         if not isgenerator(generator):
             raise TypeError(

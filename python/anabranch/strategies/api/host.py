@@ -32,6 +32,10 @@ class ThreadView(Protocol):
         """Context length in front of its own tokens."""
 
     @property
+    def position(self) -> int:
+        """Of the next token."""
+
+    @property
     def token_ids(self) -> tuple[int, ...]: ...
     @property
     def context(self) -> tuple[int, ...]: ...
@@ -78,6 +82,9 @@ class Host(Protocol):
 
     def start(self, generator: Generator[Any, Any, Any]) -> Awaitable:
         """Run a generator beside the one that runs now."""
+
+    def tokens_left(self, thread: Thread) -> int:
+        """Tokens that it may still sample before the answer's limit."""
 
     def malformed(self, thread: Thread, why: str) -> None:
         """Count the answer as breaking its format."""

@@ -80,12 +80,24 @@ class InsertOp(Op):
 
 
 class ForkOp(Op):
-    """Children to begin with all of the thread's context; its value: these children. `segments`: of each, if given."""
+    """Children to begin with all of the thread's context, and with what those of its children that they are to see have
+    written (the first so many tokens; None: all, once nothing is queued on it); its value: these children. `segments`:
+    of each, if given."""
 
-    def __init__(self, thread: Thread, children: list[Thread], segments: Sequence[int] | None = None):
+    def __init__(
+        self,
+        thread: Thread,
+        children: list[Thread],
+        segments: Sequence[int] | None = None,
+        sees: Sequence[tuple[Thread, int | None]] = (),
+    ):
         super().__init__(thread)
-        self.children = children
+        self.children, self.sees = children, list(sees)
         self.segments = None if segments is None else list(segments)
+
+    def without(self, child: Thread) -> None:
+        """Do without a child that was killed before it could be seen."""
+        self.sees = [(other, count) for other, count in self.sees if other is not child]
 
 
 class JoinOp(Op):
@@ -118,6 +130,14 @@ class TruncateOp(Op):
     def __init__(self, thread: Thread, length: int):
         super().__init__(thread)
         self.length = length
+
+
+class SkipOp(Op):
+    """Positions to leave out (or, below 0, to give twice) before the next token."""
+
+    def __init__(self, thread: Thread, count: int):
+        super().__init__(thread)
+        self.count = count
 
 
 class ScoreOp(Op):

@@ -35,6 +35,7 @@ from anabranch.strategies.api.ops import (
     JoinOp,
     Op,
     ScoreOp,
+    SkipOp,
     TruncateOp,
 )
 
@@ -83,6 +84,17 @@ class Thread:
     @property
     def length(self) -> int:
         return self._view.length
+
+    @property
+    def position(self) -> int:
+        """Logical position of its next token: behind a splicing join not its length, and see `skip`."""
+        return self._view.position
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens that it may still sample before it reaches the answer's ``max_new_tokens``, which counts the longest
+        way to a thread."""
+        return self.host.tokens_left(self)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -209,13 +221,22 @@ class Thread:
         return self._submit(HiddenOp(self))
 
     def fork(
-        self, headers: int | Sequence[str | Sequence[int] | None], *, segments: Sequence[int] | None = None
+        self,
+        headers: int | Sequence[str | Sequence[int] | None],
+        *,
+        segments: Sequence[int] | None = None,
+        sees: Sequence[Thread | tuple[Thread, int]] = (),
     ) -> list[Thread]:
         """Children that share all of this thread's context, in one block; no KV is copied.
 
         headers: how many, or one header a child (text, token ids or None), inserted at its beginning.
         segments: which of the model's segment vectors are added to K and V of each child's tokens, for a strategy with
             ``kv_segments``; None: this thread's own.
+        sees: earlier forks of this thread whose own tokens the children see as well, in this order, behind its context:
+            the steps that a step depends on. They are shared where they lie, neither copied nor computed again, and a
+            join brings back the children's own alone. The children begin one past the last position that they see. It
+            waits until nothing is queued on those that are seen; they may go on afterwards, unseen, but not
+            be cut back. ``(thread, n)``: its first n tokens.
         """
         self.check_alive("fork")
         count = index_of(headers)
@@ -232,8 +253,13 @@ class Thread:
             segments = [whole(s, f"fork: segments[{i}]") for i, s in enumerate(segments)]
             if len(segments) != len(heads):
                 raise ValueError(f"fork: segments={told(segments)}; pass one for each of the {len(heads)} children")
+        seen = [self._seen(item, f"fork: sees[{i}]") for i, item in enumerate(sees)]
+        if len({id(other) for other, _ in seen}) < len(seen):
+            raise ValueError("fork: sees holds a thread twice")
+        if any(other is self or other.parent is not self or other.role != "fork" for other, _ in seen):
+            raise ValueError(f"fork: sees={told(list(sees))}; pass forks of {self!r}")
         children = [self.host.new_thread(self, "fork") for _ in heads]
-        self._submit(ForkOp(self, list(children), segments))  # a list of its own: the caller may change theirs
+        self._submit(ForkOp(self, list(children), segments, seen))  # a list of its own: the caller may change theirs
         for child, header in zip(children, given, strict=True):
             if header:
                 self._submit(InsertOp(child, header, "inserted", header=True))
@@ -311,6 +337,15 @@ class Thread:
             raise ValueError(f"rstrip: thread {self.id} still has work queued; yield it first")
         return self.truncate(self.length - self.host.blank_at_end(self._view.last_sampled))
 
+    def skip(self, count: int) -> SkipOp:
+        """Let the next token stand `count` positions further on than it would; below 0: further back.
+
+        Tokens stay where they are: a position may be left empty, or be held by several tokens, as siblings do. Room for
+        what another thread writes meanwhile is left that way. A later `truncate` takes it back.
+        """
+        self.check_alive("skip")
+        return self._submit(SkipOp(self, whole(count, "skip: count", None)))
+
     def kill(self) -> None:
         """End it now, with its children; a decode in progress ends with reason "killed", and its pages are free.
 
@@ -359,6 +394,14 @@ class Thread:
     def malformed(self, why: str) -> None:
         """Count this answer as breaking the strategy's format (``metrics.format_correctness``)."""
         self.host.malformed(self, why)
+
+    @staticmethod
+    def _seen(item: Any, name: str) -> tuple[Thread, int | None]:
+        thread, count = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
+        if not isinstance(thread, Thread):
+            raise ValueError(f"{name}={told(item)}; pass a thread, or a thread and how many of its tokens")
+        thread.check_alive(name)
+        return thread, None if count is None else whole(count, f"{name}: tokens")
 
     def _given(self, value: str | Sequence[int], name: str) -> str | list[int]:
         """Text or token ids, checked: text, too, must have ids that the model knows."""

@@ -23,6 +23,8 @@ _HOME = {
     "TreeCache": "kv",
     "Branch": "kv",
     "Step": "kv",
+    "Read": "kv",
+    "Rotary": "ops",
     "Usage": "kv",
     "Plan": "plan",
     "tree_attention": "attention",

@@ -135,7 +135,7 @@ def attention(
     arrays = plan.arrays(num_q_heads // num_kv_heads, tile_config(*shape, batch_invariant=plan.batch_invariant))
     return native.attention(
         _cpu.attention, rows(q), k_pages, v_pages, arrays, torch.get_num_threads(),
-        scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse,
+        scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse, num_rows=plan.num_rows,
     )  # fmt: skip
 
 

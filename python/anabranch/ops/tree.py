@@ -53,7 +53,7 @@ def _tree_attention(
     live = plan_of(plan)
     live.check(layer, k_pages)
     out, lse = chosen.attention(
-        q,
+        live.queries(q, layer),
         k_pages,
         v_pages,
         live,
@@ -63,6 +63,11 @@ def _tree_attention(
         sinks=sinks,
         return_lse=return_lse,
     )
+    if out.shape[0] != live.num_rows:
+        raise ValueError(
+            f"backend: {chosen.name!r} cannot merge the {out.shape[0]} query rows of views into the step's "
+            f"{live.num_rows} rows; use another backend"
+        )
     return out, lse if lse is not None else q.new_empty((0,), dtype=_lse_dtype(q))
 
 

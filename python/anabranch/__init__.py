@@ -41,6 +41,7 @@ _HOME = {
     "Strategy": "strategies",
     "Aspects": "strategies",
     "EntropyFork": "strategies",
+    "GroupThink": "strategies",
     "SelfConsistency": "strategies",
     "Sequential": "strategies",
     "SkeletonOfThought": "strategies",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from anabranch.engine.live import in_sight
 from anabranch.engine.thread_kv import EngineThread
 from anabranch.kv.cache import TreeCache
 
@@ -24,6 +25,14 @@ def truncate(cache: TreeCache, thread: EngineThread, length: int, what: str) -> 
         )
     if length == thread.length:
         return
+    if thread.live is not None:
+        own = length - len(thread.prefix)
+        if own < thread.live.assigned and (readers := in_sight(thread)):
+            raise ValueError(
+                f"{what}: thread {readers[0].id} has seen what would go of thread {thread.id} (its own tokens from "
+                f"{own} on); cut it before the next token is computed, or end those that see it first"
+            )
+        thread.live.cut(own)
     kv = thread.kv
     for child in thread.forks_beyond(length):
         if child.kv.branch is None:

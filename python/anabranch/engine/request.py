@@ -9,6 +9,7 @@ from typing import Any
 
 from anabranch.engine.costs import Costs
 from anabranch.engine.cuts import rewind
+from anabranch.engine.live import LiveGroup, in_sight
 from anabranch.engine.narrator import Narrator
 from anabranch.engine.ops import engine_op
 from anabranch.engine.running import RunningDecode
@@ -69,6 +70,7 @@ class Request:
         self.spent = Costs()
         self.started: float | None = None
         self.finished = False
+        self.live = LiveGroup()
         self.trunk = self._make(None, "trunk", (0,))
         self.trunk.prompt_length = len(token_ids)
         self.trunk.append(token_ids, "prompt")
@@ -192,6 +194,17 @@ class Request:
         for state in states:
             self.end(state, fate)
 
+    def see(self, thread: Thread, others: Sequence[Thread], lined_up: bool, same_step: str) -> None:
+        if self.sequential:
+            raise ValueError("see: threads that see one another write at the same time; they cannot run in Sequential")
+        if lined_up:
+            self.cache.require_rotary()
+        self.live.see(self._states[thread], [self._states[other] for other in others], lined_up, same_step)
+
+    def with_live(self, thread: EngineThread) -> list[EngineThread]:
+        """The thread, with all that must be in the cache when it goes on."""
+        return [thread] if thread.live is None else self.live.members()
+
     def end(self, thread: EngineThread, fate: str) -> None:
         """End a thread now, with its children."""
         if not thread.alive:
@@ -213,6 +226,8 @@ class Request:
     def retire(self, thread: EngineThread, fate: str) -> None:
         """A thread takes nothing more; its pages are free."""
         self.narrator.tell_rest(thread)
+        for other in in_sight(thread) if thread.live is not None else ():
+            other.kv.pinned = True  # what it saw is gone, so it could not be computed again
         thread.alive, thread.fate = False, fate
         thread.kv.release(self.cache)
         thread.kv.logits = None

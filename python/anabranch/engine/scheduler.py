@@ -97,10 +97,18 @@ class Scheduler:
         running = sum(kv.branch is not None for kv in wanted)
         coming = {id(kv) for kv in wanted}
         entries: list[tuple[ThreadKV, PrefillChunk, int]] = []
+        groups: set[Request] = set()
         # Longest unserved first: more threads than rows take turns.
         for kv in sorted(wanted, key=lambda w: (w.pending > 1, w.last_step if w.pending <= 1 else 0)):
             if room <= 0:
                 break
+            if kv.thread.live is not None:
+                if kv.thread.request not in groups:
+                    groups.add(kv.thread.request)
+                    rows = self._group_rows(kv.thread.request, room, free - running if entries else None)
+                    entries += rows
+                    room -= sum(count for _, _, count in rows)
+                continue
             if kv.branch is None:
                 # One that is not in the cache enters when it fits beside those that are, and leaves each a page to
                 # grow; else they would push one another out in turns. Alone it may always try.
@@ -124,6 +132,20 @@ class Scheduler:
             room -= count
         return entries
 
+    def _group_rows(
+        self, request: Request, room: int, free: int | None = None
+    ) -> list[tuple[ThreadKV, PrefillChunk, int]]:
+        """Rows of threads that see one another: all of a turn, or none. free: pages that they may need, if limited."""
+        members = [thread.kv for thread in request.live.members()]
+        closed = [kv for kv in members if kv.branch is None]
+        if not all(kv.may_open for kv in closed):
+            return []  # what they continue comes first
+        if free is not None and closed and sum(kv.pending // self.cache.page_size + 2 for kv in closed) > free:
+            return []
+        for kv in closed:
+            kv.open(self.cache)
+        return request.live.entries(room, self.max_rows)
+
     def reserve(
         self, entries: list[tuple[ThreadKV, PrefillChunk, int]], wanted: list[ThreadKV]
     ) -> tuple[Step | None, list[tuple[ThreadKV, PrefillChunk, int]]]:
@@ -139,8 +161,10 @@ class Scheduler:
                 for _, chunk, count in entries
                 if chunk.branch.position != chunk.position + chunk.done
             }
+            views = {c.branch: c.reads[c.done : c.done + n] for _, c, n in entries if any(c.reads[c.done : c.done + n])}
             try:
-                return self.cache.step({chunk.branch: count for _, chunk, count in entries}, positions or None), entries
+                rows = {chunk.branch: count for _, chunk, count in entries}
+                return self.cache.step(rows, positions or None, views or None), entries
             except OutOfPages as error:
                 shortage = error
             oldest, youngest = (pick((kv for kv, _, _ in entries), key=_age) for pick in (min, max))
@@ -148,26 +172,28 @@ class Scheduler:
             if victim is not None:
                 victim.release(self.cache)
                 victim.thread.request.spent.preemptions += 1
-                entries = [e for e in entries if e[0] is not victim]
-                continue
-            if len(entries) > 1:
-                entries = [e for e in entries if e[0] is not youngest]
+                entries = [e for e in entries if not _go_together(e[0], victim)]
+                if entries:
+                    continue
+                return None, entries
+            if any(not _go_together(kv, youngest) for kv, _, _ in entries):
+                entries = [e for e in entries if not _go_together(e[0], youngest)]
                 continue
             # One that had no turn in this step may be older; one that cannot leave will give its pages back at its end.
             # (Any other would be pushed out again in the next step, and so on for ever.)
             stuck.append(oldest)
             others = [w for w in wanted if w.branch is not None and (w.pinned or w.thread.age < stuck[0].thread.age)]
-            others = [w for w in others if w not in stuck and not w.in_cache]
+            others = [w for w in others if not any(_go_together(w, s) for s in stuck) and not w.in_cache]
             if not others and (leaving := self._giving_way(stuck)) is not None:
                 leaving.release(self.cache)
                 leaving.thread.request.spent.preemptions += 1
                 others = [w for w in stuck if w.pinned]
                 stuck = [w for w in stuck if not w.pinned]
             if others:
-                other = min(others, key=_age)
-                chunk = other.next_chunk()
-                entries = [(other, chunk, min(chunk.left, self.max_rows))]
-                continue
+                entries = self._alone(min(others, key=_age))
+                if entries:
+                    continue
+                return None, entries
             kv, total, size = stuck[0], self.cache.num_pages, self.cache.page_size
             raise ValueError(
                 f"num_pages={total} (of {size} tokens) is too small for prompt {kv.thread.age[0]}: thread "
@@ -175,6 +201,13 @@ class Scheduler:
                 "make the engine with a larger num_pages, "
                 f"or use a shorter prompt, fewer threads or a smaller max_new_tokens ({shortage})"
             )
+
+    def _alone(self, kv: ThreadKV) -> list[tuple[ThreadKV, PrefillChunk, int]]:
+        """Rows of a step for one thread, or for those that it must advance with."""
+        if kv.thread.live is not None:
+            return self._group_rows(kv.thread.request, self.max_rows)
+        chunk = kv.next_chunk()
+        return [(kv, chunk, min(chunk.left, self.max_rows))]
 
     def _giving_way(self, stuck: list[ThreadKV]) -> ThreadKV | None:
         """When nothing moves: the youngest of `stuck` that can leave, to let one on that cannot."""
@@ -192,7 +225,7 @@ class Scheduler:
             for thread in request.threads:
                 kv = thread.kv
                 idle = id(kv) not in self._needed
-                if kv.branch is None or kv is oldest or kv.pinned or not (idle or kv.thread.age > oldest.thread.age):
+                if kv.branch is None or _go_together(kv, oldest) or kv.pinned or not (idle or kv.thread.age > oldest.thread.age):
                     continue
                 if _built_on(thread):
                     continue
@@ -204,6 +237,12 @@ class Scheduler:
 
 def _age(kv: ThreadKV) -> tuple[int, int]:
     return kv.thread.age
+
+
+def _go_together(a: ThreadKV, b: ThreadKV) -> bool:
+    """Whether one of the two cannot have rows in a step without the other: they are one, or see one another."""
+    live = a.thread.live is not None and b.thread.live is not None
+    return a is b or (live and a.thread.request is b.thread.request)
 
 
 def _built_on(thread: EngineThread) -> bool:

@@ -7,7 +7,7 @@ token just sampled (its KV is computed by the step that needs the next token's l
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -15,14 +15,17 @@ import numpy as np
 import torch
 
 from anabranch.engine.thread_state import ThreadState
+from anabranch.strategies.api.ops import Decode
 from anabranch.strategies.api.thread import Thread
 from anabranch.text.tokens import Reader
 
 if TYPE_CHECKING:
+    from anabranch.engine.live import Turns
     from anabranch.engine.request import Request
     from anabranch.engine.running import RunningDecode, RunningScore
     from anabranch.kv.cache import TreeCache
     from anabranch.kv.step import Branch
+    from anabranch.kv.views import Read
 
 
 class EngineThread(ThreadState["EngineThread"]):
@@ -45,7 +48,13 @@ class EngineThread(ThreadState["EngineThread"]):
         self.age = (request.index, serial)  # order of arrival: of its prompt, then its own
         self.decode: RunningDecode | None = None  # what is settled about the decode at the head of its queue
         self.score: RunningScore | None = None
+        self.live: Turns | None = None  # of a thread that sees others, or is seen
         self.reader: Reader | None = None  # tells the thread's text to whoever streams it
+
+    @property
+    def samples(self) -> bool:
+        """Whether a decode is at the head of its queue."""
+        return bool(self.queue) and isinstance(self.queue[0], Decode)
 
     @property
     def running(self) -> RunningDecode:
@@ -62,6 +71,7 @@ class PrefillChunk:
     token_ids: list[int]
     position: int
     done: int = 0
+    reads: list[list[Read]] = field(default_factory=list)  # of each token, where its thread sees others
 
     @property
     def left(self) -> int:
@@ -138,11 +148,11 @@ class ThreadKV:
         """For a thread with a prompt of its own: a sibling in the cache whose prompt begins alike, and for how many
         tokens (`least` or more): that far its KV is this thread's as well."""
         thread = self.thread
-        if thread.role != "fresh" or thread.parent is None or any(s.spliced for s in thread.segments):
+        if thread.role != "fresh" or thread.live is not None or thread.parent is None or any(s.spliced for s in thread.segments):
             return None
         best: tuple[ThreadKV, int] | None = None
         mine = thread.own[: thread.prompt_length]
-        siblings = (child.kv for child in thread.parent.children if child.role == "fresh")
+        siblings = (child.kv for child in thread.parent.children if child.role == "fresh" and child.live is None)
         cached = (kv for kv in siblings if kv.opened)
         for kv in islice(cached, 8):
             other = kv.thread

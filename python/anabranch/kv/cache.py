@@ -330,6 +330,10 @@ class TreeCache:
         """Logical positions of a branch's tokens, int64 [length], in context order, on the CPU."""
         return torch.from_numpy(self._core.positions(_branch(branch, "positions")))
 
+    def require_rotary(self) -> None:
+        """Raise ValueError, with the reason, where rows cannot read other branches under a position offset."""
+        self._rotary_of_layers()
+
     def _rotary_of_layers(self) -> Sequence[Rotary | None]:
         """The rotary embeddings of each layer; ValueError where nobody knows them."""
         if callable(self._rotary):

@@ -4,6 +4,7 @@ from anabranch.strategies.api.awaitable import ThreadGone, first, gather
 from anabranch.strategies.api.ops import Decode, Ended, TokenStats
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
+from anabranch.strategies.live import GroupThink
 from anabranch.strategies.plain import Plain, Sequential
 from anabranch.strategies.sampling.aspects import Aspects
 from anabranch.strategies.sampling.entropy_fork import EntropyFork
@@ -17,6 +18,7 @@ __all__ = [
     "Decode",
     "Ended",
     "EntropyFork",
+    "GroupThink",
     "Plain",
     "SelfConsistency",
     "Sequential",

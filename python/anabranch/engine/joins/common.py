@@ -30,6 +30,7 @@ def adoptable(thread: EngineThread, op: JoinOp, children: Sequence[EngineThread]
     others = [c for c in thread.children if c.alive and c.role == "fork" and c not in children]
     return (
         op.headers == [None]
+        and all(t.live is None for t in (thread, *children))
         and thread.role != "fork"
         and len(children) == 1
         and not others

@@ -17,7 +17,7 @@ class Reprefill:
     """The first child's KV is what computing it again would give, where nothing came in between; it is spliced."""
 
     def needs(self, thread: EngineThread, op: JoinOp, children: Sequence[EngineThread]) -> list[EngineThread]:
-        if not children or children[0].role == "fresh" or adoptable(thread, op, children):
+        if not children or not _spliceable(thread, children[0]) or adoptable(thread, op, children):
             return []  # nothing of it is to be spliced
         return [thread, children[0]]
 
@@ -34,7 +34,7 @@ class Reprefill:
     @staticmethod
     def _append(request: Request, thread: EngineThread, op: JoinOp, children: Sequence[EngineThread]) -> None:
         first = 0
-        if children[0].role == "fork" and thread.goes_on_as(children[0]) and op.headers[0] is None:
+        if _spliceable(thread, children[0]) and thread.goes_on_as(children[0]) and op.headers[0] is None:
             # Nothing stands between the fork and the first child: its KV is what computing it again would give.
             splice(request, thread, children[:1])
             first = 1
@@ -49,3 +49,8 @@ class Reprefill:
                 thread.append(own, "joined", child.id)
             thread.clock = clock  # these tokens were counted in their own thread
             request.retire(child, "joined")
+
+
+def _spliceable(thread: EngineThread, first: EngineThread) -> bool:
+    """Whether the first child saw nothing but its thread's context, in which it then stands."""
+    return first.role == "fork" and first.live is None and thread.live is None

@@ -19,7 +19,7 @@ class Decoding(EngineOp[Decode]):
     decodes = True
 
     def needs(self, request: Request, thread: EngineThread, op: Decode) -> list[EngineThread]:
-        return [thread]
+        return request.with_live(thread)
 
     def advance(self, request: Request, thread: EngineThread, op: Decode) -> bool:
         decode = thread.decode

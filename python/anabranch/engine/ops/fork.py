@@ -24,7 +24,7 @@ class Fork(EngineOp[ForkOp]):
     """
 
     def needs(self, request: Request, thread: EngineThread, op: ForkOp) -> list[EngineThread]:
-        return [thread]
+        return request.with_live(thread)
 
     def ready(self, request: Request, thread: EngineThread, op: ForkOp) -> bool:
         return (thread.kv.has_logits or not rewind(request.cache, thread)) and thread.kv.in_cache
@@ -45,9 +45,11 @@ class Fork(EngineOp[ForkOp]):
                 headers.append(list(header.token_ids))
             else:
                 headers.append(None)
-        thread.log.append(Action("fork", children=[child.id for child in children], headers=headers))
-        for child, branch in zip(children, branches, strict=True):
+        names = [child.id for child in children]
+        thread.log.append(Action("fork", children=names, length=op.apart or None, headers=headers))
+        for i, (child, branch) in enumerate(zip(children, branches, strict=True)):
             thread.branch_off(child, context)
+            child.start = child.position = thread.position + i * op.apart
             child.kv.branch, child.kv.logits, child.kv.logits_at = branch, thread.kv.logits, thread.kv.logits_at
             if not child.alive:  # killed before it came to be
                 child.kv.release(request.cache)

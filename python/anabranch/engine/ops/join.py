@@ -29,6 +29,11 @@ class Join(EngineOp[JoinOp]):
         for child in children:
             thread.reach(child.clock)
             thread.path_sampled = max(thread.path_sampled, child.path_sampled)
+        if op.mode == "concat" and any(t.live is not None for t in (thread, *children)):
+            raise ValueError(
+                "join: mode='concat' splices KV that depends on what its thread saw of others; take threads that see "
+                "one another back by mode='reprefill', 'summary' or 'discard'"
+            )
         ENGINE_JOINS[op.mode].carry_out(request, thread, op, children)
         if children:
             headers = [None if h is None else request.ids(thread, h) for h in op.headers]

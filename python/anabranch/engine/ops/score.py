@@ -19,7 +19,7 @@ class Score(EngineOp[ScoreOp]):
     """Over once all log-probabilities are there, a forward or two later."""
 
     def needs(self, request: Request, thread: EngineThread, op: ScoreOp) -> list[EngineThread]:
-        return [thread]
+        return request.with_live(thread)
 
     def advance(self, request: Request, thread: EngineThread, op: ScoreOp) -> bool:
         if thread.score is None and request.settle(thread, op):

@@ -57,11 +57,12 @@ class InsertOp(Op):
 
 
 class ForkOp(Op):
-    """Children to begin with all of the thread's context; its value: these children."""
+    """Children to begin with all of the thread's context, each `apart` positions behind the one before; its value: these
+    children."""
 
-    def __init__(self, thread: Thread, children: list[Thread]):
+    def __init__(self, thread: Thread, children: list[Thread], apart: int = 0):
         super().__init__(thread)
-        self.children = children
+        self.children, self.apart = children, apart
 
 
 class JoinOp(Op):

@@ -1,0 +1,234 @@
+"""Threads that see one another while they write: in which turn each token was computed, and what its row saw then.
+
+All threads of a prompt that see others, or are seen, advance together. A *turn* is one forward in which each of them
+computes what it has written since the last; so what a row sees follows from turns alone, not from pages, chunks or the
+prompts beside it, and a thread that was pre-empted is computed again row by row as it was, by the turns on record.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from anabranch.engine.thread_kv import PrefillChunk, ThreadKV
+from anabranch.kv.views import Read
+
+if TYPE_CHECKING:
+    from anabranch.engine.thread_kv import EngineThread
+
+Entry = tuple[ThreadKV, PrefillChunk, int]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a thread sees beside its own context, from its own token number `begin` on; see `Thread.see`."""
+
+    begin: int
+    others: tuple[EngineThread, ...]
+    lined_up: bool
+    same_step: str
+
+
+class Turns:
+    """A thread's own tokens by the turn in which they were, or are to be, computed. Turn 0: before it was live."""
+
+    def __init__(self) -> None:
+        self.views: list[View] = []
+        self._turns: list[int] = []  # rising
+        self._ends: list[int] = []  # own tokens up to and with that turn
+        self.clock = 0  # the thread's, at its last turn
+
+    @property
+    def assigned(self) -> int:
+        """So many of its own tokens have a turn."""
+        return self._ends[-1] if self._ends else 0
+
+    def assign(self, turn: int, count: int) -> None:
+        """Its next `count` tokens are computed in `turn`."""
+        if count and self._turns and self._turns[-1] == turn:
+            self._ends[-1] += count
+        elif count:
+            self._turns.append(turn)
+            self._ends.append(self.assigned + count)
+
+    def cut(self, length: int) -> None:
+        """Forget own tokens from number `length` on."""
+        while self._ends and self._ends[-1] > length:
+            if len(self._ends) > 1 and self._ends[-2] >= length:
+                self._ends.pop()
+                self._turns.pop()
+            else:
+                self._ends[-1] = length
+                break
+        if self._ends and self._ends[-1] == 0:
+            self._ends.pop()
+            self._turns.pop()
+
+    def until(self, turn: int) -> int:
+        """Own tokens of turns up to and with `turn`."""
+        at = bisect_right(self._turns, turn)
+        return self._ends[at - 1] if at else 0
+
+    def of(self, number: int) -> int:
+        """The turn of own token `number`."""
+        return self._turns[bisect_right(self._ends, number)]
+
+    def view_at(self, number: int) -> View | None:
+        """What own token `number` sees."""
+        return next((view for view in reversed(self.views) if view.begin <= number), None)
+
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(turn, tokens) in order."""
+        begins = chain((0,), self._ends)
+        return tuple((turn, end - begin) for turn, begin, end in zip(self._turns, begins, self._ends, strict=False))
+
+
+class LiveGroup:
+    """All live threads of one prompt."""
+
+    def __init__(self) -> None:
+        self.threads: list[EngineThread] = []
+        self.turn = 0
+
+    def see(self, thread: EngineThread, others: Sequence[EngineThread], lined_up: bool, same_step: str) -> None:
+        """From its next token on `thread` sees `others`."""
+        for one in (thread, *others):
+            if one.live is None:
+                one.live = Turns()
+                one.live.assign(0, len(one.own))
+                one.live.clock = one.clock
+                self.threads.append(one)
+        assert thread.live is not None
+        views = thread.live.views
+        begin = len(thread.own)
+        if views and views[-1].begin == begin:
+            views.pop()
+        views.append(View(begin, tuple(others), lined_up, same_step))
+
+    def members(self) -> list[EngineThread]:
+        """Those that are there now."""
+        return [thread for thread in self.threads if thread.alive and thread.born]
+
+    # ---------------------------------------------------------------------------------------- one forward
+
+    def entries(self, room: int, max_rows: int) -> list[Entry]:
+        """The rows that the group has in the next forward, at most `room`: whole turns, in their order; none where not
+        even one turn fits. All members are open."""
+        members = self.members()
+        if self._settled(members):
+            self._next_turn(members, max_rows)
+        left = {thread: self._uncached(thread) for thread in members}
+        counts = dict.fromkeys(members, 0)
+        turns = sorted({thread.live.of(n) for thread, (at, end) in left.items() for n in range(at, end)})  # type: ignore[union-attr]
+        for turn in turns:
+            rows = {t: min(end, t.live.until(turn)) - at - counts[t] for t, (at, end) in left.items()}  # type: ignore[union-attr]
+            rows = {t: n for t, n in rows.items() if n > 0}
+            if sum(rows.values()) > room:
+                if turn:
+                    break
+                for thread, n in rows.items():  # a plain prefill may be cut anywhere
+                    rows[thread] = min(n, room - sum(counts.values()))
+                    counts[thread] += rows[thread]
+                break
+            for thread, n in rows.items():
+                counts[thread] += n
+            room -= sum(rows.values())
+        return [self._entry(thread, left[thread][0], count) for thread, count in counts.items() if count]
+
+    def _settled(self, members: Sequence[EngineThread]) -> bool:
+        """Whether nobody that still writes has a token to be sampled, or computed, of the turns so far."""
+        return all(
+            thread.live.assigned <= self._uncached(thread)[0] and not (thread.kv.has_logits and thread.samples)  # type: ignore[union-attr]
+            for thread in members
+            if thread.queue
+        )
+
+    def _next_turn(self, members: Sequence[EngineThread], max_rows: int) -> None:
+        """Give a turn to all that was written since the last one; of more than `max_rows` tokens, equal shares."""
+        new = {t: len(t.own) - t.live.assigned for t in members if len(t.own) > t.live.assigned}  # type: ignore[union-attr]
+        if len(new) > max_rows:
+            raise ValueError(
+                f"max_rows={max_rows}: {len(new)} threads that see one another need a row each in one forward; make the "
+                f"engine with max_rows of at least {len(new)}"
+            )
+        share = max_rows if sum(new.values()) <= max_rows else max_rows // len(new)
+        self.turn += bool(new)
+        clocks = {thread: thread.clock for thread in members}
+        for thread, count in new.items():
+            assert thread.live is not None
+            thread.live.assign(self.turn, min(count, share))
+            view = thread.live.view_at(thread.live.assigned - 1)
+            for other in view.others if view is not None else ():
+                same = view is not None and sees_same_turn(view, thread, other)
+                if other in clocks and other.live is not None:
+                    thread.reach(clocks[other] if same else other.live.clock)
+        for thread, clock in clocks.items():
+            thread.live.clock = clock  # type: ignore[union-attr]
+
+    @staticmethod
+    def _uncached(thread: EngineThread) -> tuple[int, int]:
+        """Own tokens with a turn that are not in the cache: from number … to."""
+        assert thread.live is not None and thread.kv.branch is not None
+        at = max(0, thread.kv.branch.length - len(thread.prefix))
+        return at, max(at, min(thread.live.assigned, len(thread.own)))
+
+    def _entry(self, thread: EngineThread, at: int, count: int) -> Entry:
+        assert thread.live is not None
+        position = thread.position - len(thread.own) + at
+        chunk = PrefillChunk(thread.kv.held, thread.own[at : at + count], position)
+        chunk.reads = [self._reads(thread, at + i) for i in range(count)]
+        return thread.kv, chunk, count
+
+    def _reads(self, thread: EngineThread, number: int) -> list[Read]:
+        """What the row of own token `number` reads."""
+        live = thread.live
+        assert live is not None
+        turn, view = live.of(number), live.view_at(number)
+        if view is None or not turn:
+            return []
+        seen = [(other, visible(view, thread, other, turn)) for other in view.others if other.alive and other.born]
+        found = []
+        total = sum(count for _, count in seen)
+        before = 0
+        for other, count in seen:
+            start, stop = len(other.prefix) + shared(thread, other), len(other.prefix) + count
+            # Lined up, a row stands behind all blocks before its own, wherever each was written.
+            offset = total - before - thread.start + other.start if view.lined_up else 0
+            before += count
+            if stop > start:
+                found.append(Read(other.kv.held, start, stop, offset))
+        return found
+
+
+def sees_same_turn(view: View, thread: EngineThread, other: EngineThread) -> bool:
+    """Whether a row of `thread` sees what `other` computes in the same turn."""
+    return view.same_step == "all" or (view.same_step == "before" and other.path < thread.path)
+
+
+def visible(view: View, thread: EngineThread, other: EngineThread, turn: int) -> int:
+    """How many of `other`'s own tokens a row of `thread` in `turn` sees."""
+    assert other.live is not None
+    return other.live.until(turn if sees_same_turn(view, thread, other) else turn - 1)
+
+
+def shared(thread: EngineThread, other: EngineThread) -> int:
+    """How many of `other`'s own tokens are in the thread's own context, which begins with them: an ancestor's."""
+    below = thread
+    while below.parent is not None and below.role == "fork":
+        if below.parent is other:
+            return len(below.prefix) - len(other.prefix)
+        below = below.parent
+    return 0
+
+
+def in_sight(thread: EngineThread) -> list[EngineThread]:
+    """The living threads that have tokens of `thread` in their view."""
+    found = []
+    for other in thread.request.live.members():
+        views = () if other.live is None or other is thread else other.live.views
+        if any(thread in view.others for view in views):
+            found.append(other)
+    return found

@@ -17,6 +17,7 @@ from anabranch.engine.thread_kv import PrefillChunk, ThreadKV
 from anabranch.kv.views import Read
 
 if TYPE_CHECKING:
+    from anabranch.records.result import Sight
     from anabranch.engine.thread_kv import EngineThread
 
 Entry = tuple[ThreadKV, PrefillChunk, int]
@@ -92,6 +93,7 @@ class LiveGroup:
     def __init__(self) -> None:
         self.threads: list[EngineThread] = []
         self.turn = 0
+        self.unknown: dict[EngineThread, Sequence[Sight]] = {}  # sights on record that name threads still to come
 
     def see(self, thread: EngineThread, others: Sequence[EngineThread], lined_up: bool, same_step: str) -> None:
         """From its next token on `thread` sees `others`."""
@@ -108,6 +110,21 @@ class LiveGroup:
             views.pop()
         views.append(View(begin, tuple(others), lined_up, same_step))
 
+    def recall(self, thread: EngineThread, turns: Sequence[tuple[int, int]], sights: Sequence[Sight]) -> None:
+        """The turns in which a thread's tokens, those to come included, are to be computed, and what it saw then."""
+        thread.live = Turns()
+        for turn, count in turns:
+            thread.live.assign(turn, count)
+            self.turn = max(self.turn, turn)
+        self.threads.append(thread)
+        self.unknown[thread] = sights
+        known = {one.id: one for one in self.threads}
+        for reader, seen in list(self.unknown.items()):
+            if all(name in known for sight in seen for name in sight.others):
+                views = (View(s.begin, tuple(known[name] for name in s.others), s.lined_up, s.same_step) for s in seen)
+                reader.live.views.extend(views)  # type: ignore[union-attr]
+                del self.unknown[reader]
+
     def members(self) -> list[EngineThread]:
         """Those that are there now."""
         return [thread for thread in self.threads if thread.alive and thread.born]
@@ -118,12 +135,16 @@ class LiveGroup:
         """The rows that the group has in the next forward, at most `room`: whole turns, in their order; none where not
         even one turn fits. All members are open."""
         members = self.members()
+        for thread in self.unknown:
+            raise ValueError(f"trace: thread {thread.id} saw threads that came to be later; it cannot be replayed")
         if self._settled(members):
             self._next_turn(members, max_rows)
         left = {thread: self._uncached(thread) for thread in members}
         counts = dict.fromkeys(members, 0)
         turns = sorted({thread.live.of(n) for thread, (at, end) in left.items() for n in range(at, end)})  # type: ignore[union-attr]
         for turn in turns:
+            if any(min(t.live.until(turn), t.live.assigned) > len(t.own) for t in members):  # type: ignore[union-attr]
+                break  # on record, but still to be written
             rows = {t: min(end, t.live.until(turn)) - at - counts[t] for t, (at, end) in left.items()}  # type: ignore[union-attr]
             rows = {t: n for t, n in rows.items() if n > 0}
             if sum(rows.values()) > room:

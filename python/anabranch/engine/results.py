@@ -12,8 +12,9 @@ from anabranch.records.metrics import measure
 
 if TYPE_CHECKING:
     from anabranch.engine.costs import Peaks
+    from anabranch.engine.live import View
     from anabranch.engine.request import Request
-from anabranch.records.result import Node, Result, Run
+from anabranch.records.result import Node, Result, Run, Sight
 
 
 def _run(segment: Segment[EngineThread]) -> Run:
@@ -27,6 +28,10 @@ def _action(action: Action) -> Action:
     headers = tuple(None if header is None else tuple(header) for header in action.headers)
     token_ids, children = tuple(action.token_ids), tuple(action.children)
     return Action(action.do, token_ids, children, action.mode, action.length, headers)
+
+
+def _sight(view: View) -> Sight:
+    return Sight(view.begin, tuple(other.id for other in view.others), view.lined_up, view.same_step)
 
 
 def build_node(thread: EngineThread) -> Node:
@@ -45,6 +50,8 @@ def build_node(thread: EngineThread) -> Node:
         forgotten=tuple(map(_run, thread.forgotten)),
         children=tuple(build_node(child) for child in thread.children),
         log=tuple(map(_action, thread.log)),
+        turns=thread.live.pairs() if thread.live is not None else (),
+        sights=tuple(map(_sight, thread.live.views)) if thread.live is not None else (),
     )
 
 

@@ -225,7 +225,12 @@ class Scheduler:
             for thread in request.threads:
                 kv = thread.kv
                 idle = id(kv) not in self._needed
-                if kv.branch is None or _go_together(kv, oldest) or kv.pinned or not (idle or kv.thread.age > oldest.thread.age):
+                if (
+                    kv.branch is None
+                    or _go_together(kv, oldest)
+                    or kv.pinned
+                    or not (idle or kv.thread.age > oldest.thread.age)
+                ):
                     continue
                 if _built_on(thread):
                     continue

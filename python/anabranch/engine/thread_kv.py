@@ -148,7 +148,12 @@ class ThreadKV:
         """For a thread with a prompt of its own: a sibling in the cache whose prompt begins alike, and for how many
         tokens (`least` or more): that far its KV is this thread's as well."""
         thread = self.thread
-        if thread.role != "fresh" or thread.live is not None or thread.parent is None or any(s.spliced for s in thread.segments):
+        if (
+            thread.role != "fresh"
+            or thread.live is not None
+            or thread.parent is None
+            or any(s.spliced for s in thread.segments)
+        ):
             return None
         best: tuple[ThreadKV, int] | None = None
         mine = thread.own[: thread.prompt_length]

@@ -9,11 +9,13 @@ Layout (version 2)::
      "tree": {"id", "role", "token_ids", "text", "start", "stop", "forked_at", "ended", "fate",
               "runs": [{"kind", "token_ids", "position", "source", "spliced", "logprobs"}], "forgotten": [as runs],
               "children": [nodes],
-              "log": [{"do", "token_ids", "children", "mode", "length", "headers"}]},
+              "log": [{"do", "token_ids", "children", "mode", "length", "headers"}],
+              "turns": [[turn, tokens]], "sights": [{"begin", "others", "lined_up", "same_step"}]},
      "metrics": {…}}
 
 ``logprobs`` is null unless they were asked for (``generate(logprobs=True)``). ``log`` is what was done to a thread, in
-order (`anabranch.records.actions.Action`): `ab.replay` does it again. Version 1, which had neither of the two and
+order (`anabranch.records.actions.Action`): `ab.replay` does it again. ``turns`` and ``sights`` are those of `Node`, and
+may be left out. Version 1, which had neither of the two and
 fewer metrics, is still read; it cannot be replayed.
 """
 
@@ -28,7 +30,7 @@ from typing import Any
 from anabranch.records.actions import Action
 from anabranch.records.joins import JOINS
 from anabranch.records.metrics import Metrics, overhead_of
-from anabranch.records.result import Node, Result, Run
+from anabranch.records.result import Node, Result, Run, Sight
 
 __all__ = ["SCHEMA", "VERSION", "Trace", "load", "save"]
 
@@ -248,6 +250,26 @@ def _action(data: Any, at: str) -> Action:
     )
 
 
+def _turn(data: Any, at: str) -> tuple[int, int]:
+    _want(data, (list, tuple), at)
+    if len(data) != 2:
+        raise ValueError(f"{at}: expected a turn and a number of tokens, got {data!r:.60}")
+    return _natural(data[0], at), _natural(data[1], at)
+
+
+def _sight(data: Any, at: str) -> Sight:
+    _want(data, dict, at)
+    same_step = _get(data, "same_step", at, str)
+    if same_step not in ("all", "before", "none"):
+        raise ValueError(f"{at}.same_step: expected 'all', 'before' or 'none', got {same_step!r}")
+    return Sight(
+        begin=_natural(_get(data, "begin", at, int), f"{at}.begin"),
+        others=tuple(_list(data, "others", at, lambda v, at: _want(v, str, at))),
+        lined_up=_get(data, "lined_up", at, bool),
+        same_step=same_step,
+    )
+
+
 def _node(data: Any, at: str) -> Node:
     _want(data, dict, at)
     role = _get(data, "role", at, str)
@@ -267,6 +289,8 @@ def _node(data: Any, at: str) -> Node:
         forgotten=tuple(_list(data, "forgotten", at, _run)),
         children=tuple(_list(data, "children", at, _node)),
         log=tuple(_list(data, "log", at, _action)),
+        turns=tuple(_list({"turns": [], **data}, "turns", at, _turn)),
+        sights=tuple(_list({"sights": [], **data}, "sights", at, _sight)),
     )
     held = [t for run in node.runs if run.kind != "prompt" for t in run.token_ids]
     if held != list(node.token_ids):

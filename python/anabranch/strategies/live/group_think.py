@@ -44,7 +44,7 @@ class GroupThink(Strategy):
     stop: str | tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        whole_fields(self, ("workers", *(name for name in ("tokens", "room") if getattr(self, name) is not None)))
+        whole_fields(self, ("workers", "tokens", "room"), optional=("tokens", "room"))
         if isinstance(self.headers, str) or (self.headers is not None and len(self.headers) != self.workers):
             raise ValueError(f"GroupThink: headers={self.headers!r}; pass one for each of the {self.workers} workers")
         if self.headers is not None and not all(self.headers):
@@ -66,7 +66,12 @@ class GroupThink(Strategy):
         return [end.token_ids if end.text is None else end.text for end in ends]
 
     def _work(self, kid: Thread) -> Generator[Any, Any, Ended]:
-        end: Ended = yield kid.decode(self.tokens, stop=self.stop)
+        yield kid  # its header is there
+        room = None if self.room is None else self.room - len(kid.token_ids)
+        if room is not None and room < 1:
+            raise ValueError(f"GroupThink: room={self.room} is taken by the header of thread {kid.id}; pass more")
+        limits = [limit for limit in (self.tokens, room) if limit is not None]
+        end: Ended = yield kid.decode(min(limits, default=None), stop=self.stop)
         if end.reason == "eos":
             yield kid.truncate(kid.length - 1)  # before anybody sees it
         return end

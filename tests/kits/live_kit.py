@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 from engine_kit import SIZES, Recorder, byte_tokenizer
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Qwen3Config, PhiConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PhiConfig, Qwen3Config
 from views_kit import turned
 
 import anabranch as ab

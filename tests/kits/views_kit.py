@@ -1,4 +1,4 @@
-"""Random steps whose rows read other branches, and their attention the slow way: keys turned, not queries, in float64."""
+"""Random steps whose rows read other branches, and the slow way to their attention: keys turned, in float64."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ class Views:
     options: of ``tree_attention``, besides sinks.
     """
 
-    def __init__(self, seed: int, *, dim: int = 16, heads: int = 2, group: int = 3, pairs: int | None = None,
-                 interleaved: bool = False, dtype: torch.dtype = torch.float32, page_size: int = 4, **options: Any):  # fmt: skip
+    def __init__(
+        self, seed: int, *, dim: int = 16, heads: int = 2, group: int = 3, pairs: int | None = None,
+        interleaved: bool = False, dtype: torch.dtype = torch.float32, page_size: int = 4, **options: Any,
+    ):  # fmt: skip
         self.random, self.gen = random.Random(seed), torch.Generator().manual_seed(seed)
         self.heads, self.group, self.dim, self.dtype, self.options = heads, group, dim, dtype, options
         pairs = dim // 2 if pairs is None else pairs

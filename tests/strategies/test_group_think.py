@@ -1,4 +1,4 @@
-"""Group Think: who sees what at which step, token for token, against a dense computation that shares nothing with it."""
+"""Group Think: who sees what at which step, token for token, against a dense computation written apart from it."""
 
 from __future__ import annotations
 

@@ -60,8 +60,9 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Tree attention by a module's ``attention``: out [rows, Hq, D] in q's dtype; lse [rows, Hq] float32 or None.
 
-    q: [queries, Hq, D], the last stride 1; num_rows: of the output, by default as many. k_pages, v_pages: [pages, page_size, Hkv, D], the same. arrays: a plan's
-    (docs/kernel_contract.md); ``sections`` go behind them, ``more`` behind everything.
+    q: [queries, Hq, D], the last stride 1. num_rows: of the output, by default as many as queries. k_pages, v_pages:
+    [pages, page_size, Hkv, D], the last stride 1. arrays: a plan's (docs/kernel_contract.md); ``sections`` go behind
+    them, ``more`` behind everything.
     """
     num_q_heads, head_dim = q.shape[1:]
     page_size, num_kv_heads = k_pages.shape[1:3]

@@ -17,8 +17,8 @@ from anabranch.engine.thread_kv import PrefillChunk, ThreadKV
 from anabranch.kv.views import Read
 
 if TYPE_CHECKING:
-    from anabranch.records.result import Sight
     from anabranch.engine.thread_kv import EngineThread
+    from anabranch.records.result import Sight
 
 Entry = tuple[ThreadKV, PrefillChunk, int]
 
@@ -100,11 +100,10 @@ class LiveGroup:
         for one in (thread, *others):
             if one.live is None:
                 one.live = Turns()
-                one.live.assign(0, len(one.own))
-                one.live.clock = one.clock
+                one.turns.assign(0, len(one.own))
+                one.turns.clock = one.clock
                 self.threads.append(one)
-        assert thread.live is not None
-        views = thread.live.views
+        views = thread.turns.views
         begin = len(thread.own)
         if views and views[-1].begin == begin:
             views.pop()
@@ -114,7 +113,7 @@ class LiveGroup:
         """The turns in which a thread's tokens, those to come included, are to be computed, and what it saw then."""
         thread.live = Turns()
         for turn, count in turns:
-            thread.live.assign(turn, count)
+            thread.turns.assign(turn, count)
             self.turn = max(self.turn, turn)
         self.threads.append(thread)
         self.unknown[thread] = sights
@@ -122,7 +121,7 @@ class LiveGroup:
         for reader, seen in list(self.unknown.items()):
             if all(name in known for sight in seen for name in sight.others):
                 views = (View(s.begin, tuple(known[name] for name in s.others), s.lined_up, s.same_step) for s in seen)
-                reader.live.views.extend(views)  # type: ignore[union-attr]
+                reader.turns.views.extend(views)
                 del self.unknown[reader]
 
     def members(self) -> list[EngineThread]:
@@ -141,11 +140,11 @@ class LiveGroup:
             self._next_turn(members, max_rows)
         left = {thread: self._uncached(thread) for thread in members}
         counts = dict.fromkeys(members, 0)
-        turns = sorted({thread.live.of(n) for thread, (at, end) in left.items() for n in range(at, end)})  # type: ignore[union-attr]
+        turns = sorted({thread.turns.of(n) for thread, (at, end) in left.items() for n in range(at, end)})
         for turn in turns:
-            if any(min(t.live.until(turn), t.live.assigned) > len(t.own) for t in members):  # type: ignore[union-attr]
+            if any(min(t.turns.until(turn), t.turns.assigned) > len(t.own) for t in members):
                 break  # on record, but still to be written
-            rows = {t: min(end, t.live.until(turn)) - at - counts[t] for t, (at, end) in left.items()}  # type: ignore[union-attr]
+            rows = {t: min(end, t.turns.until(turn)) - at - counts[t] for t, (at, end) in left.items()}
             rows = {t: n for t, n in rows.items() if n > 0}
             if sum(rows.values()) > room:
                 if turn:
@@ -162,42 +161,39 @@ class LiveGroup:
     def _settled(self, members: Sequence[EngineThread]) -> bool:
         """Whether nobody that still writes has a token to be sampled, or computed, of the turns so far."""
         return all(
-            thread.live.assigned <= self._uncached(thread)[0] and not (thread.kv.has_logits and thread.samples)  # type: ignore[union-attr]
+            thread.turns.assigned <= self._uncached(thread)[0] and not (thread.kv.has_logits and thread.samples)
             for thread in members
             if thread.queue
         )
 
     def _next_turn(self, members: Sequence[EngineThread], max_rows: int) -> None:
         """Give a turn to all that was written since the last one; of more than `max_rows` tokens, equal shares."""
-        new = {t: len(t.own) - t.live.assigned for t in members if len(t.own) > t.live.assigned}  # type: ignore[union-attr]
+        new = {t: len(t.own) - t.turns.assigned for t in members if len(t.own) > t.turns.assigned}
         if len(new) > max_rows:
             raise ValueError(
-                f"max_rows={max_rows}: {len(new)} threads that see one another need a row each in one forward; make the "
-                f"engine with max_rows of at least {len(new)}"
+                f"max_rows={max_rows}: {len(new)} threads that see one another need a row each in one forward; make "
+                f"the engine with max_rows of at least {len(new)}"
             )
         share = max_rows if sum(new.values()) <= max_rows else max_rows // len(new)
         self.turn += bool(new)
         clocks = {thread: thread.clock for thread in members}
         for thread, count in new.items():
-            assert thread.live is not None
-            thread.live.assign(self.turn, min(count, share))
-            view = thread.live.view_at(thread.live.assigned - 1)
+            thread.turns.assign(self.turn, min(count, share))
+            view = thread.turns.view_at(thread.turns.assigned - 1)
             for other in view.others if view is not None else ():
                 same = view is not None and sees_same_turn(view, thread, other)
                 if other in clocks and other.live is not None:
-                    thread.reach(clocks[other] if same else other.live.clock)
+                    thread.reach(clocks[other] if same else other.turns.clock)
         for thread, clock in clocks.items():
-            thread.live.clock = clock  # type: ignore[union-attr]
+            thread.turns.clock = clock
 
     @staticmethod
     def _uncached(thread: EngineThread) -> tuple[int, int]:
         """Own tokens with a turn that are not in the cache: from number … to."""
-        assert thread.live is not None and thread.kv.branch is not None
-        at = max(0, thread.kv.branch.length - len(thread.prefix))
-        return at, max(at, min(thread.live.assigned, len(thread.own)))
+        at = max(0, thread.kv.held.length - len(thread.prefix))
+        return at, max(at, min(thread.turns.assigned, len(thread.own)))
 
     def _entry(self, thread: EngineThread, at: int, count: int) -> Entry:
-        assert thread.live is not None
         position = thread.position - len(thread.own) + at
         chunk = PrefillChunk(thread.kv.held, thread.own[at : at + count], position)
         chunk.reads = [self._reads(thread, at + i) for i in range(count)]
@@ -205,8 +201,7 @@ class LiveGroup:
 
     def _reads(self, thread: EngineThread, number: int) -> list[Read]:
         """What the row of own token `number` reads."""
-        live = thread.live
-        assert live is not None
+        live = thread.turns
         turn, view = live.of(number), live.view_at(number)
         if view is None or not turn:
             return []
@@ -231,8 +226,7 @@ def sees_same_turn(view: View, thread: EngineThread, other: EngineThread) -> boo
 
 def visible(view: View, thread: EngineThread, other: EngineThread, turn: int) -> int:
     """How many of `other`'s own tokens a row of `thread` in `turn` sees."""
-    assert other.live is not None
-    return other.live.until(turn if sees_same_turn(view, thread, other) else turn - 1)
+    return other.turns.until(turn if sees_same_turn(view, thread, other) else turn - 1)
 
 
 def shared(thread: EngineThread, other: EngineThread) -> int:
@@ -249,7 +243,7 @@ def in_sight(thread: EngineThread) -> list[EngineThread]:
     """The living threads that have tokens of `thread` in their view."""
     found = []
     for other in thread.request.live.members():
-        views = () if other.live is None or other is thread else other.live.views
+        views = () if other.live is None or other is thread else other.turns.views
         if any(thread in view.others for view in views):
             found.append(other)
     return found

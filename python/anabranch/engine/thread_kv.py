@@ -52,6 +52,12 @@ class EngineThread(ThreadState["EngineThread"]):
         self.reader: Reader | None = None  # tells the thread's text to whoever streams it
 
     @property
+    def turns(self) -> Turns:
+        """Of a thread that sees others, or is seen."""
+        assert self.live is not None
+        return self.live
+
+    @property
     def samples(self) -> bool:
         """Whether a decode is at the head of its queue."""
         return bool(self.queue) and isinstance(self.queue[0], Decode)

@@ -52,8 +52,8 @@ class Node:
     `Ended.reason`; None when it never decoded). ``fate``: "finished", "joined", "discarded" or "killed".
     ``runs``: its tokens by origin, prompt included; ``forgotten``: what was cut off on the way. ``log``: all that was
     done to it, in order: what `ab.replay` does again (not part of comparisons).
-    ``turns``, ``sights``: of a thread that saw others while it wrote, or was seen. Its own tokens, prompt included, were
-    computed in these turns, (turn, how many) each; a row sees what its sight names of the turns up to its own.
+    ``turns``, ``sights``: of a thread that saw others while it wrote, or was seen. Its own tokens, prompt included,
+    were computed in these turns, (turn, how many) each; a row sees what its sight names of the turns up to its own.
     """
 
     id: str

@@ -21,10 +21,17 @@ def trace_rows(
 
     Raises:
         TypeError: no trace.
-        ValueError: a thread was forked from tokens that its parent then cut off: what it saw is no longer in the trace.
+        ValueError: a thread was forked from tokens that its parent then cut off: what it saw is no longer in the trace;
+            threads saw one another while they wrote.
     """
     if not hasattr(trace, "tree"):
         raise TypeError(f"trace: expected a Result or a Trace (trace.load), got {told(trace)}")
+    for node in trace.tree.walk():
+        if getattr(node, "sights", ()):
+            raise ValueError(
+                f"trace: thread {node.id} saw other threads while it wrote; that has no packed row yet (a token would "
+                "follow another than the last one it sees)"
+            )
     writer = _Writer(discarded, forgotten, flat_loss)
     writer.thread(trace.tree, [])
     return writer.rows

@@ -57,8 +57,10 @@ class InsertOp(Op):
 
 
 class ForkOp(Op):
-    """Children to begin with all of the thread's context, each `apart` positions behind the one before; its value: these
-    children."""
+    """Children to begin with all of the thread's context, each `apart` positions behind the one before.
+
+    Its value: these children.
+    """
 
     def __init__(self, thread: Thread, children: list[Thread], apart: int = 0):
         super().__init__(thread)

@@ -14,15 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from anabranch.engine.thread_state import ThreadState
-from anabranch.strategies.api.ops import Decode
-from anabranch.strategies.api.thread import Thread
-from anabranch.text.tokens import Reader
+from anabranch.threads.state import ThreadState
 
 if TYPE_CHECKING:
-    from anabranch.engine.live import Turns
     from anabranch.engine.request import Request
-    from anabranch.engine.running import RunningDecode, RunningScore
     from anabranch.kv.cache import TreeCache
     from anabranch.kv.step import Branch
     from anabranch.kv.views import Read
@@ -40,33 +35,10 @@ class EngineThread(ThreadState["EngineThread"]):
         serial: int,
         stream: np.random.Generator,
     ):
-        super().__init__(parent, path, role)
+        super().__init__(request, parent, path, role)
         self.request, self.stream = request, stream
-        above = None if parent is None else parent.handle
-        self.handle: Thread = Thread(request, self, above, path, role)
         self.kv = ThreadKV(self)
         self.age = (request.index, serial)  # order of arrival: of its prompt, then its own
-        self.decode: RunningDecode | None = None  # what is settled about the decode at the head of its queue
-        self.score: RunningScore | None = None
-        self.live: Turns | None = None  # of a thread that sees others, or is seen
-        self.reader: Reader | None = None  # tells the thread's text to whoever streams it
-
-    @property
-    def turns(self) -> Turns:
-        """Of a thread that sees others, or is seen."""
-        assert self.live is not None
-        return self.live
-
-    @property
-    def samples(self) -> bool:
-        """Whether a decode is at the head of its queue."""
-        return bool(self.queue) and isinstance(self.queue[0], Decode)
-
-    @property
-    def running(self) -> RunningDecode:
-        """Its decode, which has begun."""
-        assert self.decode is not None
-        return self.decode
 
 
 @dataclass

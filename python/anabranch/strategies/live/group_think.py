@@ -43,6 +43,8 @@ class GroupThink(Strategy):
     conclusion: str | None = None
     stop: str | tuple[str, ...] = ()
 
+    needs = ("live sharing",)
+
     def __post_init__(self) -> None:
         whole_fields(self, ("workers", "tokens", "room"), optional=("tokens", "room"))
         if isinstance(self.headers, str) or (self.headers is not None and len(self.headers) != self.workers):

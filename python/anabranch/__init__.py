@@ -44,6 +44,8 @@ _HOME = {
     "Aspects": "strategies",
     "EntropyFork": "strategies",
     "GroupThink": "strategies",
+    "Hogwild": "strategies",
+    "HogwildPrompts": "strategies",
     "SelfConsistency": "strategies",
     "Sequential": "strategies",
     "SkeletonOfThought": "strategies",

@@ -4,7 +4,7 @@ from anabranch.strategies.api.awaitable import ThreadGone, first, gather
 from anabranch.strategies.api.ops import Decode, Ended, TokenStats
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
-from anabranch.strategies.live import GroupThink
+from anabranch.strategies.live import GroupThink, Hogwild, HogwildPrompts
 from anabranch.strategies.plain import Plain, Sequential
 from anabranch.strategies.sampling.aspects import Aspects
 from anabranch.strategies.sampling.entropy_fork import EntropyFork
@@ -19,6 +19,8 @@ __all__ = [
     "Ended",
     "EntropyFork",
     "GroupThink",
+    "Hogwild",
+    "HogwildPrompts",
     "Plain",
     "SelfConsistency",
     "Sequential",

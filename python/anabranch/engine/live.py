@@ -24,7 +24,7 @@ class LiveGroup:
         self.unknown: dict[EngineThread, Sequence[Sight]] = {}  # sights on record that name threads still to come
 
     def see(self, thread: EngineThread, others: Sequence[EngineThread], lined_up: bool, same_step: str) -> None:
-        """From its next token on `thread` sees `others`."""
+        """From the next turn on `thread` sees `others`."""
         for one in (thread, *others):
             if one.live is None:
                 one.live = Turns()
@@ -32,7 +32,7 @@ class LiveGroup:
                 one.turns.clock = one.clock
                 self.threads.append(one)
         views = thread.turns.views
-        begin = len(thread.own)
+        begin = thread.turns.assigned  # what it sampled last is still to be computed
         if views and views[-1].begin == begin:
             views.pop()
         views.append(View(begin, tuple(others), lined_up, same_step))

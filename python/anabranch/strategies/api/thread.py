@@ -176,7 +176,7 @@ class Thread:
         return child
 
     def see(self, others: Thread | Sequence[Thread], *, lined_up: bool = False, same_step: str = "all") -> None:
-        """From its next token on, this thread also sees what `others` hold and go on to write: live, token by token.
+        """From the next turn on, this thread also sees what `others` hold and go on to write: live, token by token.
 
         Takes effect at once, also in the middle of a decode, and replaces what was said before. All threads of a prompt
         that see others, or are seen, advance together: in each turn, one forward, every one computes what it has

@@ -23,9 +23,10 @@ class Hogwild(Strategy):
     Every block of text (the prompt, each step, each heading) is computed once, where it was written; a worker sees the
     blocks one behind another as if they were one sequence, its own last. See docs/systems/hogwild.md.
 
-    workers: how many. layout: "combined": finished steps of all in a common history, then what the others are writing,
-        then one's own (the released code's); "contiguous": each worker's whole text is one block; "interleaved": finished
-        steps only, what the others are writing is not seen.
+    workers: how many.
+    layout: "combined": finished steps of all in a common history, then what the others are writing, then one's own (the
+        released code's); "contiguous": each worker's whole text is one block; "interleaved": finished steps only, what
+        the others are writing is not seen.
     tokens: most tokens each worker samples, over all its steps. prompts: what they are told; None: the layout's own.
     check_every: a new step begins with ``prompts.check`` when so many tokens have been fed since the last one.
     answer: a pattern; a finished step that holds it ends the work. finisher_tokens: most tokens of the answer that is

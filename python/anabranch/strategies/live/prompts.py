@@ -11,8 +11,9 @@ RULES = """# Working together
 You solve the problem below together with other assistants, all at the same time: {names}. Each writes in steps of its \
 own, marked like this: {mark}
 
-Finished steps of everybody stand under '{past}', in the order in which they were finished. Behind '{others}' you see the \
-steps that the others are writing right now; they end at {pivot} and grow while you write. Behind '{own}' stands your own.
+Finished steps of everybody stand under '{past}', in the order in which they were finished. Behind '{others}' you see \
+the steps that the others are writing right now; they end at {pivot} and grow while you write. Behind '{own}' stands \
+your own.
 
 Divide the work, say what you are going to do, answer one another, and check one another's results. When you see that \
 another is doing, or has done, what you are at, stop in the middle of your step and do something else.

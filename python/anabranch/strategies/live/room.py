@@ -108,7 +108,7 @@ class Room:
         return whole and text[:at].rstrip().endswith(tuple(self.how.step_ends))
 
     def settle(self, writing: list[Worker]) -> str | None:
-        """Move the steps that were finished in this turn to the history, and begin new ones; an answer in one of them."""
+        """Move steps that were finished in this turn to the history, and begin new ones; an answer in one of them."""
         turn = max(w.sampled + len(w.decode.token_ids) for w in writing if w.decode is not None)
         self.fed += (turn - self.turn - 1) * len(writing)
         self.turn, answer, ended = turn, None, []

@@ -19,7 +19,7 @@ from anabranch.hf.rope import rope_rules
 from anabranch.ops.rotary import Rotary, rotate
 
 #: where the token stands, at most (models with fewer positions: what they have)
-_POSITIONS = (0, 1, 2, 3, 11, 50, 200, 977)
+_POSITIONS = (0, 1, 2, 3, 50, 977, 8_191, 50_000)
 
 
 class _Positions(Probe):

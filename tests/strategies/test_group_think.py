@@ -154,6 +154,28 @@ def test_replay_and_saved_traces(same_step, tmp_path):
     assert_nothing_held(eng)
 
 
+@pytest.mark.parametrize("same_step", ["before", "none"])
+def test_a_training_row_shows_a_model_the_same(same_step):
+    """Every sampled token had the probability that one training forward over the trace gives it."""
+    strategy = ab.GroupThink(3, tokens=7, room=32, same_step=same_step, conclusion="\nSo")
+    eng = engine()
+    result = generate(eng, strategy, logprobs=True, max_new_tokens=12)
+    layout = ab.training.from_trace(result)
+    packed = ab.training.Layout.pack([layout, ab.training.Layout.from_dict(layout.as_dict())])
+    for row in (layout, packed):
+        logprobs = row.logprobs(eng.model)
+        assert len(logprobs) == result.metrics.sampled_tokens * (1 + (row is packed))
+        torch.testing.assert_close(logprobs.detach(), row.recorded[row.learnt], atol=1e-4, rtol=0)
+    everything = layout.batch(logits="all")
+    assert everything["shift_labels"].shape[1] >= layout.num_tokens
+
+
+def test_rows_of_one_step_that_see_one_another_have_no_training_row():
+    result = generate(engine(), ab.GroupThink(2, tokens=3))
+    with pytest.raises(ValueError, match="has no causal order"):
+        ab.training.from_trace(result)
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         "options,match",

@@ -247,7 +247,7 @@ def test_replay_and_saved_traces():
     assert trace.tree == result.tree
     pairs = list(ab.engine.logprob_pairs(result, ab.replay(trace, eng)))
     assert len(pairs) >= 36 and max(abs(a - b) for a, b in pairs) < 1e-3
-    with pytest.raises(ValueError, match="saw other threads"):
+    with pytest.raises(ValueError, match="lined up"):
         ab.training.from_trace(result)
     assert_nothing_held(eng)
 

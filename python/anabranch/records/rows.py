@@ -17,6 +17,7 @@ class Rows:
         self.learnt: list[Sequence[bool]] = []
         self.threads: list[int] = []
         self.recorded: dict[int, Sequence[float]] = {}  # of some segments
+        self.follows: dict[int, int] = {}  # of segments that do not go on from the last one that they see: from which
 
     def add(
         self,

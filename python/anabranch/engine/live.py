@@ -146,6 +146,16 @@ class LiveGroup:
                 found.append(Read(other.kv.held, start, stop, offset))
         return found
 
+    def leave(self, thread: EngineThread) -> list[EngineThread]:
+        """A thread takes nothing more: nobody sees it from the next turn on. Those that have seen it."""
+        found = self.readers(thread)
+        for reader in found:
+            view = reader.turns.views[-1]
+            if thread in view.others:
+                others = [other for other in view.others if other is not thread]
+                self.see(reader, others, view.lined_up, view.same_step)
+        return found
+
     def readers(self, thread: EngineThread) -> list[EngineThread]:
         """The living threads that have, or had, `thread` in their view."""
         if thread.live is None:

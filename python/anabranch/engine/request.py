@@ -43,7 +43,7 @@ class Request(Books[EngineThread]):
         return [thread] if thread.live is None else self.live.members()
 
     def retire(self, thread: EngineThread, fate: str) -> None:
-        for other in self.live.readers(thread):
+        for other in self.live.leave(thread):
             other.kv.pinned = True  # what it saw is gone, so it could not be computed again
         super().retire(thread, fate)
 

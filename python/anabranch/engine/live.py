@@ -60,11 +60,13 @@ class LiveGroup:
 
     def entries(self, room: int, max_rows: int) -> list[Entry]:
         """The rows that the group has in the next forward, at most `room`: whole turns, in their order; none where not
-        even one turn fits. All members are open."""
-        members = self.members()
+        even one turn fits."""
+        everybody = self.members()
+        members = [thread for thread in everybody if thread.kv.branch is not None]
+        closed = {thread for thread in everybody if thread.kv.branch is None}  # forks of those that come first
         for thread in self.unknown:
             raise ValueError(f"trace: thread {thread.id} saw threads that came to be later; it cannot be replayed")
-        if self._settled(members):
+        if not closed and self._settled(members):
             self._next_turn(members, max_rows)
         left = {thread: self._uncached(thread) for thread in members}
         counts = dict.fromkeys(members, 0)
@@ -74,6 +76,8 @@ class LiveGroup:
                 break  # on record, but still to be written
             rows = {t: min(end, t.turns.until(turn)) - at - counts[t] for t, (at, end) in left.items()}
             rows = {t: n for t, n in rows.items() if n > 0}
+            if closed and any(self._sees(t, left[t][0] + counts[t] + n - 1, closed) for t, n in rows.items()):
+                break
             if sum(rows.values()) > room:
                 if turn:
                     break
@@ -120,6 +124,13 @@ class LiveGroup:
         """Own tokens with a turn that are not in the cache: from number … to."""
         at = max(0, thread.kv.held.length - len(thread.prefix))
         return at, max(at, min(thread.turns.assigned, len(thread.own)))
+
+    @staticmethod
+    def _sees(thread: EngineThread, number: int, closed: set[EngineThread]) -> bool:
+        """Whether the row of own token `number` sees tokens of threads that are not in the cache."""
+        turn, view = thread.turns.of(number), thread.turns.view_at(number)
+        others = () if view is None or not turn else view.others
+        return any(other in closed and visible(view, thread, other, turn) for other in others)  # type: ignore[arg-type]
 
     def _entry(self, thread: EngineThread, at: int, count: int) -> Entry:
         position = thread.position - len(thread.own) + at

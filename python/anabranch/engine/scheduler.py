@@ -123,9 +123,7 @@ class Scheduler:
     ) -> list[tuple[ThreadKV, PrefillChunk, int]]:
         """Rows of threads that see one another: all of a turn, or none. free: pages that they may need, if limited."""
         members = [thread.kv for thread in request.live.members()]
-        closed = [kv for kv in members if kv.branch is None]
-        if not all(kv.may_open for kv in closed):
-            return []  # what they continue comes first
+        closed = [kv for kv in members if kv.branch is None and kv.may_open]  # others: what they continue comes first
         if free is not None and closed and sum(kv.pending // self.cache.page_size + 2 for kv in closed) > free:
             return []
         for kv in closed:

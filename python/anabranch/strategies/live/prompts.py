@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+from anabranch.strategies.api.thread import Thread
 
 NAMES = ("Alice", "Bob", "Carol", "Dave", "Erin", "Frank", "Grace", "Heidi")
 
@@ -73,3 +76,26 @@ CONTIGUOUS = HogwildPrompts(
     in_progress="",
     in_front=" <the assistant will continue here>\n\n",
 )
+
+
+def filled_rules(texts: HogwildPrompts, names: list[str]) -> str:
+    """The rules with their names filled in."""
+    known = {
+        "names": ", ".join(names), "mark": texts.step, "past": texts.past, "others": texts.others, "own": texts.own,
+        "pivot": texts.pivot,
+    }  # fmt: skip
+    return re.sub(r"\{(\w+)\}", lambda match: known.get(match.group(1), match.group(0)), texts.rules)
+
+
+def asked(trunk: Thread, rules: str) -> list[int]:
+    """Token ids of the prompt with the rules in front of its question: of a chat's last user message, else of all."""
+    prompt = trunk.prompt
+    if isinstance(prompt, str):
+        return trunk.encode_prompt(f"{rules}\n\n{prompt}")
+    if not isinstance(prompt[0], dict):
+        return [*trunk.encode(f"{rules}\n\n"), *prompt]
+    at = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
+    if at is None:
+        raise ValueError("Hogwild: the chat holds no message of the user, so no question")
+    message = {**prompt[at], "content": f"{rules}\n\n{prompt[at]['content']}"}
+    return trunk.encode_prompt([*prompt[:at], message, *prompt[at + 1 :]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from anabranch.strategies.api.awaitable import first
 from anabranch.strategies.api.ops import Decode
 from anabranch.strategies.api.thread import Thread
-from anabranch.strategies.live.prompts import NAMES, HogwildPrompts
+from anabranch.strategies.live.closing import finish, gather
+from anabranch.strategies.live.prompts import NAMES, asked, filled_rules
 
 if TYPE_CHECKING:
     from anabranch.strategies.live.hogwild import Hogwild
@@ -51,7 +51,7 @@ class Room:
         how, texts, trunk = self.how, self.texts, self.trunk
         names = [NAMES[i] if i < len(NAMES) else f"Worker {i + 1}" for i in range(how.workers)]
         if texts.rules:
-            self.common = trunk.spawn(_asked(trunk, _rules(texts, names)))
+            self.common = trunk.spawn(asked(trunk, filled_rules(texts, names)))
         if texts.behind:
             behind = texts.behind.replace("{names}", ", ".join(names)).replace("{others}", "the other assistants")
             self.common.insert(behind)
@@ -75,9 +75,9 @@ class Room:
         yield [w.decode for w in left]
         for worker in left:  # one more token came before they could be stopped
             worker.thread.truncate(worker.thread.length - 1)
-        yield from self.gather()
+        yield from gather(self)
         if answer is None and how.finisher_tokens:
-            answer = yield from self.finish()
+            answer = yield from finish(self)
         return answer
 
     def look(self) -> None:
@@ -149,59 +149,7 @@ class Room:
         worker.thread.insert(worker.opening)
         self.fed += 1 + len(self.trunk.encode(worker.opening))
 
-    def gather(self) -> Generator[Any, Any, None]:
-        """The trunk takes the history, then what is unfinished."""
-        texts, encode = self.texts, self.trunk.encode
-        current = [w.thread for w in self.workers if all(w.thread is not step for step, _ in self.history)]
-        blocks = [*self.history, *((thread, encode(self.mark)) for thread in current)]
-        headers: list[list[int]] = []
-        before: list[int] = []
-        for i, (thread, end) in enumerate(blocks):
-            if i == len(self.history) and texts.in_progress:
-                before = [*before, *encode(texts.in_progress)]
-            opening = self.first.get(thread, [])  # of a later step it is not a prompt, but the thread's own
-            headers.append([*before, *opening])
-            before = end
-        kids = [thread for thread, _ in blocks]
-        yield self.trunk.join(kids, "reprefill", headers=[header or None for header in headers])
-
-    def finish(self) -> Generator[Any, Any, str | None]:
-        """Ask for the answer, greedily, behind all that was written."""
-        asked = self.mark.strip() + self.texts.finisher
-        ids, limit = self.trunk.encode(asked, self.trunk.context), self.how.finisher_tokens
-        asks = self.trunk
-        if self.common is not self.trunk:
-            asks = self.trunk.spawn([*self.common.context, *self.trunk.token_ids, *ids])
-        self.trunk.insert(ids)
-        end = yield asks.decode(limit, sampling={"do_sample": False})
-        if asks is not self.trunk:
-            yield asks.rstrip()
-            yield self.trunk.join(asks, "reprefill")
-        return self.how.found(asked + (end.text or ""))
-
     @property
     def mark(self) -> str:
         """What stands behind an unfinished step."""
         return self.texts.pivot + self.texts.separator if self.texts.in_progress else ""
-
-
-def _rules(texts: HogwildPrompts, names: list[str]) -> str:
-    known = {
-        "names": ", ".join(names), "mark": texts.step, "past": texts.past, "others": texts.others, "own": texts.own,
-        "pivot": texts.pivot,
-    }  # fmt: skip
-    return re.sub(r"\{(\w+)\}", lambda match: known.get(match.group(1), match.group(0)), texts.rules)
-
-
-def _asked(trunk: Thread, rules: str) -> list[int]:
-    """Token ids of the prompt with the rules in front of its question: of a chat's last user message, else of all."""
-    prompt = trunk.prompt
-    if isinstance(prompt, str):
-        return trunk.encode_prompt(f"{rules}\n\n{prompt}")
-    if not isinstance(prompt[0], dict):
-        return [*trunk.encode(f"{rules}\n\n"), *prompt]
-    at = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
-    if at is None:
-        raise ValueError("Hogwild: the chat holds no message of the user, so no question")
-    message = {**prompt[at], "content": f"{rules}\n\n{prompt[at]['content']}"}
-    return trunk.encode_prompt([*prompt[:at], message, *prompt[at + 1 :]])

@@ -30,18 +30,18 @@ class AnyLive(Strategy):
             yield fresh  # their prompts are computed plainly
         threads = [*kids, *fresh, *([trunk] if draw.random() < 0.7 else [])]
 
-        def look():
+        def look(often):
             for thread in threads:
                 others = [t for t in threads if t is not thread]
-                if draw.random() < 0.8:
+                if others and draw.random() < often:
                     seen = draw.sample(others, draw.randint(1, len(others)))
                     lined_up = thread in fresh and draw.random() < 0.6
                     thread.see(seen, lined_up=lined_up, same_step=draw.choice(["all", "before", "none"]))
 
-        look()
+        look(1.0)  # all advance together from here on, so which of them ends first is settled
         first = [thread.decode(draw.randint(1, 7)) for thread in threads]
         yield ab.strategies.first(*first)
-        look()
+        look(0.5)
         yield first
         if draw.random() < 0.5:
             draw.choice(threads).insert([100, 101])
@@ -117,8 +117,6 @@ def test_every_row_saw_what_the_tree_tells(seed):
     for context, scores in recorder.seen:
         expected = logits[recorded.rows[context]]
         assert float((scores - expected).norm() / expected.norm()) < 5e-4
-    pairs = list(ab.engine.logprob_pairs(result, result)) or None
-    assert pairs is None
     if seed % 2:  # in company, and pushed out by it
         short = engine(num_pages=28, max_rows=eng.max_rows)
         many = short.generate([[1, 2, 3, 4, 5, 6, 7]] * 4, strategy=strategy, do_sample=True, seed=[seed] * 4)

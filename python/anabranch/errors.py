@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from anabranch._core import DeadBranch, OutOfPages
 
-__all__ = ["BackendUnavailable", "DeadBranch", "OutOfPages", "RemoteError", "TopologyChanged"]
+if TYPE_CHECKING:
+    from anabranch.records.result import Result
+
+__all__ = [
+    "BackendUnavailable",
+    "DeadBranch",
+    "DeadlineExceeded",
+    "OutOfPages",
+    "QueueFull",
+    "RemoteError",
+    "TopologyChanged",
+]
 
 
 class BackendUnavailable(RuntimeError):
@@ -17,3 +31,18 @@ class TopologyChanged(RuntimeError):
 
 class RemoteError(RuntimeError):
     """A server cannot be reached, refuses a request, or is not what the caller takes it for."""
+
+
+class QueueFull(RuntimeError):
+    """As many requests wait as ``Engine(max_queue=…)`` allows; nothing was added. Try again when some have begun."""
+
+
+class DeadlineExceeded(TimeoutError):
+    """A request was not answered within its ``deadline`` and has been ended; its pages are free.
+
+    ``results``: what there was so far, one `Result` a prompt.
+    """
+
+    def __init__(self, message: str, results: Sequence[Result] = ()) -> None:
+        super().__init__(message)
+        self.results = list(results)

@@ -63,7 +63,7 @@ MUTANTS = [
     ),
     Mutant(
         "until() that kills another of the same step", f"{ENGINE}loop.py",
-        "                if not thread.alive:\n                    continue\n", "", ORDER,
+        "if not thread.alive or thread.request not in self._calls:", "if thread.request not in self._calls:", ORDER,
     ),
     Mutant(
         "positions go on from the last segment", f"{THREADS}state.py",

@@ -1,16 +1,20 @@
 """The loop: one packed forward a step for all threads of all prompts."""
 
+from anabranch.engine.async_engine import AsyncEngine
 from anabranch.engine.engine import Engine
+from anabranch.engine.handle import Handle
 from anabranch.engine.replay import logprob_pairs, replay
 from anabranch.records.events import Discard, Event, Finish, Fork, Join, Token
 from anabranch.records.result import Node, Result
 
 __all__ = [
+    "AsyncEngine",
     "Discard",
     "Engine",
     "Event",
     "Finish",
     "Fork",
+    "Handle",
     "Join",
     "Node",
     "Result",

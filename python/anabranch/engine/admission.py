@@ -1,4 +1,4 @@
-"""A limit on how many threads of a call decode at a time: the others wait for their turn, and no token changes."""
+"""A limit on how many threads of an engine decode at a time: the others wait for their turn, and no token changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from anabranch.strategies.api.ops import Op
 
 class DecodeLimit:
     """At most `limit` decodings at a time. One that has begun keeps its turn to its end, or until its prompt gives the
-    turn to another thread; then the next thread in line gets it: of the earliest prompt, children before their parent.
+    turn to another thread; then the next thread in line gets it: of the earliest request, children before their parent.
     """
 
     def __init__(self, limit: int):
@@ -32,7 +32,7 @@ class DecodeLimit:
         # Who waited for a turn waited for the tokens of the thread that held it (a Lamport clock counts one prompt's).
         freed: list[tuple[Request, int]] = [(thread.request, op.clock) for op, thread in over]
         line = [t for t in threads if t.queue[0] not in self._held]
-        line.sort(key=lambda t: (t.request.index, (*t.path, inf)))
+        line.sort(key=lambda t: (t.request.order, (*t.path, inf)))
         for thread in line[: max(0, self.limit - len(self._held))]:
             op = thread.queue[0]
             self._held[op] = thread

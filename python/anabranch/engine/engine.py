@@ -1,27 +1,26 @@
-"""`Engine`: a model, its cache and the loop, behind generate() and stream()."""
+"""`Engine`: a model, its cache and the loop, behind generate(), stream(), add() and step()."""
 
 from __future__ import annotations
 
-from collections import deque
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from anabranch import hf
-from anabranch._check import seeds_of, told, whole
+from anabranch._check import told, whole
 from anabranch.backends.registry import choose
-from anabranch.engine.fit import check_model, check_rotation
-from anabranch.engine.loop import Call
-from anabranch.engine.options import prepare_config
-from anabranch.engine.request import Request
-from anabranch.engine.sampling import Samplers
+from anabranch.engine.call import Call
+from anabranch.engine.handle import Handle
+from anabranch.engine.loop import Loop
+from anabranch.engine.prepare import Preparation
 from anabranch.kv.cache import TreeCache
 from anabranch.records.events import Event
 from anabranch.runner.graph import DecodeGraph, unfit
 from anabranch.runner.invariant import Invariant, check_rows, require_invariant
 from anabranch.runner.linear import linear_context
-from anabranch.strategies import Plain, Strategy
-from anabranch.text.prompts import Prompt, Text, check_template, split_prompts
-from anabranch.text.tokens import Tokens
+from anabranch.strategies import Strategy
+from anabranch.text.prompts import Prompt
 
 
 class Engine:
@@ -36,15 +35,18 @@ class Engine:
         float32, bfloat16 and float16. On a CPU only, and slower (see docs/guides/strategies.md). A
         model with an operation whose rows are not known to be independent is refused, by the operation's name.
     max_rows: most tokens one forward takes; longer prompts are prefilled in chunks, beside what is decoding.
-    max_threads: most threads, of all prompts of a call, that decode at a time; more wait for their turn, which changes
-        no token. None: as many as fit the pages.
+    max_threads: most threads, of all requests, that decode at a time; more wait for their turn, which changes no token.
+        None: as many as fit the pages.
     own_linear: on a CPU, linear layers run through a kernel of ours while the engine's forwards last (see
         engine/linear.py); True or False decide, None: where it pays.
     cuda_graphs: a decode step whose tree is that of the steps before is one CUDA graph replay (see `DecodeGraph`).
         None: on a CUDA device with a backend that allows it ("triton", "cuda"). True asks for it, and raises ValueError
         elsewhere. A model whose forward cannot be captured runs without, and a warning says so.
+    max_queue: most requests of `add` that may wait to begin; one more raises `QueueFull`. None: no limit. (`generate`
+        and `stream` wait themselves, and are never refused.)
 
-    ``engine.cache`` is its `TreeCache`. An engine serves one Python thread at a time; `abort` may come from any.
+    ``engine.cache`` is its `TreeCache`. Any Python thread may call any method, at any time: requests of all callers
+    share the forwards, join between any two of them and leave when they are answered.
 
     >>> engine = ab.Engine(model, tokenizer)
     >>> engine.generate("Is the sea salty?", strategy=ab.SelfConsistency(8), max_new_tokens=64).text
@@ -62,10 +64,13 @@ class Engine:
         own_linear: bool | None = None,
         cuda_graphs: bool | None = None,
         batch_invariant: bool = False,
+        max_queue: int | None = None,
     ):
         max_rows = whole(max_rows, "max_rows", 1, hint=" (tokens a forward)")
         if max_threads is not None:
             max_threads = whole(max_threads, "max_threads", 1, hint=" (threads decoding at a time) or None")
+        if max_queue is not None:
+            max_queue = whole(max_queue, "max_queue", 1, hint=" (requests that wait to begin) or None")
         if num_pages is not None:
             num_pages = whole(num_pages, "num_pages", 1, hint=", or None for as many as free memory allows")
         page_size = whole(page_size, "page_size", 1, hint=" (tokens a page)")
@@ -80,7 +85,7 @@ class Engine:
         if batch_invariant:
             require_invariant(model, backend, own_linear)
             backend = "cpu"
-        self.max_threads = max_threads
+        self.max_threads, self.max_queue = max_threads, max_queue
         self.model, self.tokenizer, self.backend, self.max_rows = model, tokenizer, backend, max_rows
         self.cache = TreeCache.for_model(model, num_pages=num_pages, page_size=page_size)
         self.cache.batch_invariant = batch_invariant
@@ -89,8 +94,9 @@ class Engine:
             self.linear = Invariant(model)
             check_rows(model, self.linear, backend)
         self.graphs = self._decode_graph(cuda_graphs)
-        self._runs: set[Call] = set()
-        self._tokens = Tokens(tokenizer)
+        self.prepare = Preparation(self)
+        self.loop = Loop(self)
+        self._nested: list[Loop] = []  # of calls that were made inside a step
 
     # ---------------------------------------------------------------------------------------- public
 
@@ -125,6 +131,7 @@ class Engine:
         whether a chat's last message is continued; given together with a prompt that is no chat it is an error.
         ``logprobs=True`` records the log-probability of every sampled token (of the raw scores, before any processor)
         in the result's tree and trace.
+        ``priority=`` and ``deadline=``: as for `add`.
 
         Prompts, and threads, that do not fit the cache together wait for one another. Raises ValueError, before
         anything ran, for an empty prompt, ids outside the vocabulary, an option that is not honoured, or a prompt that
@@ -133,10 +140,11 @@ class Engine:
         leave no token to choose (all −inf, or a NaN). The model runs in its own dtype, under torch.autocast too. After
         any exception, a strategy's own or Ctrl-C, all pages are free again and the engine is as good as new.
         """
-        run, many = self._prepare(prompt, strategy, generation_config, seed, max_new_tokens, kwargs, streaming=False)
-        for _ in self._drive(run):
-            pass
-        return list(run.results) if many else run.results[0]
+        call, many = self.prepare.call(prompt, strategy, generation_config, seed, max_new_tokens, kwargs)
+        with self._under_way(call) as loop:
+            loop.wait(call, lambda: call.ended)
+        results = call.outcome()
+        return results if many else results[0]
 
     def stream(
         self,
@@ -149,13 +157,75 @@ class Engine:
     ) -> Iterator[Event]:
         """Like `generate`, as it happens: yields `Token`, `Fork`, `Join`, `Discard` and, for each prompt, `Finish` with
         its `Result`. Leaving the loop early frees everything."""
-        run, _ = self._prepare(prompt, strategy, generation_config, seed, max_new_tokens, kwargs, streaming=True)
-        return self._drive(run)
+        call, _ = self.prepare.call(prompt, strategy, generation_config, seed, max_new_tokens, kwargs, listened=True)
+        return self._events(call)
+
+    def add(
+        self,
+        prompt: Prompt,
+        strategy: Strategy | None = None,
+        generation_config: Any = None,
+        seed: int = 0,
+        max_new_tokens: int | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        **kwargs: Any,
+    ) -> Handle:
+        """Take in one prompt and return at once; it joins whoever is there with the next step.
+
+        The arguments are those of `generate`, which is adding and waiting, and further:
+        priority: −100 to 100. A request of priority p goes before those that came up to 100 · p requests earlier: to
+            begin, and to keep its pages in a shortage. (So a low one waits longer, but never for ever.)
+        deadline: seconds from now. A request that is not answered by then ends: its `Handle.result` raises
+            `DeadlineExceeded`, which holds what there was so far.
+
+        Returns a `Handle`: ``.result()``, ``.events()``, ``.abort()``, ``.done``. An exception in the request's
+        strategy, in one of its logits processors or in an ``until`` ends that request alone, and comes out of its
+        ``result()``. Raises `QueueFull` when ``Engine(max_queue=…)`` requests wait already, and what `generate` raises
+        before anything ran.
+
+        >>> handle = engine.add("Is the sea salty?", max_new_tokens=64)
+        >>> while engine.step(): ...
+        >>> handle.result().text
+        """
+        options = {**kwargs, "priority": priority, "deadline": deadline}
+        call, many = self.prepare.call(
+            prompt, strategy, generation_config, seed, max_new_tokens, options, listened=True
+        )
+        if many:
+            raise ValueError(
+                f"prompt: add takes one prompt, got a list of {len(call.requests)}; add each, or use generate"
+            )
+        self.loop.submit(call, limited=True)
+        return Handle(self.loop, call)
+
+    def step(self) -> bool:
+        """Do one packed forward for all requests that are there; whether anything is left to do.
+
+        What goes wrong with a request comes out of its own `Handle.result`, not of here. After Ctrl-C in the middle of
+        a step all other requests go on with the next.
+        """
+        if self.loop.turns.mine:
+            raise RuntimeError("step: called inside a step, by a strategy, a logits processor or an until")
+        return self.loop.step()
+
+    def serve(self, stop: threading.Event) -> None:
+        """Step whenever there is something to do, until `stop` is set: for a thread of its own.
+
+        >>> stop = threading.Event()
+        >>> thread = threading.Thread(target=engine.serve, args=(stop,))
+        """
+        work = self.loop.work
+        while not stop.is_set():
+            work.clear()
+            if not self.step():
+                work.wait(0.1)  # `stop` sets no `work`
 
     def abort(self) -> None:
-        """End everything that is running and free every page. generate() then returns what there was so far."""
-        for run in list(self._runs):
-            run.abort()
+        """End everything that is running or waiting and free every page. generate() then returns what there was so
+        far."""
+        for loop in (self.loop, *self._nested):
+            loop.abort_all()
 
     @property
     def vocab_size(self) -> int:
@@ -176,96 +246,30 @@ class Engine:
             raise ValueError(f"cuda_graphs=True: {reason}, or leave cuda_graphs out")
         return None
 
-    def _drive(self, run: Call) -> Iterator[Event]:
-        self._runs.add(run)
+    @contextmanager
+    def _under_way(self, call: Call) -> Iterator[Loop]:
+        """A call's requests are in the loop inside; behind it they have ended, on any way out.
+
+        Inside a step there is no waiting for another one: a call that is made there, by a strategy or an until, has a
+        loop of its own.
+        """
+        nested = self.loop.turns.mine
+        loop = Loop(self) if nested else self.loop
+        if nested:
+            self._nested.append(loop)
         try:
-            yield from run.drive()
+            loop.submit(call)
+            yield loop
         finally:
-            run.release()
-            self._runs.discard(run)
+            if not call.ended:
+                loop.abort([call], drop=True)
+            if nested:
+                self._nested.remove(loop)
 
-    def _prepare(
-        self,
-        prompt: Any,
-        strategy: Any,
-        config: Any,
-        seed: Any,
-        max_new_tokens: Any,
-        kwargs: dict[str, Any],
-        streaming: bool,
-    ) -> tuple[Call, bool]:
-        """Check everything and set up the run; nothing in the cache changes here."""
-        strategy = Plain() if strategy is None else strategy
-        if not isinstance(strategy, Strategy):
-            raise TypeError(
-                f"strategy: got {strategy!r}; pass an instance of a Strategy, such as ab.SelfConsistency(n=8), or None"
-            )
-        limit = check_model(self.model, self.cache)
-        extra, criteria = (kwargs.pop(name, None) for name in ("logits_processor", "stopping_criteria"))
-        budget = kwargs.pop("max_total_tokens", None)
-        if budget is not None:
-            budget = whole(budget, "max_total_tokens", 1, hint=", or None")
-        logprobs = kwargs.pop("logprobs", False)
-        if not isinstance(logprobs, bool):
-            raise ValueError(
-                f"logprobs={logprobs!r}; pass True to record each sampled token's log-probability, or False"
-            )
-        template = check_template(kwargs.pop("chat_template_kwargs", None))
-        plain = isinstance(getattr(strategy, "strategy", strategy), Plain)
-        prepared = prepare_config(self.model, config, max_new_tokens, kwargs, samples=not plain)
-        samplers = Samplers(self.model, self.tokenizer, prepared, extra, criteria)
-        if self._tokens.tokenizer is not self.tokenizer:
-            self._tokens = Tokens(self.tokenizer)
-        text = Text(self.tokenizer, self.vocab_size, samplers.base.eos_ids, self._tokens)
-        prompts, many = split_prompts(prompt)
-        seeds = seeds_of(seed, len(prompts))
-        ids = [text.prompt_ids(p, f"prompt[{i}]" if many else "prompt", template) for i, p in enumerate(prompts)]
-        # Without anything that could end it early, plain decoding writes all it may; its last token needs no place.
-        base = samplers.base
-        endless = plain and not budget and not base.eos_ids and not base.criteria and not base.stop_strings
-        self._check_room(ids, prepared.max_new_tokens - 1 if endless else 0, many)
-        _check_positions(ids, limit, many)
-        check_rotation(self.model, ids, prepared.max_new_tokens, self.max_rows, many)
-        buffer: deque[Event] = deque()
-        requests = [
-            Request(
-                i,
-                tokens,
-                strategy,
-                s,
-                cache=self.cache,
-                text=text,
-                samplers=samplers,
-                max_total_tokens=budget,
-                max_new_tokens=prepared.max_new_tokens,
-                logprobs=logprobs,
-                position_limit=limit,
-                emit=buffer.append if streaming else None,
-                prompt=prompts[i],
-                template=template,
-            )
-            for i, (tokens, s) in enumerate(zip(ids, seeds, strict=True))
-        ]
-        return Call(self, requests, buffer), many
-
-    def _check_room(self, ids: list[list[int]], more: int, many: bool) -> None:
-        """ValueError for a prompt that, with `more` tokens behind it, can never fit in the cache."""
-        pages, size = self.cache.num_pages, self.cache.page_size
-        for i, tokens in enumerate(ids):
-            if len(tokens) + more > pages * size:
-                what = f"{len(tokens)} tokens" + (f" and {more} more" if more else "")
-                raise ValueError(
-                    f"prompt{f'[{i}]' if many else ''}: {what} can never fit in num_pages={pages} of {size} tokens; "
-                    f"make the engine with num_pages of at least {-(-(len(tokens) + more) // size) + (not more)}"
-                    + (", or use a smaller max_new_tokens" if more else "")
-                )
-
-
-def _check_positions(ids: list[list[int]], limit: int | None, many: bool) -> None:
-    """ValueError for a prompt that is longer than the positions which the model has embeddings for."""
-    for i, tokens in enumerate(ids):
-        if limit is not None and len(tokens) > limit:
-            raise ValueError(
-                f"prompt{f'[{i}]' if many else ''}: {len(tokens)} tokens, but the model has embeddings for {limit} "
-                "positions; shorten it, or use a model with a longer context"
-            )
+    def _events(self, call: Call) -> Iterator[Event]:
+        with self._under_way(call) as loop:
+            while not call.ended:
+                loop.wait(call, lambda: call.ended or bool(call.events))
+                yield from call.take()
+        yield from call.take()
+        call.outcome()

@@ -21,6 +21,7 @@ class LiveGroup:
     def __init__(self) -> None:
         self.threads: list[EngineThread] = []
         self.turn = 0
+        self.refused = False  # whether a turn lacked room in the last forward
         self.unknown: dict[EngineThread, Sequence[Sight]] = {}  # sights on record that name threads still to come
 
     def see(self, thread: EngineThread, others: Sequence[EngineThread], lined_up: bool, same_step: str) -> None:
@@ -88,7 +89,9 @@ class LiveGroup:
             for thread, n in rows.items():
                 counts[thread] += n
             room -= sum(rows.values())
-        return [self._entry(thread, left[thread][0], count) for thread, count in counts.items() if count]
+        found = [self._entry(thread, left[thread][0], count) for thread, count in counts.items() if count]
+        self.refused = bool(turns) and not found
+        return found
 
     def _settled(self, members: Sequence[EngineThread]) -> bool:
         """Whether nobody that still writes has a token to be sampled, or computed, of the turns so far."""

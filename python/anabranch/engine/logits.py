@@ -54,29 +54,34 @@ def record(logits: torch.Tensor, found: Sequence[Head]) -> None:
             score.logprobs[nth] = logprob
 
 
-def refuse_invalid(
-    logits: torch.Tensor,
-    found: Sequence[Head],
-    entries: Sequence[tuple[ThreadKV, PrefillChunk, int]],
-    model: str,
-    step: int,
-) -> None:
-    """ValueError that names the first row with a NaN or +inf, or with nothing but −inf."""
+def invalid(
+    logits: torch.Tensor, found: Sequence[Head], entries: Sequence[tuple[ThreadKV, PrefillChunk, int]], model: str
+) -> dict[Request, ValueError]:
+    """For each request that has a row with a NaN or +inf, or with nothing but −inf, an error that names the first.
+
+    ``remove_invalid_values=True``, a processor of Transformers, deals with such scores: no error for those requests.
+    """
     best = logits.amax(-1)  # hands a NaN on, and reads the scores once
     bad = ~torch.isfinite(best)
     if not bool(bad.any()):
-        return
-    first = float(best[int(bad.nonzero()[0, 0])])
-    what = f"{model} returned {'NaN' if first != first else '+inf' if first > 0 else 'only −inf'} scores in step {step}"
-    kv, chunk, _ = entries[0]
-    position = chunk.branch.position - 1
-    if found:
-        head = found[int(bad.nonzero()[0, 0])]
-        kv, position = head.kv, head.kv.thread.position - (head.kv.thread.length - head.nth)
-    raise ValueError(
-        f"{what} for prompt {kv.thread.age[0]}, thread {kv.thread.id}, position {position}; check the weights for NaN "
-        "or infinite values, or load the model in a wider dtype (float16 overflows where bfloat16 does not)"
-    )
+        return {}
+    problems: dict[Request, ValueError] = {}
+    for row in bad.nonzero()[:, 0].tolist():
+        kv, chunk, _ = entries[0]
+        position = chunk.branch.position - 1
+        if found:
+            kv = found[row].kv
+            position = kv.thread.position - (kv.thread.length - found[row].nth)
+        request, value = kv.thread.request, float(best[row])
+        if request in problems or request.samplers.base.config.remove_invalid_values:
+            continue
+        what = "NaN" if value != value else "+inf" if value > 0 else "only −inf"
+        problems[request] = ValueError(
+            f"{model} returned {what} scores in step {request.spent.steps + 1} for prompt {request.index}, "
+            f"thread {kv.thread.id}, position {position}; check the weights for NaN or infinite values, or load the "
+            "model in a wider dtype (float16 overflows where bfloat16 does not)"
+        )
+    return problems
 
 
 def rows(held: Sequence[tuple[torch.Tensor, int]]) -> torch.Tensor:

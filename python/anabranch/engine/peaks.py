@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from anabranch.kv.cache import TreeCache
+from anabranch.kv.cache import TreeCache, Usage
 
 
 class Peaks:
@@ -16,9 +16,8 @@ class Peaks:
         self.pages = self.logical = self.physical = 0
         self.physical_then = 0  # when `logical` was reached
 
-    def look(self) -> None:
+    def look(self, usage: Usage) -> None:
         """After a step."""
-        usage = self._cache.usage()
         self.pages = max(self.pages, usage.pages_total - usage.pages_free)
         self.physical = max(self.physical, usage.tokens_physical)
         if usage.tokens_logical > self.logical:

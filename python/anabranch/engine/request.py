@@ -22,6 +22,7 @@ class Request(Books[EngineThread]):
     def __init__(self, *args: Any, cache: TreeCache, samplers: Samplers, **kwargs: Any):
         self.cache, self.samplers, self.live = cache, samplers, LiveGroup()
         super().__init__(*args, **kwargs)
+        self.order = (0, self.index)  # among all of an engine: who comes first in a shortage (the loop's affair)
 
     def record(self, parent: EngineThread | None, path: tuple[int, ...], role: str) -> EngineThread:
         return EngineThread(self, parent, path, role, len(self.threads), random_stream(self.seed, path))

@@ -1,11 +1,17 @@
 """Which threads go on in a step, and who leaves the cache where pages are short.
 
-Nobody starves: in a shortage the oldest thread always gets on, at the expense of the younger (`Scheduler.reserve`), so
-the oldest prompt reaches its end, and then the next is the oldest. Rows go to whoever went longest without
+Nobody starves. Requests have an order, by arrival and priority, in which only finitely many ever come before a given
+one (`Loop.submit`). Who is not in the cache enters in that order: where one waits for room, none behind it enters
+(`Scheduler.has_room`, `Scheduler.choose`), so that those inside come to their ends and make room. In a shortage the
+first thread always gets on, at the expense of those behind it (`Scheduler.reserve`), so the first request reaches its
+end, and then the next is the first. Rows go to whoever went longest without; of those of a step, at least one is for a
+run of tokens where one waits, so that threads which go on by a token never hold up a prompt for good
 (`Scheduler.choose`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -14,19 +20,58 @@ from anabranch.engine.ops import engine_op
 from anabranch.engine.request import Request
 from anabranch.engine.thread_kv import EngineThread, PrefillChunk, ThreadKV
 from anabranch.errors import OutOfPages
+from anabranch.hf.rope import RopeRule
 from anabranch.kv.cache import TreeCache
 from anabranch.kv.step import Step
 
 
-class Scheduler:
-    """Selects the rows of each step of one call; `active`: its requests under way, a list that the loop changes."""
+class RequestFailed(Exception):
+    """`request` cannot go on, because of `error`; the others can."""
 
-    def __init__(self, cache: TreeCache, active: list[Request], max_rows: int, max_threads: int | None):
-        self.cache, self.active, self.max_rows = cache, active, max_rows
-        self._limit = None if max_threads is None else DecodeLimit(max_threads)
+    def __init__(self, request: Request, error: Exception):
+        super().__init__(str(error))
+        self.request, self.error = request, error
+
+
+class Scheduler:
+    """Selects the rows of each step; `active`: the requests under way, in order, a list that the loop changes.
+
+    What only one request is to blame for comes out as `RequestFailed`.
+    """
+
+    def __init__(self, cache: TreeCache, active: list[Request]):
+        self.cache, self.active, self.max_rows = cache, active, 1
+        self.rope_rules: Sequence[RopeRule] = ()  # the model's
+        self.steps = 0  # forwards so far
+        self._limit: DecodeLimit | None = None
         self.decoding: dict[Request, dict[EngineThread, None]] = {}  # who may be given a token in this step
         self._queueing: set[Request] = set()  # requests of which some thread waits for its turn to decode
         self._needed: set[int] = set()  # ids of the ThreadKVs that the first op of some queue needs in the cache
+
+    def limits(self, max_rows: int, max_threads: int | None) -> None:
+        """Rows of a forward, and threads that decode at a time (None: any number), from now on."""
+        self.max_rows = max_rows
+        if max_threads is None:
+            self._limit = None
+        elif self._limit is None:
+            self._limit = DecodeLimit(max_threads)
+        else:
+            self._limit.limit = max_threads
+
+    def has_room(self, request: Request) -> bool:
+        """Whether a request that has not begun fits beside those that have: its prompt, and a page for each to grow."""
+        free = self.cache.usage().pages_free
+        running = 0
+        for other in self.active:
+            inside = sum(thread.kv.branch is not None for thread in other.threads)
+            running += inside or 1
+            if not inside:
+                free -= self._pages(other.trunk.kv)
+        return self._pages(request.trunk.kv) + 1 + running <= free
+
+    def _pages(self, kv: ThreadKV) -> int:
+        """What it takes to bring a thread into the cache."""
+        return kv.pending // self.cache.page_size + 1
 
     def admit(self) -> None:
         """Settle which threads may be given a token in this step."""
@@ -45,7 +90,7 @@ class Scheduler:
         return [t for t in threads if t.kv.has_logits and not t.kv.pending]
 
     def all_wanted(self) -> list[ThreadKV]:
-        """Threads of all prompts that must be brought into the cache now."""
+        """Threads of all requests that must be brought into the cache now."""
         self._needed.clear()
         return [kv for request in self.active for kv in self._wanted(request)]
 
@@ -68,10 +113,13 @@ class Scheduler:
                     wanted.update(dict.fromkeys(reversed(chain)))
         waiting = request in self._queueing or any(t.kv.has_logits and not t.kv.pending for t in decoding)
         if not wanted and not waiting:
-            raise RuntimeError(
-                f"{type(request.strategy).__name__}: nothing is left to do, but run() still waits for "
-                f"{request.tasks.describe_wait()}; "
-                "was the thread it waits for killed, or does a join wait for a child that waits for its parent?"
+            raise RequestFailed(
+                request,
+                RuntimeError(
+                    f"{type(request.strategy).__name__}: nothing is left to do, but run() still waits for "
+                    f"{request.tasks.describe_wait()}; "
+                    "was the thread it waits for killed, or does a join wait for a child that waits for its parent?"
+                ),
             )
         return [t.kv for t in wanted]
 
@@ -83,11 +131,14 @@ class Scheduler:
         running = sum(kv.branch is not None for kv in wanted)
         coming = {id(kv) for kv in wanted}
         entries: list[tuple[ThreadKV, PrefillChunk, int]] = []
+        first_outside: ThreadKV | None = None  # the first that waits for room
         groups: set[Request] = set()
         # Longest unserved first: more threads than rows take turns.
-        for kv in sorted(wanted, key=lambda w: (w.pending > 1, w.last_step if w.pending <= 1 else 0)):
-            if room <= 0:
-                break
+        line = sorted(wanted, key=lambda w: (w.pending > 1, w.last_step if w.pending <= 1 else 0))
+        # Threads that see one another need room for a whole turn: where it did not suffice, they are first in line.
+        line.sort(key=lambda w: w.thread.live is None or not w.thread.request.live.refused)
+        kept = int(self.max_rows > 1 and any(kv.pending > 1 for kv in wanted))  # rows for runs of tokens
+        for kv in self._of_one_rotation(line):
             if kv.thread.live is not None:
                 if kv.thread.request not in groups:
                     groups.add(kv.thread.request)
@@ -95,10 +146,15 @@ class Scheduler:
                     entries += rows
                     room -= sum(count for _, _, count in rows)
                 continue
+            if room <= (kept if kv.pending <= 1 else 0):
+                continue
             if kv.branch is None:
                 # One that is not in the cache enters when it fits beside those that are, and leaves each a page to
                 # grow; else they would push one another out in turns. Alone it may always try.
-                if entries and kv.pending // size + 2 + running > free:
+                if first_outside is not None and kv.thread.age > first_outside.thread.age:
+                    continue
+                if entries and self._pages(kv) + 1 + running > free:
+                    first_outside = kv
                     continue
                 if not kv.may_open:
                     continue  # its parent comes first
@@ -107,10 +163,13 @@ class Scheduler:
                     if id(donor[0]) in coming:
                         continue  # what they have in common is being computed
                     donor = None
-                kv.open(self.cache, donor)
+                try:
+                    kv.open(self.cache, donor)
+                except ValueError as error:
+                    raise RequestFailed(kv.thread.request, error) from error
                 if kv.in_cache:
                     continue
-                free -= kv.pending // size + 1
+                free -= self._pages(kv)
                 running += 1
             chunk = kv.next_chunk()
             count = min(chunk.left, room)
@@ -124,11 +183,23 @@ class Scheduler:
         """Rows of threads that see one another: all of a turn, or none. free: pages that they may need, if limited."""
         members = [thread.kv for thread in request.live.members()]
         closed = [kv for kv in members if kv.branch is None and kv.may_open]  # others: what they continue comes first
-        if free is not None and closed and sum(kv.pending // self.cache.page_size + 2 for kv in closed) > free:
+        if free is not None and closed and sum(self._pages(kv) + 1 for kv in closed) > free:
             return []
         for kv in closed:
             kv.open(self.cache)
-        return request.live.entries(room, self.max_rows)
+        try:
+            return request.live.entries(room, self.max_rows)
+        except ValueError as error:  # more of them than rows; nobody else is to suffer for it
+            raise RequestFailed(request, error) from error
+
+    def _of_one_rotation(self, wanted: list[ThreadKV]) -> list[ThreadKV]:
+        """Those that may share a forward: rotary embeddings that look at the whole of it take sequences of one side of
+        their limit at a time, the longest unserved first."""
+        if not self.rope_rules or not wanted:
+            return wanted
+        sides = {id(kv): tuple(rule.is_long(kv.thread.position) for rule in self.rope_rules) for kv in wanted}
+        first = sides[id(min(wanted, key=lambda kv: kv.last_step))]
+        return [kv for kv in wanted if sides[id(kv)] == first]
 
     def reserve(
         self, entries: list[tuple[ThreadKV, PrefillChunk, int]], wanted: list[ThreadKV]
@@ -151,6 +222,13 @@ class Scheduler:
                 return self.cache.step(rows, positions or None, views or None), entries
             except OutOfPages as error:
                 shortage = error
+            except ValueError as error:  # what the model cannot serve; told by branch, not by request
+                blamed = entries[0][0].thread.request
+                alone = [e for e in entries if e[0].thread.request is blamed]
+                if len(alone) == len(entries):
+                    raise RequestFailed(blamed, error) from error
+                entries = alone
+                continue
             oldest, youngest = (pick((kv for kv, _, _ in entries), key=_age) for pick in (min, max))
             victim = self._victim(oldest)
             if victim is not None:
@@ -178,12 +256,22 @@ class Scheduler:
                 if entries:
                     continue
                 return None, entries
+            first = min(stuck, key=_age)
+            outside = (w for w in wanted if w.branch is None and not _go_together(w, first))
+            if any(w.thread.age < first.thread.age for w in outside) and (leaving := self._youngest(stuck)):
+                # An earlier one waits outside for room: it goes first, in the next step.
+                leaving.release(self.cache)
+                leaving.thread.request.spent.preemptions += 1
+                return None, []
             kv, total, size = stuck[0], self.cache.num_pages, self.cache.page_size
-            raise ValueError(
-                f"num_pages={total} (of {size} tokens) is too small for prompt {kv.thread.age[0]}: thread "
-                f"{kv.thread.id} needs {kv.thread.length} tokens beside those that cannot leave now; "
-                "make the engine with a larger num_pages, "
-                f"or use a shorter prompt, fewer threads or a smaller max_new_tokens ({shortage})"
+            raise RequestFailed(
+                kv.thread.request,
+                ValueError(
+                    f"num_pages={total} (of {size} tokens) is too small for prompt {kv.thread.request.index}: thread "
+                    f"{kv.thread.id} needs {kv.thread.length} tokens beside those that cannot leave now; "
+                    "make the engine with a larger num_pages, "
+                    f"or use a shorter prompt, fewer threads or a smaller max_new_tokens ({shortage})"
+                ),
             )
 
     def _alone(self, kv: ThreadKV) -> list[tuple[ThreadKV, PrefillChunk, int]]:
@@ -195,8 +283,11 @@ class Scheduler:
 
     def _giving_way(self, stuck: list[ThreadKV]) -> ThreadKV | None:
         """When nothing moves: the youngest of `stuck` that can leave, to let one on that cannot."""
-        if not any(kv.pinned for kv in stuck):
-            return None
+        return self._youngest(stuck) if any(kv.pinned for kv in stuck) else None
+
+    @staticmethod
+    def _youngest(stuck: list[ThreadKV]) -> ThreadKV | None:
+        """The youngest of `stuck` that can leave."""
         may = [kv for kv in stuck if kv.branch is not None and not kv.pinned and not _built_on(kv.thread)]
         return max(may, key=_age, default=None)
 
@@ -204,7 +295,7 @@ class Scheduler:
         """Whose pages to take for `oldest`: a thread that nothing waits for, else the youngest of those younger than
         it; never one that another thread in the cache is built on."""
         best: ThreadKV | None = None
-        best_key: tuple[bool, int, int] | None = None
+        best_key: tuple[bool, int, int, int] | None = None
         for request in self.active:
             for thread in request.threads:
                 kv = thread.kv
@@ -224,7 +315,7 @@ class Scheduler:
         return best
 
 
-def _age(kv: ThreadKV) -> tuple[int, int]:
+def _age(kv: ThreadKV) -> tuple[int, int, int]:
     return kv.thread.age
 
 

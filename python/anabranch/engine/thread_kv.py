@@ -38,7 +38,12 @@ class EngineThread(ThreadState["EngineThread"]):
         super().__init__(request, parent, path, role)
         self.request, self.stream = request, stream
         self.kv = ThreadKV(self)
-        self.age = (request.index, serial)  # order of arrival: of its prompt, then its own
+        self._serial = serial
+
+    @property
+    def age(self) -> tuple[int, int, int]:
+        """Who comes first: by the order of its request, then its own."""
+        return (*self.request.order, self._serial)
 
 
 @dataclass

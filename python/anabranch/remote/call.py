@@ -32,6 +32,7 @@ class RemoteCall:
     def drive(self) -> Iterator[events.Event]:
         try:
             for request in self.active:
+                request.started = time.perf_counter()
                 request.start_strategy()
             while self.active and not self.aborted:
                 self._advance()

@@ -32,7 +32,9 @@ class RemoteScore(HostOp[ScoreOp]):
             return
         thread.work = None
         thread.reach(op.issued)
-        thread.log.append(Action("sample" if op.kind == "sampled" else "insert", list(op.token_ids)))
+        thread.log.append(
+            Action("sample" if op.kind == "sampled" else "insert", list(op.token_ids), clock=thread.clock)
+        )
         position = thread.position
         thread.append(op.token_ids, op.kind, logprobs=list(logprobs))
         if op.kind == "sampled":

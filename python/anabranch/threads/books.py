@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from inspect import isgenerator
 from math import inf
@@ -71,7 +70,7 @@ class Books(Generic[State]):
         self.malformed_reasons: list[str] = []
         self._asked: State | None = None  # whose until() is being called
         self.spent = Costs()
-        self.started: float | None = None
+        self.started: float | None = None  # when it was handed to what runs it
         self.finished = False
         self.trunk = self._make(None, "trunk", (0,))
         self.trunk.prompt_length = len(token_ids)
@@ -82,7 +81,6 @@ class Books(Generic[State]):
     # ---------------------------------------------------------------------------------------- life
 
     def start_strategy(self) -> None:
-        self.started = time.perf_counter()
         running = self.strategy.run(self.trunk.handle)
         if isgenerator(running):
             self.main = self.tasks.start(running, 0)
@@ -95,9 +93,9 @@ class Books(Generic[State]):
         return self.main is not None and self.main.done and not self.trunk.queue
 
     def critical_path(self) -> int:
-        assert self.main is not None
-        # Run one after another, every token is on the path.
-        return self.sampled + self.inserted if self.sequential else max(self.main.now, self.trunk.clock)
+        if self.sequential:  # run one after another, every token is on the path
+            return self.sampled + self.inserted
+        return max(self.main.now if self.main is not None else 0, self.trunk.clock)
 
     def release(self) -> None:
         """Give back all that its threads hold and end every generator. Safe at any moment, and twice."""
@@ -121,6 +119,10 @@ class Books(Generic[State]):
 
     def text(self, token_ids: Sequence[int], backwards: Iterable[int]) -> str | None:
         return self.text_rules.text(token_ids, backwards)
+
+    def pieces(self, token_ids: Iterable[int]) -> dict[int, str | tuple[int, ...]] | None:
+        """What each token reads as in the middle of a text; None without a tokenizer."""
+        return self.text_rules.pieces(token_ids)
 
     def tag_ids(self, tags: Sequence[str]) -> dict[str, int]:
         return self.text_rules.tag_ids(tags)
@@ -178,7 +180,7 @@ class Books(Generic[State]):
         self._states[thread.handle] = thread
         self.threads.append(thread)
         if role == "fresh" and parent is not None:
-            parent.log.append(Action("spawn", children=[thread.id]))
+            parent.log.append(Action("spawn", children=[thread.id], clock=self.clock()))
             if parent.spawned_at == self.tasks.turn:
                 parent.blocks[-1][1].append(thread)  # spawned in one go: one block
             else:
@@ -192,7 +194,7 @@ class Books(Generic[State]):
         states = [self._states[child] for child in children]
         for parent in dict.fromkeys(state.parent for state in states if state.parent is not None):
             names = [state.id for state in states if state.parent is parent]
-            parent.log.append(Action("kill", children=names, mode=fate))
+            parent.log.append(Action("kill", children=names, mode=fate, clock=self.clock()))
         for state in states:
             self.end(state, fate)
 

@@ -23,7 +23,7 @@ def _action(action: Action) -> Action:
     """As it stands now, with nothing in it that can change."""
     headers = tuple(None if header is None else tuple(header) for header in action.headers)
     token_ids, children = tuple(action.token_ids), tuple(action.children)
-    return Action(action.do, token_ids, children, action.mode, action.length, headers)
+    return Action(action.do, token_ids, children, action.mode, action.length, headers, action.clock)
 
 
 def build_node(host: Books[Any], thread: AnyThread) -> Node:
@@ -75,6 +75,7 @@ def build_result(host: Books[Any], info: Mapping[str, Any], more: Mapping[str, A
         preemptions=spent.preemptions,
         **(more or {}),
     )
+    every = (token for node in tree.walk() for run in (*node.runs, *node.forgotten) for token in run.token_ids)
     return Result(
         text=tree.text,
         token_ids=trunk.token_ids,
@@ -83,5 +84,5 @@ def build_result(host: Books[Any], info: Mapping[str, Any], more: Mapping[str, A
         answers=host.main.value if host.main is not None else None,
         prompt_token_ids=tuple(trunk.own[: trunk.prompt_length]),
         malformed=tuple(host.malformed_reasons),
-        info={"strategy": repr(host.strategy), "seed": host.seed, **info},
+        info={"strategy": repr(host.strategy), "seed": host.seed, "pieces": host.pieces(every), **info},
     )

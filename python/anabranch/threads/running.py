@@ -35,6 +35,7 @@ class RunningDecode(Generic[AnySampling]):
     reader: Reader | None  # of its text; None without a tokenizer
     stops: Sequence[Stops] = ()
     seen: int = 0  # so many of its tokens the reader has
+    drawn: float | None = None  # the uniform of its next token, which was drawn and has not been used yet
 
     def read(self) -> str:
         """Let the reader have all tokens; what became certain of the text by that."""

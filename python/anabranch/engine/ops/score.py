@@ -48,7 +48,9 @@ class Score(HostOp[ScoreOp]):
         rows, at = thread.kv.logits
         thread.score = RunningScore(op, thread.length, [None] * len(op.token_ids))
         thread.score.logprobs[0] = float(rows[at].float().log_softmax(-1)[op.token_ids[0]])
-        thread.log.append(Action("sample" if op.kind == "sampled" else "insert", list(op.token_ids)))
+        thread.log.append(
+            Action("sample" if op.kind == "sampled" else "insert", list(op.token_ids), clock=thread.clock)
+        )
         position = thread.position
         thread.append(op.token_ids, op.kind, logprobs=[nan] * len(op.token_ids))
         if op.kind == "sampled":

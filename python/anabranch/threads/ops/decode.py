@@ -43,7 +43,7 @@ def record_token(host: Books[Any], thread: AnyThread, token: int, logprob: float
     op, sampler, position = decode.op, decode.sampler, thread.position
     thread.append([token], "sampled", logprobs=None if logprob is None else [logprob])
     if not op.token_ids:
-        thread.log.append(Action("sample", op.token_ids))  # the list itself, which grows
+        thread.log.append(Action("sample", op.token_ids, clock=thread.clock - 1))  # the list itself, which grows
     op.token_ids.append(token)
     host.count_sampled(thread)
     host.narrator.tell(thread, [token], position, False)

@@ -45,7 +45,7 @@ class Fork(HostOp[ForkOp]):
             else:
                 headers.append(None)
         names = [child.id for child in children]
-        thread.log.append(Action("fork", children=names, length=op.apart or None, headers=headers))
+        thread.log.append(Action("fork", children=names, length=op.apart or None, headers=headers, clock=thread.clock))
         for i, child in enumerate(children):
             thread.branch_off(child, context)
             child.start = child.position = thread.position + i * op.apart

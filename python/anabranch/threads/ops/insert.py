@@ -17,6 +17,7 @@ class Insert(HostOp[InsertOp]):
     """Appends to the books alone; the tokens are prefilled when something needs them."""
 
     def carry_out(self, host: Books[Any], thread: AnyThread, op: InsertOp) -> None:
+        clock = thread.clock
         host.insert(thread, host.settle(thread, op), op.kind)
         if op.kind == "inserted":
-            thread.log.append(Action("insert", list(op.token_ids)))
+            thread.log.append(Action("insert", list(op.token_ids), clock=clock))

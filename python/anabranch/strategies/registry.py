@@ -58,6 +58,14 @@ ABOUT = {
         "threads are spliced side by side; nothing is computed again",
     ),
     "SelfConsistency": About("n sampled answers", "right behind the prompt", "the winner of a vote is kept"),
+    "GroupThink": About(
+        "workers that see one another's tokens", "right behind the prompt",
+        "texts follow one another; computed again where a conclusion follows",
+    ),
+    "Hogwild": About(
+        "workers, a thread for each of their steps", "right behind the prompt, then at the end of each step",
+        "steps follow one another; computed again where an answer is asked for",
+    ),
     "EntropyFork": About(
         "n sampled copies from there on", "where the next token's entropy passes the threshold",
         "the winner of a vote, or the likeliest, is kept",

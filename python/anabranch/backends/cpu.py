@@ -144,7 +144,7 @@ def attention(
     config = _tile_config(num_kv_heads, q.dtype.itemsize, plan.batch_invariant, count)
     return native.attention(
         _cpu.attention, rows(q), k_pages, v_pages, plan.arrays(num_q_heads // num_kv_heads, config), count,
-        scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse,
+        scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse, num_rows=plan.num_rows,
     )  # fmt: skip
 
 

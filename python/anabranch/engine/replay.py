@@ -73,8 +73,12 @@ def _logprobs(node: Node) -> list[float | None]:
 
 def _check(tree: Node) -> None:
     """ValueError for a log that speaks of threads the tree does not have."""
+    every = {node.id for node in tree.walk()}
     for node in tree.walk():
         names = [child.id for child in node.children]
+        for other in (name for sight in node.sights for name in sight.others):
+            if other not in every:
+                raise ValueError(f"trace: thread {node.id} saw thread {other!r}, which is not in the tree")
         for i, action in enumerate(node.log):
             if (action.do in ("fork", "spawn", "join", "kill")) != bool(action.children):
                 raise ValueError(f"trace: log[{i}] of thread {node.id}: {action.do} of {len(action.children)} threads")
@@ -98,6 +102,8 @@ _COMPARED = (
     "forgotten",
     "children",
     "sees",
+    "turns",
+    "sights",
 )
 
 
@@ -134,6 +140,7 @@ class _Replay(Strategy):
 
     def run(self, trunk: Thread) -> Generator[Any, Any, Any]:
         player = _Player(self.tree)
+        player.recall(trunk)
         yield from player.play(trunk, self.tree)
         while not all(task.done for task in player.playing.values()):
             yield list(player.playing.values())
@@ -176,17 +183,25 @@ class _Player:
         if node.ended is not None:
             _state(thread).ended = Ended(node.ended)
 
+    def recall(self, thread: Thread) -> None:
+        """Where a thread saw others, or was seen: when its tokens were computed, and what it saw."""
+        node = self.nodes[thread.id]
+        if node.turns or node.sights:
+            state = _state(thread)
+            state.request.live.recall(state, node.turns, node.sights)
+
     def _children(self, thread: Thread, action: Action) -> None:
         _state(thread).next_child = int(action.children[0].rpartition(".")[2])
         if action.do == "fork":
             headers = action.headers
             sees = [(self.threads[name], count) for name, count in self.nodes[action.children[0]].sees]
-            kids = thread.fork(list(headers), segments=action.segments or None, sees=sees)
+            kids = thread.fork(list(headers), segments=action.segments or None, sees=sees, apart=action.length or 0)
         else:
             runs = self.nodes[action.children[0]].runs
             headers, kids = [None], [thread.spawn(next(run.token_ids for run in runs if run.kind == "prompt"))]
         for kid, header in zip(kids, headers, strict=True):
             self.threads[kid.id] = kid
+            self.recall(kid)
             self.playing[kid.id] = thread.start(self.play(kid, self.nodes[kid.id], bool(header)))
             if kid.id in self.early:
                 thread.host.kill([kid], self.early[kid.id])

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from anabranch.engine.live import LiveGroup
 from anabranch.engine.ops import ENGINE_OPS
 from anabranch.engine.sampling import Sampler, Samplers, random_stream
 from anabranch.engine.thread_kv import EngineThread
 from anabranch.kv.cache import TreeCache
+from anabranch.strategies.api.thread import Thread
 from anabranch.threads.books import Books
 
 
@@ -18,7 +20,7 @@ class Request(Books[EngineThread]):
     ops = ENGINE_OPS
 
     def __init__(self, *args: Any, cache: TreeCache, samplers: Samplers, **kwargs: Any):
-        self.cache, self.samplers = cache, samplers
+        self.cache, self.samplers, self.live = cache, samplers, LiveGroup()
         super().__init__(*args, **kwargs)
         self.order = (0, self.index)  # among all of an engine: who comes first in a shortage (the loop's affair)
 
@@ -30,6 +32,21 @@ class Request(Books[EngineThread]):
 
     def holds(self, thread: EngineThread) -> bool:
         return thread.kv.in_cache
+
+    def see(self, thread: Thread, others: Sequence[Thread], lined_up: bool, same_step: str) -> None:
+        if self.sequential:
+            raise ValueError("see: threads that see one another write at the same time; they cannot run in Sequential")
+        if lined_up:
+            self.cache.require_rotary()
+        self.live.see(self.state(thread), [self.state(other) for other in others], lined_up, same_step)
+
+    def along(self, thread: EngineThread) -> list[EngineThread]:
+        return [thread] if thread.live is None else self.live.members()
+
+    def retire(self, thread: EngineThread, fate: str) -> None:
+        for other in self.live.leave(thread):
+            other.kv.pinned = True  # what it saw is gone, so it could not be computed again
+        super().retire(thread, fate)
 
     def may_fork(self, thread: EngineThread) -> bool:
         return (thread.kv.has_logits or not self.rewind(thread)) and thread.kv.in_cache
@@ -78,6 +95,14 @@ class Request(Books[EngineThread]):
         return []
 
     def forget(self, thread: EngineThread, length: int) -> None:
+        if thread.live is not None:
+            own = length - len(thread.prefix)
+            if own < thread.turns.assigned and (readers := self.live.readers(thread)):
+                raise ValueError(
+                    f"truncate: thread {readers[0].id} has seen what would go of thread {thread.id} (its own tokens "
+                    f"from {own} on); cut it before the next token is computed, or end those that see it first"
+                )
+            thread.turns.cut(own)
         kv = thread.kv
         for child in thread.forks_beyond(length):
             if child.kv.branch is None:

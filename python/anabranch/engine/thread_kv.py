@@ -7,7 +7,7 @@ token just sampled (its KV is computed by the step that needs the next token's l
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from anabranch.engine.request import Request
     from anabranch.kv.cache import TreeCache
     from anabranch.kv.step import Branch
+    from anabranch.kv.views import Read
 
 
 class EngineThread(ThreadState["EngineThread"]):
@@ -54,6 +55,7 @@ class PrefillChunk:
     position: int
     segments: Sequence[int] = ()  # of each token, where the model adds segment vectors to K and V
     done: int = 0
+    reads: list[list[Read]] = field(default_factory=list)  # of each token, where its thread sees others
 
     @property
     def left(self) -> int:
@@ -154,11 +156,16 @@ class ThreadKV:
         """For a thread with a prompt of its own: a sibling in the cache whose prompt begins alike, and for how many
         tokens (`least` or more): that far its KV is this thread's as well."""
         thread = self.thread
-        if thread.role != "fresh" or thread.parent is None or any(s.spliced for s in thread.segments):
+        if (
+            thread.role != "fresh"
+            or thread.live is not None
+            or thread.parent is None
+            or any(s.spliced for s in thread.segments)
+        ):
             return None
         best: tuple[ThreadKV, int] | None = None
         mine = thread.own[: thread.prompt_length]
-        siblings = (child.kv for child in thread.parent.children if child.role == "fresh")
+        siblings = (child.kv for child in thread.parent.children if child.role == "fresh" and child.live is None)
         cached = (kv for kv in siblings if kv.opened)
         for kv in islice(cached, 8):
             other = kv.thread

@@ -20,7 +20,9 @@ from anabranch.backends.base import PreparesPool
 from anabranch.kv.arguments import _branch, _device, _number, _positions, _rows, _size
 from anabranch.kv.model import shape_for
 from anabranch.kv.step import Branch, Step
+from anabranch.kv.views import Views, core_views
 from anabranch.kv.watch import Watch
+from anabranch.ops.rotary import Rotary
 from anabranch.plan.planner import Planner
 
 
@@ -64,6 +66,8 @@ class TreeCache:
         device: "cpu" or a CUDA device.
         max_positions: positions that the model has embeddings for, where they are looked up in a table (GPT-2, OPT);
             `step` refuses to go beyond. None: no limit (rotary embeddings).
+        rotary: the model's rotary embeddings, one for all layers or one a layer (None: a layer that knows no
+            positions); only rows that read other branches under a position offset (`Read`) need it.
 
     Not safe for use by several threads at once.
     """
@@ -78,6 +82,7 @@ class TreeCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         max_positions: int | None = None,
+        rotary: Rotary | Sequence[Rotary | None] | None = None,
     ) -> None:
         num_layers, num_kv_heads, head_dim, num_pages, page_size = (
             _size(name, value)
@@ -103,6 +108,7 @@ class TreeCache:
         self.num_pages = num_pages
         self.page_size = page_size
         self.max_positions = max_positions
+        self._rotary: Any = _rotary(rotary, num_layers, head_dim)
         self.dtype = dtype
         device = _device(device)
         if device.type == "cuda" and device.index is None:
@@ -156,7 +162,7 @@ class TreeCache:
             shape.num_layers, shape.num_kv_heads, shape.head_dim, num_pages, page_size, dtype, device,
             max_positions=shape.max_positions,
         )  # fmt: skip
-        cache._watch = shape.watch
+        cache._watch, cache._rotary = shape.watch, shape.rotary
         return cache
 
     @property
@@ -179,7 +185,12 @@ class TreeCache:
         self._watch.forked(branch, kids)
         return kids
 
-    def step(self, rows: Mapping[Branch, int], positions: Mapping[Branch, Tensor] | None = None) -> Step:
+    def step(
+        self,
+        rows: Mapping[Branch, int],
+        positions: Mapping[Branch, Tensor] | None = None,
+        views: Views | None = None,
+    ) -> Step:
         """Reserves new rows: slots for their K and V, positions, and the plan of who sees what.
 
         A branch whose part-filled tail page is shared gets its own copy of that page first: all such branches, all
@@ -189,6 +200,9 @@ class TreeCache:
             rows: how many new tokens each branch gets; rows follow the dict's order.
             positions: logical positions for some branches, integers [rows of that branch]; default: from
                 ``branch.position`` on. The branch goes on from the last one given + 1.
+            views: what the rows of some branches read beside their own branch: a list of `Read`, or one list a row. A
+                row sees each token once, as its own branch has it, else as the first `Read` that holds it says. Rows
+                of one step may see one another: K and V of all are written before any attends.
 
         Raises:
             OutOfPages: too few free pages for all branches together; nothing was changed.
@@ -200,11 +214,13 @@ class TreeCache:
         if self.max_positions is not None:
             self._check_limit(rows, given)
         self._watch.check_step(rows, given)
-        core = self._core.step(rows, given)
+        seen, turned = ({}, False) if views is None else core_views(views, rows)
+        rotary = self._rotary_of_layers() if turned else ()
+        core = self._core.step(rows, given, seen)
         if core.num_copies:
             src, dst, filled = torch.from_numpy(core.copies()).unbind(0)
             self._backend.copy_pages(self._pool, src, dst, filled)
-        step = Step(self, core, tuple(rows))
+        step = Step(self, core, tuple(rows), rotary=rotary)
         self._watch.stepped(step)
         return step
 
@@ -347,6 +363,21 @@ class TreeCache:
         """Logical positions of a branch's tokens, int64 [length], in context order, on the CPU."""
         return torch.from_numpy(self._core.positions(_branch(branch, "positions")))
 
+    def require_rotary(self) -> None:
+        """Raise ValueError, with the reason, where rows cannot read other branches under a position offset."""
+        self._rotary_of_layers()
+
+    def _rotary_of_layers(self) -> Sequence[Rotary | None]:
+        """The rotary embeddings of each layer; ValueError where nobody knows them."""
+        if callable(self._rotary):
+            self._rotary = self._rotary()  # the model is asked at the first use
+        if self._rotary is None:
+            raise ValueError(
+                "views: a Read has an offset, and this cache does not know how its keys were rotated; make it with "
+                "TreeCache.for_model(model), or pass rotary=ab.Rotary(frequencies)"
+            )
+        return self._rotary  # type: ignore[no-any-return]
+
     def _check_limit(self, rows: Mapping[Branch, int], given: Mapping[Branch, Any]) -> None:
         """Raise for a branch whose new rows would lie past the positions that the model has embeddings for."""
         for branch, count in rows.items():
@@ -380,6 +411,19 @@ class TreeCache:
             f"{self.device}, pages={u.pages_total - u.pages_free}/{u.pages_total} × {self.page_size}, "
             f"tokens={u.tokens_physical} for {u.tokens_logical})"
         )
+
+
+def _rotary(given: Any, num_layers: int, head_dim: int) -> list[Rotary | None] | None:
+    """One a layer, checked."""
+    if given is None:
+        return None
+    every = [given] * num_layers if isinstance(given, Rotary) else list(given)
+    if len(every) != num_layers or not all(r is None or isinstance(r, Rotary) for r in every):
+        raise ValueError(f"rotary: expected an ab.Rotary, or a list of {num_layers} (one a layer), got {told(given)}")
+    for rotary in every:
+        if rotary is not None and 2 * len(rotary.frequencies) > head_dim:
+            raise ValueError(f"rotary: {len(rotary.frequencies)} pairs do not fit in head_dim={head_dim}")
+    return every
 
 
 def free_memory(device: torch.device) -> int:

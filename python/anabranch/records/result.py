@@ -33,6 +33,17 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Sight:
+    """What a thread saw beside its own context, live, from its own token number ``begin`` on (`Thread.see`): the ids of
+    the threads, whether they stood one behind another in front of it, and what it saw of the same step."""
+
+    begin: int
+    others: tuple[str, ...]
+    lined_up: bool
+    same_step: str
+
+
+@dataclass(frozen=True)
 class Node:
     """One thread of the tree.
 
@@ -44,6 +55,8 @@ class Node:
     "killed".
     ``runs``: its tokens by origin, prompt included; ``forgotten``: what was cut off on the way. ``log``: all that was
     done to it, in order: what `ab.replay` does again (not part of comparisons).
+    ``turns``, ``sights``: of a thread that saw others while it wrote, or was seen. Its own tokens, prompt included,
+    were computed in these turns, (turn, how many) each; a row sees what its sight names of the turns up to its own.
     """
 
     id: str
@@ -60,6 +73,8 @@ class Node:
     children: tuple[Node, ...] = ()
     sees: tuple[tuple[str, int], ...] = ()
     log: tuple[Action, ...] = field(default=(), compare=False, repr=False)
+    turns: tuple[tuple[int, int], ...] = ()
+    sights: tuple[Sight, ...] = ()
 
     def walk(self) -> Iterator[Node]:
         """This node and all below it, depth first."""

@@ -11,13 +11,15 @@ Layout (version 2)::
               "forgotten": [as runs],
               "children": [nodes], "sees": [[id, tokens]],
               "log": [{"do", "token_ids", "children", "mode", "length", "headers", "segments",
-                       "clock", "position"}]},
+                       "clock", "position"}],
+              "turns": [[turn, tokens]], "sights": [{"begin", "others", "lined_up", "same_step"}]},
      "metrics": {…}, "pieces": {id: str | [byte]} | null}
 
 ``pieces`` is what each token id reads as in the middle of a text (its bytes, where they are no whole characters), null
 without a tokenizer and missing in traces from before it was kept. ``logprobs`` is null unless they were asked for
 (``generate(logprobs=True)``). ``log`` is what was done to a thread, in order (`anabranch.records.actions.Action`):
-`ab.replay` does it again. ``kv_segment`` and ``segments`` may be missing (0, none). Version 1, which had neither log
+`ab.replay` does it again. ``kv_segment`` and ``segments`` may be missing (0, none); ``turns`` and
+``sights`` are those of `Node`, and may be left out. Version 1, which had neither log
 nor log-probabilities and fewer metrics, is still read; it cannot be replayed.
 """
 
@@ -33,7 +35,7 @@ from anabranch.records.actions import Action
 from anabranch.records.files import write_whole
 from anabranch.records.joins import JOINS
 from anabranch.records.metrics import Metrics, overhead_of
-from anabranch.records.result import Node, Result, Run
+from anabranch.records.result import Node, Result, Run, Sight
 
 __all__ = ["SCHEMA", "VERSION", "Trace", "load", "save"]
 
@@ -274,10 +276,30 @@ def _action(data: Any, at: str) -> Action:
     )
 
 
-def _sight(data: Any, at: str) -> tuple[str, int]:
+def _seen(data: Any, at: str) -> tuple[str, int]:
     if len(_want(data, (list, tuple), at)) != 2:
         raise ValueError(f"{at}: expected a thread and how many tokens of it, got {data!r:.60}")
     return _want(data[0], str, at), _natural(data[1], at)
+
+
+def _turn(data: Any, at: str) -> tuple[int, int]:
+    _want(data, (list, tuple), at)
+    if len(data) != 2:
+        raise ValueError(f"{at}: expected a turn and a number of tokens, got {data!r:.60}")
+    return _natural(data[0], at), _natural(data[1], at)
+
+
+def _sight(data: Any, at: str) -> Sight:
+    _want(data, dict, at)
+    same_step = _get(data, "same_step", at, str)
+    if same_step not in ("all", "before", "none"):
+        raise ValueError(f"{at}.same_step: expected 'all', 'before' or 'none', got {same_step!r}")
+    return Sight(
+        begin=_natural(_get(data, "begin", at, int), f"{at}.begin"),
+        others=tuple(_list(data, "others", at, lambda v, at: _want(v, str, at))),
+        lined_up=_get(data, "lined_up", at, bool),
+        same_step=same_step,
+    )
 
 
 def _node(data: Any, at: str) -> Node:
@@ -298,8 +320,10 @@ def _node(data: Any, at: str) -> Node:
         runs=tuple(_list(data, "runs", at, _run)),
         forgotten=tuple(_list(data, "forgotten", at, _run)),
         children=tuple(_list(data, "children", at, _node)),
-        sees=tuple(_list(data, "sees", at, _sight)) if "sees" in data else (),  # older traces have none
+        sees=tuple(_list(data, "sees", at, _seen)) if "sees" in data else (),  # older traces have none
         log=tuple(_list(data, "log", at, _action)),
+        turns=tuple(_list({"turns": [], **data}, "turns", at, _turn)),
+        sights=tuple(_list({"sights": [], **data}, "sights", at, _sight)),
     )
     held = [t for run in node.runs if run.kind != "prompt" for t in run.token_ids]
     if held != list(node.token_ids):

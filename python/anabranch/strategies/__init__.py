@@ -8,6 +8,7 @@ from anabranch.strategies.calls.apr import APR
 from anabranch.strategies.calls.asyncthink import AsyncThink
 from anabranch.strategies.calls.leap import LeaP
 from anabranch.strategies.calls.pacore import PaCoRe
+from anabranch.strategies.live import GroupThink, Hogwild, HogwildPrompts
 from anabranch.strategies.plain import Plain, Sequential
 from anabranch.strategies.sampling.aspects import Aspects
 from anabranch.strategies.sampling.entropy_fork import EntropyFork
@@ -52,6 +53,9 @@ __all__ = [
     "DeepConf",
     "Ended",
     "EntropyFork",
+    "GroupThink",
+    "Hogwild",
+    "HogwildPrompts",
     "LeaP",
     "MedVerse",
     "Multiverse",

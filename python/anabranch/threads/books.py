@@ -218,6 +218,9 @@ class Books(Generic[State]):
         for state in states:
             self.end(state, fate)
 
+    def see(self, thread: Thread, others: Sequence[Thread], lined_up: bool, same_step: str) -> None:
+        raise ValueError("see: live sharing needs KV of one's own, which this host does not have; use a local Engine")
+
     def end(self, thread: State, fate: str) -> None:
         """End a thread now, with its children."""
         if not thread.alive:
@@ -394,6 +397,10 @@ class Books(Generic[State]):
     def holds(self, thread: State) -> bool:
         """Whether all of a thread is there to be forked, joined or decoded."""
         return True
+
+    def along(self, thread: State) -> list[State]:
+        """Threads that must be held when this one goes on by a token."""
+        return [thread]
 
     def may_fork(self, thread: State) -> bool:
         """Whether a thread's children can begin now."""

@@ -47,6 +47,8 @@ def build_node(host: Books[Any], thread: AnyThread) -> Node:
         children=tuple(build_node(host, child) for child in thread.children),
         sees=tuple((segment.source or "", len(segment.token_ids)) for segment in thread.seen),
         log=tuple(map(_action, thread.log)),
+        turns=thread.live.pairs() if thread.live is not None else (),
+        sights=tuple(view.recorded() for view in thread.live.views) if thread.live is not None else (),
     )
 
 

@@ -15,9 +15,10 @@ from typing import Any, Generic, TypeVar
 from anabranch.records.actions import Action
 from anabranch.strategies.api.awaitable import Awaitable
 from anabranch.strategies.api.host import Host
-from anabranch.strategies.api.ops import Ended, Op
+from anabranch.strategies.api.ops import Decode, Ended, Op
 from anabranch.strategies.api.thread import Thread
 from anabranch.text.tokens import Reader
+from anabranch.threads.live import Turns
 from anabranch.threads.running import RunningDecode, RunningScore
 
 State = TypeVar("State", bound="ThreadState[Any]")
@@ -83,6 +84,18 @@ class ThreadState(Generic[State]):
         self.decode: RunningDecode[Any] | None = None  # what is settled about the decode at the head of its queue
         self.score: RunningScore | None = None
         self.reader: Reader | None = None  # tells the thread's text to whoever streams it
+        self.live: Turns | None = None  # of a thread that sees others while it writes, or is seen
+
+    @property
+    def turns(self) -> Turns:
+        """Of a thread that sees others, or is seen."""
+        assert self.live is not None
+        return self.live
+
+    @property
+    def samples(self) -> bool:
+        """Whether a decode is at the head of its queue."""
+        return bool(self.queue) and isinstance(self.queue[0], Decode)
 
     @property
     def running(self) -> RunningDecode[Any]:

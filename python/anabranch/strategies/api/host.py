@@ -80,6 +80,9 @@ class Host(Protocol):
     def kill(self, children: Sequence[Thread], fate: str) -> None:
         """End children of one thread now, with their own; what they hold is free."""
 
+    def see(self, thread: Thread, others: Sequence[Thread], lined_up: bool, same_step: str) -> None:
+        """From the next turn on `thread` also sees `others`, as `Thread.see` says."""
+
     def start(self, generator: Generator[Any, Any, Any]) -> Awaitable:
         """Run a generator beside the one that runs now."""
 

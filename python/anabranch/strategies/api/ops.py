@@ -82,7 +82,7 @@ class InsertOp(Op):
 class ForkOp(Op):
     """Children to begin with all of the thread's context, and with what those of its children that they are to see have
     written (the first so many tokens; None: all, once nothing is queued on it); its value: these children. `segments`:
-    of each, if given."""
+    of each, if given. Each begins `apart` positions behind the one before."""
 
     def __init__(
         self,
@@ -90,9 +90,10 @@ class ForkOp(Op):
         children: list[Thread],
         segments: Sequence[int] | None = None,
         sees: Sequence[tuple[Thread, int | None]] = (),
+        apart: int = 0,
     ):
         super().__init__(thread)
-        self.children, self.sees = children, list(sees)
+        self.children, self.sees, self.apart = children, list(sees), apart
         self.segments = None if segments is None else list(segments)
 
     def without(self, child: Thread) -> None:

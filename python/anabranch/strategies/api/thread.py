@@ -226,6 +226,7 @@ class Thread:
         *,
         segments: Sequence[int] | None = None,
         sees: Sequence[Thread | tuple[Thread, int]] = (),
+        apart: int = 0,
     ) -> list[Thread]:
         """Children that share all of this thread's context, in one block; no KV is copied.
 
@@ -237,8 +238,10 @@ class Thread:
             join brings back the children's own alone. The children begin one past the last position that they see. It
             waits until nothing is queued on those that are seen; they may go on afterwards, unseen, but not
             be cut back. ``(thread, n)``: its first n tokens.
+        apart: each child begins so many positions behind the one before it; 0: all where this thread ends.
         """
         self.check_alive("fork")
+        apart = whole(apart, "fork: apart", hint=" (positions)")
         count = index_of(headers)
         if count is not None and not 1 <= count <= 2**20:
             raise ValueError(f"fork: headers={count}; pass a number from 1 to 2^20, or a list of one header a child")
@@ -259,7 +262,9 @@ class Thread:
         if any(other is self or other.parent is not self or other.role != "fork" for other, _ in seen):
             raise ValueError(f"fork: sees={told(list(sees))}; pass forks of {self!r}")
         children = [self.host.new_thread(self, "fork") for _ in heads]
-        self._submit(ForkOp(self, list(children), segments, seen))  # a list of its own: the caller may change theirs
+        self._submit(
+            ForkOp(self, list(children), segments, seen, apart)
+        )  # a list of its own: the caller may change theirs
         for child, header in zip(children, given, strict=True):
             if header:
                 self._submit(InsertOp(child, header, "inserted", header=True))
@@ -275,6 +280,37 @@ class Thread:
         child = self.host.new_thread(self, "fresh")
         self._submit(InsertOp(child, ids, "prompt"))
         return child
+
+    def see(self, others: Thread | Sequence[Thread], *, lined_up: bool = False, same_step: str = "all") -> None:
+        """From the next turn on, this thread also sees what `others` hold and go on to write: live, token by token.
+
+        Takes effect at once, also in the middle of a decode, and replaces what was said before. All threads of a prompt
+        that see others, or are seen, advance together: in each turn, one forward, every one computes what it has
+        written since the last. Of a fork its own tokens are seen, of any other thread all.
+
+        lined_up: False: tokens stand where they were written. True: `others` stand one behind another in the order
+            given, then this thread, as if they were one sequence, whatever their lengths come to be (needs rotary
+            embeddings; not for a fork, whose beginning has its place).
+        same_step: what it sees of tokens computed in the same turn: "all", "before" (those of threads that come before
+            it), or "none" (they are seen from the next turn on).
+
+        A thread that others have seen cannot forget what they saw, and comes back to its parent by any join mode but
+        "concat".
+        """
+        self.check_alive("see")
+        given = [others] if isinstance(others, Thread) else others
+        if not isinstance(given, Iterable) or not all(isinstance(other, Thread) for other in given):
+            raise TypeError(f"see: others={told(others)}; pass the threads to be seen")
+        seen: list[Thread] = list(given)
+        for i, other in enumerate(seen):
+            other.check_alive(f"see: others[{i}]")
+            if other is self or other.host is not self.host or any(other is twice for twice in seen[:i]):
+                raise ValueError(f"see: others[{i}]={other!r}; pass other threads of the same prompt, each once")
+        if same_step not in ("all", "before", "none"):
+            raise ValueError(f"see: same_step={same_step!r}; pass 'all', 'before' or 'none'")
+        if lined_up and self.role == "fork":
+            raise ValueError(f"see: lined_up=True for {self!r}; a fork goes on from its parent, so spawn() it instead")
+        self.host.see(self, seen, bool(lined_up), same_step)
 
     def join(
         self,

@@ -23,7 +23,7 @@ class Fork(HostOp[ForkOp]):
     """
 
     def needs(self, host: Books[Any], thread: AnyThread, op: ForkOp) -> list[AnyThread]:
-        return [thread, *(host.state(other) for other, _ in op.sees)]
+        return [*host.along(thread), *(host.state(other) for other, _ in op.sees)]
 
     def waits_for_children(self, host: Books[Any], op: ForkOp) -> bool:
         """For those that are to be seen, and for what the strategy may still have to add to them."""
@@ -68,9 +68,17 @@ class Fork(HostOp[ForkOp]):
             else:
                 headers.append(None)
         names = [child.id for child in children]
-        action = Action("fork", children=names, headers=headers, segments=op.segments or (), clock=thread.clock)
+        action = Action(
+            "fork",
+            children=names,
+            headers=headers,
+            segments=op.segments or (),
+            clock=thread.clock,
+            length=op.apart or None,
+        )
         thread.log.append(action)
-        for child in children:
+        for i, child in enumerate(children):
+            child.start = child.position = child.start + i * op.apart
             if not child.alive:  # killed before it came to be
                 host.free(child)
         host.narrator.forked(thread, names)

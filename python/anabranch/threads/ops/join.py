@@ -32,6 +32,11 @@ class Join(HostOp[JoinOp]):
         for child in children:
             thread.reach(child.clock)
             thread.path_sampled = max(thread.path_sampled, child.path_sampled)
+        if op.mode == "concat" and any(t.live is not None for t in (thread, *children)):
+            raise ValueError(
+                "join: mode='concat' splices KV that depends on what its thread saw of others; take threads that see "
+                "one another back by mode='reprefill', 'summary' or 'discard'"
+            )
         clock = thread.clock
         HOST_JOINS[op.mode].carry_out(host, thread, op, children)
         if children:

@@ -38,6 +38,7 @@ _HOME = {
     "replay": "engine",
     "Strategy": "strategies",
     "Aspects": "strategies",
+    "DraftTree": "strategies",
     "EntropyFork": "strategies",
     "SelfConsistency": "strategies",
     "Sequential": "strategies",

@@ -9,6 +9,8 @@ from typing import Any
 from anabranch import hf
 from anabranch._check import index_of, told, whole
 from anabranch.backends.registry import choose
+from anabranch.engine.drafting import draft_of
+from anabranch.engine.drafts import check_draft
 from anabranch.engine.fit import check_model, check_rotation
 from anabranch.engine.loop import Call
 from anabranch.engine.options import prepare_config
@@ -20,6 +22,7 @@ from anabranch.runner.graph import DecodeGraph, unfit
 from anabranch.runner.invariant import Invariant, check_rows, require_invariant
 from anabranch.runner.linear import linear_context
 from anabranch.strategies import Plain, Strategy
+from anabranch.strategies.plain import is_plain
 from anabranch.text.prompts import Prompt, Text, check_template, split_prompts
 from anabranch.text.tokens import Tokens
 
@@ -211,7 +214,9 @@ class Engine:
                 f"logprobs={logprobs!r}; pass True to record each sampled token's log-probability, or False"
             )
         template = check_template(kwargs.pop("chat_template_kwargs", None))
-        plain = isinstance(getattr(strategy, "strategy", strategy), Plain)
+        plain = is_plain(strategy)
+        if (draft := draft_of(strategy)) is not None:
+            check_draft(draft.draft, self)
         prepared = prepare_config(self.model, config, max_new_tokens, kwargs, samples=not plain)
         samplers = Samplers(self.model, self.tokenizer, prepared, extra, criteria)
         if self._tokens.tokenizer is not self.tokenizer:
@@ -243,6 +248,7 @@ class Engine:
                 emit=buffer.append if streaming else None,
                 prompt=prompts[i],
                 template=template,
+                draft=draft,
             )
             for i, (tokens, s) in enumerate(zip(ids, seeds, strict=True))
         ]

@@ -12,6 +12,7 @@ import torch
 
 from anabranch.engine import logits as next_logits
 from anabranch.engine.costs import Peaks, share
+from anabranch.engine.drafting import Drafting
 from anabranch.engine.ops import record_token
 from anabranch.engine.request import Request
 from anabranch.engine.results import build_result
@@ -36,6 +37,7 @@ class Call:
         self.steps = 0
         self.aborted = False
         self.scheduler = Scheduler(self.cache, self.active, engine.max_rows, engine.max_threads)
+        self.drafting = Drafting(engine, self.scheduler)
         self._busy_in: int | None = None  # id of the Python thread that is inside the loop right now
         self._ended = threading.Event()
 
@@ -86,6 +88,7 @@ class Call:
     def release(self) -> None:
         for request in self.requests:
             request.release()
+        self.drafting.close()
 
     def _finish(self, request: Request, fate: str) -> None:
         for thread in request.threads[1:]:
@@ -111,7 +114,7 @@ class Call:
         begin = time.perf_counter()
         self.scheduler.admit()
         share(time.perf_counter() - begin, "plan", [(request.spent, 1) for request in self.active])
-        if not (ready := self.scheduler.ready()):
+        if not (ready := self.drafting.level(self.scheduler.ready())):
             self._forward()
             ready = self.scheduler.ready()
         if ready:
@@ -127,7 +130,7 @@ class Call:
         entries = self.scheduler.choose(wanted)
         for kv, chunk, _ in entries:
             kv.thread.request.check_position(kv.thread, chunk.position + len(chunk.token_ids) - 1)
-        step, entries = self.scheduler.reserve(entries, wanted)
+        step, entries = self.drafting.reserve(entries) or self.scheduler.reserve(entries, wanted)
         # Work of several prompts is shared out by its rows.
         parts = [(kv.thread.request.spent, n) for kv, _, n in entries]
         if step is None:
@@ -135,21 +138,25 @@ class Call:
             return
         ids = [t for _, f, n in entries for t in f.token_ids[f.done : f.done + n]]
         heads = next_logits.heads(entries)
+        guessed = self.drafting.heads(entries, len(heads))
         launched = time.perf_counter()
         with torch.inference_mode(), own_precision(self.cache.device), self.engine.linear:
-            logits = self._logits(ids, step, [head.row for head in heads])
+            logits = self._logits(ids, step, [head.row for head in (*heads, *guessed)])
             # remove_invalid_values=True, a processor of Transformers, deals with such next_logits.
             if not self.requests[0].samplers.base.config.remove_invalid_values:
-                next_logits.refuse_invalid(logits, heads, entries, type(self.engine.model).__name__, self.steps + 1)
+                next_logits.refuse_invalid(
+                    logits[: len(heads) or 1], heads, entries, type(self.engine.model).__name__, self.steps + 1
+                )
         done = time.perf_counter()
         self.steps += 1
-        for costs, n in parts:
-            costs.seconds["prefill" if n > 1 else "decode"] += (done - launched) * n / step.num_rows
+        for (costs, n), (_, chunk, _) in zip(parts, entries, strict=True):
+            costs.seconds["prefill" if n - chunk.drafted > 1 else "decode"] += (done - launched) * n / step.num_rows
             costs.rows += n
         for costs in dict.fromkeys(costs for costs, _ in parts):
             costs.steps += 1
         for kv, chunk, n in entries:
-            kv.thread.request.longest_context = max(kv.thread.request.longest_context, chunk.branch.length)
+            length = chunk.branch.length - chunk.drafted
+            kv.thread.request.longest_context = max(kv.thread.request.longest_context, length)
             kv.last_step = self.steps
             chunk.done += n
             kv.settle()
@@ -157,6 +164,7 @@ class Call:
             if head.nth == head.kv.thread.length - 1:
                 head.kv.logits, head.kv.logits_at = (logits, at), head.kv.thread.length
         next_logits.record(logits, heads)
+        self.drafting.keep(logits)
         self.peaks.look()
         share(launched - begin + time.perf_counter() - done, "plan", parts)
 
@@ -191,7 +199,7 @@ class Call:
                     logits,
                     contexts,
                     [t.length for t in threads],
-                    [_counted_from(t) for t in threads],
+                    [t.counted_from for t in threads],
                     [t.stream for t in threads],
                     lambda i, threads=threads: _place(threads[i]),
                 )
@@ -204,18 +212,8 @@ class Call:
                 request.max_concurrency = max(request.max_concurrency, together[request])
                 thread.kv.logits = None
                 record_token(request, thread, token, logprobs.get(i) if request.logprobs else None)
+                self.drafting.follow(thread, token)
         share(time.perf_counter() - begin, "sampling", [(r.spent, n) for r, n in together.items()])
-
-
-def _counted_from(thread: EngineThread) -> int:
-    """Length of the prompt that ``min_new_tokens`` and its like count from: the one that begins the thread's context.
-
-    A spawned thread has its own; a fork goes on with its parent's context, and so behind its parent's prompt.
-    """
-    while thread.role == "fork":
-        assert thread.parent is not None
-        thread = thread.parent
-    return thread.prompt_length
 
 
 def _place(thread: EngineThread) -> str:

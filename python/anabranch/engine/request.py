@@ -22,7 +22,8 @@ from anabranch.strategies.api.awaitable import Awaitable
 from anabranch.strategies.api.ops import Decode, InsertOp, JoinOp, Op, ScoreOp
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
-from anabranch.strategies.plain import Plain
+from anabranch.strategies.draft.draft_tree import DraftTree
+from anabranch.strategies.plain import is_plain
 from anabranch.text.prompts import Text
 from anabranch.text.tokens import Stops
 
@@ -47,6 +48,7 @@ class Request:
         emit: Callable[[events.Event], None] | None,
         prompt: Any = None,
         template: Mapping[str, Any] | None = None,
+        draft: DraftTree | None = None,
     ):
         self.index, self.strategy, self.seed, self.prompt = index, strategy, seed, prompt
         # How a chat ends is said of the caller's own; the rest holds for a strategy's as well.
@@ -57,7 +59,8 @@ class Request:
         self.logprobs, self.narrator = logprobs, Narrator(index, text, emit)
         self.position_limit = position_limit
         # Plain decoding ends with a token that nothing follows: like `model.generate`, it needs no position for it.
-        self._last_is_free = isinstance(getattr(strategy, "strategy", strategy), Plain)
+        self._last_is_free = is_plain(strategy)
+        self.draft = draft
         self.sequential = bool(getattr(strategy, "sequential", False))
         self.tasks = Tasks(type(strategy).__name__, self.drained)
         self.threads: list[EngineThread] = []

@@ -71,6 +71,8 @@ def build_result(engine: Any, request: Request, peaks: Peaks) -> Result:
         steps=spent.steps,
         rows=spent.rows,
         preemptions=spent.preemptions,
+        draft_tokens=spent.drafted,
+        accepted_tokens=spent.accepted,
         **peaks.as_metrics(),
     )
     model = engine.model

@@ -56,14 +56,14 @@ class Scheduler:
     def ready(self) -> list[EngineThread]:
         """Threads that can be given a token without another forward."""
         threads = (t for decoding in self.decoding.values() for t in decoding)
-        return [t for t in threads if t.kv.has_logits and not t.kv.pending]
+        return [t for t in threads if t.kv.ready]
 
     def all_wanted(self) -> list[ThreadKV]:
         """Threads of all prompts that must be brought into the cache now."""
         self._needed.clear()
-        return [kv for request in self.active for kv in self._wanted(request)]
+        return [kv for request in self.active for kv in self.wanted(request)]
 
-    def _wanted(self, request: Request) -> list[ThreadKV]:
+    def wanted(self, request: Request) -> list[ThreadKV]:
         """Threads that must be brought into the cache now, parents before their forks."""
         wanted: dict[EngineThread, None] = {}
         decoding = self.decoding[request]
@@ -80,7 +80,7 @@ class Scheduler:
                     while chain[-1].kv.branch is None and not chain[-1].kv.may_open:
                         chain.append(chain[-1].parent)  # type: ignore[arg-type]
                     wanted.update(dict.fromkeys(reversed(chain)))
-        waiting = request in self._queueing or any(t.kv.has_logits and not t.kv.pending for t in decoding)
+        waiting = request in self._queueing or any(t.kv.ready for t in decoding)
         if not wanted and not waiting:
             raise RuntimeError(
                 f"{type(request.strategy).__name__}: nothing is left to do, but run() still waits for "
@@ -132,15 +132,8 @@ class Scheduler:
             return None, entries  # only branches had to be opened
         stuck: list[ThreadKV] = []  # those that cannot go on though all that may leave has left
         while True:
-            positions = {
-                chunk.branch: torch.arange(
-                    chunk.position + chunk.done, chunk.position + chunk.done + count, device="cpu"
-                )
-                for _, chunk, count in entries
-                if chunk.branch.position != chunk.position + chunk.done
-            }
             try:
-                return self.cache.step({chunk.branch: count for _, chunk, count in entries}, positions or None), entries
+                return self.step(entries), entries
             except OutOfPages as error:
                 shortage = error
             oldest, youngest = (pick((kv for kv, _, _ in entries), key=_age) for pick in (min, max))
@@ -175,6 +168,15 @@ class Scheduler:
                 "make the engine with a larger num_pages, "
                 f"or use a shorter prompt, fewer threads or a smaller max_new_tokens ({shortage})"
             )
+
+    def step(self, entries: list[tuple[ThreadKV, PrefillChunk, int]]) -> Step:
+        """Reserve the rows in the cache; `OutOfPages` when there are too few pages for them."""
+        positions = {
+            chunk.branch: torch.arange(chunk.position + chunk.done, chunk.position + chunk.done + count, device="cpu")
+            for _, chunk, count in entries
+            if chunk.branch.position != chunk.position + chunk.done
+        }
+        return self.cache.step({chunk.branch: count for _, chunk, count in entries}, positions or None)
 
     def _giving_way(self, stuck: list[ThreadKV]) -> ThreadKV | None:
         """When nothing moves: the youngest of `stuck` that can leave, to let one on that cannot."""

@@ -6,7 +6,7 @@ token just sampled (its KV is computed by the step that needs the next token's l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from anabranch.strategies.api.thread import Thread
 from anabranch.text.tokens import Reader
 
 if TYPE_CHECKING:
+    from anabranch.engine.drafts.tree import Ahead, DraftNode
     from anabranch.engine.request import Request
     from anabranch.engine.running import RunningDecode, RunningScore
     from anabranch.kv.cache import TreeCache
@@ -53,15 +54,32 @@ class EngineThread(ThreadState["EngineThread"]):
         assert self.decode is not None
         return self.decode
 
+    @property
+    def counted_from(self) -> int:
+        """Length of the prompt that ``min_new_tokens`` and its like count from: the one that begins its context.
+
+        A spawned thread has its own; a fork goes on with its parent's context, and so behind its parent's prompt.
+        """
+        thread = self
+        while thread.role == "fork":
+            assert thread.parent is not None
+            thread = thread.parent
+        return thread.prompt_length
+
 
 @dataclass
 class PrefillChunk:
-    """A run of tokens to be cached next: on `branch`, from position `position`, the first `done` of them already."""
+    """A run of tokens to be cached next: on `branch`, from position `position`, the first `done` of them already.
+
+    The last `drafted` of them are guesses; `guesses`: those of them that no other chunk of the step has.
+    """
 
     branch: Branch
     token_ids: list[int]
     position: int
     done: int = 0
+    drafted: int = 0
+    guesses: Sequence[DraftNode] = ()
 
     @property
     def left(self) -> int:
@@ -76,6 +94,7 @@ class ThreadKV:
         self.branch: Branch | None = None  # None: not in the cache (not started, or pre-empted)
         self.logits: tuple[torch.Tensor, int] | None = None  # (of a step [rows, vocabulary], row): the next token's
         self.logits_at = -1  # thread length they belong to
+        self.ahead: Ahead | None = None  # where a draft's verified scores take it (drafting.py)
         self.pinned = False  # cannot be rebuilt from its tokens, so it is never pre-empted
         self.last_step = 0  # the last step it had rows in
         self._rebuild: Iterator[PrefillChunk] | None = None
@@ -100,14 +119,19 @@ class ThreadKV:
         return self.logits is not None and self.logits_at == self.thread.length
 
     @property
+    def ready(self) -> bool:
+        """Whether it can be given a token without another forward."""
+        return self.has_logits and (not self.pending or self.ahead is not None)
+
+    @property
     def opened(self) -> bool:
         """In the cache as far as it goes: what is missing are its last tokens."""
         return self.branch is not None and self._rebuild is None
 
     @property
     def in_cache(self) -> bool:
-        """All of it, ready to fork or be joined."""
-        return self.branch is not None and self._rebuild is None and self.branch.length == self.thread.length
+        """All of it, ready to fork or be joined. (While its decode goes on there may be verified guesses behind it.)"""
+        return self.branch is not None and self._rebuild is None and self.branch.length >= self.thread.length
 
     @property
     def rebuilding(self) -> bool:
@@ -226,4 +250,4 @@ class ThreadKV:
         for branch in [*self._scratch, self.branch]:
             if branch is not None and branch.alive:
                 cache.release(branch)
-        self.branch, self._rebuild, self._chunk, self._scratch = None, None, None, []
+        self.branch, self._rebuild, self._chunk, self._scratch, self.ahead = None, None, None, [], None

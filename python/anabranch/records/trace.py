@@ -33,6 +33,7 @@ from anabranch.records.result import Node, Result, Run
 __all__ = ["SCHEMA", "VERSION", "Trace", "load", "save"]
 
 SCHEMA, VERSION = "anabranch.records.trace", 2
+_LATER = ("draft_tokens", "accepted_tokens")  # metrics that traces of this version may lack: there were none yet
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Trace:
             )
         metrics = _get(data, "metrics", "trace", dict)
         known = {f.name for f in fields(Metrics)}
+        metrics = {**dict.fromkeys(_LATER, 0), **metrics}
         for f in fields(Metrics):
             if f.name in metrics:
                 continue

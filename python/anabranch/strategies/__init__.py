@@ -4,6 +4,7 @@ from anabranch.strategies.api.awaitable import ThreadGone, first, gather
 from anabranch.strategies.api.ops import Decode, Ended, TokenStats
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
+from anabranch.strategies.draft.draft_tree import DraftTree
 from anabranch.strategies.plain import Plain, Sequential
 from anabranch.strategies.sampling.aspects import Aspects
 from anabranch.strategies.sampling.entropy_fork import EntropyFork
@@ -15,6 +16,7 @@ from anabranch.strategies.tagged.threadweaver import ThreadWeaver
 __all__ = [
     "Aspects",
     "Decode",
+    "DraftTree",
     "Ended",
     "EntropyFork",
     "Plain",

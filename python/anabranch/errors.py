@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from anabranch._core import DeadBranch, OutOfPages
 
-__all__ = ["BackendUnavailable", "DeadBranch", "OutOfPages", "TopologyChanged"]
+__all__ = ["BackendUnavailable", "DeadBranch", "OutOfPages", "RemoteError", "TopologyChanged"]
 
 
 class BackendUnavailable(RuntimeError):
@@ -13,3 +13,7 @@ class BackendUnavailable(RuntimeError):
 
 class TopologyChanged(RuntimeError):
     """A CUDA graph was being captured, and the tree changed in it: what it records would be right for one step only."""
+
+
+class RemoteError(RuntimeError):
+    """A server cannot be reached, refuses a request, or is not what the caller takes it for."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from anabranch import hf
-from anabranch._check import index_of, told, whole
+from anabranch._check import seeds_of, told, whole
 from anabranch.backends.registry import choose
 from anabranch.engine.drafting import draft_of
 from anabranch.engine.drafts import check_draft
@@ -223,7 +223,7 @@ class Engine:
             self._tokens = Tokens(self.tokenizer)
         text = Text(self.tokenizer, self.vocab_size, samplers.base.eos_ids, self._tokens)
         prompts, many = split_prompts(prompt)
-        seeds = _seeds(seed, len(prompts))
+        seeds = seeds_of(seed, len(prompts))
         ids = [text.prompt_ids(p, f"prompt[{i}]" if many else "prompt", template) for i, p in enumerate(prompts)]
         # Without anything that could end it early, plain decoding writes all it may; its last token needs no place.
         base = samplers.base
@@ -265,16 +265,6 @@ class Engine:
                     f"make the engine with num_pages of at least {-(-(len(tokens) + more) // size) + (not more)}"
                     + (", or use a smaller max_new_tokens" if more else "")
                 )
-
-
-def _seeds(seed: Any, count: int) -> list[int]:
-    """One seed a prompt."""
-    one = index_of(seed)
-    many = isinstance(seed, (list, tuple)) or getattr(seed, "ndim", 0) == 1
-    seeds = [index_of(s) for s in seed] if many else [one] * count
-    if len(seeds) != count or any(s is None or s < 0 for s in seeds):
-        raise ValueError(f"seed={told(seed)}; pass a whole number ≥ 0, or a list of {count} (one a prompt)")
-    return seeds  # type: ignore[return-value]
 
 
 def _check_positions(ids: list[list[int]], limit: int | None, many: bool) -> None:

@@ -11,11 +11,9 @@ from typing import Any
 import torch
 
 from anabranch.engine import logits as next_logits
-from anabranch.engine.costs import Peaks, share
 from anabranch.engine.drafting import Drafting
-from anabranch.engine.ops import record_token
+from anabranch.engine.peaks import Peaks
 from anabranch.engine.request import Request
-from anabranch.engine.results import build_result
 from anabranch.engine.scheduler import Scheduler
 from anabranch.engine.thread_kv import EngineThread
 from anabranch.hf.probe import own_precision
@@ -23,6 +21,9 @@ from anabranch.records import events
 from anabranch.records.result import Result
 from anabranch.runner.eager import forward
 from anabranch.runner.modes import evaluating
+from anabranch.threads.costs import share
+from anabranch.threads.ops import record_token
+from anabranch.threads.results import build_result
 
 
 class Call:
@@ -96,11 +97,18 @@ class Call:
         request.finished, request.trunk.fate = True, fate
         self.active.remove(request)
         request.narrator.tell_rest(request.trunk)
-        result = build_result(self.engine, request, self.peaks)
+        result = build_result(request, self._info(request), self.peaks.as_metrics())
         request.release()
         self.results[request.index] = result
         if request.narrator.emit:
             request.narrator.emit(events.Finish(request.index, result))
+
+    def _info(self, request: Request) -> dict[str, Any]:
+        model = self.engine.model
+        return {
+            "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+            "config": dict(request.samplers.settings),
+        }
 
     def _advance(self) -> None:
         for request in list(self.active):

@@ -1,334 +1,96 @@
-"""One prompt in the engine: its threads, the queue of each, its strategy's tasks and its counts."""
+"""One prompt in the engine: the books of its threads, and their place in the cache."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from inspect import isgenerator
+from collections.abc import Sequence
 from typing import Any
 
-from anabranch.engine.costs import Costs
-from anabranch.engine.cuts import rewind
-from anabranch.engine.narrator import Narrator
-from anabranch.engine.ops import engine_op
-from anabranch.engine.running import RunningDecode
-from anabranch.engine.sampling import Samplers, random_stream
-from anabranch.engine.tasks import Task, Tasks
+from anabranch.engine.ops import ENGINE_OPS
+from anabranch.engine.sampling import Sampler, Samplers, random_stream
 from anabranch.engine.thread_kv import EngineThread
 from anabranch.kv.cache import TreeCache
-from anabranch.records import events
-from anabranch.records.actions import Action
-from anabranch.strategies.api.awaitable import Awaitable
-from anabranch.strategies.api.ops import Decode, InsertOp, JoinOp, Op, ScoreOp
-from anabranch.strategies.api.strategy import Strategy
-from anabranch.strategies.api.thread import Thread
 from anabranch.strategies.draft.draft_tree import DraftTree
-from anabranch.strategies.plain import is_plain
-from anabranch.text.prompts import Text
-from anabranch.text.tokens import Stops
+from anabranch.threads.books import Books
 
 
-class Request:
-    """The `Host` of one prompt's threads. Carries out what needs no forward; says what does."""
+class Request(Books[EngineThread]):
+    """Says what needs a forward, and keeps each thread's KV in step with its tokens."""
 
-    def __init__(
-        self,
-        index: int,
-        token_ids: list[int],
-        strategy: Strategy,
-        seed: int,
-        *,
-        cache: TreeCache,
-        text: Text,
-        samplers: Samplers,
-        max_new_tokens: int,
-        max_total_tokens: int | None,
-        logprobs: bool,
-        position_limit: int | None = None,
-        emit: Callable[[events.Event], None] | None,
-        prompt: Any = None,
-        template: Mapping[str, Any] | None = None,
-        draft: DraftTree | None = None,
-    ):
-        self.index, self.strategy, self.seed, self.prompt = index, strategy, seed, prompt
-        # How a chat ends is said of the caller's own; the rest holds for a strategy's as well.
-        own = ("add_generation_prompt", "continue_final_message")
-        self._template = {k: v for k, v in (template or {}).items() if k not in own}
-        self.cache, self.samplers, self._text = cache, samplers, text
-        self.max_new_tokens, self.max_total_tokens = max_new_tokens, max_total_tokens
-        self.logprobs, self.narrator = logprobs, Narrator(index, text, emit)
-        self.position_limit = position_limit
-        # Plain decoding ends with a token that nothing follows: like `model.generate`, it needs no position for it.
-        self._last_is_free = is_plain(strategy)
-        self.draft = draft
-        self.sequential = bool(getattr(strategy, "sequential", False))
-        self.tasks = Tasks(type(strategy).__name__, self.drained)
-        self.threads: list[EngineThread] = []
-        self._states: dict[Thread, EngineThread] = {}
-        self.queued: dict[EngineThread, None] = {}  # threads with something in their queue, in order of arrival
-        self.sampled = self.inserted = self.max_concurrency = self.longest_context = 0
-        self.malformed_reasons: list[str] = []
-        self._asked: EngineThread | None = None  # whose until() is being called
-        self.spent = Costs()
-        self.started: float | None = None
-        self.finished = False
-        self.trunk = self._make(None, "trunk", (0,))
-        self.trunk.prompt_length = len(token_ids)
-        self.trunk.append(token_ids, "prompt")
-        self.trunk.clock = 0  # the prompt is not part of the answer's critical path
-        self.main: Task | None = None
+    ops = ENGINE_OPS
 
-    # ---------------------------------------------------------------------------------------- life
+    def __init__(self, *args: Any, cache: TreeCache, samplers: Samplers, draft: DraftTree | None = None, **kwargs: Any):
+        self.cache, self.samplers, self.draft = cache, samplers, draft
+        super().__init__(*args, **kwargs)
 
-    def start_strategy(self) -> None:
-        self.started = time.perf_counter()
-        running = self.strategy.run(self.trunk.handle)
-        if isgenerator(running):
-            self.main = self.tasks.start(running, 0)
-        else:  # a run() without any yield has already queued all it wants
-            self.main = Task(iter(()), 0)  # type: ignore[arg-type]
-            self.main.resolve(running, 0)
+    def record(self, parent: EngineThread | None, path: tuple[int, ...], role: str) -> EngineThread:
+        return EngineThread(self, parent, path, role, len(self.threads), random_stream(self.seed, path))
 
-    @property
-    def over(self) -> bool:
-        return self.main is not None and self.main.done and not self.trunk.queue
+    def sampling(self, overrides: tuple[tuple[str, Any], ...]) -> Sampler:
+        return self.samplers.get(overrides)
 
-    def critical_path(self) -> int:
-        assert self.main is not None
-        # Run one after another, every token is on the path.
-        return self.sampled + self.inserted if self.sequential else max(self.main.now, self.trunk.clock)
+    def holds(self, thread: EngineThread) -> bool:
+        return thread.kv.in_cache
 
-    def release(self) -> None:
-        """Give back every page and end every generator. Safe at any moment, and twice."""
-        for thread in self.threads:
-            thread.kv.release(self.cache)
-            thread.kv.logits = None
-        self.tasks.close()
+    def may_fork(self, thread: EngineThread) -> bool:
+        return (thread.kv.has_logits or not self._rewind(thread)) and thread.kv.in_cache
 
-    # ---------------------------------------------------------------------------------------- Host
+    def hold_children(self, thread: EngineThread, children: Sequence[EngineThread]) -> None:
+        for child, branch in zip(children, self.cache.fork(thread.kv.held, len(children)), strict=True):
+            child.kv.branch, child.kv.logits, child.kv.logits_at = branch, thread.kv.logits, thread.kv.logits_at
 
-    def clock(self) -> int:
-        if self._asked is not None:  # what an until() asks for comes after the tokens that it has seen
-            return self._asked.clock
-        return self.tasks.current.now if self.tasks.current is not None else 0
+    def hold_joined(self, thread: EngineThread, children: Sequence[EngineThread]) -> None:
+        # The tree takes a child's tokens since its fork from the branch itself; positions come from our own books.
+        self.cache.join(thread.kv.held, [child.kv.held for child in children], mode="concat")
+        last = children[-1].kv
+        if len(children) == 1 and thread.goes_on_as(children[0]) and last.has_logits:
+            # One child and nothing in between: one plain sequence, so the child's next-token logits are the thread's.
+            thread.kv.logits, thread.kv.logits_at = last.logits, last.logits_at
+        for child in children:
+            child.kv.branch = None
+            thread.kv.pinned = thread.kv.pinned or child.kv.pinned
 
-    def encode(self, text: str, backwards: Iterable[int] | None = None) -> list[int]:
-        return self._text.encode(text, backwards)
+    def take_over(self, thread: EngineThread, child: EngineThread) -> None:
+        thread.kv.take_over(child.kv, self.cache)  # its branch and its logits, so not a row is computed
 
-    def encode_prompt(self, prompt: Any) -> list[int]:
-        chat = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-        return self._text.prompt_ids(prompt, template=self._template if chat else None)
+    def cut_needs(self, thread: EngineThread, length: int) -> list[EngineThread]:
+        if any(child.kv.branch is None for child in thread.forks_beyond(length)):
+            return [thread]  # a child that is not in the cache takes what it shares from here, before that is cut
+        if not thread.kv.opened and thread.splits_joined(length):
+            return [thread]  # half of what a child wrote cannot be computed again
+        return []
 
-    def text(self, token_ids: Sequence[int], backwards: Iterable[int]) -> str | None:
-        return self._text.text(token_ids, backwards)
+    def forget(self, thread: EngineThread, length: int) -> None:
+        kv = thread.kv
+        for child in thread.forks_beyond(length):
+            if child.kv.branch is None:
+                child.kv.open(self.cache)
+            child.kv.pinned = True  # what it shares with this thread could not be computed again
+        if kv.rebuilding:
+            kv.release(self.cache)
+        elif kv.branch is not None and kv.branch.length > length:
+            self.cache.truncate(kv.branch, length)
+        kv.pinned = kv.pinned or thread.splits_joined(length)
+        kv.logits = None
 
-    def tag_ids(self, tags: Sequence[str]) -> dict[str, int]:
-        return self._text.tag_ids(tags)
-
-    def blank_at_end(self, token_ids: Sequence[int]) -> int:
-        return self._text.blank_at_end(token_ids)
-
-    def check_ids(self, token_ids: Iterable[int], name: str) -> list[int]:
-        return self._text.check_ids(token_ids, name)
-
-    def check_sampling(self, sampling: Mapping[str, Any] | None) -> None:
-        self.samplers.get(tuple(sorted((sampling or {}).items())))
-
-    def state(self, thread: Thread) -> EngineThread:
-        """The record of a handle."""
-        return self._states[thread]
-
-    def submit(self, op: Op) -> None:
-        thread = self._states[op.thread]
-        thread.queue.append(op)
-        self.queued[thread] = None
-
-    def drained(self, thread: Thread) -> Awaitable:
-        wait, state = Awaitable(), self._states[thread]
-        if state.queue and state.alive:
-            state.waiting.append(wait)
-        else:
-            wait.resolve(thread, state.clock)
-        return wait
-
-    def children(self, thread: Thread) -> list[Thread]:
-        return [child.handle for child in self._states[thread].children]
-
-    def start(self, generator: Generator[Any, Any, Any]) -> Awaitable:
-        return self.tasks.start(generator, self.clock())
-
-    def malformed(self, thread: Thread, why: str) -> None:
-        self.malformed_reasons.append(f"thread {thread.id}: {why}")
-
-    def decoded_text(self, op: Decode) -> str | None:
-        decode = self._states[op.thread].decode
-        if decode is None or decode.op is not op or decode.reader is None:
-            return self.text(op.token_ids, ())
-        return decode.text
-
-    def new_thread(self, parent: Thread, role: str) -> Thread:
-        state = self._states[parent]
-        path = (*state.path, state.next_child)
-        state.next_child += 1
-        return self._make(state, role, path).handle
-
-    def _make(self, parent: EngineThread | None, role: str, path: tuple[int, ...]) -> EngineThread:
-        thread = EngineThread(self, parent, path, role, len(self.threads), random_stream(self.seed, path))
-        self._states[thread.handle] = thread
-        self.threads.append(thread)
-        if role == "fresh" and parent is not None:
-            parent.log.append(Action("spawn", children=[thread.id]))
-            if parent.spawned_at == self.tasks.turn:
-                parent.blocks[-1][1].append(thread)  # spawned in one go: one block
-            else:
-                parent.blocks.append((parent.length, [thread]))
-                parent.spawned_at = self.tasks.turn
-            thread.clock, thread.path_sampled = self.clock(), parent.path_sampled
-            self.narrator.forked(parent, [thread.id], "fresh")
-        return thread
-
-    def kill(self, children: Sequence[Thread], fate: str) -> None:
-        states = [self._states[child] for child in children]
-        for parent in dict.fromkeys(state.parent for state in states if state.parent is not None):
-            names = [state.id for state in states if state.parent is parent]
-            parent.log.append(Action("kill", children=names, mode=fate))
-        for state in states:
-            self.end(state, fate)
-
-    def end(self, thread: EngineThread, fate: str) -> None:
-        """End a thread now, with its children."""
-        if not thread.alive:
-            return
-        thread.reach(self.clock())
-        for op in thread.parent.queue if thread.parent is not None else ():
-            if isinstance(op, JoinOp) and thread.handle in op.children:  # what would take it back does without it
-                op.without(thread.handle)
-                op.issued = max(op.issued, thread.clock)
-        for child in list(thread.children):
-            self.end(child, fate)
-        for op in thread.queue:
-            engine_op(op).drop(self, thread, op, fate)
-            op.resolve(None, thread.clock)
-        thread.queue.clear()
-        self.retire(thread, fate)
-        self.narrator.discarded(thread, fate)
-
-    def retire(self, thread: EngineThread, fate: str) -> None:
-        """A thread takes nothing more; its pages are free."""
-        self.narrator.tell_rest(thread)
-        thread.alive, thread.fate = False, fate
-        thread.kv.release(self.cache)
-        thread.kv.logits = None
-        self.emptied(thread)
-
-    # ---------------------------------------------------------------------------------------- the queues
-
-    def advance(self) -> bool:
-        """Run the strategy and all queued ops that need no forward, until nothing moves; whether anything did."""
-        moved = any_moved = self.tasks.run_ready()
-        while True:
-            for thread in list(self.queued):
-                while (
-                    thread.queue and thread.born and engine_op(thread.queue[0]).advance(self, thread, thread.queue[0])
-                ):
-                    moved = True
-                if not thread.queue:
-                    self.emptied(thread)
-            moved = self.tasks.run_ready() or moved
-            if not moved:
-                return any_moved
-            any_moved, moved = True, False
-
-    def emptied(self, thread: EngineThread) -> None:
-        """A thread has nothing queued any more: whoever waits for that goes on."""
-        self.queued.pop(thread, None)
-        waiting, thread.waiting = thread.waiting, []
-        for wait in waiting:
-            wait.resolve(thread.handle, thread.clock)
-
-    # ---------------------------------------------------------------------------------------- each op
-
-    def insert(self, thread: EngineThread, token_ids: list[int], kind: str) -> None:
-        """Append tokens that nobody sampled."""
-        if not token_ids:
-            return
-        position, clock = thread.position, thread.clock
-        thread.append(token_ids, kind)
-        if kind == "inserted":
-            self.inserted += len(token_ids)
-        else:
-            thread.clock = clock  # a fresh thread's prompt, like the trunk's, is not part of the answer
-        if kind == "prompt":
-            thread.prompt_length = len(token_ids)
-        self.narrator.tell(thread, token_ids, position, kind != "sampled")
-
-    # ---------------------------------------------------------------------------------------- decoding
-
-    def running(self, thread: EngineThread, op: Decode) -> RunningDecode:
-        """What is settled about a decode whose turn has come: its limit, sampler, reader and stops."""
-        left = self.max_new_tokens - thread.path_sampled
-        limit = left if op.max_new_tokens is None else min(left, op.max_new_tokens)
-        if self.position_limit is not None:
-            self.check_position(thread, thread.position - 1)
-            limit = min(limit, self.position_limit - thread.position + self._last_is_free)
-        sampler = self.samplers.get(op.sampling)
-        decode = RunningDecode(op, limit, sampler, self._text.reader(thread.backwards()))
-        decode.stops = self._stops(thread, decode)
-        return decode
-
-    def check_position(self, thread: EngineThread, last: int) -> None:
-        """Raise for a thread with tokens past the positions which the model has embeddings for."""
-        if self.position_limit is not None and last >= self.position_limit:
-            raise ValueError(
-                f"thread {thread.id}: its tokens reach position {last}, but the model has embeddings for "
-                f"{self.position_limit} positions (0 … {self.position_limit - 1}); insert, join or spawn less, use a "
-                "smaller max_new_tokens, or a model with a longer context"
-            )
-
-    def need_logits(self, thread: EngineThread, what: str) -> None:
+    def prepare(self, thread: EngineThread, what: str) -> None:
         """Have the next token's logits computed where they are missing."""
-        if thread.kv.in_cache and not thread.kv.has_logits and not rewind(self.cache, thread):
+        if thread.kv.in_cache and not thread.kv.has_logits and not self._rewind(thread):
             raise ValueError(
                 f"{what}: thread {thread.id} has nothing to go on from: its last tokens are "
                 f"{'joined siblings' if thread.segments else 'its parents'}; insert() at least one token first"
             )
 
-    @property
-    def out_of_budget(self) -> bool:
-        """Whether the prompt's ``max_total_tokens`` are sampled."""
-        return self.max_total_tokens is not None and self.sampled >= self.max_total_tokens
+    def _rewind(self, thread: EngineThread) -> bool:
+        """Forget the last token's KV, so that computing it again gives the logits that are missing; whether it could.
 
-    def count_sampled(self, thread: EngineThread, count: int = 1) -> None:
-        """A thread was given tokens that the model wrote."""
-        thread.path_sampled += count
-        self.sampled += count
-        self.longest_context = max(self.longest_context, thread.length)
-
-    def until(self, thread: EngineThread, op: Decode) -> bool:
-        """Whether the caller's predicate ends a decode."""
-        if op.until is None:
+        Needed after a truncation: logits belong to the token that was cut off.
+        """
+        last = thread.segments[-1] if thread.segments else None
+        if not thread.kv.in_cache or last is None or last.spliced is not None:
             return False
-        self._asked = thread
-        try:
-            return bool(op.until(op))
-        finally:
-            self._asked = None
+        self.cache.truncate(thread.kv.held, thread.length - 1)
+        return True
 
-    def _stops(self, thread: EngineThread, decode: RunningDecode) -> list[Stops]:
-        """What looks for stop strings: the decode's own in what it samples, the config's in all of the thread."""
-        found = [Stops(decode.op.stop_strings)] if decode.op.stop_strings else []
-        if configured := decode.sampler.stop_strings:
-            found.append(Stops(configured, self._text.last_characters(thread.context, max(map(len, configured)))))
-        return found
-
-    # ---------------------------------------------------------------------------------------- text
-
-    def ids(self, thread: EngineThread, given: str | Sequence[int]) -> list[int]:
-        """Token ids of what is to go on at a thread's end."""
-        return self._text.encode(given, thread.backwards()) if isinstance(given, str) else list(given)
-
-    def settle(self, thread: EngineThread, op: InsertOp | ScoreOp | JoinOp) -> list[int]:
-        """The token ids of an op whose turn has come: only now is it known what its text stands behind."""
-        op.token_ids = self.ids(thread, op.given)
-        op.given = op.token_ids
-        return op.token_ids
+    def free(self, thread: EngineThread) -> None:
+        thread.kv.release(self.cache)
+        thread.kv.logits = None

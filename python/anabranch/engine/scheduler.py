@@ -7,8 +7,6 @@ the oldest prompt reaches its end, and then the next is the oldest. Rows go to w
 
 from __future__ import annotations
 
-from math import inf
-
 import torch
 
 from anabranch.engine.admission import DecodeLimit
@@ -32,7 +30,7 @@ class Scheduler:
 
     def admit(self) -> None:
         """Settle which threads may be given a token in this step."""
-        self.decoding = {request: dict.fromkeys(self._may_decode(request)) for request in self.active}
+        self.decoding = {request: dict.fromkeys(request.decodable()) for request in self.active}
         self._queueing.clear()
         if self._limit is not None:
             admitted = set(self._limit.admit(t for threads in self.decoding.values() for t in threads))
@@ -40,18 +38,6 @@ class Scheduler:
                 self.decoding[request] = {t: None for t in threads if t in admitted}
                 if len(self.decoding[request]) < len(threads):
                     self._queueing.add(request)
-
-    @staticmethod
-    def _may_decode(request: Request) -> list[EngineThread]:
-        """Threads whose queue begins with a decode; for a sequential strategy only the first that has anything to do,
-        children before their parent."""
-        threads = [t for t in request.queued if t.queue and t.born]
-        if request.sequential:
-            # A fork that still waits for its thread's last token keeps the turn: its children come next, not whoever
-            # happens to be ready. So the order, and with it who a budget stops, does not depend on pages or chunks.
-            threads = [t for t in threads if not (engine_op(t.queue[0]).waits_for_children(request, t.queue[0]))]
-            threads = sorted(threads, key=lambda t: (*t.path, inf))[:1]
-        return [t for t in threads if engine_op(t.queue[0]).decodes]
 
     def ready(self) -> list[EngineThread]:
         """Threads that can be given a token without another forward."""
@@ -78,7 +64,7 @@ class Scheduler:
                 if not need.kv.in_cache:
                     chain = [need]
                     while chain[-1].kv.branch is None and not chain[-1].kv.may_open:
-                        chain.append(chain[-1].parent)  # type: ignore[arg-type]
+                        chain.append(chain[-1].parent)
                     wanted.update(dict.fromkeys(reversed(chain)))
         waiting = request in self._queueing or any(t.kv.ready for t in decoding)
         if not wanted and not waiting:

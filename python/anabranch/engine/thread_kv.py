@@ -14,14 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from anabranch.engine.thread_state import ThreadState
-from anabranch.strategies.api.thread import Thread
-from anabranch.text.tokens import Reader
+from anabranch.threads.state import ThreadState
 
 if TYPE_CHECKING:
     from anabranch.engine.drafts.tree import Ahead, DraftNode
     from anabranch.engine.request import Request
-    from anabranch.engine.running import RunningDecode, RunningScore
     from anabranch.kv.cache import TreeCache
     from anabranch.kv.step import Branch
 
@@ -38,21 +35,10 @@ class EngineThread(ThreadState["EngineThread"]):
         serial: int,
         stream: np.random.Generator,
     ):
-        super().__init__(parent, path, role)
+        super().__init__(request, parent, path, role)
         self.request, self.stream = request, stream
-        above = None if parent is None else parent.handle
-        self.handle: Thread = Thread(request, self, above, path, role)
         self.kv = ThreadKV(self)
         self.age = (request.index, serial)  # order of arrival: of its prompt, then its own
-        self.decode: RunningDecode | None = None  # what is settled about the decode at the head of its queue
-        self.score: RunningScore | None = None
-        self.reader: Reader | None = None  # tells the thread's text to whoever streams it
-
-    @property
-    def running(self) -> RunningDecode:
-        """Its decode, which has begun."""
-        assert self.decode is not None
-        return self.decode
 
     @property
     def counted_from(self) -> int:

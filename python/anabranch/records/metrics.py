@@ -84,6 +84,7 @@ class Metrics:
     tokens_physical_peak: int = 0
     tokens_physical_then: int = 0
     sharing: float = 1.0
+    cached_tokens: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dict, ready for JSON."""

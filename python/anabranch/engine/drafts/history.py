@@ -1,17 +1,19 @@
-"""Where runs of tokens stand in what the threads of a request have written."""
+"""Where the threads of a request have written something like a thread's last tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from anabranch.engine.request import Request
     from anabranch.engine.thread_kv import EngineThread
 
-LONGEST = 3  # tokens of the runs that are looked up
-KEPT = 16  # places remembered of a run, the newest
-COMPARED = 32  # tokens by which places are compared, at most
+KEPT = 8  # places remembered of a run, the newest
+COMPARED = 16  # last tokens by which places are compared
+FADING = 0.8  # what a token counts that is one further back
+ANY = -1  # stands for whatever token is there
+
+Key = tuple[int, ...]
 
 
 class Place(NamedTuple):
@@ -22,10 +24,14 @@ class Place(NamedTuple):
 
 
 class History:
-    """The runs of one to `LONGEST` tokens in a request's threads, those that have left included."""
+    """Where the threads of a request, those that have left included, hold the same few tokens as at a given end.
+
+    The same: the last two, or the two before the last, whatever that is. So a thread that goes along another's text
+    with other numbers in it stays beside it.
+    """
 
     def __init__(self) -> None:
-        self._places: dict[tuple[int, ...], list[Place]] = {}
+        self._places: dict[Key, list[Place]] = {}
         self._seen: dict[EngineThread, int] = {}
 
     def update(self, request: Request) -> None:
@@ -33,38 +39,23 @@ class History:
         for thread in request.threads:
             own = thread.own
             seen = min(self._seen.get(thread, 0), len(own))
-            if seen == len(own):
-                continue
-            head = thread.prefix[-LONGEST + 1 :]
-            first = max(0, seen - LONGEST + 1)
-            window = [*head, *own[first:]] if first == 0 else own[first:]
-            offset = first - len(head) if first == 0 else first
             for end in range(seen + 1, len(own) + 1):
-                place = Place(thread, end)
-                for n in range(1, LONGEST + 1):
-                    start = end - n - offset
-                    if start < 0:
-                        break
-                    places = self._places.setdefault(tuple(window[start : end - offset]), [])
-                    places.append(place)
+                for key in _keys(_tail(thread, end, 3)):
+                    places = self._places.setdefault(key, [])
+                    places.append(Place(thread, end))
                     if len(places) > KEPT:
                         del places[0]
             self._seen[thread] = len(own)
 
-    def behind(self, thread: EngineThread) -> Iterator[tuple[Place, int]]:
-        """Places where the thread's last tokens stand, those with more of them first, the newer first among equals;
-        with how many tokens are the same there (`COMPARED` at most)."""
-        tail = _tail(thread, len(thread.own))
-        found: dict[Place, int] = {}
-        for n in range(min(LONGEST, len(tail)), 0, -1):
-            for place in reversed(self._places.get(tuple(tail[-n:]), ())):
+    def behind(self, thread: EngineThread) -> list[Place]:
+        """Places that the thread's end is like, the most alike first, the newer first among equals."""
+        tail = _tail(thread, len(thread.own), COMPARED)
+        found: dict[Place, float] = {}
+        for key in _keys(tail[-3:]):
+            for place in reversed(self._places.get(key, ())):
                 if place not in found and place.end < len(place.thread.own):
-                    same = _same(tail, _tail(place.thread, place.end))
-                    if same >= n:  # what stood there may have been cut off meanwhile
-                        found[place] = same
-            if found:
-                break
-        return iter(sorted(found.items(), key=lambda item: -item[1]))
+                    found[place] = _likeness(tail, _tail(place.thread, place.end, COMPARED))
+        return sorted(found, key=lambda place: -found[place])
 
 
 class Histories:
@@ -86,20 +77,24 @@ class Histories:
         self._of.clear()
 
 
-def _tail(thread: EngineThread, end: int) -> list[int]:
-    """The context up to own token `end`, its last `COMPARED` tokens."""
-    own = thread.own[max(0, end - COMPARED) : end]
-    missing = COMPARED - len(own)
-    return [*thread.prefix[len(thread.prefix) - missing :], *own] if missing < len(thread.prefix) else [
-        *thread.prefix, *own
-    ]  # fmt: skip
+def _keys(tail: list[int]) -> list[Key]:
+    """What is looked up of an end, given its last three tokens (fewer at the beginning)."""
+    keys: list[Key] = [tuple(tail[-2:])] if len(tail) > 1 else []
+    return [*keys, (*tail[-3:-1], ANY)] if len(tail) > 2 else keys
 
 
-def _same(one: list[int], other: list[int]) -> int:
-    """Tokens that two runs end with alike."""
-    count = 0
+def _tail(thread: EngineThread, end: int, most: int) -> list[int]:
+    """The last `most` tokens of the context up to own token `end`."""
+    own = thread.own[max(0, end - most) : end]
+    missing = min(most - len(own), len(thread.prefix))
+    return [*thread.prefix[len(thread.prefix) - missing :], *own] if missing else own
+
+
+def _likeness(one: list[int], other: list[int]) -> float:
+    """How much two ends have in common, token beside token from the last on, which counts most."""
+    weight, total = 1.0, 0.0
     for a, b in zip(reversed(one), reversed(other), strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+        if a == b:
+            total += weight
+        weight *= FADING
+    return total

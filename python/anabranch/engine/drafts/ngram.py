@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed a thread's last tokens before, in its own context."""
+"""Prompt lookup: what followed something like a thread's last tokens before, in its own context."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from anabranch.engine.drafts.base import Ask
 from anabranch.engine.drafts.history import Histories, Place
 from anabranch.engine.thread_kv import EngineThread
 
-# Behind a run of so few tokens as it matched, no longer guess than this.
-TRUSTED = 2
-
 
 class NGramDrafts:
-    """Guesses that a thread goes on as it, or what it continues, did behind the same tokens."""
+    """Guesses that a thread goes on as it, or what it continues, did behind something like its last tokens."""
 
     def __init__(self) -> None:
         self._histories = Histories()
@@ -23,9 +20,8 @@ class NGramDrafts:
 
     def _paths(self, ask: Ask) -> list[list[int]]:
         paths: list[list[int]] = []
-        for place, same in self._histories.of(ask.request).behind(ask.thread):
-            length = min(ask.length, TRUSTED * same)
-            path = place.thread.own[place.end : min(place.end + length, self.visible(ask.thread, place))]
+        for place in self._histories.of(ask.request).behind(ask.thread):
+            path = place.thread.own[place.end : min(place.end + ask.length, self.visible(ask.thread, place))]
             if path and all(path != other[: len(path)] for other in paths):
                 paths.append(path)
                 if len(paths) == ask.width:

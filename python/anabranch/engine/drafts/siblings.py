@@ -8,7 +8,8 @@ from anabranch.engine.thread_kv import EngineThread
 
 
 class SiblingDrafts(NGramDrafts):
-    """Guesses that a thread goes on as any thread of the same answer did behind the same tokens, finished or not."""
+    """Guesses that a thread goes on as any thread of the same answer did behind something like its last tokens,
+    finished or not."""
 
     def visible(self, thread: EngineThread, place: Place) -> int:
         return len(place.thread.own)

@@ -1,31 +1,20 @@
-"""How the engine carries out what a strategy asks of its threads: one file an op, each under its class."""
+"""How the engine carries out the ops that need logits; the others are any host's (`anabranch.threads.ops`)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from anabranch.engine.ops.base import EngineOp
-from anabranch.engine.ops.decode import Decoding, record_token
-from anabranch.engine.ops.fork import Fork
-from anabranch.engine.ops.insert import Insert
-from anabranch.engine.ops.join import Join
 from anabranch.engine.ops.score import Score
-from anabranch.engine.ops.truncate import Truncate
-from anabranch.strategies.api.ops import Decode, ForkOp, InsertOp, JoinOp, Op, ScoreOp, TruncateOp
+from anabranch.strategies.api.ops import Op, ScoreOp
+from anabranch.threads.ops import HOST_OPS, HostOp
 
-ENGINE_OPS: dict[type[Op], EngineOp[Any]] = {
-    Decode: Decoding(),
-    ForkOp: Fork(),
-    InsertOp: Insert(),
-    JoinOp: Join(),
-    ScoreOp: Score(),
-    TruncateOp: Truncate(),
-}
+ENGINE_OPS: Mapping[type[Op], HostOp[Any]] = {**HOST_OPS, ScoreOp: Score()}
 
 
-def engine_op(op: Op) -> EngineOp[Any]:
-    """What carries out `op`."""
+def engine_op(op: Op) -> HostOp[Any]:
+    """What carries out `op` in the engine."""
     return ENGINE_OPS[type(op)]
 
 
-__all__ = ["ENGINE_OPS", "EngineOp", "engine_op", "record_token"]
+__all__ = ["ENGINE_OPS", "engine_op"]

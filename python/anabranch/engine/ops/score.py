@@ -5,28 +5,28 @@ from __future__ import annotations
 from math import nan
 from typing import TYPE_CHECKING
 
-from anabranch.engine.ops.base import EngineOp
-from anabranch.engine.running import RunningScore
 from anabranch.engine.thread_kv import EngineThread
 from anabranch.records.actions import Action
 from anabranch.strategies.api.ops import ScoreOp
+from anabranch.threads.ops.base import HostOp
+from anabranch.threads.running import RunningScore
 
 if TYPE_CHECKING:
     from anabranch.engine.request import Request
 
 
-class Score(EngineOp[ScoreOp]):
+class Score(HostOp[ScoreOp]):
     """Over once all log-probabilities are there, a forward or two later."""
 
-    def needs(self, request: Request, thread: EngineThread, op: ScoreOp) -> list[EngineThread]:
+    def needs(self, host: Request, thread: EngineThread, op: ScoreOp) -> list[EngineThread]:
         return [thread]
 
-    def advance(self, request: Request, thread: EngineThread, op: ScoreOp) -> bool:
-        if thread.score is None and request.settle(thread, op):
-            request.need_logits(thread, "score")
+    def advance(self, host: Request, thread: EngineThread, op: ScoreOp) -> bool:
+        if thread.score is None and host.settle(thread, op):
+            host.prepare(thread, "score")
             if not (thread.kv.in_cache and thread.kv.has_logits):
                 return False
-            self._begin(request, thread, op)
+            self._begin(host, thread, op)
         wanted = thread.score.logprobs if thread.score is not None else []
         logprobs = [logprob for logprob in wanted if logprob is not None]
         if len(logprobs) < len(wanted):
@@ -41,7 +41,7 @@ class Score(EngineOp[ScoreOp]):
         return True
 
     @staticmethod
-    def _begin(request: Request, thread: EngineThread, op: ScoreOp) -> None:
+    def _begin(host: Request, thread: EngineThread, op: ScoreOp) -> None:
         """Append the tokens; the first one's log-probability is known already."""
         thread.reach(op.issued)
         assert thread.kv.logits is not None
@@ -52,7 +52,7 @@ class Score(EngineOp[ScoreOp]):
         position = thread.position
         thread.append(op.token_ids, op.kind, logprobs=[nan] * len(op.token_ids))
         if op.kind == "sampled":
-            request.count_sampled(thread, len(op.token_ids))
+            host.count_sampled(thread, len(op.token_ids))
         else:
-            request.inserted += len(op.token_ids)
-        request.narrator.tell(thread, op.token_ids, position, op.kind != "sampled")
+            host.inserted += len(op.token_ids)
+        host.narrator.tell(thread, op.token_ids, position, op.kind != "sampled")

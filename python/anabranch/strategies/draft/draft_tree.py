@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -78,6 +78,11 @@ class DraftTree(Strategy):
         draft = repr(self.draft) if isinstance(self.draft, str) else type(self.draft).__name__
         in_step = ", in_step=True" if self.in_step else ""
         return f"DraftTree({self.strategy!r}, draft={draft}, length={self.length}, width={self.width}{in_step})"
+
+    @property
+    def needs(self) -> Sequence[str]:  # type: ignore[override]
+        assert self.strategy is not None
+        return ("drafts", *self.strategy.needs)
 
     @property
     def sequential(self) -> bool:  # type: ignore[override]

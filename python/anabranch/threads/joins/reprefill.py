@@ -3,49 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from anabranch.engine.joins.common import adopt, adoptable, end_children, splice
-from anabranch.engine.thread_kv import EngineThread
+from anabranch.threads.joins.common import JoinOfTokens, adoptable, end_children, splice
+from anabranch.threads.state import AnyThread
 
 if TYPE_CHECKING:
-    from anabranch.engine.request import Request
     from anabranch.strategies.api.ops import JoinOp
+    from anabranch.threads.books import Books
 
 
-class Reprefill:
+class Reprefill(JoinOfTokens):
     """The first child's KV is what computing it again would give, where nothing came in between; it is spliced."""
 
-    def needs(self, thread: EngineThread, op: JoinOp, children: Sequence[EngineThread]) -> list[EngineThread]:
+    def needs(self, host: Books[Any], thread: AnyThread, op: JoinOp, children: Sequence[AnyThread]) -> list[AnyThread]:
         if not children or children[0].role == "fresh" or adoptable(thread, op, children):
             return []  # nothing of it is to be spliced
         return [thread, children[0]]
 
-    def carry_out(self, request: Request, thread: EngineThread, op: JoinOp, children: Sequence[EngineThread]) -> None:
-        if not children:
-            return
-        length = thread.length
-        if adoptable(thread, op, children):
-            adopt(request, thread, children[0])
-        else:
-            self._append(request, thread, op, children)
-        request.narrator.tell_held(thread, length)
-
-    @staticmethod
-    def _append(request: Request, thread: EngineThread, op: JoinOp, children: Sequence[EngineThread]) -> None:
+    def append(self, host: Books[Any], thread: AnyThread, op: JoinOp, children: Sequence[AnyThread]) -> None:
         first = 0
         if children[0].role == "fork" and thread.goes_on_as(children[0]) and op.headers[0] is None:
             # Nothing stands between the fork and the first child: its KV is what computing it again would give.
-            splice(request, thread, children[:1])
+            splice(host, thread, children[:1])
             first = 1
         for i, child in enumerate(children[first:], first):
-            end_children(request, child)
+            end_children(host, child)
             clock = thread.clock
             own = child.own[child.prompt_length :]
             if (given := op.headers[i]) is not None:
-                header = op.headers[i] = request.ids(thread, given)
+                header = op.headers[i] = host.ids(thread, given)
                 own = header + own[child.header_length :]
             if own:
                 thread.append(own, "joined", child.id)
             thread.clock = clock  # these tokens were counted in their own thread
-            request.retire(child, "joined")
+            host.retire(child, "joined")

@@ -1,22 +1,37 @@
-"""What the engine settles about a decode, or about tokens to be scored, when its turn has come."""
+"""What a host settles about a decode, or about tokens to be scored, when its turn has come."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
-from anabranch.engine.sampling import Sampler
 from anabranch.strategies.api.ops import Decode, ScoreOp
 from anabranch.text.tokens import Reader, Stops
 
 
+class Sampling(Protocol):
+    """What ends a decode apart from its own arguments, by the generation config it samples with."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+    @property
+    def stop_strings(self) -> tuple[str, ...]: ...
+
+    def stops(self, context: Callable[[], list[int]]) -> bool:
+        """Whether a stopping criterion ends it here."""
+
+
+AnySampling = TypeVar("AnySampling", bound=Sampling)
+
+
 @dataclass(eq=False)
-class RunningDecode:
+class RunningDecode(Generic[AnySampling]):
     """A decode at the head of its thread's queue."""
 
     op: Decode
     limit: int  # of tokens
-    sampler: Sampler
+    sampler: AnySampling
     reader: Reader | None  # of its text; None without a tokenizer
     stops: Sequence[Stops] = ()
     seen: int = 0  # so many of its tokens the reader has

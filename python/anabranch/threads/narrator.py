@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from anabranch.records import events
 from anabranch.text.prompts import Text
-
-if TYPE_CHECKING:
-    from anabranch.engine.thread_kv import EngineThread
+from anabranch.threads.state import AnyThread
 
 
 class Narrator:
@@ -18,7 +15,7 @@ class Narrator:
     def __init__(self, index: int, text: Text, emit: Callable[[events.Event], None] | None):
         self.index, self.emit, self._text = index, emit, text
 
-    def tell(self, thread: EngineThread, token_ids: Sequence[int], position: int, inserted: bool) -> None:
+    def tell(self, thread: AnyThread, token_ids: Sequence[int], position: int, inserted: bool) -> None:
         """Tokens have joined a thread's end."""
         if not self.emit:
             return
@@ -31,7 +28,7 @@ class Narrator:
             text = None if thread.reader is None else thread.reader.push(token_ids)
         self.emit(events.Token(self.index, thread.id, tuple(token_ids), text, position, inserted))
 
-    def tell_held(self, thread: EngineThread, length: int) -> None:
+    def tell_held(self, thread: AnyThread, length: int) -> None:
         """Before children's tokens, which begin at context length `length`: tell what was held back until now."""
         reader = thread.reader
         if self.emit and reader is not None and reader.holds and thread.length > length:
@@ -41,20 +38,20 @@ class Narrator:
                 self.emit(events.Token(self.index, thread.id, (), held, thread.position))
         thread.reader = None
 
-    def tell_rest(self, thread: EngineThread) -> None:
+    def tell_rest(self, thread: AnyThread) -> None:
         """At a thread's end: tell what was held back, which nothing completes any more."""
         if self.emit and thread.reader is not None and (held := thread.reader.rest()):
             self.emit(events.Token(self.index, thread.id, (), held, thread.position))
         thread.reader = None
 
-    def forked(self, thread: EngineThread, children: Sequence[str], role: str = "fork") -> None:
+    def forked(self, thread: AnyThread, children: Sequence[str], role: str = "fork") -> None:
         if self.emit:
             self.emit(events.Fork(self.index, thread.id, tuple(children), role))
 
-    def joined(self, thread: EngineThread, children: Sequence[str], mode: str) -> None:
+    def joined(self, thread: AnyThread, children: Sequence[str], mode: str) -> None:
         if self.emit:
             self.emit(events.Join(self.index, thread.id, tuple(children), mode, thread.length))
 
-    def discarded(self, thread: EngineThread, fate: str) -> None:
+    def discarded(self, thread: AnyThread, fate: str) -> None:
         if self.emit:
             self.emit(events.Discard(self.index, thread.id, fate))

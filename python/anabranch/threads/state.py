@@ -1,7 +1,7 @@
 """The books of one thread: its tokens and where they came from, its positions, its queue, its children, its log.
 
-They know neither a cache nor a model, so whatever host runs threads may keep them: it derives its own record from
-`ThreadState`, and children, parents and joined threads are then records of that class.
+Whatever host runs threads derives its own record from `ThreadState`; children, parents and joined threads are then
+records of that class.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from typing import Any, Generic, TypeVar
 
 from anabranch.records.actions import Action
 from anabranch.strategies.api.awaitable import Awaitable
+from anabranch.strategies.api.host import Host
 from anabranch.strategies.api.ops import Ended, Op
+from anabranch.strategies.api.thread import Thread
+from anabranch.text.tokens import Reader
+from anabranch.threads.running import RunningDecode, RunningScore
 
 State = TypeVar("State", bound="ThreadState[Any]")
 
@@ -45,9 +49,10 @@ class Segment(Generic[State]):
 class ThreadState(Generic[State]):
     """What a host keeps of one thread; what a strategy sees of it is a `ThreadView`."""
 
-    def __init__(self, parent: State | None, path: tuple[int, ...], role: str):
+    def __init__(self, host: Host, parent: State | None, path: tuple[int, ...], role: str):
         self.parent, self.path, self.role = parent, path, role
         self.id = ".".join(map(str, path))
+        self.handle: Thread = Thread(host, self, None if parent is None else parent.handle, path, role)
         self.alive = True
         self.fate: str | None = None  # how it left: "joined", "discarded", "killed", "finished"
         self.ended: Ended | None = None  # how its last decode ended
@@ -69,6 +74,15 @@ class ThreadState(Generic[State]):
         self.prompt_length = 0  # of a prompt of its own: the trunk's, a spawned thread's
         self.header_length = 0  # tokens of the header that its fork gave it
         self.log: list[Action] = []
+        self.decode: RunningDecode[Any] | None = None  # what is settled about the decode at the head of its queue
+        self.score: RunningScore | None = None
+        self.reader: Reader | None = None  # tells the thread's text to whoever streams it
+
+    @property
+    def running(self) -> RunningDecode[Any]:
+        """Its decode, which has begun."""
+        assert self.decode is not None
+        return self.decode
 
     # ---------------------------------------------------------------------------------------- what there is
 
@@ -172,15 +186,14 @@ class ThreadState(Generic[State]):
         self.own.extend(child.own)
         self.position = child.position
 
-    def cut(self, length: int) -> bool:
-        """Forget the tokens from context length `length` on; False when that cut through spliced tokens."""
-        excess, clean = self.length - length, True
+    def cut(self, length: int) -> None:
+        """Forget the tokens from context length `length` on."""
+        excess = self.length - length
         del self.own[len(self.own) - excess :]
         while excess:
             segment = self.segments[-1]
             gone = min(excess, len(segment.token_ids))
             start = len(segment.token_ids) - gone
-            clean = clean and (segment.spliced is None or start == 0)
             logprobs = None if segment.logprobs is None else segment.logprobs[start:]
             position = segment.positions()[start]
             self.forgotten.append(
@@ -195,4 +208,6 @@ class ThreadState(Generic[State]):
         # Joined siblings share positions, so the last token left need not stand on the largest.
         self.position = max([self.start, *(max(s.positions()) + 1 for s in self.segments)])
         self.header_length = min(self.header_length, len(self.own))
-        return clean
+
+
+AnyThread = ThreadState[Any]  # a host's record, whatever it adds to the books

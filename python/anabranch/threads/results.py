@@ -1,22 +1,19 @@
-"""Builds the `Result` of a finished request from the engine's records."""
+"""Builds the `Result` of a finished prompt from its books."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from anabranch.engine.thread_kv import EngineThread
-from anabranch.engine.thread_state import Segment
 from anabranch.records.actions import Action
 from anabranch.records.metrics import measure
-
-if TYPE_CHECKING:
-    from anabranch.engine.costs import Peaks
-    from anabranch.engine.request import Request
 from anabranch.records.result import Node, Result, Run
+from anabranch.threads.books import Books
+from anabranch.threads.state import AnyThread, Segment
 
 
-def _run(segment: Segment[EngineThread]) -> Run:
+def _run(segment: Segment[Any]) -> Run:
     logprobs = None if segment.logprobs is None else tuple(segment.logprobs)
     spliced = segment.spliced is not None
     return Run(segment.kind, tuple(segment.token_ids), segment.position, segment.source, spliced, logprobs)
@@ -29,13 +26,13 @@ def _action(action: Action) -> Action:
     return Action(action.do, token_ids, children, action.mode, action.length, headers)
 
 
-def build_node(thread: EngineThread) -> Node:
+def build_node(host: Books[Any], thread: AnyThread) -> Node:
     begin = thread.segments[0].position if thread.segments else thread.position
     return Node(
         id=thread.id,
         role=thread.role,
         token_ids=thread.token_ids,
-        text=thread.request.text(thread.token_ids, thread.backwards(thread.begin)),
+        text=host.text(thread.token_ids, thread.backwards(thread.begin)),
         start=begin,
         stop=thread.position,
         forked_at=len(thread.prefix),
@@ -43,51 +40,48 @@ def build_node(thread: EngineThread) -> Node:
         fate=thread.fate,
         runs=tuple(map(_run, thread.segments)),
         forgotten=tuple(map(_run, thread.forgotten)),
-        children=tuple(build_node(child) for child in thread.children),
+        children=tuple(build_node(host, child) for child in thread.children),
         log=tuple(map(_action, thread.log)),
     )
 
 
-def build_result(engine: Any, request: Request, peaks: Peaks) -> Result:
-    """The `Result` of a finished request; `peaks` are its call's."""
-    trunk, spent = request.trunk, request.spent
-    tree = build_node(trunk)
+def build_result(host: Books[Any], info: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> Result:
+    """The `Result` of a finished prompt.
+
+    info: what it was made with. more: metrics that only its host knows, by their names in `Metrics`.
+    """
+    trunk, spent = host.trunk, host.spent
+    tree = build_node(host, trunk)
     written = {"sampled": 0, "inserted": 0}
     for run in (*tree.runs, *tree.forgotten):
         if run.kind in written:
             written[run.kind] += len(run.token_ids)
     metrics = measure(
-        sampled=request.sampled,
-        inserted=request.inserted,
-        in_threads=request.sampled + request.inserted - sum(written.values()),
-        critical=request.critical_path(),
-        blocks=[len(block) for thread in request.threads for _, block in thread.blocks],
-        max_concurrency=request.max_concurrency,
-        longest_context=request.longest_context,
-        well_formed=not request.malformed_reasons,
+        sampled=host.sampled,
+        inserted=host.inserted,
+        in_threads=host.sampled + host.inserted - sum(written.values()),
+        critical=host.critical_path(),
+        blocks=[len(block) for thread in host.threads for _, block in thread.blocks],
+        max_concurrency=host.max_concurrency,
+        longest_context=host.longest_context,
+        well_formed=not host.malformed_reasons,
         prompt_tokens=trunk.prompt_length,
-        wall_seconds=time.perf_counter() - (request.started or 0.0),
+        wall_seconds=time.perf_counter() - (host.started or 0.0),
         seconds=dict(spent.seconds),
         steps=spent.steps,
         rows=spent.rows,
         preemptions=spent.preemptions,
         draft_tokens=spent.drafted,
         accepted_tokens=spent.accepted,
-        **peaks.as_metrics(),
+        **(more or {}),
     )
-    model = engine.model
     return Result(
         text=tree.text,
         token_ids=trunk.token_ids,
         tree=tree,
         metrics=metrics,
-        answers=request.main.value if request.main is not None else None,
+        answers=host.main.value if host.main is not None else None,
         prompt_token_ids=tuple(trunk.own[: trunk.prompt_length]),
-        malformed=tuple(request.malformed_reasons),
-        info={
-            "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
-            "strategy": repr(request.strategy),
-            "seed": request.seed,
-            "config": {k: v for k, v in request.samplers.settings.items()},
-        },
+        malformed=tuple(host.malformed_reasons),
+        info={"strategy": repr(host.strategy), "seed": host.seed, **info},
     )

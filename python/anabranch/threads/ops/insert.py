@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from anabranch.engine.ops.base import EngineOp
-from anabranch.engine.thread_kv import EngineThread
 from anabranch.records.actions import Action
 from anabranch.strategies.api.ops import InsertOp
+from anabranch.threads.ops.base import HostOp
+from anabranch.threads.state import AnyThread
 
 if TYPE_CHECKING:
-    from anabranch.engine.request import Request
+    from anabranch.threads.books import Books
 
 
-class Insert(EngineOp[InsertOp]):
+class Insert(HostOp[InsertOp]):
     """Appends to the books alone; the tokens are prefilled when something needs them."""
 
-    def carry_out(self, request: Request, thread: EngineThread, op: InsertOp) -> None:
-        request.insert(thread, request.settle(thread, op), op.kind)
+    def carry_out(self, host: Books[Any], thread: AnyThread, op: InsertOp) -> None:
+        host.insert(thread, host.settle(thread, op), op.kind)
         if op.kind == "inserted":
             thread.log.append(Action("insert", list(op.token_ids)))

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from anabranch.engine.request import Request
     from anabranch.engine.thread_kv import EngineThread
 
-KEPT = 8  # places remembered of a run, the newest
+KEPT = 16  # places remembered of a run, the newest
 COMPARED = 16  # last tokens by which places are compared
 FADING = 0.8  # what a token counts that is one further back
 ANY = -1  # stands for whatever token is there
@@ -26,8 +26,8 @@ class Place(NamedTuple):
 class History:
     """Where the threads of a request, those that have left included, hold the same few tokens as at a given end.
 
-    The same: the last two, or the two before the last, whatever that is. So a thread that goes along another's text
-    with other numbers in it stays beside it.
+    The same: the last two, or the two before the last, whatever that is (so a thread that goes along another's text
+    with other numbers in it stays beside it), or the last one.
     """
 
     def __init__(self) -> None:
@@ -79,8 +79,12 @@ class Histories:
 
 def _keys(tail: list[int]) -> list[Key]:
     """What is looked up of an end, given its last three tokens (fewer at the beginning)."""
-    keys: list[Key] = [tuple(tail[-2:])] if len(tail) > 1 else []
-    return [*keys, (*tail[-3:-1], ANY)] if len(tail) > 2 else keys
+    keys: list[Key] = [(tail[-1],)]
+    if len(tail) > 1:
+        keys.append((tail[-2], tail[-1]))
+    if len(tail) > 2:
+        keys.append((tail[-3], tail[-2], ANY))
+    return keys
 
 
 def _tail(thread: EngineThread, end: int, most: int) -> list[int]:

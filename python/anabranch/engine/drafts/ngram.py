@@ -8,6 +8,10 @@ from anabranch.engine.drafts.base import Ask
 from anabranch.engine.drafts.history import Histories, Place
 from anabranch.engine.thread_kv import EngineThread
 
+# Tokens of a path beside the first. A step computes it anew from the thread's last token on, so that longer ones cost
+# more rows than they save steps.
+BESIDE = 1
+
 
 class NGramDrafts:
     """Guesses that a thread goes on as it, or what it continues, did behind something like its last tokens."""
@@ -19,14 +23,15 @@ class NGramDrafts:
         return [self._paths(ask) for ask in asks]
 
     def _paths(self, ask: Ask) -> list[list[int]]:
-        paths: list[list[int]] = []
+        paths: dict[int, list[int]] = {}  # by first token
         for place in self._histories.of(ask.request).behind(ask.thread):
-            path = place.thread.own[place.end : min(place.end + ask.length, self.visible(ask.thread, place))]
-            if path and all(path != other[: len(path)] for other in paths):
-                paths.append(path)
+            length = BESIDE if paths else ask.length
+            path = place.thread.own[place.end : min(place.end + length, self.visible(ask.thread, place))]
+            if path:
+                paths.setdefault(path[0], path)
                 if len(paths) == ask.width:
                     break
-        return paths
+        return list(paths.values())
 
     def visible(self, thread: EngineThread, place: Place) -> int:
         """How many of the own tokens of a place's thread may be guesses for `thread`: those that it sees."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-FIRST = 4  # tokens of a thread's first guess
+FIRST = 3  # tokens of a thread's first guess
+PATIENCE = 4  # guesses in a row that may fail
 LONGEST_WAIT = 16  # steps without a guess, at most
 
 
 class Pace:
-    """Of one thread. A guess that comes true to its end doubles the next one; one that fails at once halves it, and
-    after two of those in a row there is none for 1, 2, 4 … steps."""
+    """Of one thread. A guess that comes true to its end doubles the next one, one that fails at once shortens it; after
+    more than `PATIENCE` of those in a row there is none for 1, 2, 4 … steps."""
 
     def __init__(self, most: int):
         self.most, self.length = most, min(FIRST, most)
@@ -22,12 +23,12 @@ class Pace:
         return self.length
 
     def told(self, longest: int, accepted: int) -> None:
-        """A guess whose longest path had so many tokens was verified; of these `accepted` came true."""
+        """A guess was verified whose first path had `longest` tokens; `accepted` came true, on whatever path."""
         if accepted:
             self._failed = 0
             self.length = min(self.most, 2 * self.length if accepted >= longest else accepted + 1)
             return
         self._failed += 1
-        self.length = max(1, self.length // 2)
-        if self._failed > 1:
-            self._wait = min(LONGEST_WAIT, 2 ** (self._failed - 2))
+        self.length = max(1, self.length - 1)
+        if self._failed > PATIENCE:
+            self._wait = min(LONGEST_WAIT, 2 ** (self._failed - PATIENCE - 1))

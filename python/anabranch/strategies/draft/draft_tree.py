@@ -33,7 +33,8 @@ class DraftTree(Strategy):
         "siblings": the same, over what all threads of the answer have written, finished ones included; a small Hugging
         Face model with the same vocabulary on the same device; or an object of one's own (`Proposer`).
     length: most tokens of a guess. Each thread is given fewer where few of its guesses come true, down to none.
-    width: most guesses of a thread that a step verifies side by side; what they begin with alike is chosen once.
+    width: most guesses of a thread that a step verifies side by side. More save steps, and cost rows: on a CPU, where a
+        step's time grows with its rows, 1 or 2 may be faster.
     in_step: False: a thread whose guesses come true gets ahead of its siblings, as after a page shortage. True: all
         threads of the answer get their tokens in step, for strategies in which it matters who is done first; it saves
         fewer steps. Under ``max_total_tokens`` and where a strategy waits for the `first` of several it is always so.
@@ -46,7 +47,7 @@ class DraftTree(Strategy):
     strategy: Strategy | None = None
     draft: Any = field(default="ngram")
     length: int = 8
-    width: int = 2
+    width: int = 4
     in_step: bool = False
 
     def __post_init__(self) -> None:

@@ -87,7 +87,7 @@ def test_same_tokens_whatever_is_guessed(family, kind, monkeypatch):
 def test_random_programs(monkeypatch):
     engine = ab.Engine(tiny_model(), byte_tokenizer(), num_pages=4000, page_size=4)
     accepted = 0
-    for number in range(24):
+    for number in range(16):
         rng, known = random.Random(number), Known()
         strategy = rng.choice([Anything(number), Everything(number, VOCAB - 4)])
         if rng.random() < 0.2:
@@ -108,7 +108,7 @@ def test_random_programs(monkeypatch):
         for draft in ("ngram", "siblings"):
             again = engine.generate(prompts, strategy=ab.DraftTree(strategy, draft), **options)
             assert [result.tree for result in again] == [result.tree for result in with_drafts], (number, draft)
-    assert accepted > 300
+    assert accepted > 200
 
 
 def test_pages_short(monkeypatch):

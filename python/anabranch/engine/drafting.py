@@ -60,19 +60,16 @@ class Drafting:
         Where the threads of a request stay in step, who stands ahead waits for those that have scores of their own (a
         thread that was just forked), and for the next forward where some thread needs one: as without drafts.
         """
-        chosen: dict[Request, list[EngineThread]] = {}
-        for thread in ready:
-            chosen.setdefault(thread.request, []).append(thread)
         self._held = False
-        for request, threads in chosen.items():
-            if request.draft is None or not _in_step(request):
-                continue
-            if not (level := [thread for thread in threads if thread.kv.ahead is None]):
-                behind = any(kv.ahead is None for kv in self.scheduler.wanted(request))
-                level = [] if behind else threads
-            self._held = self._held or len(level) < len(threads)
-            chosen[request] = level
-        return [thread for thread in ready if thread in chosen[thread.request]] if self._held else ready
+        requests = dict.fromkeys(thread.request for thread in ready if thread.request.draft is not None)
+        waiting: set[EngineThread] = set()
+        for request in filter(_in_step, requests):
+            threads = [thread for thread in ready if thread.request is request]
+            ahead = [thread for thread in threads if thread.kv.ahead is not None]
+            if len(ahead) < len(threads) or any(kv.ahead is None for kv in self.scheduler.wanted(request)):
+                waiting.update(ahead)
+        self._held = bool(waiting)
+        return [thread for thread in ready if thread not in waiting] if waiting else ready
 
     def reserve(self, entries: list[Entry]) -> tuple[Step | None, list[Entry]] | None:
         """Reserve a step's rows with guesses beside them; None where there are none, or no pages for them: then the

@@ -8,9 +8,9 @@ from anabranch.engine.drafts.base import Ask
 from anabranch.engine.drafts.history import Histories, Place
 from anabranch.engine.thread_kv import EngineThread
 
-# Tokens of a path beside the first. A step computes it anew from the thread's last token on, so that longer ones cost
-# more rows than they save steps.
-BESIDE = 1
+# Tokens of a path beside the first, at most. A step computes it anew from the thread's last token on, so longer ones
+# cost more rows than they are worth.
+BESIDE = 2
 
 
 class NGramDrafts:
@@ -25,7 +25,7 @@ class NGramDrafts:
     def _paths(self, ask: Ask) -> list[list[int]]:
         paths: dict[int, list[int]] = {}  # by first token
         for place in self._histories.of(ask.request).behind(ask.thread):
-            length = BESIDE if paths else ask.length
+            length = min(BESIDE, ask.length) if paths else ask.length
             path = place.thread.own[place.end : min(place.end + length, self.visible(ask.thread, place))]
             if path:
                 paths.setdefault(path[0], path)

@@ -57,7 +57,7 @@ class Draft:
         return sum(len(path) + (i > 0) for i, (path, _) in enumerate(self.paths))
 
     def shorten(self, rows: int) -> None:
-        """Leave paths out, the last first, and cut the first one, until no more than `rows` are taken."""
+        """Leave paths out, the last first, and cut the first one, until no more than `rows` (≥ 0) are taken."""
         while len(self.paths) > 1 and self.rows > rows:
             path, added = self.paths.pop()
             self._cut(path, len(path) - len(added))

@@ -31,6 +31,7 @@ app = typer.Typer(
 [bold]e2e[/bold]        SmolLM2: 16 branches through our engine, through model.generate and, optionally, through vLLM
 [bold]host[/bold]       what a fork, a step and a plan cost; what a cache holds
 [bold]linear[/bold]     what Engine(batch_invariant=True) costs: linear layers and forwards of 1 to 512 rows
+[bold]drafts[/bold]     speculative decoding: steps and seconds of the adapted models' answers with drafts and without
 [bold]branch[/bold]     training: attention under a branch mask, forward + backward; masked SDPA, FlexAttention
 [bold]company[/bold]    decoding beside programs that spin on the same cores
 [bold]all[/bold]        all of them but company (also what runs when no command is given)
@@ -271,6 +272,26 @@ def company_command(
     ):  # fmt: skip
         store.put("company", ("contender", "branches", "competitors", "dtype"), entry)
         console.print(company.line(entry))
+
+
+@app.command("drafts")
+def drafts_command(
+    model: Annotated[list[str] | None, typer.Option("--model", help="May be repeated; default: both of ours.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Problems of each model.")] = 6, rounds: Rounds = 3,
+    threads: Threads = None, json: Json = None,
+) -> None:  # fmt: skip
+    """Steps and seconds of our models' answers with drafts and without, trees compared."""
+    from . import drafts
+
+    store = _start(threads, json)
+    for entry in drafts.run(tuple(model or ("multiplication", "smollm2-adaptive")), count, rounds):
+        store.put("drafts", ("model", "draft"), entry)
+        same = "same trees" if entry["same_trees"] else "[red]other trees[/red]"
+        console.print(
+            f"{entry['model']:18} {entry['draft']:20} {entry['steps']:5} steps (÷ {entry['fewer_steps']:.2f})  "
+            f"{entry['accepted_tokens']:5} of {entry['draft_tokens']:5} guesses  "
+            f"{entry['rows']:5} rows  time ÷ {entry['faster']}  {same}"
+        )
     _finish(store, None)
 
 

@@ -59,6 +59,7 @@ _HOME = {
     "SlimSC": "strategies",
     "StepBeamSearch": "strategies",
     "TreeOfThoughts": "strategies",
+    "DraftTree": "strategies",
     "EntropyFork": "strategies",
     "LeaP": "strategies",
     "PaCoRe": "strategies",

@@ -31,13 +31,16 @@ def heads(entries: Sequence[tuple[ThreadKV, PrefillChunk, int]]) -> list[Head]:
         end += n
         if chunk.branch is not kv.branch:
             continue  # computes again what a joined sibling wrote
-        length, score = chunk.branch.length, kv.thread.score
+        end -= chunk.drafted
+        n -= chunk.drafted
+        length, score = chunk.branch.length - chunk.drafted, kv.thread.score
         if score is not None:
             last = min(length, score.begin + len(score.op.token_ids) - 1)
             at = range(max(length - n, score.begin), last)
             found += [Head(kv, nth, end - length + nth) for nth in at]
         if length == kv.thread.length:
             found.append(Head(kv, length - 1, end - 1))
+        end += chunk.drafted  # what guesses need: `Drafting.heads`
     return found
 
 

@@ -19,6 +19,7 @@ from anabranch import hf
 from anabranch.backends.threads import torch_on_one
 from anabranch.engine import logits as next_logits
 from anabranch.engine.call import Call
+from anabranch.engine.drafting import Drafting
 from anabranch.engine.request import Request
 from anabranch.engine.sampling import Sampler
 from anabranch.engine.scheduler import RequestFailed, Scheduler
@@ -50,6 +51,7 @@ class Loop:
         self.active: list[Request] = []  # those that have begun, by their order
         self.waiting: list[Request] = []  # those that have not, likewise
         self.scheduler = Scheduler(self.cache, self.active)
+        self.drafting = Drafting(engine, self.scheduler)
         self.turns = Turns()
         self.work = threading.Event()  # set when there may be something to do
         self._calls: dict[Request, Call] = {}
@@ -163,8 +165,10 @@ class Loop:
                 raise
             finally:
                 self.touched = None
-                if not self.active and self.engine.graphs is not None:
-                    self.engine.graphs.drop()  # the model may change before the next call
+                if not self.active:
+                    self.drafting.close()
+                    if self.engine.graphs is not None:
+                        self.engine.graphs.drop()  # the model may change before the next call
         for call in dict.fromkeys(self._calls.get(request) for request in list(self.active)):
             if call is not None:
                 call.tell()
@@ -286,7 +290,7 @@ class Loop:
             begin = time.perf_counter()
             self.scheduler.admit()
             share(time.perf_counter() - begin, "plan", [(request.spent, 1) for request in self.active])
-            if not (ready := self.scheduler.ready()):
+            if not (ready := self.drafting.level(self.scheduler.ready())):
                 self._forward()
                 ready = self.scheduler.ready()
         except RequestFailed as failed:
@@ -307,7 +311,7 @@ class Loop:
         lengths = {chunk.branch: chunk.branch.length for _, chunk, _ in entries}
         lengths.update((kv.branch, kv.branch.length) for kv in wanted if kv.branch is not None)
         try:
-            step, entries = self.scheduler.reserve(entries, wanted)
+            step, entries = self.drafting.reserve(entries) or self.scheduler.reserve(entries, wanted)
             # Work of several requests is shared out by its rows.
             parts = [(kv.thread.request.spent, n) for kv, _, n in entries]
             if step is None:
@@ -315,6 +319,7 @@ class Loop:
                 return
             ids = [t for _, f, n in entries for t in f.token_ids[f.done : f.done + n]]
             heads = next_logits.heads(entries)
+            guessed = self.drafting.heads(entries, len(heads))
             launched = time.perf_counter()
             alone = serves(self.engine.linear, step.num_rows)  # then what is left to torch is small
             with (
@@ -326,10 +331,12 @@ class Loop:
             ):
                 # A captured graph has no hooks in it.
                 graphs = None if self.engine.segments.used(entries) else self.engine.graphs
-                logits = self._logits(ids, step, heads, graphs)
-                invalid = next_logits.invalid(logits, heads, entries, type(self.engine.model).__name__)
+                logits = self._logits(ids, step, [*heads, *guessed], graphs)
+                own = logits[: len(heads) or 1]
+                invalid = next_logits.invalid(own, heads, entries, type(self.engine.model).__name__)
             done = time.perf_counter()
         except BaseException as error:
+            self.drafting.end_step()
             self._take_back(lengths)
             if isinstance(error, Exception) and not isinstance(error, RequestFailed):
                 # A forward that fails fails for all who have rows in it.
@@ -337,14 +344,15 @@ class Loop:
                     self.fail(request, error)
                 return
             raise
-        for costs, n in parts:
-            costs.seconds["prefill" if n > 1 else "decode"] += (done - launched) * n / step.num_rows
+        for (costs, n), (_, chunk, _) in zip(parts, entries, strict=True):
+            costs.seconds["prefill" if n - chunk.drafted > 1 else "decode"] += (done - launched) * n / step.num_rows
             costs.rows += n
         for costs in dict.fromkeys(costs for costs, _ in parts):
             costs.steps += 1
         self.scheduler.steps += 1
         for kv, chunk, n in entries:
-            kv.thread.request.longest_context = max(kv.thread.request.longest_context, chunk.branch.length)
+            length = chunk.branch.length - chunk.drafted
+            kv.thread.request.longest_context = max(kv.thread.request.longest_context, length)
             kv.last_step = self.scheduler.steps
             chunk.done += n
             with _Touching(self, kv.thread.request):
@@ -353,6 +361,7 @@ class Loop:
             if head.nth == head.kv.thread.length - 1:
                 head.kv.logits, head.kv.logits_at = (logits, at), head.kv.thread.length
         next_logits.record(logits, heads)
+        self.drafting.keep(logits)
         usage = self.cache.usage()
         for call in dict.fromkeys(self._calls[request] for request in self.active):
             call.peaks.look(usage)
@@ -405,6 +414,7 @@ class Loop:
                 thread.kv.logits, thread.running.drawn = None, None
                 with _Touching(self, request):
                     record_token(request, thread, token, logprob if request.logprobs else None)
+                    self.drafting.follow(thread, token)
         share(time.perf_counter() - begin, "sampling", [(r.spent, n) for r, n in together.items()])
 
     def _chosen(self, sampler: Sampler, threads: list[EngineThread]) -> list[tuple[EngineThread, int, float | None]]:

@@ -11,6 +11,7 @@ from anabranch.engine.sampling import Sampler, Samplers, random_stream
 from anabranch.engine.thread_kv import EngineThread
 from anabranch.kv.cache import TreeCache
 from anabranch.strategies.api.thread import Thread
+from anabranch.strategies.draft.draft_tree import DraftTree
 from anabranch.threads.books import Books
 
 
@@ -19,8 +20,8 @@ class Request(Books[EngineThread]):
 
     ops = ENGINE_OPS
 
-    def __init__(self, *args: Any, cache: TreeCache, samplers: Samplers, **kwargs: Any):
-        self.cache, self.samplers, self.live = cache, samplers, LiveGroup()
+    def __init__(self, *args: Any, cache: TreeCache, samplers: Samplers, draft: DraftTree | None = None, **kwargs: Any):
+        self.cache, self.samplers, self.draft, self.live = cache, samplers, draft, LiveGroup()
         super().__init__(*args, **kwargs)
         self.order = (0, self.index)  # among all of an engine: who comes first in a shortage (the loop's affair)
 

@@ -88,14 +88,14 @@ class Scheduler:
     def ready(self) -> list[EngineThread]:
         """Threads that can be given a token without another forward."""
         threads = (t for decoding in self.decoding.values() for t in decoding)
-        return [t for t in threads if t.kv.has_logits and not t.kv.pending]
+        return [t for t in threads if t.kv.ready]
 
     def all_wanted(self) -> list[ThreadKV]:
         """Threads of all requests that must be brought into the cache now."""
         self._needed.clear()
-        return [kv for request in self.active for kv in self._wanted(request)]
+        return [kv for request in self.active for kv in self.wanted(request)]
 
-    def _wanted(self, request: Request) -> list[ThreadKV]:
+    def wanted(self, request: Request) -> list[ThreadKV]:
         """Threads that must be brought into the cache now, parents before their forks."""
         wanted: dict[EngineThread, None] = {}
         decoding = self.decoding[request]
@@ -110,7 +110,7 @@ class Scheduler:
                     while chain[-1].kv.branch is None and not chain[-1].kv.may_open:
                         chain.append(chain[-1].parent)
                     wanted.update(dict.fromkeys(reversed(chain)))
-        waiting = request in self._queueing or any(t.kv.has_logits and not t.kv.pending for t in decoding)
+        waiting = request in self._queueing or any(t.kv.ready for t in decoding)
         if not wanted and not waiting:
             raise RequestFailed(
                 request,
@@ -210,17 +210,8 @@ class Scheduler:
             return None, entries  # only branches had to be opened
         stuck: list[ThreadKV] = []  # those that cannot go on though all that may leave has left
         while True:
-            positions = {
-                chunk.branch: torch.arange(
-                    chunk.position + chunk.done, chunk.position + chunk.done + count, device="cpu"
-                )
-                for _, chunk, count in entries
-                if chunk.branch.position != chunk.position + chunk.done
-            }
-            views = {c.branch: c.reads[c.done : c.done + n] for _, c, n in entries if any(c.reads[c.done : c.done + n])}
             try:
-                rows = {chunk.branch: count for _, chunk, count in entries}
-                return self.cache.step(rows, positions or None, views or None), entries
+                return self.step(entries), entries
             except OutOfPages as error:
                 shortage = error
             except ValueError as error:  # what the model cannot serve; told by branch, not by request
@@ -281,6 +272,17 @@ class Scheduler:
             return self._group_rows(kv.thread.request, self.max_rows)
         chunk = kv.next_chunk()
         return [(kv, chunk, min(chunk.left, self.max_rows))]
+
+    def step(self, entries: list[tuple[ThreadKV, PrefillChunk, int]]) -> Step:
+        """Reserve the rows in the cache; `OutOfPages` when there are too few pages for them."""
+        positions = {
+            chunk.branch: torch.arange(chunk.position + chunk.done, chunk.position + chunk.done + count, device="cpu")
+            for _, chunk, count in entries
+            if chunk.branch.position != chunk.position + chunk.done
+        }
+        views = {c.branch: c.reads[c.done : c.done + n] for _, c, n in entries if any(c.reads[c.done : c.done + n])}
+        rows = {chunk.branch: count for _, chunk, count in entries}
+        return self.cache.step(rows, positions or None, views or None)
 
     def _giving_way(self, stuck: list[ThreadKV]) -> ThreadKV | None:
         """When nothing moves: the youngest of `stuck` that can leave, to let one on that cannot."""

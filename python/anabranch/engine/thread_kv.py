@@ -17,6 +17,7 @@ import torch
 from anabranch.threads.state import ThreadState
 
 if TYPE_CHECKING:
+    from anabranch.engine.drafts.tree import Ahead, DraftNode
     from anabranch.engine.request import Request
     from anabranch.kv.cache import TreeCache
     from anabranch.kv.step import Branch
@@ -45,10 +46,25 @@ class EngineThread(ThreadState["EngineThread"]):
         """Who comes first: by the order of its request, then its own."""
         return (*self.request.order, self._serial)
 
+    @property
+    def counted_from(self) -> int:
+        """Length of the prompt that ``min_new_tokens`` and its like count from: the one that begins its context.
+
+        A spawned thread has its own; a fork goes on with its parent's context, and so behind its parent's prompt.
+        """
+        thread = self
+        while thread.role == "fork":
+            assert thread.parent is not None
+            thread = thread.parent
+        return thread.prompt_length
+
 
 @dataclass
 class PrefillChunk:
-    """A run of tokens to be cached next: on `branch`, from position `position`, the first `done` of them already."""
+    """A run of tokens to be cached next: on `branch`, from position `position`, the first `done` of them already.
+
+    The last `drafted` of them are guesses; `guesses`: those of them that no other chunk of the step has.
+    """
 
     branch: Branch
     token_ids: list[int]
@@ -56,6 +72,8 @@ class PrefillChunk:
     segments: Sequence[int] = ()  # of each token, where the model adds segment vectors to K and V
     done: int = 0
     reads: list[list[Read]] = field(default_factory=list)  # of each token, where its thread sees others
+    drafted: int = 0
+    guesses: Sequence[DraftNode] = ()
 
     @property
     def left(self) -> int:
@@ -73,6 +91,7 @@ class ThreadKV:
         self.borrowed = False  # its branch was forked from a sibling's, so no parent can splice it
         self.hidden: tuple[int, tuple[float, ...]] | None = None  # (thread length it belongs to, the last token's)
         self.wants_hidden = False
+        self.ahead: Ahead | None = None  # where a draft's verified scores take it (drafting.py)
         self.pinned = False  # cannot be rebuilt from its tokens, so it is never pre-empted
         self.last_step = 0  # the last step it had rows in
         self._rebuild: Iterator[PrefillChunk] | None = None
@@ -97,14 +116,19 @@ class ThreadKV:
         return self.logits is not None and self.logits_at == self.thread.length
 
     @property
+    def ready(self) -> bool:
+        """Whether it can be given a token without another forward."""
+        return self.has_logits and (not self.pending or self.ahead is not None)
+
+    @property
     def opened(self) -> bool:
         """In the cache as far as it goes: what is missing are its last tokens."""
         return self.branch is not None and self._rebuild is None
 
     @property
     def in_cache(self) -> bool:
-        """All of it, ready to fork or be joined."""
-        return self.branch is not None and self._rebuild is None and self.branch.length == self.thread.length
+        """All of it, ready to fork or be joined. (While its decode goes on there may be verified guesses behind it.)"""
+        return self.branch is not None and self._rebuild is None and self.branch.length >= self.thread.length
 
     @property
     def rebuilding(self) -> bool:
@@ -288,7 +312,7 @@ class ThreadKV:
         self._drop_scratch(cache)
         if self.branch is not None and self.branch.alive:
             cache.release(self.branch)
-        self.branch, self._rebuild, self._chunk, self.borrowed = None, None, None, False
+        self.branch, self._rebuild, self._chunk, self.borrowed, self.ahead = None, None, None, False, None
 
     def _drop_scratch(self, cache: TreeCache) -> None:
         for branch in self._scratch:

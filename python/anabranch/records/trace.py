@@ -42,6 +42,7 @@ __all__ = ["SCHEMA", "VERSION", "Trace", "load", "save"]
 Piece = str | tuple[int, ...]  # what a token reads as: text, or the bytes of a part of a character
 
 SCHEMA, VERSION = "anabranch.records.trace", 2
+_LATER = ("draft_tokens", "accepted_tokens")  # metrics that traces of this version may lack: there were none yet
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class Trace:
             )
         metrics = _get(data, "metrics", "trace", dict)
         known = {f.name for f in fields(Metrics)}
+        metrics = {**dict.fromkeys(_LATER, 0), **metrics}
         for f in fields(Metrics):
             if f.name in metrics:
                 continue

@@ -8,6 +8,7 @@ from anabranch.strategies.calls.apr import APR
 from anabranch.strategies.calls.asyncthink import AsyncThink
 from anabranch.strategies.calls.leap import LeaP
 from anabranch.strategies.calls.pacore import PaCoRe
+from anabranch.strategies.draft.draft_tree import DraftTree
 from anabranch.strategies.live import GroupThink, Hogwild, HogwildPrompts
 from anabranch.strategies.plain import Plain, Sequential
 from anabranch.strategies.sampling.aspects import Aspects
@@ -51,6 +52,7 @@ __all__ = [
     "Candidates",
     "Decode",
     "DeepConf",
+    "DraftTree",
     "Ended",
     "EntropyFork",
     "GroupThink",

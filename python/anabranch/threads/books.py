@@ -13,7 +13,7 @@ from anabranch.strategies.api.awaitable import Awaitable
 from anabranch.strategies.api.ops import Decode, ForkOp, InsertOp, JoinOp, Op, ScoreOp
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
-from anabranch.strategies.plain import Plain
+from anabranch.strategies.plain import is_plain
 from anabranch.text.prompts import Text
 from anabranch.text.tokens import Stops
 from anabranch.threads.costs import Costs
@@ -60,7 +60,7 @@ class Books(Generic[State]):
         self.logprobs, self.narrator = logprobs, Narrator(index, text, emit)
         self.position_limit = position_limit
         # Plain decoding ends with a token that nothing follows: like `model.generate`, it needs no position for it.
-        self._last_is_free = isinstance(getattr(strategy, "strategy", strategy), Plain)
+        self._last_is_free = is_plain(strategy)
         self.sequential = bool(getattr(strategy, "sequential", False))
         self.kv_segments = int(getattr(getattr(strategy, "strategy", strategy), "kv_segments", 0))
         self.drains = bool(getattr(getattr(strategy, "strategy", strategy), "drains", False))

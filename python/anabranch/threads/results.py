@@ -78,6 +78,8 @@ def build_result(host: Books[Any], info: Mapping[str, Any], more: Mapping[str, A
         steps=spent.steps,
         rows=spent.rows,
         preemptions=spent.preemptions,
+        draft_tokens=spent.drafted,
+        accepted_tokens=spent.accepted,
         **(more or {}),
     )
     every = (token for node in tree.walk() for run in (*node.runs, *node.forgotten) for token in run.token_ids)

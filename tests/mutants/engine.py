@@ -13,8 +13,8 @@ NEAR = "tests/engine/test_engine_order.py tests/engine/test_engine.py tests/engi
 MUTANTS = [
     Mutant(
         "re-prefill adopts the first child though the trunk has gone on", f"{THREADS}joins/reprefill.py",
-        'if same and children[0].role == "fork" and thread.goes_on_as(children[0]) and op.headers[0] is None:',
-        'if children[0].role == "fork" and op.headers[0] is None:', ORDER,
+        "if same and _spliceable(thread, children[0]) and thread.goes_on_as(children[0]) and op.headers[0] is None:",
+        "if same and _spliceable(thread, children[0]) and op.headers[0] is None:", ORDER,
     ),
     Mutant(
         "a child is not pinned while its parent is cut", f"{ENGINE}request.py",
@@ -55,7 +55,7 @@ MUTANTS = [
     ),
     Mutant(
         "a killed child stays in a join that waits", f"{THREADS}books.py",
-        "if isinstance(op, JoinOp) and thread.handle in op.children:", "if False:", ORDER,
+        "if (isinstance(op, JoinOp) and thread.handle in op.children) or (", "if (", ORDER,
     ),
     Mutant(
         "until() that kills its own thread", f"{THREADS}ops/decode.py",
@@ -86,7 +86,7 @@ MUTANTS = [
     ),
     Mutant(
         "a whole thread is given a step of its own", f"{ENGINE}scheduler.py",
-        "if w not in stuck and not w.in_cache]", "if w not in stuck]", BOTH,
+        "for s in stuck) and not w.in_cache]", "for s in stuck)]", BOTH,
     ),
     Mutant(
         "a join forgets what a child sampled", f"{THREADS}ops/join.py",

@@ -557,7 +557,7 @@ def soak(number: int, clients: int) -> dict[str, int]:
     size = rng.choice([1, 2, 4, 16])
     engine = ab.Engine(
         model,
-        num_pages=rng.randint(160, 400) // size + 4,
+        num_pages=rng.randint(90, 220) // size + 4,
         page_size=size,
         max_rows=rng.choice([3, 8, 64]),
         max_threads=rng.choice([None, None, 4]),
@@ -566,7 +566,7 @@ def soak(number: int, clients: int) -> dict[str, int]:
     there: list[tuple[ab.Handle, dict, str]] = []
     arrived = 0
     while arrived < clients or there:
-        if arrived < clients and rng.random() < 0.4:
+        if arrived < clients and rng.random() < 0.7:
             arrived += 1
             fate = rng.choice(["", "", "", "abort", "break", "late"])
             strategy = rng.choice([None, Nested(), SelfConsistency(rng.randint(1, 5)), Anything(rng.randrange(10**6))])

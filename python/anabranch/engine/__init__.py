@@ -6,11 +6,13 @@ from anabranch.engine.handle import Handle
 from anabranch.engine.replay import logprob_pairs, replay
 from anabranch.records.events import Discard, Event, Finish, Fork, Join, Token
 from anabranch.records.result import Node, Result
+from anabranch.records.stats import EngineStats
 
 __all__ = [
     "AsyncEngine",
     "Discard",
     "Engine",
+    "EngineStats",
     "Event",
     "Finish",
     "Fork",

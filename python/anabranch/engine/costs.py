@@ -12,12 +12,13 @@ from anabranch.records.metrics import PHASES
 
 @dataclass(eq=False)
 class Costs:
-    """One prompt's seconds by phase, steps, rows and pre-emptions."""
+    """One prompt's seconds by phase, steps, rows, pre-emptions and tokens that it found computed."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     steps: int = 0
     rows: int = 0
     preemptions: int = 0
+    cached_tokens: int = 0
 
 
 def share(seconds: float, phase: str, among: Iterable[tuple[Costs, int]]) -> None:

@@ -31,6 +31,7 @@ from anabranch.kv.step import Branch
 from anabranch.records import events
 from anabranch.runner.eager import forward
 from anabranch.runner.modes import Evaluation
+from anabranch.runner.weights import fingerprint
 
 # A request of priority p goes before those that came up to p times so many requests earlier. So whatever comes later,
 # only finitely many go before one that waits: nobody starves (see scheduler.py).
@@ -56,6 +57,7 @@ class Loop:
         self._to_end = False  # whether some call was aborted or has a deadline
         self.touched: Request | None = None  # whose strategy or processors are running
         self._evaluation = Evaluation()
+        self._computed_with: object = None  # the model's fingerprint when its prefixes were computed
         self._settled = True  # whether all that could happen without a forward has happened behind the last one
 
     # ---------------------------------------------------------------------------------------- coming and going
@@ -177,10 +179,25 @@ class Loop:
                 request = self.waiting.pop(0)
                 insort(self.active, request, key=lambda r: r.order)
             if not begun:
-                self.scheduler.rope_rules = hf.describe(self.engine.model).rope_rules
+                self._look_at_model()
+            if request.prefixes is not None:
+                request.epoch = request.prefixes.epoch
             begun.append(request)
             with _Touching(self, request):
                 request.start_strategy()
+
+    def _look_at_model(self) -> None:
+        """What may have changed since the last requests began."""
+        model, prefixes = self.engine.model, self.engine.prefixes
+        rules = self.scheduler.rope_rules = hf.describe(model).rope_rules
+        if prefixes is None:
+            return
+        # Beyond such a limit keys depend on the longest sequence of the forward that wrote them.
+        prefixes.limit = min((rule.limit for rule in rules), default=None)
+        now = (fingerprint(model), rules)
+        if now != self._computed_with:
+            prefixes.clear()
+            self._computed_with = now
 
     def _settle(self, requests: Iterable[Request]) -> None:
         """Let strategies and queues go on until nothing moves; hand over what is answered."""
@@ -206,6 +223,8 @@ class Loop:
         request.finished, request.trunk.fate = True, fate
         request.narrator.tell_rest(request.trunk)
         result = build_result(self.engine, request, call.peaks)
+        for thread in request.threads:
+            thread.kv.leave(self.cache)
         request.release()
         call.results[request.index] = result
         if request.narrator.emit:
@@ -329,6 +348,8 @@ class Loop:
             chunk.done += n
             with _Touching(self, kv.thread.request):
                 kv.settle()
+                if kv.in_cache and n > 1 and kv.thread.role != "fork":
+                    kv.share(self.cache)
         for at, head in enumerate(heads):
             if head.nth == head.kv.thread.length - 1:
                 head.kv.logits, head.kv.logits_at = (logits, at), head.kv.thread.length

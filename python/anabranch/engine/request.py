@@ -16,6 +16,7 @@ from anabranch.engine.sampling import Samplers, random_stream
 from anabranch.engine.tasks import Task, Tasks
 from anabranch.engine.thread_kv import EngineThread
 from anabranch.kv.cache import TreeCache
+from anabranch.kv.prefix import PrefixCache
 from anabranch.records import events
 from anabranch.records.actions import Action
 from anabranch.records.joins import JOINS
@@ -45,6 +46,7 @@ class Request:
         max_total_tokens: int | None,
         logprobs: bool,
         position_limit: int | None = None,
+        prefixes: PrefixCache | None = None,
         emit: Callable[[events.Event], None] | None,
         prompt: Any = None,
         template: Mapping[str, Any] | None = None,
@@ -58,6 +60,7 @@ class Request:
         self.max_new_tokens, self.max_total_tokens = max_new_tokens, max_total_tokens
         self.logprobs, self.narrator = logprobs, Narrator(index, text, emit)
         self.position_limit = position_limit
+        self.prefixes, self.epoch = prefixes, 0  # contexts to find and to leave behind, those of one epoch alone
         # Plain decoding ends with a token that nothing follows: like `model.generate`, it needs no position for it.
         self._last_is_free = isinstance(getattr(strategy, "strategy", strategy), Plain)
         self.sequential = bool(getattr(strategy, "sequential", False))
@@ -222,7 +225,7 @@ class Request:
         """A thread takes nothing more; its pages are free."""
         self.narrator.tell_rest(thread)
         thread.alive, thread.fate = False, fate
-        thread.kv.release(self.cache)
+        thread.kv.leave(self.cache)
         thread.kv.logits = None
         self._drained(thread)
 

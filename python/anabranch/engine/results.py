@@ -71,6 +71,7 @@ def build_result(engine: Any, request: Request, peaks: Peaks) -> Result:
         steps=spent.steps,
         rows=spent.rows,
         preemptions=spent.preemptions,
+        cached_tokens=spent.cached_tokens,
         **peaks.as_metrics(),
     )
     model = engine.model

@@ -25,6 +25,8 @@ from anabranch.kv.cache import TreeCache
 from anabranch.kv.step import Step
 from anabranch.strategies.api.ops import Decode
 
+WORTH_WAITING = 64  # tokens that another request is computing just now: who needs them too waits for it
+
 
 class RequestFailed(Exception):
     """`request` cannot go on, because of `error`; the others can."""
@@ -142,7 +144,7 @@ class Scheduler:
         free = self.cache.usage().pages_free
         size = self.cache.page_size
         running = sum(kv.branch is not None for kv in wanted)
-        coming = {id(kv) for kv in wanted}
+        coming = {id(kv): kv for kv in wanted if kv.branch is not None and kv.pending > 1}
         entries: list[tuple[ThreadKV, PrefillChunk, int]] = []
         first_outside: ThreadKV | None = None  # the first that waits for room
         # Longest unserved first: more threads than rows take turns.
@@ -163,15 +165,23 @@ class Scheduler:
                     continue  # its parent comes first
                 donor = kv.donor(least=size)
                 if donor is not None and donor[0].held.length < donor[1]:
-                    if id(donor[0]) in coming:
+                    if donor[0] in wanted:
                         continue  # what they have in common is being computed
                     donor = None
+                prefixes = kv.thread.request.prefixes
+                if prefixes is not None and kv.findable:
+                    found = prefixes.longest(kv.thread.own, kv.findable)
+                    if donor is not None and found >= donor[1]:
+                        donor = None
+                    if any(_alike(kv, other) >= found + WORTH_WAITING for other in coming.values()):
+                        continue
                 try:
                     kv.open(self.cache, donor)
                 except ValueError as error:
                     raise RequestFailed(kv.thread.request, error) from error
                 if kv.in_cache:
                     continue
+                coming[id(kv)] = kv
                 free -= self._pages(kv)
                 running += 1
             chunk = kv.next_chunk()
@@ -290,6 +300,15 @@ class Scheduler:
 
 def _age(kv: ThreadKV) -> tuple[int, int, int]:
     return kv.thread.age
+
+
+def _alike(kv: ThreadKV, other: ThreadKV) -> int:
+    """With how many equal tokens two threads begin that others could find."""
+    most = min(kv.findable, other.thread.dense_length)
+    mine, theirs = kv.thread.own[:most], other.thread.own[:most]
+    if other.thread.role == "fork" or mine[:WORTH_WAITING] != theirs[:WORTH_WAITING]:
+        return 0
+    return next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), most)
 
 
 def _built_on(thread: EngineThread) -> bool:

@@ -7,7 +7,7 @@ checks and the one device call a step may need, the copy of shared tail pages.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from anabranch import _core, backends
 from anabranch._check import layer_of, shape_of, told
+from anabranch._core import OutOfPages
 from anabranch.backends.base import PreparesPool
 from anabranch.kv.arguments import _branch, _device, _number, _positions, _rows, _size
 from anabranch.kv.model import shape_for
@@ -29,10 +30,13 @@ class Usage:
     """What a cache holds, in pages and tokens.
 
     Attributes:
-        pages_total, pages_free: pages of the pool.
+        pages_total, pages_free: pages of the pool. Those that only kept branches hold count as free: they are given up
+            when a step needs them (see `TreeCache.keep`).
         tokens_logical: Σ of the branches' lengths, as if nothing were shared.
         tokens_physical: tokens that really take up a slot.
         pages_copied: shared tail pages copied since the cache was made (each for all layers, K and V).
+        pages_kept: of the free ones, those whose tokens can still be forked from. Tokens of kept branches alone count
+            in none of the above.
     """
 
     pages_total: int
@@ -40,6 +44,7 @@ class Usage:
     tokens_logical: int
     tokens_physical: int
     pages_copied: int
+    pages_kept: int = 0
 
 
 class TreeCache:
@@ -120,6 +125,7 @@ class TreeCache:
         self._v = [self._pool[num_layers + i].transpose(1, 2) for i in range(num_layers)]
         self._core = _core.Cache(num_pages, page_size)
         self.batch_invariant = False  # for plans of later steps; a backend with that trait honours it
+        self.reclaim: Callable[[int], bool] = _nothing_to_give  # see `keep`
         self.planner = Planner(self._core.plan, self.device, backends.advance_kernel(self.device))
         self._watch = Watch()
 
@@ -200,7 +206,7 @@ class TreeCache:
         if self.max_positions is not None:
             self._check_limit(rows, given)
         self._watch.check_step(rows, given)
-        core = self._core.step(rows, given)
+        core = self._reserved(rows, given)
         if core.num_copies:
             src, dst, filled = torch.from_numpy(core.copies()).unbind(0)
             self._backend.copy_pages(self._pool, src, dst, filled)
@@ -257,6 +263,27 @@ class TreeCache:
         """
         self._watch.ending(_branch(branch, "release"))
         self._core.release(branch)
+
+    def keep(self, branch: Branch) -> None:
+        """Keeps a branch to be forked from later, for as long as nothing else needs its pages.
+
+        From now on it takes no rows and no part in joins, and `usage` counts what it alone holds as free. It can be
+        forked, truncated, read and released. When a step runs out of pages, ``cache.reclaim(pages)`` is called, which
+        is to release or truncate kept branches until so many pages are free beside those kept, and to say whether
+        it could; `PrefixCache` does.
+
+        Raises:
+            DeadBranch, ValueError: a dead or foreign branch.
+        """
+        self._core.keep(_branch(branch, "keep"))
+
+    def _reserved(self, rows: Mapping[Branch, int], given: Mapping[Branch, Any]) -> _core.Step:
+        while True:
+            try:
+                return self._core.step(rows, given)
+            except OutOfPages:
+                if not self.reclaim(self._core.pages_needed):
+                    raise
 
     # -- tensors -----------------------------------------------------------------------------------------------------
     def k_pages(self, layer: int) -> Tensor:
@@ -347,6 +374,10 @@ class TreeCache:
             f"{self.device}, pages={u.pages_total - u.pages_free}/{u.pages_total} × {self.page_size}, "
             f"tokens={u.tokens_physical} for {u.tokens_logical})"
         )
+
+
+def _nothing_to_give(pages: int) -> bool:
+    return False
 
 
 def free_memory(device: torch.device) -> int:

@@ -354,6 +354,8 @@ PYBIND11_MODULE(_core, m) {
       .def("truncate", &Cache::truncate)
       .def("release", &Cache::release)
       .def("keep", &Cache::keep)
+      .def("kept_pages",
+           [](const Cache& c, const Branch& b, i64 length) { return c.tree()->kept_pages(c.mine(b, "keep").id, length); })
       .def_property_readonly("pages_needed", [](const Cache& c) { return c.tree()->pages_needed(); })
       .def("check_branch", [](const Cache& c, const Branch& b, const char* what) { c.mine(b, what); })
       .def("plan", &Cache::plan)

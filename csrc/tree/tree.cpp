@@ -376,6 +376,20 @@ void Tree::keep(i32 branch) {
   b.kept = true;
 }
 
+i64 Tree::kept_pages(i32 branch, i64 length) const {
+  i64 found = 0, seen = 0;
+  i32 last = -1;
+  for (i32 id : at(branch).spans) {
+    for (i32 slot : spans_[id].slots) {
+      if (seen++ == length) return found;
+      const i32 page = slot / page_size_;
+      if (page != last && page_live_[page] == 0) ++found;
+      last = page;
+    }
+  }
+  return found;
+}
+
 Usage Tree::usage() const {
   return {num_pages_,       static_cast<i64>(free_pages_.size()) + pages_kept_,
           tokens_logical_,  tokens_physical_,

@@ -83,6 +83,8 @@ class Tree {
   void release(i32 branch);
   // From now on the branch is there to be forked from, truncated or released, and takes no rows.
   void keep(i32 branch);
+  // Of the pages that hold a branch's first `length` tokens, those that count as free: forking from there takes them.
+  i64 kept_pages(i32 branch, i64 length) const;
   // Pages that the last step needed which ran out of them.
   i64 pages_needed() const { return pages_needed_; }
 

@@ -73,8 +73,11 @@ class Scheduler:
         return self._pages(request.trunk.kv) + 1 + running <= free
 
     def _pages(self, kv: ThreadKV) -> int:
-        """What it takes to bring a thread into the cache."""
-        return kv.pending // self.cache.page_size + 1
+        """What it takes to bring a thread into the cache: pages for what is not there, and those it wakes."""
+        found, woken, prefixes = 0, 0, kv.thread.request.prefixes
+        if prefixes is not None and kv.branch is None and kv.findable:
+            found, woken = prefixes.cost(kv.thread.own, kv.findable)
+        return (kv.pending - found) // self.cache.page_size + 1 + woken
 
     def admit(self) -> None:
         """Settle which threads may be given a token in this step."""
@@ -158,7 +161,8 @@ class Scheduler:
                 # grow; else they would push one another out in turns. Alone it may always try.
                 if first_outside is not None and kv.thread.age > first_outside.thread.age:
                     continue
-                if entries and self._pages(kv) + 1 + running > free:
+                pages = self._pages(kv)
+                if entries and pages + 1 + running > free:
                     first_outside = kv
                     continue
                 if not kv.may_open:
@@ -182,7 +186,7 @@ class Scheduler:
                 if kv.in_cache:
                     continue
                 coming[id(kv)] = kv
-                free -= self._pages(kv)
+                free -= pages
                 running += 1
             chunk = kv.next_chunk()
             count = min(chunk.left, room)

@@ -277,6 +277,11 @@ class TreeCache:
         """
         self._core.keep(_branch(branch, "keep"))
 
+    def kept_pages(self, branch: Branch, length: int) -> int:
+        """Of the pages that hold a branch's first `length` tokens, those that count as free because only kept branches
+        hold them: so many less are free once it is forked."""
+        return self._core.kept_pages(_branch(branch, "kept_pages"), length)
+
     def _reserved(self, rows: Mapping[Branch, int], given: Mapping[Branch, Any]) -> _core.Step:
         while True:
             try:

@@ -61,8 +61,19 @@ class PrefixCache:
     def longest(self, token_ids: Sequence[int], most: int) -> int:
         """How many of the first `most` tokens `fork` would find: whole pages, so that none has to be copied for whoever
         goes on behind them; where it is less than a page, all there are."""
+        if most < 1 or (self.limit is not None and most > self.limit):
+            return 0
         node, shared = self._walk(token_ids, most)
         return self._whole_pages(node.end - len(node.tokens) + shared)
+
+    def cost(self, token_ids: Sequence[int], most: int) -> tuple[int, int]:
+        """How many tokens `fork` would find, and how many pages fewer would then be free: those that no live branch
+        holds."""
+        length = self.longest(token_ids, most)
+        if not length:
+            return 0, 0
+        node, _ = self._walk(token_ids, length)
+        return length, self.cache.kept_pages(self._leaf(node), length)
 
     def fork(self, token_ids: Sequence[int], most: int) -> Branch | None:
         """A branch of the caller's own with the first of `token_ids`, at most `most`, that are there (see `longest`).
@@ -80,10 +91,7 @@ class PrefixCache:
         if shared < len(node.tokens):
             node = self._split(node, shared)
         self._touch(node)
-        leaf = node
-        while leaf.branch is None:
-            leaf = next(iter(leaf.children.values()))
-        branch = self.cache.fork(leaf.branch, 1)[0]
+        branch = self.cache.fork(self._leaf(node), 1)[0]
         if branch.length > length:
             self.cache.truncate(branch, length)
         return branch
@@ -155,6 +163,13 @@ class PrefixCache:
             if shared < len(child.tokens):
                 break
         return node, shared if node is not self._root else 0
+
+    @staticmethod
+    def _leaf(node: _Node) -> Branch:
+        """A branch that holds a node's tokens."""
+        while node.branch is None:
+            node = next(iter(node.children.values()))
+        return node.branch
 
     def _split(self, node: _Node, at: int) -> _Node:
         """Cut a node in two; its first `at` tokens get a node of their own, which is returned."""

@@ -49,6 +49,7 @@ def splice(request: Request, thread: EngineThread, children: Sequence[EngineThre
     """The children's KV becomes the thread's, side by side."""
     for child in children:
         end_children(request, child)
+        child.kv.share(request.cache)
     # The tree takes a child's tokens since its fork from the branch itself; positions come from our own books.
     request.cache.join(thread.kv.held, [child.kv.held for child in children], mode="concat")
     last = children[-1].kv

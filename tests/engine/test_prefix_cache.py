@@ -311,11 +311,11 @@ def test_shortages_change_no_token():
     """The whole zoo at once in few pages, again and again over what is kept."""
     roomy = make_engine(num_pages=3000, prefix_cache=False)
     seen = hits = 0
-    for number in range(12):
+    for number in range(5):
         rng = random.Random(number)
         engine = make_engine(num_pages=rng.randint(40, 90), max_rows=rng.choice([3, 16, 512]))
         base = [rng.randrange(200) for _ in range(20)]
-        for _ in range(4):
+        for _ in range(3):
             prompts = [[*base[: rng.randint(1, 20)], *range(rng.randint(1, 6))] for _ in range(3)]
             strategy = rng.choice([None, Nested(), SelfConsistency(3), Anything(rng.randrange(10**6))])
             options = dict(seed=rng.randrange(99), eos_token_id=None, max_new_tokens=20)
@@ -329,7 +329,7 @@ def test_shortages_change_no_token():
             assert_nothing_held(engine)
             seen += sum(r.metrics.preemptions for r in results)
             hits += sum(map(cached, results))
-    assert seen > 0 and hits > 100
+    assert seen > 0 and hits > 50, (seen, hits)
 
 
 # ------------------------------------------------------------------------------------------------ nothing stale

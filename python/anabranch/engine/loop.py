@@ -187,7 +187,7 @@ class Loop:
             return
         # Beyond such a limit keys depend on the longest sequence of the forward that wrote them.
         prefixes.limit = min((rule.limit for rule in rules), default=None)
-        now = (fingerprint(model), rules)
+        now = (fingerprint(model, derived=not rules), rules)  # such embeddings rewrite their frequencies
         if now != self._computed_with:
             prefixes.clear()
             self._computed_with = now

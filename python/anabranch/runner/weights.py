@@ -10,23 +10,27 @@ import torch
 __all__ = ["fingerprint"]
 
 # What adapters (PEFT's layers) keep of which of them are active, and how.
-_ADAPTERS = ("active_adapters", "_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+_ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 
 
-def fingerprint(model: Any) -> Hashable:
+def fingerprint(model: Any, derived: bool = True) -> Hashable:
     """Equal for two moments between which no weight was replaced or changed in place, no module or forward hook came or
     went and no adapter was switched.
 
     Changes in place are seen by each tensor's version, and behind torch's back (``p.data.mul_(…)``) by one element of
-    each: an update of a part of a tensor through ``.data`` is not noticed.
+    each: an update of a part of a tensor through ``.data`` is not noticed. derived: whether buffers that are not saved
+    with the model count; False for a model whose own forwards change them.
     """
     parts: list[Hashable] = []
     probes: list[torch.Tensor] = []
     for module in model.modules():
-        adapters = tuple(repr(getattr(module, name)) for name in _ADAPTERS if hasattr(module, name))
+        own = module.__dict__
+        adapters = tuple(repr(own[name]) for name in _ADAPTERS if name in own)
         hooks = (*module._forward_hooks, *module._forward_pre_hooks)
         parts.append((id(module), type(module), adapters, hooks))
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
+        transient = frozenset() if derived else module._non_persistent_buffers_set
+        buffers = (buffer for name, buffer in module._buffers.items() if name not in transient)
+        for tensor in (*module._parameters.values(), *buffers):
             if tensor is None:
                 continue
             parts.append((id(tensor), None if tensor.is_inference() else tensor._version, tuple(tensor.shape)))

@@ -31,6 +31,7 @@ app = typer.Typer(
 [bold]e2e[/bold]        SmolLM2: 16 branches through our engine, through model.generate and, optionally, through vLLM
 [bold]host[/bold]       what a fork, a step and a plan cost; what a cache holds
 [bold]linear[/bold]     what Engine(batch_invariant=True) costs: linear layers and forwards of 1 to 512 rows
+[bold]serve[/bold]      Poisson arrivals: throughput, time to the first token and between tokens, p50 and p99
 [bold]branch[/bold]     training: attention under a branch mask, forward + backward; masked SDPA, FlexAttention
 [bold]all[/bold]        all of them (also what runs when no command is given)
 [bold]report[/bold]     Markdown tables and figures from a results file
@@ -245,6 +246,26 @@ def linear_command(
         store.put("linear", ("case", "dtype", "rows"), entry)
         times = " / ".join(f"{entry[name]['median_us']:,.0f}" for name in ("invariant", "default"))
         console.print(f"{entry['case']:24} {entry['dtype']:9} {entry['rows']:4} rows  {times} µs  × {entry['ratio']}")
+    _finish(store, None)
+
+
+@app.command("serve")
+def serve_command(
+    quick: Quick = False,
+    rate: Annotated[list[float] | None, typer.Option(help="Requests a second; may be repeated.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each load.")] = 32,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.bfloat16,
+    threads: Threads = None, json: Json = None,
+) -> None:  # fmt: skip
+    """Requests that arrive at random: our engine with and without its prefix cache, and model.generate."""
+    from . import serve
+
+    store = _start(threads, json)
+    with console.status("serving") as status:
+        count = min(requests, 8) if quick else requests
+        for entry in serve.run(quick, dtype.value, rate or ([1.0] if quick else [0.5, 2.0]), count, status.update):
+            store.put("serve", ("contender", "answers", "rate", "dtype", "requests"), entry)
+    console.print(report.serve_table(store.data))
     _finish(store, None)
 
 

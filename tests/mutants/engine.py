@@ -63,7 +63,8 @@ MUTANTS = [
     ),
     Mutant(
         "until() that kills another of the same step", f"{ENGINE}stepper.py",
-        "                if not thread.alive or thread.request not in self.loop.calls:\n                    continue\n", "", ORDER,
+        "                if not thread.alive or thread.request not in self.loop.calls:\n                    continue\n",
+        "", ORDER,
     ),
     Mutant(
         "positions go on from the last segment", f"{ENGINE}thread_state.py",

@@ -337,6 +337,22 @@ def test_a_forward_that_fails_fails_for_those_in_it():
     assert_nothing_held(engine)
 
 
+def test_an_error_that_is_nobody_s_ends_all_and_not_the_engine(monkeypatch):
+    engine, stop = make_engine(), threading.Event()
+    handles = [engine.add(PROMPT, **FREE) for _ in range(2)]
+    with monkeypatch.context() as broken:
+        broken.setattr("anabranch.engine.scheduler.Scheduler.choose", lambda *args: 1 / 0)
+        server = threading.Thread(target=engine.serve, args=(stop,))
+        server.start()
+        for handle in handles:
+            with pytest.raises(ZeroDivisionError):
+                handle.result(timeout=60)
+    assert engine.add(PROMPT, **FREE).result(timeout=60).tree == make_engine().generate(PROMPT, **FREE).tree
+    stop.set()
+    server.join(30)
+    assert_nothing_held(engine)
+
+
 @pytest.mark.parametrize("where", ["forward", "processor", "strategy"])
 def test_ctrl_c_in_a_step_leaves_the_others_whole(where):
     """At any moment: rows that were reserved are given back, a uniform that was drawn is drawn once."""

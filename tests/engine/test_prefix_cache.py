@@ -238,6 +238,24 @@ def exact(node):
     return [(run.token_ids, run.logprobs) for n in node.walk() for run in n.runs]
 
 
+def test_what_is_scored_is_computed_though_it_could_be_found():
+    """A replay that is pre-empted in the middle comes back beside its own tokens, and still scores each of them."""
+    preempted = 0
+    for after in range(4, 12, 2):
+        engine = make_engine(num_pages=44, max_rows=6)
+        result = engine.generate(PROMPT, logprobs=True, eos_token_id=None, max_new_tokens=80)
+        hog = engine.add([1, 2, 3], eos_token_id=None, max_new_tokens=150, priority=1)
+        for _ in range(10 * after):
+            engine.step()
+        again = ab.replay(result, engine)
+        preempted += again.metrics.preemptions
+        assert again.tree == result.tree
+        assert all(abs(a - b) < 1e-4 for a, b in ab.engine.logprob_pairs(result, again))
+        assert len(hog.result().token_ids) == 150
+        assert_nothing_held(engine)
+    assert preempted > 0
+
+
 # ------------------------------------------------------------------------------------------------ who leaves
 
 

@@ -148,6 +148,9 @@ class Loop:
                     self._settle(self.active)
                 self._settled = True
                 self._end_what_is_over()
+            except Exception as error:  # nobody in particular is to blame: nobody can go on
+                for request in list(self.active):
+                    self.fail(request, error)
             except BaseException as error:  # Ctrl-C: who was being touched may be in any state, all others are whole
                 if self.touched is not None:
                     self.fail(self.touched, error)
@@ -232,24 +235,30 @@ class Loop:
         with self._door:
             calls = dict.fromkeys(self.calls.values())
         self._to_end = any(call.deadline is not None for call in calls)
-        now = time.monotonic()
-        for call in calls:
-            late = call.deadline is not None and now >= call.deadline
-            if call.dropped:
-                for request in list(call.left):
-                    self._drop(request)
-            elif call.aborted or late:
-                for request in list(call.left):
-                    with Touching(self, request):
-                        self._conclude(request, "killed")
-                if not call.aborted and call.error is None:
-                    call.error = DeadlineExceeded(
-                        "deadline: it passed before the answer was complete; give more time, a smaller "
-                        "max_new_tokens or a higher priority (the error's results hold what there was so far)",
-                        call.outcome(),
-                    )
-                for request in list(call.left):
-                    self._remove(request)
+        try:
+            for call in calls:
+                self._end_if_over(call)
+        except BaseException:
+            self._to_end = True  # the rest, the next time
+            raise
+
+    def _end_if_over(self, call: Call) -> None:
+        late = call.deadline is not None and time.monotonic() >= call.deadline
+        if call.dropped:
+            for request in list(call.left):
+                self._drop(request)
+        elif call.aborted or late:
+            for request in list(call.left):
+                with Touching(self, request):
+                    self._conclude(request, "killed")
+            if not call.aborted and call.error is None:
+                call.error = DeadlineExceeded(
+                    "deadline: it passed before the answer was complete; give more time, a smaller "
+                    "max_new_tokens or a higher priority (the error's results hold what there was so far)",
+                    call.outcome(),
+                )
+            for request in list(call.left):
+                self._remove(request)
 
     def fail(self, request: Request, error: BaseException) -> None:
         """End a request's call with an error."""

@@ -183,7 +183,8 @@ class ThreadKV:
         thread = self.thread
         if thread.role == "fork" or any(s.spliced is not None for s in thread.segments):
             return 0
-        return min(thread.dense_length, thread.length - 1)
+        most = min(thread.dense_length, thread.length - 1)
+        return most if thread.score is None else min(most, thread.score.begin)  # what is scored is computed
 
     def _known(self) -> Branch | None:
         """A branch with what is known of its tokens from other threads or requests, if anything is."""

@@ -25,10 +25,10 @@ that several prompts shared counts for each by its rows, so that the prompts of 
 ``steps`` it had rows in, ``rows`` it had in them, ``preemptions`` of its threads, ``cached_tokens``: those of its
 prompts whose keys and values earlier requests had computed (``Engine(prefix_cache=True)``).
 
-Memory, of the whole call (its prompts share one cache), up to this prompt's end: ``pages_copied``, ``pages_peak``,
-``tokens_logical_peak`` (context tokens of all branches together, at most), ``tokens_physical_peak`` (those that really
-lay in memory, at most), ``tokens_physical_then`` (those in memory at the moment of the logical peak) and ``sharing``
-(how much less that was: logical peak / physical then).
+Memory, of the whole cache (all requests share it), from the call up to this prompt's end: ``pages_copied``,
+``pages_peak``, ``tokens_logical_peak`` (context tokens of all branches together, at most), ``tokens_physical_peak``
+(those that really lay in memory, at most), ``tokens_physical_then`` (those in memory at the moment of the logical peak)
+and ``sharing`` (how much less that was: logical peak / physical then).
 """
 
 from __future__ import annotations

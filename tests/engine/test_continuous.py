@@ -294,6 +294,19 @@ def test_an_error_in_generate_comes_out_and_leaves_the_others(name):
     assert_nothing_held(engine)
 
 
+def test_an_error_of_one_of_many_that_are_sampled_together():
+    """Equal settings are sampled in one pass; a context that leaves no token fails alone, and no draw is lost."""
+    words = [[7], *([7, i] for i in range(260))]  # nothing may follow a 7
+    options = dict(bad_words_ids=words, do_sample=True, temperature=1.2, top_k=0, seed=3, **FREE)
+    engine = make_engine()
+    handles = [engine.add([1, 2, last], **options) for last in (3, 7, 4)]
+    with pytest.raises(ValueError, match="no token can be chosen"):
+        handles[1].result()
+    for handle, last in ((handles[0], 3), (handles[2], 4)):
+        assert handle.result().tree == make_engine().generate([1, 2, last], **options).tree
+    assert_nothing_held(engine)
+
+
 def test_a_generator_that_objects_to_its_end():
     engine = make_engine()
     handle, other = engine.add(PROMPT, BreaksAtItsEnd(), **FREE), engine.add(PROMPT, **FREE)

@@ -98,6 +98,11 @@ setup(
     # Namespace packages too: the folders of anabranch/data hold no Python.
     packages=[*find_namespace_packages("python", include=["anabranch*"]), "anabranch.kernels"],
     package_dir={"": "python", "anabranch.kernels": "kernels"},
-    package_data={"": ["*.json", "*.safetensors"], "anabranch": ["py.typed", "*.pyi"]},
+    package_data={
+        "": ["*.json", "*.safetensors"],
+        "anabranch": ["py.typed", "*.pyi"],
+        "anabranch.viz.page": ["*.js", "*.css", "*.html"],
+        "anabranch.serve": ["*.html"],
+    },
     include_package_data=False,
 )

@@ -20,7 +20,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = [f"anabranch/data/{p}" for p in ("multiplication/model.safetensors", "smollm2_adaptive/adapter_config.json")]
-SOURCES = ("CMakeLists.txt", "csrc/tree/tree.cpp", "csrc/cpu/kernels.cpp", "kernels/attention.py", "LICENSE", *DATA)
+PAGE = [f"anabranch/viz/page/{name}" for name in ("view.html", "view.css", "page.js", "d3.min.js")]
+SOURCES = (
+    "CMakeLists.txt",
+    "csrc/tree/tree.cpp",
+    "csrc/cpu/kernels.cpp",
+    "kernels/attention.py",
+    "LICENSE",
+    *DATA,
+    *PAGE,
+)
 # Said of where the build runs: a shallow clone may lack the tag (setuptools-scm); PYTHONDONTWRITEBYTECODE is set.
 HARMLESS = ("shallow", "byte-compiling is disabled")
 SMOKE = """
@@ -74,9 +83,9 @@ def check_wheel(wheel: Path) -> None:
     inside = {n for n in zipfile.ZipFile(wheel).namelist() if not n.endswith("/")}
     wanted = {f"anabranch/{p.relative_to(ROOT / 'python/anabranch')}" for p in (ROOT / "python").rglob("*.py")}
     wanted |= {f"anabranch/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
-    wanted |= {"anabranch/py.typed", "anabranch/_core.pyi", *DATA}
+    wanted |= {"anabranch/py.typed", "anabranch/_core.pyi", *DATA, *PAGE}
     assert not wanted - inside, f"the wheel lacks {sorted(wanted - inside)}"
-    rest = sorted(n for n in inside - wanted if not re.match(r"anabranch/(data/|_c[a-z]+\.[^/]*so$)", n))
+    rest = sorted(n for n in inside - wanted if not re.match(r"anabranch/(data/|viz/page/|_c[a-z]+\.[^/]*so$)", n))
     rest = [n for n in rest if ".dist-info/" not in n and not n.endswith(".pyi")]
     assert not rest, f"the wheel holds what is no part of the package: {rest}"
     for module in ("_core", "_cpu"):

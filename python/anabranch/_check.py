@@ -107,3 +107,13 @@ def layer_of(layer: Any, num_layers: int) -> int:
     if found is None or not 0 <= found < num_layers:
         raise ValueError(f"layer: must be from 0 to {num_layers - 1}, got {told(layer)}")
     return found
+
+
+def seeds_of(seed: Any, count: int) -> list[int]:
+    """One seed a prompt."""
+    one = index_of(seed)
+    many = isinstance(seed, (list, tuple)) or getattr(seed, "ndim", 0) == 1
+    seeds = [index_of(s) for s in seed] if many else [one] * count
+    if len(seeds) != count or any(s is None or s < 0 for s in seeds):
+        raise ValueError(f"seed={told(seed)}; pass a whole number ≥ 0, or a list of {count} (one a prompt)")
+    return seeds  # type: ignore[return-value]

@@ -10,7 +10,15 @@ from anabranch._core import DeadBranch, OutOfPages
 if TYPE_CHECKING:
     from anabranch.records.result import Result
 
-__all__ = ["BackendUnavailable", "DeadBranch", "DeadlineExceeded", "OutOfPages", "QueueFull", "TopologyChanged"]
+__all__ = [
+    "BackendUnavailable",
+    "DeadBranch",
+    "DeadlineExceeded",
+    "OutOfPages",
+    "QueueFull",
+    "RemoteError",
+    "TopologyChanged",
+]
 
 
 class BackendUnavailable(RuntimeError):
@@ -19,6 +27,10 @@ class BackendUnavailable(RuntimeError):
 
 class TopologyChanged(RuntimeError):
     """A CUDA graph was being captured, and the tree changed in it: what it records would be right for one step only."""
+
+
+class RemoteError(RuntimeError):
+    """A server cannot be reached, refuses a request, or is not what the caller takes it for."""
 
 
 class QueueFull(RuntimeError):

@@ -5,45 +5,45 @@ from __future__ import annotations
 from run import Mutant
 
 ENGINE = "python/anabranch/engine/"
+THREADS = "python/anabranch/threads/"
 ORDER = "tests/engine/test_engine_order.py"
 BOTH = "tests/engine/test_engine_order.py tests/engine/test_naive_engine.py"
 NEAR = "tests/engine/test_engine_order.py tests/engine/test_engine.py tests/engine/test_engine_limits.py"
 
 MUTANTS = [
     Mutant(
-        "re-prefill adopts the first child though the trunk has gone on", f"{ENGINE}joins/reprefill.py",
+        "re-prefill adopts the first child though the trunk has gone on", f"{THREADS}joins/reprefill.py",
         'if children[0].role == "fork" and thread.goes_on_as(children[0]) and op.headers[0] is None:',
         'if children[0].role == "fork" and op.headers[0] is None:', ORDER,
     ),
     Mutant(
-        "a child is not pinned while its parent is cut", f"{ENGINE}cuts.py",
-        "child.severed = child.kv.pinned = True", "child.severed = True", ORDER,
+        "a child is not pinned while its parent is cut", f"{ENGINE}request.py",
+        "            child.kv.pinned = True  # what it shares", "            pass  # what it shares", ORDER,
     ),
     Mutant(
-        "a parent that wrote anew is taken for unchanged", f"{ENGINE}thread_state.py",
+        "a parent that wrote anew is taken for unchanged", f"{THREADS}state.py",
         "return self.length == len(child.prefix) and not child.severed",
         "return self.length == len(child.prefix)", ORDER,
     ),
     Mutant(
-        "an op does not wait for its issue time", f"{ENGINE}request.py",
+        "an op does not wait for its issue time", f"{THREADS}ops/base.py",
         "        thread.reach(op.issued)\n        thread.queue.popleft()",
         "        thread.queue.popleft()", ORDER,
     ),
     Mutant(
-        "a decode does not wait for its issue time", f"{ENGINE}request.py",
-        "            thread.decode = decode\n            thread.reach(op.issued)",
-        "            thread.decode = decode", ORDER,
+        "a decode does not wait for its issue time", f"{THREADS}ops/decode.py",
+        "            thread.reach(op.issued)\n", "", ORDER,
     ),
     Mutant(
-        "a join takes the last child's depth", f"{ENGINE}request.py",
+        "a join takes the last child's depth", f"{THREADS}ops/join.py",
         "thread.reach(child.clock)", "thread.clock = child.clock", ORDER,
     ),
     Mutant(
-        "a kill is not waited for", f"{ENGINE}request.py",
+        "a kill is not waited for", f"{THREADS}books.py",
         "        thread.reach(self.clock())\n", "", ORDER,
     ),
     Mutant(
-        "until() asks at time 0", f"{ENGINE}request.py", "return self._asked.clock", "return 0", ORDER,
+        "until() asks at time 0", f"{THREADS}books.py", "return self._asked.clock", "return 0", ORDER,
     ),
     Mutant(
         "a seed by order of birth", f"{ENGINE}request.py",
@@ -54,35 +54,35 @@ MUTANTS = [
         "if best_key is None or key > best_key:", "if best_key is None or key < best_key:", ORDER,
     ),
     Mutant(
-        "a killed child stays in a join that waits", f"{ENGINE}request.py",
+        "a killed child stays in a join that waits", f"{THREADS}books.py",
         "if isinstance(op, JoinOp) and thread.handle in op.children:", "if False:", ORDER,
     ),
     Mutant(
-        "until() that kills its own thread", f"{ENGINE}request.py",
+        "until() that kills its own thread", f"{THREADS}ops/decode.py",
         "if reason is not None and not op.done:", "if reason is not None:", ORDER,
     ),
     Mutant(
         "until() that kills another of the same step", f"{ENGINE}stepper.py",
-        "                if not thread.alive or thread.request not in self.loop.calls:\n                    continue\n",
-        "", ORDER,
+        "if not thread.alive or thread.request not in self.loop.calls:",
+        "if thread.request not in self.loop.calls:", ORDER,
     ),
     Mutant(
-        "positions go on from the last segment", f"{ENGINE}thread_state.py",
+        "positions go on from the last segment", f"{THREADS}state.py",
         "max([self.start, *(max(s.positions()) + 1 for s in self.segments)])",
         "max(self.segments[-1].positions()) + 1 if self.segments else self.start", ORDER,
     ),
     Mutant(
-        "positions of a joined child counted on from its first", f"{ENGINE}thread_state.py",
+        "positions of a joined child counted on from its first", f"{THREADS}state.py",
         "        if self.spliced is None:\n            return range",
         "        if True:\n            return range", BOTH,
     ),
     Mutant(
-        "an empty child moves the position", f"{ENGINE}thread_state.py",
+        "an empty child moves the position", f"{THREADS}state.py",
         "            self.own.extend(child.own)\n            self.position = max(",
         "            self.own.extend(child.own)\n        self.position = max(", ORDER,
     ),
     Mutant(
-        "a cut header keeps its length", f"{ENGINE}thread_state.py",
+        "a cut header keeps its length", f"{THREADS}state.py",
         "        self.header_length = min(self.header_length, len(self.own))\n", "", ORDER,
     ),
     Mutant(
@@ -90,42 +90,42 @@ MUTANTS = [
         "if w not in stuck and not w.in_cache]", "if w not in stuck]", BOTH,
     ),
     Mutant(
-        "a join forgets what a child sampled", f"{ENGINE}request.py",
+        "a join forgets what a child sampled", f"{THREADS}ops/join.py",
         "            thread.path_sampled = max(thread.path_sampled, child.path_sampled)\n", "", BOTH,
     ),
     Mutant(
-        "a fresh thread's limit begins anew", f"{ENGINE}request.py",
+        "a fresh thread's limit begins anew", f"{THREADS}books.py",
         "thread.clock, thread.path_sampled = self.clock(), parent.path_sampled",
         "thread.clock = self.clock()", BOTH,
     ),
     Mutant(
-        "a fresh thread begins at time 0", f"{ENGINE}request.py",
+        "a fresh thread begins at time 0", f"{THREADS}books.py",
         "thread.clock, thread.path_sampled = self.clock(), parent.path_sampled",
         "thread.path_sampled = parent.path_sampled", BOTH,
     ),
     Mutant(
-        "a prompt of a fresh thread is on the critical path", f"{ENGINE}request.py",
+        "a prompt of a fresh thread is on the critical path", f"{THREADS}books.py",
         "            thread.clock = clock  # a fresh thread's", "            pass  # a fresh thread's", BOTH,
     ),
     Mutant(
-        "a header that is replaced stays", f"{ENGINE}joins/reprefill.py",
+        "a header that is replaced stays", f"{THREADS}joins/reprefill.py",
         "own = header + own[child.header_length :]", "own = header + own", BOTH,
     ),
     Mutant(
-        "a summary keeps one token more", f"{ENGINE}joins/summary.py",
-        'truncate(request.cache, thread, op.keep, f"join: keep={op.keep}")',
-        'truncate(request.cache, thread, min(op.keep + 1, thread.length), "")', BOTH,
+        "a summary keeps one token more", f"{THREADS}joins/summary.py",
+        'host.cut(thread, op.keep, f"join: keep={op.keep}")',
+        'host.cut(thread, min(op.keep + 1, thread.length), "")', BOTH,
     ),
     Mutant(
-        "children of a joined child live on", f"{ENGINE}joins/common.py",
-        '        request.end(child, "killed")', "        pass", BOTH,
+        "children of a joined child live on", f"{THREADS}joins/common.py",
+        '        host.end(child, "killed")', "        pass", BOTH,
     ),
     Mutant(
-        "an EOS before a stop id", f"{ENGINE}request.py",
-        "        if token in op.stop_ids:\n", "        if token in op.stop_ids - sampler.eos_ids:\n", BOTH,
+        "an EOS before a stop id", f"{THREADS}ops/decode.py",
+        "    if token in op.stop_ids:\n", "    if token in op.stop_ids - sampler.eos_ids:\n", BOTH,
     ),
     Mutant(
-        "fresh threads of several turns are one block", f"{ENGINE}request.py",
+        "fresh threads of several turns are one block", f"{THREADS}books.py",
         "if parent.spawned_at == self.tasks.turn:", "if parent.spawned_at >= 0:", BOTH,
     ),
     Mutant(
@@ -137,7 +137,7 @@ MUTANTS = [
         "                cache.truncate(self.branch, len(thread.prefix))", "                pass", NEAR,
     ),
     Mutant(
-        "logits outlive a cut", f"{ENGINE}cuts.py", "    kv.logits = None\n", "", BOTH,
+        "logits outlive a cut", f"{ENGINE}request.py", "        kv.logits = None\n", "", BOTH,
         equivalent="a cut thread is shorter than its logits were made for (logits_at), and they are written anew",
     ),
 ]  # fmt: skip

@@ -41,7 +41,7 @@ MUTANTS = [
         "if len(calls) == 1:", "if True:", f"{SERVE}an_error_of_one_of_many_that_are_sampled_together",
     ),
     Mutant(
-        "joined siblings are served as one sequence", f"{ENGINE}thread_state.py",
+        "joined siblings are served as one sequence", "python/anabranch/threads/state.py",
         "if segment.spliced is not None or segment.position != length:", "if False:",
         f"{PREFIX}joined_siblings_are_no_dense_prefix",
     ),

@@ -127,8 +127,10 @@ def run(
         engines[case.model] = engine, kind
         if told and not as_json:
             out.print()
-        one = _tell(engine, case, out, live, as_json, kind, sequential, max_new_tokens, seed)
         first = not told
+        one = _tell(
+            engine, case, out, live, as_json, kind, sequential, max_new_tokens, seed, save is not None and first
+        )
         told.append(one)
         if save is not None and first:
             assert one.story.result is not None
@@ -178,13 +180,19 @@ def _tell(
     sequential: bool,
     most: int,
     seed: int,
+    logprobs: bool,
 ) -> Told:
     """Run it once, drawing."""
     from anabranch.evaluation.evaluate import is_right
     from anabranch.viz.terminal import tell
 
     stream = engine.stream(
-        _asked(engine, case), strategy=_strategy(sequential), max_new_tokens=most, seed=seed, do_sample=False
+        _asked(engine, case),
+        strategy=_strategy(sequential),
+        max_new_tokens=most,
+        seed=seed,
+        do_sample=False,
+        logprobs=logprobs,
     )
     story = tell(engine, stream, console, _heading(case, kind, sequential), live, quiet)
     assert story.result is not None

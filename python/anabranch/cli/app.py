@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from anabranch import __version__
-from anabranch.cli.common import USAGE, Mistake, command, set_debug
+from anabranch.cli.common import USAGE, Mistake, command
+from anabranch.cli.comparing import commands as comparing
+from anabranch.cli.options import (
+    DebugOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    SaveOption,
+    SeedOption,
+)
+from anabranch.cli.options import examples as _examples
+from anabranch.cli.options import flag as _flag
 
 app = typer.Typer(
     add_completion=True,
@@ -27,53 +38,10 @@ Branches share one paged, copy-on-write KV cache: what they have in common is co
 )
 
 
-class Dtype(str, Enum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class StrategyName(str, Enum):
-    none = "none"
-    self_consistency = "self-consistency"
-    aspects = "aspects"
-
-
-def _flag(*names: str, **options: Any) -> Any:
-    """A yes-or-no option; its page needs no word for the kind of value it takes."""
-    return typer.Option(*names, metavar="", **options)
-
-
-def _examples(*lines: str) -> str:
-    return "\n\n".join(("Examples:", *lines))
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"anabranch {__version__}")
         raise typer.Exit
-
-
-DebugOption = Annotated[
-    bool, _flag("--debug", callback=set_debug, is_eager=True, help="Show the traceback of an error.")
-]
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", metavar="NAME", help="A model's name, or a Transformers folder on this machine.")
-]
-DtypeOption = Annotated[
-    Dtype,
-    typer.Option(
-        metavar="TYPE",
-        help="Of the weights: float32, bfloat16, float16 or auto, which is bfloat16 where the hardware "
-        "multiplies it, else float32.",
-    ),
-]
-JsonOption = Annotated[bool, _flag("--json", help="Print one JSON object and nothing else on standard output.")]
-SeedOption = Annotated[int, typer.Option(metavar="N", min=0, help="The same seed gives the same answer.")]
-SaveOption = Annotated[
-    Path | None, typer.Option("--save", metavar="FILE", help="Write the trace here, for `anabranch view`.")
-]
 
 
 @app.callback()
@@ -218,8 +186,11 @@ def evaluate(
     epilog=_examples(
         "anabranch generate 'Name three rivers.'",
         "anabranch generate 'What is 17 + 25?' --strategy self-consistency -n 8 --vote number",
+        "anabranch generate '7308 * 4406' --model multiplication --strategy threadweaver -o thread_tokens=200",
+        "anabranch generate 'Why is the sky blue?' --strategy 'sequential(aspects)' --save trace.json",
         "cat question.txt | anabranch generate - --stream",
         "anabranch generate 'Once upon a time' --raw --model ./my-model",
+        "anabranch generate 'Name three rivers.' --url http://localhost:8000/v1 --model ./my-model",
     ),
 )
 @command
@@ -227,19 +198,28 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     model: ModelOption = "smollm2",
     strategy: Annotated[
-        StrategyName,
+        str,
         typer.Option(
-            "--strategy", "-s", metavar="NAME", help="Who forks, and when: none, self-consistency or aspects."
+            "--strategy",
+            "-s",
+            metavar="NAME",
+            help="Who forks, and when: a name that `anabranch strategies` lists, also as 'name(option=value)'.",
         ),
-    ] = StrategyName.none,
+    ] = "none",
+    strategy_option: Annotated[
+        list[str] | None,
+        typer.Option("--strategy-option", "-o", metavar="KEY=VALUE", help="Of the strategy; may be repeated."),
+    ] = None,
     n: Annotated[
-        int | None, typer.Option("-n", "--branches", metavar="N", min=1, help="Branches of the strategy.")
+        int | None,
+        typer.Option("-n", "--branches", metavar="N", min=1, help="Branches of the strategy: its n, paths or workers."),
     ] = None,
     vote: Annotated[
         str | None,
         typer.Option(
             metavar="WHAT",
-            help="self-consistency: number, boxed, letter, line or a pattern. Default: the likeliest branch wins.",
+            help="Strategies that vote, such as self-consistency: number, boxed, letter, line or a pattern. Default: "
+            "the likeliest branch wins.",
         ),
     ] = None,
     temperature: Annotated[
@@ -263,6 +243,17 @@ def generate(
     ] = None,
     stream: Annotated[bool, _flag("--stream", help="Show the answer as it is written.")] = False,
     save: SaveOption = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Of a vLLM, SGLang or llama.cpp server, such as http://host:8000/v1: it runs the model, --model names "
+            "the tokenizer.",
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(metavar="KEY", envvar="ANABRANCH_API_KEY", help="For --url.", show_envvar=True)
+    ] = None,
     num_pages: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Pages of the cache. Default: by free memory.")
     ] = None,
@@ -274,7 +265,7 @@ def generate(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Answer a prompt: plainly, by a vote of sampled branches, or in several aspects.
+    """Answer a prompt: plainly, or by any strategy that `anabranch strategies` lists.
 
     The answer goes to standard output, a line about its cost to standard error.
     """
@@ -282,7 +273,9 @@ def generate(
 
     body.run(
         body.Options(
-            prompt=prompt, model=model, strategy=strategy.value, n=n, vote=vote, temperature=temperature, top_p=top_p,
+            prompt=prompt, model=model, url=url, api_key=api_key,
+            strategy=strategy, strategy_options=tuple(strategy_option or ()), n=n,
+            vote=vote, temperature=temperature, top_p=top_p,
             seed=seed, max_new_tokens=max_new_tokens, chat=chat, template_kwargs=template_kwargs, stream=stream,
             as_json=json, save=save, num_pages=num_pages, page_size=page_size, backend=backend, dtype=dtype.value,
         )
@@ -292,12 +285,22 @@ def generate(
 @app.command(
     epilog=_examples(
         "anabranch demo --save trace.json && anabranch view trace.json",
-        "anabranch view trace.json --replay",
+        "anabranch view trace.json --html out.html",
+        "anabranch view trace.json --perfetto out.json   (for ui.perfetto.dev)",
+        "anabranch view trace.json --replay --html out.html   (confidence of every token, whatever was recorded)",
     ),
 )
 @command
 def view(
     trace: Annotated[Path, typer.Argument(help="A file that --save wrote.", show_default=False)],
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write one self-contained page: timeline, texts, contexts."),
+    ] = None,
+    perfetto: Annotated[
+        Path | None,
+        typer.Option("--perfetto", metavar="FILE", help="Write Chrome trace events, which Perfetto opens."),
+    ] = None,
     replay: Annotated[
         bool,
         _flag("--replay", help="Feed its tokens through the model again: must give the same tree; scores every token."),
@@ -309,10 +312,14 @@ def view(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show a saved trace: the tree with its texts, and what it cost."""
+    """Show a saved trace: the tree with its texts and what it cost, in the terminal or as a page for a browser.
+
+    The page (--html) is one file that needs no network: a timeline with one lane a thread, forks and joins as arrows,
+    tokens coloured by confidence, and the context that any thread saw.
+    """
     from anabranch.cli import view as body
 
-    body.run(trace, json, replay, model)
+    body.run(trace, json, replay, model, html, perfetto)
 
 
 @app.command(
@@ -348,6 +355,73 @@ def bench(
 
 @app.command(
     epilog=_examples(
+        "anabranch serve --model smollm2 --port 8000",
+        "anabranch serve --model ./my-model --host 0.0.0.0 --api-key secret --api-key another",
+        "anabranch serve --model ./my-model --upstream http://cluster:8000/v1",
+        'curl localhost:8000/v1/completions -d \'{"model": "smollm2", "prompt": "Rivers", "strategy": '
+        '"self-consistency", "strategy_options": {"n": 4}}\' -H \'Content-Type: application/json\'',
+    ),
+)
+@command
+def serve(
+    model: ModelOption = "smollm2",
+    host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="Port to listen on.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Opens the server; may be repeated. Default: ANABRANCH_API_KEY, else none."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What clients call the model.", show_default="as --model")
+    ] = None,
+    upstream: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Run strategies on this server instead; --model names its tokenizer."),
+    ] = None,
+    upstream_key: Annotated[str | None, typer.Option(metavar="KEY", help="For --upstream.")] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option("--strategy", "-s", metavar="NAME", help="Allow these strategies alone; may be repeated."),
+    ] = None,
+    max_requests: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Prompts under way or waiting; more get 429.")
+    ] = 256,
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Most tokens that a request may ask for.")
+    ] = None,
+    max_body: Annotated[int, typer.Option(metavar="BYTES", min=1, help="Of a request; larger ones get 413.")] = 8388608,
+    num_pages: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Pages of the cache. Default: by free memory.")
+    ] = None,
+    page_size: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens a page.")] = 16,
+    backend: Annotated[
+        str, typer.Option(metavar="NAME", help="Attention backend: auto, cpu, triton, cuda, reference.")
+    ] = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    grace: Annotated[
+        int, typer.Option(metavar="S", min=0, help="Seconds that answers under way have to finish at the end.")
+    ] = 30,
+    debug: DebugOption = False,
+) -> None:
+    """Serve a model over OpenAI's HTTP API, with a strategy by request.
+
+    /v1/completions, /v1/chat/completions, /v1/models, /tokenize, /health, /metrics, /version; at / a page that shows
+    running trees. Ours in a request: strategy, strategy_options, priority, timeout, stream_options.threads.
+    """
+    from anabranch.cli import serve as body
+
+    body.run(
+        body.Options(
+            model=model, host=host, port=port, api_keys=tuple(api_key or ()), name=name, upstream=upstream,
+            upstream_key=upstream_key, strategies=tuple(strategy or ()), max_requests=max_requests,
+            max_tokens=max_tokens, max_body=max_body, num_pages=num_pages, page_size=page_size, backend=backend,
+            dtype=dtype.value, grace=grace,
+        )
+    )  # fmt: skip
+
+
+@app.command(
+    epilog=_examples(
         "anabranch doctor",
         "anabranch doctor --json | jq .backends",
     ),
@@ -362,5 +436,7 @@ def doctor(json: JsonOption = False, debug: DebugOption = False) -> None:
 
     body.run(json)
 
+
+app.add_typer(comparing)
 
 __all__ = ["USAGE", "Mistake", "app"]

@@ -77,19 +77,18 @@ def _mistake(error: Exception) -> int | None:
     known = [("anabranch.models", "ModelUnavailable"), ("anabranch.hf.probe", "UnsupportedModel")]
     known += [("anabranch.errors", name) for name in ("OutOfPages", "BackendUnavailable")]
     classes = [getattr(sys.modules[module], name) for module, name in known if module in sys.modules]
-    files = (FileNotFoundError, PermissionError, IsADirectoryError)
-    return FAILED if isinstance(error, (ValueError, *files, *classes)) else None
+    return FAILED if isinstance(error, (ValueError, OSError, *classes)) else None  # OSError: files, a full disk
 
 
-def check_save(path: Path | None) -> None:
+def check_save(path: Path | None, option: str = "--save") -> None:
     """Before minutes of work: a file can be written there."""
     if path is None:
         return
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise Mistake(f"--save {str(path)!r}: there is no folder {str(folder)!r}", USAGE)
+        raise Mistake(f"{option} {str(path)!r}: there is no folder {str(folder)!r}", USAGE)
     if path.is_dir() or not os.access(folder, os.W_OK):
-        raise Mistake(f"--save {str(path)!r}: cannot write a file there", USAGE)
+        raise Mistake(f"{option} {str(path)!r}: cannot write a file there", USAGE)
 
 
 def choose_dtype(wish: str = "auto") -> tuple[torch.dtype, str]:
@@ -135,6 +134,21 @@ def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any, torch.dtype]:
     if not (folder / "config.json").is_file():
         raise Mistake(f"--model {name!r}: this folder has no config.json, so it is not a Transformers model")
     return (*_load_folder(folder, kind), kind)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer alone, of a model by name or of a folder on this machine."""
+    from transformers import AutoTokenizer
+
+    from anabranch import models
+
+    folder = models.path(name) if name in models.names() else Path(name).expanduser()
+    if not folder.is_dir():
+        raise Mistake(
+            f"--model {name!r}: neither a model's name ({', '.join(models.names())}) nor a folder here; with a server "
+            "it names the tokenizer of the model that the server runs"
+        )
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def _warn_if_slow() -> None:

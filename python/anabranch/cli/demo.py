@@ -242,7 +242,7 @@ def _follow(
 
     end = EndOfThought(engine.tokenizer, options.branch_tokens)
     sampling = {"seed": options.seed, "max_new_tokens": options.max_new_tokens, "stopping_criteria": [end], **SAMPLING}
-    stream = engine.stream(_chat(options), strategy=_strategy(options), **sampling)
+    stream = engine.stream(_chat(options), strategy=_strategy(options), logprobs=options.save is not None, **sampling)
     story = tell(engine, stream, console, _heading(options, dtype), live, quiet)
     assert story.result is not None
     result = story.result
@@ -263,7 +263,7 @@ def _heading(options: Options, dtype: str) -> list[RenderableType]:
 
 
 def _compare(engine: Any, result: Result, context: list[int], options: Options, console: Console | None) -> Any:
-    from anabranch.cli.compare import compare
+    from anabranch.cli.beside_generate import compare
 
     kids = result.tree.children
     if len(kids) < 2 or not context:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anabranch.cli.common import USAGE, Mistake, check_save, load_model
+from anabranch.cli.common import USAGE, Mistake, check_save, load_model, load_tokenizer
 from anabranch.viz.console import consoles, plain_terminal, printable
+
+COUNTS = ("n", "paths", "workers", "width")  # how strategies call the number of their branches
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Options:
     prompt: str
     model: str = "smollm2"
     strategy: str = "none"
+    strategy_options: tuple[str, ...] = ()
     n: int | None = None
     vote: str | None = None
     temperature: float | None = None
@@ -35,12 +38,15 @@ class Options:
     page_size: int = 16
     backend: str = "auto"
     dtype: str = "auto"
+    url: str | None = None
+    api_key: str | None = None
 
 
 def run(options: Options) -> None:
     """The whole command."""
     _check(options)
     template = _template(options.template_kwargs)
+    strategy = _strategy(options)
     prompt = _read(options.prompt)
     out, err = consoles()
     interactive = not options.as_json and not plain_terminal(err)
@@ -53,20 +59,30 @@ def run(options: Options) -> None:
         import anabranch as ab
         from anabranch.text.prompts import takes_chats
 
-        model, tokenizer, dtype = load_model(options.model, options.dtype)
+        model: Any = None
+        dtype: Any = "the server's"
+        if options.url is None:
+            model, tokenizer, dtype = load_model(options.model, options.dtype)
+        else:
+            tokenizer = load_tokenizer(options.model)
         chat = takes_chats(tokenizer) if options.chat is None else options.chat
         if template and not chat:
             raise Mistake("--template-kwargs is for a chat template, and this prompt goes through none", USAGE)
-        engine = ab.Engine(
-            model, tokenizer, num_pages=options.num_pages, page_size=options.page_size, backend=options.backend
-        )
+        engine: Any
+        if options.url is not None:
+            engine = ab.RemoteEngine(options.url, tokenizer, options.api_key)
+        else:
+            engine = ab.Engine(
+                model, tokenizer, num_pages=options.num_pages, page_size=options.page_size, backend=options.backend
+            )
     asked: Any = [{"role": "user", "content": prompt}] if chat else prompt
     call = {
-        "strategy": _strategy(options),
+        "strategy": strategy,
         "seed": options.seed,
         "max_new_tokens": options.max_new_tokens,
         **({"chat_template_kwargs": template} if template else {}),
         **_sampling(options),
+        **({"logprobs": True} if options.save is not None else {}),  # `view` colours by them
     }
     try:
         if options.stream and not options.as_json:
@@ -91,7 +107,7 @@ def run(options: Options) -> None:
     if not options.stream:
         text = (result.text or "").strip()
         print(printable(text) if out.is_terminal else text)
-        if options.strategy == "self-consistency" and options.vote is not None:
+        if options.vote is not None and isinstance(result.answers, list):
             answers = ", ".join(str(a) for a in result.answers)
             err.print(f"answers: {answers}", style="dim", markup=False)
     m = result.metrics
@@ -102,10 +118,6 @@ def run(options: Options) -> None:
 
 
 def _check(options: Options) -> None:
-    if options.strategy == "none" and options.n is not None:
-        raise Mistake("-n needs a strategy; add --strategy self-consistency or --strategy aspects", USAGE)
-    if options.vote is not None and options.strategy != "self-consistency":
-        raise Mistake("--vote is for --strategy self-consistency", USAGE)
     names = ("auto", "cpu", "triton", "cuda", "reference")
     if options.backend not in names:
         raise Mistake(f"--backend {options.backend!r}: expected one of {', '.join(names)}", USAGE)
@@ -133,19 +145,60 @@ def _read(prompt: str) -> str:
 
 
 def _strategy(options: Options) -> Any:
-    from anabranch import strategies
+    """The strategy with its options; None for plain decoding."""
+    from anabranch.strategies import Plain, registry
 
-    if options.strategy == "self-consistency":
-        temperature = 0.8 if options.temperature is None else options.temperature
-        if not temperature:
-            raise Mistake("--temperature 0 makes all branches of self-consistency the same; pass one above 0", USAGE)
-        return strategies.SelfConsistency(options.n or 8, options.vote, temperature, options.top_p)
-    if options.strategy == "aspects":
+    try:
+        name, inside = registry.take_apart(options.strategy)
+        given = {**inside, **_given(options)}
+        if registry.find(name) is Plain:
+            for flag, value in (("-n", options.n), ("--vote", options.vote)):
+                if value is not None:
+                    raise Mistake(f"{flag} needs a strategy; add --strategy self-consistency, for one", USAGE)
+            return registry.build(name, given) if given else None
+        return registry.build(name, _with_short_options(options, name, given))
+    except ValueError as error:
+        raise Mistake(f"--strategy: {error}", USAGE) from None
+
+
+def _with_short_options(options: Options, name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """What -n, --vote, --temperature and --top-p mean to a strategy; an option of its own name goes first."""
+    from anabranch.strategies import Aspects, registry
+
+    known = [option.name for option in registry.describe(name).options]
+    if registry.find(name) is Aspects and "headers" not in given:
         from anabranch.cli.demo import CONCLUSION, headers
 
         leads = tuple(f"\n\n{h}" for h in headers(options.n, None))
-        return strategies.Aspects(headers=leads, conclusion=f"\n\n{CONCLUSION}")
-    return None
+        return {"headers": leads, "conclusion": f"\n\n{CONCLUSION}", **given}
+    if options.n is not None:
+        count = next((field for field in COUNTS if field in known), None)
+        if count is None:
+            raise Mistake(f"-n is for strategies with {', '.join(COUNTS)}; {name} has none of them", USAGE)
+        given.setdefault(count, options.n)
+    if options.vote is not None:
+        if "vote" not in known:
+            raise Mistake(f"--vote is for strategies that vote, such as self-consistency; {name} does not", USAGE)
+        given.setdefault("vote", options.vote)
+    for field in ("temperature", "top_p"):
+        if getattr(options, field) is not None and field in known:
+            given.setdefault(field, getattr(options, field))
+    if given.get("temperature") in (0, "0", "0.0"):
+        raise Mistake(f"--temperature 0 makes all branches of {name} the same; pass one above 0", USAGE)
+    return given
+
+
+def _given(options: Options) -> dict[str, Any]:
+    """--strategy-option KEY=VALUE as a mapping."""
+    given: dict[str, Any] = {}
+    for option in options.strategy_options:
+        key, equals, value = option.partition("=")
+        if not equals or not key.strip():
+            raise Mistake(f"--strategy-option {option!r}: expected KEY=VALUE, as in n=4", USAGE)
+        if key.strip() in given:
+            raise Mistake(f"--strategy-option {key.strip()}: given twice", USAGE)
+        given[key.strip()] = value
+    return given
 
 
 def _sampling(options: Options) -> dict[str, Any]:
@@ -163,7 +216,7 @@ def _stream(engine: Any, prompt: Any, call: dict[str, Any], out: Any, options: O
     from anabranch.viz.story import Story
     from anabranch.viz.terminal import Lines, Picture, follow
 
-    story, plain = Story(engine), options.strategy == "none"
+    story, plain = Story(engine), call["strategy"] is None
     live = not plain and not plain_terminal(out)
     lines = None if plain or live else Lines(out, story)
     stream = engine.stream(prompt, **call)
@@ -184,6 +237,6 @@ def _stream(engine: Any, prompt: Any, call: dict[str, Any], out: Any, options: O
     if live:
         out.print(Picture(story, live=False))
     assert story.result is not None
-    if options.strategy == "self-consistency":  # the trunk wrote nothing itself: it became the winner
+    if any(node.fate == "discarded" for node in story.result.tree.walk()):  # the picture does not say which one won
         out.print(f"\n{printable((story.result.text or '').strip())}", markup=False, soft_wrap=True)
     return story.result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from anabranch.engine.costs import Peaks
+from anabranch.engine.peaks import Peaks
 from anabranch.engine.request import Request
 from anabranch.kv.cache import TreeCache
 from anabranch.records.events import Event

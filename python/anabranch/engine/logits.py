@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 
 from anabranch.engine.request import Request
-from anabranch.engine.running import RunningScore
 from anabranch.engine.sampling import token_logprobs, token_stats
 from anabranch.engine.thread_kv import EngineThread, PrefillChunk, ThreadKV
+from anabranch.threads.running import RunningScore
 
 
 class Head(NamedTuple):

@@ -16,7 +16,6 @@ from typing import Any
 from anabranch import hf
 from anabranch.engine.call import Call
 from anabranch.engine.request import Request
-from anabranch.engine.results import build_result
 from anabranch.engine.scheduler import Scheduler
 from anabranch.engine.stepper import Stepper, Touching
 from anabranch.engine.turns import Turns
@@ -24,6 +23,7 @@ from anabranch.errors import DeadlineExceeded, QueueFull
 from anabranch.records import events
 from anabranch.runner.modes import Evaluation
 from anabranch.runner.weights import fingerprint
+from anabranch.threads.results import build_result
 
 # A request of priority p goes before those that came up to p times so many requests earlier. So whatever comes later,
 # only finitely many go before one that waits: nobody starves (see scheduler.py).
@@ -218,13 +218,21 @@ class Loop:
             request.end(thread, "discarded" if fate == "finished" else "killed")
         request.finished, request.trunk.fate = True, fate
         request.narrator.tell_rest(request.trunk)
-        result = build_result(self.engine, request, call.peaks)
+        more = {**call.peaks.as_metrics(), "cached_tokens": request.cached_tokens}
+        result = build_result(request, self._info(request), more)
         for thread in request.threads:
             thread.kv.leave(self.cache)
         request.release()
         call.results[request.index] = result
         if request.narrator.emit:
             request.narrator.emit(events.Finish(request.index, result))
+
+    def _info(self, request: Request) -> dict[str, Any]:
+        model = self.engine.model
+        return {
+            "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+            "config": dict(request.samplers.settings),
+        }
 
     # ---------------------------------------------------------------------------------------- other ends
 

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Any
 
-from anabranch._check import index_of, told, whole
+from anabranch._check import seeds_of, told, whole
 from anabranch.engine.call import Call
 from anabranch.engine.fit import check_model, check_rotation
 from anabranch.engine.options import prepare_config
@@ -80,7 +80,7 @@ class Preparation:
             self._tokens = Tokens(engine.tokenizer)
         text = Text(engine.tokenizer, engine.vocab_size, samplers.base.eos_ids, self._tokens)
         prompts, many = split_prompts(prompt)
-        seeds = _seeds(seed, len(prompts))
+        seeds = seeds_of(seed, len(prompts))
         ids = [text.prompt_ids(p, f"prompt[{i}]" if many else "prompt", template) for i, p in enumerate(prompts)]
         # Without anything that could end it early, plain decoding writes all it may; its last token needs no place.
         base = samplers.base
@@ -148,16 +148,6 @@ def _deadline(seconds: Any) -> float | None:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
         raise ValueError(f"deadline={told(seconds)}; pass seconds > 0, or None for no deadline")
     return time.monotonic() + float(seconds)
-
-
-def _seeds(seed: Any, count: int) -> list[int]:
-    """One seed a prompt."""
-    one = index_of(seed)
-    many = isinstance(seed, (list, tuple)) or getattr(seed, "ndim", 0) == 1
-    seeds = [index_of(s) for s in seed] if many else [one] * count
-    if len(seeds) != count or any(s is None or s < 0 for s in seeds):
-        raise ValueError(f"seed={told(seed)}; pass a whole number ≥ 0, or a list of {count} (one a prompt)")
-    return seeds  # type: ignore[return-value]
 
 
 def _check_positions(ids: list[list[int]], limit: int | None, many: bool) -> None:

@@ -12,18 +12,17 @@ run of tokens where one waits, so that threads which go on by a token never hold
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 
 import torch
 
 from anabranch.engine.admission import DecodeLimit
+from anabranch.engine.ops import engine_op
 from anabranch.engine.request import Request
 from anabranch.engine.thread_kv import EngineThread, PrefillChunk, ThreadKV
 from anabranch.errors import OutOfPages
 from anabranch.hf.rope import RopeRule
 from anabranch.kv.cache import TreeCache
 from anabranch.kv.step import Step
-from anabranch.strategies.api.ops import Decode
 
 WORTH_WAITING = 64  # tokens that another request is computing just now: who needs them too waits for it
 
@@ -81,7 +80,7 @@ class Scheduler:
 
     def admit(self) -> None:
         """Settle which threads may be given a token in this step."""
-        self.decoding = {request: dict.fromkeys(self._may_decode(request)) for request in self.active}
+        self.decoding = {request: dict.fromkeys(request.decodable()) for request in self.active}
         self._queueing.clear()
         if self._limit is not None:
             admitted = set(self._limit.admit(t for threads in self.decoding.values() for t in threads))
@@ -89,18 +88,6 @@ class Scheduler:
                 self.decoding[request] = {t: None for t in threads if t in admitted}
                 if len(self.decoding[request]) < len(threads):
                     self._queueing.add(request)
-
-    @staticmethod
-    def _may_decode(request: Request) -> list[EngineThread]:
-        """Threads whose queue begins with a decode; for a sequential strategy only the first that has anything to do,
-        children before their parent."""
-        threads = [t for t in request.queued if t.queue and t.born]
-        if request.sequential:
-            # A fork that still waits for its thread's last token keeps the turn: its children come next, not whoever
-            # happens to be ready. So the order, and with it who a budget stops, does not depend on pages or chunks.
-            threads = [t for t in threads if not (request.waits_for_children(t.queue[0]))]
-            threads = sorted(threads, key=lambda t: (*t.path, inf))[:1]
-        return [t for t in threads if isinstance(t.queue[0], Decode)]
 
     def ready(self) -> list[EngineThread]:
         """Threads that can be given a token without another forward."""
@@ -118,16 +105,16 @@ class Scheduler:
         decoding = self.decoding[request]
         for thread in list(request.queued):
             op = thread.queue[0] if thread.queue else None
-            if op is None or not thread.born or (isinstance(op, Decode) and thread not in decoding):
+            if op is None or not thread.born or (engine_op(op).decodes and thread not in decoding):
                 continue
-            if request.waits_for_children(op):
+            if engine_op(op).waits_for_children(request, op):
                 continue
-            for need in request.needs(thread, op):
+            for need in engine_op(op).needs(request, thread, op):
                 self._needed.add(id(need.kv))
                 if not need.kv.in_cache:
                     chain = [need]
                     while chain[-1].kv.branch is None and not chain[-1].kv.may_open:
-                        chain.append(chain[-1].parent)  # type: ignore[arg-type]
+                        chain.append(chain[-1].parent)
                     wanted.update(dict.fromkeys(reversed(chain)))
         waiting = request in self._queueing or any(t.kv.has_logits and not t.kv.pending for t in decoding)
         if not wanted and not waiting:

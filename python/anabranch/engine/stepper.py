@@ -9,7 +9,6 @@ import torch
 
 from anabranch.engine import logits as next_logits
 from anabranch.engine.call import Call
-from anabranch.engine.costs import share
 from anabranch.engine.request import Request
 from anabranch.engine.sampling import Sampler
 from anabranch.engine.scheduler import RequestFailed, Scheduler
@@ -17,6 +16,8 @@ from anabranch.engine.thread_kv import EngineThread
 from anabranch.hf.probe import own_precision
 from anabranch.kv.step import Branch
 from anabranch.runner.eager import forward
+from anabranch.threads.costs import share
+from anabranch.threads.ops import record_token
 
 if TYPE_CHECKING:
     from anabranch.engine.loop import Loop
@@ -160,7 +161,7 @@ class Stepper:
                 request.max_concurrency = max(request.max_concurrency, together[request])
                 thread.kv.logits, thread.running.drawn = None, None
                 with Touching(self.loop, request):
-                    request.record_token(thread, token, logprob if request.logprobs else None)
+                    record_token(request, thread, token, logprob if request.logprobs else None)
         share(time.perf_counter() - begin, "sampling", [(r.spent, n) for r, n in together.items()])
 
     def _chosen(self, sampler: Sampler, threads: list[EngineThread]) -> list[tuple[EngineThread, int, float | None]]:

@@ -14,13 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from anabranch.engine.thread_state import ThreadState
-from anabranch.strategies.api.thread import Thread
-from anabranch.text.tokens import Reader
+from anabranch.threads.state import ThreadState
 
 if TYPE_CHECKING:
     from anabranch.engine.request import Request
-    from anabranch.engine.running import RunningDecode, RunningScore
     from anabranch.kv.cache import TreeCache
     from anabranch.kv.prefix import PrefixCache
     from anabranch.kv.step import Branch
@@ -38,26 +35,15 @@ class EngineThread(ThreadState["EngineThread"]):
         serial: int,
         stream: np.random.Generator,
     ):
-        super().__init__(parent, path, role)
+        super().__init__(request, parent, path, role)
         self.request, self.stream = request, stream
-        above = None if parent is None else parent.handle
-        self.handle: Thread = Thread(request, self, above, path, role)
         self.kv = ThreadKV(self)
         self._serial = serial
-        self.decode: RunningDecode | None = None  # what is settled about the decode at the head of its queue
-        self.score: RunningScore | None = None
-        self.reader: Reader | None = None  # tells the thread's text to whoever streams it
 
     @property
     def age(self) -> tuple[int, int, int]:
         """Who comes first: by the order of its request, then its own."""
         return (*self.request.order, self._serial)
-
-    @property
-    def running(self) -> RunningDecode:
-        """Its decode, which has begun."""
-        assert self.decode is not None
-        return self.decode
 
 
 @dataclass
@@ -193,7 +179,7 @@ class ThreadKV:
             return None
         branch = request.prefixes.fork(self.thread.own, self.findable)
         if branch is not None and self.last_step == 0:
-            request.spent.cached_tokens += branch.length
+            request.cached_tokens += branch.length
         return branch
 
     def next_chunk(self) -> PrefillChunk:

@@ -13,6 +13,9 @@ class Action:
     ``do``: "insert" or "sample" (`token_ids`), "fork" (`children`, and the `headers` they began with), "spawn"
     (`children`), "join" (`children`, `mode`; with "summary" `token_ids` and `length`, what was kept; with "reprefill"
     `headers`), "kill" (`children`, `mode`: how they went), "truncate" (`length`).
+
+    ``clock``: tokens on the longest chain that it had to wait for, those it writes not counted (the clock whose end is
+    ``critical_path_tokens``); None in traces from before it was kept.
     """
 
     do: str
@@ -21,3 +24,4 @@ class Action:
     mode: str | None = None
     length: int | None = None
     headers: Sequence[Sequence[int] | None] = ()
+    clock: int | None = None

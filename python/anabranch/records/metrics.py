@@ -76,13 +76,13 @@ class Metrics:
     steps: int = 0
     rows: int = 0
     preemptions: int = 0
-    cached_tokens: int = 0
     pages_copied: int = 0
     pages_peak: int = 0
     tokens_logical_peak: int = 0
     tokens_physical_peak: int = 0
     tokens_physical_then: int = 0
     sharing: float = 1.0
+    cached_tokens: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dict, ready for JSON."""

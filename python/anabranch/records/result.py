@@ -90,7 +90,9 @@ class Result:
     answers: Any = None
     prompt_token_ids: tuple[int, ...] = ()
     malformed: tuple[str, ...] = ()
-    info: dict[str, Any] = field(default_factory=dict, repr=False)  # model, strategy, seed, config: for the trace
+    info: dict[str, Any] = field(
+        default_factory=dict, repr=False
+    )  # model, strategy, seed, config, pieces: for the trace
 
     def trace(self) -> Trace:
         """All of it as a `Trace`, to save and load."""

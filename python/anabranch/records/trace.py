@@ -9,12 +9,14 @@ Layout (version 2)::
      "tree": {"id", "role", "token_ids", "text", "start", "stop", "forked_at", "ended", "fate",
               "runs": [{"kind", "token_ids", "position", "source", "spliced", "logprobs"}], "forgotten": [as runs],
               "children": [nodes],
-              "log": [{"do", "token_ids", "children", "mode", "length", "headers"}]},
-     "metrics": {…}}
+              "log": [{"do", "token_ids", "children", "mode", "length", "headers", "clock"}]},
+     "metrics": {…}, "pieces": {id: str | [byte]} | null}
 
-``logprobs`` is null unless they were asked for (``generate(logprobs=True)``). ``log`` is what was done to a thread, in
-order (`anabranch.records.actions.Action`): `ab.replay` does it again. Version 1, which had neither of the two and
-fewer metrics, is still read; it cannot be replayed.
+``pieces`` is what each token id reads as in the middle of a text (its bytes, where they are no whole characters), null
+without a tokenizer and missing in traces from before it was kept. ``logprobs`` is null unless they were asked for
+(``generate(logprobs=True)``). ``log`` is what was done to a thread, in order (`anabranch.records.actions.Action`):
+`ab.replay` does it again. Version 1, which had neither of the two and fewer metrics, is still read; it cannot be
+replayed.
 """
 
 from __future__ import annotations
@@ -26,11 +28,14 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from anabranch.records.actions import Action
+from anabranch.records.files import write_whole
 from anabranch.records.joins import JOINS
 from anabranch.records.metrics import Metrics, overhead_of
 from anabranch.records.result import Node, Result, Run
 
 __all__ = ["SCHEMA", "VERSION", "Trace", "load", "save"]
+
+Piece = str | tuple[int, ...]  # what a token reads as: text, or the bytes of a part of a character
 
 SCHEMA, VERSION = "anabranch.records.trace", 2
 
@@ -50,6 +55,7 @@ class Trace:
     metrics: Metrics
     answers: Any = None
     malformed: tuple[str, ...] = ()
+    pieces: Mapping[int, Piece] | None = None
     version: int = field(default=VERSION)
 
     @classmethod
@@ -68,6 +74,7 @@ class Trace:
             metrics=result.metrics,
             answers=_plain(result.answers),
             malformed=result.malformed,
+            pieces=info.get("pieces"),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -76,11 +83,7 @@ class Trace:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON; a file already there is replaced only once the new one is whole."""
-        text = json.dumps(self.as_dict(), ensure_ascii=False, indent=1)
-        partial = f"{os.fspath(path)}.partial"
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(self.as_dict(), ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
     def from_dict(cls, data: Any) -> Trace:
@@ -120,6 +123,7 @@ class Trace:
             metrics=Metrics(**{**metrics, "threads_per_block": _ids(metrics, "threads_per_block", "trace.metrics")}),
             answers=data.get("answers"),
             malformed=tuple(_list(data, "malformed", "trace", lambda v, at: _want(v, str, at))),
+            pieces=_pieces(data),
         )
 
 
@@ -134,7 +138,7 @@ def load(path: str | os.PathLike[str]) -> Trace:
         try:
             data = json.load(file)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{os.fspath(path)}: not JSON ({error})") from None
+            raise ValueError(f"{os.fspath(path)}: not JSON ({error}); was the file cut short?") from None
     try:
         return Trace.from_dict(data)
     except ValueError as error:
@@ -201,6 +205,20 @@ def _ids(data: Mapping[str, Any], name: str, at: str) -> tuple[int, ...]:
     return tuple(_list(data, name, at, _natural))
 
 
+def _pieces(data: Mapping[str, Any]) -> dict[int, Piece] | None:
+    pieces = _want(data.get("pieces"), (dict, type(None)), "trace.pieces")
+    if pieces is None:
+        return None
+    for token, text in pieces.items():
+        if not token.isdecimal():
+            raise ValueError(f"trace.pieces: {token!r} is no token id")
+        if not isinstance(_want(text, (str, list, tuple), at := f"trace.pieces[{token!r}]"), str):
+            for byte in text:
+                if _natural(byte, at) > 255:
+                    raise ValueError(f"{at}: {byte} is no byte")
+    return {int(token): text if isinstance(text, str) else tuple(text) for token, text in pieces.items()}
+
+
 def _run(data: Any, at: str) -> Run:
     _want(data, dict, at)
     kind = _get(data, "kind", at, str)
@@ -236,6 +254,7 @@ def _action(data: Any, at: str) -> Action:
     if mode not in (None, "killed", "discarded", *JOINS):
         raise ValueError(f"{at}.mode: expected a join mode, 'killed' or 'discarded', got {mode!r}")
     length = _get(data, "length", at, (int, type(None)))
+    clock = _want(data.get("clock"), (int, type(None)), f"{at}.clock")
     return Action(
         do=do,
         token_ids=_ids(data, "token_ids", at),
@@ -245,6 +264,7 @@ def _action(data: Any, at: str) -> Action:
         headers=tuple(
             _list(data, "headers", at, lambda v, at: None if v is None else _ids({"header": v}, "header", at))
         ),
+        clock=None if clock is None else _natural(clock, f"{at}.clock"),
     )
 
 

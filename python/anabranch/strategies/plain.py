@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,10 @@ class Sequential(Strategy):
     strategy: Strategy
 
     sequential = True
+
+    @property
+    def needs(self) -> Sequence[str]:  # type: ignore[override]
+        return self.strategy.needs
 
     def __post_init__(self) -> None:
         if not isinstance(self.strategy, Strategy):

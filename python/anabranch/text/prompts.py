@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from anabranch._check import indices, told
+from anabranch.text.pieces import pieces
 from anabranch.text.tokens import Place, Reader, Tokens
 
 Prompt = Any  # str | list[int] | list[dict]: see Engine.generate
@@ -183,6 +184,10 @@ class Text:
             return None
         reader.push(token_ids)
         return reader.text
+
+    def pieces(self, token_ids: Iterable[int]) -> dict[int, str | tuple[int, ...]] | None:
+        """What token ids read as one by one (see `anabranch.text.pieces`); None without a tokenizer."""
+        return None if self.tokenizer is None else pieces(self._tokens, token_ids)
 
     def last_characters(self, context: Sequence[int], count: int) -> str:
         """The end of a context's text, `count` characters or more if there are as many; needs a tokenizer."""

@@ -1,4 +1,4 @@
-"""What each way of joining means; how an engine does it is in `anabranch.engine.joins`, under the same names.
+"""What each way of joining means; how a host does it is in `anabranch.threads.joins`, under the same names.
 
 A mode is one file here and one there. A strategy's arguments are checked by it, a trace is read by it and replayed by
 it, so whoever knows this registry knows every mode there is.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ class Strategy:
     is discarded. `Thread.malformed` counts model output that broke the strategy's format.
     """
 
+    needs: Sequence[str] = ()  # what it asks of a host besides tokens in and out ("concat joins", "entropy"): see docs
     sequential = False  # True: the loop runs one thread of a prompt at a time (see `Sequential`)
 
     def run(self, trunk: Thread) -> Generator[Any, Any, Any]:

@@ -33,6 +33,8 @@ class Aspects(Strategy):
     aspect_stop: str | tuple[str, ...] = "\n\n"
     conclusion_tokens: int | None = None
 
+    needs = ("concat joins",)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "headers", tuple(self.headers))
         if isinstance(self.headers, str) or not self.headers or not all(self.headers):

@@ -45,6 +45,8 @@ class EntropyFork(Strategy):
     max_forks: int = 8
     temperature: float | None = 1.0
 
+    needs = ("the entropy of a distribution",)
+
     def __post_init__(self) -> None:
         check_vote("EntropyFork", self.vote)
         whole_fields(self, ("n", "window", "k", "look_ahead", "max_forks"), optional=("look_ahead",))

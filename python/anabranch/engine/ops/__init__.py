@@ -1,0 +1,20 @@
+"""How the engine carries out the ops that need logits; the others are any host's (`anabranch.threads.ops`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anabranch.engine.ops.score import Score
+from anabranch.strategies.api.ops import Op, ScoreOp
+from anabranch.threads.ops import HOST_OPS, HostOp
+
+ENGINE_OPS: Mapping[type[Op], HostOp[Any]] = {**HOST_OPS, ScoreOp: Score()}
+
+
+def engine_op(op: Op) -> HostOp[Any]:
+    """What carries out `op` in the engine."""
+    return ENGINE_OPS[type(op)]
+
+
+__all__ = ["ENGINE_OPS", "engine_op"]

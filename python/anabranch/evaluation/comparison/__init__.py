@@ -1,0 +1,25 @@
+"""``anabranch compare``: strategies × tasks × models into one result store, and what it adds up to."""
+
+from anabranch.evaluation.comparison.harness import Budget, Outcome, Skipped, compare, read_budget
+from anabranch.evaluation.comparison.store import Key, Row, Store
+from anabranch.evaluation.comparison.summary import Cell, cells
+from anabranch.evaluation.comparison.tasks import FileTask, GymTask, Item, Task, find_task, task_names
+
+__all__ = [
+    "Budget",
+    "Cell",
+    "FileTask",
+    "GymTask",
+    "Item",
+    "Key",
+    "Outcome",
+    "Row",
+    "Skipped",
+    "Store",
+    "Task",
+    "cells",
+    "compare",
+    "find_task",
+    "read_budget",
+    "task_names",
+]

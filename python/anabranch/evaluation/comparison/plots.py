@@ -1,0 +1,105 @@
+"""Plots of a comparison: accuracy by task, and accuracy against what it costs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from anabranch.evaluation.comparison.summary import ALL, Cell
+
+__all__ = ["require_matplotlib", "save_plots"]
+
+
+def require_matplotlib() -> None:
+    """ValueError that says how to install it, where it is missing."""
+    if find_spec("matplotlib") is None:
+        raise ValueError("plots need matplotlib: pip install 'anabranch[plots]'")
+
+
+def save_plots(found: Sequence[Cell], folder: str | os.PathLike[str], kind: str = "svg") -> list[Path]:
+    """Write ``compare-accuracy`` and ``compare-cost`` into `folder`, which is made if need be; their paths.
+
+    kind: "svg", "png" or "pdf".
+
+    Raises:
+        ValueError: there is nothing to draw, or matplotlib is missing.
+        OSError: the folder cannot be written.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    judged = [cell for cell in found if cell.accuracy is not None]
+    if not judged:
+        raise ValueError("plots: no result to draw; run more problems")
+    models = list(dict.fromkeys(cell.model for cell in judged))
+    strategies = list(dict.fromkeys(cell.strategy for cell in judged))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, draw, width in (("accuracy", _accuracy, 7.0), ("cost", _cost, 5.0)):
+        figure = Figure(figsize=(width * len(models), 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+            draw(axes, [cell for cell in judged if cell.model == model], strategies)
+            axes.set_title(model)
+            axes.set_ylim(0, 1.02)
+            axes.yaxis.grid(True, alpha=0.3)
+            axes.set_axisbelow(True)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        for axes in figure.axes[1:]:
+            more = zip(*axes.get_legend_handles_labels(), strict=True)
+            handles, labels = _added(handles, labels, more)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
+        path = folder / f"compare-{name}.{kind}"
+        figure.savefig(path)
+        paths.append(path)
+    return paths
+
+
+def _added(handles: list[Any], labels: list[str], more: Any) -> tuple[list[Any], list[str]]:
+    for handle, label in more:
+        if label not in labels:
+            handles, labels = [*handles, handle], [*labels, label]
+    return handles, labels
+
+
+def _error(cell: Cell) -> tuple[float, float]:
+    assert cell.accuracy is not None
+    low, high = cell.accuracy_95
+    return max(0.0, cell.accuracy - low), max(0.0, high - cell.accuracy)
+
+
+def _accuracy(axes: Any, mine: Sequence[Cell], strategies: Sequence[str]) -> None:
+    tasks = list(dict.fromkeys(cell.task for cell in mine))
+    width = 0.8 / len(strategies)
+    for number, strategy in enumerate(strategies):
+        some = [cell for cell in mine if cell.strategy == strategy]
+        if some:
+            x = [tasks.index(cell.task) + (number - (len(strategies) - 1) / 2) * width for cell in some]
+            errors = [list(side) for side in zip(*map(_error, some), strict=True)]
+            axes.bar(
+                x, [cell.accuracy for cell in some], width, yerr=errors, label=strategy, color=f"C{number}",
+                error_kw={"elinewidth": 0.8, "alpha": 0.7},
+            )  # fmt: skip
+    axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right", fontsize="small")
+    axes.set_ylabel("right, with 95 % intervals")
+
+
+def _cost(axes: Any, mine: Sequence[Cell], strategies: Sequence[str]) -> None:
+    for cell in mine:
+        if cell.task == ALL:
+            number = strategies.index(cell.strategy)
+            axes.errorbar(
+                cell.critical_path_tokens, cell.accuracy, yerr=[[side] for side in _error(cell)], fmt="o",
+                color=f"C{number}", label=cell.strategy, capsize=2, elinewidth=0.8,
+            )  # fmt: skip
+            axes.plot(
+                [cell.critical_path_tokens, cell.total_tokens], [cell.accuracy] * 2, color=f"C{number}", alpha=0.35
+            )
+    axes.set_xlabel("tokens a problem: critical path (dot) to all (end of the line)")
+    axes.set_ylabel("right over all tasks")
+    axes.set_xlim(left=0)

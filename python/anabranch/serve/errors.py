@@ -1,0 +1,72 @@
+"""Errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from anabranch.errors import DeadlineExceeded, QueueFull, RemoteError
+
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class Refused(Exception):
+    """A request that gets an error for an answer."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, retry_after: int | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.retry_after = status, message, param, retry_after
+
+
+def body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def refused(error: Exception) -> Refused:
+    """What a client is told of an exception."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, QueueFull):
+        return Refused(429, str(error), retry_after=1)
+    if isinstance(error, (DeadlineExceeded, TimeoutError)):
+        return Refused(408, str(error) or "timeout: it passed before the answer was complete", "timeout")
+    if isinstance(error, RemoteError):
+        return Refused(502, str(error))
+    if isinstance(error, (ValueError, TypeError)):
+        return Refused(400, str(error))
+    return Refused(500, f"{type(error).__name__}: {error}")
+
+
+def response(error: Refused) -> JSONResponse:
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    return JSONResponse(body(error.status, error.message, error.param), error.status, headers)
+
+
+def install(app: FastAPI) -> None:
+    """Have every error of `app` read alike."""
+
+    @app.exception_handler(Refused)
+    async def _refused(_: Request, error: Refused) -> JSONResponse:
+        return response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        what = str(first["msg"]).removeprefix("Value error, ")
+        what = f"{where}: {what}" if where else what
+        return response(Refused(400, what, where or None))
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return JSONResponse(body(error.status_code, message), error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def _failed(_: Request, error: Exception) -> JSONResponse:
+        return response(refused(error))

@@ -1,0 +1,27 @@
+"""Running a server: uvicorn, logs as JSON lines, and an end that lets answers finish."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import uvicorn
+
+from anabranch.serve.app import create_app
+from anabranch.serve.settings import Settings
+
+
+def run(engine: Any, settings: Settings, host: str, port: int, grace: int = 30) -> None:
+    """Serve until Ctrl-C or SIGTERM; answers under way then have `grace` seconds to finish."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter('{"time": "%(asctime)s", "level": "%(levelname)s", "event": %(message)s}'))
+    logger = logging.getLogger("anabranch.serve")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    config = uvicorn.Config(
+        create_app(engine, settings), host=host, port=port, log_level="warning", access_log=False,
+        timeout_graceful_shutdown=grace, server_header=False,
+    )  # fmt: skip
+    uvicorn.Server(config).run()

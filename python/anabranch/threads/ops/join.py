@@ -1,0 +1,47 @@
+"""Taking children back, by any of the join modes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from anabranch.records.actions import Action
+from anabranch.records.joins import JOINS
+from anabranch.strategies.api.ops import JoinOp
+from anabranch.threads.joins import HOST_JOINS
+from anabranch.threads.ops.base import HostOp
+from anabranch.threads.state import AnyThread
+
+if TYPE_CHECKING:
+    from anabranch.threads.books import Books
+
+
+class Join(HostOp[JoinOp]):
+    """What a join splices is KV, so in an engine the token that was sampled last is computed first."""
+
+    def needs(self, host: Books[Any], thread: AnyThread, op: JoinOp) -> list[AnyThread]:
+        return HOST_JOINS[op.mode].needs(host, thread, op, _children(host, op))
+
+    def waits_for_children(self, host: Books[Any], op: JoinOp) -> bool:
+        return any(child.queue or not child.born for child in _children(host, op))
+
+    def carry_out(self, host: Books[Any], thread: AnyThread, op: JoinOp) -> None:
+        children, names = _children(host, op), [child.id for child in op.children]
+        for child in children:
+            thread.reach(child.clock)
+            thread.path_sampled = max(thread.path_sampled, child.path_sampled)
+        clock = thread.clock
+        HOST_JOINS[op.mode].carry_out(host, thread, op, children)
+        if children:
+            headers = [None if h is None else host.ids(thread, h) for h in op.headers]
+            thread.log.append(replace(JOINS[op.mode].recorded(names, op.token_ids, op.keep, headers), clock=clock))
+            host.narrator.joined(thread, names, op.mode)
+        else:  # all were killed while it waited for them
+            if op.keep is not None:
+                thread.log.append(Action("truncate", length=op.keep, clock=clock))
+            if op.token_ids:
+                thread.log.append(Action("insert", op.token_ids, clock=clock))
+
+
+def _children(host: Books[Any], op: JoinOp) -> list[AnyThread]:
+    return [host.state(child) for child in op.children]

@@ -13,8 +13,8 @@ NEAR = "tests/engine/test_engine_order.py tests/engine/test_engine.py tests/engi
 MUTANTS = [
     Mutant(
         "re-prefill adopts the first child though the trunk has gone on", f"{THREADS}joins/reprefill.py",
-        'if children[0].role == "fork" and thread.goes_on_as(children[0]) and op.headers[0] is None:',
-        'if children[0].role == "fork" and op.headers[0] is None:', ORDER,
+        'if _spliceable(thread, children[0]) and thread.goes_on_as(children[0]) and op.headers[0] is None:',
+        'if _spliceable(thread, children[0]) and op.headers[0] is None:', ORDER,
     ),
     Mutant(
         "a child is not pinned while its parent is cut", f"{ENGINE}request.py",

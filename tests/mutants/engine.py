@@ -86,7 +86,7 @@ MUTANTS = [
     ),
     Mutant(
         "a whole thread is given a step of its own", f"{ENGINE}scheduler.py",
-        "if w not in stuck and not w.in_cache]", "if w not in stuck]", BOTH,
+        "for s in stuck) and not w.in_cache]", "for s in stuck)]", BOTH,
     ),
     Mutant(
         "a join forgets what a child sampled", f"{THREADS}ops/join.py",

@@ -336,7 +336,8 @@ void Tree::join(i32 trunk, const std::vector<i32>& kids) {
 }
 
 void Tree::share(i32 branch, i32 sibling, i64 count) {
-  get(branch);
+  if (get(branch).kept) throw std::invalid_argument("share: the branch is kept; fork it, and share into the fork");
+  if (get(sibling).kept) throw std::invalid_argument("share: the sibling is kept; fork it, and share the fork");
   const i64 begin = get(sibling).fork_length;
   if (count == 0) return;
   cut_at(sibling, begin);
@@ -349,7 +350,7 @@ void Tree::share(i32 branch, i32 sibling, i64 count) {
     if (seen >= begin + count) break;
     if (seen >= begin) {
       b.spans.push_back(id);
-      span.users.push_back(branch);
+      add_user(id, branch);
       b.length += span.length();
       b.position = std::max<i64>(b.position, *std::max_element(span.positions.begin(), span.positions.end()) + 1);
     }

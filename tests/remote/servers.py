@@ -1,4 +1,4 @@
-"""Runs the tests that need a real server: installs vLLM's CPU build in an environment of its own, starts it, tests, ends it.
+"""Runs the tests that need a real server: installs vLLM's CPU build in a place of its own, starts it, tests, ends it.
 
 python tests/remote/servers.py [--keep]     # as `make test-servers` does; 3.5 GB in build/vllm, some ten minutes
 """

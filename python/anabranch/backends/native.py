@@ -67,10 +67,6 @@ def attention(
     sinks = floats(sinks)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
-    plan = (
-        arrays.items, arrays.kv_slots, arrays.kv_positions, arrays.rows, arrays.limits, arrays.dest,
-        arrays.row_positions, arrays.merge_rows, arrays.merge_ptr, *sections,
-    )  # fmt: skip
     kernel(
         TYPES[q.dtype],
         head_dim,
@@ -80,7 +76,7 @@ def attention(
         strided(q),
         strided(k_pages),
         strided(v_pages),
-        tuple(map(address, plan)),
+        arrays.addresses + tuple(map(address, sections)) if sections else arrays.addresses,
         arrays.num_items,
         arrays.num_merge,
         *numbers(scale, softcap, window),

@@ -10,6 +10,7 @@ import torch
 from anabranch.engine.request import Request
 from anabranch.engine.sampling import token_logprobs, token_stats
 from anabranch.engine.thread_kv import EngineThread, PrefillChunk, ThreadKV
+from anabranch.runner import scores as vocabulary
 from anabranch.threads.running import RunningScore
 
 
@@ -48,7 +49,7 @@ def record(logits: torch.Tensor, found: Sequence[Head]) -> None:
         if score is not None and 0 <= (nth := head.nth + 1 - score.begin) < len(score.op.token_ids):
             scored.append((at, score, nth))
     if scored:
-        rows = logits[torch.tensor([at for at, _, _ in scored], device=logits.device)].float()
+        rows = logits[torch.tensor([at for at, _, _ in scored], device=logits.device)]
         logprobs = token_logprobs(rows, [score.op.token_ids[nth] for _, score, nth in scored])
         for (_, score, nth), logprob in zip(scored, logprobs, strict=True):
             score.logprobs[nth] = logprob
@@ -61,7 +62,7 @@ def invalid(
 
     ``remove_invalid_values=True``, a processor of Transformers, deals with such scores: no error for those requests.
     """
-    best = logits.amax(-1)  # hands a NaN on, and reads the scores once
+    best = vocabulary.highest(logits)  # hands a NaN on, and reads the scores once
     bad = ~torch.isfinite(best)
     if not bool(bad.any()):
         return {}
@@ -96,7 +97,7 @@ def rows(held: Sequence[tuple[torch.Tensor, int]]) -> torch.Tensor:
 def stats(logits: torch.Tensor, threads: Sequence[EngineThread], tokens: Sequence[int]) -> dict[int, float]:
     """Record what decodes asked to know of their tokens; log-probabilities, by number among `threads`.
 
-    logits: raw, [threads, vocabulary], float32.
+    logits: raw, [threads, vocabulary].
     """
     decodes = [t.running.op for t in threads]
     asked = [i for i, t in enumerate(threads) if decodes[i].topk is not None or t.request.logprobs]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from anabranch import hf
+from anabranch.backends.threads import torch_on_one
 from anabranch.engine import logits as next_logits
 from anabranch.engine.call import Call
 from anabranch.engine.request import Request
@@ -28,6 +29,7 @@ from anabranch.hf.probe import own_precision
 from anabranch.kv.step import Branch
 from anabranch.records import events
 from anabranch.runner.eager import forward
+from anabranch.runner.linear import serves
 from anabranch.runner.modes import Evaluation
 from anabranch.threads.costs import share
 from anabranch.threads.ops import record_token
@@ -313,9 +315,11 @@ class Loop:
             ids = [t for _, f, n in entries for t in f.token_ids[f.done : f.done + n]]
             heads = next_logits.heads(entries)
             launched = time.perf_counter()
+            alone = serves(self.engine.linear, step.num_rows)  # then what is left to torch is small
             with (
                 torch.inference_mode(),
                 own_precision(self.cache.device),
+                torch_on_one(alone),
                 self.engine.linear,
                 self.engine.segments.adding(entries),
             ):
@@ -411,8 +415,9 @@ class Loop:
         return [found for part in calls.values() for found in self._chosen(sampler, part)]
 
     def _choose(self, sampler: Sampler, threads: list[EngineThread]) -> list[tuple[EngineThread, int, float | None]]:
-        with torch.inference_mode(), own_precision(self.cache.device):
-            logits = next_logits.rows([t.kv.logits for t in threads if t.kv.logits is not None]).float()
+        small = sampler.by_kernels and self.cache.device.type == "cpu"
+        with torch.inference_mode(), own_precision(self.cache.device), torch_on_one(small):
+            logits = next_logits.rows([t.kv.logits for t in threads if t.kv.logits is not None])
             contexts = [lambda t=t: [*t.prefix, *t.own] for t in threads]
             tokens = sampler.choose(
                 logits,

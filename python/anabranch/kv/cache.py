@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anabranch import _core, backends
+from anabranch import _core, backends, ops
 from anabranch._check import layer_of, shape_of, told
 from anabranch.backends.base import PreparesPool
 from anabranch.kv.arguments import _branch, _device, _number, _positions, _rows, _size
@@ -285,23 +285,28 @@ class TreeCache:
         layer = layer_of(layer, self.num_layers)
         expected = (step.num_rows, self.num_kv_heads, self.head_dim)
         for name, x in (("k", k), ("v", v)):
-            if not isinstance(x, Tensor) or x.shape != expected:
-                raise ValueError(
-                    f"{name}: expected shape {list(expected)} (rows, num_kv_heads, head_dim), got {shape_of(x)}"
-                )
-            if x.dtype != self.dtype:
-                raise ValueError(
-                    f"{name}: expected dtype {self.dtype} like the cache, got {x.dtype}; call {name}.to(...)"
-                )
-            if x.device != self.device:
-                raise ValueError(f"{name}: expected device {self.device} like the cache, got {x.device}")
-            if not x.is_contiguous():
-                raise ValueError(
-                    f"{name}: must be contiguous, got strides {list(x.stride())}; call {name}.contiguous()"
-                )
-        torch.ops.anabranch.write_kv(
-            k.detach(), v.detach(), self._k[layer], self._v[layer], step.handle, layer, backend
-        )
+            if (
+                type(x) is not Tensor
+                or x.shape != expected
+                or x.dtype is not self.dtype
+                or x.device != self.device
+                or not x.is_contiguous()
+            ):
+                self._check_rows(name, x, expected)
+        ops.write(k, v, self._k[layer], self._v[layer], step.plan, layer, backend)
+
+    def _check_rows(self, name: str, x: Any, expected: tuple[int, ...]) -> None:
+        """Raise ValueError that says why `x` cannot be written."""
+        if not isinstance(x, Tensor) or x.shape != expected:
+            raise ValueError(
+                f"{name}: expected shape {list(expected)} (rows, num_kv_heads, head_dim), got {shape_of(x)}"
+            )
+        if x.dtype != self.dtype:
+            raise ValueError(f"{name}: expected dtype {self.dtype} like the cache, got {x.dtype}; call {name}.to(...)")
+        if x.device != self.device:
+            raise ValueError(f"{name}: expected device {self.device} like the cache, got {x.device}")
+        if not x.is_contiguous():
+            raise ValueError(f"{name}: must be contiguous, got strides {list(x.stride())}; call {name}.contiguous()")
 
     def read(self, branch: Branch, layer: int) -> tuple[Tensor, Tensor]:
         """Dense copies of a branch's K and V: [length, num_kv_heads, head_dim] each, in context order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -39,6 +40,17 @@ class PlanArrays:
     @property
     def num_rows(self) -> int:
         return self.row_positions.shape[0]
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the nine arrays begin, in order: what a kernel is given, in every layer."""
+        return tuple(
+            x.data_ptr()
+            for x in (
+                self.items, self.kv_slots, self.kv_positions, self.rows, self.limits, self.dest, self.row_positions,
+                self.merge_rows, self.merge_ptr,
+            )
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

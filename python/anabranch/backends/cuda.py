@@ -44,6 +44,7 @@ name = "cuda"
 device_type = "cuda"
 capturable = True
 batch_invariant = False
+kv_dtypes: tuple[torch.dtype, ...] = ()
 
 OLDEST = 80  # sm_80: mma on bfloat16, ldmatrix, cp.async
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from anabranch.backends import formats
+from anabranch.backends.formats import KVScales
 from anabranch.plan.plan import Plan
 from anabranch.plan.tile_config import TileConfig
 
@@ -18,6 +20,7 @@ name = "reference"
 device_type = "cpu"
 capturable = False
 batch_invariant = False
+kv_dtypes = (torch.int8, torch.float8_e4m3fn)
 
 
 def unavailable() -> str | None:
@@ -46,10 +49,13 @@ def tile_config(
     return TileConfig(tile=64, chunk=256, parallelism=1, num_kv_heads=num_kv_heads, elem_size=dtype.itemsize)
 
 
-def gather(pages: Tensor, slots: Tensor) -> Tensor:
-    """[num_pages, page_size, heads, dim], slots [n] → [n, heads, dim]."""
-    page_size = pages.shape[1]
-    return pages[slots // page_size, slots % page_size]
+def gather(pages: Tensor, slots: Tensor, dtype: torch.dtype, scales: Tensor | None = None) -> Tensor:
+    """[num_pages, page_size, heads, dim], slots [n] → [n, heads, dim] in `dtype`; scales as the pages, without dim."""
+    page, offset = slots // pages.shape[1], slots % pages.shape[1]
+    found = formats.pick(pages, page, offset)
+    if scales is None:
+        return found.to(dtype)
+    return formats.by_dtype(pages.dtype).dequantise(found, scales[page, offset], dtype)
 
 
 def attention(
@@ -64,6 +70,7 @@ def attention(
     sinks: Tensor | None,
     return_lse: bool,
     dtype: torch.dtype = torch.float64,
+    kv_scales: KVScales | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Computed in ``dtype`` (float64); out has q's dtype, lse is float32 (float64 for float64 inputs)."""
     rows, num_q_heads, head_dim = q.shape
@@ -83,8 +90,9 @@ def attention(
         slots = torch.from_numpy(view.slots[begin:end]).to(q.device).long()
         k_pos = torch.from_numpy(view.positions[begin:end]).to(q.device).long()
         q_pos = torch.from_numpy(view.row_positions[first:last]).to(q.device)
-        k = gather(k_pages, slots).to(dtype).repeat_interleave(group, dim=1)  # [length, Hq, D]
-        v = gather(v_pages, slots).to(dtype).repeat_interleave(group, dim=1)
+        k_scales, v_scales = (None, None) if kv_scales is None else kv_scales
+        k = gather(k_pages, slots, dtype, k_scales).repeat_interleave(group, dim=1)  # [length, Hq, D]
+        v = gather(v_pages, slots, dtype, v_scales).repeat_interleave(group, dim=1)
         s = torch.einsum("ihd,jhd->hij", q[first:last].to(dtype), k) * scale  # [Hq, n, length]
         if softcap is not None:
             s = softcap * torch.tanh(s / softcap)
@@ -107,16 +115,20 @@ def attention(
     return out.to(q.dtype), lse.to(lse_dtype) if return_lse else None
 
 
-def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
-    page_size = k_pages.shape[1]
-    index = slots.long()
-    k_pages[index // page_size, index % page_size] = k
-    v_pages[index // page_size, index % page_size] = v
+def write_kv(
+    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, kv_scales: KVScales | None = None
+) -> None:
+    page, offset = slots.long() // k_pages.shape[1], slots.long() % k_pages.shape[1]
+    for x, pages, scales in ((k, k_pages, kv_scales and kv_scales.k), (v, v_pages, kv_scales and kv_scales.v)):
+        if scales is not None:
+            x, scales[page, offset] = formats.by_dtype(pages.dtype).quantise(x)
+        formats.put(pages, page, offset, x)
 
 
-def copy_pages(pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor) -> None:
+def copy_pages(pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor, scales: Tensor | None = None) -> None:
     for s, d, n in zip(src.tolist(), dst.tolist(), filled.tolist(), strict=True):
-        pool[:, d, :, :n] = pool[:, s, :, :n]
+        for x in (pool,) if scales is None else (pool, scales):
+            x[:, d, :, :n] = x[:, s, :, :n]
 
 
 def branch_visible(layout: MaskTensors, window: int | None) -> Tensor:

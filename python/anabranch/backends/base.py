@@ -40,8 +40,8 @@ class Backend(Protocol):
         capturable: its work is kernel launches on the current stream alone, which a CUDA graph can record. False: it
             works on the host between them.
         batch_invariant: it can honour plans with ``batch_invariant``.
-        kv_dtypes: element types of quantised pages that it reads and writes (see `formats`). A backend with none is
-            never given ``kv_scales`` or ``scales``, and need not have these arguments.
+        kv_dtypes: element types of quantised pages that it reads and writes (see `formats`). Where there are none,
+            ``kv_scales`` and ``scales`` are always None.
     """
 
     name: str

@@ -69,8 +69,8 @@ def attention(
     window: int | None,
     sinks: Tensor | None,
     return_lse: bool,
-    dtype: torch.dtype = torch.float64,
     kv_scales: KVScales | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor | None]:
     """Computed in ``dtype`` (float64); out has q's dtype, lse is float32 (float64 for float64 inputs)."""
     rows, num_q_heads, head_dim = q.shape

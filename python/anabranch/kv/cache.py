@@ -218,7 +218,7 @@ class TreeCache:
         core = self._core.step(rows, given)
         if core.num_copies:
             src, dst, filled = torch.from_numpy(core.copies()).unbind(0)
-            self._backend.copy_pages(self._pool, src, dst, filled, *(() if self._scales is None else (self._scales,)))
+            self._backend.copy_pages(self._pool, src, dst, filled, self._scales)
         step = Step(self, core, tuple(rows))
         self._watch.stepped(step)
         return step

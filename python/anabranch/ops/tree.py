@@ -103,11 +103,6 @@ def _scales(k: Tensor | None, v: Tensor | None) -> KVScales | None:
     return None if k is None or v is None else KVScales(k, v)
 
 
-def _beside(kv_scales: KVScales | None) -> dict[str, Any]:
-    """The argument that only backends with quantised formats have."""
-    return {} if kv_scales is None else {"kv_scales": kv_scales}
-
-
 def _run(
     q: Tensor,
     k_pages: Tensor,
@@ -134,7 +129,7 @@ def _run(
         window=None if window == NO_WINDOW else window,
         sinks=sinks,
         return_lse=return_lse,
-        **_beside(kv_scales),
+        kv_scales=kv_scales,
     )
 
 
@@ -150,7 +145,7 @@ def _run_write(
 ) -> None:
     slots = plan.begin_write(layer)  # raises before anything is written
     chosen = backends.choose(backend, k.device, k.dtype, k.shape[2], k_pages.dtype)
-    chosen.write_kv(k, v, k_pages, v_pages, slots, **_beside(kv_scales))
+    chosen.write_kv(k, v, k_pages, v_pages, slots, kv_scales)
     plan.end_write(layer)
 
 

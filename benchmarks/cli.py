@@ -34,8 +34,9 @@ app = typer.Typer(
 [bold]drafts[/bold]     speculative decoding: steps and seconds of the adapted models' answers with drafts and without
 [bold]serve[/bold]      Poisson arrivals: throughput, time to the first token and between tokens, p50 and p99
 [bold]branch[/bold]     training: attention under a branch mask, forward + backward; masked SDPA, FlexAttention
+[bold]kv_formats[/bold] accuracy of K and V kept as int8 and fp8
 [bold]company[/bold]    decoding beside programs that spin on the same cores
-[bold]all[/bold]        all of them but company (also what runs when no command is given)
+[bold]all[/bold]        all of them but kv_formats and company (also what runs when no command is given)
 [bold]report[/bold]     Markdown tables and figures from a results file
 
 Every contender is checked against float64 before it is timed; rounds are interleaved (A B C A B C …) with cold caches;
@@ -248,6 +249,23 @@ def linear_command(
         store.put("linear", ("case", "dtype", "rows"), entry)
         times = " / ".join(f"{entry[name]['median_us']:,.0f}" for name in ("invariant", "default"))
         console.print(f"{entry['case']:24} {entry['dtype']:9} {entry['rows']:4} rows  {times} µs  × {entry['ratio']}")
+    _finish(store, None)
+
+
+@app.command("kv_formats")
+def kv_formats_command(quick: Quick = False, json: Json = None) -> None:
+    """Accuracy of K and V kept as int8 and fp8: SmolLM2's perplexity, the adapted model's answers. Not timed."""
+    from . import kv_formats
+
+    store = _start(None, json)
+    for entry in kv_formats.run(quick=quick):
+        store.put("kv_formats", ("case", "dtype", "kv_format"), entry)
+        what = (
+            f"perplexity {entry['perplexity']:.4f}, divergence {entry['divergence']:.2g} nats"
+            if entry["case"] == "perplexity"
+            else f"{entry['right']} of {entry['problems']} right, {entry['same_text']} the same text"
+        )
+        console.print(f"{entry['dtype']:9} {entry['kv_format']:5} {entry['bytes_per_token']:6} bytes a token  {what}")
     _finish(store, None)
 
 

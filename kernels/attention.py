@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from .primitives import SCAN, any_nan, infinities, load_rows, store_rows, tanh, without_infinities
+from .quantise import AS_THEY_ARE, dequantised
 
 NARROW = tl.constexpr(16)  # packed rows of the smaller tile: the fewest that a tensor core multiplies
 GUARD_N = tl.constexpr(16)  # tokens a step where infinities are kept from rows that do not see them
@@ -34,7 +35,7 @@ PLAN_ARRAYS = [
     "dest_ptr",
     "row_positions_ptr",
 ]
-OTHERS = ["lse_ptr", "sinks_ptr", "counts_ptr"]
+OTHERS = ["lse_ptr", "sinks_ptr", "counts_ptr", "k_scales_ptr", "v_scales_ptr"]
 
 
 @triton.jit
@@ -56,6 +57,7 @@ def _sum_tokens(
     stride_k_slot,
     stride_v_page,
     stride_v_slot,
+    factors,  # of quantised pages: (k, v of this head, strides of page and slot of each)
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -67,6 +69,7 @@ def _sum_tokens(
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     UPCAST: tl.constexpr,
+    STORED: tl.constexpr,
     GUARDED: tl.constexpr,  # infinities and NaN in V reach the rows that see them and no others
 ):
     """m, l [BLOCK_M] and acc [BLOCK_M, D0], [BLOCK_M, D1] (D1 = 0: the first again) of tokens first … end − 1."""
@@ -96,12 +99,21 @@ def _sum_tokens(
         k_at = tl.multiple_of(page * stride_k_page + offset * stride_k_slot, [KV_ALIGN])
         v_at = tl.multiple_of(page * stride_v_page + offset * stride_v_slot, [KV_ALIGN])
 
-        k0 = load_rows(k_base, k_at, d0, keep, HEAD_DIM, D_PADDED and D1 == 0, UPCAST)
+        k0 = load_rows(k_base, k_at, d0, keep, HEAD_DIM, D_PADDED and D1 == 0, UPCAST and STORED == AS_THEY_ARE)
+        if STORED != AS_THEY_ARE:  # exact in any type of q; the factors multiply the scores
+            k0 = dequantised(k0, STORED).to(q0.dtype)
         s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         if D1 > 0:
-            k1 = load_rows(k_base, k_at, d1, keep, HEAD_DIM, D_PADDED, UPCAST)
+            k1 = load_rows(k_base, k_at, d1, keep, HEAD_DIM, D_PADDED, UPCAST and STORED == AS_THEY_ARE)
+            if STORED != AS_THEY_ARE:
+                k1 = dequantised(k1, STORED).to(q0.dtype)
             s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
         s = s * scale
+        if STORED != AS_THEY_ARE:
+            k_scales, v_scales, stride_ks_page, stride_ks_slot, stride_vs_page, stride_vs_slot = factors
+            k_scale = tl.load(k_scales + page * stride_ks_page + offset * stride_ks_slot, mask=keep, other=0.0)
+            v_scale = tl.load(v_scales + page * stride_vs_page + offset * stride_vs_slot, mask=keep, other=0.0)
+            s = s * k_scale[None, :]
         if HAS_SOFTCAP:
             s = softcap * tanh(s / softcap)
         visible = n[None, :] < limit[:, None]
@@ -116,7 +128,9 @@ def _sum_tokens(
         alpha = tl.exp(m - m_ref)
         p = tl.exp(s - m_ref[:, None])
         l = l * alpha + tl.sum(p, axis=1)  # noqa: E741
-        v0 = load_rows(v_base, v_at, d0, keep, HEAD_DIM, D_PADDED and D1 == 0, UPCAST)
+        v0 = load_rows(v_base, v_at, d0, keep, HEAD_DIM, D_PADDED and D1 == 0, UPCAST and STORED == AS_THEY_ARE)
+        if STORED != AS_THEY_ARE:  # (weights times factors would be subnormal in float16)
+            v0 = (dequantised(v0, STORED) * v_scale[:, None]).to(q0.dtype)
         p_in = p.to(v0.dtype)
         if GUARDED:
             v0, kind0 = without_infinities(v0)
@@ -124,7 +138,9 @@ def _sum_tokens(
         if GUARDED:
             acc0 += infinities(visible, kind0)
         if D1 > 0:
-            v1 = load_rows(v_base, v_at, d1, keep, HEAD_DIM, D_PADDED, UPCAST)
+            v1 = load_rows(v_base, v_at, d1, keep, HEAD_DIM, D_PADDED, UPCAST and STORED == AS_THEY_ARE)
+            if STORED != AS_THEY_ARE:
+                v1 = (dequantised(v1, STORED) * v_scale[:, None]).to(q0.dtype)
             if GUARDED:
                 v1, kind1 = without_infinities(v1)
             acc1 = tl.dot(p_in, v1, acc1 * alpha[:, None], input_precision="ieee")
@@ -157,6 +173,7 @@ def _attend(
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     UPCAST: tl.constexpr,
+    STORED: tl.constexpr,
     GUARDED: tl.constexpr,
 ):
     """One tile of packed rows of one (item × KV head), to its partials or its outputs.
@@ -166,11 +183,11 @@ def _attend(
     """
     (
         q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_acc_ptr, part_ml_ptr, item_ptr, kv_slots_ptr, kv_positions_ptr,
-        rows_ptr, limits_ptr, dest_ptr, row_positions_ptr, sinks_ptr,
+        rows_ptr, limits_ptr, dest_ptr, row_positions_ptr, sinks_ptr, k_scales_ptr, v_scales_ptr,
     ) = pointers  # fmt: skip
     (
         stride_q_row, stride_q_head, stride_k_page, stride_k_slot, stride_k_head, stride_v_page, stride_v_slot,
-        stride_v_head,
+        stride_v_head, stride_ks_page, stride_ks_slot, stride_ks_head, stride_vs_page, stride_vs_slot, stride_vs_head,
     ) = strides  # fmt: skip
     kv_head, num_kv_heads, scale, softcap, window = numbers
     kv_begin = tl.load(item_ptr).to(tl.int64)
@@ -225,10 +242,15 @@ def _attend(
 
     k_base = k_ptr + tl.multiple_of(kv_head.to(tl.int64) * stride_k_head, KV_ALIGN)
     v_base = v_ptr + tl.multiple_of(kv_head.to(tl.int64) * stride_v_head, KV_ALIGN)
+    factors = (
+        k_scales_ptr + kv_head * stride_ks_head, v_scales_ptr + kv_head * stride_vs_head,
+        stride_ks_page, stride_ks_slot, stride_vs_page, stride_vs_slot,
+    )  # fmt: skip
     m, l, acc0, acc1 = _sum_tokens(  # noqa: E741
         q0, q1, k_base, v_base, kv_slots_ptr + kv_begin, kv_positions_ptr + kv_begin, first, end, limit, row_pos,
-        scale, softcap, window, stride_k_page, stride_k_slot, stride_v_page, stride_v_slot,
-        HEAD_DIM, D0, D1, PAGE_SIZE, KV_ALIGN, BLOCK_M, BLOCK_N, STAGES, HAS_SOFTCAP, HAS_WINDOW, UPCAST, GUARDED,
+        scale, softcap, window, stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, factors,
+        HEAD_DIM, D0, D1, PAGE_SIZE, KV_ALIGN, BLOCK_M, BLOCK_N, STAGES, HAS_SOFTCAP, HAS_WINDOW, UPCAST, STORED,
+        GUARDED,
     )  # fmt: skip
     poisoned = False
     if not GUARDED:
@@ -284,6 +306,12 @@ STRIDES = [
     "stride_v_page",
     "stride_v_slot",
     "stride_v_head",
+    "stride_ks_page",
+    "stride_ks_slot",
+    "stride_ks_head",
+    "stride_vs_page",
+    "stride_vs_slot",
+    "stride_vs_head",
 ]
 
 
@@ -308,6 +336,8 @@ def tree_attention_kernel(
     row_positions_ptr,
     sinks_ptr,  # [Hq], read when HAS_SINKS
     counts_ptr,  # int32 [>= 1], read when HAS_COUNTS
+    k_scales_ptr,  # float32 [pages, PAGE_SIZE, Hkv], any strides, like v_scales; read when K and V are quantised
+    v_scales_ptr,
     num_items,
     num_kv_heads,
     scale,
@@ -321,6 +351,12 @@ def tree_attention_kernel(
     stride_v_page,
     stride_v_slot,
     stride_v_head,
+    stride_ks_page,
+    stride_ks_slot,
+    stride_ks_head,
+    stride_vs_page,
+    stride_vs_slot,
+    stride_vs_head,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,  # head_dim is D0 + D1 columns, both powers of two, so that 80 costs 64 + 16 and not 128;
@@ -338,6 +374,7 @@ def tree_attention_kernel(
     HAS_SINKS: tl.constexpr,
     HAS_COUNTS: tl.constexpr,
     UPCAST: tl.constexpr,  # interpreter only: its bfloat16 arithmetic is wrong, so compute in float32 there
+    STORED: tl.constexpr,  # what is in the pages: see quantise.py
 ):
     # Heads of an item are neighbours: they read the same slots, rows and limits while these are in L2.
     item = tl.program_id(0) // num_kv_heads
@@ -353,22 +390,22 @@ def tree_attention_kernel(
         return
     pointers = (
         q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_acc_ptr, part_ml_ptr, item_ptr, kv_slots_ptr, kv_positions_ptr,
-        rows_ptr, limits_ptr, dest_ptr, row_positions_ptr, sinks_ptr,
+        rows_ptr, limits_ptr, dest_ptr, row_positions_ptr, sinks_ptr, k_scales_ptr, v_scales_ptr,
     )  # fmt: skip
     strides = (
         stride_q_row, stride_q_head, stride_k_page, stride_k_slot, stride_k_head, stride_v_page, stride_v_slot,
-        stride_v_head,
+        stride_v_head, stride_ks_page, stride_ks_slot, stride_ks_head, stride_vs_page, stride_vs_slot, stride_vs_head,
     )  # fmt: skip
     numbers = (kv_head, num_kv_heads, scale, softcap, window)
     if packed <= NARROW:
         poisoned = _attend(
             pointers, strides, numbers, tile_begin, GROUP, HEAD_DIM, D0, D1, PAGE_SIZE, Q_ALIGN, KV_ALIGN,
-            NARROW, NARROW_N, NARROW_STAGES, HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST, False,
+            NARROW, NARROW_N, NARROW_STAGES, HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST, STORED, False,
         )  # fmt: skip
     else:
         poisoned = _attend(
             pointers, strides, numbers, tile_begin, GROUP, HEAD_DIM, D0, D1, PAGE_SIZE, Q_ALIGN, KV_ALIGN,
-            WIDE, WIDE_N, WIDE_STAGES, HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST, False,
+            WIDE, WIDE_N, WIDE_STAGES, HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST, STORED, False,
         )  # fmt: skip
     # A token that a row does not see has weight 0, and 0 · NaN is NaN: where the tokens of other rows hold infinities
     # or NaN in V, a guarded sum takes the place of the first. A test of each block would cost every item what this
@@ -379,5 +416,5 @@ def tree_attention_kernel(
         for begin in tl.range(tile_begin, tile_end, NARROW, num_stages=1):
             _attend(
                 pointers, strides, numbers, begin, GROUP, HEAD_DIM, D0, D1, PAGE_SIZE, Q_ALIGN, KV_ALIGN,
-                NARROW, GUARD_N, 1, HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST, True,
+                NARROW, GUARD_N, 1, HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST, STORED, True,
             )  # fmt: skip

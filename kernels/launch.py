@@ -14,11 +14,15 @@ from .attention import tree_attention_kernel
 from .configs import AMD, attention_config, column_split, next_power_of_two
 from .merge import merge_kernel
 from .pages import copy_pages_kernel, write_kv_kernel
+from .quantise import quantise_kv_kernel
 
 __all__ = ["INTERPRETED", "Device", "attention", "copy_pages", "device_traits", "stride_alignment", "write_kv"]
 
 # Decided when the kernels were decorated, that is by TRITON_INTERPRET at import, whatever the variable says now.
 INTERPRETED = not isinstance(tree_attention_kernel, triton.JITFunction)
+
+# By a page's dtype: what the kernels call it, and what a vector's largest element becomes (quantise.py).
+STORED = {torch.int8: (1, 127.0), torch.float8_e4m3fn: (2, 448.0)}
 
 MERGE_BLOCK = 8  # partials a step of the merge: most rows have two to five
 
@@ -57,6 +61,11 @@ def stride_alignment(*tensors: torch.Tensor) -> int:
     return every & -every
 
 
+def _bytes(pages: torch.Tensor) -> torch.Tensor:
+    """Pages as the kernels take them: 8-bit floats as bytes, which every GPU has."""
+    return pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
+
+
 def attention(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -68,6 +77,7 @@ def attention(
     window: int | None,
     sinks: torch.Tensor | None,
     num_rows: int | None = None,
+    kv_scales: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Both launches of tree attention: every item's partials, then the merge. With `write_kv` three a layer.
 
@@ -78,6 +88,7 @@ def attention(
             num_items, num_partials, num_merge) its host ints are capacities and the true numbers are read on the
             device, which is what a captured graph needs.
         num_rows: rows of the output, by default as many as queries; fewer where a row is several queries.
+        kv_scales: the factors of quantised pages, (k, v) float32 [pages, page_size, Hkv] each, any strides.
 
     Returns:
         out [rows, Hq, D] in q's dtype and lse [rows, Hq] float32, natural log.
@@ -94,6 +105,8 @@ def attention(
     part_acc = torch.empty((arrays.num_partials, num_q_heads, head_dim), dtype=torch.float32, device=q.device)
     part_ml = torch.empty((arrays.num_partials, num_q_heads, 2), dtype=torch.float32, device=q.device)
     counts = getattr(arrays, "counts", None)
+    k_scales, v_scales = (lse, lse) if kv_scales is None else kv_scales
+    scale_strides = (0,) * 6 if kv_scales is None else (*k_scales.stride(), *v_scales.stride())
 
     with _on(q.device):
         d0, d1 = column_split(head_dim)
@@ -102,19 +115,22 @@ def attention(
             # tile_rows is what the TileConfig allows; a small batch has fewer rows, and needs fewer tiles per item.
             tiles = triton.cdiv(min(arrays.tile_rows, queries) * group, config.wide)
             tree_attention_kernel[(arrays.num_items * num_kv_heads, tiles)](
-                q, k_pages, v_pages, out, lse, part_acc, part_ml,
+                q, _bytes(k_pages), _bytes(v_pages), out, lse, part_acc, part_ml,
                 arrays.items, arrays.kv_slots, arrays.kv_positions, arrays.rows, arrays.limits, arrays.dest,
                 arrays.row_positions, lse if sinks is None else sinks, arrays.items if counts is None else counts,
+                k_scales, v_scales,
                 arrays.num_items, num_kv_heads, float(scale), float(softcap or 0.0), int(window or 0),
                 q.stride(0), q.stride(1),
                 k_pages.stride(0), k_pages.stride(1), k_pages.stride(2),
                 v_pages.stride(0), v_pages.stride(1), v_pages.stride(2),
+                *scale_strides,
                 GROUP=group, HEAD_DIM=head_dim, D0=d0, D1=d1, PAGE_SIZE=page_size,
                 Q_ALIGN=stride_alignment(q), KV_ALIGN=stride_alignment(k_pages, v_pages),
                 WIDE=config.wide, WIDE_N=config.wide_n, WIDE_STAGES=config.wide_stages,
                 NARROW_N=config.narrow_n, NARROW_STAGES=config.narrow_stages,
                 HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None, HAS_SINKS=sinks is not None,
-                HAS_COUNTS=counts is not None, UPCAST=upcast, num_warps=config.num_warps,
+                HAS_COUNTS=counts is not None, UPCAST=upcast,
+                STORED=0 if kv_scales is None else STORED[k_pages.dtype][0], num_warps=config.num_warps,
             )  # fmt: skip
         if arrays.num_merge:
             merge_kernel[(arrays.num_merge * num_q_heads,)](
@@ -128,14 +144,34 @@ def attention(
 
 
 def write_kv(
-    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slots: torch.Tensor,
+    kv_scales: Any = None,
 ) -> None:
-    """k, v [rows, Hkv, D] into slots [rows] (int32, on the device; negative: skipped) of the pages, in place."""
+    """k, v [rows, Hkv, D] into slots [rows] (int32, on the device; negative: skipped) of the pages, in place;
+    quantised, with their factors, where there are ``kv_scales``."""
     rows, num_kv_heads, head_dim = k.shape
     if rows == 0:
         return
     block_d = next_power_of_two(head_dim)
     block_h = min(next_power_of_two(num_kv_heads), max(1, 1024 // block_d))
+    if kv_scales is not None:
+        stored, largest = STORED[k_pages.dtype]
+        k_scales, v_scales = kv_scales
+        with _on(k.device):
+            quantise_kv_kernel[(rows, triton.cdiv(num_kv_heads, block_h))](
+                k, v, _bytes(k_pages), _bytes(v_pages), k_scales, v_scales, slots, num_kv_heads,
+                k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+                k_pages.stride(0), k_pages.stride(1), k_pages.stride(2),
+                v_pages.stride(0), v_pages.stride(1), v_pages.stride(2),
+                *k_scales.stride(), *v_scales.stride(),
+                LARGEST=largest, STORED=stored, PAGE_SIZE=k_pages.shape[1], HEAD_DIM=head_dim,
+                BLOCK_D=block_d, BLOCK_H=block_h, num_warps=4,
+            )  # fmt: skip
+        return
     with _on(k.device):
         write_kv_kernel[(rows, triton.cdiv(num_kv_heads, block_h))](
             k, v, k_pages, v_pages, slots, num_kv_heads,
@@ -147,12 +183,19 @@ def write_kv(
         )  # fmt: skip
 
 
-def copy_pages(pool: torch.Tensor, src: torch.Tensor, dst: torch.Tensor, filled: torch.Tensor) -> None:
+def copy_pages(
+    pool: torch.Tensor,
+    src: torch.Tensor,
+    dst: torch.Tensor,
+    filled: torch.Tensor,
+    scales: torch.Tensor | None = None,
+) -> None:
     """The first ``filled[i]`` slots of page ``src[i]`` to page ``dst[i]``, in every plane of the pool, one launch.
 
     Args:
         pool: [planes, pages, Hkv, page_size, D], the last stride 1.
         src, dst, filled: int32 [n] on the CPU: they go to the device in one transfer, which does not wait.
+        scales: the factors of quantised pages, float32 [planes, pages, Hkv, page_size], the last stride 1.
     """
     copies = torch.stack((src, dst, filled)).to(torch.int32)
     num_copies = copies.shape[1]
@@ -160,12 +203,15 @@ def copy_pages(pool: torch.Tensor, src: torch.Tensor, dst: torch.Tensor, filled:
         return
     if pool.device.type == "cuda":
         copies = copies.pin_memory().to(pool.device, non_blocking=True)
+    pool = _bytes(pool)
     planes, _, num_kv_heads, page_size, head_dim = pool.shape
     block_d = next_power_of_two(head_dim)
     block_t = min(next_power_of_two(page_size), max(1, 2048 // block_d))
     with _on(pool.device):
         copy_pages_kernel[(num_copies * planes * num_kv_heads,)](
-            pool, copies, num_copies, planes, num_kv_heads,
+            pool, copies if scales is None else scales, copies, num_copies, planes, num_kv_heads,
             pool.stride(0), pool.stride(1), pool.stride(2), pool.stride(3),
-            HEAD_DIM=head_dim, ALIGN=stride_alignment(pool), BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4,
+            *((0, 0, 0) if scales is None else scales.stride()[:3]),
+            HEAD_DIM=head_dim, ALIGN=stride_alignment(pool), HAS_SCALES=scales is not None,
+            BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip

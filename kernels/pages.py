@@ -20,6 +20,7 @@ WRITE_STRIDES = [
     "stride_vp_head",
 ]
 COPY_STRIDES = ["stride_plane", "stride_page", "stride_head", "stride_slot"]
+SCALE_STRIDES = ["stride_scale_plane", "stride_scale_page", "stride_scale_head"]
 
 
 @triton.jit(do_not_specialize=["num_kv_heads", *WRITE_STRIDES], do_not_specialize_on_alignment=["slots_ptr"])
@@ -67,9 +68,13 @@ def write_kv_kernel(
     tl.store(v_pages_ptr + v_to[:, None] + d[None, :], v, mask=keep)
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "num_planes", "num_copies", *COPY_STRIDES])
+@triton.jit(
+    do_not_specialize=["num_kv_heads", "num_planes", "num_copies", *COPY_STRIDES, *SCALE_STRIDES],
+    do_not_specialize_on_alignment=["scales_ptr"],
+)
 def copy_pages_kernel(
     pool_ptr,  # [planes, pages, Hkv, page_size, D], any strides, the last 1
+    scales_ptr,  # float32 [planes, pages, Hkv, page_size], the last stride 1; read when HAS_SCALES
     copies_ptr,  # int32 [3, num_copies]: source page, destination page, filled slots
     num_copies,
     num_planes,
@@ -78,8 +83,12 @@ def copy_pages_kernel(
     stride_page,
     stride_head,
     stride_slot,
+    stride_scale_plane,
+    stride_scale_page,
+    stride_scale_head,
     HEAD_DIM: tl.constexpr,
     ALIGN: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -94,6 +103,7 @@ def copy_pages_kernel(
     dst = tl.load(copies_ptr + num_copies + copy).to(tl.int64)
     filled = tl.load(copies_ptr + 2 * num_copies + copy)
     base = plane * stride_plane + head * stride_head
+    scales = scales_ptr + plane * stride_scale_plane + head * stride_scale_head
     d = tl.arange(0, BLOCK_D)
     for start in range(0, filled, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
@@ -103,3 +113,6 @@ def copy_pages_kernel(
         to_at = tl.multiple_of(at + dst * stride_page, [ALIGN])
         x = tl.load(pool_ptr + from_at[:, None] + d[None, :], mask=keep)
         tl.store(pool_ptr + to_at[:, None] + d[None, :], x, mask=keep)
+        if HAS_SCALES:
+            factors = tl.load(scales + src * stride_scale_page + t, mask=t < filled)
+            tl.store(scales + dst * stride_scale_page + t, factors, mask=t < filled)

@@ -176,7 +176,7 @@ def _attention(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
         Q_ALIGN=_alignment(v.head_dim), KV_ALIGN=_alignment(v.head_dim),
         WIDE=config.wide, WIDE_N=config.wide_n, WIDE_STAGES=config.wide_stages,
         NARROW_N=config.narrow_n, NARROW_STAGES=config.narrow_stages,
-        HAS_SOFTCAP=v.options, HAS_WINDOW=v.options, HAS_SINKS=v.options, HAS_COUNTS=v.options, UPCAST=False,
+        HAS_SOFTCAP=v.options, HAS_WINDOW=v.options, HAS_SINKS=v.options, HAS_COUNTS=v.options, UPCAST=False, STORED=0,
     )  # fmt: skip
     return tree_attention_kernel, constants, dict(num_warps=config.num_warps)
 
@@ -201,7 +201,9 @@ def _write_kv(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
 def _copy_pages(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
     block_d = next_power_of_two(v.head_dim)
     block_t = min(16, max(1, 2048 // block_d))
-    constants = dict(HEAD_DIM=v.head_dim, ALIGN=_alignment(v.head_dim), BLOCK_T=block_t, BLOCK_D=block_d)
+    constants = dict(
+        HEAD_DIM=v.head_dim, ALIGN=_alignment(v.head_dim), HAS_SCALES=False, BLOCK_T=block_t, BLOCK_D=block_d
+    )  # fmt: skip
     return copy_pages_kernel, constants, dict(num_warps=4)
 
 
@@ -230,7 +232,9 @@ BUILDERS = {
 }
 # Index arrays are int32, partials and LSE float32, all else is of the variant's dtype.
 INT_POINTERS = {*PLAN_ARRAYS, *INDEX_ARRAYS, "counts_ptr", "merge_rows_ptr", "merge_ptr_ptr", "slots_ptr", "copies_ptr"}
-FLOAT_POINTERS = {"lse_ptr", "delta_ptr", "part_acc_ptr", "part_ml_ptr"}
+FLOAT_POINTERS = {
+    "lse_ptr", "delta_ptr", "part_acc_ptr", "part_ml_ptr", "k_scales_ptr", "v_scales_ptr", "scales_ptr",
+}  # fmt: skip
 
 
 def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[dict[str, str], dict[tuple[int], Any]]:
@@ -251,6 +255,7 @@ def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[dict
                 "merge_rows_ptr",
                 "merge_ptr_ptr",
                 "slots_ptr",
+                "scales_ptr",
             }:
                 aligned[(i,)] = [["tt.divisibility", 16]]
         elif name in ("scale", "softcap"):

@@ -165,10 +165,15 @@ void attention(Attention& a, int threads) {
 
 void write(const Write& k, const Write& v, int64_t rows, int threads) {
   const int64_t size = int64_t(size_of(k.type)), bytes = k.head_dim * size;
+  const Kernels& kernels = active();
   if (2 * rows * k.num_kv_heads * bytes < SERIAL_BYTES) threads = 1;
   for_each(threads, rows, threads == 1 ? std::max<int64_t>(rows, 1) : 16, [&](int, int64_t begin, int64_t end) {
     for (const Write* w : {&k, &v}) {
       for (int64_t r = begin; r < end; ++r) {
+        if (w->stored != Stored::as_is) {
+          for (int h = 0; h < w->num_kv_heads; ++h) kernels.quantise(*w, r, h);
+          continue;
+        }
         const int64_t page = w->slots[r] / w->page_size, offset = w->slots[r] % w->page_size;
         const char* from = static_cast<const char*>(w->src) + r * w->src_row * size;
         char* to = static_cast<char*>(const_cast<void*>(w->dst.data)) + (page * w->dst.page + offset * w->dst.slot) * size;
@@ -191,6 +196,11 @@ void copy_pages(const Copy& c, int64_t count, int threads) {
       for (int64_t h = 0; h < c.heads; ++h)
         std::memcpy(base + c.dst[i] * c.page + h * c.head, base + c.src[i] * c.page + h * c.head,
                     size_t(c.filled[i] * c.row));
+      if (!c.scales) continue;
+      float* scales = c.scales + plane * c.scale_plane;
+      for (int64_t h = 0; h < c.heads; ++h)
+        std::memcpy(scales + c.dst[i] * c.scale_page + h * c.scale_head,
+                    scales + c.src[i] * c.scale_page + h * c.scale_head, size_t(c.filled[i]) * sizeof(float));
     }
   });
 }

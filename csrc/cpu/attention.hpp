@@ -23,6 +23,8 @@ struct Copy {
   char* data;
   int64_t planes, heads, plane, page, head, row;
   const int32_t *src, *dst, *filled;
+  float* scales;  // [planes, pages, heads, page_size] with element strides for the first three, or null
+  int64_t scale_plane, scale_page, scale_head;
 };
 void copy_pages(const Copy& c, int64_t count, int threads);
 

@@ -29,7 +29,14 @@ X* pointer(int64_t address) {
   return reinterpret_cast<X*>(static_cast<Address>(address));
 }
 
-Pool pool(const Paged& p) { return {pointer<void>(p[0]), p[1], p[2], p[3]}; }
+// What quantised K and V have beside their pages: the type there (enum Stored), and for each the address of the factors
+// and element strides of page, slot and head.
+using Quantised = std::array<int64_t, 9>;
+constexpr Quantised NOT_QUANTISED = {-1};
+
+Pool pool(const Paged& p, const Quantised& q, size_t factors) {
+  return {pointer<void>(p[0]), p[1], p[2], p[3], pointer<float>(q[factors]), q[factors + 1], q[factors + 2], q[factors + 3]};
+}
 
 int log2_or_minus_one(int n) {
   for (int s = 0; s < 31; ++s)
@@ -39,9 +46,11 @@ int log2_or_minus_one(int n) {
 
 void py_attention(int type, int head_dim, int num_q_heads, int num_kv_heads, int page_size, const Strided3& q,
                   const Paged& k, const Paged& v, const std::array<int64_t, 9>& plan, int num_items, int num_merge,
-                  float scale, float softcap, int64_t window, int64_t sinks, int64_t out, int64_t lse, int threads) {
+                  float scale, float softcap, int64_t window, int64_t sinks, int64_t out, int64_t lse, int threads,
+                  const Quantised& quantised) {
   Attention a{};
   a.type = Type(type);
+  a.stored = Stored(quantised[0]);
   a.head_dim = head_dim;
   a.num_q_heads = num_q_heads;
   a.num_kv_heads = num_kv_heads;
@@ -49,8 +58,8 @@ void py_attention(int type, int head_dim, int num_q_heads, int num_kv_heads, int
   a.q = pointer<void>(q[0]);
   a.q_row = q[1];
   a.q_head = q[2];
-  a.k = pool(k);
-  a.v = pool(v);
+  a.k = pool(k, quantised, 1);
+  a.v = pool(v, quantised, 5);
   a.page_size = page_size;
   a.page_shift = log2_or_minus_one(page_size);
   const int32_t** arrays[] = {&a.items, &a.kv_slots,      &a.kv_positions, &a.rows,     &a.limits,
@@ -70,19 +79,21 @@ void py_attention(int type, int head_dim, int num_q_heads, int num_kv_heads, int
 }
 
 void py_write(int type, int head_dim, int num_kv_heads, int page_size, const Strided3& k, const Strided3& v,
-              const Paged& k_pages, const Paged& v_pages, int64_t slots, int64_t rows, int threads) {
-  const auto one = [&](const Strided3& src, const Paged& dst) {
-    return Write{Type(type), head_dim, num_kv_heads,   page_size,     pointer<void>(src[0]), src[1],
-                 src[2],     pool(dst), pointer<int32_t>(slots)};
+              const Paged& k_pages, const Paged& v_pages, int64_t slots, int64_t rows, int threads,
+              const Quantised& quantised) {
+  const auto one = [&](const Strided3& src, const Pool& dst) {
+    return Write{Type(type), Stored(quantised[0]), head_dim, num_kv_heads,   page_size,     pointer<void>(src[0]), src[1],
+                 src[2],     dst, pointer<int32_t>(slots)};
   };
   py::gil_scoped_release release;
-  write(one(k, k_pages), one(v, v_pages), rows, threads);
+  write(one(k, pool(k_pages, quantised, 1)), one(v, pool(v_pages, quantised, 5)), rows, threads);
 }
 
 void py_copy(int64_t data, int64_t planes, int64_t heads, const std::array<int64_t, 4>& byte_strides, int64_t src,
-             int64_t dst, int64_t filled, int64_t count, int threads) {
+             int64_t dst, int64_t filled, int64_t count, int threads, const std::array<int64_t, 4>& scales) {
   Copy c{pointer<char>(data), planes, heads, byte_strides[0], byte_strides[1], byte_strides[2], byte_strides[3],
-         pointer<int32_t>(src), pointer<int32_t>(dst), pointer<int32_t>(filled)};
+         pointer<int32_t>(src), pointer<int32_t>(dst), pointer<int32_t>(filled), pointer<float>(scales[0]), scales[1],
+         scales[2], scales[3]};
   py::gil_scoped_release release;
   copy_pages(c, count, threads);
 }
@@ -225,14 +236,17 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("attention", &py_attention, py::arg("type"), py::arg("head_dim"), py::arg("num_q_heads"),
         py::arg("num_kv_heads"), py::arg("page_size"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("plan"),
         py::arg("num_items"), py::arg("num_merge"), py::arg("scale"), py::arg("softcap"), py::arg("window"),
-        py::arg("sinks"), py::arg("out"), py::arg("lse"), py::arg("threads"),
-        "softcap 0 and window −1 mean off; sinks and lse may be 0; type 0 float32, 1 bfloat16, 2 float16.");
+        py::arg("sinks"), py::arg("out"), py::arg("lse"), py::arg("threads"), py::arg("quantised") = NOT_QUANTISED,
+        "softcap 0 and window −1 mean off; sinks and lse may be 0; type 0 float32, 1 bfloat16, 2 float16. quantised: −1, or "
+        "0 int8, 1 float8 e4m3; then for K and for V: address and strides (page, slot, head) of the float32 factors.");
   m.def("write_kv", &py_write, py::arg("type"), py::arg("head_dim"), py::arg("num_kv_heads"), py::arg("page_size"),
         py::arg("k"), py::arg("v"), py::arg("k_pages"), py::arg("v_pages"), py::arg("slots"), py::arg("rows"),
-        py::arg("threads"));
+        py::arg("threads"), py::arg("quantised") = NOT_QUANTISED, "quantised: as for attention.");
   m.def("copy_pages", &py_copy, py::arg("data"), py::arg("planes"), py::arg("heads"), py::arg("byte_strides"),
         py::arg("src"), py::arg("dst"), py::arg("filled"), py::arg("count"), py::arg("threads"),
-        "byte_strides: plane, page, head, token.");
+        py::arg("scales") = std::array<int64_t, 4>{},
+        "byte_strides: plane, page, head, token. scales: address of the float32 factors (0: none), strides of plane, page, "
+        "head.");
   m.def("linear", &py_linear, py::arg("type"), py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("x"),
         py::arg("x_row"), py::arg("w"), py::arg("w_row"), py::arg("bias"), py::arg("out"), py::arg("threads"),
         "out [rows, n] contiguous = x [rows, k] times w [n, k] transposed, plus bias [n] (0: none).");

@@ -7,6 +7,7 @@
 #include "cpu/isa.hpp"
 #include "cpu/linear.hpp"
 #include "cpu/packed.hpp"
+#include "cpu/quantise.hpp"
 #include "cpu/scores.hpp"
 #include "cpu/stream.hpp"
 
@@ -34,6 +35,10 @@ template <class T>
 void unit_of(const Attention& a, int item, int begin, int end, void* scratch) {
   Unit u(a, item, begin);
   const bool few = u.packed <= STREAM_ROWS;
+  if (a.stored == Stored::i8)
+    return few ? stream_unit<T, float, i8>(a, u, end, scratch) : packed_unit<T, float, i8>(a, u, scratch);
+  if (a.stored == Stored::e4m3)
+    return few ? stream_unit<T, float, e4m3>(a, u, end, scratch) : packed_unit<T, float, e4m3>(a, u, scratch);
 #ifdef ANABRANCH_BF16_PAIRS
   if constexpr (std::is_same_v<T, bf16>) {
     if (few && a.head_dim % (2 * W) == 0) return stream_unit<T, pair>(a, u, end, scratch);
@@ -84,7 +89,7 @@ void merge(const Attention& a, int64_t begin, int64_t end) {
 
 const Kernels& ANABRANCH_NAMED(kernels_, ANABRANCH_ISA)() {
   static constexpr Kernels table = {ANABRANCH_STRING(ANABRANCH_ISA), ANABRANCH_VECTOR_BYTES, stream_heads,
-                                    scratch_bytes, unit, merge, linear_wide, linear_scratch, linear_pack, linear,
+                                    scratch_bytes, unit, merge, quantise, linear_wide, linear_scratch, linear_pack, linear,
                                     branch_lanes, PANEL, branch_scratch, branch_row_bytes, branch_forward,
                                     branch_backward, branch_reduce, score_peaks, score_masses, score_read,
                                     exponentials};

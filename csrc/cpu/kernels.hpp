@@ -9,19 +9,24 @@
 namespace anabranch::cpu {
 
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Stored : int { as_is = -1, i8 = 0, e4m3 = 1 };  // K and V in a page: of the rows' type, or of one byte
 
 constexpr int STREAM_ROWS = 8;  // an item of at most so many packed rows reads K and V straight from memory
 
 inline size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
-// One of K or V: element strides of [page, slot in page, head, D]; the last dimension is contiguous.
+// One of K or V: element strides of [page, slot in page, head, D]; the last dimension is contiguous. Elements of one byte
+// have a factor for each token and head in `scales`: element strides of [page, slot in page, head], any of them may be 0.
 struct Pool {
   const void* data;
   int64_t page, slot, head;
+  const float* scales;
+  int64_t scale_page, scale_slot, scale_head;
 };
 
 struct Attention {
-  Type type;
+  Type type;      // of q and out
+  Stored stored;  // K and V
   int head_dim, num_q_heads, num_kv_heads, group;
   const void* q;  // [rows, num_q_heads, D], element strides below
   int64_t q_row, q_head;
@@ -41,7 +46,8 @@ struct Attention {
 };
 
 struct Write {  // new rows of K or V into their slots
-  Type type;
+  Type type;      // of src
+  Stored stored;  // in dst
   int head_dim, num_kv_heads, page_size;
   const void* src;  // [rows, num_kv_heads, D]
   int64_t src_row, src_head;
@@ -115,6 +121,7 @@ struct Kernels {
   size_t (*scratch_bytes)(int packed_rows, int head_dim, int heads);
   void (*unit)(const Attention&, int item, int begin, int end, void* scratch);
   void (*merge)(const Attention&, int64_t begin, int64_t end);
+  void (*quantise)(const Write&, int64_t row, int head);  // one vector into its slot, its factor into the scales
   // Linear layers: `linear` computes output columns [begin, end) of all rows.
   size_t (*linear_wide)(int64_t rows, int64_t k);
   size_t (*linear_scratch)(int64_t rows);

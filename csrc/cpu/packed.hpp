@@ -3,7 +3,7 @@
 // Q is packed once as panels [D][2·W rows], scaled, float32. Scores come out as S[token][row]: the vector lanes are
 // query rows, so that maxima, exponentials and sums of the softmax are vertical and need no reduction across lanes.
 // For P·V the lanes are channels of V, packed as panels [token][2·W channels] that stay in the first-level cache.
-// 16-bit K and V are converted to float32 once a tile, for all rows; float32 K is read where it lies.
+// K and V of 16 bits or 8 are converted to float32 once a tile, for all rows; float32 K is read where it lies.
 //
 // With AVX512-BF16 both products of bfloat16 go by pairs, two multiply-adds a lane and instruction: Q and K two channels
 // at a time (K where it lies), P and V two tokens. P is rounded to bfloat16 for that, as flash attention does on GPUs;
@@ -233,19 +233,30 @@ bool all_finite(const E* v, int n, int dv) {
   return sum(bad) == 0;
 }
 
-// Row j of V into the panels; channels past D are zeros.
 template <class T>
-ANABRANCH_INLINE void pack_value(const T* from, int d, int dv, int j, float* v) {
+ANABRANCH_INLINE vf load_scaled(const T* p, float scale) {
+  if constexpr (QUANTISED<T>) return load(p) * scale;
+  else return load(p);
+}
+template <class T>
+ANABRANCH_INLINE float to_float_scaled(T x, float scale) {
+  if constexpr (QUANTISED<T>) return to_float(x) * scale;
+  else return to_float(x);
+}
+
+// Row j of V into the panels, times its factor where it is quantised; channels past D are zeros.
+template <class T>
+ANABRANCH_INLINE void pack_value(const T* from, int d, int dv, int j, float* v, float scale = 1) {
   int c = 0;
   for (; c + PANEL <= d; c += PANEL) {
     float* to = v + int64_t(c) * TILE + j * PANEL;
-    store(to, load(from + c));
-    store(to + W, load(from + c + W));
+    store(to, load_scaled(from + c, scale));
+    store(to + W, load_scaled(from + c + W, scale));
   }
   if (c == dv) return;
   int width = smaller(PANEL, dv - c);
   float* to = v + int64_t(c) * TILE + j * width;
-  for (int i = 0; i < width; ++i) to[i] = c + i < d ? to_float(from[c + i]) : 0;
+  for (int i = 0; i < width; ++i) to[i] = c + i < d ? to_float_scaled(from[c + i], scale) : 0;
 }
 
 // Rows 2·j and 2·j + 1; the second may be null: zeros.
@@ -267,10 +278,10 @@ ANABRANCH_INLINE void pack_value(const bf16* from, const bf16* second, int d, in
 }
 
 template <class T>
-ANABRANCH_INLINE void copy_row(const T* from, int d, float* to) {
+ANABRANCH_INLINE void copy_row(const T* from, int d, float* to, float scale = 1) {
   int c = 0;
-  for (; c + W <= d; c += W) store(to + c, load(from + c));
-  for (; c < d; ++c) to[c] = to_float(from[c]);
+  for (; c + W <= d; c += W) store(to + c, load_scaled(from + c, scale));
+  for (; c < d; ++c) to[c] = to_float_scaled(from[c], scale);
 }
 
 // Floats are scaled here, once; pairs stay as they are, and their scores are scaled.
@@ -307,7 +318,8 @@ void start_rows(const Attention& a, const Unit& u, const Rows& w) {
   memset(w.o, 0, size_t(w.rows) * w.dv * 4);
 }
 
-template <class T, class E>
+// S: the type of K and V, T unless they are quantised.
+template <class T, class E, class S = T>
 void packed_unit(const Attention& a, const Unit& u, void* base) {
   const int d = a.head_dim;
   const float factor = query_factor(a);
@@ -316,8 +328,8 @@ void packed_unit(const Attention& a, const Unit& u, void* base) {
     int n = smaller(TILE, u.n - begin);
     if (n <= 0) return 0;
     for (int j = 0; j < n; ++j) {
-      rows[j] = at<T>(a.k, a, u.head, u.slots[begin + j]);
-      rows[TILE + j] = at<T>(a.v, a, u.head, u.slots[begin + j]);
+      rows[j] = at<S>(a.k, a, u.head, u.slots[begin + j]);
+      rows[TILE + j] = at<S>(a.v, a, u.head, u.slots[begin + j]);
     }
     for (int j = n; j < TILE; ++j) rows[j] = rows[0];  // surplus keys of the last block
     return TILE + n;
@@ -333,17 +345,19 @@ void packed_unit(const Attention& a, const Unit& u, void* base) {
     const int coming = locate(begin + TILE, w.next);
     Tile tile(a, u, begin, smaller(TILE, u.n - begin));
     if (tile.hidden) continue;
-    Fetcher fetcher(w.next, coming, d * int(sizeof(T)), steps);
-    const auto value = [&](int j) { return static_cast<const T*>(w.here[TILE + j]); };
+    Fetcher fetcher(w.next, coming, d * int(sizeof(S)), steps);
+    const auto value = [&](int j) { return static_cast<const S*>(w.here[TILE + j]); };
     if constexpr (STEP<E> == 2) {
       for (int j = 0; j < tile.n; j += 2)
         pack_value(value(j), j + 1 < tile.n ? value(j + 1) : nullptr, d, w.dv, j / 2, w.v);
     } else {
       for (int j = 0; j < tile.n; ++j) {
-        if constexpr (sizeof(T) == 2) copy_row(static_cast<const T*>(w.here[j]), d, w.k + int64_t(j) * d);
-        pack_value(value(j), d, w.dv, j, w.v);
+        const int32_t slot = u.slots[begin + j];
+        if constexpr (sizeof(S) < sizeof(float))
+          copy_row(static_cast<const S*>(w.here[j]), d, w.k + int64_t(j) * d, scale_at<S>(a.k, a, u.head, slot));
+        pack_value(value(j), d, w.dv, j, w.v, scale_at<S>(a.v, a, u.head, slot));
       }
-      if constexpr (sizeof(T) == 2)
+      if constexpr (sizeof(S) < sizeof(float))
         for (int j = 0; j < TILE; ++j) w.here[j] = w.k + int64_t(j) * d;
     }
     bool exact = tile.cut() && !all_finite(w.v, tile.n, w.dv);

@@ -57,6 +57,15 @@ struct f16 {
   uint16_t bits;
 };
 
+struct i8 {  // of K and V in a page; what it stands for is this times a factor
+  int8_t bits;
+};
+struct e4m3 {  // likewise: 8-bit floats without infinities. Its NaN is never stored
+  uint8_t bits;
+};
+template <class T>
+constexpr bool QUANTISED = sizeof(T) == 1;
+
 struct __attribute__((packed, aligned(2), may_alias)) pair {  // two bfloat16, the first in the lower half
   uint32_t bits;
 };
@@ -96,6 +105,21 @@ ANABRANCH_INLINE vf load(const f16* p) {
   vi special = (vi)magnitude >= 0x0f800000;  // infinities and NaN
   return (vf)(sign | (special ? (magnitude | 0x7f800000u) : (vu)scaled));
 #endif
+}
+
+typedef int8_t vb __attribute__((vector_size(ANABRANCH_VECTOR_BYTES / 4)));
+typedef uint8_t vub __attribute__((vector_size(ANABRANCH_VECTOR_BYTES / 4)));
+ANABRANCH_INLINE vf load(const i8* p) {
+  vb x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return __builtin_convertvector(__builtin_convertvector(x, vi), vf);
+}
+ANABRANCH_INLINE vf load(const e4m3* p) {
+  vub x;
+  __builtin_memcpy(&x, p, sizeof x);
+  const vu bits = __builtin_convertvector(x, vu);
+  const vf magnitude = (vf)((bits & 0x7fu) << 20) * 0x1p120f;  // re-biases the exponent; exact for subnormals too
+  return (vf)((vu)magnitude | (bits & 0x80u) << 24);
 }
 
 typedef vu vu_at __attribute__((aligned(4), may_alias));
@@ -142,7 +166,31 @@ ANABRANCH_INLINE float to_float(f16 x) {
   return y;
 }
 
+ANABRANCH_INLINE float to_float(i8 x) { return x.bits; }
+ANABRANCH_INLINE float to_float(e4m3 x) {
+  uint32_t bits = uint32_t(x.bits & 0x7f) << 20;
+  float y;
+  __builtin_memcpy(&y, &bits, 4);
+  return x.bits & 0x80 ? y * -0x1p120f : y * 0x1p120f;
+}
+
 // To nearest, ties to even.
+ANABRANCH_INLINE void put(i8* p, float x) { p->bits = int8_t(__builtin_rintf(x)); }  // |x| ≤ 127
+ANABRANCH_INLINE void put(e4m3* p, float x) {                                        // |x| ≤ 448
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 24 & 0x80u;
+  bits &= 0x7fffffffu;
+  uint32_t code;
+  if (bits < 0x3c800000u) {  // subnormal: below 2^-6, in units of 2^-9
+    float y;
+    __builtin_memcpy(&y, &bits, 4);
+    code = uint32_t(__builtin_rintf(y * 512.0f));
+  } else {
+    code = ((bits + 0x7ffffu + (bits >> 20 & 1)) >> 20) - (120u << 3);
+  }
+  p->bits = uint8_t(sign | code);
+}
 ANABRANCH_INLINE void put(float* p, float x) { *p = x; }
 ANABRANCH_INLINE void put(bf16* p, float x) {
   uint32_t bits;

@@ -196,8 +196,24 @@ void stream_queries(const Attention& a, const Unit& u, const StreamScratch<E>& w
   }
 }
 
+// A tile's scores of one row times its tokens' factors; …
+ANABRANCH_INLINE void scale_scores(const float* factors, float* s) {
+  for (int j = 0; j < STREAM_TILE; j += W) store(s + j, load(s + j) * load(factors + j));
+}
+
+// … its weights likewise. A weight of 0 stays 0: a token that is not seen may have NaN for its factor.
+ANABRANCH_INLINE void scale_weights(const float* factors, float* p) {
+  for (int j = 0; j < STREAM_TILE; j += W) {
+    const vf x = load(p + j);
+    store(p + j, x == 0 ? x : x * load(factors + j));
+  }
+}
+
 // An item for KV heads [u.head, head_end).
-template <class T, class E>
+//
+// Quantised K and V (of type S) go through the products as the numbers they are stored as. A token's factor for K
+// multiplies its scores, the one for V its weights: so both products are exact, and the factors cost nothing a channel.
+template <class T, class E, class S = T>
 void stream_unit(const Attention& a, Unit& u, int head_end, void* scratch) {
   const int d = a.head_dim, rows = u.packed, first = u.head, heads = head_end - first;
   const StreamScratch<E> w(scratch, d, heads);
@@ -212,16 +228,16 @@ void stream_unit(const Attention& a, Unit& u, int head_end, void* scratch) {
       w.l[h * STREAM_ROWS + r] = 0;
     }
   }
-  memset(w.zeros, 0, size_t(dv) * sizeof(T));
+  memset(w.zeros, 0, size_t(dv) * sizeof(S));
   // One block of up to four rows, or two of nearly equal size.
   const int cut = rows <= STREAM_BLOCK ? rows : (rows + 1) / 2;
-  const StreamSteps<T, E> head = steps_for<T, E>(cut, true), tail = steps_for<T, E>(rows > cut ? rows - cut : 1, false);
+  const StreamSteps<S, E> head = steps_for<S, E>(cut, true), tail = steps_for<S, E>(rows > cut ? rows - cut : 1, false);
   const auto locate = [&](int begin, int half) {  // past the last token: any valid address, for prefetches and blocks
     const int n = smaller(STREAM_TILE, u.n - begin);
     for (int j = 0; j < STREAM_TILE; ++j) {
       const int32_t slot = u.slots[n <= 0 ? 0 : j < n ? begin + j : begin];
-      w.k[half + j] = at<T>(a.k, a, first, slot);
-      w.v[half + j] = at<T>(a.v, a, first, slot);
+      w.k[half + j] = at<S>(a.k, a, first, slot);
+      w.v[half + j] = at<S>(a.v, a, first, slot);
     }
   };
   if (u.n > 0) locate(0, 0);
@@ -231,34 +247,45 @@ void stream_unit(const Attention& a, Unit& u, int head_end, void* scratch) {
     locate(begin + STREAM_TILE, STREAM_TILE - half);
     if (tile.hidden) continue;
     for (int h = 0; h < heads; ++h) {
-      const T *k[STREAM_TILE], *v[STREAM_TILE], *next_k[STREAM_TILE], *next_v[STREAM_TILE];
+      const S *k[STREAM_TILE], *v[STREAM_TILE], *next_k[STREAM_TILE], *next_v[STREAM_TILE];
       const bool turn = h + 1 == heads;  // what is read next: the next head of this tile, or the first of the next
       const int coming = turn ? STREAM_TILE - half : half;
       const int64_t k_at = h * a.k.head, v_at = h * a.v.head, k_next = turn ? 0 : k_at + a.k.head,
                     v_next = turn ? 0 : v_at + a.v.head;
       for (int j = 0; j < STREAM_TILE; ++j) {
-        k[j] = static_cast<const T*>(w.k[half + j]) + k_at;
-        v[j] = j < tile.n ? static_cast<const T*>(w.v[half + j]) + v_at : static_cast<const T*>(w.zeros);
-        next_k[j] = static_cast<const T*>(w.k[coming + j]) + k_next;
-        next_v[j] = static_cast<const T*>(w.v[coming + j]) + v_next;
+        k[j] = static_cast<const S*>(w.k[half + j]) + k_at;
+        v[j] = j < tile.n ? static_cast<const S*>(w.v[half + j]) + v_at : static_cast<const S*>(w.zeros);
+        next_k[j] = static_cast<const S*>(w.k[coming + j]) + k_next;
+        next_v[j] = static_cast<const S*>(w.v[coming + j]) + v_next;
       }
       if (dv != d) {
         for (int j = 0; j < tile.n; ++j) {
-          T *to_k = static_cast<T*>(w.k_pad) + j * dv, *to_v = static_cast<T*>(w.v_pad) + j * dv;
-          memcpy(static_cast<void*>(to_k), k[j], size_t(d) * sizeof(T));
-          memcpy(static_cast<void*>(to_v), v[j], size_t(d) * sizeof(T));
-          memset(static_cast<void*>(to_k + d), 0, size_t(dv - d) * sizeof(T));
-          memset(static_cast<void*>(to_v + d), 0, size_t(dv - d) * sizeof(T));
+          S *to_k = static_cast<S*>(w.k_pad) + j * dv, *to_v = static_cast<S*>(w.v_pad) + j * dv;
+          memcpy(static_cast<void*>(to_k), k[j], size_t(d) * sizeof(S));
+          memcpy(static_cast<void*>(to_v), v[j], size_t(d) * sizeof(S));
+          memset(static_cast<void*>(to_k + d), 0, size_t(dv - d) * sizeof(S));
+          memset(static_cast<void*>(to_v + d), 0, size_t(dv - d) * sizeof(S));
           k[j] = to_k;
           v[j] = to_v;
         }
         for (int j = tile.n; j < STREAM_TILE; ++j) k[j] = k[0];
       }
+      float k_scale[STREAM_TILE] = {}, v_scale[STREAM_TILE] = {};
+      if constexpr (QUANTISED<S>)
+        for (int j = 0; j < tile.n; ++j) {
+          k_scale[j] = scale_at<S>(a.k, a, first + h, u.slots[begin + j]);
+          v_scale[j] = scale_at<S>(a.v, a, first + h, u.slots[begin + j]);
+        }
       const E* q = w.q + h * (each / STEP<E>);
       float *o = w.o + h * each, *m = w.m + h * STREAM_ROWS, *l = w.l + h * STREAM_ROWS, alpha[STREAM_ROWS];
       head.dots(q, dv, k, next_k, tile.n, w.s, factor);
       if (rows > cut) tail.dots(q + cut * dv / STEP<E>, dv, k, next_k, tile.n, w.s + cut * STREAM_TILE, factor);
-      for (int r = 0; r < rows; ++r) alpha[r] = soften_row<E>(a, u, tile, r, w.s + r * STREAM_TILE, m + r, l + r);
+      for (int r = 0; r < rows; ++r) {
+        float* s = w.s + r * STREAM_TILE;
+        if constexpr (QUANTISED<S>) scale_scores(k_scale, s);
+        alpha[r] = soften_row<E>(a, u, tile, r, s, m + r, l + r);
+        if constexpr (QUANTISED<S>) scale_weights(v_scale, s);
+      }
       const E* p = reinterpret_cast<const E*>(w.s);
       if (tile.cut() && !all_finite(v, tile.n, dv)) {  // 0 · NaN must not reach the rows that do not see it
         for (int r = 0; r < rows; ++r)

@@ -80,17 +80,31 @@ struct Tile {
   bool cut() const { return limited || windowed; }
 };
 
+struct Place {
+  int64_t page, offset;
+  Place(const Attention& a, int32_t slot) {
+    if (a.page_shift >= 0) {
+      page = slot >> a.page_shift;
+      offset = slot & (a.page_size - 1);
+    } else {
+      page = slot / a.page_size;
+      offset = slot % a.page_size;
+    }
+  }
+};
+
 template <class T>
 ANABRANCH_INLINE const T* at(const Pool& pool, const Attention& a, int head, int32_t slot) {
-  int64_t page, offset;
-  if (a.page_shift >= 0) {
-    page = slot >> a.page_shift;
-    offset = slot & (a.page_size - 1);
-  } else {
-    page = slot / a.page_size;
-    offset = slot % a.page_size;
-  }
-  return static_cast<const T*>(pool.data) + page * pool.page + offset * pool.slot + head * pool.head;
+  const Place p(a, slot);
+  return static_cast<const T*>(pool.data) + p.page * pool.page + p.offset * pool.slot + head * pool.head;
+}
+
+// The factor of a token's quantised K or V; 1 for other types.
+template <class T>
+ANABRANCH_INLINE float scale_at(const Pool& pool, const Attention& a, int head, int32_t slot) {
+  if constexpr (!QUANTISED<T>) return 1;
+  const Place p(a, slot);
+  return pool.scales[p.page * pool.scale_page + p.offset * pool.scale_slot + head * pool.scale_head];
 }
 
 // Into the second-level cache: a Zen 4 core reads twice as fast as with prefetches into the first.

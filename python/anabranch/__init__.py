@@ -21,6 +21,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
 
 _HOME = {
     "TreeCache": "kv",
+    "KVFormat": "kv",
     "Branch": "kv",
     "Step": "kv",
     "Read": "kv",

@@ -15,9 +15,9 @@ class Twins:
 
     def __init__(
         self, num_pages: int = 512, page_size: int = 8, layers: int = 1, heads: int = 2, dim: int = 32,
-        dtype: torch.dtype = torch.float32, seed: int = 0,
+        dtype: torch.dtype = torch.float32, seed: int = 0, kv_format: str = "auto",
     ) -> None:  # fmt: skip
-        self.cache = ab.TreeCache(layers, heads, dim, num_pages, page_size, dtype)
+        self.cache = ab.TreeCache(layers, heads, dim, num_pages, page_size, dtype, kv_format=kv_format)
         self.naive = NaiveCache(layers, heads, dim, dtype)
         self.layers, self.heads, self.dim, self.dtype = layers, heads, dim, dtype
         self.pairs: list[tuple] = []  # (Branch, NaiveBranch), alive
@@ -26,6 +26,11 @@ class Twins:
 
     def randn(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.generator).to(self.dtype)
+
+    def kept(self, x: torch.Tensor) -> torch.Tensor:
+        """What is left of K or V in the cache's format."""
+        fmt = self.cache.kv_format
+        return fmt.dequantise(*fmt.quantise(x), self.dtype) if fmt.quantised else x
 
     def branch(self) -> tuple:
         pair = (self.cache.branch(), self.naive.branch())
@@ -54,7 +59,7 @@ class Twins:
         for layer in range(self.layers):
             k, v = self.randn(step.num_rows, self.heads, self.dim), self.randn(step.num_rows, self.heads, self.dim)
             self.cache.write(layer, k, v, step)
-            self.naive.write(layer, k, v, twin)
+            self.naive.write(layer, self.kept(k), self.kept(v), twin)
         return step, twin
 
     def check_reservations(self, step: ab.Step, held: dict[ab.Branch, list[int]]) -> None:

@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 
 from anabranch import ops
 from anabranch._check import index_of, layer_of, number, shape_of, told
+from anabranch.backends.formats import QUANTISED_DTYPES, KVScales
 from anabranch.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def tree_attention(
     layer = layer_of(layer, cache.num_layers)
     return _attend(
         q, cache.k_pages(layer), cache.v_pages(layer), step.plan, step.num_rows, layer, scale, softcap, window, sinks,
-        backend, return_lse,
+        backend, return_lse, cache.dtype, cache.kv_scales(layer),
     )  # fmt: skip
 
 
@@ -88,6 +89,8 @@ def paged_tree_attention(
     sinks: Tensor | None = None,
     backend: str = "auto",
     return_lse: bool = False,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The same attention over a page pool of the user's own.
 
@@ -95,10 +98,12 @@ def paged_tree_attention(
         q: [rows, num_q_heads, head_dim], contiguous; the rows of sequence 0, then of sequence 1, …
             (``query_lengths`` of the plan; one each by default).
         k_pages, v_pages: [num_pages, page_size, num_kv_heads, head_dim], q's dtype and device; the last dimension must
-            have stride 1, the others are free.
+            have stride 1, the others are free. With ``k_scales`` and ``v_scales`` they are int8 or float8_e4m3fn.
         plan: ``Plan.from_block_tables(...)``; one plan serves all layers.
         scale, softcap, window, sinks, backend, return_lse: as for ``tree_attention``; positions count from 0 in each
             sequence.
+        k_scales, v_scales: float32 [num_pages, page_size, num_kv_heads], any strides (0 for one factor a head, or one
+            for all): what the numbers in quantised pages are to be multiplied by.
 
     Returns:
         as ``tree_attention``. A sequence of length 0 has no rows unless ``query_lengths`` is left out: then its
@@ -125,9 +130,47 @@ def paged_tree_attention(
             f"v_pages: expected {k_pages.dtype} on {k_pages.device} like k_pages, "
             f"got {v_pages.dtype} on {v_pages.device}"
         )
+    kv_scales = _check_scales(k_scales, v_scales, k_pages)
+    # float8 beside scales is no type for q; the caller's own then decides, and a backend refuses what it lacks.
+    dtype = k_pages.dtype if kv_scales is None else getattr(q, "dtype", torch.float32)
     return _attend(
-        q, k_pages, v_pages, plan, plan.num_rows, 0, scale, softcap, window, sinks, backend, return_lse
-    )  # fmt: skip
+        q,
+        k_pages,
+        v_pages,
+        plan,
+        plan.num_rows,
+        0,
+        scale,
+        softcap,
+        window,
+        sinks,
+        backend,
+        return_lse,
+        dtype,
+        kv_scales,
+    )
+
+
+def _check_scales(k_scales: Any, v_scales: Any, k_pages: Tensor) -> KVScales | None:
+    """The factors of quantised pages; ValueError where pages and factors do not go together."""
+    quantised = k_pages.dtype in QUANTISED_DTYPES
+    for name, x in (("k_scales", k_scales), ("v_scales", v_scales)):
+        if not quantised:
+            if x is not None:
+                raise ValueError(
+                    f"{name}: only pages of {' or '.join(map(str, QUANTISED_DTYPES))} have factors, k_pages are "
+                    f"{k_pages.dtype}; leave it out"
+                )
+            continue
+        expected = list(k_pages.shape[:3])
+        if not isinstance(x, Tensor) or list(x.shape) != expected or x.dtype != torch.float32:
+            raise ValueError(
+                f"{name}: k_pages are {k_pages.dtype}, so expected their factors, float32 {expected} (num_pages, "
+                f"page_size, num_kv_heads), got {shape_of(x)}" + (f" {x.dtype}" if isinstance(x, Tensor) else "")
+            )
+        if x.device != k_pages.device:
+            raise ValueError(f"{name}: expected device {k_pages.device} like the pages, got {x.device}; move it there")
+    return KVScales(k_scales, v_scales) if quantised else None
 
 
 def options_of(head_dim: int, scale: Any, softcap: Any, window: Any) -> tuple[float, float, int]:
@@ -161,7 +204,7 @@ def check_backend(backend: Any) -> None:
         raise ValueError(f"backend: expected a name such as 'auto', 'cpu' or 'triton', got {told(backend)}")
 
 
-def _check_q(q: Any, k_pages: Tensor, num_rows: int) -> None:
+def _check_q(q: Any, k_pages: Tensor, num_rows: int, dtype: torch.dtype) -> None:
     """Raise ValueError unless q fits the rows and the pages."""
     num_kv_heads, head_dim = k_pages.shape[2], k_pages.shape[3]
     if not isinstance(q, Tensor) or q.dim() != 3:
@@ -173,8 +216,9 @@ def _check_q(q: Any, k_pages: Tensor, num_rows: int) -> None:
         )
     if q.shape[1] == 0 or q.shape[1] % num_kv_heads != 0:
         raise ValueError(f"q: {q.shape[1]} query heads are not a multiple of the {num_kv_heads} KV heads")
-    if q.dtype != k_pages.dtype:
-        raise ValueError(f"q: expected dtype {k_pages.dtype} like the pages, got {q.dtype}; call q.to({k_pages.dtype})")
+    if q.dtype != dtype:
+        like = "pages" if dtype == k_pages.dtype else "cache"
+        raise ValueError(f"q: expected dtype {dtype} like the {like}, got {q.dtype}; call q.to({dtype})")
     if q.device != k_pages.device:
         raise ValueError(f"q: expected device {k_pages.device} like the pages, got {q.device}; move it there")
     if not q.is_contiguous():
@@ -202,15 +246,17 @@ def _attend(
     sinks: Tensor | None,
     backend: str,
     return_lse: bool,
+    dtype: torch.dtype,
+    kv_scales: KVScales | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    _check_q(q, k_pages, num_rows)
+    _check_q(q, k_pages, num_rows, dtype)
     plain = type(scale) in _PLAIN and type(softcap) in _PLAIN and type(window) in _PLAIN and not is_compiling()
     numbers = (_known_options if plain else options_of)(q.shape[2], scale, softcap, window)
     if sinks is not None:
         check_sinks(sinks, q)
         sinks = sinks.detach().to(torch.float32).contiguous()
     check_backend(backend)
-    out, lse = ops.attend(q, k_pages, v_pages, plan, sinks, *numbers, layer, backend, bool(return_lse))
+    out, lse = ops.attend(q, k_pages, v_pages, plan, sinks, *numbers, layer, backend, bool(return_lse), kv_scales)
     if not return_lse:
         return out
     assert lse is not None

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from anabranch.backends.formats import KVScales
 from anabranch.plan.arrays import PlanArrays
 from anabranch.plan.plan import Plan
 from anabranch.plan.tile_config import TileConfig
@@ -39,12 +40,15 @@ class Backend(Protocol):
         capturable: its work is kernel launches on the current stream alone, which a CUDA graph can record. False: it
             works on the host between them.
         batch_invariant: it can honour plans with ``batch_invariant``.
+        kv_dtypes: element types of quantised pages that it reads and writes (see `formats`). Where there are none,
+            ``kv_scales`` and ``scales`` are always None.
     """
 
     name: str
     device_type: str
     capturable: bool
     batch_invariant: bool
+    kv_dtypes: tuple[torch.dtype, ...]
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine, with the remedy, in one sentence; None where it can."""
@@ -75,28 +79,41 @@ class Backend(Protocol):
         window: int | None,
         sinks: Tensor | None,
         return_lse: bool,
+        kv_scales: KVScales | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Tree attention.
 
         Args:
             q: [queries, Hq, D]; ``plan.num_rows`` of them, or more where rows read under several position offsets.
-            k_pages, v_pages: [pages, page_size, Hkv, D], the last stride 1.
+            k_pages, v_pages: [pages, page_size, Hkv, D], the last stride 1; of q's dtype, or one of
+                ``kv_dtypes``.
             plan: ``plan.arrays(Hq // Hkv, tile_config)`` are its work items.
+            kv_scales: the factors of quantised pages, None for others.
 
         Returns:
             out [plan.num_rows, Hq, D] in q's dtype; lse [plan.num_rows, Hq] float32, natural logarithm, sinks included,
             or None unless ``return_lse``.
         """
 
-    def write_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
-        """k, v [rows, Hkv, D] into slots int32 [rows] of the pages, in place."""
+    def write_kv(
+        self,
+        k: Tensor,
+        v: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        slots: Tensor,
+        kv_scales: KVScales | None = None,
+    ) -> None:
+        """k, v [rows, Hkv, D] into slots int32 [rows] of the pages, in place; quantised where there are ``kv_scales``,
+        whose factors are written too."""
 
-    def copy_pages(self, pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor) -> None:
+    def copy_pages(self, pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor, scales: Tensor | None = None) -> None:
         """Pages ``src`` to ``dst`` in every plane, the first ``filled[i]`` slots of each, one call for all.
 
         Args:
             pool: [planes, pages, Hkv, page_size, D].
             src, dst, filled: int32 CPU tensors [n].
+            scales: the factors of quantised pages, float32 [planes, pages, Hkv, page_size], copied along.
         """
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from anabranch.backends import native, threads
+from anabranch.backends.formats import KVScales
 from anabranch.backends.native import MAX_HEAD_DIM, TYPES, address, floats, rows, strided
 from anabranch.plan.tile_config import TileConfig
 
@@ -31,6 +32,7 @@ __all__ = [
     "device_type",
     "expected",
     "info",
+    "kv_dtypes",
     "name",
     "prepare_pool",
     "refuses",
@@ -43,6 +45,7 @@ name = "cpu"
 device_type = "cpu"
 capturable = False
 batch_invariant = True
+kv_dtypes = (torch.int8, torch.float8_e4m3fn)
 
 # Packed rows an item. 64 rows amortise the conversion of K and V to a few percent and leave Q, scores, accumulators and
 # a tile of K and V together inside 512 KB of second-level cache at head_dim 256.
@@ -124,6 +127,16 @@ def info() -> dict[str, Any]:
     return found | {"summary": f"{found['isa']} of {', '.join(found['compiled'])}; {threads.count()} threads"}
 
 
+_NOT_QUANTISED = (-1, *(0,) * 8)
+
+
+def _quantised(pages: Tensor, scales: KVScales | None) -> tuple[int, ...]:
+    """What the kernels are told of quantised pages: their type, addresses and strides of the factors."""
+    if scales is None:
+        return _NOT_QUANTISED
+    return (kv_dtypes.index(pages.dtype), *(n for x in scales for n in (x.data_ptr(), *x.stride())))
+
+
 def attention(
     q: Tensor,
     k_pages: Tensor,
@@ -135,6 +148,7 @@ def attention(
     window: int | None,
     sinks: Tensor | None,
     return_lse: bool,
+    kv_scales: KVScales | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """out [rows, Hq, D] in q's dtype; lse [rows, Hq] float32 (natural log) or None."""
     from anabranch import _cpu
@@ -144,6 +158,7 @@ def attention(
     config = _tile_config(num_kv_heads, q.dtype.itemsize, plan.batch_invariant, count)
     return native.attention(
         _cpu.attention, rows(q), k_pages, v_pages, plan.arrays(num_q_heads // num_kv_heads, config), count,
+        _quantised(k_pages, kv_scales),
         scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse, num_rows=plan.num_rows,
     )  # fmt: skip
 
@@ -224,8 +239,10 @@ def branch_backward(
     return dq, dk, dv, delta
 
 
-def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
-    """k, v [rows, Hkv, D] into slots int32 [rows] of the pages, in place."""
+def write_kv(
+    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, kv_scales: KVScales | None = None
+) -> None:
+    """k, v [rows, Hkv, D] into slots int32 [rows] of the pages, in place; quantised where there are factors."""
     from anabranch import _cpu
 
     num_rows, num_kv_heads, head_dim = k.shape
@@ -242,6 +259,7 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
         address(slots),
         num_rows,
         threads.count(),
+        _quantised(k_pages, kv_scales),
     )
 
 
@@ -253,9 +271,9 @@ def prepare_pool(pool: Tensor) -> bool:
     return _cpu.large_pages(address(pool), pool.numel() * pool.element_size())
 
 
-def copy_pages(pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor) -> None:
-    """Pages ``src`` to ``dst`` (int32 CPU tensors [n]) in every plane of pool [planes, pages, Hkv, page_size, D], the
-    first ``filled`` slots only."""
+def copy_pages(pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor, scales: Tensor | None = None) -> None:
+    """Pages ``src`` to ``dst`` (int32 CPU tensors [n]) in every plane of pool [planes, pages, Hkv, page_size, D], and
+    of scales [planes, pages, Hkv, page_size], the first ``filled`` slots only."""
     from anabranch import _cpu
 
     planes, _, heads, _, head_dim = pool.shape
@@ -264,6 +282,8 @@ def copy_pages(pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor) -> None:
             f"pool: the tokens of a head must be contiguous in a page (strides [..., {head_dim}, 1]), "
             f"got {list(pool.stride())}"
         )
+    if scales is not None and scales.stride(3) != 1:
+        raise ValueError(f"scales: the last dimension must have stride 1, got {scales.stride(3)}")
     size = pool.element_size()
     src, dst, filled = src.contiguous(), dst.contiguous(), filled.contiguous()
     _cpu.copy_pages(
@@ -276,4 +296,5 @@ def copy_pages(pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor) -> None:
         address(filled),
         src.shape[0],
         threads.count(),
+        (0, 0, 0, 0) if scales is None else (address(scales), *scales.stride()[:3]),
     )

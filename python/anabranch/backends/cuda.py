@@ -21,6 +21,7 @@ from anabranch.backends.native import MAX_HEAD_DIM, TYPES, address, rows, stride
 from anabranch.plan.tile_config import TileConfig
 
 if TYPE_CHECKING:
+    from anabranch.backends.formats import KVScales
     from anabranch.plan.arrays import PlanArrays
     from anabranch.plan.plan import Plan
 
@@ -44,6 +45,7 @@ name = "cuda"
 device_type = "cuda"
 capturable = True
 batch_invariant = False
+kv_dtypes: tuple[torch.dtype, ...] = ()
 
 OLDEST = 80  # sm_80: mma on bfloat16, ldmatrix, cp.async
 
@@ -205,8 +207,9 @@ def attention(
     window: int | None,
     sinks: Tensor | None,
     return_lse: bool,
+    kv_scales: KVScales | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """out [rows, Hq, D] in q's dtype; lse [rows, Hq] float32 (natural log) or None."""
+    """out [rows, Hq, D] in q's dtype; lse [rows, Hq] float32 (natural log) or None. kv_scales: always None."""
     num_q_heads, num_kv_heads = q.shape[1], k_pages.shape[2]
     arrays = plan.arrays(
         num_q_heads // num_kv_heads, tile_config(num_q_heads, num_kv_heads, q.shape[2], q.dtype, k_pages.device)
@@ -248,8 +251,11 @@ def run(
         )  # fmt: skip
 
 
-def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
-    """k, v [rows, Hkv, D] into slots int32 [rows] of the pages, in place (negative: skipped); one launch."""
+def write_kv(
+    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, kv_scales: KVScales | None = None
+) -> None:
+    """k, v [rows, Hkv, D] into slots int32 [rows] of the pages, in place (negative: skipped); one launch. kv_scales:
+    always None."""
     num_rows, num_kv_heads, head_dim = k.shape
     k, v = rows(k), rows(v)
     with _current(k.device):
@@ -287,9 +293,9 @@ def advance(arrays: PlanArrays, tails: Tensor, slots: Tensor, positions: Tensor)
         )
 
 
-def copy_pages(pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor) -> None:
+def copy_pages(pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor, scales: Tensor | None = None) -> None:
     """Pages ``src`` to ``dst`` (int32 CPU tensors [n]) in every plane of pool [planes, pages, Hkv, page_size, D], the
-    first ``filled`` slots only; one transfer that does not wait, one launch."""
+    first ``filled`` slots only; one transfer that does not wait, one launch. scales: always None."""
     copies = torch.stack((src, dst, filled)).to(torch.int32)
     if pool.device.type == "cuda":
         copies = copies.pin_memory().to(pool.device, non_blocking=True)

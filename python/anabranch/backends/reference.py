@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from anabranch.backends import formats
+from anabranch.backends.formats import KVScales
 from anabranch.plan.plan import Plan
 from anabranch.plan.tile_config import TileConfig
 
@@ -18,6 +20,7 @@ name = "reference"
 device_type = "cpu"
 capturable = False
 batch_invariant = False
+kv_dtypes = (torch.int8, torch.float8_e4m3fn)
 
 
 def unavailable() -> str | None:
@@ -46,10 +49,13 @@ def tile_config(
     return TileConfig(tile=64, chunk=256, parallelism=1, num_kv_heads=num_kv_heads, elem_size=dtype.itemsize)
 
 
-def gather(pages: Tensor, slots: Tensor) -> Tensor:
-    """[num_pages, page_size, heads, dim], slots [n] → [n, heads, dim]."""
-    page_size = pages.shape[1]
-    return pages[slots // page_size, slots % page_size]
+def gather(pages: Tensor, slots: Tensor, dtype: torch.dtype, scales: Tensor | None = None) -> Tensor:
+    """[num_pages, page_size, heads, dim], slots [n] → [n, heads, dim] in `dtype`; scales as the pages, without dim."""
+    page, offset = slots // pages.shape[1], slots % pages.shape[1]
+    found = formats.pick(pages, page, offset)
+    if scales is None:
+        return found.to(dtype)
+    return formats.by_dtype(pages.dtype).dequantise(found, scales[page, offset], dtype)
 
 
 def attention(
@@ -63,12 +69,13 @@ def attention(
     window: int | None,
     sinks: Tensor | None,
     return_lse: bool,
+    kv_scales: KVScales | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor | None]:
     """Computed in ``dtype`` (float64); out has q's dtype, lse is float32 (float64 for float64 inputs)."""
     view = plan.contexts()
     if view.row_of is not None:
-        return _attend_queries(q, k_pages, v_pages, plan, scale, softcap, window, sinks, return_lse, dtype)
+        return _attend_queries(q, k_pages, v_pages, plan, scale, softcap, window, sinks, return_lse, kv_scales, dtype)
     rows, num_q_heads, head_dim = q.shape
     num_kv_heads = k_pages.shape[2]
     group = num_q_heads // num_kv_heads
@@ -85,8 +92,9 @@ def attention(
         slots = torch.from_numpy(view.slots[begin:end]).to(q.device).long()
         k_pos = torch.from_numpy(view.positions[begin:end]).to(q.device).long()
         q_pos = torch.from_numpy(view.row_positions[first:last]).to(q.device)
-        k = gather(k_pages, slots).to(dtype).repeat_interleave(group, dim=1)  # [length, Hq, D]
-        v = gather(v_pages, slots).to(dtype).repeat_interleave(group, dim=1)
+        k_scales, v_scales = (None, None) if kv_scales is None else kv_scales
+        k = gather(k_pages, slots, dtype, k_scales).repeat_interleave(group, dim=1)  # [length, Hq, D]
+        v = gather(v_pages, slots, dtype, v_scales).repeat_interleave(group, dim=1)
         s = torch.einsum("ihd,jhd->hij", q[first:last].to(dtype), k) * scale  # [Hq, n, length]
         if softcap is not None:
             s = softcap * torch.tanh(s / softcap)
@@ -119,6 +127,7 @@ def _attend_queries(
     window: int | None,
     sinks: Tensor | None,
     return_lse: bool,
+    kv_scales: KVScales | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of rows that are several queries each: one softmax over what all queries of a row see."""
@@ -130,8 +139,9 @@ def _attend_queries(
         begin, end = int(view.ptr[c]), int(view.ptr[c + 1])
         slots = torch.from_numpy(view.slots[begin:end]).to(q.device).long()
         k_pos = torch.from_numpy(view.positions[begin:end]).to(q.device).long()
-        k = gather(k_pages, slots).to(dtype).repeat_interleave(group, dim=1)
-        v = gather(v_pages, slots).to(dtype).repeat_interleave(group, dim=1)
+        k_scales, v_scales = (None, None) if kv_scales is None else kv_scales
+        k = gather(k_pages, slots, dtype, k_scales).repeat_interleave(group, dim=1)
+        v = gather(v_pages, slots, dtype, v_scales).repeat_interleave(group, dim=1)
         first, last = int(view.row_ptr[c]), int(view.row_ptr[c + 1])
         for query in range(first, last):
             seen = torch.arange(end - begin, device=q.device) < end - begin - (last - 1 - query)
@@ -151,16 +161,20 @@ def _attend_queries(
     return torch.stack(outs).to(q.dtype), torch.stack(lses).to(lse_dtype) if return_lse else None
 
 
-def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
-    page_size = k_pages.shape[1]
-    index = slots.long()
-    k_pages[index // page_size, index % page_size] = k
-    v_pages[index // page_size, index % page_size] = v
+def write_kv(
+    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, kv_scales: KVScales | None = None
+) -> None:
+    page, offset = slots.long() // k_pages.shape[1], slots.long() % k_pages.shape[1]
+    for x, pages, scales in ((k, k_pages, kv_scales and kv_scales.k), (v, v_pages, kv_scales and kv_scales.v)):
+        if scales is not None:
+            x, scales[page, offset] = formats.by_dtype(pages.dtype).quantise(x)
+        formats.put(pages, page, offset, x)
 
 
-def copy_pages(pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor) -> None:
+def copy_pages(pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor, scales: Tensor | None = None) -> None:
     for s, d, n in zip(src.tolist(), dst.tolist(), filled.tolist(), strict=True):
-        pool[:, d, :, :n] = pool[:, s, :, :n]
+        for x in (pool,) if scales is None else (pool, scales):
+            x[:, d, :, :n] = x[:, s, :, :n]
 
 
 def branch_visible(layout: MaskTensors, window: int | None) -> Tensor:

@@ -41,33 +41,52 @@ def unavailable(name: str) -> str | None:
     return get(name).unavailable()
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+def choose(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, kv_dtype: torch.dtype | None = None
+) -> Backend:
     """The backend for a call.
 
     ``"auto"`` takes the first that works: on the CPU ``cpu``, then ``reference``; on a GPU ``triton``, then
     ``reference``.
 
+    Args:
+        dtype: of Q. kv_dtype: of the elements in K and V's pages, where it is another one.
+
     Raises:
         BackendUnavailable: a backend asked for by name cannot run here.
-        ValueError: it cannot take this device, dtype or head_dim.
+        ValueError: it cannot take this device, dtype, head_dim or kv_dtype.
     """
     if backend != "auto":
         module = get(backend)
         reason = unavailable(backend)
         if reason is not None:
             raise BackendUnavailable(f"backend {backend!r}: {reason}")
-        reason = module.refuses(device, dtype, head_dim)
+        reason = _refuses(module, device, dtype, head_dim, kv_dtype)
         if reason is not None:
             raise ValueError(f"backend {backend!r}: {reason}")
         return module
-    return _auto(device, dtype, head_dim)
+    return _auto(device, dtype, head_dim, kv_dtype)
+
+
+def _refuses(
+    backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int, kv_dtype: torch.dtype | None
+) -> str | None:
+    """Why a backend cannot serve a call, with the remedy; None when it can."""
+    if kv_dtype in (None, dtype) or kv_dtype in backend.kv_dtypes:
+        return backend.refuses(device, dtype, head_dim)
+    able = with_trait(lambda other: kv_dtype in other.kv_dtypes)
+    kept = str(kv_dtype).removeprefix("torch.")
+    return (
+        f"has no kernels for K and V kept as {kept}; pass backend='auto' or {able}, or make the cache with "
+        "kv_format='auto'"
+    )
 
 
 @functools.cache
-def _auto(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+def _auto(device: torch.device, dtype: torch.dtype, head_dim: int, kv_dtype: torch.dtype | None) -> Backend:
     reasons: list[str] = []
     for name in PREFERRED.get(device.type, ("reference",)):
-        reason = unavailable(name) or get(name).refuses(device, dtype, head_dim)
+        reason = unavailable(name) or _refuses(get(name), device, dtype, head_dim, kv_dtype)
         if reason is None:
             if reasons and head_dim <= 256 and dtype.itemsize <= 4:  # said once: this function remembers its answers
                 warnings.warn(f"anabranch falls back to the {name} backend ({'; '.join(reasons)})", stacklevel=2)

@@ -17,6 +17,7 @@ from anabranch.plan.tile_config import TileConfig
 
 if TYPE_CHECKING:
     from anabranch.backends.base import MaskTensors
+    from anabranch.backends.formats import KVScales
     from anabranch.kernels.branch_launch import MaskTiles
     from anabranch.plan.plan import Plan
 
@@ -30,6 +31,7 @@ __all__ = [
     "device_type",
     "expected",
     "info",
+    "kv_dtypes",
     "name",
     "refuses",
     "tile_config",
@@ -41,6 +43,7 @@ name = "triton"
 device_type = "cuda"
 capturable = True
 batch_invariant = False
+kv_dtypes = (torch.int8, torch.float8_e4m3fn)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
@@ -126,6 +129,7 @@ def attention(
     window: int | None,
     sinks: torch.Tensor | None,
     return_lse: bool,
+    kv_scales: KVScales | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """out [rows, Hq, D] in q's dtype; lse [rows, Hq] float32 (natural log) or None."""
     from anabranch.kernels import launch
@@ -136,25 +140,38 @@ def attention(
     )
     out, lse = launch.attention(
         q, k_pages, v_pages, arrays,
-        scale=scale, softcap=softcap, window=window, sinks=sinks, num_rows=plan.num_rows,
+        scale=scale, softcap=softcap, window=window, sinks=sinks, kv_scales=kv_scales, num_rows=plan.num_rows,
     )  # fmt: skip
     return out, lse if return_lse else None
 
 
 def write_kv(
-    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slots: torch.Tensor,
+    kv_scales: KVScales | None = None,
 ) -> None:
-    """k, v [rows, Hkv, D] into slots int32 [rows] of the pages, in place; one launch."""
+    """k, v [rows, Hkv, D] into slots int32 [rows] of the pages, in place, quantised where there are factors to write;
+    one launch."""
     from anabranch.kernels import launch
 
-    launch.write_kv(k, v, k_pages, v_pages, slots)
+    launch.write_kv(k, v, k_pages, v_pages, slots, kv_scales)
 
 
-def copy_pages(pool: torch.Tensor, src: torch.Tensor, dst: torch.Tensor, filled: torch.Tensor) -> None:
-    """Pages ``src`` to ``dst`` (int32 CPU tensors [n]) in every plane, the first ``filled`` slots only; one launch."""
+def copy_pages(
+    pool: torch.Tensor,
+    src: torch.Tensor,
+    dst: torch.Tensor,
+    filled: torch.Tensor,
+    scales: torch.Tensor | None = None,
+) -> None:
+    """Pages ``src`` to ``dst`` (int32 CPU tensors [n]) in every plane of the pool and of its factors, the first
+    ``filled`` slots only; one launch."""
     from anabranch.kernels import launch
 
-    launch.copy_pages(pool, src, dst, filled)
+    launch.copy_pages(pool, src, dst, filled, scales)
 
 
 # A mask's tables, made at its first use and kept as long as its tensors: all layers of a step share them.

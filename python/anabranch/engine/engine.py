@@ -9,6 +9,7 @@ from typing import Any
 
 from anabranch import hf
 from anabranch._check import told, whole
+from anabranch.backends.formats import KVFormat
 from anabranch.backends.registry import choose
 from anabranch.engine.call import Call
 from anabranch.engine.handle import Handle
@@ -54,6 +55,9 @@ class Engine:
     segment_vectors: what ParaThinker's models add to K and V: `SegmentVectors`, or what they are read from (a
         checkpoint's folder or file, a state dict). None: they are looked for in the model, and where it came from, once
         a strategy asks for them.
+    kv_format: how the cache keeps K and V: "auto", in the model's dtype; "int8" or "fp8" (e4m3), a byte an element and
+        a factor for each token and head: about half the memory of bfloat16, and answers that may differ in places (see
+        docs/guides/own_loop.md). Backends "cpu", "triton" and "reference" have them.
 
     ``engine.cache`` is its `TreeCache`. Any Python thread may call any method, at any time: requests of all callers
     share the forwards, join between any two of them and leave when they are answered.
@@ -77,6 +81,7 @@ class Engine:
         max_queue: int | None = None,
         segment_vectors: Any = None,
         prefix_cache: bool = True,
+        kv_format: Any = "auto",
     ):
         max_rows = whole(max_rows, "max_rows", 1, hint=" (tokens a forward)")
         if max_threads is not None:
@@ -91,7 +96,8 @@ class Engine:
         if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
             raise TypeError(f"tokenizer: expected a Transformers tokenizer or None, got {told(tokenizer)}")
         shape = hf.enable(model)
-        choose(backend, shape.device, shape.dtype, shape.head_dim)  # raises for one that is unknown or cannot run
+        fmt = KVFormat.of(kv_format, shape.dtype)
+        choose(backend, shape.device, shape.dtype, shape.head_dim, fmt.dtype)  # raises for one that cannot run
         if not isinstance(batch_invariant, bool):
             raise ValueError(f"batch_invariant={batch_invariant!r}; pass True or False")
         if not isinstance(prefix_cache, bool):
@@ -101,7 +107,7 @@ class Engine:
             backend = "cpu"
         self.max_threads, self.max_queue = max_threads, max_queue
         self.model, self.tokenizer, self.backend, self.max_rows = model, tokenizer, backend, max_rows
-        self.cache = TreeCache.for_model(model, num_pages=num_pages, page_size=page_size)
+        self.cache = TreeCache.for_model(model, num_pages=num_pages, page_size=page_size, kv_format=fmt)
         self.cache.batch_invariant = batch_invariant
         self.prefixes = PrefixCache(self.cache) if prefix_cache else None
         self.linear: Any = linear_context(model, own_linear)

@@ -18,6 +18,7 @@ from anabranch import _core, backends, ops
 from anabranch._check import layer_of, shape_of, told
 from anabranch._core import OutOfPages
 from anabranch.backends.base import PreparesPool
+from anabranch.backends.formats import KVFormat, KVScales, pick
 from anabranch.kv.arguments import _branch, _device, _number, _positions, _rows, _size
 from anabranch.kv.model import shape_for
 from anabranch.kv.step import Branch, Step
@@ -69,6 +70,8 @@ class TreeCache:
         page_size: tokens a page.
         dtype: float32, float16, bfloat16 (float64 with the reference backend only).
         device: "cpu" or a CUDA device.
+        kv_format: how K and V are kept: "auto", in `dtype`; "int8" or "fp8" (e4m3), a byte an element and a float32
+            factor for each token's K and V of each head. (See docs/guides/own_loop.md.)
         max_positions: positions that the model has embeddings for, where they are looked up in a table (GPT-2, OPT);
             `step` refuses to go beyond. None: no limit (rotary embeddings).
         rotary: the model's rotary embeddings, one for all layers or one a layer (None: a layer that knows no
@@ -88,6 +91,7 @@ class TreeCache:
         device: torch.device | str = "cpu",
         max_positions: int | None = None,
         rotary: Rotary | Sequence[Rotary | None] | None = None,
+        kv_format: KVFormat | str | torch.dtype | None = "auto",
     ) -> None:
         num_layers, num_kv_heads, head_dim, num_pages, page_size = (
             _size(name, value)
@@ -115,20 +119,28 @@ class TreeCache:
         self.max_positions = max_positions
         self._rotary: Any = _rotary(rotary, num_layers, head_dim)
         self.dtype = dtype
+        self.kv_format = KVFormat.of(kv_format, dtype)
         device = _device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
-        # Raises for a dtype, device or head_dim that nothing here can serve, before memory is taken.
-        self._backend = backends.choose("auto", self.device, dtype, head_dim)
+        # Raises for a dtype, format, device or head_dim that nothing here can serve, before memory is taken.
+        self._backend = backends.choose("auto", self.device, dtype, head_dim, self.kv_format.dtype)
         # A head's tokens lie together in a page, so that a kernel's (item × KV head) streams whole pages.
         self._pool = torch.empty(
-            2 * num_layers, num_pages, num_kv_heads, page_size, head_dim, dtype=dtype, device=self.device
+            2 * num_layers, num_pages, num_kv_heads, page_size, head_dim, dtype=self.kv_format.dtype, device=self.device
         )
+        self._scales: Tensor | None = None
+        if self.kv_format.quantised:
+            self._scales = torch.empty(self._pool.shape[:-1], dtype=torch.float32, device=self.device)
         if isinstance(self._backend, PreparesPool):
             self._backend.prepare_pool(self._pool)
         self._k = [self._pool[i].transpose(1, 2) for i in range(num_layers)]
         self._v = [self._pool[num_layers + i].transpose(1, 2) for i in range(num_layers)]
+        self._kv_scales: list[KVScales | None] = [None] * num_layers
+        if self._scales is not None:
+            by_plane = self._scales.transpose(2, 3)
+            self._kv_scales = [KVScales(by_plane[i], by_plane[num_layers + i]) for i in range(num_layers)]
         self._core = _core.Cache(num_pages, page_size)
         self.batch_invariant = False  # for plans of later steps; a backend with that trait honours it
         self.reclaim: Callable[[int], bool] = _nothing_to_give  # see `keep`
@@ -143,6 +155,7 @@ class TreeCache:
         page_size: int = 16,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        kv_format: KVFormat | str | torch.dtype | None = "auto",
     ) -> TreeCache:
         """A cache with a Hugging Face model's shape, for that model: steps that it could not serve raise ValueError
         (the model has been switched to another attention; rows of the last step were never written; rotary embeddings
@@ -151,6 +164,7 @@ class TreeCache:
         Args:
             model: a decoder; its config gives layers, heads and head_dim, its weights dtype and device.
             num_pages: default: a quarter of the machine's free memory (nine tenths of a GPU's), at most 2^20 tokens.
+            kv_format: how K and V are kept: "auto" (the model's dtype), "int8" or "fp8".
 
         Raises:
             ValueError: a model whose layers are not all plain self-attention; the message names what is in the way.
@@ -162,11 +176,12 @@ class TreeCache:
             raise ValueError(f"dtype: expected a torch.dtype such as torch.float32, got {dtype!r}")
         device = _device(shape.device if device is None else device)
         if num_pages is None:
-            page_bytes = 2 * shape.num_layers * page_size * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+            vectors = 2 * shape.num_layers * page_size * shape.num_kv_heads
+            page_bytes = vectors * KVFormat.of(kv_format, dtype).bytes_per_vector(shape.head_dim)
             num_pages = max(1, min(free_memory(device) // page_bytes, 2**20 // page_size))
         cache = cls(
             shape.num_layers, shape.num_kv_heads, shape.head_dim, num_pages, page_size, dtype, device,
-            max_positions=shape.max_positions,
+            max_positions=shape.max_positions, kv_format=kv_format,
         )  # fmt: skip
         cache._watch, cache._rotary = shape.watch, shape.rotary
         return cache
@@ -225,7 +240,7 @@ class TreeCache:
         core = self._reserved(rows, given, seen)
         if core.num_copies:
             src, dst, filled = torch.from_numpy(core.copies()).unbind(0)
-            self._backend.copy_pages(self._pool, src, dst, filled)
+            self._backend.copy_pages(self._pool, src, dst, filled, self._scales)
         step = Step(self, core, tuple(rows), rotary=rotary)
         self._watch.stepped(step)
         return step
@@ -338,15 +353,21 @@ class TreeCache:
 
     # -- tensors -----------------------------------------------------------------------------------------------------
     def k_pages(self, layer: int) -> Tensor:
-        """A view of the layer's K pool: [num_pages, page_size, num_kv_heads, head_dim] (not contiguous)."""
+        """A view of the layer's K pool: [num_pages, page_size, num_kv_heads, head_dim] (not contiguous), elements of
+        ``kv_format.dtype``."""
         return self._k[layer_of(layer, self.num_layers)]
 
     def v_pages(self, layer: int) -> Tensor:
         """A view of the layer's V pool, like ``k_pages``."""
         return self._v[layer_of(layer, self.num_layers)]
 
+    def kv_scales(self, layer: int) -> KVScales | None:
+        """Views of the layer's factors where K and V are quantised, ``.k`` and ``.v`` float32 [num_pages, page_size,
+        num_kv_heads]; else None. ``kv_format.dequantise(k_pages, scales.k)`` is what the pages stand for."""
+        return self._kv_scales[layer_of(layer, self.num_layers)]
+
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step, backend: str = "auto") -> None:
-        """Puts a step's K and V (after rotary embedding) into its slots.
+        """Puts a step's K and V (after rotary embedding) into its slots, quantised if the cache's format says so.
 
         Args:
             layer: 0 … num_layers − 1.
@@ -371,7 +392,7 @@ class TreeCache:
                 or not x.is_contiguous()
             ):
                 self._check_rows(name, x, expected)
-        ops.write(k, v, self._k[layer], self._v[layer], step.plan, layer, backend)
+        ops.write(k, v, self._k[layer], self._v[layer], step.plan, layer, backend, self._kv_scales[layer])
 
     def _check_rows(self, name: str, x: Any, expected: tuple[int, ...]) -> None:
         """Raise ValueError that says why `x` cannot be written."""
@@ -387,11 +408,17 @@ class TreeCache:
             raise ValueError(f"{name}: must be contiguous, got strides {list(x.stride())}; call {name}.contiguous()")
 
     def read(self, branch: Branch, layer: int) -> tuple[Tensor, Tensor]:
-        """Dense copies of a branch's K and V: [length, num_kv_heads, head_dim] each, in context order."""
+        """Dense copies of a branch's K and V: [length, num_kv_heads, head_dim] each, in context order, in ``dtype``
+        (of quantised ones: what is kept, as attention reads it, rounded to that)."""
         layer = layer_of(layer, self.num_layers)
         slots = torch.from_numpy(self._core.slots(_branch(branch, "read"))).to(self.device).long()
         page, offset = slots // self.page_size, slots % self.page_size
-        return self._k[layer][page, offset], self._v[layer][page, offset]
+        k, v = pick(self._k[layer], page, offset), pick(self._v[layer], page, offset)
+        scales = self._kv_scales[layer]
+        if scales is None:
+            return k, v
+        read = self.kv_format.dequantise
+        return read(k, scales.k[page, offset], self.dtype), read(v, scales.v[page, offset], self.dtype)
 
     def positions(self, branch: Branch) -> Tensor:
         """Logical positions of a branch's tokens, int64 [length], in context order, on the CPU."""
@@ -440,6 +467,8 @@ class TreeCache:
     def __repr__(self) -> str:
         u = self.usage()
         dtype = str(self.dtype).removeprefix("torch.")
+        if self.kv_format.quantised:
+            dtype += f" kept as {self.kv_format.name}"
         return (
             f"TreeCache(layers={self.num_layers}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, {dtype}, "
             f"{self.device}, pages={u.pages_total - u.pages_free}/{u.pages_total} × {self.page_size}, "

@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 
 from anabranch import backends
+from anabranch.backends.formats import KVScales
 from anabranch.plan.plan import Plan, plan_of
 
 _lib = torch.library.Library("anabranch", "DEF")
 _lib.define(
     "tree_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor plan, Tensor? sinks, float scale, float softcap, "
-    "int window, int layer, str backend, bool return_lse) -> (Tensor, Tensor)"
+    "int window, int layer, str backend, bool return_lse, Tensor? k_scales=None, Tensor? v_scales=None) "
+    "-> (Tensor, Tensor)"
 )
 _lib.define(
-    "write_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor plan, int layer, str backend) -> ()"
+    "write_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor plan, int layer, str backend, "
+    "Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> ()"
 )
 
 #: values that stand for "off" in the op's schema, which has no optional numbers
@@ -65,22 +68,39 @@ def attend(
     layer: int,
     backend: str,
     return_lse: bool,
+    kv_scales: KVScales | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``torch.ops.anabranch.tree_attention`` with a plan for its handle. lse may be None without `return_lse`."""
     if unobserved(q):
-        return _run(q, k_pages, v_pages, plan, sinks, scale, softcap, window, layer, backend, return_lse)
+        return _run(q, k_pages, v_pages, plan, sinks, scale, softcap, window, layer, backend, return_lse, kv_scales)
     out, lse = torch.ops.anabranch.tree_attention(
-        q, k_pages, v_pages, plan.handle, sinks, scale, softcap, window, layer, backend, return_lse
-    )
+        q, k_pages, v_pages, plan.handle, sinks, scale, softcap, window, layer, backend, return_lse,
+        *(kv_scales or (None, None)),
+    )  # fmt: skip
     return out, lse
 
 
-def write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Plan, layer: int, backend: str) -> None:
+def write(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: Plan,
+    layer: int,
+    backend: str,
+    kv_scales: KVScales | None = None,
+) -> None:
     """``torch.ops.anabranch.write_kv`` with a plan instead of its handle."""
     if unobserved(k, v):
-        _run_write(k, v, k_pages, v_pages, plan, layer, backend)
+        _run_write(k, v, k_pages, v_pages, plan, layer, backend, kv_scales)
     else:
-        torch.ops.anabranch.write_kv(k.detach(), v.detach(), k_pages, v_pages, plan.handle, layer, backend)
+        torch.ops.anabranch.write_kv(
+            k.detach(), v.detach(), k_pages, v_pages, plan.handle, layer, backend, *(kv_scales or (None, None))
+        )
+
+
+def _scales(k: Tensor | None, v: Tensor | None) -> KVScales | None:
+    return None if k is None or v is None else KVScales(k, v)
 
 
 def _run(
@@ -95,8 +115,9 @@ def _run(
     layer: int,
     backend: str,
     return_lse: bool,
+    kv_scales: KVScales | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    chosen = backends.choose(backend, q.device, q.dtype, q.shape[2])
+    chosen = backends.choose(backend, q.device, q.dtype, q.shape[2], k_pages.dtype)
     plan.check(layer, k_pages)
     out, lse = chosen.attention(
         plan.queries(q, layer),
@@ -108,6 +129,7 @@ def _run(
         window=None if window == NO_WINDOW else window,
         sinks=sinks,
         return_lse=return_lse,
+        kv_scales=kv_scales,
     )
     if out.shape[0] != plan.num_rows:
         raise ValueError(
@@ -117,9 +139,19 @@ def _run(
     return out, lse
 
 
-def _run_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Plan, layer: int, backend: str) -> None:
+def _run_write(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: Plan,
+    layer: int,
+    backend: str,
+    kv_scales: KVScales | None = None,
+) -> None:
     slots = plan.begin_write(layer)  # raises before anything is written
-    backends.choose(backend, k.device, k.dtype, k.shape[2]).write_kv(k, v, k_pages, v_pages, slots)
+    chosen = backends.choose(backend, k.device, k.dtype, k.shape[2], k_pages.dtype)
+    chosen.write_kv(k, v, k_pages, v_pages, slots, kv_scales)
     plan.end_write(layer)
 
 
@@ -143,8 +175,13 @@ def _tree_attention(
     layer: int,
     backend: str,
     return_lse: bool,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _run(q, k_pages, v_pages, plan_of(plan), sinks, scale, softcap, window, layer, backend, return_lse)
+    out, lse = _run(
+        q, k_pages, v_pages, plan_of(plan), sinks, scale, softcap, window, layer, backend, return_lse,
+        _scales(k_scales, v_scales),
+    )  # fmt: skip
     return out, lse if lse is not None else q.new_empty((0,), dtype=_lse_dtype(q))
 
 
@@ -160,6 +197,8 @@ def _tree_attention_fake(
     layer: int,
     backend: str,
     return_lse: bool,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty(_lse_shape(q, return_lse), dtype=_lse_dtype(q))
@@ -172,12 +211,30 @@ def _no_backward(ctx: Any, *grads: Any) -> Any:
     )
 
 
-def _write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Tensor, layer: int, backend: str) -> None:
-    _run_write(k, v, k_pages, v_pages, plan_of(plan), layer, backend)
+def _write_kv(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: Tensor,
+    layer: int,
+    backend: str,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> None:
+    _run_write(k, v, k_pages, v_pages, plan_of(plan), layer, backend, _scales(k_scales, v_scales))
 
 
 def _write_kv_fake(
-    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Tensor, layer: int, backend: str
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: Tensor,
+    layer: int,
+    backend: str,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     return None
 

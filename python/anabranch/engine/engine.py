@@ -16,6 +16,7 @@ from anabranch.engine.loop import Loop
 from anabranch.engine.prepare import Preparation
 from anabranch.kv.cache import TreeCache
 from anabranch.records.events import Event
+from anabranch.runner.compiled import CompiledForward, unfit_to_compile
 from anabranch.runner.graph import DecodeGraph, unfit
 from anabranch.runner.invariant import Invariant, check_rows, require_invariant
 from anabranch.runner.linear import linear_context
@@ -44,6 +45,11 @@ class Engine:
         elsewhere. A model whose forward cannot be captured runs without, and a warning says so.
     max_queue: most requests of `add` that may wait to begin; one more raises `QueueFull`. None: no limit. (`generate`
         and `stream` wait themselves, and are never refused.)
+    compile: steps through the model's forward under torch.compile, on a CPU with a C++ compiler. True: behind the first
+        few steps, which run as they are; raises ValueError where it cannot be had. "auto": only once this engine has
+        worked for two minutes, and only if a compiled step then proves faster. The compiled forward is compared with
+        the eager one before it is used; a model that compiles to something else, or not at all, stays eager (True
+        warns). ``engine.compiled`` says what steps do, and why (see docs/guides/own_loop.md).
 
     ``engine.cache`` is its `TreeCache`. Any Python thread may call any method, at any time: requests of all callers
     share the forwards, join between any two of them and leave when they are answered.
@@ -65,6 +71,7 @@ class Engine:
         cuda_graphs: bool | None = None,
         batch_invariant: bool = False,
         max_queue: int | None = None,
+        compile: bool | str = "auto",
     ):
         max_rows = whole(max_rows, "max_rows", 1, hint=" (tokens a forward)")
         if max_threads is not None:
@@ -76,6 +83,8 @@ class Engine:
         page_size = whole(page_size, "page_size", 1, hint=" (tokens a page)")
         if cuda_graphs is not None and not isinstance(cuda_graphs, bool):
             raise ValueError(f"cuda_graphs={cuda_graphs!r}; pass True, False or None (where they can be had)")
+        if not isinstance(compile, bool) and compile != "auto":
+            raise ValueError(f"compile={compile!r}; pass True, False or 'auto' (where it pays)")
         if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
             raise TypeError(f"tokenizer: expected a Transformers tokenizer or None, got {told(tokenizer)}")
         shape = hf.enable(model)
@@ -85,6 +94,9 @@ class Engine:
         if batch_invariant:
             require_invariant(model, backend, own_linear)
             backend = "cpu"
+        unfit_compile = unfit_to_compile(model, shape.device, batch_invariant)
+        if compile is True and unfit_compile is not None:
+            raise ValueError(f"compile=True: {unfit_compile}, or leave compile out")
         self.max_threads, self.max_queue = max_threads, max_queue
         self.model, self.tokenizer, self.backend, self.max_rows = model, tokenizer, backend, max_rows
         self.cache = TreeCache.for_model(model, num_pages=num_pages, page_size=page_size)
@@ -94,6 +106,9 @@ class Engine:
             self.linear = Invariant(model)
             check_rows(model, self.linear, backend)
         self.graphs = self._decode_graph(cuda_graphs)
+        self.compiled = CompiledForward(
+            model, self.cache, backend, compile, own_linear, self.linear, unfit=unfit_compile
+        )
         self.prepare = Preparation(self)
         self.loop = Loop(self)
         self._nested: list[Loop] = []  # of calls that were made inside a step

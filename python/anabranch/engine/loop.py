@@ -27,7 +27,6 @@ from anabranch.errors import DeadlineExceeded, QueueFull
 from anabranch.hf.probe import own_precision
 from anabranch.kv.step import Branch
 from anabranch.records import events
-from anabranch.runner.eager import forward
 from anabranch.runner.modes import Evaluation
 from anabranch.threads.costs import share
 from anabranch.threads.ops import record_token
@@ -313,7 +312,7 @@ class Loop:
             ids = [t for _, f, n in entries for t in f.token_ids[f.done : f.done + n]]
             heads = next_logits.heads(entries)
             launched = time.perf_counter()
-            with torch.inference_mode(), own_precision(self.cache.device), self.engine.linear:
+            with torch.inference_mode(), own_precision(self.cache.device):
                 logits = self._logits(ids, step, [head.row for head in heads])
                 invalid = next_logits.invalid(logits, heads, entries, type(self.engine.model).__name__)
             done = time.perf_counter()
@@ -360,10 +359,12 @@ class Loop:
         if engine.graphs is not None and rows == list(range(len(step.branches))) and len(rows) == step.num_rows:
             # A replay writes over the scores of the one before. It has rows for the same branches and no other, so all
             # who held those have gone on by a token; whoever forks or ends changes the topology, and with it the graph.
-            logits: torch.Tensor = engine.graphs(ids, step)
+            with engine.linear:
+                logits: torch.Tensor = engine.graphs(ids, step)
             return logits
         keep = torch.tensor(rows or [0], device=device)
-        return forward(engine.model, torch.tensor(ids, device=device), step, engine.backend, keep)
+        logits = engine.compiled(engine.model, torch.tensor(ids, device=device), step, keep)
+        return logits
 
     # ---------------------------------------------------------------------------------------- sampling
 

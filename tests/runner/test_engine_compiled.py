@@ -18,6 +18,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import anabranch as ab
+from anabranch.engine import Token
+from anabranch.hf import tree as hf_tree
 from anabranch.runner import compiled, tracing
 from anabranch.runner.compiled import CompiledForward
 from anabranch.runner.linear import linear_context
@@ -200,7 +202,7 @@ def test_opcheck_of_the_linear_op():
 def test_the_first_token_waits_for_no_compiler(compiler):
     engine = compiled_engine()
     events = engine.stream(PROMPT, max_new_tokens=12)
-    next(event for event in events if isinstance(event, ab.Token))
+    next(event for event in events if isinstance(event, Token))
     assert not compiler
     list(events)
     assert len(compiler) == 2 and engine.compiled
@@ -307,14 +309,19 @@ def test_a_model_that_does_not_compile_to_itself(part, why):
     assert not quiet.compiled
 
 
-def test_an_error_in_a_compiled_step_loses_nothing(compiler):
+def test_an_error_in_a_compiled_step_loses_nothing(monkeypatch):
     engine = compiled_engine()
-    answer(engine)
-    engine.model.to(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"the cache holds torch\.float32"):
-        engine.generate(PROMPT, max_new_tokens=4)
+    want = answer(engine)
+
+    def broken(*_, **__):
+        raise RuntimeError("no more memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hf_tree, "attend", broken)
+        with pytest.raises(RuntimeError, match="no more memory"):
+            engine.generate(PROMPT, max_new_tokens=4)
     engine_kit.assert_nothing_held(engine)
-    engine.model.to(torch.float32)
+    assert engine.compiled and answer(engine) == want
 
 
 # ------------------------------------------------------------------------------------------------ a model that changes
@@ -361,7 +368,7 @@ def _another_parameter(model):
 
 
 def _another_module(model):
-    model.model.layers[1].mlp.act_fn = nn.GELU()
+    model.model.layers[1].mlp.act_fn = nn.Tanh()
 
 
 def _no_layer(model):
@@ -393,13 +400,14 @@ def test_a_model_that_changes(change):
     assert answer(engine) == want
 
 
-def test_a_model_that_changes_all_the_time(compiler):
+def test_a_model_that_changes_all_the_time(compiler, monkeypatch):
+    monkeypatch.setattr(compiled, "MOST_CHANGES", 1)
     engine = compiled_engine()
-    with pytest.warns(UserWarning, match="4 times by now"):
-        for _ in range(5):
+    with pytest.warns(UserWarning, match="2 times by now"):
+        for _ in range(3):
             _another_parameter(engine.model)
             assert answer(engine) == eager(engine.model)
-    assert len(compiler) == 2 * 4 and not engine.compiled
+    assert len(compiler) == 2 * 2 and not engine.compiled
 
 
 def test_another_model(compiler):
@@ -407,6 +415,7 @@ def test_another_model(compiler):
     answer(engine)
     torch.manual_seed(9)
     other = engine_kit.make_model()
+    ab.hf.enable(other)
     for parameter in other.parameters():
         nn.init.normal_(parameter, std=0.3)
     engine.model = other
@@ -421,19 +430,19 @@ def test_adapters_that_are_switched():
     model.add_adapter("other", config)
     engine, plain = compiled_engine(model), ab.Engine(model, num_pages=256, page_size=4, compile=False)
     found = []
-    for adapter in ("default", "other", "default"):
+    for adapter in ("default", "other"):
         model.set_adapter(adapter)
         found.append(answer(engine))
         assert found[-1] == answer(plain)
-    assert found[0] == found[2] != found[1]
+    assert found[0] != found[1]
     with model.disable_adapter():
         assert answer(engine) == answer(plain) == eager(engine_kit.make_model())
 
 
 def test_two_engines_of_one_class(compiler):
     """Graphs, and the number that torch.compile allows, are each engine's own."""
-    for family in ("llama", "qwen3") * 3:
+    for family in ("llama", "qwen3") * 2 + ("llama",):
         engine = ab.Engine(engine_kit.make_model(family), num_pages=64, page_size=4, compile=True)
         assert answer(engine) == eager(engine_kit.make_model(family))
         assert engine.compiled, engine.compiled
-    assert len(compiler) == 12
+    assert len(compiler) == 10  # more than torch.compile allows for one function

@@ -295,5 +295,6 @@ class _told:
 
 
 def _line(error: BaseException) -> str:
-    """An exception as one line."""
+    """An exception as one line; of what torch.compile wrapped, the exception within."""
+    error = getattr(error, "inner_exception", None) or error
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

@@ -83,27 +83,32 @@ def inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., An
     from torch._inductor.compile_fx import compile_fx
 
     with _kept_on_disk():
-        compiled: Callable[..., Any] = compile_fx(graph, inputs)
-        return compiled
+        compiled: Any = compile_fx(graph, inputs)
+        return compiled  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
 def _kept_on_disk() -> Iterator[None]:
     """Inductor's own cache, in the package's folder; where TORCHINDUCTOR_CACHE_DIR names another one, there."""
-    if os.environ.get(_FOLDER):
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    before = os.environ.get(_FOLDER)
+    if before and before != default_cache_dir():  # torch sets the variable itself, to its folder for temporary files
         yield
         return
     folder = cache_folder() / "compiled"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        yield  # in inductor's folder for temporary files
+        yield
         return
     os.environ[_FOLDER] = str(folder)
     try:
         yield
     finally:
-        os.environ.pop(_FOLDER, None)
+        os.environ.pop(_FOLDER)
+        if before:
+            os.environ[_FOLDER] = before
 
 
 def _forward(model: Any, ids: Tensor, positions: Tensor, step: Step, keep: Tensor, backend: str) -> Tensor:

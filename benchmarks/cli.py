@@ -31,8 +31,10 @@ app = typer.Typer(
 [bold]e2e[/bold]        SmolLM2: 16 branches through our engine, through model.generate and, optionally, through vLLM
 [bold]host[/bold]       what a fork, a step and a plan cost; what a cache holds
 [bold]linear[/bold]     what Engine(batch_invariant=True) costs: linear layers and forwards of 1 to 512 rows
+[bold]drafts[/bold]     speculative decoding: steps and seconds of the adapted models' answers with drafts and without
 [bold]branch[/bold]     training: attention under a branch mask, forward + backward; masked SDPA, FlexAttention
-[bold]all[/bold]        all of them (also what runs when no command is given)
+[bold]company[/bold]    decoding beside programs that spin on the same cores
+[bold]all[/bold]        all of them but company (also what runs when no command is given)
 [bold]report[/bold]     Markdown tables and figures from a results file
 
 Every contender is checked against float64 before it is timed; rounds are interleaved (A B C A B C …) with cold caches;
@@ -245,6 +247,51 @@ def linear_command(
         store.put("linear", ("case", "dtype", "rows"), entry)
         times = " / ".join(f"{entry[name]['median_us']:,.0f}" for name in ("invariant", "default"))
         console.print(f"{entry['case']:24} {entry['dtype']:9} {entry['rows']:4} rows  {times} µs  × {entry['ratio']}")
+    _finish(store, None)
+
+
+@app.command("company")
+def company_command(
+    quick: Quick = False,
+    against: Annotated[
+        Path | None, typer.Option(help="The `python` folder of another build, measured in turns with this one.")
+    ] = None,
+    branches: Annotated[list[int] | None, typer.Option(help="May be repeated. Default: 1 and 16.")] = None,
+    others: Annotated[list[int] | None, typer.Option(help="Spinning programs; may be repeated.")] = None,
+    tokens: Annotated[int, typer.Option(min=2)] = 32,
+    rounds: Rounds = 5, model: Annotated[str, typer.Option()] = "smollm2", dtype: Dtype = Dtype.bfloat16,
+    json: Json = None,
+) -> None:  # fmt: skip
+    """Decoding of a real model alone and beside programs that spin: tokens a second, ratio to the fair share."""
+    from . import company
+
+    store = _start(None, json)
+    for entry in company.run(
+        against, model, dtype.value, tuple(branches or (1, 16)), tokens, tuple(others or (0, 1, 2)),
+        min(rounds, 3) if quick else rounds,
+    ):  # fmt: skip
+        store.put("company", ("contender", "branches", "competitors", "dtype"), entry)
+        console.print(company.line(entry))
+
+
+@app.command("drafts")
+def drafts_command(
+    model: Annotated[list[str] | None, typer.Option("--model", help="May be repeated; default: both of ours.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Problems of each model.")] = 6, rounds: Rounds = 3,
+    threads: Threads = None, json: Json = None,
+) -> None:  # fmt: skip
+    """Steps and seconds of our models' answers with drafts and without, trees compared."""
+    from . import drafts
+
+    store = _start(threads, json)
+    for entry in drafts.run(tuple(model or ("multiplication", "smollm2-adaptive")), count, rounds):
+        store.put("drafts", ("model", "draft"), entry)
+        same = "same trees" if entry["same_trees"] else "[red]other trees[/red]"
+        console.print(
+            f"{entry['model']:18} {entry['draft']:20} {entry['steps']:5} steps (÷ {entry['fewer_steps']:.2f})  "
+            f"{entry['accepted_tokens']:5} of {entry['draft_tokens']:5} guesses  "
+            f"{entry['rows']:5} rows  time ÷ {entry['faster']}  {same}"
+        )
     _finish(store, None)
 
 

@@ -163,16 +163,18 @@ void attention(Attention& a, int threads) {
   });
 }
 
-void write(const Write& w, int64_t rows, int threads) {
-  const int64_t size = int64_t(size_of(w.type)), bytes = w.head_dim * size;
-  if (rows * w.num_kv_heads * bytes < SERIAL_BYTES) threads = 1;
+void write(const Write& k, const Write& v, int64_t rows, int threads) {
+  const int64_t size = int64_t(size_of(k.type)), bytes = k.head_dim * size;
+  if (2 * rows * k.num_kv_heads * bytes < SERIAL_BYTES) threads = 1;
   for_each(threads, rows, threads == 1 ? std::max<int64_t>(rows, 1) : 16, [&](int, int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t page = w.slots[r] / w.page_size, offset = w.slots[r] % w.page_size;
-      const char* from = static_cast<const char*>(w.src) + r * w.src_row * size;
-      char* to = static_cast<char*>(const_cast<void*>(w.dst.data)) + (page * w.dst.page + offset * w.dst.slot) * size;
-      for (int h = 0; h < w.num_kv_heads; ++h)
-        std::memcpy(to + h * w.dst.head * size, from + h * w.src_head * size, size_t(bytes));
+    for (const Write* w : {&k, &v}) {
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t page = w->slots[r] / w->page_size, offset = w->slots[r] % w->page_size;
+        const char* from = static_cast<const char*>(w->src) + r * w->src_row * size;
+        char* to = static_cast<char*>(const_cast<void*>(w->dst.data)) + (page * w->dst.page + offset * w->dst.slot) * size;
+        for (int h = 0; h < w->num_kv_heads; ++h)
+          std::memcpy(to + h * w->dst.head * size, from + h * w->src_head * size, size_t(bytes));
+      }
     }
   });
 }

@@ -16,7 +16,7 @@ void use(const std::string& isa);           // "" = the default again; both thro
 // Needs part_m, part_l, part_acc unset: they live in scratch here. `partials` = merge_ptr[num_merge].
 void attention(Attention& a, int threads);
 
-void write(const Write& w, int64_t rows, int threads);
+void write(const Write& k, const Write& v, int64_t rows, int threads);  // of one type and shape
 
 // pool [planes, pages, heads, page_size, D] with byte strides for the first three and tokens of `row` bytes in a run.
 struct Copy {
@@ -35,5 +35,15 @@ void branch_backward(Branch& b, const BranchMaskView& mask, int threads);
 
 // l.wide is set here.
 void linear(Linear& l, int threads);
+
+// Of each row of scores: the best one (NaN where a score is NaN) and the first token that has it.
+void score_best(const Scores& s, float* best, int64_t* token, int threads);
+// log Σ e^score of each row.
+void score_logsumexp(const Scores& s, float* sum, int threads);
+// The best one, and the token that uniform[row] draws from softmax(scores / temperature), cut to the top_k highest (0: all;
+// all that equal the last stay) and then to the likeliest that hold top_p (1: all). −1 where rounding or the order of
+// equal scores would decide, and where the best is not finite.
+void score_draw(const Scores& s, float temperature, int64_t top_k, double top_p, const double* uniform, float* best,
+                int64_t* token, int threads);
 
 }  // namespace anabranch::cpu

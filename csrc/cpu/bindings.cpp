@@ -3,8 +3,15 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <chrono>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "cpu/attention.hpp"
+#include "cpu/openmp.hpp"
 #include "cpu/parallel.hpp"
 
 namespace py = pybind11;
@@ -62,12 +69,14 @@ void py_attention(int type, int head_dim, int num_q_heads, int num_kv_heads, int
   attention(a, threads);
 }
 
-void py_write(int type, int head_dim, int num_kv_heads, int page_size, const Strided3& src, const Paged& dst,
-              int64_t slots, int64_t rows, int threads) {
-  Write w{Type(type), head_dim, num_kv_heads, page_size, pointer<void>(src[0]), src[1], src[2], pool(dst),
-          pointer<int32_t>(slots)};
+void py_write(int type, int head_dim, int num_kv_heads, int page_size, const Strided3& k, const Strided3& v,
+              const Paged& k_pages, const Paged& v_pages, int64_t slots, int64_t rows, int threads) {
+  const auto one = [&](const Strided3& src, const Paged& dst) {
+    return Write{Type(type), head_dim, num_kv_heads,   page_size,     pointer<void>(src[0]), src[1],
+                 src[2],     pool(dst), pointer<int32_t>(slots)};
+  };
   py::gil_scoped_release release;
-  write(w, rows, threads);
+  write(one(k, k_pages), one(v, v_pages), rows, threads);
 }
 
 void py_copy(int64_t data, int64_t planes, int64_t heads, const std::array<int64_t, 4>& byte_strides, int64_t src,
@@ -84,6 +93,59 @@ void py_linear(int type, int64_t rows, int64_t n, int64_t k, int64_t x, int64_t 
            x_row, w_row, n, nullptr};
   py::gil_scoped_release release;
   linear(l, threads);
+}
+
+Scores scores(int type, const std::array<int64_t, 4>& x) {
+  return {Type(type), pointer<void>(x[0]), x[1], x[2], x[3]};
+}
+
+void py_score_best(int type, const std::array<int64_t, 4>& x, int64_t best, int64_t token, int threads) {
+  const Scores s = scores(type, x);
+  py::gil_scoped_release release;
+  score_best(s, pointer<float>(best), pointer<int64_t>(token), threads);
+}
+
+void py_score_logsumexp(int type, const std::array<int64_t, 4>& x, int64_t sum, int threads) {
+  const Scores s = scores(type, x);
+  py::gil_scoped_release release;
+  score_logsumexp(s, pointer<float>(sum), threads);
+}
+
+void py_score_draw(int type, const std::array<int64_t, 4>& x, float temperature, int64_t top_k, double top_p,
+                   int64_t uniform, int64_t best, int64_t token, int threads) {
+  const Scores s = scores(type, x);
+  py::gil_scoped_release release;
+  score_draw(s, temperature, top_k, top_p, pointer<double>(uniform), pointer<float>(best), pointer<int64_t>(token),
+             threads);
+}
+
+// For tests: which thread ran each piece of a region; every piece takes so long, and piece `fails` throws.
+std::vector<int> py_pieces(int threads, int64_t count, int64_t piece_us, int64_t fails, bool nested) {
+  struct Region {
+    std::vector<int> by;
+    int64_t piece_us, fails;
+    bool nested;
+  } region{std::vector<int>(static_cast<size_t>(count), -1), piece_us, fails, nested};
+  py::gil_scoped_release release;
+  parallel(threads, count, [](void* p, int thread, int64_t piece) {
+    Region& r = *static_cast<Region*>(p);
+    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(r.piece_us);
+    while (std::chrono::steady_clock::now() < end) {}
+    if (piece == r.fails) throw std::runtime_error("piece " + std::to_string(piece) + " failed");
+    if (r.nested) {
+      int sum = 0;
+      std::mutex guard;
+      std::pair<int*, std::mutex*> both{&sum, &guard};
+      parallel(2, 4, [](void* q, int, int64_t i) {
+        auto& [total, lock] = *static_cast<std::pair<int*, std::mutex*>*>(q);
+        std::lock_guard<std::mutex> held(*lock);
+        *total += int(i);
+      }, &both);
+      if (sum != 6) throw std::runtime_error("a region inside a region lost a piece");
+    }
+    r.by[size_t(piece)] = thread;
+  }, &region);
+  return region.by;
 }
 
 // (starts int64 [segments + 1], ptr int32, intervals int32, positions int64 [T]: addresses; number of segments)
@@ -152,6 +214,7 @@ py::dict info() {
   d["compiled"] = all;
   d["runnable"] = here;
   d["parallel"] = parallel_info();
+  d["openmp"] = openmp_library();
   return d;
 }
 
@@ -165,7 +228,8 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("sinks"), py::arg("out"), py::arg("lse"), py::arg("threads"),
         "softcap 0 and window −1 mean off; sinks and lse may be 0; type 0 float32, 1 bfloat16, 2 float16.");
   m.def("write_kv", &py_write, py::arg("type"), py::arg("head_dim"), py::arg("num_kv_heads"), py::arg("page_size"),
-        py::arg("src"), py::arg("dst"), py::arg("slots"), py::arg("rows"), py::arg("threads"));
+        py::arg("k"), py::arg("v"), py::arg("k_pages"), py::arg("v_pages"), py::arg("slots"), py::arg("rows"),
+        py::arg("threads"));
   m.def("copy_pages", &py_copy, py::arg("data"), py::arg("planes"), py::arg("heads"), py::arg("byte_strides"),
         py::arg("src"), py::arg("dst"), py::arg("filled"), py::arg("count"), py::arg("threads"),
         "byte_strides: plane, page, head, token.");
@@ -182,5 +246,18 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("large_pages", [](int64_t data, int64_t bytes) { return large_pages(pointer<void>(data), bytes); },
         py::arg("data"), py::arg("bytes"), "Ask the system to back this memory with large pages; whether it will try.");
   m.def("use", &use, py::arg("isa"), "Choose the instruction set by name; '' returns to the default.");
-  m.def("info", &info, "isa, vector_bytes, compiled, runnable, parallel.");
+  m.def("info", &info, "isa, vector_bytes, compiled, runnable, parallel, openmp (torch's library).");
+  m.def("score_best", &py_score_best, py::arg("type"), py::arg("scores"), py::arg("best"), py::arg("token"),
+        py::arg("threads"), "scores: address, rows, size, row stride; best float32 [rows], token int64 [rows].");
+  m.def("score_logsumexp", &py_score_logsumexp, py::arg("type"), py::arg("scores"), py::arg("sum"),
+        py::arg("threads"), "sum float32 [rows].");
+  m.def("score_draw", &py_score_draw, py::arg("type"), py::arg("scores"), py::arg("temperature"), py::arg("top_k"),
+        py::arg("top_p"), py::arg("uniform"), py::arg("best"), py::arg("token"), py::arg("threads"),
+        "uniform float64 [rows]; top_k 0 and top_p 1 are off; token −1: torch has to decide.");
+  m.def("openmp_threads", &openmp_threads, py::arg("threads"),
+        "Threads of torch's OpenMP regions in this thread from now on; the number before (0: torch has no OpenMP).");
+  m.def("pieces", &py_pieces, py::arg("threads"), py::arg("count"), py::arg("piece_us") = 0, py::arg("fails") = -1,
+        py::arg("nested") = false, "For tests: which thread ran each piece of a region.");
+  m.def("delay_workers", &delay_workers, py::arg("before_us") = 0, py::arg("inside_us") = 0,
+        "For tests: workers wait before they claim a piece, and inside each.");
 }

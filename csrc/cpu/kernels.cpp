@@ -7,6 +7,7 @@
 #include "cpu/isa.hpp"
 #include "cpu/linear.hpp"
 #include "cpu/packed.hpp"
+#include "cpu/scores.hpp"
 #include "cpu/stream.hpp"
 
 #ifndef ANABRANCH_ISA
@@ -85,7 +86,8 @@ const Kernels& ANABRANCH_NAMED(kernels_, ANABRANCH_ISA)() {
   static constexpr Kernels table = {ANABRANCH_STRING(ANABRANCH_ISA), ANABRANCH_VECTOR_BYTES, stream_heads,
                                     scratch_bytes, unit, merge, linear_wide, linear_scratch, linear_pack, linear,
                                     branch_lanes, PANEL, branch_scratch, branch_row_bytes, branch_forward,
-                                    branch_backward, branch_reduce};
+                                    branch_backward, branch_reduce, score_peaks, score_masses, score_read,
+                                    exponentials};
   return table;
 }
 

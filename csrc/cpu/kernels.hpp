@@ -64,6 +64,14 @@ struct Strided {  // [tokens, heads, D], element strides; the last dimension is 
   int64_t row, head;
 };
 
+struct Scores {  // [rows, size], an element stride between rows
+  Type type;
+  const void* data;
+  int64_t rows, size, row;
+};
+
+constexpr int64_t SCORE_BLOCK = 64;  // scores of which a pass notes one number
+
 constexpr int BRANCH_BLOCK = 64;  // tokens of an entry of Branch::latest
 
 struct BranchPart {  // a range of row tiles, and the sums of dK and dV over it
@@ -121,6 +129,12 @@ struct Kernels {
   void (*branch_forward)(const Branch&, int tile, int kv_head, int chunk, void* scratch);
   void (*branch_backward)(const Branch&, const BranchPart& part, int kv_head, float* sums, void* scratch);
   void (*branch_reduce)(const Branch&, int64_t begin, int64_t end);
+  // Scores of a row: the largest of each block (returned: of all, NaN where one is); the sums of e^(score / temperature −
+  // best) of each block; some scores as float32; such exponentials of `count` scores.
+  float (*score_peaks)(const Scores&, int64_t row, float* peaks);
+  void (*score_masses)(const Scores&, int64_t row, float temperature, float best, float* masses);
+  void (*score_read)(const Scores&, int64_t row, int64_t begin, int64_t end, float* to);
+  void (*exponentials)(const float* scores, int64_t count, float temperature, float best, float* to);
 };
 
 // Those that were compiled: see compiled() in attention.cpp.

@@ -1,149 +1,282 @@
-// torch's OpenMP workers spin for a while after each region. A second pool would fight them for the cores, so this file
-// finds the OpenMP runtime that torch has loaded and opens its regions there, through GOMP_parallel: libgomp's stable
-// entry point, which LLVM's and Intel's runtimes offer too. Nothing is linked: where none is found, or in a child of
-// fork() (an OpenMP runtime does not survive it), a pool of parked std::threads does the work.
+// The pool, and why it is one of our own.
+//
+// OpenMP's regions end with a barrier for all threads of the team. Where another program runs on one of the cores, each
+// region then waits until the thread of that core gets its turn again, some milliseconds for some microseconds of work:
+// one such program cost three quarters of the speed. Here a worker takes part by claiming a piece, and a worker that is
+// asleep, late or descheduled has claimed none.
+//
+// How long idle threads spin. A decode step is hundreds of regions of 5 to 100 µs with gaps of 5 to 200 µs (Python, and
+// torch's small operators); waking a sleeping thread costs the caller a system call and comes 10 to 50 µs late. So a
+// worker spins for SPIN after its last piece, the longer of the gaps, and then sleeps: between steps, and as soon as
+// torch's own threads have a longer piece of work, it is off its core. A spinning worker is also charged for it: where
+// others want the core, the system would take it away when there is work again. So a worker that was descheduled against its will
+// sleeps at once for the next while (CROWDED); one that has slept is put on a core soon after it is woken. The caller
+// spins for LINGER, a common piece, and then sleeps too: its core is then free for whoever holds the last piece, and a
+// scheduler that finds a core idle moves such a thread there.
 #include "cpu/parallel.hpp"
 
-#include <dlfcn.h>
 #include <pthread.h>
 #ifdef __linux__
-#include <link.h>
+#include <sys/resource.h>
+#endif
+#ifndef _WIN32
+#include <signal.h>
+#endif
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
-#include <condition_variable>
-#include <cstring>
+#include <chrono>
+#include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
-#include <vector>
+
+#include "cpu/futex.hpp"
 
 namespace anabranch::cpu {
 namespace {
 
-using Entry = void (*)(void*);
-using GompParallel = void (*)(Entry, void*, unsigned, unsigned);
+using Clock = std::chrono::steady_clock;
+using std::chrono::microseconds;
+
+constexpr microseconds SPIN{200}, LINGER{30}, CROWDED{50000};
+constexpr int REGIONS = 8;        // open at once; a further caller works alone
+constexpr int MOST_WORKERS = 1023;
+constexpr uint32_t CLOSED = UINT32_MAX;  // as the next piece of a region
+
+std::atomic<int64_t> delay_before{0}, delay_inside{0};  // microseconds, in tests
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Spins until done() or for `limit`; whether done() came true.
+template <class Done>
+bool spin(microseconds limit, Done done) {
+  const auto end = Clock::now() + limit;
+  do {
+    for (int i = 0; i < 32; ++i) {
+      if (done()) return true;
+      relax();
+    }
+  } while (Clock::now() < end);
+  return done();
+}
+
+void wait_out(std::atomic<int64_t>& delay) {
+  const auto begin = Clock::now();
+  while (Clock::now() - begin < microseconds(delay.load())) std::this_thread::sleep_for(microseconds(50));
+}
+
+// Workers are numbered from 1, as `thread` of their pieces; futexes know them by one of 32 bits.
+uint32_t bit_of(int worker) { return 1u << (worker % 32); }
+uint32_t bits_below(int threads) { return threads > 32 ? UINT32_MAX : uint32_t((uint64_t(1) << threads) - 1) & ~1u; }
+
+// One open region. Its memory belongs to the pool and is never freed: a late worker may look at it at any time.
+struct alignas(64) Region {
+  // High half: which region this is, counted up; low half: the next piece to be claimed. A claim is a compare-and-swap of
+  // both, so a worker that read the fields below of another region than it swaps fails.
+  std::atomic<uint64_t> ticket{CLOSED};
+  std::atomic<uint32_t> ended{0};  // pieces
+  std::atomic<uint32_t> count{0};
+  std::atomic<int> threads{0};
+  std::atomic<Piece> fn{nullptr};
+  std::atomic<void*> arg{nullptr};
+  std::atomic<bool> asleep{false};  // the caller
+  std::atomic<bool> failed{false};
+  std::atomic<bool> used{false};  // by a caller
+  std::exception_ptr error;       // written by whoever set `failed`
+
+  // Claims and runs pieces until there are none left; whether there was one.
+  bool work(int thread) {
+    bool any = false;
+    for (;;) {
+      uint64_t seen = ticket.load(std::memory_order_acquire);
+      const uint32_t next = uint32_t(seen);
+      if (next == CLOSED) return any;
+      // Acquire: who reads fields of a later region here also sees that this one was closed, and fails below.
+      const uint32_t all = count.load(std::memory_order_acquire);
+      const Piece run = fn.load(std::memory_order_acquire);
+      void* const with = arg.load(std::memory_order_acquire);
+      if (next >= all || thread >= threads.load(std::memory_order_acquire)) return any;
+      if (thread && delay_before.load(std::memory_order_relaxed)) wait_out(delay_before);
+      if (!ticket.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel)) continue;
+      any = true;
+      if (thread && delay_inside.load(std::memory_order_relaxed)) wait_out(delay_inside);
+      if (!failed.load(std::memory_order_relaxed)) {
+        try {
+          run(with, thread, next);
+        } catch (...) {
+          if (!failed.exchange(true)) error = std::current_exception();
+        }
+      }
+      // The caller may return from here on. seq_cst, as its look at `ended` behind `asleep`: one of the two sees the other.
+      if (ended.fetch_add(1) + 1 == all && asleep.load()) wake(ended, 1);
+    }
+  }
+
+  void run(int with_threads, uint32_t pieces, Piece piece, void* with) {
+    const uint64_t mine = (ticket.load(std::memory_order_relaxed) >> 32) + 1;
+    ended.store(0, std::memory_order_relaxed);
+    failed.store(false, std::memory_order_relaxed);
+    threads.store(with_threads, std::memory_order_release);
+    fn.store(piece, std::memory_order_release);
+    arg.store(with, std::memory_order_release);
+    count.store(pieces, std::memory_order_release);
+    ticket.store(mine << 32, std::memory_order_release);
+  }
+
+  void finish() {
+    work(0);
+    const uint32_t all = count.load(std::memory_order_relaxed);
+    const auto done = [&] { return ended.load() == all; };
+    if (!done() && !spin(LINGER, done)) {
+      asleep.store(true);
+      for (uint32_t so_far; (so_far = ended.load()) != all;) sleep_while(ended, so_far, 1);
+      asleep.store(false);
+    }
+    const uint64_t seen = ticket.load(std::memory_order_relaxed);
+    ticket.store(seen | CLOSED, std::memory_order_release);  // before a field changes
+  }
+};
 
 class Pool {
  public:
-  void run(int threads, Entry fn, void* arg) {
-    std::unique_lock<std::mutex> use(use_, std::try_to_lock);
-    if (!use.owns_lock() || threads <= 1) return fn(arg);  // another thread's region has the workers
-    {
-      std::lock_guard<std::mutex> guard(mutex_);
-      while (int(workers_) < threads - 1) {
-        ++workers_;
-        std::thread([this] { work(); }).detach();
+  void run(int threads, uint32_t pieces, Piece fn, void* arg) {
+    Region* region = nullptr;
+    for (Region& r : regions_) {
+      if (!r.used.load(std::memory_order_relaxed) && !r.used.exchange(true, std::memory_order_acquire)) {
+        region = &r;
+        break;
       }
-      fn_ = fn;
-      arg_ = arg;
-      wanted_ = running_ = threads - 1;
     }
-    wake_.notify_all();
-    fn(arg);
-    std::unique_lock<std::mutex> lock(mutex_);
-    running_ -= wanted_;  // workers that have not started have nothing left to do
-    wanted_ = 0;
-    done_.wait(lock, [this] { return running_ == 0; });
+    if (!region) {
+      for (uint32_t i = 0; i < pieces; ++i) fn(arg, 0, i);
+      return;
+    }
+    start(threads - 1);
+    region->run(threads, pieces, fn, arg);
+    // seq_cst, as a worker's count of itself before it looks at the bell: one of the two sees the other.
+    bell_.fetch_add(1);
+    if (sleepers_.load() > 0) wake(bell_, bits_below(threads));
+    region->finish();
+    std::exception_ptr error;
+    if (region->failed.load(std::memory_order_relaxed)) std::swap(error, region->error);
+    region->used.store(false, std::memory_order_release);
+    if (error) std::rethrow_exception(error);
   }
+
+  int workers() const { return workers_.load(); }
 
  private:
-  void work() {
-    std::unique_lock<std::mutex> lock(mutex_);
+  void start(int wanted) {
+    wanted = std::min(wanted, MOST_WORKERS);
+    if (workers_.load(std::memory_order_relaxed) >= wanted) return;
+    std::unique_lock<std::mutex> lock(starting_, std::try_to_lock);
+    if (!lock.owns_lock()) return;  // another caller is at it
+#ifndef _WIN32
+    sigset_t all, before;  // signals are for the program's own threads; a new one inherits the mask
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+#endif
+    try {
+      for (int id = workers_.load() + 1; id <= wanted; ++id) {
+        std::thread([this, id] { live(id); }).detach();
+        workers_.store(id);
+      }
+    } catch (const std::system_error&) {
+      // No more threads to be had (a limit on processes): those there are will do, and the caller alone too.
+    }
+#ifndef _WIN32
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+#endif
+  }
+
+  // How often the system has taken this thread off its core for another.
+  static int64_t displaced() {
+#if defined(__linux__) && defined(RUSAGE_THREAD)
+    rusage usage;
+    return getrusage(RUSAGE_THREAD, &usage) == 0 ? usage.ru_nivcsw : 0;
+#else
+    return 0;
+#endif
+  }
+
+  void live(int id) {
+#ifdef __linux__
+    pthread_setname_np(pthread_self(), "anabranch");
+#endif
+    int64_t times = displaced();
+    auto crowded_until = Clock::time_point::min();
     for (;;) {
-      wake_.wait(lock, [this] { return wanted_ > 0; });
-      --wanted_;
-      Entry fn = fn_;
-      void* arg = arg_;
-      lock.unlock();
-      fn(arg);
-      lock.lock();
-      if (--running_ == 0) done_.notify_one();
+      const uint32_t rung = bell_.load(std::memory_order_acquire);
+      bool any = false;
+      for (Region& r : regions_) any |= r.work(id);
+      if (any) continue;
+      const int64_t now_times = displaced();
+      if (now_times != times) {
+        times = now_times;
+        crowded_until = Clock::now() + CROWDED;
+      }
+      const auto rings = [&] { return bell_.load(std::memory_order_acquire) != rung; };
+      if (crowded_until != Clock::time_point::min() && Clock::now() >= crowded_until)
+        crowded_until = Clock::time_point::min();
+      if (crowded_until == Clock::time_point::min() && spin(SPIN, rings)) continue;
+      sleepers_.fetch_add(1);
+      sleep_while(bell_, rung, bit_of(id));
+      sleepers_.fetch_sub(1);
     }
   }
 
-  std::mutex use_, mutex_;
-  std::condition_variable wake_, done_;
-  Entry fn_ = nullptr;
-  void* arg_ = nullptr;
-  int workers_ = 0, wanted_ = 0, running_ = 0;
+  Region regions_[REGIONS];
+  alignas(64) std::atomic<uint32_t> bell_{0};  // changes with every region
+  std::atomic<int> sleepers_{0};
+  alignas(64) std::atomic<int> workers_{0};
+  std::mutex starting_;
 };
 
-std::atomic<Pool*> own_pool{nullptr};  // never destroyed: its threads may outlive main()
-std::atomic<bool> forked{false};
+std::atomic<Pool*> the_pool{nullptr};  // never destroyed: its threads may outlive main()
 
 Pool& pool() {
-  Pool* p = own_pool.load();
+  Pool* p = the_pool.load(std::memory_order_acquire);
   if (p) return *p;
+  static std::once_flag once;
+  std::call_once(once, [] {
+#ifndef _WIN32
+    pthread_atfork(nullptr, nullptr, [] { the_pool = nullptr; });  // in the child: the threads stayed with the parent
+#endif
+  });
   Pool* fresh = new Pool;
-  if (own_pool.compare_exchange_strong(p, fresh)) return *fresh;
+  if (the_pool.compare_exchange_strong(p, fresh)) return *fresh;
   delete fresh;
   return *p;
 }
 
-struct Runtime {
-  GompParallel parallel = nullptr;
-  std::string info;
-};
-
-#ifdef __linux__
-int remember_torch(dl_phdr_info* info, size_t, void* path) {
-  const char* name = info->dlpi_name ? info->dlpi_name : "";
-  if (!strstr(name, "libtorch_cpu.so")) return 0;
-  *static_cast<std::string*>(path) = name;
-  return 1;
-}
-#endif
-
-Runtime find_runtime() {
-  Runtime found;
-  // The order in which torch's own symbols were bound: the global scope, then libtorch_cpu's dependencies.
-  void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
-#ifdef __linux__
-  std::string torch;
-  dl_iterate_phdr(remember_torch, &torch);
-  if (!symbol && !torch.empty()) {
-    if (void* library = dlopen(torch.c_str(), RTLD_LAZY | RTLD_NOLOAD)) {
-      symbol = dlsym(library, "GOMP_parallel");
-      dlclose(library);  // torch itself keeps it loaded
-    }
-  }
-#endif
-  Dl_info where;
-  if (symbol && dladdr(symbol, &where) && where.dli_fname) {
-    found.parallel = reinterpret_cast<GompParallel>(symbol);
-    found.info = std::string("torch's OpenMP (") + where.dli_fname + ")";
-  } else {
-    found.info = "own pool (no OpenMP runtime with GOMP_parallel is loaded)";
-  }
-  return found;
-}
-
-// Looked for at the first region, when torch is certainly loaded.
-const Runtime& runtime() {
-  static const Runtime* found = [] {
-    pthread_atfork(nullptr, nullptr, [] {
-      forked = true;
-      own_pool = nullptr;  // its threads stayed in the parent
-    });
-    return new Runtime(find_runtime());
-  }();
-  return *found;
-}
-
 }  // namespace
 
-void parallel(int threads, Entry fn, void* arg) {
-  if (threads <= 1) return fn(arg);
-  const Runtime& r = runtime();
-  if (r.parallel && !forked)
-    r.parallel(fn, arg, unsigned(threads), 0);
-  else
-    pool().run(threads, fn, arg);
+void parallel(int threads, int64_t count, Piece fn, void* arg) {
+  if (threads <= 1 || count <= 1 || count >= int64_t(CLOSED)) {
+    for (int64_t i = 0; i < count; ++i) fn(arg, 0, i);
+    return;
+  }
+  pool().run(threads, uint32_t(count), fn, arg);
 }
 
 std::string parallel_info() {
-  const Runtime& r = runtime();
-  return forked ? "own pool (this process was forked)" : r.info;
+  const Pool* p = the_pool.load();
+  return "own pool, " + std::to_string(p ? p->workers() : 0) + " workers started";
+}
+
+void delay_workers(int64_t before_us, int64_t inside_us) {
+  delay_before = before_us;
+  delay_inside = inside_us;
 }
 
 }  // namespace anabranch::cpu

@@ -1,15 +1,25 @@
-// Parallel regions on torch's own OpenMP threads, or on a small pool where torch has none.
+// Parallel regions on a pool of our own. A region is a number of pieces, claimed one by one; its caller works too, takes
+// what nobody has claimed, and waits for pieces that were begun elsewhere, never for a thread.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 namespace anabranch::cpu {
 
-// Runs fn(arg) on at most `threads` threads, this one included, and returns when all are done. fn takes its work from
-// a shared counter, so that it is right for any number of threads. Safe from several threads at once and after fork().
-void parallel(int threads, void (*fn)(void*), void* arg);
+// fn(arg, thread, piece). `thread` is below the region's `threads`, and no two pieces have the same one at a time.
+using Piece = void (*)(void* arg, int thread, int64_t piece);
 
-// "torch's OpenMP (path)" or "own pool (why)".
+// Runs pieces [0, count) on at most `threads` threads, this one (number 0) included, and returns when all are done. Which
+// thread runs a piece is open, so a piece's result must not depend on it. What a piece throws is thrown here, the first
+// of several, after pieces that were begun have ended; others may be left out. Safe from several threads at once, inside
+// a piece, and after fork().
+void parallel(int threads, int64_t count, Piece fn, void* arg);
+
+// "own pool, N workers started".
 std::string parallel_info();
+
+// For tests: workers wait so long before they claim a piece, and inside each piece they run. The calling thread does not.
+void delay_workers(int64_t before_us, int64_t inside_us);
 
 }  // namespace anabranch::cpu

@@ -1,8 +1,11 @@
 // What a call over whole tensors needs: memory that is kept from call to call, and loops over threads.
 #pragma once
 
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -39,6 +42,12 @@ inline std::vector<std::unique_ptr<Workspace>>& spare() {
 class Lease {
  public:
   Lease() {
+#ifndef _WIN32
+    // A child of fork() must not find the list locked by a thread that it does not have.
+    static const int guarded = pthread_atfork([] { spare_mutex.lock(); }, [] { spare_mutex.unlock(); },
+                                              [] { spare_mutex.unlock(); });
+    (void)guarded;
+#endif
     std::lock_guard<std::mutex> guard(spare_mutex);
     if (spare().empty()) {
       held_ = std::make_unique<Workspace>();
@@ -57,27 +66,18 @@ class Lease {
   std::unique_ptr<Workspace> held_;
 };
 
-// Indices [0, count) in blocks, taken by whichever thread is free.
+// Indices [0, count) in blocks, each by whichever thread is free: body(thread, begin, end). A block does not depend on the
+// number of threads.
 template <class Body>
 void for_each(int threads, int64_t count, int64_t block, Body body) {
   struct Region {
-    std::atomic<int64_t> next{0};
-    std::atomic<int> thread{0};
     int64_t count, block;
     Body* body;
-  } region;
-  region.count = count;
-  region.block = block;
-  region.body = &body;
-  threads = int(std::min<int64_t>(threads, (count + block - 1) / block));
-  parallel(threads, [](void* p) {
-    Region& r = *static_cast<Region*>(p);
-    int thread = r.thread.fetch_add(1, std::memory_order_relaxed);
-    for (;;) {
-      int64_t begin = r.next.fetch_add(r.block, std::memory_order_relaxed);
-      if (begin >= r.count) return;
-      (*r.body)(thread, begin, std::min(begin + r.block, r.count));
-    }
+  } region{count, block, &body};
+  const int64_t pieces = (count + block - 1) / block;
+  parallel(int(std::min<int64_t>(threads, pieces)), pieces, [](void* p, int thread, int64_t piece) {
+    const Region& r = *static_cast<Region*>(p);
+    (*r.body)(thread, piece * r.block, std::min((piece + 1) * r.block, r.count));
   }, &region);
 }
 

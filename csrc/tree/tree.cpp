@@ -307,6 +307,32 @@ void Tree::join(i32 trunk, const std::vector<i32>& kids) {
   ++topology_;
 }
 
+void Tree::share(i32 branch, i32 sibling, i64 count) {
+  get(branch);
+  const i64 begin = get(sibling).fork_length;
+  if (count == 0) return;
+  cut_at(sibling, begin);
+  cut_at(sibling, begin + count);
+  BranchState& b = branches_[branch];
+  const BranchState& s = branches_[sibling];
+  i64 seen = 0;
+  for (i32 id : s.spans) {
+    Span& span = spans_[id];
+    if (seen >= begin + count) break;
+    if (seen >= begin) {
+      b.spans.push_back(id);
+      span.users.push_back(branch);
+      b.length += span.length();
+      b.position = std::max<i64>(b.position, *std::max_element(span.positions.begin(), span.positions.end()) + 1);
+    }
+    seen += span.length();
+  }
+  tokens_logical_ += count;
+  b.fork_length = b.length;
+  b.version = ++clock_;
+  ++topology_;
+}
+
 void Tree::truncate(i32 branch, i64 length) {
   get(branch);
   if (length >= branches_[branch].length) return;

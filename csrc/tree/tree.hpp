@@ -50,6 +50,13 @@ struct PageCopy {
   i32 src, dst, filled;
 };
 
+// Part of what a row sees beside its own branch: tokens [start, stop) of another branch, this step's included. The row
+// reads them as if it stood `offset` positions further on.
+struct Read {
+  i32 branch;
+  i64 start, stop, offset;
+};
+
 // What one step reserved. Rows follow the order of `branches`.
 struct StepState {
   std::vector<i32> branches;
@@ -60,6 +67,11 @@ struct StepState {
   std::vector<i64> positions;  // [rows]
   std::vector<PageCopy> copies;
   i64 topology = 0;  // Tree::topology() right after the step
+  // Views: what row i reads is reads[read_ptr[i] : read_ptr[i + 1]]. Both are empty where no row reads another branch.
+  std::vector<i32> read_ptr;
+  std::vector<Read> reads;
+  std::vector<i32> read_branches;  // those that are read, once each
+  std::vector<i64> read_versions;  // right after the step
 };
 
 struct Usage {
@@ -76,6 +88,9 @@ class Tree {
   StepState step(const std::vector<i32>& branches, const std::vector<i32>& counts,
                  const std::vector<std::vector<i64>>& positions);
   void join(i32 trunk, const std::vector<i32>& kids);
+  // `branch`, which has written nothing since its fork, sees the first `count` of a sibling's own tokens as well; they
+  // are shared like what it was forked with.
+  void share(i32 branch, i32 sibling, i64 count);
   void truncate(i32 branch, i64 length);
   void release(i32 branch);
 

@@ -465,7 +465,7 @@ def test_info_and_choice_of_instruction_set():
     assert "float64" in cpu.refuses(torch.device("cpu"), torch.float64, 64)
     assert cpu.refuses(torch.device("cpu"), torch.bfloat16, 80) is None
     if sys.platform == "linux" and "gomp" in torch.__config__.parallel_info().lower():
-        assert info["parallel"].startswith("torch's OpenMP")
+        assert "gomp" in info["openmp"]
 
 
 PROGRAM = """
@@ -496,17 +496,19 @@ def test_after_fork_the_child_has_a_pool_of_its_own():
 torch.mm(torch.randn(512, 512), torch.randn(512, 512))  # torch's workers exist
 options = {"scale": 0.125, "softcap": None, "window": None, "sinks": None, "return_lse": False}
 expected = t.cpu.attention(q, k, v, case, **options)[0].numpy()
+before = t.cpu.info()["parallel"]
 pid = os.fork()
+assert t.cpu.info()["parallel"] == before or pid == 0
 if pid == 0:  # torch's own parallel operators may hang here; ours must not
     for _ in range(20):
         assert np.array_equal(t.cpu.attention(q, k, v, case, **options)[0].numpy(), expected)
-    print(t.cpu.info()["parallel"], flush=True)
+    print(before, t.cpu.info()["parallel"], flush=True)
     os._exit(0)
 _, status = os.waitpid(pid, 0)
 assert status == 0, status
 assert np.array_equal(t.cpu.attention(q, k, v, case, **options)[0].numpy(), expected)
 """)
-    assert "own pool (this process was forked)" in out
+    assert out.count("1 workers started") == 2
 
 
 def test_isa_from_the_environment():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from contextlib import nullcontext
 from math import inf
 
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 
 import anabranch as ab
 from anabranch import _cpu
-from anabranch.runner.linear import OwnLinear, linear, linear_context, rows_for, takes
+from anabranch.runner.linear import OwnLinear, linear, linear_context, rows_for, serves, takes
 
 ISAS = _cpu.info()["runnable"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -352,3 +353,23 @@ def test_smollm2_logits():
     assert ours < 0.05 and ours < torchs * 1.3  # bfloat16 between the layers is what is left
     assert (wide - plain).pow(2).mean().sqrt() / scale < 0.07
     assert (wide.argmax(-1) == exact.argmax(-1)).float().mean() > 0.9
+
+
+def test_where_torch_is_left_with_little():
+    """`serves` is true where all products that count are ours: then the engine lets torch use one thread."""
+
+    class Product(torch.nn.Module):  # a matrix of someone else's
+        def __init__(self, n):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(n, 64))
+
+    def context(*more):
+        layers = [torch.nn.Embedding(1000, 64), torch.nn.Linear(64, 64), torch.nn.LayerNorm(64), *more]
+        return OwnLinear(torch.nn.Sequential(*layers), True)
+
+    assert serves(context(), 10_000)
+    assert serves(context(Product(1)), 1) and not serves(context(Product(64)), 1)
+    few = OwnLinear(torch.nn.Sequential(torch.nn.Linear(64, 64)), None)  # automatic: up to so many rows
+    if few.most_rows:
+        assert serves(few, few.most_rows) and not serves(few, few.most_rows + 1)
+    assert not serves(nullcontext(), 1) and not serves(OwnLinear(torch.nn.Sequential()), 1)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from anabranch import ops
 from anabranch._check import index_of, layer_of, number, shape_of, told
@@ -69,7 +72,7 @@ def tree_attention(
         raise ValueError(f"step: made by another cache, {made_by!r}, not by {told(cache)}; pass the one that made it")
     layer = layer_of(layer, cache.num_layers)
     return _attend(
-        q, cache.k_pages(layer), cache.v_pages(layer), step.handle, step.num_rows, layer, scale, softcap, window, sinks,
+        q, cache.k_pages(layer), cache.v_pages(layer), step.plan, step.num_rows, layer, scale, softcap, window, sinks,
         backend, return_lse,
     )  # fmt: skip
 
@@ -123,7 +126,7 @@ def paged_tree_attention(
             f"got {v_pages.dtype} on {v_pages.device}"
         )
     return _attend(
-        q, k_pages, v_pages, plan.handle, plan.num_rows, 0, scale, softcap, window, sinks, backend, return_lse
+        q, k_pages, v_pages, plan, plan.num_rows, 0, scale, softcap, window, sinks, backend, return_lse
     )  # fmt: skip
 
 
@@ -158,20 +161,8 @@ def check_backend(backend: Any) -> None:
         raise ValueError(f"backend: expected a name such as 'auto', 'cpu' or 'triton', got {told(backend)}")
 
 
-def _attend(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    handle: Tensor,
-    num_rows: int,
-    layer: int,
-    scale: float | None,
-    softcap: float | None,
-    window: int | None,
-    sinks: Tensor | None,
-    backend: str,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+def _check_q(q: Any, k_pages: Tensor, num_rows: int) -> None:
+    """Raise ValueError unless q fits the rows and the pages."""
     num_kv_heads, head_dim = k_pages.shape[2], k_pages.shape[3]
     if not isinstance(q, Tensor) or q.dim() != 3:
         raise ValueError(f"q: expected a tensor [rows, num_q_heads, head_dim], got {shape_of(q)}")
@@ -188,20 +179,39 @@ def _attend(
         raise ValueError(f"q: expected device {k_pages.device} like the pages, got {q.device}; move it there")
     if not q.is_contiguous():
         raise ValueError(f"q: must be contiguous, got strides {list(q.stride())}; call q.contiguous()")
-    numbers = options_of(head_dim, scale, softcap, window)
-    check_sinks(sinks, q)
+
+
+@functools.lru_cache(1024, typed=True)
+def _known_options(head_dim: int, scale: Any, softcap: Any, window: Any) -> tuple[float, float, int]:
+    return options_of(head_dim, scale, softcap, window)
+
+
+_PLAIN = (float, int, NoneType)  # numbers that a cache may take for keys
+
+
+def _attend(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: Plan,
+    num_rows: int,
+    layer: int,
+    scale: float | None,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None,
+    backend: str,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    _check_q(q, k_pages, num_rows)
+    plain = type(scale) in _PLAIN and type(softcap) in _PLAIN and type(window) in _PLAIN and not is_compiling()
+    numbers = (_known_options if plain else options_of)(q.shape[2], scale, softcap, window)
     if sinks is not None:
+        check_sinks(sinks, q)
         sinks = sinks.detach().to(torch.float32).contiguous()
     check_backend(backend)
-    out, lse = torch.ops.anabranch.tree_attention(
-        q,
-        k_pages,
-        v_pages,
-        handle,
-        sinks,
-        *numbers,
-        layer,
-        backend,
-        bool(return_lse),
-    )
-    return (out, lse) if return_lse else out
+    out, lse = ops.attend(q, k_pages, v_pages, plan, sinks, *numbers, layer, backend, bool(return_lse))
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse

@@ -1,8 +1,8 @@
 """C++ kernels (``anabranch._cpu``): the default without a GPU. The contract is `base`.
 
-They run on torch's own OpenMP threads, as many as ``torch.get_num_threads()`` says, with the best instruction set of
-this machine; ``ANABRANCH_CPU_ISA`` (plain, avx2, avx512, avx512bf16, amx) overrides the choice. Arguments are checked
-already.
+They run on a small pool of our own (csrc/cpu/parallel.cpp), on as many threads as `threads` says, with the best
+instruction set of this machine; ``ANABRANCH_CPU_ISA`` (plain, avx2, avx512, avx512bf16, amx) overrides the choice.
+Arguments are checked already.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from anabranch.backends import native
+from anabranch.backends import native, threads
 from anabranch.backends.native import MAX_HEAD_DIM, TYPES, address, floats, rows, strided
 from anabranch.plan.tile_config import TileConfig
 
@@ -66,6 +66,10 @@ def unavailable() -> str | None:
         _cpu.info()
     except ValueError as error:
         return f"ANABRANCH_CPU_ISA: {error}; unset it or name another"
+    try:
+        threads.limits()
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -97,22 +101,27 @@ def tile_config(
 
     batch_invariant: so that a row's result depends on its own context alone.
     """
+    return _tile_config(num_kv_heads, dtype.itemsize, batch_invariant, threads.count())
+
+
+@functools.cache
+def _tile_config(num_kv_heads: int, elem_size: int, fixed: bool, parallel: int) -> TileConfig:
     return TileConfig(
-        tile=FEW_ROWS_TILE if batch_invariant else TILE,
+        tile=FEW_ROWS_TILE if fixed else TILE,
         chunk=CHUNK,
-        parallelism=UNITS_PER_THREAD * torch.get_num_threads(),
+        parallelism=UNITS_PER_THREAD * parallel,
         num_kv_heads=num_kv_heads,
-        elem_size=dtype.itemsize,
-        fixed=batch_invariant,
+        elem_size=elem_size,
+        fixed=fixed,
     )
 
 
 def info() -> dict[str, Any]:
-    """For ``doctor``: isa, vector_bytes, compiled, runnable, parallel (whose threads), summary."""
+    """For ``doctor``: isa, vector_bytes, compiled, runnable, parallel (what the pool does), summary."""
     from anabranch import _cpu
 
     found = _cpu.info()
-    return found | {"summary": f"{found['isa']} of {', '.join(found['compiled'])}; threads: {found['parallel']}"}
+    return found | {"summary": f"{found['isa']} of {', '.join(found['compiled'])}; {threads.count()} threads"}
 
 
 def attention(
@@ -131,11 +140,11 @@ def attention(
     from anabranch import _cpu
 
     num_q_heads, num_kv_heads = q.shape[1], k_pages.shape[2]
-    shape = num_q_heads, num_kv_heads, q.shape[2], q.dtype, q.device
-    arrays = plan.arrays(num_q_heads // num_kv_heads, tile_config(*shape, batch_invariant=plan.batch_invariant))
+    count = threads.count()
+    config = _tile_config(num_kv_heads, q.dtype.itemsize, plan.batch_invariant, count)
     return native.attention(
-        _cpu.attention, rows(q), k_pages, v_pages, arrays, torch.get_num_threads(),
-        scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse,
+        _cpu.attention, rows(q), k_pages, v_pages, plan.arrays(num_q_heads // num_kv_heads, config), count,
+        scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse, num_rows=plan.num_rows,
     )  # fmt: skip
 
 
@@ -174,7 +183,7 @@ def branch_forward(
         address(sinks),
         address(out),
         address(lse),
-        torch.get_num_threads(),
+        threads.count(),
     )
     return out, lse
 
@@ -210,7 +219,7 @@ def branch_backward(
         address(grad_lse),
         address(delta),
         tuple(map(address, (dq, dk, dv))),
-        torch.get_num_threads(),
+        threads.count(),
     )
     return dq, dk, dv, delta
 
@@ -220,19 +229,20 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
     from anabranch import _cpu
 
     num_rows, num_kv_heads, head_dim = k.shape
-    slots = slots.contiguous()
-    for new, pages in ((rows(k), k_pages), (rows(v), v_pages)):
-        _cpu.write_kv(
-            TYPES[new.dtype],
-            head_dim,
-            num_kv_heads,
-            pages.shape[1],
-            strided(new),
-            strided(pages),
-            address(slots),
-            num_rows,
-            torch.get_num_threads(),
-        )
+    k, v, slots = rows(k), rows(v), slots.contiguous()
+    _cpu.write_kv(
+        TYPES[k.dtype],
+        head_dim,
+        num_kv_heads,
+        k_pages.shape[1],
+        strided(k),
+        strided(v),
+        strided(k_pages),
+        strided(v_pages),
+        address(slots),
+        num_rows,
+        threads.count(),
+    )
 
 
 def prepare_pool(pool: Tensor) -> bool:
@@ -265,5 +275,5 @@ def copy_pages(pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor) -> None:
         address(dst),
         address(filled),
         src.shape[0],
-        torch.get_num_threads(),
+        threads.count(),
     )

@@ -134,7 +134,10 @@ def attention(
     arrays = plan.arrays(
         num_q_heads // num_kv_heads, tile_config(num_q_heads, num_kv_heads, q.shape[2], q.dtype, k_pages.device)
     )
-    out, lse = launch.attention(q, k_pages, v_pages, arrays, scale=scale, softcap=softcap, window=window, sinks=sinks)
+    out, lse = launch.attention(
+        q, k_pages, v_pages, arrays,
+        scale=scale, softcap=softcap, window=window, sinks=sinks, num_rows=plan.num_rows,
+    )  # fmt: skip
     return out, lse if return_lse else None
 
 

@@ -263,7 +263,7 @@ def _heading(options: Options, dtype: str) -> list[RenderableType]:
 
 
 def _compare(engine: Any, result: Result, context: list[int], options: Options, console: Console | None) -> Any:
-    from anabranch.cli.beside_generate import compare
+    from anabranch.cli.compare import compare
 
     kids = result.tree.children
     if len(kids) < 2 or not context:

@@ -17,6 +17,7 @@ from anabranch.viz.console import consoles, cpu
 # Every variable that our code reads, or that decides what it can do here (a test looks for any that is missing).
 VARIABLES = {
     "ANABRANCH_CPU_ISA": "instruction set of the CPU kernels, one of those under Backends",
+    "ANABRANCH_NUM_THREADS": "threads of the CPU kernels; as under Hardware where not set",
     "ANABRANCH_OWN_LINEAR": "0 or 1: linear layers on a CPU by our kernel; automatic where not set",
     "ANABRANCH_CACHE": "folder of converted models",
     "XDG_CACHE_HOME": "its parent, where ANABRANCH_CACHE is not set",
@@ -26,7 +27,7 @@ VARIABLES = {
     "CUDA_HOME": "when building: the folder above bin/nvcc, where neither says",
     "CMAKE_BUILD_PARALLEL_LEVEL": "when building: compilers at once",
     "TRITON_INTERPRET": "1: Triton kernels run in its interpreter, on the CPU, slowly",
-    "OMP_NUM_THREADS": "threads of torch, which the CPU kernels follow",
+    "OMP_NUM_THREADS": "threads of torch, which the CPU kernels then follow whatever the cores and quotas",
     "CUDA_VISIBLE_DEVICES": "GPUs that torch may see",
 }
 FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
@@ -67,6 +68,7 @@ def examine() -> dict[str, Any]:
     except ImportError as error:
         remedy = "reinstall with `pip install .`, or build in place with `make build`"
         return {**report, "problems": [f"anabranch's C++ core cannot be imported ({error}); {remedy}"]}
+    report["cpu"]["threads"] = _threads()
     report["backends"] = {name: _backend(name) for name in backends.NAMES}
     for name, entry in report["backends"].items():
         if entry["expected"] and not entry["works"]:
@@ -100,6 +102,16 @@ def _cpu_facts() -> dict[str, Any]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     features = [f for f in FEATURES if f in flags]
     return {"model": name, "cores": os.cpu_count(), "usable_cores": usable, "features": features}
+
+
+def _threads() -> dict[str, Any]:
+    """What bounds the threads of the CPU kernels, and how many they take."""
+    from anabranch.backends import threads
+
+    try:
+        return threads.explain()
+    except ValueError as error:  # also told as the reason why the cpu backend does not run
+        return {"threads": None, "why": str(error)}
 
 
 def _gpus() -> list[dict[str, Any]]:
@@ -214,6 +226,17 @@ def _models() -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ on paper
 
 
+def _told_threads(c: dict[str, Any]) -> str:
+    from rich.markup import escape
+
+    found = c.get("threads", {})
+    if found.get("threads") is None:
+        return escape(f"{c['torch_threads']} of torch; {found.get('why', 'CPU kernels: none')}")
+    quota = "no CPU quota" if found["quota"] is None else f"a CPU quota of {found['quota']:g} cores"
+    bounds = f"{found['affinity']} of {found['cores']} cores, {quota}, {found['torch_threads']} threads of torch"
+    return escape(f"{found['threads']} in the CPU kernels: {found['why']} ({bounds})")
+
+
 def _show(report: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
@@ -236,7 +259,7 @@ def _show(report: dict[str, Any]) -> None:
     cores = f"{c['usable_cores']} of {c['cores']} cores usable"
     hardware = [("CPU", f"{escape(c['model'])}, {cores}, {' '.join(c['features'])}")]
     if "torch_threads" in c:
-        hardware.append(("threads", f"{c['torch_threads']} (torch's; the CPU kernels follow them)"))
+        hardware.append(("threads", _told_threads(c)))
         gpus = [f"{g['name']}, {g['memory_gib']} GiB, compute capability {g['capability']}" for g in report["gpus"]]
         hardware.append(("GPU", escape("; ".join(gpus)) if gpus else "none that torch sees"))
     section("Hardware", hardware)

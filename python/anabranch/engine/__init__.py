@@ -4,11 +4,12 @@ from anabranch.engine.async_engine import AsyncEngine
 from anabranch.engine.engine import Engine
 from anabranch.engine.handle import Handle
 from anabranch.engine.replay import logprob_pairs, replay
-from anabranch.records.events import Discard, Event, Finish, Fork, Join, Token
+from anabranch.records.events import Become, Discard, Event, Finish, Fork, Join, Token
 from anabranch.records.result import Node, Result
 
 __all__ = [
     "AsyncEngine",
+    "Become",
     "Discard",
     "Engine",
     "Event",

@@ -14,6 +14,7 @@ from anabranch.engine.call import Call
 from anabranch.engine.handle import Handle
 from anabranch.engine.loop import Loop
 from anabranch.engine.prepare import Preparation
+from anabranch.engine.segments import Segments
 from anabranch.kv.cache import TreeCache
 from anabranch.records.events import Event
 from anabranch.runner.compiled import CompiledForward, unfit_to_compile
@@ -49,7 +50,10 @@ class Engine:
         few steps, which run as they are; raises ValueError where it cannot be had. "auto": only once this engine has
         worked for two minutes, and only if a compiled step then proves faster. The compiled forward is compared with
         the eager one before it is used; a model that compiles to something else, or not at all, stays eager (True
-        warns). ``engine.compiled`` says what steps do, and why (see docs/guides/own_loop.md).
+        warns). ``engine.compiled`` says what steps do, and why (see docs/guides/compiled_steps.md).
+    segment_vectors: what ParaThinker's models add to K and V: `SegmentVectors`, or what they are read from (a
+        checkpoint's folder or file, a state dict). None: they are looked for in the model, and where it came from, once
+        a strategy asks for them.
 
     ``engine.cache`` is its `TreeCache`. Any Python thread may call any method, at any time: requests of all callers
     share the forwards, join between any two of them and leave when they are answered.
@@ -71,6 +75,7 @@ class Engine:
         cuda_graphs: bool | None = None,
         batch_invariant: bool = False,
         max_queue: int | None = None,
+        segment_vectors: Any = None,
         compile: bool | str = "auto",
     ):
         max_rows = whole(max_rows, "max_rows", 1, hint=" (tokens a forward)")
@@ -109,6 +114,7 @@ class Engine:
         self.compiled = CompiledForward(
             model, self.cache, backend, compile, own_linear, self.linear, unfit=unfit_compile
         )
+        self.segments = Segments(model, segment_vectors)
         self.prepare = Preparation(self)
         self.loop = Loop(self)
         self._nested: list[Loop] = []  # of calls that were made inside a step

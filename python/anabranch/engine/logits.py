@@ -10,6 +10,7 @@ import torch
 from anabranch.engine.request import Request
 from anabranch.engine.sampling import token_logprobs, token_stats
 from anabranch.engine.thread_kv import EngineThread, PrefillChunk, ThreadKV
+from anabranch.runner import scores as vocabulary
 from anabranch.threads.running import RunningScore
 
 
@@ -30,13 +31,16 @@ def heads(entries: Sequence[tuple[ThreadKV, PrefillChunk, int]]) -> list[Head]:
         end += n
         if chunk.branch is not kv.branch:
             continue  # computes again what a joined sibling wrote
-        length, score = chunk.branch.length, kv.thread.score
+        end -= chunk.drafted
+        n -= chunk.drafted
+        length, score = chunk.branch.length - chunk.drafted, kv.thread.score
         if score is not None:
             last = min(length, score.begin + len(score.op.token_ids) - 1)
             at = range(max(length - n, score.begin), last)
             found += [Head(kv, nth, end - length + nth) for nth in at]
         if length == kv.thread.length:
             found.append(Head(kv, length - 1, end - 1))
+        end += chunk.drafted  # what guesses need: `Drafting.heads`
     return found
 
 
@@ -48,10 +52,22 @@ def record(logits: torch.Tensor, found: Sequence[Head]) -> None:
         if score is not None and 0 <= (nth := head.nth + 1 - score.begin) < len(score.op.token_ids):
             scored.append((at, score, nth))
     if scored:
-        rows = logits[torch.tensor([at for at, _, _ in scored], device=logits.device)].float()
+        rows = logits[torch.tensor([at for at, _, _ in scored], device=logits.device)]
         logprobs = token_logprobs(rows, [score.op.token_ids[nth] for _, score, nth in scored])
         for (_, score, nth), logprob in zip(scored, logprobs, strict=True):
             score.logprobs[nth] = logprob
+
+
+def note_hidden(found: Sequence[torch.Tensor], heads: Sequence[Head], model: str) -> None:
+    """Keep what the model's head was given for the last tokens of threads that want it; `found` [heads, width] each."""
+    if len(found) != 1 or len(found[0]) != len(heads):
+        raise ValueError(
+            f"hidden: the language head of {model} was not called once, with one row a token whose logits are needed; "
+            "its hidden states cannot be told apart"
+        )
+    for row, head in zip(found[0], heads, strict=True):
+        if head.kv.wants_hidden and head.nth == head.kv.thread.length - 1:
+            head.kv.hidden = head.kv.thread.length, tuple(row.float().tolist())
 
 
 def invalid(
@@ -61,7 +77,7 @@ def invalid(
 
     ``remove_invalid_values=True``, a processor of Transformers, deals with such scores: no error for those requests.
     """
-    best = logits.amax(-1)  # hands a NaN on, and reads the scores once
+    best = vocabulary.highest(logits)  # hands a NaN on, and reads the scores once
     bad = ~torch.isfinite(best)
     if not bool(bad.any()):
         return {}
@@ -96,7 +112,7 @@ def rows(held: Sequence[tuple[torch.Tensor, int]]) -> torch.Tensor:
 def stats(logits: torch.Tensor, threads: Sequence[EngineThread], tokens: Sequence[int]) -> dict[int, float]:
     """Record what decodes asked to know of their tokens; log-probabilities, by number among `threads`.
 
-    logits: raw, [threads, vocabulary], float32.
+    logits: raw, [threads, vocabulary].
     """
     decodes = [t.running.op for t in threads]
     asked = [i for i, t in enumerate(threads) if decodes[i].topk is not None or t.request.logprobs]

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from anabranch import hf
+from anabranch.backends.threads import torch_on_one
 from anabranch.engine import logits as next_logits
 from anabranch.engine.call import Call
+from anabranch.engine.drafting import Drafting
 from anabranch.engine.request import Request
 from anabranch.engine.sampling import Sampler
 from anabranch.engine.scheduler import RequestFailed, Scheduler
@@ -27,6 +29,8 @@ from anabranch.errors import DeadlineExceeded, QueueFull
 from anabranch.hf.probe import own_precision
 from anabranch.kv.step import Branch
 from anabranch.records import events
+from anabranch.runner.hidden import head_inputs
+from anabranch.runner.linear import serves
 from anabranch.runner.modes import Evaluation
 from anabranch.threads.costs import share
 from anabranch.threads.ops import record_token
@@ -46,6 +50,7 @@ class Loop:
         self.active: list[Request] = []  # those that have begun, by their order
         self.waiting: list[Request] = []  # those that have not, likewise
         self.scheduler = Scheduler(self.cache, self.active)
+        self.drafting = Drafting(engine, self.scheduler)
         self.turns = Turns()
         self.work = threading.Event()  # set when there may be something to do
         self._calls: dict[Request, Call] = {}
@@ -159,8 +164,10 @@ class Loop:
                 raise
             finally:
                 self.touched = None
-                if not self.active and self.engine.graphs is not None:
-                    self.engine.graphs.drop()  # the model may change before the next call
+                if not self.active:
+                    self.drafting.close()
+                    if self.engine.graphs is not None:
+                        self.engine.graphs.drop()  # the model may change before the next call
         for call in dict.fromkeys(self._calls.get(request) for request in list(self.active)):
             if call is not None:
                 call.tell()
@@ -282,7 +289,7 @@ class Loop:
             begin = time.perf_counter()
             self.scheduler.admit()
             share(time.perf_counter() - begin, "plan", [(request.spent, 1) for request in self.active])
-            if not (ready := self.scheduler.ready()):
+            if not (ready := self.drafting.level(self.scheduler.ready())):
                 self._forward()
                 ready = self.scheduler.ready()
         except RequestFailed as failed:
@@ -303,7 +310,7 @@ class Loop:
         lengths = {chunk.branch: chunk.branch.length for _, chunk, _ in entries}
         lengths.update((kv.branch, kv.branch.length) for kv in wanted if kv.branch is not None)
         try:
-            step, entries = self.scheduler.reserve(entries, wanted)
+            step, entries = self.drafting.reserve(entries) or self.scheduler.reserve(entries, wanted)
             # Work of several requests is shared out by its rows.
             parts = [(kv.thread.request.spent, n) for kv, _, n in entries]
             if step is None:
@@ -311,12 +318,16 @@ class Loop:
                 return
             ids = [t for _, f, n in entries for t in f.token_ids[f.done : f.done + n]]
             heads = next_logits.heads(entries)
+            guessed = self.drafting.heads(entries, len(heads))
             launched = time.perf_counter()
-            with torch.inference_mode(), own_precision(self.cache.device):
-                logits = self._logits(ids, step, [head.row for head in heads])
-                invalid = next_logits.invalid(logits, heads, entries, type(self.engine.model).__name__)
+            segments = self.engine.segments
+            with torch.inference_mode(), own_precision(self.cache.device), segments.adding(entries):
+                logits = self._logits(ids, step, [*heads, *guessed], hooked=segments.used(entries))
+                own = logits[: len(heads) or 1]
+                invalid = next_logits.invalid(own, heads, entries, type(self.engine.model).__name__)
             done = time.perf_counter()
         except BaseException as error:
+            self.drafting.end_step()
             self._take_back(lengths)
             if isinstance(error, Exception) and not isinstance(error, RequestFailed):
                 # A forward that fails fails for all who have rows in it.
@@ -324,14 +335,15 @@ class Loop:
                     self.fail(request, error)
                 return
             raise
-        for costs, n in parts:
-            costs.seconds["prefill" if n > 1 else "decode"] += (done - launched) * n / step.num_rows
+        for (costs, n), (_, chunk, _) in zip(parts, entries, strict=True):
+            costs.seconds["prefill" if n - chunk.drafted > 1 else "decode"] += (done - launched) * n / step.num_rows
             costs.rows += n
         for costs in dict.fromkeys(costs for costs, _ in parts):
             costs.steps += 1
         self.scheduler.steps += 1
         for kv, chunk, n in entries:
-            kv.thread.request.longest_context = max(kv.thread.request.longest_context, chunk.branch.length)
+            length = chunk.branch.length - chunk.drafted
+            kv.thread.request.longest_context = max(kv.thread.request.longest_context, length)
             kv.last_step = self.scheduler.steps
             chunk.done += n
             with _Touching(self, kv.thread.request):
@@ -340,6 +352,7 @@ class Loop:
             if head.nth == head.kv.thread.length - 1:
                 head.kv.logits, head.kv.logits_at = (logits, at), head.kv.thread.length
         next_logits.record(logits, heads)
+        self.drafting.keep(logits)
         usage = self.cache.usage()
         for call in dict.fromkeys(self._calls[request] for request in self.active):
             call.peaks.look(usage)
@@ -353,18 +366,30 @@ class Loop:
             if branch.alive and branch.length > length:
                 self.cache.truncate(branch, length)
 
-    def _logits(self, ids: list[int], step: Any, rows: list[int]) -> torch.Tensor:
-        """The model's scores for some rows of a step, in order, [rows, vocabulary]."""
+    def _logits(self, ids: list[int], step: Any, heads: list[next_logits.Head], hooked: bool) -> torch.Tensor:
+        """The model's scores for some rows of a step, in order, [rows, vocabulary].
+
+        hooked: hooks of the engine's own are at work, which neither a captured nor a compiled graph calls.
+        """
         engine, device = self.engine, self.cache.device
-        if engine.graphs is not None and rows == list(range(len(step.branches))) and len(rows) == step.num_rows:
+        graphs = None if hooked else engine.graphs
+        rows = [head.row for head in heads]
+        if any(head.kv.wants_hidden for head in heads):  # a graph would not call the hook
+            keep = torch.tensor(rows, device=device)
+            with head_inputs(engine.model) as found:
+                scores: torch.Tensor = engine.compiled.eager(engine.model, torch.tensor(ids, device=device), step, keep)
+            next_logits.note_hidden(found, heads, type(engine.model).__name__)
+            return scores
+        if graphs is not None and rows == list(range(len(step.branches))) and len(rows) == step.num_rows:
             # A replay writes over the scores of the one before. It has rows for the same branches and no other, so all
             # who held those have gone on by a token; whoever forks or ends changes the topology, and with it the graph.
-            with engine.linear:
-                logits: torch.Tensor = engine.graphs(ids, step)
-            return logits
+            with torch_on_one(serves(engine.linear, step.num_rows)), engine.linear:
+                replayed: torch.Tensor = graphs(ids, step)
+            return replayed
         keep = torch.tensor(rows or [0], device=device)
-        logits = engine.compiled(engine.model, torch.tensor(ids, device=device), step, keep)
-        return logits
+        run = engine.compiled.eager if hooked else engine.compiled
+        computed: torch.Tensor = run(engine.model, torch.tensor(ids, device=device), step, keep)
+        return computed
 
     # ---------------------------------------------------------------------------------------- sampling
 
@@ -387,6 +412,7 @@ class Loop:
                 thread.kv.logits, thread.running.drawn = None, None
                 with _Touching(self, request):
                     record_token(request, thread, token, logprob if request.logprobs else None)
+                    self.drafting.follow(thread, token)
         share(time.perf_counter() - begin, "sampling", [(r.spent, n) for r, n in together.items()])
 
     def _chosen(self, sampler: Sampler, threads: list[EngineThread]) -> list[tuple[EngineThread, int, float | None]]:
@@ -405,14 +431,15 @@ class Loop:
         return [found for part in calls.values() for found in self._chosen(sampler, part)]
 
     def _choose(self, sampler: Sampler, threads: list[EngineThread]) -> list[tuple[EngineThread, int, float | None]]:
-        with torch.inference_mode(), own_precision(self.cache.device):
-            logits = next_logits.rows([t.kv.logits for t in threads if t.kv.logits is not None]).float()
+        on_cpu = self.cache.device.type == "cpu"
+        with torch.inference_mode(), own_precision(self.cache.device), torch_on_one(sampler.by_kernels and on_cpu):
+            logits = next_logits.rows([t.kv.logits for t in threads if t.kv.logits is not None])
             contexts = [lambda t=t: [*t.prefix, *t.own] for t in threads]
             tokens = sampler.choose(
                 logits,
                 contexts,
                 [t.length for t in threads],
-                [_counted_from(t) for t in threads],
+                [t.counted_from for t in threads],
                 [_Draw(t) for t in threads],  # type: ignore[misc]
                 lambda i: _place(threads[i]),
             )
@@ -449,17 +476,6 @@ class _Draw:
         if running.drawn is None:
             running.drawn = self._thread.stream.random()
         return running.drawn
-
-
-def _counted_from(thread: EngineThread) -> int:
-    """Length of the prompt that ``min_new_tokens`` and its like count from: the one that begins the thread's context.
-
-    A spawned thread has its own; a fork goes on with its parent's context, and so behind its parent's prompt.
-    """
-    while thread.role == "fork":
-        assert thread.parent is not None
-        thread = thread.parent
-    return thread.prompt_length
 
 
 def _place(thread: EngineThread) -> str:

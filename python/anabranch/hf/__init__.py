@@ -4,10 +4,12 @@ from anabranch.hf.cache import cache_shape
 from anabranch.hf.mask import beside_branch_mask, tree_mask
 from anabranch.hf.probe import ModelShape, UnsupportedModel, describe, is_compiled, uses_anabranch
 from anabranch.hf.register import enable, register
+from anabranch.hf.segments import SegmentVectors
 from anabranch.kv.model import set_reader
 
 __all__ = [
     "ModelShape",
+    "SegmentVectors",
     "UnsupportedModel",
     "beside_branch_mask",
     "describe",

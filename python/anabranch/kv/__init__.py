@@ -2,6 +2,7 @@
 
 from anabranch.kv.cache import TreeCache, Usage
 from anabranch.kv.step import Branch, Step, StepPlan, step_of
+from anabranch.kv.views import Read
 from anabranch.kv.watch import Watch
 
-__all__ = ["Branch", "Step", "StepPlan", "TreeCache", "Usage", "Watch", "step_of"]
+__all__ = ["Branch", "Read", "Step", "StepPlan", "TreeCache", "Usage", "Watch", "step_of"]

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anabranch import _core, backends
+from anabranch import _core, backends, ops
 from anabranch._check import layer_of, shape_of, told
 from anabranch.backends.base import PreparesPool
 from anabranch.kv.arguments import _branch, _device, _number, _positions, _rows, _size
 from anabranch.kv.model import shape_for
 from anabranch.kv.step import Branch, Step
+from anabranch.kv.views import Views, core_views
 from anabranch.kv.watch import Watch
+from anabranch.ops.rotary import Rotary
 from anabranch.plan.planner import Planner
 
 
@@ -64,6 +66,8 @@ class TreeCache:
         device: "cpu" or a CUDA device.
         max_positions: positions that the model has embeddings for, where they are looked up in a table (GPT-2, OPT);
             `step` refuses to go beyond. None: no limit (rotary embeddings).
+        rotary: the model's rotary embeddings, one for all layers or one a layer (None: a layer that knows no
+            positions); only rows that read other branches under a position offset (`Read`) need it.
 
     Not safe for use by several threads at once.
     """
@@ -78,6 +82,7 @@ class TreeCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         max_positions: int | None = None,
+        rotary: Rotary | Sequence[Rotary | None] | None = None,
     ) -> None:
         num_layers, num_kv_heads, head_dim, num_pages, page_size = (
             _size(name, value)
@@ -103,6 +108,7 @@ class TreeCache:
         self.num_pages = num_pages
         self.page_size = page_size
         self.max_positions = max_positions
+        self._rotary: Any = _rotary(rotary, num_layers, head_dim)
         self.dtype = dtype
         device = _device(device)
         if device.type == "cuda" and device.index is None:
@@ -156,7 +162,7 @@ class TreeCache:
             shape.num_layers, shape.num_kv_heads, shape.head_dim, num_pages, page_size, dtype, device,
             max_positions=shape.max_positions,
         )  # fmt: skip
-        cache._watch = shape.watch
+        cache._watch, cache._rotary = shape.watch, shape.rotary
         return cache
 
     @property
@@ -179,7 +185,12 @@ class TreeCache:
         self._watch.forked(branch, kids)
         return kids
 
-    def step(self, rows: Mapping[Branch, int], positions: Mapping[Branch, Tensor] | None = None) -> Step:
+    def step(
+        self,
+        rows: Mapping[Branch, int],
+        positions: Mapping[Branch, Tensor] | None = None,
+        views: Views | None = None,
+    ) -> Step:
         """Reserves new rows: slots for their K and V, positions, and the plan of who sees what.
 
         A branch whose part-filled tail page is shared gets its own copy of that page first: all such branches, all
@@ -189,6 +200,9 @@ class TreeCache:
             rows: how many new tokens each branch gets; rows follow the dict's order.
             positions: logical positions for some branches, integers [rows of that branch]; default: from
                 ``branch.position`` on. The branch goes on from the last one given + 1.
+            views: what the rows of some branches read beside their own branch: a list of `Read`, or one list a row. A
+                row sees each token once, as its own branch has it, else as the first `Read` that holds it says. Rows
+                of one step may see one another: K and V of all are written before any attends.
 
         Raises:
             OutOfPages: too few free pages for all branches together; nothing was changed.
@@ -200,11 +214,13 @@ class TreeCache:
         if self.max_positions is not None:
             self._check_limit(rows, given)
         self._watch.check_step(rows, given)
-        core = self._core.step(rows, given)
+        seen, turned = ({}, False) if views is None else core_views(views, rows)
+        rotary = self._rotary_of_layers() if turned else ()
+        core = self._core.step(rows, given, seen)
         if core.num_copies:
             src, dst, filled = torch.from_numpy(core.copies()).unbind(0)
             self._backend.copy_pages(self._pool, src, dst, filled)
-        step = Step(self, core, tuple(rows))
+        step = Step(self, core, tuple(rows), rotary=rotary)
         self._watch.stepped(step)
         return step
 
@@ -236,6 +252,34 @@ class TreeCache:
             self._watch.check_join(trunk, kids)
             self._core.join(trunk, kids)
             self._watch.joined(trunk, kids)
+
+    def share(self, branch: Branch, sibling: Branch, count: int | None = None) -> None:
+        """Lets ``branch`` see what a sibling wrote since its fork as well; the sibling goes on as it is.
+
+        Metadata only: nothing is copied or computed again. The tokens keep their positions and count as shared, like
+        those that ``branch`` was forked with, so that a join brings back its own alone; its next position lies behind
+        them. What the sibling writes later is not seen::
+
+            one, two, both = cache.fork(trunk, 3)
+            ...                                   # steps of one and two
+            cache.share(both, one)
+            cache.share(both, two)                # sees the trunk, one and two, which stay blind to each other
+            ...                                   # steps of both
+            cache.join(trunk, [one, two, both])   # each token once
+
+        Args:
+            branch: forked from the same branch as ``sibling``, and without a step since.
+            count: of the sibling's own tokens the first so many; None: all there are now.
+
+        Raises:
+            DeadBranch, ValueError: a dead or foreign branch, one that is no sibling, has tokens of its own, or sees the
+                tokens already; a count out of range.
+        """
+        own = _branch(sibling, "share: sibling").length - sibling.fork_length
+        count = own if count is None else _number(count, "share: count")
+        self._watch.check_join(_branch(branch, "share: branch"), [sibling])
+        self._core.share(branch, sibling, count)
+        self._watch.shared(branch, sibling)
 
     def truncate(self, branch: Branch, length: int) -> None:
         """Forgets the tokens from index ``length`` on; pages that nobody else holds are free at once.
@@ -285,23 +329,28 @@ class TreeCache:
         layer = layer_of(layer, self.num_layers)
         expected = (step.num_rows, self.num_kv_heads, self.head_dim)
         for name, x in (("k", k), ("v", v)):
-            if not isinstance(x, Tensor) or x.shape != expected:
-                raise ValueError(
-                    f"{name}: expected shape {list(expected)} (rows, num_kv_heads, head_dim), got {shape_of(x)}"
-                )
-            if x.dtype != self.dtype:
-                raise ValueError(
-                    f"{name}: expected dtype {self.dtype} like the cache, got {x.dtype}; call {name}.to(...)"
-                )
-            if x.device != self.device:
-                raise ValueError(f"{name}: expected device {self.device} like the cache, got {x.device}")
-            if not x.is_contiguous():
-                raise ValueError(
-                    f"{name}: must be contiguous, got strides {list(x.stride())}; call {name}.contiguous()"
-                )
-        torch.ops.anabranch.write_kv(
-            k.detach(), v.detach(), self._k[layer], self._v[layer], step.handle, layer, backend
-        )
+            if (
+                type(x) is not Tensor
+                or x.shape != expected
+                or x.dtype is not self.dtype
+                or x.device != self.device
+                or not x.is_contiguous()
+            ):
+                self._check_rows(name, x, expected)
+        ops.write(k, v, self._k[layer], self._v[layer], step.plan, layer, backend)
+
+    def _check_rows(self, name: str, x: Any, expected: tuple[int, ...]) -> None:
+        """Raise ValueError that says why `x` cannot be written."""
+        if not isinstance(x, Tensor) or x.shape != expected:
+            raise ValueError(
+                f"{name}: expected shape {list(expected)} (rows, num_kv_heads, head_dim), got {shape_of(x)}"
+            )
+        if x.dtype != self.dtype:
+            raise ValueError(f"{name}: expected dtype {self.dtype} like the cache, got {x.dtype}; call {name}.to(...)")
+        if x.device != self.device:
+            raise ValueError(f"{name}: expected device {self.device} like the cache, got {x.device}")
+        if not x.is_contiguous():
+            raise ValueError(f"{name}: must be contiguous, got strides {list(x.stride())}; call {name}.contiguous()")
 
     def read(self, branch: Branch, layer: int) -> tuple[Tensor, Tensor]:
         """Dense copies of a branch's K and V: [length, num_kv_heads, head_dim] each, in context order."""
@@ -313,6 +362,21 @@ class TreeCache:
     def positions(self, branch: Branch) -> Tensor:
         """Logical positions of a branch's tokens, int64 [length], in context order, on the CPU."""
         return torch.from_numpy(self._core.positions(_branch(branch, "positions")))
+
+    def require_rotary(self) -> None:
+        """Raise ValueError, with the reason, where rows cannot read other branches under a position offset."""
+        self._rotary_of_layers()
+
+    def _rotary_of_layers(self) -> Sequence[Rotary | None]:
+        """The rotary embeddings of each layer; ValueError where nobody knows them."""
+        if callable(self._rotary):
+            self._rotary = self._rotary()  # the model is asked at the first use
+        if self._rotary is None:
+            raise ValueError(
+                "views: a Read has an offset, and this cache does not know how its keys were rotated; make it with "
+                "TreeCache.for_model(model), or pass rotary=ab.Rotary(frequencies)"
+            )
+        return self._rotary  # type: ignore[no-any-return]
 
     def _check_limit(self, rows: Mapping[Branch, int], given: Mapping[Branch, Any]) -> None:
         """Raise for a branch whose new rows would lie past the positions that the model has embeddings for."""
@@ -347,6 +411,19 @@ class TreeCache:
             f"{self.device}, pages={u.pages_total - u.pages_free}/{u.pages_total} × {self.page_size}, "
             f"tokens={u.tokens_physical} for {u.tokens_logical})"
         )
+
+
+def _rotary(given: Any, num_layers: int, head_dim: int) -> list[Rotary | None] | None:
+    """One a layer, checked."""
+    if given is None:
+        return None
+    every = [given] * num_layers if isinstance(given, Rotary) else list(given)
+    if len(every) != num_layers or not all(r is None or isinstance(r, Rotary) for r in every):
+        raise ValueError(f"rotary: expected an ab.Rotary, or a list of {num_layers} (one a layer), got {told(given)}")
+    for rotary in every:
+        if rotary is not None and 2 * len(rotary.frequencies) > head_dim:
+            raise ValueError(f"rotary: {len(rotary.frequencies)} pairs do not fit in head_dim={head_dim}")
+    return every
 
 
 def free_memory(device: torch.device) -> int:

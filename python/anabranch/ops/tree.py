@@ -2,6 +2,9 @@
 
 ``torch.ops.anabranch.tree_attention`` takes a plan by its handle (an int64 CPU tensor [1]); everything that depends on
 Python objects happens inside the op, so ``torch.compile(fullgraph=True)`` sees tensors only.
+
+`attend` and `write` are the ops for our own callers: they go straight to the backend where the dispatcher would only
+bring them there, which it takes some 10 µs for, in every layer of every step.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 from anabranch import backends
-from anabranch.plan.plan import plan_of
+from anabranch.plan.plan import Plan, plan_of
 
 _lib = torch.library.Library("anabranch", "DEF")
 _lib.define(
@@ -26,6 +29,98 @@ _lib.define(
 #: values that stand for "off" in the op's schema, which has no optional numbers
 NO_SOFTCAP = 0.0
 NO_WINDOW = 0
+
+
+try:  # not public, but the only words there are for "nobody looks on"
+    _modes, _functions = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+    _transforms, _tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+    _profiled = torch.autograd._profiler_enabled
+except AttributeError:  # pragma: no cover
+    _modes = None  # type: ignore[assignment]
+
+
+def unobserved(*tensors: Tensor) -> bool:
+    """Whether the dispatcher would do nothing but call the CPU or CUDA implementation: plain tensors without gradients,
+    and no compiler, mode, transform, trace or profiler that wants to see the op."""
+    if torch.compiler.is_compiling() or _modes is None or _modes() or _functions():
+        return False
+    if _transforms() is not None or _tracing() is not None or _profiled():
+        return False
+    grad = torch.is_grad_enabled()
+    for x in tensors:
+        if type(x) is not Tensor or (grad and x.requires_grad):
+            return False
+    return True
+
+
+def attend(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: Plan,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    layer: int,
+    backend: str,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``torch.ops.anabranch.tree_attention`` with a plan for its handle. lse may be None without `return_lse`."""
+    if unobserved(q):
+        return _run(q, k_pages, v_pages, plan, sinks, scale, softcap, window, layer, backend, return_lse)
+    out, lse = torch.ops.anabranch.tree_attention(
+        q, k_pages, v_pages, plan.handle, sinks, scale, softcap, window, layer, backend, return_lse
+    )
+    return out, lse
+
+
+def write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Plan, layer: int, backend: str) -> None:
+    """``torch.ops.anabranch.write_kv`` with a plan instead of its handle."""
+    if unobserved(k, v):
+        _run_write(k, v, k_pages, v_pages, plan, layer, backend)
+    else:
+        torch.ops.anabranch.write_kv(k.detach(), v.detach(), k_pages, v_pages, plan.handle, layer, backend)
+
+
+def _run(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: Plan,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    layer: int,
+    backend: str,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    chosen = backends.choose(backend, q.device, q.dtype, q.shape[2])
+    plan.check(layer, k_pages)
+    out, lse = chosen.attention(
+        plan.queries(q, layer),
+        k_pages,
+        v_pages,
+        plan,
+        scale=scale,
+        softcap=None if softcap == NO_SOFTCAP else softcap,
+        window=None if window == NO_WINDOW else window,
+        sinks=sinks,
+        return_lse=return_lse,
+    )
+    if out.shape[0] != plan.num_rows:
+        raise ValueError(
+            f"backend: {chosen.name!r} cannot merge the {out.shape[0]} query rows of views into the step's "
+            f"{plan.num_rows} rows; use another backend"
+        )
+    return out, lse
+
+
+def _run_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Plan, layer: int, backend: str) -> None:
+    slots = plan.begin_write(layer)  # raises before anything is written
+    backends.choose(backend, k.device, k.dtype, k.shape[2]).write_kv(k, v, k_pages, v_pages, slots)
+    plan.end_write(layer)
 
 
 def _lse_shape(q: Tensor, return_lse: bool) -> tuple[int, ...]:
@@ -49,20 +144,7 @@ def _tree_attention(
     backend: str,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    chosen = backends.choose(backend, q.device, q.dtype, q.shape[2])
-    live = plan_of(plan)
-    live.check(layer, k_pages)
-    out, lse = chosen.attention(
-        q,
-        k_pages,
-        v_pages,
-        live,
-        scale=scale,
-        softcap=None if softcap == NO_SOFTCAP else softcap,
-        window=None if window == NO_WINDOW else window,
-        sinks=sinks,
-        return_lse=return_lse,
-    )
+    out, lse = _run(q, k_pages, v_pages, plan_of(plan), sinks, scale, softcap, window, layer, backend, return_lse)
     return out, lse if lse is not None else q.new_empty((0,), dtype=_lse_dtype(q))
 
 
@@ -91,10 +173,7 @@ def _no_backward(ctx: Any, *grads: Any) -> Any:
 
 
 def _write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Tensor, layer: int, backend: str) -> None:
-    live = plan_of(plan)
-    slots = live.begin_write(layer)  # type: ignore[attr-defined]  # raises before anything is written
-    backends.choose(backend, k.device, k.dtype, k.shape[2]).write_kv(k, v, k_pages, v_pages, slots)
-    live.end_write(layer)  # type: ignore[attr-defined]
+    _run_write(k, v, k_pages, v_pages, plan_of(plan), layer, backend)
 
 
 def _write_kv_fake(

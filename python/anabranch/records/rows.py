@@ -16,7 +16,9 @@ class Rows:
         self.written: list[Sequence[bool]] = []
         self.learnt: list[Sequence[bool]] = []
         self.threads: list[int] = []
+        self.kv_segments: list[int] = []
         self.recorded: dict[int, Sequence[float]] = {}  # of some segments
+        self.follows: dict[int, int] = {}  # of segments that do not go on from the last one that they see: from which
 
     def add(
         self,
@@ -26,6 +28,7 @@ class Rows:
         written: bool | Sequence[bool],
         learnt: bool | Sequence[bool] | None = None,
         thread: int = 0,
+        kv_segment: int = 0,
     ) -> int:
         """A segment; its index. `written` and `learnt` (default: as written) hold for all of it, or one a token."""
         every = [written] * len(ids) if isinstance(written, bool) else written
@@ -35,6 +38,7 @@ class Rows:
         self.written.append(every)
         self.learnt.append(every if learnt is None else [learnt] * len(ids) if isinstance(learnt, bool) else learnt)
         self.threads.append(thread)
+        self.kv_segments.append(kv_segment)
         return len(self.ids) - 1
 
     def end(self, segment: int) -> int:

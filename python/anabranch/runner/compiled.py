@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from anabranch._cache_folder import cache_folder
+from anabranch.backends.threads import torch_on_one
 from anabranch.kv.cache import TreeCache
 from anabranch.kv.step import Step
 from anabranch.runner.eager import forward
-from anabranch.runner.linear import is_compiled
+from anabranch.runner.linear import is_compiled, serves
 from anabranch.runner.model_state import ModelState
 from anabranch.runner.tracing import Graphs, compiler_problem
 
@@ -84,6 +85,9 @@ class CompiledForward:
         self._cache, self._backend, self._own_linear, self._linear = cache, backend, own_linear, linear
         self._graphs: Graphs | None = None
         self._state: ModelState | None = None
+        # The same in every compiled step, since torch.compile makes code for a number of threads: where our kernel has
+        # the linear layers of few rows, what is left is small, and those of many rows take all threads (`linear_rows`).
+        self._on_one = serves(linear, 1)
         self._steps, self._seconds, self._changes = 0, 0.0, 0
         self._off = setting is False or unfit is not None
         self._said: set[str] = set()
@@ -104,25 +108,26 @@ class CompiledForward:
     def __call__(self, model: Any, ids: Tensor, step: Step, keep: Tensor) -> Tensor:
         """Scores [len(keep), vocabulary] of the rows `keep` of a step; ids: int64 [rows] on the cache's device."""
         if self._off:
-            return self._eager(model, ids, step, keep)
+            return self.eager(model, ids, step, keep)
         if self.on:
             assert self._state is not None
             if not self._state.same(model):
                 self._changed("modules, parameters or adapters of the model changed")
             elif self._state.covered():
                 self._say("modules have forward hooks, or a forward that was replaced; steps are eager while they do")
-                return self._eager(model, ids, step, keep)
+                return self.eager(model, ids, step, keep)
         if not self.on and not (self._due() and self._compile(model)):
             begin = time.perf_counter()
-            scores = self._eager(model, ids, step, keep)
+            scores = self.eager(model, ids, step, keep)
             self._steps, self._seconds = self._steps + 1, self._seconds + time.perf_counter() - begin
             return scores
         return self._compiled(model, ids, step, keep)
 
     # ---------------------------------------------------------------------------------------- both ways
 
-    def _eager(self, model: Any, ids: Tensor, step: Step, keep: Tensor) -> Tensor:
-        with self._linear:
+    def eager(self, model: Any, ids: Tensor, step: Step, keep: Tensor) -> Tensor:
+        """The same, as it is."""
+        with torch_on_one(serves(self._linear, step.num_rows)), self._linear:
             return forward(model, ids, step, self._backend, keep)
 
     def _compiled(self, model: Any, ids: Tensor, step: Step, keep: Tensor) -> Tensor:
@@ -130,11 +135,12 @@ class CompiledForward:
         assert graphs is not None
         strays = graphs.strays
         try:
-            scores = graphs(model, ids, step, keep)
+            with torch_on_one(self._on_one):
+                scores = graphs(model, ids, step, keep)
         except torch._dynamo.exc.TorchDynamoException as error:  # type: ignore[attr-defined]
             # Raised while a graph is made, before one runs: nothing of the step was written.
             self._give_up(f"a step fits no graph, and the model cannot be traced again: {_line(error)}")
-            return self._eager(model, ids, step, keep)
+            return self.eager(model, ids, step, keep)
         if graphs.strays != strays:
             self._changed("something that the compiled forward relied on changed")
         return scores
@@ -206,7 +212,9 @@ class CompiledForward:
         bound = BOUNDS.get(self._cache.dtype, BOUNDS[torch.float32])
         trials = (_trial(model, TreeCache.for_model(model, num_pages=32, page_size=4)) for _ in range(2))
         for (what, *given), (_, *same) in zip(*trials, strict=True):
-            got, want = graphs(model, *given).double(), self._eager(model, *same).double()
+            with torch_on_one(self._on_one):
+                got = graphs(model, *given).double()
+            want = self.eager(model, *same).double()
             error = _error(got, want)
             if not error <= bound:
                 return (
@@ -221,15 +229,19 @@ class CompiledForward:
         for rows in (1, 16):
             cache = TreeCache.for_model(model, num_pages=4 * rows + 16, page_size=16)
             trunk = cache.branch()
-            self._eager(model, *_packed(model, cache, {trunk: 24}))
+            self.eager(model, *_packed(model, cache, {trunk: 24}))
             kids = cache.fork(trunk, rows)
             times: list[float] = []
             for _ in range(9):
                 taken = []
-                for run in (graphs, self._eager):
+                for compiled in (True, False):
                     given = _packed(model, cache, dict.fromkeys(kids, 1))
                     begin = time.perf_counter()
-                    run(model, *given)
+                    if compiled:
+                        with torch_on_one(self._on_one):
+                            graphs(model, *given)
+                    else:
+                        self.eager(model, *given)
                     taken.append(time.perf_counter() - begin)
                 times.append(taken[0] / taken[1])
             found[rows] = statistics.median(times)

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anabranch.backends import threads
 from anabranch.backends.native import TYPES
 
-__all__ = ["OwnLinear", "linear", "linear_context", "rows_for", "takes"]
+__all__ = ["OwnLinear", "linear", "linear_context", "rows_for", "serves", "takes"]
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)  # subclasses (quantised, fake, distributed) have a linear of their own
@@ -88,6 +89,23 @@ def linear_context(model: nn.Module, setting: bool | None = None) -> AbstractCon
     does nothing. It can be entered again and again."""
     own = OwnLinear(model, setting)
     return own if own._layers else nullcontext()
+
+
+def serves(context: Any, rows: int) -> bool:
+    """Whether our kernel computes all linear layers of a forward of so many rows in `context` (`linear_context`)."""
+    return isinstance(context, OwnLinear) and rows <= context.most_rows
+
+
+def _weights_beside(modules: list[nn.Module], ours: set[int]) -> bool:
+    """Whether modules other than ours (by id) hold matrices of any account: convolutions, experts, quantised weights.
+    Embeddings are looked up, and so do not count."""
+    held = [0, 0]
+    for m in modules:
+        if isinstance(m, nn.Embedding):
+            continue
+        tensors = (*m.parameters(recurse=False), *m.buffers(recurse=False))
+        held[id(m) in ours] += sum(t.numel() for t in tensors if t.dim() >= 2 and t.dtype != torch.bool)
+    return held[False] > held[True] / 50
 
 
 def takes(x: Any, weight: Any, bias: Any = None) -> bool:
@@ -157,7 +175,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight.stride(0),
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        torch.get_num_threads(),
+        threads.count(),
     )
     return out
 
@@ -192,6 +210,9 @@ class OwnLinear:
         kinds = {(p.device, p.dtype) for p in model.parameters()}
         most = {kind: rows_for(*kind, setting) for kind in kinds}  # of each kind once, not of each layer
         rows = [most.get((m.weight.device, m.weight.dtype), 0) for m in layers]
+        ours = {id(m) for m, few in zip(layers, rows, strict=True) if few}
+        #: in a forward of at most so many rows, all matrix products that count are ours
+        self.most_rows = 0 if _weights_beside(modules, ours) else min(filter(None, rows), default=0)
         self._layers = [(m, partial(_forward, m, few)) for m, few in zip(layers, rows, strict=True) if few]
 
     def __enter__(self) -> OwnLinear:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from anabranch._cache_folder import cache_folder
+from anabranch.backends.threads import torch_on_all
 from anabranch.kv.step import Step
 from anabranch.ops.tree import _lib
 from anabranch.runner.linear import _linear, rows_for, takes
@@ -46,7 +47,8 @@ _lib.define("linear_rows(Tensor x, Tensor weight, Tensor? bias, int most_rows) -
 def _linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None, most_rows: int) -> Tensor:
     if x.numel() <= most_rows * weight.shape[1] and takes(x, weight, bias):
         return _linear(x, weight, bias)
-    return torch.nn.functional.linear(x, weight, bias)
+    with torch_on_all():
+        return torch.nn.functional.linear(x, weight, bias)
 
 
 _lib.impl("linear_rows", _linear_rows, "CPU")

@@ -16,14 +16,18 @@ from anabranch.threads.state import AnyThread, Segment
 def _run(segment: Segment[Any]) -> Run:
     logprobs = None if segment.logprobs is None else tuple(segment.logprobs)
     spliced = segment.spliced is not None
-    return Run(segment.kind, tuple(segment.token_ids), segment.position, segment.source, spliced, logprobs)
+    tokens = tuple(segment.token_ids)
+    return Run(segment.kind, tokens, segment.position, segment.source, spliced, logprobs, segment.kv_segment)
 
 
 def _action(action: Action) -> Action:
     """As it stands now, with nothing in it that can change."""
     headers = tuple(None if header is None else tuple(header) for header in action.headers)
     token_ids, children = tuple(action.token_ids), tuple(action.children)
-    return Action(action.do, token_ids, children, action.mode, action.length, headers, action.clock)
+    segments = tuple(action.segments)
+    return Action(
+        action.do, token_ids, children, action.mode, action.length, headers, action.clock, segments, action.position
+    )
 
 
 def build_node(host: Books[Any], thread: AnyThread) -> Node:
@@ -35,13 +39,16 @@ def build_node(host: Books[Any], thread: AnyThread) -> Node:
         text=host.text(thread.token_ids, thread.backwards(thread.begin)),
         start=begin,
         stop=thread.position,
-        forked_at=len(thread.prefix),
+        forked_at=thread.forked_at,
         ended=thread.ended.reason if thread.ended else None,
         fate=thread.fate,
         runs=tuple(map(_run, thread.segments)),
         forgotten=tuple(map(_run, thread.forgotten)),
         children=tuple(build_node(host, child) for child in thread.children),
+        sees=tuple((segment.source or "", len(segment.token_ids)) for segment in thread.seen),
         log=tuple(map(_action, thread.log)),
+        turns=thread.live.pairs() if thread.live is not None else (),
+        sights=tuple(view.recorded() for view in thread.live.views) if thread.live is not None else (),
     )
 
 
@@ -71,6 +78,8 @@ def build_result(host: Books[Any], info: Mapping[str, Any], more: Mapping[str, A
         steps=spent.steps,
         rows=spent.rows,
         preemptions=spent.preemptions,
+        draft_tokens=spent.drafted,
+        accepted_tokens=spent.accepted,
         **(more or {}),
     )
     every = (token for node in tree.walk() for run in (*node.runs, *node.forgotten) for token in run.token_ids)

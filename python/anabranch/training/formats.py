@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from anabranch.records.rows import Rows
@@ -210,11 +210,12 @@ def parathinker(
 ) -> Layout:
     """ParaThinker: paths that see the prompt alone, all beginning behind it, then a forced summary that sees all.
 
-    headers: ``<think1>``, ``<think2>`` …; after: ``<summary>``, behind the longest path's last position. ``threads``
-    of the layout (i for path i, 0 elsewhere) indexes the vectors that ParaThinker adds to K and V; adding them is the
-    model's affair.
+    headers: ``<think1>``, ``<think2>`` …; after: ``<summary>``, behind the longest path's last position.
+    ``kv_segments`` of the layout (i for path i, 0 elsewhere) says which vectors ParaThinker adds to K and V
+    (`anabranch.hf.SegmentVectors`).
     """
-    return _side_by_side(prompt, [Block(paths, headers, after), summary])
+    layout = _side_by_side(prompt, [Block(paths, headers, after), summary])
+    return replace(layout, kv_segments=layout.threads)
 
 
 def grpo(prompt: Ids, answers: Sequence[Ids]) -> Layout:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anabranch._check import whole_fields
+from anabranch.strategies.api.asking import ask, check_fills, fill, question_of
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
 
@@ -53,15 +54,13 @@ class SkeletonOfThought(Strategy):
         whole_fields(self, ("least", "most", "skeleton_tokens", "point_tokens"))
         if self.least > self.most:
             raise ValueError(f"SkeletonOfThought: least={self.least!r}, most={self.most!r}; pass 1 ≤ least ≤ most")
-        for field, names in (("skeleton_request", ("question",)), ("point_request", ("question", "number"))):
-            for name in names:
-                if f"{{{name}}}" not in getattr(self, field):
-                    raise ValueError(f"SkeletonOfThought: {field} does not hold {{{name}}}; put it where that goes")
+        check_fills(self, "skeleton_request", ("question",))
+        check_fills(self, "point_request", ("question", "number"))
 
     def run(self, trunk: Thread) -> Generator[Any, Any, list[str]]:
-        question = _question(trunk)
-        asked = _fill(self.skeleton_request, question=question, least=self.least, most=self.most)
-        outline = trunk.spawn(_prompt(trunk, asked, "1."))
+        question = question_of(trunk, "SkeletonOfThought")
+        asked = fill(self.skeleton_request, question=question, least=self.least, most=self.most)
+        outline = trunk.spawn(ask(trunk, asked, "1."))
         end = yield outline.decode(self.skeleton_tokens, stop=f"\n{self.most + 1}.")
         points = self.points(f"1.{end.text}")
         if end.reason != "eos":
@@ -76,7 +75,7 @@ class SkeletonOfThought(Strategy):
         kids = []
         for number, title in enumerate(titles, 1):
             about = {"number": number, "point": points[number - 1], "skeleton": "\n".join(titles)}
-            kids.append(trunk.spawn(_prompt(trunk, _fill(self.point_request, question=question, **about), f"{title}:")))
+            kids.append(trunk.spawn(ask(trunk, fill(self.point_request, question=question, **about), f"{title}:")))
         ends = yield [kid.decode(self.point_tokens, stop=self.point_stop) for kid in kids]
         for kid in kids:
             kid.rstrip()
@@ -91,33 +90,3 @@ class SkeletonOfThought(Strategy):
         for number, point in re.findall(r"^[ \t*-]*(\d+)[.):][ \t]*(\S[^\n]*)$", outline, re.MULTILINE):
             found.setdefault(int(number), point.strip().rstrip(":"))
         return [found[number] for number in sorted(found)]
-
-
-def _question(trunk: Thread) -> str:
-    """What is asked: a chat's last user message, a text as it stands, the text of token ids."""
-    prompt = trunk.prompt
-    if isinstance(prompt, str):
-        return prompt.strip()
-    if isinstance(prompt[0], dict):
-        last = next((m for m in reversed(prompt) if m["role"] == "user"), None)
-        if last is None:
-            raise ValueError("SkeletonOfThought: the chat holds no message of the user, so no question")
-        return str(last["content"]).strip()
-    trunk.encode("")  # says so when there is no tokenizer
-    return trunk.text_of(prompt).strip()
-
-
-def _prompt(trunk: Thread, request: str, begin: str) -> list[int]:
-    """Token ids of a new prompt: `request` in the question's place, and how its answer begins."""
-    prompt = trunk.prompt
-    if isinstance(prompt, str) or not isinstance(prompt[0], dict):
-        return trunk.encode_prompt(f"{request}\n\n{begin}")
-    at = max(i for i, message in enumerate(prompt) if message["role"] == "user")
-    chat = [*prompt[:at], {**prompt[at], "content": request}]
-    ids = trunk.encode_prompt(chat)
-    return [*ids, *trunk.encode(begin, ids)]
-
-
-def _fill(request: str, **values: Any) -> str:
-    """`request` with the {names} filled in; other braces, and those in the values, stay as they are."""
-    return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match.group(1), match.group(0))), request)

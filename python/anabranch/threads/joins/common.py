@@ -30,12 +30,20 @@ def adoptable(thread: AnyThread, op: JoinOp, children: Sequence[AnyThread]) -> b
     others = [c for c in thread.children if c.alive and c.role == "fork" and c not in children]
     return (
         op.headers == [None]
+        and (op.mode == "concat" or same_segment(thread, children))
+        and all(t.live is None for t in (thread, *children))
         and thread.role != "fork"
         and len(children) == 1
         and not others
         and thread.goes_on_as(children[0])
         and not any(c.alive for c in children[0].children)
     )
+
+
+def same_segment(thread: AnyThread, children: Sequence[AnyThread]) -> bool:
+    """Whether the first child's KV is what computing its tokens in the thread would give, as far as vectors go that
+    the model adds to K and V."""
+    return bool(children[0].kv_segment == thread.kv_segment)
 
 
 def adopt(host: Books[Any], thread: AnyThread, child: AnyThread) -> None:

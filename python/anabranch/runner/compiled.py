@@ -297,6 +297,7 @@ class _told:
         Console(stderr=True, highlight=False).print(
             f"anabranch: compiling the forward of {model}; what is compiled is kept in {cache_folder() / 'compiled'}",
             markup=False,
+            soft_wrap=True,
         )
 
     def __enter__(self) -> None:

@@ -25,17 +25,22 @@ from anabranch.kv.step import Step
 from anabranch.ops.tree import _lib
 from anabranch.runner.linear import _linear, rows_for, takes
 
-__all__ = ["Graphs", "compiler_problem"]
+__all__ = ["Graphs", "compiler_problem", "cxx"]
 
 _FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 _ANY = 1 << 40  # rows: no bound
 
 
+def cxx() -> str:
+    """The C++ compiler that inductor calls."""
+    command = shlex.split(os.environ.get("CXX", "")) or ["clang++" if sys.platform == "darwin" else "g++"]
+    return command[0]
+
+
 def compiler_problem() -> str | None:
     """Why torch.compile cannot make code for this CPU, with the remedy; None where its C++ compiler is there."""
-    command = shlex.split(os.environ.get("CXX", "")) or ["clang++" if sys.platform == "darwin" else "g++"]
-    if shutil.which(command[0]) is None:
-        return f"no C++ compiler: {command[0]} is not on PATH; install g++, or set CXX"
+    if shutil.which(cxx()) is None:
+        return f"no C++ compiler: {cxx()} is not on PATH; install g++, or set CXX"
     return None
 
 

@@ -247,6 +247,11 @@ class Cache {
     tree_->truncate(b.id, length);
   }
 
+  void keep(const Branch& b) {
+    mine(b, "keep");
+    tree_->keep(b.id);
+  }
+
   void release(const Branch& b) {
     mine(b, "release");
     tree_->release(b.id);
@@ -435,13 +440,18 @@ PYBIND11_MODULE(_core, m) {
       .def("discard", &Cache::discard)
       .def("truncate", &Cache::truncate)
       .def("release", &Cache::release)
+      .def("keep", &Cache::keep)
+      .def("kept_pages",
+           [](const Cache& c, const Branch& b, i64 length) { return c.tree()->kept_pages(c.mine(b, "keep").id, length); })
+      .def_property_readonly("pages_needed", [](const Cache& c) { return c.tree()->pages_needed(); })
       .def("check_branch", [](const Cache& c, const Branch& b, const char* what) { c.mine(b, what); })
       .def("plan", &Cache::plan)
       .def("plan_stats", &Cache::stats)
       .def("usage",
            [](const Cache& c) {
              const Usage u = c.tree()->usage();
-             return py::make_tuple(u.pages_total, u.pages_free, u.tokens_logical, u.tokens_physical, u.pages_copied);
+             return py::make_tuple(u.pages_total, u.pages_free, u.tokens_logical, u.tokens_physical, u.pages_copied,
+                                   u.pages_kept);
            })
       .def("slots", [](const Cache& c, const Branch& b) { return array_of(c.tree()->slots(c.mine(b, "read").id)); })
       .def("positions",

@@ -24,7 +24,7 @@ from anabranch.viz import terminal as display
 from anabranch.viz.story import Block, Branch, Story, from_node
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("demo", "generate", "eval", "view", "bench", "doctor", "strategies", "compare")
+COMMANDS = ("demo", "generate", "eval", "view", "bench", "doctor", "strategies", "compare", "serve")
 PAGES = ["--num-pages", "64"]
 BRANCHES = ["--header", "Yes, because", "--header", "No, because"]
 
@@ -207,6 +207,15 @@ def test_demo_sequential_writes_the_same_with_all_tokens_on_the_path(tiny):
     assert one_by_one["token_ids"] == side_by_side["token_ids"]
     assert one_by_one["metrics"]["critical_path_tokens"] == one_by_one["metrics"]["total_tokens"]
     assert one_by_one["metrics"]["max_concurrency"] == 1 and side_by_side["metrics"]["max_concurrency"] == 2
+
+
+def test_demo_shows_any_strategy_by_name(tiny):
+    arguments = ["demo", "Hi?", "--model", tiny, "--max-new-tokens", "6", "--strategy"]
+    assert json.loads(invoke(*arguments, "self-consistency(n=3)", "--json").stdout)["metrics"]["num_threads"] == 3
+    wrong = {"self-consistancy": "did you mean self-consistency", "self-consistency(m=1)": "no option"}
+    for name, says in wrong.items():
+        assert says in invoke(*arguments, name, code=2).stderr
+    assert "leave those out" in invoke(*arguments, "plain", *BRANCHES, code=2).stderr
 
 
 def test_a_branch_of_the_demo_ends_with_its_sentence():

@@ -119,7 +119,7 @@ def test_positions_as_asked_for():
     assert starts[-2] == ("inserted", 46 - 3)
 
 
-@pytest.mark.parametrize("pages", [30, 36])
+@pytest.mark.parametrize("pages", [32, 36])
 @pytest.mark.parametrize("strategy", [Graph(), Graph(discard=True), Places()], ids=["sight", "killed", "places"])
 def test_pre_empted_threads_come_back_the_same(strategy, pages):
     prompts = ["Why?", "How?", "When", "Is it"]

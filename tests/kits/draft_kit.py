@@ -7,21 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import anabranch as ab
-from anabranch.engine import loop
+from anabranch.engine import stepper
 
 
 class Known(dict):
     """What a run of the engine chose: (thread id, context) → token. Filled while `watching`."""
 
     def watching(self, monkeypatch, run: Callable[[], Any]) -> Any:
-        record = loop.record_token
+        record = stepper.record_token
 
         def noted(request, thread, token, logprob=None):
             self[request.index, thread.id, tuple(thread.context)] = token
             record(request, thread, token, logprob)
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "record_token", noted)
+            patch.setattr(stepper, "record_token", noted)
             return run()
 
     def path(self, ask, length: int) -> list[int]:

@@ -57,6 +57,17 @@ def test_batch_invariant_plans_take_views() -> None:
         problem.attend(step, views, "cpu", close(1e-5), ["cpu"])
 
 
+def test_plans_that_lie_on_a_device() -> None:
+    """As on a GPU: arrays are copied there once a topology, and advanced there where they can be."""
+    problem = grown(6)
+    problem.cache.planner.on_host = False
+    for turning in (True, False, True):
+        step, views = problem.grow(turning)
+        problem.attend(step, views, "cpu", close(1e-5), ["cpu"])
+        for _ in range(2):  # plain decode steps in between
+            problem.attend(problem.cache.step(dict.fromkeys(problem.branches, 1)), {}, "cpu", close(1e-5), ["cpu"])
+
+
 def test_workers_that_see_one_another_read_everything_once() -> None:
     """Without offsets, rows that see the same are one run: as if they shared a branch."""
     problem = grown(0, page_size=3)  # the trunk's 9 tokens fill their pages, so no fork copies one

@@ -62,8 +62,9 @@ MUTANTS = [
         "if reason is not None and not op.done:", "if reason is not None:", ORDER,
     ),
     Mutant(
-        "until() that kills another of the same step", f"{ENGINE}loop.py",
-        "if not thread.alive or thread.request not in self._calls:", "if thread.request not in self._calls:", ORDER,
+        "until() that kills another of the same step", f"{ENGINE}stepper.py",
+        "if not thread.alive or thread.request not in self.loop.calls:",
+        "if thread.request not in self.loop.calls:", ORDER,
     ),
     Mutant(
         "positions go on from the last segment", f"{THREADS}state.py",

@@ -144,7 +144,7 @@ def test_a_fork_deeper_than_five_blocks_is_refused():
     lines.append((before + "<Conclusion>\n", "</Conclusion></Parallel><eos>"))
     result = play("p", *lines)
     assert result.metrics.num_forks == 6
-    assert result.malformed[0] == "thread 0.0.0.0.0.0.0: a fork deeper than 5 blocks; refused"
+    assert result.malformed[1] == "thread 0.0.0.0.0.0.0: a fork deeper than 5 blocks; refused"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_path_that_does_not_end_is_left_open_and_the_answer_goes_on():
     lines = [("p", head), ("p" + head + "\n<Path>\n1:", "a<eos>"), *block("p" + head, {"2": "b"})]
     result = play("p", *lines, ("p" + joined, "c</Conclusion></Parallel><eos>"))
     assert result.token_ids == STAGE.ids(joined + "c</Conclusion></Parallel><eos>")
-    assert result.malformed[0] == "thread 0.0: ended by eos without </Path>; left open"
+    assert result.malformed[1] == "thread 0.0: ended by eos without </Path>; left open"
     closed = dataclasses.replace(ab.Multiverse(), unclosed="</Path>")
     joined = joined.replace("1:a", "1:a</Path>")
     result = play("p", *lines, ("p" + joined, "c</Conclusion></Parallel><eos>"), strategy=closed)

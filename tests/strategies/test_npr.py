@@ -182,7 +182,7 @@ def test_what_ends_the_answer_ends_a_step_inside_one():
     lines = [("q", HEAD), ("q" + HEAD + "\n<step>\n1:", "<guideline></guideline>")]
     result = play("q", *lines, *block("q" + HEAD, {"2": steps["2"]}), ("q" + whole, END))
     assert result.token_ids == STAGE.ids(whole + END)
-    assert result.malformed[:2] == (
+    assert result.malformed[1:3] == (
         "thread 0.0: </guideline> without any outline id; ended there",
         "thread 0.0: ended by stop without </step>; left open",
     )
@@ -213,7 +213,7 @@ def test_a_step_ends_with_the_budget_that_counts_its_siblings():
     assert [kid.ended for kid in result.tree.children] == ["length"] * 3
     # The context is past its budget then, so the answer ends there.
     assert result.token_ids == STAGE.ids(whole)
-    assert result.malformed[:3] == tuple(f"thread 0.{i}: ended by length without </step>; left open" for i in range(3))
+    assert result.malformed[1:4] == tuple(f"thread 0.{i}: ended by length without </step>; left open" for i in range(3))
 
 
 def test_a_step_that_meets_eos_is_left_open():
@@ -221,7 +221,7 @@ def test_a_step_that_meets_eos_is_left_open():
     lines = [("q", HEAD), ("q" + HEAD + "\n<step>\n1:", "a<eos>"), *block("q" + HEAD, {"2": "b"}), ("q" + whole, END)]
     result = play("q", *lines)
     assert result.token_ids == STAGE.ids(whole + END)
-    assert result.malformed[0] == "thread 0.0: ended by eos without </step>; left open"
+    assert result.malformed[1] == "thread 0.0: ended by eos without </step>; left open"
 
 
 def test_what_is_kept_behind_a_step_is_whatever_was_sampled():

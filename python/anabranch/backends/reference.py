@@ -146,7 +146,7 @@ def _attend_queries(
         s, v = torch.cat(scores[row], 1), torch.cat(values[row])
         total = s if sinks is None else torch.cat([s, sinks.to(dtype)[:, None]], 1)
         lses.append(torch.logsumexp(total, 1))
-        outs.append(torch.einsum("hj,jhd->hd", torch.exp(s - lses[row][:, None]).nan_to_num(0.0), v))
+        outs.append(torch.einsum("hj,jhd->hd", torch.exp(s - lses[row][:, None]), v))  # a row sees itself
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return torch.stack(outs).to(q.dtype), torch.stack(lses).to(lse_dtype) if return_lse else None
 

@@ -6,12 +6,14 @@ from anabranch.engine.handle import Handle
 from anabranch.engine.replay import logprob_pairs, replay
 from anabranch.records.events import Become, Discard, Event, Finish, Fork, Join, Token
 from anabranch.records.result import Node, Result
+from anabranch.records.stats import EngineStats
 
 __all__ = [
     "AsyncEngine",
     "Become",
     "Discard",
     "Engine",
+    "EngineStats",
     "Event",
     "Finish",
     "Fork",

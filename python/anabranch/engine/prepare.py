@@ -107,6 +107,7 @@ class Preparation:
                 max_new_tokens=prepared.max_new_tokens,
                 logprobs=logprobs,
                 position_limit=limit,
+                prefixes=engine.prefixes,
                 emit=call.emit if listened else None,
                 prompt=prompts[i],
                 template=template,

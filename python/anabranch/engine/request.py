@@ -10,6 +10,7 @@ from anabranch.engine.ops import ENGINE_OPS
 from anabranch.engine.sampling import Sampler, Samplers, random_stream
 from anabranch.engine.thread_kv import EngineThread
 from anabranch.kv.cache import TreeCache
+from anabranch.kv.prefix import PrefixCache
 from anabranch.strategies.api.thread import Thread
 from anabranch.strategies.draft.draft_tree import DraftTree
 from anabranch.threads.books import Books
@@ -20,8 +21,18 @@ class Request(Books[EngineThread]):
 
     ops = ENGINE_OPS
 
-    def __init__(self, *args: Any, cache: TreeCache, samplers: Samplers, draft: DraftTree | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        cache: TreeCache,
+        samplers: Samplers,
+        draft: DraftTree | None = None,
+        prefixes: PrefixCache | None = None,
+        **kwargs: Any,
+    ):
         self.cache, self.samplers, self.draft, self.live = cache, samplers, draft, LiveGroup()
+        self.cached_tokens = 0  # of its prompts, those that were found computed
+        self.prefixes, self.epoch = prefixes, 0  # contexts to find and to leave behind, those of one epoch alone
         super().__init__(*args, **kwargs)
         self.order = (0, self.index)  # among all of an engine: who comes first in a shortage (the loop's affair)
 
@@ -45,6 +56,7 @@ class Request(Books[EngineThread]):
         return [thread] if thread.live is None else self.live.members()
 
     def retire(self, thread: EngineThread, fate: str) -> None:
+        thread.kv.leave(self.cache)  # what others may begin with can be found from now on
         for other in self.live.leave(thread):
             other.kv.pinned = True  # what it saw is gone, so it could not be computed again
         super().retire(thread, fate)
@@ -75,6 +87,8 @@ class Request(Books[EngineThread]):
                 child.kv.release(self.cache)
 
     def hold_joined(self, thread: EngineThread, children: Sequence[EngineThread]) -> None:
+        for child in children:
+            child.kv.share(self.cache)
         # The tree takes a child's tokens since its fork from the branch itself; positions come from our own books.
         self.cache.join(thread.kv.held, [child.kv.held for child in children], mode="concat")
         last = children[-1].kv

@@ -25,6 +25,8 @@ from anabranch.kv.cache import TreeCache
 from anabranch.kv.step import Step
 from anabranch.threads.ops import next_ops
 
+WORTH_WAITING = 64  # tokens that another request is computing just now: who needs them too waits for it
+
 
 class RequestFailed(Exception):
     """`request` cannot go on, because of `error`; the others can."""
@@ -71,8 +73,11 @@ class Scheduler:
         return self._pages(request.trunk.kv) + 1 + running <= free
 
     def _pages(self, kv: ThreadKV) -> int:
-        """What it takes to bring a thread into the cache."""
-        return kv.pending // self.cache.page_size + 1
+        """What it takes to bring a thread into the cache: pages for what is not there, and those it wakes."""
+        found, woken, prefixes = 0, 0, kv.thread.request.prefixes
+        if prefixes is not None and kv.branch is None and kv.findable:
+            found, woken = prefixes.cost(kv.thread.own, kv.findable)
+        return (kv.pending - found) // self.cache.page_size + 1 + woken
 
     def admit(self) -> None:
         """Settle which threads may be given a token in this step."""
@@ -128,7 +133,7 @@ class Scheduler:
         free = self.cache.usage().pages_free
         size = self.cache.page_size
         running = sum(kv.branch is not None for kv in wanted)
-        coming = {id(kv) for kv in wanted}
+        coming = {id(kv): kv for kv in wanted if kv.branch is not None and kv.pending > 1}
         entries: list[tuple[ThreadKV, PrefillChunk, int]] = []
         first_outside: ThreadKV | None = None  # the first that waits for room
         groups: set[Request] = set()
@@ -152,7 +157,8 @@ class Scheduler:
                 # grow; else they would push one another out in turns. Alone it may always try.
                 if first_outside is not None and kv.thread.age > first_outside.thread.age:
                     continue
-                if entries and self._pages(kv) + 1 + running > free:
+                pages = self._pages(kv)
+                if entries and pages + 1 + running > free:
                     first_outside = kv
                     continue
                 if not kv.may_open:
@@ -161,16 +167,24 @@ class Scheduler:
                     continue  # and so do siblings that it sees: those that do not come are computed again, for it alone
                 donor = kv.donor(least=size)
                 if donor is not None and donor[0].held.length < donor[1]:
-                    if id(donor[0]) in coming:
+                    if donor[0] in wanted:
                         continue  # what they have in common is being computed
                     donor = None
+                prefixes = kv.thread.request.prefixes
+                if prefixes is not None and kv.findable:
+                    found = prefixes.longest(kv.thread.own, kv.findable)
+                    if donor is not None and found >= donor[1]:
+                        donor = None
+                    if any(_alike(kv, other) >= found + WORTH_WAITING for other in coming.values()):
+                        continue
                 try:
                     kv.open(self.cache, donor)
                 except ValueError as error:
                     raise RequestFailed(kv.thread.request, error) from error
                 if kv.in_cache:
                     continue
-                free -= self._pages(kv)
+                coming[id(kv)] = kv
+                free -= pages
                 running += 1
             chunk = kv.next_chunk()
             count = min(chunk.left, room)
@@ -326,6 +340,15 @@ def _go_together(a: ThreadKV, b: ThreadKV) -> bool:
     """Whether one of the two cannot have rows in a step without the other: they are one, or see one another."""
     live = a.thread.live is not None and b.thread.live is not None
     return a is b or (live and a.thread.request is b.thread.request)
+
+
+def _alike(kv: ThreadKV, other: ThreadKV) -> int:
+    """With how many equal tokens two threads begin that others could find."""
+    most = min(kv.findable, other.thread.dense_length)
+    mine, theirs = kv.thread.own[:most], other.thread.own[:most]
+    if other.thread.role == "fork" or mine[:WORTH_WAITING] != theirs[:WORTH_WAITING]:
+        return 0
+    return next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), most)
 
 
 def _built_on(thread: EngineThread) -> bool:

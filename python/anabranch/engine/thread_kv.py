@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from anabranch.engine.drafts.tree import Ahead, DraftNode
     from anabranch.engine.request import Request
     from anabranch.kv.cache import TreeCache
+    from anabranch.kv.prefix import PrefixCache
     from anabranch.kv.step import Branch
     from anabranch.kv.views import Read
 
@@ -211,10 +212,29 @@ class ThreadKV:
             assert thread.parent is not None
             self.branch = _fork_at(cache, thread.parent.kv.held, thread.forked_at)
         else:
-            self.branch = cache.branch()
+            self.branch = self._known() or cache.branch()
         if any(s.spliced is not None for s in thread.segments) or not self._shared_at_once(cache):
             self._rebuild = self._again(cache)
             self.settle()
+
+    @property
+    def findable(self) -> int:
+        """How many of its first tokens may be another's: at least one is left, whose logits have to be computed."""
+        thread = self.thread
+        if thread.role == "fork" or thread.request.kv_segments or any(s.spliced is not None for s in thread.segments):
+            return 0
+        most = min(thread.dense_length, thread.length - 1)
+        return most if thread.score is None else min(most, thread.score.begin)  # what is scored is computed
+
+    def _known(self) -> Branch | None:
+        """A branch with what is known of its tokens from other threads or requests, if anything is."""
+        request = self.thread.request
+        if request.prefixes is None:
+            return None
+        branch = request.prefixes.fork(self.thread.own, self.findable)
+        if branch is not None and self.last_step == 0:
+            request.cached_tokens += branch.length
+        return branch
 
     def next_chunk(self) -> PrefillChunk:
         """What the next step should cache of this thread; it is open and has tokens `pending`."""
@@ -306,6 +326,30 @@ class ThreadKV:
                 anchor_here()
 
     # ---------------------------------------------------------------------------------------- leaving the cache
+
+    def share(self, cache: TreeCache) -> None:
+        """Let others begin with what is in the cache now, in whole pages: the thread goes on in the next."""
+        prefixes = self._keeping()
+        length = min(self.thread.dense_length, self.held.length)
+        length -= length % cache.page_size
+        if prefixes is not None and length:
+            prefixes.keep(cache.fork(self.held, 1)[0], self.thread.context[:length])
+
+    def _keeping(self) -> PrefixCache | None:
+        """Where to leave what it has computed, if that is of use to others."""
+        request = self.thread.request
+        if request.kv_segments:  # its K and V hold vectors of its strategy's own
+            return None
+        good = request.prefixes is not None and self.opened and request.epoch == request.prefixes.epoch
+        return request.prefixes if good else None
+
+    def leave(self, cache: TreeCache) -> None:
+        """Give its pages back for good; what others may begin with can be found until the pages are needed."""
+        prefixes = self._keeping()
+        if prefixes is not None and (length := min(self.thread.dense_length, self.held.length)):
+            branch, self.branch = self.held, None
+            prefixes.keep(branch, self.thread.context[:length])
+        self.release(cache)
 
     def release(self, cache: TreeCache) -> None:
         """Give its pages back; its tokens and logits stay."""

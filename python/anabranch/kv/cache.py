@@ -7,7 +7,7 @@ checks and the one device call a step may need, the copy of shared tail pages.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from anabranch import _core, backends, ops
 from anabranch._check import layer_of, shape_of, told
+from anabranch._core import OutOfPages
 from anabranch.backends.base import PreparesPool
 from anabranch.kv.arguments import _branch, _device, _number, _positions, _rows, _size
 from anabranch.kv.model import shape_for
@@ -31,10 +32,13 @@ class Usage:
     """What a cache holds, in pages and tokens.
 
     Attributes:
-        pages_total, pages_free: pages of the pool.
+        pages_total, pages_free: pages of the pool. Those that only kept branches hold count as free: they are given up
+            when a step needs them (see `TreeCache.keep`).
         tokens_logical: Σ of the branches' lengths, as if nothing were shared.
         tokens_physical: tokens that really take up a slot.
         pages_copied: shared tail pages copied since the cache was made (each for all layers, K and V).
+        pages_kept: of the free ones, those whose tokens can still be forked from. Tokens of kept branches alone count
+            in none of the above.
     """
 
     pages_total: int
@@ -42,6 +46,7 @@ class Usage:
     tokens_logical: int
     tokens_physical: int
     pages_copied: int
+    pages_kept: int = 0
 
 
 class TreeCache:
@@ -126,6 +131,7 @@ class TreeCache:
         self._v = [self._pool[num_layers + i].transpose(1, 2) for i in range(num_layers)]
         self._core = _core.Cache(num_pages, page_size)
         self.batch_invariant = False  # for plans of later steps; a backend with that trait honours it
+        self.reclaim: Callable[[int], bool] = _nothing_to_give  # see `keep`
         self.planner = Planner(self._core.plan, self.device, backends.advance_kernel(self.device))
         self._watch = Watch()
 
@@ -216,7 +222,7 @@ class TreeCache:
         self._watch.check_step(rows, given)
         seen, turned = ({}, False) if views is None else core_views(views, rows)
         rotary = self._rotary_of_layers() if turned else ()
-        core = self._core.step(rows, given, seen)
+        core = self._reserved(rows, given, seen)
         if core.num_copies:
             src, dst, filled = torch.from_numpy(core.copies()).unbind(0)
             self._backend.copy_pages(self._pool, src, dst, filled)
@@ -301,6 +307,34 @@ class TreeCache:
         """
         self._watch.ending(_branch(branch, "release"))
         self._core.release(branch)
+
+    def keep(self, branch: Branch) -> None:
+        """Keeps a branch to be forked from later, for as long as nothing else needs its pages.
+
+        From now on it takes no rows and no part in joins, and `usage` counts what it alone holds as free. It can be
+        forked, truncated, read and released. When a step runs out of pages, ``cache.reclaim(pages)`` is called, which
+        is to release or truncate kept branches until so many pages are free beside those kept, and to say whether
+        it could; `PrefixCache` does.
+
+        Raises:
+            DeadBranch, ValueError: a dead or foreign branch.
+        """
+        self._core.keep(_branch(branch, "keep"))
+
+    def kept_pages(self, branch: Branch, length: int) -> int:
+        """Of the pages that hold a branch's first `length` tokens, those that count as free because only kept branches
+        hold them: so many less are free once it is forked."""
+        return self._core.kept_pages(_branch(branch, "kept_pages"), length)
+
+    def _reserved(
+        self, rows: Mapping[Branch, int], given: Mapping[Branch, Any], views: Mapping[Branch, Any]
+    ) -> _core.Step:
+        while True:
+            try:
+                return self._core.step(rows, given, views)
+            except OutOfPages:
+                if not self.reclaim(self._core.pages_needed):
+                    raise
 
     # -- tensors -----------------------------------------------------------------------------------------------------
     def k_pages(self, layer: int) -> Tensor:
@@ -424,6 +458,10 @@ def _rotary(given: Any, num_layers: int, head_dim: int) -> list[Rotary | None] |
         if rotary is not None and 2 * len(rotary.frequencies) > head_dim:
             raise ValueError(f"rotary: {len(rotary.frequencies)} pairs do not fit in head_dim={head_dim}")
     return every
+
+
+def _nothing_to_give(pages: int) -> bool:
+    return False
 
 
 def free_memory(device: torch.device) -> int:

@@ -23,12 +23,13 @@ Time and work of this prompt: ``wall_seconds`` from the call to its end; ``secon
 that several prompts shared counts for each by its rows, so that the prompts of a call add up to the call;
 ``overhead_seconds``, the price of deciding (phases "plan" and "strategy"), and ``overhead``, its share of all phases;
 ``steps`` it had rows in, ``rows`` it had in them, ``preemptions`` of its threads; ``draft_tokens`` that were guessed
-and verified (`DraftTree`), ``accepted_tokens``: of these, those that came true.
+and verified (`DraftTree`), ``accepted_tokens``: of these, those that came true; ``cached_tokens``: those of its prompts
+whose keys and values earlier requests had computed (``Engine(prefix_cache=True)``).
 
-Memory, of the whole call (its prompts share one cache), up to this prompt's end: ``pages_copied``, ``pages_peak``,
-``tokens_logical_peak`` (context tokens of all branches together, at most), ``tokens_physical_peak`` (those that really
-lay in memory, at most), ``tokens_physical_then`` (those in memory at the moment of the logical peak) and ``sharing``
-(how much less that was: logical peak / physical then).
+Memory, of the whole cache (all requests share it), from the call up to this prompt's end: ``pages_copied``,
+``pages_peak``, ``tokens_logical_peak`` (context tokens of all branches together, at most), ``tokens_physical_peak``
+(those that really lay in memory, at most), ``tokens_physical_then`` (those in memory at the moment of the logical peak)
+and ``sharing`` (how much less that was: logical peak / physical then).
 """
 
 from __future__ import annotations
@@ -166,6 +167,7 @@ def summary(results: Iterable[Any]) -> dict[str, float]:
         "preemptions",
         "draft_tokens",
         "accepted_tokens",
+        "cached_tokens",
     ):
         out[name] = sum(getattr(m, name) for m in all_metrics)
     total, critical = out["total_tokens"], out["critical_path_tokens"]

@@ -2,7 +2,8 @@
 
 Weights and buffers are inputs of the compiled graphs, so what changes *in* them is always seen. Which modules and
 parameters there are, whose forward is covered, which adapters are on: that a graph was made of, and torch.compile's own
-guards leave some of it out (by default they look at no hook).
+guards leave some of it out (by default they look at no hook). Looked at in every step, and so without a glance at the
+values that `weights.fingerprint` takes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from operator import is_
 from typing import Any
 
 import torch
+
+from anabranch.runner.weights import adapters
 
 
 def forward_hooks(model: Any) -> list[Any]:
@@ -38,8 +41,8 @@ class ModelState:
         self._tables: list[dict[str, Any]] = [d for m in modules for d in (m._modules, m._parameters)]
         self._hooks = forward_hooks(model)
         self._forwards = self._own_forwards()
-        self._adapted = [m for m in modules if hasattr(m, "active_adapters") and hasattr(m, "scaling")]
-        self._adapters = [_adapters(m) for m in self._adapted]
+        self._adapted = [m for m in modules if adapters(m)]
+        self._adapters = [adapters(m) for m in self._adapted]
         # Held, not their ids: an id is used again once its object is gone.
         self._parts = list(self._now())
 
@@ -54,20 +57,10 @@ class ModelState:
         now = list(self._now())
         if len(now) != len(self._parts) or not all(map(is_, now, self._parts)):
             return False
-        return not self._adapted or [_adapters(m) for m in self._adapted] == self._adapters
+        return not self._adapted or [adapters(m) for m in self._adapted] == self._adapters
 
     def _now(self) -> Iterable[Any]:
         return chain.from_iterable(map(dict.values, self._tables))
 
     def _own_forwards(self) -> list[Any]:
         return [own["forward"] for own in self._attributes if "forward" in own]
-
-
-def _adapters(module: Any) -> tuple[Any, ...]:
-    """What an adapter layer (PEFT's) computes with: the adapters that are on, whether merged, and their scales."""
-    return (
-        tuple(module.active_adapters),
-        bool(getattr(module, "disable_adapters", False)),
-        tuple(getattr(module, "merged_adapters", ())),
-        tuple(dict(module.scaling).items()),
-    )

@@ -69,6 +69,7 @@ class ThreadState(Generic[State]):
         self.own: list[int] = []  # tokens since; prompt included for a trunk or a fresh thread
         self.segments: list[Segment[State]] = []  # of `own`
         self.forgotten: list[Segment[State]] = []
+        self.dense_prefix = 0  # as `dense_length`, of what its parent was at the fork
         self.start = 0  # position at its fork
         self.position = 0  # of the next token
         self.blocks: list[tuple[int, list[State]]] = []  # (length, children) of each fork, in order
@@ -112,6 +113,18 @@ class ThreadState(Generic[State]):
     @property
     def length(self) -> int:
         return len(self.prefix) + len(self.own)
+
+    @property
+    def dense_length(self) -> int:
+        """How many of its first tokens are one plain sequence: on positions 0, 1, …, all before each in its sight."""
+        length = self.dense_prefix
+        if length < len(self.prefix) or self.live is not None:
+            return length
+        for segment in self.segments:
+            if segment.spliced is not None or segment.position != length:
+                break
+            length += len(segment.token_ids)
+        return length
 
     @property
     def begin(self) -> int:
@@ -240,6 +253,7 @@ class ThreadState(Generic[State]):
             child.path_sampled = max(child.path_sampled, other.path_sampled)
             child.start = max([child.start, *(p + 1 for p in segment.positions())])
         child.position = child.start
+        child.dense_prefix = self.dense_length
         child.born = True
 
     def splice(self, child: State) -> None:

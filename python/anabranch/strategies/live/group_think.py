@@ -25,12 +25,11 @@ class GroupThink(Strategy):
 
     workers: how many. tokens: most tokens each writes.
     headers: how each worker's text begins; None: a line break and a name.
-    room: positions of each worker's range; None: all begin at the same position (the answer's positions then overlap,
-        and a worker's next token stands beside the others').
+    room: positions of each worker's range, and so most tokens that one writes, header included; None: all begin at the
+        same position (a worker's tokens then stand beside the others').
     same_step: what a worker sees of tokens that are computed in the same forward as its own. "all": the paper's rule;
         "before": those of workers before it (all of them interleaved in one causal sequence, the paper's variant for
-        many requests; the one that a training mask can show, see docs/systems/group_think.md); "none": a token is
-        seen from the next step on.
+        many requests); "none": a token is seen from the next step on. A training mask can show the last two.
     conclusion: text behind all of them, from which the trunk goes on; None: it ends there.
     stop: text that ends a worker.
     """
@@ -38,7 +37,7 @@ class GroupThink(Strategy):
     workers: int = 4
     tokens: int | None = None
     headers: tuple[str, ...] | None = None
-    room: int | None = 4096
+    room: int | None = 1024
     same_step: str = "all"
     conclusion: str | None = None
     stop: str | tuple[str, ...] = ()

@@ -46,6 +46,8 @@ class BeamSearch(Strategy):
     sampling: Mapping[str, Any] | None = None
     max_new_tokens: int | None = None
 
+    needs = ("the likeliest next tokens",)
+
     def __post_init__(self) -> None:
         names = ("width", "num_return_sequences", "num_beam_groups", "max_new_tokens")
         whole_fields(self, names, optional=("max_new_tokens",))

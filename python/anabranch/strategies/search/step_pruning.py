@@ -40,6 +40,8 @@ class STEP(Strategy):
     top_p: float | None = 0.95
     top_k: int | None = None
 
+    needs = ("hidden states",)
+
     def __post_init__(self) -> None:
         whole_fields(self, ("n", "least", "step_tokens"), optional=("step_tokens",))
         whole_fields(self, ("prune",), least=0)

@@ -70,6 +70,8 @@ class MedVerse(Strategy):
     max_steps: int = 64
     step_tokens: int | None = None
 
+    needs = ("concat joins",)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "tags", tuple(self.tags))
         for field, allowed in (("sees", ("dependencies", "ancestors")), ("order", ("graph", "at once"))):

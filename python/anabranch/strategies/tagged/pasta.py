@@ -47,6 +47,8 @@ class PASTA(Strategy):
     max_threads: int = 32
     after: str = "\n"
 
+    needs = ("concat joins", "positions of its own")
+
     def __post_init__(self) -> None:
         if self.positions not in ("promised", "dense"):
             raise ValueError(f"PASTA: positions={self.positions!r}; pass 'promised' or 'dense'")

@@ -2,7 +2,7 @@ r"""Systems in which the model itself writes tags that ask for threads: the form
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,10 @@ class Tagged(Strategy):
     max_threads: int | None = 64
     thread_tokens: int | None = None
     pieces: Mapping[str, int] | tuple[tuple[str, int], ...] | None = None
+
+    @property
+    def needs(self) -> Sequence[str]:  # type: ignore[override]
+        return ("concat joins",) if self.join == "concat" else ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tags", tuple(self.tags))

@@ -21,7 +21,7 @@ def adapters(module: torch.nn.Module) -> tuple[str, ...]:
 
 def fingerprint(model: Any, derived: bool = True) -> Hashable:
     """Equal for two moments between which no weight was replaced or changed in place, no module or forward hook came or
-    went and no adapter was switched.
+    went, no forward was covered and no adapter was switched.
 
     Changes in place are seen by each tensor's version, and behind torch's back (``p.data.mul_(…)``) by one element of
     each: an update of a part of a tensor through ``.data`` is not noticed. derived: whether buffers that are not saved
@@ -31,7 +31,8 @@ def fingerprint(model: Any, derived: bool = True) -> Hashable:
     probes: list[torch.Tensor] = []
     for module in model.modules():
         hooks = (*module._forward_hooks, *module._forward_pre_hooks)
-        parts.append((id(module), type(module), adapters(module), hooks))
+        # A forward of a module's own (accelerate's hooks put one there, and whoever patches a model).
+        parts.append((id(module), type(module), module.__dict__.get("forward"), adapters(module), hooks))
         transient = frozenset() if derived else module._non_persistent_buffers_set
         buffers = (buffer for name, buffer in module._buffers.items() if name not in transient)
         for tensor in (*module._parameters.values(), *buffers):

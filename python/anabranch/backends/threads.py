@@ -133,6 +133,23 @@ def torch_on_one(apply: bool = True) -> Iterator[None]:
             _cpu.openmp_threads(before)
 
 
+@contextmanager
+def torch_on_all() -> Iterator[None]:
+    """Inside `torch_on_one`: as many threads for torch as our kernels have, for a product that is torch's after all."""
+    held: int = getattr(_held, "threads", 0)
+    if not held:
+        yield
+        return
+    from anabranch import _cpu
+
+    before = _cpu.openmp_threads(held)
+    try:
+        yield
+    finally:
+        if before:
+            _cpu.openmp_threads(before)
+
+
 # ------------------------------------------------------------------------------------------------ control groups
 
 

@@ -19,13 +19,15 @@ VARIABLES = {
     "ANABRANCH_CPU_ISA": "instruction set of the CPU kernels, one of those under Backends",
     "ANABRANCH_NUM_THREADS": "threads of the CPU kernels; as under Hardware where not set",
     "ANABRANCH_OWN_LINEAR": "0 or 1: linear layers on a CPU by our kernel; automatic where not set",
-    "ANABRANCH_CACHE": "folder of converted models",
+    "ANABRANCH_CACHE": "folder of converted models and compiled forwards",
     "XDG_CACHE_HOME": "its parent, where ANABRANCH_CACHE is not set",
     "ANABRANCH_CUDA": "when building: 0, 1 or auto",
     "ANABRANCH_CUDA_ARCHS": "when building: GPU architectures, as in 80;90a;100",
     "CUDACXX": "when building: nvcc, where it is not on PATH",
     "CUDA_HOME": "when building: the folder above bin/nvcc, where neither says",
     "CMAKE_BUILD_PARALLEL_LEVEL": "when building: compilers at once",
+    "CXX": "C++ compiler of Engine(compile=…), and when building",
+    "TORCHINDUCTOR_CACHE_DIR": "folder of what torch.compile made, instead of one in ANABRANCH_CACHE",
     "TRITON_INTERPRET": "1: Triton kernels run in its interpreter, on the CPU, slowly",
     "OMP_NUM_THREADS": "threads of torch, which the CPU kernels then follow whatever the cores and quotas",
     "CUDA_VISIBLE_DEVICES": "GPUs that torch may see",
@@ -76,6 +78,7 @@ def examine() -> dict[str, Any]:
         elif entry.get("selftest") and not entry["selftest"]["passed"]:
             problems.append(f"{name}: the self-test failed ({entry['selftest']['detail']})")
     report["auto"] = _auto()
+    report["compile"] = _compile()
     from anabranch.cli.common import choose_dtype
 
     dtype, why = choose_dtype()
@@ -215,6 +218,14 @@ def _auto() -> dict[str, Any]:
     return chosen
 
 
+def _compile() -> dict[str, Any]:
+    """Whether ``Engine(compile=True)`` finds its compiler."""
+    from anabranch.runner.tracing import compiler_problem, cxx
+
+    problem = compiler_problem()
+    return {"compiler": None if problem else cxx(), "reason": problem}
+
+
 def _models() -> dict[str, Any]:
     from anabranch import models
 
@@ -276,6 +287,10 @@ def _show(report: dict[str, Any]) -> None:
             rows.append((name, text))
         section("Backends", rows)
         auto = [(d, f"{a['backend'] or '–'}  [dim]{escape(a['why'])}[/dim]") for d, a in report["auto"].items()]
+        found_compiler = report["compile"]
+        told = found_compiler["compiler"] or "–"
+        why = found_compiler["reason"] or "Engine(compile=True) compiles with it"
+        auto.append(("compiler", f"{escape(told)}  [dim]{escape(why)}[/dim]"))
         auto.append(("dtype", f"{report['dtype']['auto']}  [dim]{escape(report['dtype']['why'])}[/dim]"))
         section("What auto takes", auto)
         section("Not run on a GPU", [("", escape(report["never_on_a_gpu"]))])

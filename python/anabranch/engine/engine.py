@@ -20,6 +20,7 @@ from anabranch.kv.cache import TreeCache
 from anabranch.kv.prefix import PrefixCache
 from anabranch.records.events import Event
 from anabranch.records.stats import EngineStats
+from anabranch.runner.compiled import CompiledForward, unfit_to_compile
 from anabranch.runner.graph import DecodeGraph, unfit
 from anabranch.runner.invariant import Invariant, check_rows, require_invariant
 from anabranch.runner.linear import linear_context
@@ -52,6 +53,11 @@ class Engine:
         weights, adapters or hooks of the model change (see `clear_prefix_cache`).
     max_queue: most requests of `add` that may wait to begin; one more raises `QueueFull`. None: no limit. (`generate`
         and `stream` wait themselves, and are never refused.)
+    compile: steps through the model's forward under torch.compile, on a CPU with a C++ compiler. True: behind the first
+        few steps, which run as they are; raises ValueError where it cannot be had. "auto": only once this engine has
+        worked for two minutes, and only if a compiled step then proves faster. The compiled forward is compared with
+        the eager one before it is used; a model that compiles to something else, or not at all, stays eager (True
+        warns). ``engine.compiled`` says what steps do, and why (see docs/guides/compiled_steps.md).
     segment_vectors: what ParaThinker's models add to K and V: `SegmentVectors`, or what they are read from (a
         checkpoint's folder or file, a state dict). None: they are looked for in the model, and where it came from, once
         a strategy asks for them.
@@ -82,6 +88,7 @@ class Engine:
         segment_vectors: Any = None,
         prefix_cache: bool = True,
         kv_format: Any = "auto",
+        compile: bool | str = "auto",
     ):
         max_rows = whole(max_rows, "max_rows", 1, hint=" (tokens a forward)")
         if max_threads is not None:
@@ -93,6 +100,8 @@ class Engine:
         page_size = whole(page_size, "page_size", 1, hint=" (tokens a page)")
         if cuda_graphs is not None and not isinstance(cuda_graphs, bool):
             raise ValueError(f"cuda_graphs={cuda_graphs!r}; pass True, False or None (where they can be had)")
+        if not isinstance(compile, bool) and compile != "auto":
+            raise ValueError(f"compile={compile!r}; pass True, False or 'auto' (where it pays)")
         if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
             raise TypeError(f"tokenizer: expected a Transformers tokenizer or None, got {told(tokenizer)}")
         shape = hf.enable(model)
@@ -105,6 +114,9 @@ class Engine:
         if batch_invariant:
             require_invariant(model, backend, own_linear)
             backend = "cpu"
+        unfit_compile = unfit_to_compile(model, shape.device, batch_invariant)
+        if compile is True and unfit_compile is not None:
+            raise ValueError(f"compile=True: {unfit_compile}, or leave compile out")
         self.max_threads, self.max_queue = max_threads, max_queue
         self.model, self.tokenizer, self.backend, self.max_rows = model, tokenizer, backend, max_rows
         self.cache = TreeCache.for_model(model, num_pages=num_pages, page_size=page_size, kv_format=fmt)
@@ -115,6 +127,9 @@ class Engine:
             self.linear = Invariant(model)
             check_rows(model, self.linear, backend)
         self.graphs = self._decode_graph(cuda_graphs)
+        self.compiled = CompiledForward(
+            model, self.cache, backend, compile, own_linear, self.linear, unfit=unfit_compile
+        )
         self.segments = Segments(model, segment_vectors)
         self.prepare = Preparation(self)
         self.loop = Loop(self)

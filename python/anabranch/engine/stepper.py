@@ -17,7 +17,6 @@ from anabranch.engine.scheduler import RequestFailed, Scheduler
 from anabranch.engine.thread_kv import EngineThread
 from anabranch.hf.probe import own_precision
 from anabranch.kv.step import Branch
-from anabranch.runner.eager import forward
 from anabranch.runner.hidden import head_inputs
 from anabranch.runner.linear import serves
 from anabranch.threads.costs import share
@@ -92,17 +91,9 @@ class Stepper:
             heads = next_logits.heads(entries)
             guessed = self.drafting.heads(entries, len(heads))
             launched = time.perf_counter()
-            alone = serves(self.engine.linear, step.num_rows)  # then what is left to torch is small
-            with (
-                torch.inference_mode(),
-                own_precision(self.cache.device),
-                torch_on_one(alone),
-                self.engine.linear,
-                self.engine.segments.adding(entries),
-            ):
-                # A captured graph has no hooks in it.
-                graphs = None if self.engine.segments.used(entries) else self.engine.graphs
-                logits = self._logits(ids, step, [*heads, *guessed], graphs)
+            segments = self.engine.segments
+            with torch.inference_mode(), own_precision(self.cache.device), segments.adding(entries):
+                logits = self._logits(ids, step, [*heads, *guessed], hooked=segments.used(entries))
                 own = logits[: len(heads) or 1]
                 invalid = next_logits.invalid(own, heads, entries, type(self.engine.model).__name__)
             done = time.perf_counter()
@@ -148,23 +139,30 @@ class Stepper:
             if branch.alive and branch.length > length:
                 self.cache.truncate(branch, length)
 
-    def _logits(self, ids: list[int], step: Any, heads: list[next_logits.Head], graphs: Any) -> torch.Tensor:
-        """The model's scores for some rows of a step, in order, [rows, vocabulary]."""
+    def _logits(self, ids: list[int], step: Any, heads: list[next_logits.Head], hooked: bool) -> torch.Tensor:
+        """The model's scores for some rows of a step, in order, [rows, vocabulary].
+
+        hooked: hooks of the engine's own are at work, which neither a captured nor a compiled graph calls.
+        """
         engine, device = self.engine, self.cache.device
+        graphs = None if hooked else engine.graphs
         rows = [head.row for head in heads]
         if any(head.kv.wants_hidden for head in heads):  # a graph would not call the hook
             keep = torch.tensor(rows, device=device)
             with head_inputs(engine.model) as found:
-                scores = forward(engine.model, torch.tensor(ids, device=device), step, engine.backend, keep)
+                scores: torch.Tensor = engine.compiled.eager(engine.model, torch.tensor(ids, device=device), step, keep)
             next_logits.note_hidden(found, heads, type(engine.model).__name__)
             return scores
         if graphs is not None and rows == list(range(len(step.branches))) and len(rows) == step.num_rows:
             # A replay writes over the scores of the one before. It has rows for the same branches and no other, so all
             # who held those have gone on by a token; whoever forks or ends changes the topology, and with it the graph.
-            logits: torch.Tensor = graphs(ids, step)
-            return logits
+            with torch_on_one(serves(engine.linear, step.num_rows)), engine.linear:
+                replayed: torch.Tensor = graphs(ids, step)
+            return replayed
         keep = torch.tensor(rows or [0], device=device)
-        return forward(engine.model, torch.tensor(ids, device=device), step, engine.backend, keep)
+        run = engine.compiled.eager if hooked else engine.compiled
+        computed: torch.Tensor = run(engine.model, torch.tensor(ids, device=device), step, keep)
+        return computed
 
     # ---------------------------------------------------------------------------------------- sampling
 

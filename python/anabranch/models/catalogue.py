@@ -21,7 +21,8 @@ import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from anabranch.models.folders import ModelUnavailable, cache_folder, install_once, quiet_transformers
+from anabranch._cache_folder import cache_folder
+from anabranch.models.folders import ModelUnavailable, install_once, quiet_transformers
 from anabranch.models.smollm2 import FOLDER, gguf_file, smollm2_folder
 
 

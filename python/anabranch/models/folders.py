@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,14 +29,6 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def cache_folder() -> Path:
-    """Where converted models live (the module's docstring has the rule)."""
-    own, xdg = os.environ.get("ANABRANCH_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser()
-    return (Path(xdg).expanduser() if xdg else Path.home() / ".cache") / "anabranch"
 
 
 # ------------------------------------------------------------------------------------------------ the cache folder

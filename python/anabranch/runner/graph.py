@@ -26,6 +26,7 @@ from anabranch.plan.resident import ResidentPlan
 from anabranch.plan.tile_config import TileConfig
 from anabranch.runner.capture import CudaCapture
 from anabranch.runner.eager import forward
+from anabranch.runner.model_state import forward_hooks
 
 if TYPE_CHECKING:
     from anabranch.runner.capture import Capture
@@ -236,7 +237,7 @@ class DecodeGraph:
             self._say("torch.autocast is on; load the model in the dtype it is to run in")
             return False
         if self._hooks is None:
-            self._hooks = _hooks(self.model)
+            self._hooks = forward_hooks(self.model)
         if any(self._hooks):
             self._say("modules have forward hooks, which a replay would not call; remove them")
             return False
@@ -244,7 +245,7 @@ class DecodeGraph:
 
     def _capture_forward(self, step: Step) -> _Graph | None:
         """Record what this step would do; nothing runs."""
-        self._hooks = _hooks(self.model)
+        self._hooks = forward_hooks(self.model)
         if any(self._hooks):
             return None  # on modules that are new: said in the next step
         cache, inputs = self.cache, self._inputs
@@ -329,12 +330,3 @@ class DecodeGraph:
         if why not in self._said:
             self._said.add(why)
             warnings.warn(f"anabranch: decode steps run without a CUDA graph: {why}", stacklevel=2)
-
-
-def _hooks(model: Any) -> list[Any]:
-    """The dictionaries that hold forward hooks, of each module and of all; as long as they are empty there are none."""
-    from torch.nn.modules import module as nn
-
-    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    shared = [nn._global_forward_hooks, nn._global_forward_pre_hooks]
-    return shared + [d for m in modules for d in (m._forward_hooks, m._forward_pre_hooks)]

@@ -7,15 +7,21 @@ from typing import Any
 
 import torch
 
-__all__ = ["fingerprint"]
+__all__ = ["adapters", "fingerprint"]
 
 # What adapters (PEFT's layers) keep of which of them are active, and how.
 _ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 
 
+def adapters(module: torch.nn.Module) -> tuple[str, ...]:
+    """Which adapters of a layer of PEFT's are active, and how; () for any other module."""
+    own = module.__dict__
+    return tuple(repr(own[name]) for name in _ADAPTERS if name in own)
+
+
 def fingerprint(model: Any, derived: bool = True) -> Hashable:
     """Equal for two moments between which no weight was replaced or changed in place, no module or forward hook came or
-    went and no adapter was switched.
+    went, no forward was covered and no adapter was switched.
 
     Changes in place are seen by each tensor's version, and behind torch's back (``p.data.mul_(…)``) by one element of
     each: an update of a part of a tensor through ``.data`` is not noticed. derived: whether buffers that are not saved
@@ -24,10 +30,9 @@ def fingerprint(model: Any, derived: bool = True) -> Hashable:
     parts: list[Hashable] = []
     probes: list[torch.Tensor] = []
     for module in model.modules():
-        own = module.__dict__
-        adapters = tuple(repr(own[name]) for name in _ADAPTERS if name in own)
         hooks = (*module._forward_hooks, *module._forward_pre_hooks)
-        parts.append((id(module), type(module), adapters, hooks))
+        # A forward of a module's own (accelerate's hooks put one there, and whoever patches a model).
+        parts.append((id(module), type(module), module.__dict__.get("forward"), adapters(module), hooks))
         transient = frozenset() if derived else module._non_persistent_buffers_set
         buffers = (buffer for name, buffer in module._buffers.items() if name not in transient)
         for tensor in (*module._parameters.values(), *buffers):

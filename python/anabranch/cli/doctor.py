@@ -19,6 +19,7 @@ VARIABLES = {
     "ANABRANCH_CPU_ISA": "instruction set of the CPU kernels, one of those under Backends",
     "ANABRANCH_NUM_THREADS": "threads of the CPU kernels; as under Hardware where not set",
     "ANABRANCH_OWN_LINEAR": "0 or 1: linear layers on a CPU by our kernel; automatic where not set",
+    "ANABRANCH_API_KEY": "key of serve, and of generate and compare with --url",
     "ANABRANCH_CACHE": "folder of converted models and compiled forwards",
     "XDG_CACHE_HOME": "its parent, where ANABRANCH_CACHE is not set",
     "ANABRANCH_CUDA": "when building: 0, 1 or auto",

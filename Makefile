@@ -12,7 +12,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc kernels pyth
 export ANABRANCH_CUDA ?= $(if $(shell command -v nvidia-smi 2> /dev/null),auto,0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow mutants bench docs lint wheels dist-check gpu-check build clean
+.PHONY: help demo test test-slow test-servers mutants bench docs lint wheels dist-check gpu-check build clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,9 @@ test: $(VENV)/.model  ## install what is needed, then run the tests
 
 test-slow: $(VENV)/.model  ## a million cache operations, 100,000 plans, 1,000 generations, 100,000 programs (hours)
 	$(BIN)/python -m pytest -q -m slow tests/kv tests/plan tests/engine
+
+test-servers: $(VENV)/.model  ## remote engines on a real vLLM server, in an environment of its own (3.5 GB, minutes)
+	$(BIN)/python tests/remote/servers.py
 
 mutants: $(VENV)/.model  ## small mistakes put into a copy of the code: do the tests notice? (ONLY=word: some of them)
 	$(BIN)/python tests/mutants/run.py $(ONLY)

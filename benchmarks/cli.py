@@ -31,6 +31,8 @@ app = typer.Typer(
 [bold]e2e[/bold]        SmolLM2: 16 branches through our engine, through model.generate and, optionally, through vLLM
 [bold]host[/bold]       what a fork, a step and a plan cost; what a cache holds
 [bold]linear[/bold]     what Engine(batch_invariant=True) costs: linear layers and forwards of 1 to 512 rows
+[bold]drafts[/bold]     speculative decoding: steps and seconds of the adapted models' answers with drafts and without
+[bold]serve[/bold]      Poisson arrivals: throughput, time to the first token and between tokens, p50 and p99
 [bold]branch[/bold]     training: attention under a branch mask, forward + backward; masked SDPA, FlexAttention
 [bold]kv_formats[/bold] accuracy of K and V kept as int8 and fp8
 [bold]company[/bold]    decoding beside programs that spin on the same cores
@@ -289,6 +291,45 @@ def company_command(
     ):  # fmt: skip
         store.put("company", ("contender", "branches", "competitors", "dtype"), entry)
         console.print(company.line(entry))
+
+
+@app.command("drafts")
+def drafts_command(
+    model: Annotated[list[str] | None, typer.Option("--model", help="May be repeated; default: both of ours.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Problems of each model.")] = 6, rounds: Rounds = 3,
+    threads: Threads = None, json: Json = None,
+) -> None:  # fmt: skip
+    """Steps and seconds of our models' answers with drafts and without, trees compared."""
+    from . import drafts
+
+    store = _start(threads, json)
+    for entry in drafts.run(tuple(model or ("multiplication", "smollm2-adaptive")), count, rounds):
+        store.put("drafts", ("model", "draft"), entry)
+        same = "same trees" if entry["same_trees"] else "[red]other trees[/red]"
+        console.print(
+            f"{entry['model']:18} {entry['draft']:20} {entry['steps']:5} steps (÷ {entry['fewer_steps']:.2f})  "
+            f"{entry['accepted_tokens']:5} of {entry['draft_tokens']:5} guesses  "
+            f"{entry['rows']:5} rows  time ÷ {entry['faster']}  {same}"
+        )
+
+
+@app.command("serve")
+def serve_command(
+    quick: Quick = False,
+    rate: Annotated[list[float] | None, typer.Option(help="Requests a second; may be repeated.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each load.")] = 32,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.bfloat16,
+    threads: Threads = None, json: Json = None,
+) -> None:  # fmt: skip
+    """Requests that arrive at random: our engine with and without its prefix cache, and model.generate."""
+    from . import serve
+
+    store = _start(threads, json)
+    with console.status("serving") as status:
+        count = min(requests, 8) if quick else requests
+        for entry in serve.run(quick, dtype.value, rate or ([1.0] if quick else [0.5, 2.0]), count, status.update):
+            store.put("serve", ("contender", "answers", "rate", "dtype", "requests"), entry)
+    console.print(report.serve_table(store.data))
     _finish(store, None)
 
 

@@ -252,6 +252,19 @@ def e2e_table(data: dict[str, Any]) -> Table:
 
 
 # -- Markdown ---------------------------------------------------------------------------------------------------------
+def serve_table(data: dict[str, Any]) -> Table:
+    """Who serves how fast: throughput, waiting for the first token and between tokens."""
+    table = Table(box=SIMPLE_HEAD, title="serving, Poisson arrivals")
+    for name in ("answers", "requests/s", "", "tokens/s", "first p50", "p99", "between p50", "p99", "found"):
+        table.add_column(name, justify="left" if name in ("answers", "") else "right")
+    for e in sorted(data.get("serve", []), key=lambda e: (e["answers"], e["rate"])):
+        waits = (micro(1e6 * e[name]) for name in ("first_p50", "first_p99", "gap_p50", "gap_p99"))
+        table.add_row(
+            e["answers"], f"{e['rate']:g}", e["title"], f"{e['tokens_per_s']:.1f}", *waits, f"{e['hit_rate']:.0%}"
+        )
+    return table
+
+
 def _row(*cells: object) -> str:
     return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
 

@@ -10,7 +10,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import attention, branch, host, plots, report
+import anabranch as ab
+from benchmarks import attention, branch, host, plots, report, serve
 from benchmarks.contenders import ALL, Unfit
 from benchmarks.floor import Floor
 from benchmarks.shapes import Case, all_cases, chunk, draft, levels
@@ -151,3 +152,29 @@ def test_branch_subtrees() -> None:
         if case.parents is not None:
             ends, index = branch.subtree_ends(case), torch.arange(case.tokens)
             assert int((ends - index).sum()) == case.pairs
+
+
+def test_serving() -> None:
+    """Everybody writes all tokens of all requests, and the table tells of each."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(**small, num_key_value_heads=2, eos_token_id=1, pad_token_id=0)
+    model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    texts = [[5] * 20 + [i] for i in range(2, 6)]
+    data: dict = {"serve": []}
+    for branches in (1, 2):
+        requests = serve.arrivals(texts, 50.0)
+        assert [r.at for r in requests] == sorted(r.at for r in requests) and requests[0].at == 0
+        seconds = serve.one_after_another(model, requests, branches, 3)
+        data["serve"].append(serve.entry("generate", f"{branches}", 50.0, requests, seconds, hit_rate=0.0))
+    engine = ab.Engine(model, num_pages=64)
+    for branches in (1, 2):
+        requests = serve.arrivals(texts, 50.0)
+        seconds = serve.serve(engine, requests, branches, 3)
+        data["serve"].append(serve.entry("anabranch", f"{branches}", 50.0, requests, seconds, hit_rate=0.5))
+    assert [e["tokens"] for e in data["serve"]] == [12, 24, 12, 24]
+    for e in data["serve"]:
+        assert 0 < e["first_p50"] <= e["first_p99"] <= e["seconds"] and 0 < e["gap_p50"] <= e["gap_p99"]
+    assert report.serve_table(data).row_count == 4
+    assert [serve.percentile([3.0, 1.0, 2.0], p) for p in (0.5, 0.99, 0.1)] == [2.0, 3.0, 1.0]

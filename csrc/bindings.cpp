@@ -51,6 +51,10 @@ struct Step {
       const BranchState& b = tree->peek(state.branches[i]);
       if (!b.alive || b.version != state.versions[i]) return static_cast<i64>(i);
     }
+    for (size_t i = 0; i < state.read_branches.size(); ++i) {
+      const BranchState& b = tree->peek(state.read_branches[i]);
+      if (!b.alive || b.version != state.read_versions[i]) return static_cast<i64>(state.branches.size() + i);
+    }
     return -1;
   }
 };
@@ -92,8 +96,51 @@ class Cache {
     return out;
   }
 
-  // rows: {Branch: count}; positions: {Branch: int64 array}, checked for type by the caller.
-  Step step(const py::dict& rows, const py::dict& positions) {
+  // What the rows of a step read: {Branch: (ptr [rows + 1], branches, starts, stops, offsets)} → by row; a stop of −1 is
+  // all that the branch has with this step. `counts`: new rows of each branch.
+  void add_views(StepState& out, const std::vector<i32>& ids, const std::vector<i32>& counts, const py::dict& rows,
+                 const py::dict& views) const {
+    size_t used = 0, i = 0;
+    out.read_ptr.push_back(0);
+    for (const auto& [key, value] : rows) {
+      if (views.contains(key)) {
+        const py::tuple view = views[key];
+        const auto ptr = view[0].cast<std::vector<i64>>();
+        const auto starts = view[2].cast<std::vector<i64>>(), stops = view[3].cast<std::vector<i64>>(),
+                   offsets = view[4].cast<std::vector<i64>>();
+        std::vector<Read> reads;
+        for (const py::handle item : view[1].cast<py::sequence>()) {
+          const Branch& b = mine(item.cast<const Branch&>(), "views");
+          const size_t at = reads.size();
+          i64 length = b.state().length;
+          for (size_t j = 0; j < ids.size(); ++j)
+            if (ids[j] == b.id) length += counts[j];
+          const i64 stop = stops[at] < 0 ? length : stops[at];
+          if (stop > length || starts[at] > stop)
+            throw py::value_error("views: tokens " + std::to_string(starts[at]) + " to " + std::to_string(stop) +
+                                  " of branch " + std::to_string(b.serial) +
+                                  " are to be read, but with this step it has " + std::to_string(length));
+          reads.push_back({b.id, starts[at], stop, offsets[at]});
+        }
+        for (i32 j = 0; j < counts[i]; ++j) {
+          out.reads.insert(out.reads.end(), reads.begin() + ptr[j], reads.begin() + ptr[j + 1]);
+          out.read_ptr.push_back(static_cast<i32>(out.reads.size()));
+        }
+        ++used;
+      } else {
+        for (i32 j = 0; j < counts[i]; ++j) out.read_ptr.push_back(static_cast<i32>(out.reads.size()));
+      }
+      ++i;
+    }
+    if (used != views.size()) throw py::value_error("views: names a branch that has no rows in this step");
+    for (const Read& read : out.reads)
+      if (std::find(out.read_branches.begin(), out.read_branches.end(), read.branch) == out.read_branches.end())
+        out.read_branches.push_back(read.branch);
+    if (out.reads.empty()) out.read_ptr.clear();
+  }
+
+  // rows: {Branch: count}; positions: {Branch: int64 array}, views: see add_views; checked for type by the caller.
+  Step step(const py::dict& rows, const py::dict& positions, const py::dict& views) {
     std::vector<i32> ids, counts;
     ids.reserve(rows.size());
     counts.reserve(rows.size());
@@ -134,7 +181,14 @@ class Cache {
       if (used != positions.size())
         throw py::value_error("positions: names a branch that has no rows in this step");
     }
-    return {tree_, tree_->step(ids, counts, where)};
+    StepState seen;  // before anything changes
+    if (views.size() > 0) add_views(seen, ids, counts, rows, views);
+    Step out{tree_, tree_->step(ids, counts, where)};
+    out.state.read_ptr = std::move(seen.read_ptr);
+    out.state.reads = std::move(seen.reads);
+    for (i32 b : seen.read_branches) out.state.read_versions.push_back(tree_->peek(b).version);
+    out.state.read_branches = std::move(seen.read_branches);
+    return out;
   }
 
   // Ids of kids that may be joined into, or discarded by, the trunk they were forked from.
@@ -156,6 +210,31 @@ class Cache {
 
   void join(const Branch& trunk, const std::vector<Branch>& kids) { tree_->join(trunk.id, kids_of(trunk, kids)); }
 
+  void share(const Branch& b, const Branch& sibling, i64 count) {
+    const BranchState& mine_now = mine(b, "share: branch").state();
+    const BranchState& other = mine(sibling, "share: sibling").state();
+    if (b.serial == sibling.serial || mine_now.parent_serial < 0 || mine_now.parent_serial != other.parent_serial)
+      throw py::value_error("share: branch " + std::to_string(b.serial) + " and sibling (branch " +
+                            std::to_string(sibling.serial) + ") were not forked from one branch");
+    if (mine_now.length != mine_now.fork_length)
+      throw py::value_error("share: branch " + std::to_string(b.serial) + " has " +
+                            std::to_string(mine_now.length - mine_now.fork_length) +
+                            " tokens of its own; share before its first step");
+    const i64 own = other.length - other.fork_length;
+    if (count < 0 || count > own)
+      throw py::value_error("share: count must be from 0 to " + std::to_string(own) + " (the sibling's own tokens), got " +
+                            std::to_string(count));
+    i64 seen = 0;
+    for (i32 id : other.spans) {
+      const bool wanted = seen >= other.fork_length && seen < other.fork_length + count;
+      if (wanted && std::find(mine_now.spans.begin(), mine_now.spans.end(), id) != mine_now.spans.end())
+        throw py::value_error("share: branch " + std::to_string(b.serial) + " sees tokens of branch " +
+                              std::to_string(sibling.serial) + " already");
+      seen += tree_->span(id).length();
+    }
+    tree_->share(b.id, sibling.id, count);
+  }
+
   void discard(const Branch& trunk, const std::vector<Branch>& kids) {
     for (i32 id : kids_of(trunk, kids)) tree_->release(id);
   }
@@ -166,6 +245,11 @@ class Cache {
       throw py::value_error("truncate: length must be from 0 to " + std::to_string(now) + " (the branch's length), got " +
                             std::to_string(length));
     tree_->truncate(b.id, length);
+  }
+
+  void keep(const Branch& b) {
+    mine(b, "keep");
+    tree_->keep(b.id);
   }
 
   void release(const Branch& b) {
@@ -300,6 +384,13 @@ PYBIND11_MODULE(_core, m) {
            })
       .def_property_readonly("num_copies", [](const Step& s) { return s.state.copies.size(); })
       .def("moved_on", &Step::moved_on)
+      .def("queries",
+           [](const Step& s) -> py::object {  // (row of the step, position offset) of each query row; None: the rows
+             if (s.state.read_ptr.empty()) return py::none();
+             Contexts c = contexts_of(*s.tree, s.state);
+             if (c.row_of.empty()) return py::none();
+             return py::make_tuple(array_of(std::move(c.row_of)), array_of(std::move(c.row_offsets)));
+           })
       .def("contexts", [](const Step& s) { return flat(contexts_of(*s.tree, s.state)); });
 
   py::class_<PlanParams>(m, "PlanParams")
@@ -343,18 +434,24 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init<i32, i32>(), py::arg("num_pages"), py::arg("page_size"))
       .def("branch", &Cache::branch)
       .def("fork", &Cache::fork)
-      .def("step", &Cache::step)
+      .def("step", &Cache::step, py::arg("rows"), py::arg("positions"), py::arg("views") = py::dict())
+      .def("share", &Cache::share)
       .def("join", &Cache::join)
       .def("discard", &Cache::discard)
       .def("truncate", &Cache::truncate)
       .def("release", &Cache::release)
+      .def("keep", &Cache::keep)
+      .def("kept_pages",
+           [](const Cache& c, const Branch& b, i64 length) { return c.tree()->kept_pages(c.mine(b, "keep").id, length); })
+      .def_property_readonly("pages_needed", [](const Cache& c) { return c.tree()->pages_needed(); })
       .def("check_branch", [](const Cache& c, const Branch& b, const char* what) { c.mine(b, what); })
       .def("plan", &Cache::plan)
       .def("plan_stats", &Cache::stats)
       .def("usage",
            [](const Cache& c) {
              const Usage u = c.tree()->usage();
-             return py::make_tuple(u.pages_total, u.pages_free, u.tokens_logical, u.tokens_physical, u.pages_copied);
+             return py::make_tuple(u.pages_total, u.pages_free, u.tokens_logical, u.tokens_physical, u.pages_copied,
+                                   u.pages_kept);
            })
       .def("slots", [](const Cache& c, const Branch& b) { return array_of(c.tree()->slots(c.mine(b, "read").id)); })
       .def("positions",

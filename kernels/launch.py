@@ -77,26 +77,30 @@ def attention(
     window: int | None,
     sinks: torch.Tensor | None,
     kv_scales: Any = None,
+    num_rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Both launches of tree attention: every item's partials, then the merge. With `write_kv` three a layer.
 
     Args:
-        q: [rows, Hq, D]; the last stride 1.
+        q: [queries, Hq, D]; the last stride 1.
         k_pages, v_pages: [pages, page_size, Hkv, D]; any strides, the last 1.
         arrays: PlanArrays for this group (docs/kernel_contract.md). With a ``counts`` tensor (int32 on the device:
             num_items, num_partials, num_merge) its host ints are capacities and the true numbers are read on the
             device, which is what a captured graph needs.
         kv_scales: the factors of quantised pages, (k, v) float32 [pages, page_size, Hkv] each, any strides.
+        num_rows: rows of the output, by default as many as queries; fewer where a row is several queries.
 
     Returns:
         out [rows, Hq, D] in q's dtype and lse [rows, Hq] float32, natural log.
     """
-    rows, num_q_heads, head_dim = q.shape
+    queries, num_q_heads, head_dim = q.shape
+    rows = queries if num_rows is None else num_rows
     page_size, num_kv_heads = k_pages.shape[1], k_pages.shape[2]
     group = num_q_heads // num_kv_heads
     # The interpreter rounds bfloat16 stores toward zero; there PyTorch rounds the output instead.
     upcast = INTERPRETED and q.dtype == torch.bfloat16
-    out = torch.empty(q.shape, dtype=torch.float32 if upcast else q.dtype, device=q.device)
+    out_dtype = torch.float32 if upcast else q.dtype
+    out = torch.empty((rows, num_q_heads, head_dim), dtype=out_dtype, device=q.device)
     lse = torch.empty((rows, num_q_heads), dtype=torch.float32, device=q.device)
     part_acc = torch.empty((arrays.num_partials, num_q_heads, head_dim), dtype=torch.float32, device=q.device)
     part_ml = torch.empty((arrays.num_partials, num_q_heads, 2), dtype=torch.float32, device=q.device)
@@ -109,7 +113,7 @@ def attention(
         config = attention_config(head_dim, q.element_size(), device_traits(q.device).arch)
         if arrays.num_items:
             # tile_rows is what the TileConfig allows; a small batch has fewer rows, and needs fewer tiles per item.
-            tiles = triton.cdiv(min(arrays.tile_rows, rows) * group, config.wide)
+            tiles = triton.cdiv(min(arrays.tile_rows, queries) * group, config.wide)
             tree_attention_kernel[(arrays.num_items * num_kv_heads, tiles)](
                 q, _bytes(k_pages), _bytes(v_pages), out, lse, part_acc, part_ml,
                 arrays.items, arrays.kv_slots, arrays.kv_positions, arrays.rows, arrays.limits, arrays.dest,

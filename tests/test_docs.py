@@ -32,7 +32,9 @@ def test_named_paths_and_links_exist(page: Path) -> None:
     assert not missing, f"{name_of(page)} names what is not there: {missing}"
 
 
-@pytest.mark.parametrize("page", ["start", "guides/own_loop", "guides/own_pages", "guides/writing_a_strategy"])
+@pytest.mark.parametrize(
+    "page", ["start", "guides/own_loop", "guides/own_pages", "guides/writing_a_strategy", "guides/own_strategy"]
+)
 def test_code_of_a_page_runs(page: str, tmp_path: Path) -> None:
     """With a tiny random model where the page loads one."""
     make_model("llama").save_pretrained(tmp_path)
@@ -40,7 +42,7 @@ def test_code_of_a_page_runs(page: str, tmp_path: Path) -> None:
     assert blocks
     names: dict = {"__name__": "page", "path": tmp_path, "prompt_ids": torch.arange(3, 40)}
     for block in blocks:
-        exec(block, names)
+        exec(compile(block, page, "exec", dont_inherit=True), names)  # without this file's __future__
     if page == "guides/own_loop":
         assert names["trunk"].length == 37 + 4 * 32 and not names["children"][0].alive
     if page == "guides/own_pages":

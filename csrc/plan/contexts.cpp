@@ -11,6 +11,7 @@ using u64 = std::uint64_t;
 }
 
 Contexts contexts_of(const Tree& tree, const StepState& step) {
+  if (!step.read_ptr.empty()) return contexts_of_views(tree, step);
   Contexts c;
   c.row_ptr = step.row_ptr;
   c.row_positions = step.positions;

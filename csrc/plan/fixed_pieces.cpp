@@ -26,6 +26,8 @@ FixedContexts fixed_pieces(const Contexts& c, i32 grain) {
   FixedContexts out;
   out.contexts.row_ptr = c.row_ptr;
   out.contexts.row_positions = c.row_positions;
+  out.contexts.row_of = c.row_of;
+  out.contexts.row_offsets = c.row_offsets;
   // All tokens, context by context; a piece points into them.
   std::vector<i64> begin{0};
   for (i32 b = 0; b < batch; ++b) {

@@ -69,7 +69,7 @@ Items make_items(const Contexts& c, const Runs& runs, const Absorbed& absorbed, 
   out.items.reserve(ranges.most_items);
   out.rows.reserve(ranges.most_entries);
   out.limits.reserve(ranges.most_entries);
-  out.partials_of.assign(c.row_ptr.back(), 0);
+  out.partials_of.assign(c.num_out(), 0);
   out.tails.assign(c.batch(), -1);
   std::vector<i32> flat_rows;
   std::vector<i64> flat_limits;
@@ -91,7 +91,7 @@ Items make_items(const Contexts& c, const Runs& runs, const Absorbed& absorbed, 
           if (seen <= 0) continue;
           out.rows.push_back(flat_rows[k]);
           out.limits.push_back(seen);
-          ++out.partials_of[flat_rows[k]];
+          ++out.partials_of[c.out_of(flat_rows[k])];
           item.kv_len = std::max(item.kv_len, seen);
           least = std::min(least, seen);
           item.row_pos_min = std::min(item.row_pos_min, static_cast<i32>(c.row_positions[flat_rows[k]]));
@@ -110,19 +110,23 @@ Items make_items(const Contexts& c, const Runs& runs, const Absorbed& absorbed, 
   return out;
 }
 
-Destinations make_destinations(const Items& items, i32 num_rows) {
+Destinations make_destinations(const Contexts& c, const Items& items) {
   Destinations out;
+  const i32 num_rows = c.num_out();
+  const bool direct = c.row_of.empty();  // else a query row is not the row of the output that it belongs to
   std::vector<i32> next(num_rows, -1);
   for (i32 row = 0; row < num_rows; ++row) {
-    if (items.partials_of[row] == 1) continue;
+    if (direct && items.partials_of[row] == 1) continue;
     next[row] = out.num_partials;
     out.num_partials += items.partials_of[row];
     out.merge_rows.push_back(row);
     out.merge_ptr.push_back(out.num_partials);
   }
   out.dest.resize(items.rows.size());
-  for (size_t i = 0; i < items.rows.size(); ++i)
-    out.dest[i] = next[items.rows[i]] < 0 ? -1 : next[items.rows[i]]++;
+  for (size_t i = 0; i < items.rows.size(); ++i) {
+    i32& at = next[c.out_of(items.rows[i])];
+    out.dest[i] = at < 0 ? -1 : at++;
+  }
   return out;
 }
 

@@ -14,7 +14,7 @@ struct Item {
 struct Items {
   std::vector<Item> items;
   std::vector<i32> rows, limits;  // of all items: a query row, and how many of the item's tokens it sees
-  std::vector<i32> partials_of;   // [rows of the plan]: items that the row is in
+  std::vector<i32> partials_of;   // [rows of the output]: items that the row is in
   std::vector<i32> tails;         // by context: the item that its next token goes to; -1 where there is none
 };
 
@@ -28,6 +28,6 @@ struct Destinations {
   i32 num_partials = 0;
 };
 
-Destinations make_destinations(const Items& items, i32 num_rows);
+Destinations make_destinations(const Contexts& contexts, const Items& items);
 
 }  // namespace anabranch

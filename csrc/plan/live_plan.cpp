@@ -14,12 +14,12 @@ void LivePlan::rebuild(const Tree& tree, const StepState& step, const PlanParams
   params_ = params;
   branches_ = step.branches;
   lengths_ = step.lengths;
-  topology_ = step.topology;
+  topology_ = step.read_ptr.empty() ? step.topology : -1;  // a plan of views is never advanced
 }
 
 bool LivePlan::advance(const StepState& step, const PlanParams& params) {
   const size_t n = step.branches.size();
-  if (step.topology != topology_ || !(params == params_) || step.branches != branches_ ||
+  if (!step.read_ptr.empty() || step.topology != topology_ || !(params == params_) || step.branches != branches_ ||
       step.slots.size() != n)
     return false;
   i32* base = data_.buffer.get();

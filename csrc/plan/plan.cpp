@@ -28,7 +28,7 @@ PlanData Planner::build(const Contexts& given, const PlanParams& p, i32 slack, s
   store_tokens(c, runs, absorbed, ranges, kv_slots, kv_positions);
   const Items made = make_items(c, runs, absorbed, ranges, p, kv_positions);
   const std::vector<Item>& items = made.items;
-  const Destinations to = make_destinations(made, num_rows);
+  const Destinations to = make_destinations(c, made);
 
   // Most expensive first, so that what is left at the end is small; ties keep their order.
   std::vector<i32> order(items.size()), place(items.size());

@@ -23,6 +23,8 @@ namespace anabranch {
 // order. Block tables: pieces come by column, then by place in the page. Trees: a list grows at its end only, and a span
 // enters it in one of three ways: with the step that makes it, by a fork (a copy of the list), or by the join of the one
 // branch whose own it is, in that branch's order, after which that branch is gone. (tests/test_plan_fuzz.py: same_order)
+// Order matters for what a row must not see yet. A context of one row sees all of itself, so its order is free: views
+// (csrc/plan/views.cpp) are contexts of one row.
 struct Contexts {
   struct Piece {
     const i32* slots;
@@ -34,6 +36,12 @@ struct Contexts {
   std::vector<i32> piece_ids;    // piece_ids[piece_ptr[b] : piece_ptr[b+1]] in context order
   std::vector<i32> row_ptr;      // [B + 1]
   std::vector<i64> row_positions;  // [rows]
+  // A row that reads spans under several position offsets is several query rows here, one an offset. Both are empty where
+  // no row does; else the row of the step that query row i belongs to, and how many positions it is turned on.
+  std::vector<i32> row_of;
+  std::vector<i64> row_offsets;
+  i32 num_out() const { return row_of.empty() ? row_ptr.back() : row_of.back() + 1; }
+  i32 out_of(i32 row) const { return row_of.empty() ? row : row_of[row]; }
   i32 batch() const { return static_cast<i32>(row_ptr.size()) - 1; }
   i32 rows(i32 b) const { return row_ptr[b + 1] - row_ptr[b]; }
 };
@@ -95,6 +103,7 @@ class LivePlan {
 };
 
 Contexts contexts_of(const Tree& tree, const StepState& step);
+Contexts contexts_of_views(const Tree& tree, const StepState& step);  // of a step with `read_ptr`
 
 // Contexts of a user's own page pool. Sharing is found from the tables: the same page in the same column is one piece.
 struct PagedContexts {

@@ -13,7 +13,7 @@ std::string pages_message(i64 need, i64 have, i64 total) {
 }
 }  // namespace
 
-Tree::Tree(i32 num_pages, i32 page_size) : num_pages_(num_pages), page_size_(page_size), page_refs_(num_pages, 0) {
+Tree::Tree(i32 num_pages, i32 page_size) : num_pages_(num_pages), page_size_(page_size), page_refs_(num_pages, 0), page_live_(num_pages, 0) {
   free_pages_.reserve(num_pages);
   for (i32 p = num_pages - 1; p >= 0; --p) free_pages_.push_back(p);  // page 0 is handed out first
 }
@@ -57,7 +57,8 @@ std::vector<i32> Tree::fork(i32 branch, i32 n) {
     kid.parent_serial = branches_[branch].serial;
     kid.fork_length = kid.length;
     kid.version = ++clock_;
-    for (i32 s : kid.spans) spans_[s].users.push_back(id);
+    kid.kept = false;
+    for (i32 s : kid.spans) add_user(s, id);
     tokens_logical_ += kid.length;
     kids.push_back(id);
   }
@@ -68,12 +69,14 @@ std::vector<i32> Tree::fork(i32 branch, i32 n) {
 i32 Tree::take_page() {
   const i32 page = free_pages_.back();
   free_pages_.pop_back();
-  page_refs_[page] = 1;
+  page_refs_[page] = page_live_[page] = 1;
   return page;
 }
 
 void Tree::drop_page(i32 page) {
-  if (--page_refs_[page] == 0) (in_step_ ? freed_in_step_ : free_pages_).push_back(page);
+  if (--page_refs_[page] > 0) return;
+  --pages_kept_;  // whoever held it last has left before
+  (in_step_ ? freed_in_step_ : free_pages_).push_back(page);
 }
 
 i32 Tree::new_span() {
@@ -86,14 +89,31 @@ i32 Tree::new_span() {
   return id;
 }
 
+void Tree::add_user(i32 id, i32 branch) {
+  Span& s = spans_[id];
+  s.users.push_back(branch);
+  if (branches_[branch].kept || s.live++ > 0) return;
+  for (i32 page : s.pages)
+    if (page_live_[page]++ == 0) --pages_kept_;
+  tokens_physical_ += s.length();
+}
+
+void Tree::lose_live(i32 id) {
+  Span& s = spans_[id];
+  if (--s.live > 0) return;
+  for (i32 page : s.pages)
+    if (--page_live_[page] == 0) ++pages_kept_;
+  tokens_physical_ -= s.length();
+}
+
 void Tree::drop_user(i32 id, i32 branch) {
   Span& s = spans_[id];
   auto it = std::find(s.users.begin(), s.users.end(), branch);
   *it = s.users.back();
   s.users.pop_back();
+  if (!branches_[branch].kept) lose_live(id);
   if (!s.users.empty()) return;
   for (i32 page : s.pages) drop_page(page);
-  tokens_physical_ -= s.length();
   s = Span();
   free_spans_.push_back(id);
 }
@@ -105,6 +125,7 @@ void Tree::split(i32 id, i32 at) {
   rest.slots.assign(head.slots.begin() + at, head.slots.end());
   rest.positions.assign(head.positions.begin() + at, head.positions.end());
   rest.users = head.users;
+  rest.live = head.live;
   head.slots.resize(at);
   head.positions.resize(at);
   const i32 last_page = head.slots.back() / page_size_;
@@ -113,7 +134,10 @@ void Tree::split(i32 id, i32 at) {
   const auto first = last_page == first_page ? last : last + 1;
   rest.pages.assign(first, head.pages.end());
   head.pages.erase(last + 1, head.pages.end());
-  if (last_page == first_page) ++page_refs_[last_page];  // both halves hold the page they are cut in
+  if (last_page == first_page) {  // both halves hold the page they are cut in
+    ++page_refs_[last_page];
+    if (head.live > 0) ++page_live_[last_page];
+  }
   for (i32 user : rest.users) {
     std::vector<i32>& list = branches_[user].spans;
     list.insert(std::find(list.begin(), list.end(), id) + 1, rest_id);
@@ -171,6 +195,7 @@ StepState Tree::step(const std::vector<i32>& ids, const std::vector<i32>& counts
   i64 need = 0, rows = 0;
   for (size_t i = 0; i < n; ++i) {
     const BranchState& b = get(ids[i]);
+    if (b.kept) throw std::invalid_argument("step: a branch is kept; fork it, and step the fork");
     static const std::vector<std::pair<i32, i32>> kNone;
     const i32 tail_span = b.spans.empty() ? -1 : b.spans.back();
     i32 at = -1;
@@ -193,6 +218,7 @@ StepState Tree::step(const std::vector<i32>& ids, const std::vector<i32>& counts
                                           : *std::max_element(positions[i].begin(), positions[i].end());
     if (last >= kMaxPosition) throw std::invalid_argument("positions: " + std::to_string(last) + " exceeds 2^31 − 2");
   }
+  pages_needed_ = need;
   if (need > static_cast<i64>(free_pages_.size()))
     throw OutOfPages(pages_message(need, static_cast<i64>(free_pages_.size()), num_pages_));
 
@@ -216,6 +242,7 @@ StepState Tree::step(const std::vector<i32>& ids, const std::vector<i32>& counts
       Span copy;
       copy.pages.push_back(page);
       copy.users.push_back(id);
+      copy.live = 1;
       for (;;) {
         BranchState& b = branches_[id];
         if (b.spans.empty()) break;
@@ -244,7 +271,7 @@ StepState Tree::step(const std::vector<i32>& ids, const std::vector<i32>& counts
       ++topology_;
     } else if (tails[i] == Tail::kNewSpan || branches_[id].spans.empty()) {
       const i32 fresh = new_span();
-      spans_[fresh].users.push_back(id);
+      add_user(fresh, id);
       branches_[id].spans.push_back(fresh);
       ++topology_;
     }
@@ -283,8 +310,9 @@ StepState Tree::step(const std::vector<i32>& ids, const std::vector<i32>& counts
 }
 
 void Tree::join(i32 trunk, const std::vector<i32>& kids) {
-  get(trunk);
-  for (i32 kid : kids) get(kid);
+  if (get(trunk).kept) throw std::invalid_argument("join: the trunk is kept; fork it, and join into the fork");
+  for (i32 kid : kids)
+    if (get(kid).kept) throw std::invalid_argument("join: a kid is kept; fork it, and join the fork");
   for (i32 kid : kids) {
     cut_at(kid, branches_[kid].fork_length);
     BranchState& t = branches_[trunk];
@@ -296,7 +324,7 @@ void Tree::join(i32 trunk, const std::vector<i32>& kids) {
         t.spans.push_back(s);
         t.length += length;
         tokens_logical_ += length;
-        spans_[s].users.push_back(trunk);
+        add_user(s, trunk);
       }
       seen += length;
     }
@@ -304,6 +332,33 @@ void Tree::join(i32 trunk, const std::vector<i32>& kids) {
     free_branch(kid);
   }
   branches_[trunk].version = ++clock_;
+  ++topology_;
+}
+
+void Tree::share(i32 branch, i32 sibling, i64 count) {
+  if (get(branch).kept) throw std::invalid_argument("share: the branch is kept; fork it, and share into the fork");
+  if (get(sibling).kept) throw std::invalid_argument("share: the sibling is kept; fork it, and share the fork");
+  const i64 begin = get(sibling).fork_length;
+  if (count == 0) return;
+  cut_at(sibling, begin);
+  cut_at(sibling, begin + count);
+  BranchState& b = branches_[branch];
+  const BranchState& s = branches_[sibling];
+  i64 seen = 0;
+  for (i32 id : s.spans) {
+    Span& span = spans_[id];
+    if (seen >= begin + count) break;
+    if (seen >= begin) {
+      b.spans.push_back(id);
+      add_user(id, branch);
+      b.length += span.length();
+      b.position = std::max<i64>(b.position, *std::max_element(span.positions.begin(), span.positions.end()) + 1);
+    }
+    seen += span.length();
+  }
+  tokens_logical_ += count;
+  b.fork_length = b.length;
+  b.version = ++clock_;
   ++topology_;
 }
 
@@ -316,7 +371,7 @@ void Tree::truncate(i32 branch, i64 length) {
     const i32 last = b.spans.back();
     const i64 n = spans_[last].length();
     b.length -= n;
-    tokens_logical_ -= n;
+    if (!b.kept) tokens_logical_ -= n;
     b.spans.pop_back();
     drop_user(last, branch);
   }
@@ -329,7 +384,7 @@ void Tree::truncate(i32 branch, i64 length) {
 void Tree::free_branch(i32 branch) {
   BranchState& b = branches_[branch];
   for (auto it = b.spans.rbegin(); it != b.spans.rend(); ++it) drop_user(*it, branch);
-  tokens_logical_ -= b.length;
+  if (!b.kept) tokens_logical_ -= b.length;
   b = BranchState();
   free_branches_.push_back(branch);
   ++topology_;
@@ -340,8 +395,32 @@ void Tree::release(i32 branch) {
   free_branch(branch);
 }
 
+void Tree::keep(i32 branch) {
+  BranchState& b = get(branch);
+  if (b.kept) return;
+  for (i32 s : b.spans) lose_live(s);
+  tokens_logical_ -= b.length;
+  b.kept = true;
+}
+
+i64 Tree::kept_pages(i32 branch, i64 length) const {
+  i64 found = 0, seen = 0;
+  i32 last = -1;
+  for (i32 id : at(branch).spans) {
+    for (i32 slot : spans_[id].slots) {
+      if (seen++ == length) return found;
+      const i32 page = slot / page_size_;
+      if (page != last && page_live_[page] == 0) ++found;
+      last = page;
+    }
+  }
+  return found;
+}
+
 Usage Tree::usage() const {
-  return {num_pages_, static_cast<i64>(free_pages_.size()), tokens_logical_, tokens_physical_, pages_copied_};
+  return {num_pages_,       static_cast<i64>(free_pages_.size()) + pages_kept_,
+          tokens_logical_,  tokens_physical_,
+          pages_copied_,    pages_kept_};
 }
 
 std::vector<i32> Tree::slots(i32 branch) const {
@@ -360,7 +439,7 @@ void Tree::check() const {
   auto require = [](bool ok, const char* what) {
     if (!ok) throw std::logic_error(std::string("cache invariant broken: ") + what);
   };
-  std::vector<i32> refs(num_pages_, 0), owner(static_cast<size_t>(num_pages_) * page_size_, -1);
+  std::vector<i32> refs(num_pages_, 0), live(num_pages_, 0), owner(static_cast<size_t>(num_pages_) * page_size_, -1);
   std::vector<std::vector<i32>> users(spans_.size());
   i64 logical = 0, physical = 0;
   for (size_t b = 0; b < branches_.size(); ++b) {
@@ -372,7 +451,7 @@ void Tree::check() const {
       length += spans_[s].length();
     }
     require(length == state.length, "a branch's length is not the sum of its spans");
-    logical += length;
+    if (!state.kept) logical += length;
   }
   for (size_t i = 0; i < spans_.size(); ++i) {
     const Span& s = spans_[i];
@@ -387,10 +466,22 @@ void Tree::check() const {
       if (pages.empty() || pages.back() != slot / page_size_) pages.push_back(slot / page_size_);
     }
     require(pages == s.pages, "a span's pages are not those of its slots");
-    for (i32 p : pages) ++refs[p];
-    physical += s.length();
+    i32 living = 0;
+    for (i32 user : s.users) living += branches_[user].kept ? 0 : 1;
+    require(living == s.live, "a span's live users are not those that are not kept");
+    for (i32 p : pages) {
+      ++refs[p];
+      if (s.live > 0) ++live[p];
+    }
+    if (s.live > 0) physical += s.length();
   }
   require(refs == page_refs_, "a page's reference count is not the number of spans that hold it");
+  i64 kept = 0;
+  for (i32 p = 0; p < num_pages_; ++p) {
+    kept += refs[p] > 0 && live[p] == 0 ? 1 : 0;
+    require(refs[p] == 0 || live[p] == page_live_[p], "a page's live count is not the number of live spans that hold it");
+  }
+  require(kept == pages_kept_, "the count of kept pages drifted");
   std::vector<char> is_free(num_pages_, 0);
   for (i32 p : free_pages_) {
     require(!is_free[p], "a page is in the free list twice");

@@ -24,7 +24,7 @@ from anabranch.viz import terminal as display
 from anabranch.viz.story import Block, Branch, Story, from_node
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("demo", "generate", "eval", "view", "bench", "doctor")
+COMMANDS = ("demo", "generate", "eval", "view", "bench", "doctor", "strategies", "compare", "serve")
 PAGES = ["--num-pages", "64"]
 BRANCHES = ["--header", "Yes, because", "--header", "No, because"]
 
@@ -86,7 +86,15 @@ def test_version_is_the_package_s():
         (["generate", "hi", "-n", "3"], 2, "--strategy"),
         (["generate", "hi", "--vote", "number"], 2, "self-consistency"),
         (["generate", "hi", "--backend", "gpu"], 2, "triton"),
-        (["generate", "hi", "--strategy", "beam"], 2, "aspects"),
+        (["generate", "hi", "--strategy", "beem"], 2, "aspects"),
+        (["generate", "hi", "--strategy", "selfconsistancy"], 2, "did you mean self-consistency"),
+        (["generate", "hi", "-s", "aspects", "--strategy-option", "intro_token=3"], 2, "did you mean intro_tokens"),
+        (["generate", "hi", "-s", "aspects", "-o", "intro_tokens=few"], 2, "intro_tokens='few'; expected int"),
+        (["generate", "hi", "-s", "aspects", "-o", "intro_tokens"], 2, "expected KEY=VALUE"),
+        (["generate", "hi", "-s", "self-consistency", "-o", "n=2", "-o", "n=3"], 2, "given twice"),
+        (["generate", "hi", "-s", "skeleton-of-thought", "--vote", "number"], 2, "does not"),
+        (["generate", "hi", "-s", "skeleton-of-thought", "-n", "3"], 2, "has none of them"),
+        (["strategies", "thread"], 2, "did you mean threadweaver"),
         (["generate", "hi", "--max-new-tokens", "0"], 2, "max-new-tokens"),
         (["generate", "hi", "--save", "/no/such/folder/x.json"], 2, "/no/such/folder"),
         (["demo", "--branches", "99"], 2, "branches"),
@@ -199,6 +207,15 @@ def test_demo_sequential_writes_the_same_with_all_tokens_on_the_path(tiny):
     assert one_by_one["token_ids"] == side_by_side["token_ids"]
     assert one_by_one["metrics"]["critical_path_tokens"] == one_by_one["metrics"]["total_tokens"]
     assert one_by_one["metrics"]["max_concurrency"] == 1 and side_by_side["metrics"]["max_concurrency"] == 2
+
+
+def test_demo_shows_any_strategy_by_name(tiny):
+    arguments = ["demo", "Hi?", "--model", tiny, "--max-new-tokens", "6", "--strategy"]
+    assert json.loads(invoke(*arguments, "self-consistency(n=3)", "--json").stdout)["metrics"]["num_threads"] == 3
+    wrong = {"self-consistancy": "did you mean self-consistency", "self-consistency(m=1)": "no option"}
+    for name, says in wrong.items():
+        assert says in invoke(*arguments, name, code=2).stderr
+    assert "leave those out" in invoke(*arguments, "plain", *BRANCHES, code=2).stderr
 
 
 def test_a_branch_of_the_demo_ends_with_its_sentence():
@@ -380,6 +397,31 @@ def test_generate_with_strategies(tiny):
     lines = invoke(*base[:-1], "-s", "aspects", "-n", "2", "--stream").stdout
     assert "fork   0 -> 0.0 0.1" in lines
     assert invoke("generate", "x", "--model", tiny, "-s", "self-consistency", "-t", "0", code=2).stderr
+
+
+def test_generate_with_any_strategy_and_its_options(tiny, tmp_path):
+    path = str(tmp_path / "t.json")
+    base = ["generate", "Once", "--model", tiny, "--max-new-tokens", "30", "--dtype", "float32", *PAGES, "--json"]
+    spelled = ["-s", "Sequential(self_consistency(n=2))", "--save", path]
+    out = json.loads(invoke(*base, *spelled).stdout)
+    assert out["strategy"].startswith("Sequential(strategy=SelfConsistency(n=2") and out["metrics"]["num_threads"] == 2
+    from anabranch.records import trace
+
+    runs = [run for node in trace.load(path).tree.walk() for run in node.runs if run.kind == "sampled"]
+    assert runs and all(run.logprobs is not None for run in runs)  # what `view` colours by
+    options = ["-o", "headers='A:'|'B:'|'C:'", "-o", "intro_tokens=4", "-o", "aspect_tokens=3", "-o", "after='\\x00'"]
+    out = json.loads(invoke(*base, "-s", "aspects", *options).stdout)
+    assert out["metrics"]["num_threads"] == 3 and "B:" in out["text"]
+
+
+def test_strategies_are_listed_with_what_they_do():
+    shown = invoke("strategies", env={"COLUMNS": "160"}).output
+    listed = json.loads(invoke("strategies", "--json").stdout)
+    assert {"threadweaver", "self-consistency", "plain", "sequential"} <= {entry["name"] for entry in listed}
+    for entry in listed:
+        assert entry["name"] in shown and entry["summary"] and entry["forks"]
+    one = invoke("strategies", "self_consistency", env={"COLUMNS": "160"}).output
+    assert "ab.SelfConsistency" in one and "early_stop" in one and "true | false" in one and "vote" in one
 
 
 def test_generate_says_when_the_cache_is_too_small(tiny):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from triton_cases import relative_error
+from views_kit import grown
 
 import anabranch as ab
 from anabranch import backends
@@ -236,3 +237,18 @@ def test_a_topology_change_inside_a_capture(emulated_backend, monkeypatch):
     changed = cache.step({kids[0]: 1})
     with pytest.raises(RuntimeError, match="topology changed, which a captured CUDA graph cannot follow"):
         changed.plan.arrays(3, tile_config)
+
+
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
+def test_rows_that_read_other_branches(emulated_backend, dtype, bound):
+    """Under position offsets too: against scores of keys that are turned, in float64."""
+    problem = grown(2, dim=32, dtype=dtype, page_size=8)
+    problem.cache._backend = cuda
+
+    def check(out, want, lse, want_lse):
+        assert float((out.double() - want).norm() / want.norm()) <= bound
+        assert torch.allclose(lse.double(), want_lse, atol=10 * bound)
+
+    for _ in range(3):
+        step, views = problem.grow(turning=True)
+        problem.attend(step, views, "cuda", check, ["cuda"])

@@ -294,6 +294,19 @@ def test_an_error_in_generate_comes_out_and_leaves_the_others(name):
     assert_nothing_held(engine)
 
 
+def test_an_error_of_one_of_many_that_are_sampled_together():
+    """Equal settings are sampled in one pass; a context that leaves no token fails alone, and no draw is lost."""
+    words = [[7], *([7, i] for i in range(260))]  # nothing may follow a 7
+    options = dict(bad_words_ids=words, do_sample=True, temperature=1.2, top_k=0, seed=3, **FREE)
+    engine = make_engine()
+    handles = [engine.add([1, 2, last], **options) for last in (3, 7, 4)]
+    with pytest.raises(ValueError, match="no token can be chosen"):
+        handles[1].result()
+    for handle, last in ((handles[0], 3), (handles[2], 4)):
+        assert handle.result().tree == make_engine().generate([1, 2, last], **options).tree
+    assert_nothing_held(engine)
+
+
 def test_a_generator_that_objects_to_its_end():
     engine = make_engine()
     handle, other = engine.add(PROMPT, BreaksAtItsEnd(), **FREE), engine.add(PROMPT, **FREE)
@@ -334,6 +347,22 @@ def test_a_forward_that_fails_fails_for_those_in_it():
         with pytest.raises(MemoryError):
             handle.result()
     assert engine.generate(PROMPT, **FREE).tree == make_engine().generate(PROMPT, **FREE).tree
+    assert_nothing_held(engine)
+
+
+def test_an_error_that_is_nobody_s_ends_all_and_not_the_engine(monkeypatch):
+    engine, stop = make_engine(), threading.Event()
+    handles = [engine.add(PROMPT, **FREE) for _ in range(2)]
+    with monkeypatch.context() as broken:
+        broken.setattr("anabranch.engine.scheduler.Scheduler.choose", lambda *args: 1 / 0)
+        server = threading.Thread(target=engine.serve, args=(stop,))
+        server.start()
+        for handle in handles:
+            with pytest.raises(ZeroDivisionError):
+                handle.result(timeout=60)
+    assert engine.add(PROMPT, **FREE).result(timeout=60).tree == make_engine().generate(PROMPT, **FREE).tree
+    stop.set()
+    server.join(30)
     assert_nothing_held(engine)
 
 
@@ -557,7 +586,7 @@ def soak(number: int, clients: int) -> dict[str, int]:
     size = rng.choice([1, 2, 4, 16])
     engine = ab.Engine(
         model,
-        num_pages=rng.randint(160, 400) // size + 4,
+        num_pages=rng.randint(90, 220) // size + 4,
         page_size=size,
         max_rows=rng.choice([3, 8, 64]),
         max_threads=rng.choice([None, None, 4]),
@@ -566,7 +595,7 @@ def soak(number: int, clients: int) -> dict[str, int]:
     there: list[tuple[ab.Handle, dict, str]] = []
     arrived = 0
     while arrived < clients or there:
-        if arrived < clients and rng.random() < 0.4:
+        if arrived < clients and rng.random() < 0.7:
             arrived += 1
             fate = rng.choice(["", "", "", "abort", "break", "late"])
             strategy = rng.choice([None, Nested(), SelfConsistency(rng.randint(1, 5)), Anything(rng.randrange(10**6))])

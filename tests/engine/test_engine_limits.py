@@ -9,7 +9,7 @@ import pytest
 from engine_kit import Nested, assert_nothing_held, make_engine
 
 import anabranch as ab
-from anabranch.engine.loop import Loop
+from anabranch.engine.stepper import Stepper
 from anabranch.records.metrics import PHASES, summary
 from anabranch.strategies import Aspects, SelfConsistency, Sequential, Strategy
 
@@ -21,13 +21,13 @@ FREE = dict(eos_token_id=None, max_new_tokens=100)
 def at_once(monkeypatch):
     """How many threads, of all prompts, were given a token in each sampling."""
     seen: list[int] = []
-    sample = Loop._sample
+    sample = Stepper.sample
 
     def watch(self, ready):
         seen.append(len(ready))
         return sample(self, ready)
 
-    monkeypatch.setattr(Loop, "_sample", watch)
+    monkeypatch.setattr(Stepper, "sample", watch)
     return seen
 
 
@@ -99,14 +99,14 @@ class Families(Strategy):
 
 def test_one_after_another_means_no_thread_before_another_is_through(monkeypatch):
     turns: list[str] = []
-    sample = Loop._sample
+    sample = Stepper.sample
 
     def watch(self, ready):
         assert len(ready) == 1
         turns.append(ready[0].id)
         return sample(self, ready)
 
-    monkeypatch.setattr(Loop, "_sample", watch)
+    monkeypatch.setattr(Stepper, "sample", watch)
     strategy = Sequential(Families())
     free = make_engine().generate(PROMPT, strategy=strategy, **FREE)
     one = lambda k: [f"0.{k}"] * 4 + [f"0.{k}.0"] * 5 + [f"0.{k}.1"] * 5 + [f"0.{k}"] * 2  # noqa: E731
@@ -194,7 +194,7 @@ def test_the_same_seed_alone_in_a_batch_of_16_and_after_a_pre_emption():
 
 
 def test_a_step_that_prompts_share_counts_for_each_by_its_rows():
-    engine = make_engine(num_pages=600)
+    engine = make_engine(num_pages=600, prefix_cache=False)
     prompts = [PROMPT, [1, 2, 3], list(range(40, 75))]
     alone = [engine.generate(p, strategy=Nested(), **FREE).metrics for p in prompts]
     begin = time.perf_counter()

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import anabranch as ab
 from anabranch.engine import Result
-from anabranch.engine.loop import Loop
+from anabranch.engine.stepper import Stepper
 from anabranch.strategies import Aspects, EntropyFork, SelfConsistency, Sequential, Strategy, ThreadWeaver
 
 SHORT, LONG = 60, 1000
@@ -34,14 +34,14 @@ class Steps:
 
 @pytest.fixture(autouse=True)
 def watch(monkeypatch):
-    step = Loop._step
+    step = Stepper.step
 
     def counted(self):
         Steps.left -= 1
         assert Steps.left > 0, "far too many steps: it does not get on"
         step(self)
 
-    monkeypatch.setattr(Loop, "_step", counted)
+    monkeypatch.setattr(Stepper, "step", counted)
 
 
 @cache

@@ -237,3 +237,21 @@ def test_a_configuration_changed_after_loading_is_not_believed():
     model.config.rope_parameters["short_factor"] = FACTORS["long_factor"]
     with pytest.raises(hf.UnsupportedModel, match="rotates a row differently"):
         hf.describe(model)
+
+
+def test_requests_of_both_sides_at_the_same_time_go_in_steps_of_their_own():
+    """Requests that came apart share an engine: long and short ones take turns, and none sees another's rotation."""
+    model = longrope()
+    plain = ab.Engine(model, num_pages=64, prefix_cache=False)
+    prompts, options = [tokens(SWITCH + 5), tokens(12, 1), tokens(SWITCH + 9, 2), tokens(20, 3)], dict(max_new_tokens=8)
+    expected = [plain.generate(p, **options).token_ids for p in prompts]
+    engine = ab.Engine(model, num_pages=64, page_size=4)
+    handles = [engine.add(p, **options) for p in prompts]
+    assert [h.result().token_ids for h in handles] == expected
+    # What was rotated as long is not found by what is short, nor the other way round.
+    again = [engine.generate(p, **options) for p in [prompts[0][:20], *prompts]]
+    assert [r.token_ids for r in again[1:]] == expected
+    assert [r.metrics.cached_tokens for r in again] == [0, 0, 8, 0, 16]
+    assert again[0].token_ids == plain.generate(prompts[0][:20], **options).token_ids
+    usage = engine.cache.usage()
+    assert usage.pages_free == usage.pages_total

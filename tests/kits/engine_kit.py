@@ -139,7 +139,8 @@ class Dense:
             for name, kid in list(pending.items()):
                 if kid.role == "fresh" or kid.forked_at == len(context):
                     del pending[name]
-                    self._grow(kid, [] if kid.role == "fresh" else context)
+                    seen = [i for other, count in kid.sees for i in self.own[other][:count]]
+                    self._grow(kid, [] if kid.role == "fresh" else context + seen)
 
         visit()
         for run in node.runs:

@@ -93,6 +93,20 @@ class Twins:
         self.naive.join(pair[1], [k[1] for k in kids])
         self.pairs = [p for p in self.pairs if p not in kids]
 
+    def sharers(self) -> list[tuple[tuple, tuple]]:
+        """Pairs of siblings of which the first may come to see what the second wrote."""
+        found = []
+        for a in self.pairs:
+            for b in self.pairs:
+                related = a is not b and a[1].parent is not None and a[1].parent is b[1].parent
+                if related and a[1].own == a[1].length and b[1] not in a[1].sees:
+                    found.append((a, b))
+        return found
+
+    def share(self, pair: tuple, sibling: tuple, count: int) -> None:
+        self.cache.share(pair[0], sibling[0], count)
+        self.naive.share(pair[1], sibling[1], count)
+
     def truncate(self, pair: tuple, length: int) -> None:
         self.cache.truncate(pair[0], length)
         self.naive.truncate(pair[1], length)
@@ -121,12 +135,15 @@ class Twins:
         if not self.pairs:
             self.branch()
         pair = r.choice(self.pairs)
-        action = r.choice(("fork", "fork", "step", "step", "step", "join", "truncate", "release", "branch"))
+        action = r.choice(("fork", "fork", "step", "step", "step", "join", "share", "truncate", "release", "branch"))
         if action == "fork" and len(self.pairs) < max_branches:
             self.fork(pair, r.randint(1, 3))
         elif action == "join" and self.kids_of(pair):
             kids = self.kids_of(pair)
             self.join(pair, r.sample(kids, r.randint(1, len(kids))))
+        elif action == "share" and (sharers := self.sharers()):
+            pair, sibling = r.choice(sharers)
+            self.share(pair, sibling, r.randint(0, sibling[1].length - sibling[1].own))
         elif action == "truncate" and pair[1].length:
             self.truncate(pair, r.randint(0, pair[1].length))
         elif action == "release" and len(self.pairs) > 1:

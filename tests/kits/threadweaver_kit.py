@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 import re
-from functools import cache
 from typing import ClassVar
 
+import tagged_kit
 import torch
 from engine_kit import EOS, assert_nothing_held, make_engine
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
 import anabranch as ab
@@ -19,15 +18,8 @@ from anabranch.strategies import ThreadWeaver
 TAGS = ThreadWeaver().tags
 
 
-@cache
 def tag_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and one a tag, within the tiny models' vocabulary (tags 248–255, then pad, bos, eos)."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:248]  # what is left out are control bytes
-    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([*TAGS, "<pad>", "<bos>", "<eos>"])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    return tagged_kit.tag_tokenizer(TAGS)
 
 
 def ids(text: str) -> tuple[int, ...]:
@@ -37,20 +29,9 @@ def ids(text: str) -> tuple[int, ...]:
 TAG = {tag: ids(tag)[0] for tag in TAGS}
 
 
-class Script(LogitsProcessor):
-    """Makes the model say what is written: `lines` are (all that stands before, what it then says)."""
-
+class Script(tagged_kit.Script):
     def __init__(self, *lines: tuple[str, str]):
-        self.next: dict[tuple[int, ...], int] = {}
-        for before, says in lines:
-            context = ids(before)
-            for token in ids(says):
-                assert self.next.setdefault(context, token) == token, "the script contradicts itself"
-                context += (token,)
-
-    def __call__(self, input_ids, scores):
-        token = self.next[tuple(input_ids[0].tolist())]  # a KeyError: a context that the format does not lead to
-        return torch.full_like(scores, -torch.inf).index_fill(-1, torch.tensor(token), 0.0)
+        super().__init__(tag_tokenizer(), *lines)
 
 
 def engine_with_tags(**options) -> ab.Engine:

@@ -57,6 +57,13 @@ class CacheMachine(RuleBasedStateMachine):
         kids = data.draw(st.permutations(self.twins.kids_of(trunk)))
         self.twins.join(trunk, kids[: data.draw(st.integers(1, len(kids)))])
 
+    @precondition(lambda self: self.twins.sharers())
+    @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        pair, sibling = data.draw(st.sampled_from(self.twins.sharers()))
+        own = sibling[1].length - sibling[1].own
+        self.twins.share(pair, sibling, data.draw(st.one_of(st.just(own), st.integers(0, own))))
+
     @rule(data=st.data())
     def truncate(self, data: st.DataObject) -> None:
         pair = self.pick(data)
@@ -180,6 +187,49 @@ def test_join_is_a_splice() -> None:
     assert not kids[0].alive and cache.usage().pages_copied == copied
     assert all(torch.equal(a, b) for a, b in zip(cache.read(trunk, 1), expected, strict=True))
     assert cache.positions(trunk)[18:].tolist() == [18, 19, 20, 18, 19, 20, 21, 22]
+
+
+def test_a_sibling_is_shared_without_a_copy_and_joined_once() -> None:
+    cache, trunk = make()
+    fill(cache, cache.step({trunk: 18}))
+    one, two, both = cache.fork(trunk, 3)
+    fill(cache, cache.step({one: 3, two: 5}))
+    before = cache.usage()
+    expected = torch.cat([cache.read(trunk, 1)[0], cache.read(two, 1)[0][18:], cache.read(one, 1)[0][18:20]])
+    cache.share(both, two)
+    cache.share(both, one, 2)
+    assert (both.length, both.position) == (25, 23) and torch.equal(cache.read(both, 1)[0], expected)
+    assert cache.usage().tokens_physical == before.tokens_physical and cache.usage().pages_free == before.pages_free
+    fill(cache, cache.step({one: 1, both: 2}))  # one goes on; what it writes now is not seen
+    assert cache.positions(both).tolist() == [*range(18), *range(18, 23), 18, 19, 23, 24]
+    cache.join(trunk, [one, two, both])
+    assert cache.positions(trunk)[18:].tolist() == [18, 19, 20, 21, *range(18, 23), 23, 24]
+    cache.check()
+
+
+def test_only_a_sibling_that_is_not_seen_yet_is_shared() -> None:
+    cache, trunk = make()
+    fill(cache, cache.step({trunk: 4}))
+    kid, other = cache.fork(trunk, 2)
+    cousin = cache.fork(other)[0]
+    for call, match in (
+        (lambda: cache.share(kid, trunk), "not forked from one branch"),
+        (lambda: cache.share(kid, cousin), "not forked from one branch"),
+        (lambda: cache.share(kid, kid), "not forked from one branch"),
+        (lambda: cache.share(trunk, trunk), "not forked from one branch"),
+        (lambda: cache.share(kid, other, 1), "count must be from 0 to 0"),
+        (lambda: cache.share(kid, other, "1"), "share: count must be a whole number"),
+        (lambda: cache.share(kid, make()[1]), "another cache"),
+    ):
+        unchanged(cache, ValueError, match, call)
+    fill(cache, cache.step({other: 3}))
+    cache.share(kid, other)
+    unchanged(cache, ValueError, "already", lambda: cache.share(kid, other, 1))
+    fill(cache, cache.step({kid: 1}))
+    unchanged(cache, ValueError, "1 tokens of its own", lambda: cache.share(kid, other))
+    third = cache.fork(trunk)[0]
+    cache.release(other)
+    unchanged(cache, ab.DeadBranch, "released", lambda: cache.share(third, other))
 
 
 def test_one_plan_serves_while_the_topology_stays() -> None:

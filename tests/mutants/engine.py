@@ -13,8 +13,8 @@ NEAR = "tests/engine/test_engine_order.py tests/engine/test_engine.py tests/engi
 MUTANTS = [
     Mutant(
         "re-prefill adopts the first child though the trunk has gone on", f"{THREADS}joins/reprefill.py",
-        'if same and children[0].role == "fork" and thread.goes_on_as(children[0]) and op.headers[0] is None:',
-        'if children[0].role == "fork" and op.headers[0] is None:', ORDER,
+        "if same and _spliceable(thread, children[0]) and thread.goes_on_as(children[0]) and op.headers[0] is None:",
+        "if same and _spliceable(thread, children[0]) and op.headers[0] is None:", ORDER,
     ),
     Mutant(
         "a child is not pinned while its parent is cut", f"{ENGINE}request.py",
@@ -22,12 +22,12 @@ MUTANTS = [
     ),
     Mutant(
         "a parent that wrote anew is taken for unchanged", f"{THREADS}state.py",
-        "return self.length == len(child.prefix) and not child.severed",
-        "return self.length == len(child.prefix)", ORDER,
+        "return self.length == len(child.prefix) and not child.severed and not child.seen",
+        "return self.length == len(child.prefix) and not child.seen", ORDER,
     ),
     Mutant(
         "an op does not wait for its issue time", f"{THREADS}ops/base.py",
-        "        thread.reach(op.issued)\n        thread.queue.popleft()",
+        "        thread.reach(op.issued)\n        thread.queue.remove(op)",
         "        thread.queue.popleft()", ORDER,
     ),
     Mutant(
@@ -55,15 +55,16 @@ MUTANTS = [
     ),
     Mutant(
         "a killed child stays in a join that waits", f"{THREADS}books.py",
-        "if isinstance(op, JoinOp) and thread.handle in op.children:", "if False:", ORDER,
+        "if (isinstance(op, JoinOp) and thread.handle in op.children) or (", "if (", ORDER,
     ),
     Mutant(
         "until() that kills its own thread", f"{THREADS}ops/decode.py",
         "if reason is not None and not op.done:", "if reason is not None:", ORDER,
     ),
     Mutant(
-        "until() that kills another of the same step", f"{ENGINE}loop.py",
-        "if not thread.alive or thread.request not in self._calls:", "if thread.request not in self._calls:", ORDER,
+        "until() that kills another of the same step", f"{ENGINE}stepper.py",
+        "if not thread.alive or thread.request not in self.loop.calls:",
+        "if thread.request not in self.loop.calls:", ORDER,
     ),
     Mutant(
         "positions go on from the last segment", f"{THREADS}state.py",
@@ -86,7 +87,7 @@ MUTANTS = [
     ),
     Mutant(
         "a whole thread is given a step of its own", f"{ENGINE}scheduler.py",
-        "if w not in stuck and not w.in_cache]", "if w not in stuck]", BOTH,
+        "for s in stuck) and not w.in_cache]", "for s in stuck)]", BOTH,
     ),
     Mutant(
         "a join forgets what a child sampled", f"{THREADS}ops/join.py",
@@ -133,7 +134,7 @@ MUTANTS = [
     ),
     Mutant(
         "a fork opened late holds what its parent wrote since", f"{ENGINE}thread_kv.py",
-        "                cache.truncate(self.branch, len(thread.prefix))", "                pass", NEAR,
+        "        cache.truncate(fork, length)", "        pass", NEAR,
     ),
     Mutant(
         "logits outlive a cut", f"{ENGINE}request.py", "        kv.logits = None\n", "", BOTH,

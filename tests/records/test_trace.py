@@ -283,3 +283,9 @@ def test_scoring_of_given_tokens():
         last = make_model()(torch.tensor([[*flat, 77]])).logits[0, -1]
         assert result.token_ids[-1] == int(last.argmax())
         assert_nothing_held(engine)
+
+
+def test_metrics_of_drafts_may_be_missing(result):
+    data = json.loads(json.dumps(result.trace().as_dict()))
+    del data["metrics"]["draft_tokens"], data["metrics"]["accepted_tokens"]
+    assert trace.Trace.from_dict(data).metrics.draft_tokens == 0

@@ -420,6 +420,19 @@ def test_the_same_tokens_with_and_without(family, case):
     assert capture.replays > 5 and capture.captures > 1
 
 
+def test_searches_beside_replays():
+    """Chosen tokens, threads that become others, hidden states: a step that notes those runs without a graph."""
+    hidden = ab.STEP(scorer=lambda state: state[0], n=3, step_tokens=6, stop=(), prune=0)
+    for strategy in (ab.BeamSearch(width=2), hidden, ab.PruneRefork(n=4, every=8, swap=1, scorer="logprob")):
+        options = dict(strategy=strategy, max_new_tokens=30, eos_token_id=None, seed=2)
+        want = make_engine(num_pages=600).generate([PROMPT, [1, 2, 3]], **options)
+        engine, capture = captured_engine(num_pages=600)
+        for _ in range(2):
+            assert [r.tree for r in engine.generate([PROMPT, [1, 2, 3]], **options)] == [r.tree for r in want]
+            assert_nothing_held(engine)
+        assert capture.replays > 5 or strategy is not hidden
+
+
 def test_the_same_tokens_through_preemption_and_turns():
     for pages, limit in ((30, None), (50, 2)):
         options = dict(max_new_tokens=60, eos_token_id=None)

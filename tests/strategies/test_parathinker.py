@@ -357,8 +357,8 @@ def test_the_same_seed_gives_the_same_tree(biased):
 
 def babbled(count):
     results = survive(ab.ParaThinker(paths=4, biased=False), lambda seed: f"{seed}", BABBLE, *TAGS, count=count)
-    assert {r.metrics.format_correctness for r in results} == {0.0, 1.0}
-    assert all(r.text.count("<summary>") == 1 for r in results)
+    assert any(r.metrics.format_correctness == 0.0 for r in results)
+    assert all("</think4><summary>" in r.text or r.tree.children[-1].ended == "length" for r in results)
 
 
 def test_malformed_generations():

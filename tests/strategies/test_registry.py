@@ -89,7 +89,7 @@ def test_a_strategy_in_one_text() -> None:
     ("text", "message"),
     [
         ("selfconsistancy", "did you mean self-consistency"),
-        ("zzz", "no strategy 'zzz'; expected one of aspects"),
+        ("zzz", "no strategy 'zzz'; expected one of "),
         ("self-consistency(temprature=1)", "no option 'temprature'; did you mean temperature"),
         ("self-consistency(n=many)", "n='many'; expected int"),
         ("self-consistency(n=0)", "n=0; pass a whole number of at least 1"),

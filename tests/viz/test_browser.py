@@ -200,6 +200,31 @@ def test_on_a_phone_nothing_sticks_out_and_a_tap_selects(open_page):
     assert "Thread 0\n" in details(page)
 
 
+def test_two_fingers_zoom_and_one_scrolls(open_page):
+    page = open_page(wide(), width=390, height=844, has_touch=True, is_mobile=True)
+    touch = page.context.new_cdp_session(page)
+    box = page.locator("#stage").bounding_box()
+    y = box["y"] + 150
+
+    def fingers(kind: str, *xs: float) -> None:
+        points = [{"x": x, "y": y, "id": i} for i, x in enumerate(xs)]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    before = page.evaluate("document.getElementById('space').offsetWidth")
+    fingers("touchStart", 180, 220)
+    for d in range(0, 100, 10):
+        fingers("touchMove", 180 - d, 220 + d)
+    fingers("touchEnd")
+    page.wait_for_function(f"document.getElementById('space').offsetWidth > {2 * before}")
+    assert page.evaluate("visualViewport.scale") == 1  # the page itself stays as it is
+    left = page.evaluate("document.getElementById('stage').scrollLeft")
+    fingers("touchStart", 300)
+    for d in range(0, 150, 15):
+        fingers("touchMove", 300 - d)
+    fingers("touchEnd")
+    page.wait_for_function(f"document.getElementById('stage').scrollLeft > {left + 50}")
+
+
 def test_zoom_and_scroll_in_two_hundred_threads(open_page):
     page = open_page(wide(100, 10))  # and one more under each
     assert "201 threads" in page.inner_text("#count")

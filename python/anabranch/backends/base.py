@@ -84,14 +84,14 @@ class Backend(Protocol):
         """Tree attention.
 
         Args:
-            q: [rows, Hq, D].
+            q: [queries, Hq, D]; ``plan.num_rows`` of them, or more where rows read under several position offsets.
             k_pages, v_pages: [pages, page_size, Hkv, D], the last stride 1; of q's dtype, or one of ``kv_dtypes``.
             plan: ``plan.arrays(Hq // Hkv, tile_config)`` are its work items.
             kv_scales: the factors of quantised pages, None for others.
 
         Returns:
-            out [rows, Hq, D] in q's dtype; lse [rows, Hq] float32, natural logarithm, sinks included, or None unless
-            ``return_lse``.
+            out [plan.num_rows, Hq, D] in q's dtype; lse [plan.num_rows, Hq] float32, natural logarithm, sinks included,
+            or None unless ``return_lse``.
         """
 
     def write_kv(

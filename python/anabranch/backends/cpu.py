@@ -159,7 +159,7 @@ def attention(
     return native.attention(
         _cpu.attention, rows(q), k_pages, v_pages, plan.arrays(num_q_heads // num_kv_heads, config), count,
         _quantised(k_pages, kv_scales),
-        scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse,
+        scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse, num_rows=plan.num_rows,
     )  # fmt: skip
 
 

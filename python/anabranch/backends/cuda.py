@@ -215,8 +215,9 @@ def attention(
         num_q_heads // num_kv_heads, tile_config(num_q_heads, num_kv_heads, q.shape[2], q.dtype, k_pages.device)
     )
     return run(
-        q, k_pages, v_pages, arrays, scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse
-    )
+        q, k_pages, v_pages, arrays,
+        scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse, num_rows=plan.num_rows,
+    )  # fmt: skip
 
 
 def run(

@@ -73,6 +73,9 @@ def attention(
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor | None]:
     """Computed in ``dtype`` (float64); out has q's dtype, lse is float32 (float64 for float64 inputs)."""
+    view = plan.contexts()
+    if view.row_of is not None:
+        return _attend_queries(q, k_pages, v_pages, plan, scale, softcap, window, sinks, return_lse, kv_scales, dtype)
     rows, num_q_heads, head_dim = q.shape
     num_kv_heads = k_pages.shape[2]
     group = num_q_heads // num_kv_heads
@@ -80,7 +83,6 @@ def attention(
     lse = torch.full((rows, num_q_heads), float("-inf"), dtype=dtype, device=q.device)
     if sinks is not None:
         lse[:] = sinks.to(dtype)
-    view = plan.contexts()
     for c in range(len(view.row_ptr) - 1):
         first, last = int(view.row_ptr[c]), int(view.row_ptr[c + 1])
         begin, end = int(view.ptr[c]), int(view.ptr[c + 1])
@@ -113,6 +115,50 @@ def attention(
         lse[first:last] = (m + torch.log(total)).squeeze(-1).T
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return out.to(q.dtype), lse.to(lse_dtype) if return_lse else None
+
+
+def _attend_queries(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: Plan,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None,
+    return_lse: bool,
+    kv_scales: KVScales | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of rows that are several queries each: one softmax over what all queries of a row see."""
+    view, group = plan.contexts(), q.shape[1] // k_pages.shape[2]
+    assert view.row_of is not None
+    k_scales, v_scales = (None, None) if kv_scales is None else kv_scales
+    scores: list[list[Tensor]] = [[] for _ in range(plan.num_rows)]  # of each row: [Hq, tokens], a query at a time
+    values: list[list[Tensor]] = [[] for _ in range(plan.num_rows)]
+    for c in range(len(view.row_ptr) - 1):
+        begin, end = int(view.ptr[c]), int(view.ptr[c + 1])
+        slots = torch.from_numpy(view.slots[begin:end]).to(q.device).long()
+        k_pos = torch.from_numpy(view.positions[begin:end]).to(q.device).long()
+        k = gather(k_pages, slots, dtype, k_scales).repeat_interleave(group, dim=1)
+        v = gather(v_pages, slots, dtype, v_scales).repeat_interleave(group, dim=1)
+        first, last = int(view.row_ptr[c]), int(view.row_ptr[c + 1])
+        for query in range(first, last):
+            seen = torch.arange(end - begin, device=q.device) < end - begin - (last - 1 - query)
+            if window is not None:
+                seen &= int(view.row_positions[query]) - k_pos < window
+            s = torch.einsum("hd,jhd->hj", q[query].to(dtype), k[seen]) * scale
+            row = int(view.row_of[query])
+            scores[row].append(s if softcap is None else softcap * torch.tanh(s / softcap))
+            values[row].append(v[seen])
+    outs, lses = [], []
+    for row in range(plan.num_rows):
+        s, v = torch.cat(scores[row], 1), torch.cat(values[row])
+        total = s if sinks is None else torch.cat([s, sinks.to(dtype)[:, None]], 1)
+        lses.append(torch.logsumexp(total, 1))
+        outs.append(torch.einsum("hj,jhd->hd", torch.exp(s - lses[row][:, None]), v))  # a row sees itself
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.stack(outs).to(q.dtype), torch.stack(lses).to(lse_dtype) if return_lse else None
 
 
 def write_kv(

@@ -1,4 +1,4 @@
-"""The command line: ``anabranch demo · generate · view · bench · doctor``.
+"""The command line: ``anabranch demo · generate · eval · compare · strategies · view · bench · doctor``.
 
 Nothing here imports torch or Transformers before a command needs them, so that ``anabranch --help`` answers at once.
 """

@@ -60,6 +60,7 @@ def _root(
         "anabranch demo 'Robert buys 7 tiles at 38 cents each and a bag for 5 cents. Eva buys 4 shells at 46 cents "
         "each and a bag for 8 cents. What does everyone owe, in cents?'",
         "anabranch demo --model smollm2 'Is it a good idea to work from home?' --branches 3",
+        "anabranch demo --strategy 'self-consistency(n=3)' 'What is the capital of France?'",
         "anabranch demo '7308 * 4406' --save trace.json && anabranch view trace.json",
         "anabranch demo --json | jq '.problems[].metrics'",
     ),
@@ -92,6 +93,13 @@ def demo(
     sequential: Annotated[
         bool, _flag("--sequential", help="The same threads one after another: the fair baseline.")
     ] = False,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            "--strategy", "-s", metavar="NAME",
+            help="Show this one instead (see `anabranch strategies`), with options as in 'beam-search(width=3)'.",
+        ),
+    ] = None,
     seed: SeedOption = 0,
     max_new_tokens: Annotated[
         int | None,
@@ -128,7 +136,7 @@ def demo(
     body.choose(
         prompt=prompt, model=model, branches=branches, header=header, sequential=sequential, seed=seed,
         max_new_tokens=max_new_tokens, branch_tokens=branch_tokens, compare=compare, save=save, dtype=dtype.value,
-        as_json=json,
+        as_json=json, strategy=strategy,
     )  # fmt: skip
 
 

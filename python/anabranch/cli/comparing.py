@@ -78,6 +78,13 @@ def compare(
     plots: Annotated[
         Path | None, typer.Option("--plots", metavar="FOLDER", help="Write compare-accuracy.svg and compare-cost.svg.")
     ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Of a completions server that runs the model; --models names the tokenizer."),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(metavar="KEY", envvar="ANABRANCH_API_KEY", help="For --url.", show_envvar=True)
+    ] = None,
     retry_errors: Annotated[bool, flag("--retry-errors", help="Try again what ended in an error.")] = False,
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
@@ -89,12 +96,12 @@ def compare(
     killed at any moment, the same command goes on where it was. A problem whose verifier raises is kept as an error. A
     strategy whose tags a model does not know is left out, and so is a task that its vocabulary cannot spell.
     """
-    from anabranch.cli import compare as body
+    from anabranch.cli import comparison as body
 
     body.run(
         body.Options(
             preset=preset, store=store, models=models, strategies=strategies, tasks=tasks, problems=problems,
             seeds=seeds, budget=budget, max_new_tokens=max_new_tokens, plots=plots, retry_errors=retry_errors,
-            dtype=dtype.value, as_json=json,
+            url=url, api_key=api_key, dtype=dtype.value, as_json=json,
         )
     )  # fmt: skip

@@ -55,6 +55,7 @@ class Options:
     headers: tuple[str, ...] = HEADERS[:4]
     compare: bool = True
     dtype: str = "auto"
+    strategy: str | None = None  # shown instead of the lead-ins
 
 
 def headers(branches: int | None, own: list[str] | None) -> tuple[str, ...]:
@@ -76,12 +77,28 @@ def headers(branches: int | None, own: list[str] | None) -> tuple[str, ...]:
 def choose(
     *, prompt: str | None, model: str | None, branches: int | None, header: list[str] | None, sequential: bool,
     seed: int, max_new_tokens: int | None, branch_tokens: int, compare: bool, save: Path | None, dtype: str,
-    as_json: bool,
+    as_json: bool, strategy: str | None = None,
 ) -> None:  # fmt: skip
     """Lead-ins where they are asked for, or where the model does not know the tags; else the model decides."""
     check_save(save)
     leads = headers(branches, header)
     wanted = branches is not None or bool(header)
+    if strategy is not None:
+        if wanted or sequential:
+            raise Mistake(
+                "--strategy with --branches, --header or --sequential: leave those out; options go as in "
+                "'self-consistency(n=4)', and 'sequential(NAME)' runs its threads one after another",
+                USAGE,
+            )
+        _named(strategy)
+        run(
+            Options(
+                prompt=QUESTION if prompt is None else prompt, model=model or "smollm2", as_json=as_json, seed=seed,
+                max_new_tokens=max_new_tokens or 200, branch_tokens=branch_tokens, save=save, compare=False,
+                dtype=dtype, strategy=strategy,
+            )
+        )  # fmt: skip
+        return
     if wanted and model in DECIDING:
         raise Mistake(f"--branches and --header with --model {model}: this model decides itself; leave them out", USAGE)
     if wanted or (model is not None and not _decides(model)):
@@ -99,6 +116,16 @@ def choose(
         adaptive.cases(prompt, model), sequential=sequential, as_json=as_json, seed=seed, compare=compare, save=save,
         max_new_tokens=max_new_tokens or 1024, dtype=dtype,
     )  # fmt: skip
+
+
+def _named(strategy: str) -> Any:
+    """A strategy by name, with its options."""
+    from anabranch.strategies import registry
+
+    try:
+        return registry.parse(strategy)
+    except ValueError as error:
+        raise Mistake(f"--strategy: {error}", USAGE) from None
 
 
 def _decides(model: str) -> bool:
@@ -170,7 +197,7 @@ def _engine(options: Options, console: Console | None) -> tuple[Any, str]:
                 "use `anabranch generate --raw` for a base model",
                 FAILED,
             )
-        pages = _pages(options, tokenizer)
+        pages = _pages(options, tokenizer) if options.strategy is None else None
         return ab.Engine(model, tokenizer, num_pages=pages), str(dtype).removeprefix("torch.")
 
 
@@ -224,6 +251,8 @@ class EndOfThought:
 def _strategy(options: Options) -> Any:
     from anabranch.strategies import Aspects, Sequential
 
+    if options.strategy is not None:
+        return _named(options.strategy)
     aspects = Aspects(
         headers=tuple(f"\n\n{h}" for h in options.headers),
         conclusion=f"\n\n{CONCLUSION}",
@@ -240,8 +269,9 @@ def _follow(
     """Run it, drawing; returns the story with its result, and the token ids before the fork (none without one)."""
     from anabranch.viz.terminal import tell
 
-    end = EndOfThought(engine.tokenizer, options.branch_tokens)
-    sampling = {"seed": options.seed, "max_new_tokens": options.max_new_tokens, "stopping_criteria": [end], **SAMPLING}
+    sampling: dict[str, Any] = {"seed": options.seed, "max_new_tokens": options.max_new_tokens, **SAMPLING}
+    if options.strategy is None:
+        sampling["stopping_criteria"] = [EndOfThought(engine.tokenizer, options.branch_tokens)]
     stream = engine.stream(_chat(options), strategy=_strategy(options), logprobs=options.save is not None, **sampling)
     story = tell(engine, stream, console, _heading(options, dtype), live, quiet)
     assert story.result is not None
@@ -257,13 +287,15 @@ def _heading(options: Options, dtype: str) -> list[RenderableType]:
     from rich.text import Text
 
     name = "SmolLM2-135M-Instruct" if options.model == "smollm2" else options.model
-    how = "one branch after another" if options.sequential else f"{len(options.headers)} branches at once"
+    how = options.strategy or (
+        "one branch after another" if options.sequential else f"{len(options.headers)} branches at once"
+    )
     title = Text.assemble(("anabranch", "bold"), (f"  {name}, {dtype}, {how}", "dim"))
     return [title, Text.assemble(("Q ", "bold cyan"), (options.prompt, "bold")), Text("")]
 
 
 def _compare(engine: Any, result: Result, context: list[int], options: Options, console: Console | None) -> Any:
-    from anabranch.cli.beside_generate import compare
+    from anabranch.cli.compare import compare
 
     kids = result.tree.children
     if len(kids) < 2 or not context:

@@ -22,7 +22,8 @@ class DecodeLimit:
 
     def admit(self, threads: Iterable[EngineThread]) -> list[EngineThread]:
         """Those of `threads` (each begins its queue with a decode) that may go on now."""
-        threads = list(threads)
+        given = list(threads)
+        threads = [t for t in given if t.live is None]  # threads that see one another advance together
         offered = {t.queue[0] for t in threads}
         over = [(op, thread) for op, thread in self._held.items() if op.done]
         # One under way is offered no more when its sequential prompt goes on with an earlier thread: that thread would
@@ -42,4 +43,4 @@ class DecodeLimit:
                     thread.reach(min(mine))
                     freed.remove((thread.request, min(mine)))
         self._waiting = {t.queue[0]: t for t in line if t.queue[0] not in self._held}
-        return [t for t in threads if t.queue[0] in self._held]
+        return [t for t in given if t.live is not None or t.queue[0] in self._held]

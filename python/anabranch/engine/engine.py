@@ -17,7 +17,9 @@ from anabranch.engine.loop import Loop
 from anabranch.engine.prepare import Preparation
 from anabranch.engine.segments import Segments
 from anabranch.kv.cache import TreeCache
+from anabranch.kv.prefix import PrefixCache
 from anabranch.records.events import Event
+from anabranch.records.stats import EngineStats
 from anabranch.runner.graph import DecodeGraph, unfit
 from anabranch.runner.invariant import Invariant, check_rows, require_invariant
 from anabranch.runner.linear import linear_context
@@ -44,6 +46,10 @@ class Engine:
     cuda_graphs: a decode step whose tree is that of the steps before is one CUDA graph replay (see `DecodeGraph`).
         None: on a CUDA device with a backend that allows it ("triton", "cuda"). True asks for it, and raises ValueError
         elsewhere. A model whose forward cannot be captured runs without, and a warning says so.
+    prefix_cache: whether what was computed is found again by requests that begin with the same tokens (prompts,
+        conversations, branches that have ended): `Metrics.cached_tokens`, `stats`. A hit changes no token. Its pages
+        count as free and are given up when they are needed, the least recently used first. It is forgotten when
+        weights, adapters or hooks of the model change (see `clear_prefix_cache`).
     max_queue: most requests of `add` that may wait to begin; one more raises `QueueFull`. None: no limit. (`generate`
         and `stream` wait themselves, and are never refused.)
     segment_vectors: what ParaThinker's models add to K and V: `SegmentVectors`, or what they are read from (a
@@ -74,6 +80,7 @@ class Engine:
         batch_invariant: bool = False,
         max_queue: int | None = None,
         segment_vectors: Any = None,
+        prefix_cache: bool = True,
         kv_format: Any = "auto",
     ):
         max_rows = whole(max_rows, "max_rows", 1, hint=" (tokens a forward)")
@@ -93,6 +100,8 @@ class Engine:
         choose(backend, shape.device, shape.dtype, shape.head_dim, fmt.dtype)  # raises for one that cannot run
         if not isinstance(batch_invariant, bool):
             raise ValueError(f"batch_invariant={batch_invariant!r}; pass True or False")
+        if not isinstance(prefix_cache, bool):
+            raise ValueError(f"prefix_cache={prefix_cache!r}; pass True or False")
         if batch_invariant:
             require_invariant(model, backend, own_linear)
             backend = "cpu"
@@ -100,6 +109,7 @@ class Engine:
         self.model, self.tokenizer, self.backend, self.max_rows = model, tokenizer, backend, max_rows
         self.cache = TreeCache.for_model(model, num_pages=num_pages, page_size=page_size, kv_format=fmt)
         self.cache.batch_invariant = batch_invariant
+        self.prefixes = PrefixCache(self.cache) if prefix_cache else None
         self.linear: Any = linear_context(model, own_linear)
         if batch_invariant:
             self.linear = Invariant(model)
@@ -238,6 +248,25 @@ class Engine:
         far."""
         for loop in (self.loop, *self._nested):
             loop.abort_all()
+
+    def stats(self) -> EngineStats:
+        """What is going on now, and what the prefix cache has saved since the engine was made."""
+        prefixes, loop = self.prefixes, self.loop
+        found = prefixes and (prefixes.lookups, prefixes.hits, prefixes.tokens_asked, prefixes.tokens_found)
+        kept = self.cache.usage().pages_kept
+        return EngineStats(
+            len(loop.waiting), len(loop.active), loop.scheduler.steps, *(found or (0, 0, 0, 0)), pages_kept=kept
+        )
+
+    def clear_prefix_cache(self) -> None:
+        """Forget all that was computed for requests that have ended.
+
+        Needed only where the model was changed in a way that cannot be seen from its weights' versions, its adapters or
+        its hooks, such as a part of a weight written through ``.data``, or an attribute that a module's forward reads.
+        """
+        if self.prefixes is not None:
+            with self.loop.turns.between():
+                self.prefixes.clear()
 
     @property
     def vocab_size(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,11 @@ class Handle:
         if not self._loop.wait(self._call, lambda: self._call.ended, end):
             raise TimeoutError(f"result: no answer within timeout={timeout} seconds; the request goes on")
         return self._call.outcome()[0]
+
+    @property
+    def so_far(self) -> Sequence[Event]:
+        """Its events until now, the first on; grows as long as it is not done. Does not wait."""
+        return self._call.events
 
     def events(self) -> Iterator[Event]:
         """All its events, from the first on, as they happen; the last is `Finish`. Raises what the request failed

@@ -31,13 +31,16 @@ def heads(entries: Sequence[tuple[ThreadKV, PrefillChunk, int]]) -> list[Head]:
         end += n
         if chunk.branch is not kv.branch:
             continue  # computes again what a joined sibling wrote
-        length, score = chunk.branch.length, kv.thread.score
+        end -= chunk.drafted
+        n -= chunk.drafted
+        length, score = chunk.branch.length - chunk.drafted, kv.thread.score
         if score is not None:
             last = min(length, score.begin + len(score.op.token_ids) - 1)
             at = range(max(length - n, score.begin), last)
             found += [Head(kv, nth, end - length + nth) for nth in at]
         if length == kv.thread.length:
             found.append(Head(kv, length - 1, end - 1))
+        end += chunk.drafted  # what guesses need: `Drafting.heads`
     return found
 
 
@@ -53,6 +56,18 @@ def record(logits: torch.Tensor, found: Sequence[Head]) -> None:
         logprobs = token_logprobs(rows, [score.op.token_ids[nth] for _, score, nth in scored])
         for (_, score, nth), logprob in zip(scored, logprobs, strict=True):
             score.logprobs[nth] = logprob
+
+
+def note_hidden(found: Sequence[torch.Tensor], heads: Sequence[Head], model: str) -> None:
+    """Keep what the model's head was given for the last tokens of threads that want it; `found` [heads, width] each."""
+    if len(found) != 1 or len(found[0]) != len(heads):
+        raise ValueError(
+            f"hidden: the language head of {model} was not called once, with one row a token whose logits are needed; "
+            "its hidden states cannot be told apart"
+        )
+    for row, head in zip(found[0], heads, strict=True):
+        if head.kv.wants_hidden and head.nth == head.kv.thread.length - 1:
+            head.kv.hidden = head.kv.thread.length, tuple(row.float().tolist())
 
 
 def invalid(

@@ -13,26 +13,16 @@ from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Any
 
-import torch
-
 from anabranch import hf
-from anabranch.backends.threads import torch_on_one
-from anabranch.engine import logits as next_logits
 from anabranch.engine.call import Call
 from anabranch.engine.request import Request
-from anabranch.engine.sampling import Sampler
-from anabranch.engine.scheduler import RequestFailed, Scheduler
-from anabranch.engine.thread_kv import EngineThread
+from anabranch.engine.scheduler import Scheduler
+from anabranch.engine.stepper import Stepper, Touching
 from anabranch.engine.turns import Turns
 from anabranch.errors import DeadlineExceeded, QueueFull
-from anabranch.hf.probe import own_precision
-from anabranch.kv.step import Branch
 from anabranch.records import events
-from anabranch.runner.eager import forward
-from anabranch.runner.linear import serves
 from anabranch.runner.modes import Evaluation
-from anabranch.threads.costs import share
-from anabranch.threads.ops import record_token
+from anabranch.runner.weights import fingerprint
 from anabranch.threads.results import build_result
 
 # A request of priority p goes before those that came up to p times so many requests earlier. So whatever comes later,
@@ -49,9 +39,10 @@ class Loop:
         self.active: list[Request] = []  # those that have begun, by their order
         self.waiting: list[Request] = []  # those that have not, likewise
         self.scheduler = Scheduler(self.cache, self.active)
+        self.stepper = Stepper(self, engine, self.scheduler)
         self.turns = Turns()
         self.work = threading.Event()  # set when there may be something to do
-        self._calls: dict[Request, Call] = {}
+        self.calls: dict[Request, Call] = {}  # whose each request is, until it has ended
         self._arrivals = count()
         self._door = threading.RLock()  # of `waiting`, which others add to during a step
         self._driving = threading.Lock()  # held by the thread that steps until its own call is done
@@ -59,6 +50,7 @@ class Loop:
         self._to_end = False  # whether some call was aborted or has a deadline
         self.touched: Request | None = None  # whose strategy or processors are running
         self._evaluation = Evaluation()
+        self._computed_with: object = None  # the model's fingerprint when its prefixes were computed
         self._settled = True  # whether all that could happen without a forward has happened behind the last one
 
     # ---------------------------------------------------------------------------------------- coming and going
@@ -76,7 +68,7 @@ class Loop:
                 number = next(self._arrivals)
                 request.order = (number - call.priority * HEAD_START, number)
                 request.started = time.perf_counter()
-                self._calls[request] = call
+                self.calls[request] = call
                 insort(self.waiting, request, key=lambda r: r.order)
         self._evaluation.look_again()
         self._to_end = self._to_end or call.deadline is not None
@@ -97,7 +89,7 @@ class Loop:
 
     def abort_all(self) -> None:
         with self._door:
-            calls = list(dict.fromkeys(self._calls.values()))
+            calls = list(dict.fromkeys(self.calls.values()))
         self.abort(calls)
 
     def wait(self, call: Call, ready: Callable[[], bool], until: float | None = None) -> bool:
@@ -152,19 +144,24 @@ class Loop:
                 self._settle(new if settled else self.active)
                 self._end_what_is_over()
                 if self.active:
-                    self._step()
+                    self.stepper.step()
                     self._settle(self.active)
                 self._settled = True
                 self._end_what_is_over()
+            except Exception as error:  # nobody in particular is to blame: nobody can go on
+                for request in list(self.active):
+                    self.fail(request, error)
             except BaseException as error:  # Ctrl-C: who was being touched may be in any state, all others are whole
                 if self.touched is not None:
                     self.fail(self.touched, error)
                 raise
             finally:
                 self.touched = None
-                if not self.active and self.engine.graphs is not None:
-                    self.engine.graphs.drop()  # the model may change before the next call
-        for call in dict.fromkeys(self._calls.get(request) for request in list(self.active)):
+                if not self.active:
+                    self.stepper.drafting.close()
+                    if self.engine.graphs is not None:
+                        self.engine.graphs.drop()  # the model may change before the next call
+        for call in dict.fromkeys(self.calls.get(request) for request in list(self.active)):
             if call is not None:
                 call.tell()
         return self.busy
@@ -179,19 +176,34 @@ class Loop:
                     return begun
                 request = self.waiting.pop(0)
                 insort(self.active, request, key=lambda r: r.order)
-            if not begun:
-                self.scheduler.rope_rules = hf.describe(self.engine.model).rope_rules
             begun.append(request)
-            with _Touching(self, request):
+            with Touching(self, request):
+                if len(begun) == 1:
+                    self._look_at_model()
+                if request.prefixes is not None:
+                    request.epoch = request.prefixes.epoch
                 request.start_strategy()
+
+    def _look_at_model(self) -> None:
+        """What may have changed since the last requests began."""
+        model, prefixes = self.engine.model, self.engine.prefixes
+        rules = self.scheduler.rope_rules = hf.describe(model).rope_rules
+        if prefixes is None:
+            return
+        # Beyond such a limit keys depend on the longest sequence of the forward that wrote them.
+        prefixes.limit = min((rule.limit for rule in rules), default=None)
+        now = (fingerprint(model, derived=not rules), rules)  # such embeddings rewrite their frequencies
+        if now != self._computed_with:
+            prefixes.clear()
+            self._computed_with = now
 
     def _settle(self, requests: Iterable[Request]) -> None:
         """Let strategies and queues go on until nothing moves; hand over what is answered."""
         for request in list(requests):
-            if request not in self._calls:
+            if request not in self.calls:
                 continue
             begin = time.perf_counter()
-            with _Touching(self, request):
+            with Touching(self, request):
                 request.advance()
                 request.spent.seconds["strategy"] += time.perf_counter() - begin
                 if request.over:
@@ -203,12 +215,15 @@ class Loop:
 
     def _conclude(self, request: Request, fate: str) -> None:
         """Its answer, as it stands."""
-        call = self._calls[request]
+        call = self.calls[request]
         for thread in request.threads[1:]:
             request.end(thread, "discarded" if fate == "finished" else "killed")
         request.finished, request.trunk.fate = True, fate
         request.narrator.tell_rest(request.trunk)
-        result = build_result(request, self._info(request), call.peaks.as_metrics())
+        more = {**call.peaks.as_metrics(), "cached_tokens": request.cached_tokens}
+        result = build_result(request, self._info(request), more)
+        for thread in request.threads:
+            thread.kv.leave(self.cache)
         request.release()
         call.results[request.index] = result
         if request.narrator.emit:
@@ -228,30 +243,36 @@ class Loop:
         if not self._to_end:
             return
         with self._door:
-            calls = dict.fromkeys(self._calls.values())
+            calls = dict.fromkeys(self.calls.values())
         self._to_end = any(call.deadline is not None for call in calls)
-        now = time.monotonic()
-        for call in calls:
-            late = call.deadline is not None and now >= call.deadline
-            if call.dropped:
-                for request in list(call.left):
-                    self._drop(request)
-            elif call.aborted or late:
-                for request in list(call.left):
-                    with _Touching(self, request):
-                        self._conclude(request, "killed")
-                if not call.aborted and call.error is None:
-                    call.error = DeadlineExceeded(
-                        "deadline: it passed before the answer was complete; give more time, a smaller "
-                        "max_new_tokens or a higher priority (the error's results hold what there was so far)",
-                        call.outcome(),
-                    )
-                for request in list(call.left):
-                    self._remove(request)
+        try:
+            for call in calls:
+                self._end_if_over(call)
+        except BaseException:
+            self._to_end = True  # the rest, the next time
+            raise
+
+    def _end_if_over(self, call: Call) -> None:
+        late = call.deadline is not None and time.monotonic() >= call.deadline
+        if call.dropped:
+            for request in list(call.left):
+                self._drop(request)
+        elif call.aborted or late:
+            for request in list(call.left):
+                with Touching(self, request):
+                    self._conclude(request, "killed")
+            if not call.aborted and call.error is None:
+                call.error = DeadlineExceeded(
+                    "deadline: it passed before the answer was complete; give more time, a smaller "
+                    "max_new_tokens or a higher priority (the error's results hold what there was so far)",
+                    call.outcome(),
+                )
+            for request in list(call.left):
+                self._remove(request)
 
     def fail(self, request: Request, error: BaseException) -> None:
         """End a request's call with an error."""
-        call = self._calls.get(request)
+        call = self.calls.get(request)
         if call is None:
             return  # it has ended meanwhile
         if not isinstance(error, Exception):
@@ -264,215 +285,16 @@ class Loop:
         try:
             request.release()
         except Exception as error:  # its strategy has something to say to being ended: all pages are free by then
-            call = self._calls[request]
+            call = self.calls[request]
             call.error = call.error or error
         self._remove(request)
 
     def _remove(self, request: Request) -> None:
         with self._door:
-            call = self._calls.pop(request)
+            call = self.calls.pop(request)
             for those in (self.active, self.waiting):
                 if request in those:
                     those.remove(request)
         del call.left[request]
         if call.ended:
             call.tell()
-
-    # ---------------------------------------------------------------------------------------- one forward
-
-    def _step(self) -> None:
-        try:
-            begin = time.perf_counter()
-            self.scheduler.admit()
-            share(time.perf_counter() - begin, "plan", [(request.spent, 1) for request in self.active])
-            if not (ready := self.scheduler.ready()):
-                self._forward()
-                ready = self.scheduler.ready()
-        except RequestFailed as failed:
-            self.fail(failed.request, failed.error)
-            return
-        if ready:
-            self._sample(ready)
-
-    def _forward(self) -> None:
-        begin = time.perf_counter()
-        wanted = self.scheduler.all_wanted()
-        entries = self.scheduler.choose(wanted)
-        for kv, chunk, _ in entries:
-            try:
-                kv.thread.request.check_position(kv.thread, chunk.position + len(chunk.token_ids) - 1)
-            except ValueError as error:
-                raise RequestFailed(kv.thread.request, error) from None
-        lengths = {chunk.branch: chunk.branch.length for _, chunk, _ in entries}
-        lengths.update((kv.branch, kv.branch.length) for kv in wanted if kv.branch is not None)
-        try:
-            step, entries = self.scheduler.reserve(entries, wanted)
-            # Work of several requests is shared out by its rows.
-            parts = [(kv.thread.request.spent, n) for kv, _, n in entries]
-            if step is None:
-                share(time.perf_counter() - begin, "plan", parts or [(kv.thread.request.spent, 1) for kv in wanted])
-                return
-            ids = [t for _, f, n in entries for t in f.token_ids[f.done : f.done + n]]
-            heads = next_logits.heads(entries)
-            launched = time.perf_counter()
-            alone = serves(self.engine.linear, step.num_rows)  # then what is left to torch is small
-            with (
-                torch.inference_mode(),
-                own_precision(self.cache.device),
-                torch_on_one(alone),
-                self.engine.linear,
-                self.engine.segments.adding(entries),
-            ):
-                # A captured graph has no hooks in it.
-                graphs = None if self.engine.segments.used(entries) else self.engine.graphs
-                logits = self._logits(ids, step, [head.row for head in heads], graphs)
-                invalid = next_logits.invalid(logits, heads, entries, type(self.engine.model).__name__)
-            done = time.perf_counter()
-        except BaseException as error:
-            self._take_back(lengths)
-            if isinstance(error, Exception) and not isinstance(error, RequestFailed):
-                # A forward that fails fails for all who have rows in it.
-                for request in dict.fromkeys(kv.thread.request for kv, _, _ in entries):
-                    self.fail(request, error)
-                return
-            raise
-        for costs, n in parts:
-            costs.seconds["prefill" if n > 1 else "decode"] += (done - launched) * n / step.num_rows
-            costs.rows += n
-        for costs in dict.fromkeys(costs for costs, _ in parts):
-            costs.steps += 1
-        self.scheduler.steps += 1
-        for kv, chunk, n in entries:
-            kv.thread.request.longest_context = max(kv.thread.request.longest_context, chunk.branch.length)
-            kv.last_step = self.scheduler.steps
-            chunk.done += n
-            with _Touching(self, kv.thread.request):
-                kv.settle()
-        for at, head in enumerate(heads):
-            if head.nth == head.kv.thread.length - 1:
-                head.kv.logits, head.kv.logits_at = (logits, at), head.kv.thread.length
-        next_logits.record(logits, heads)
-        usage = self.cache.usage()
-        for call in dict.fromkeys(self._calls[request] for request in self.active):
-            call.peaks.look(usage)
-        for request, problem in invalid.items():
-            self.fail(request, problem)
-        share(launched - begin + time.perf_counter() - done, "plan", parts)
-
-    def _take_back(self, lengths: dict[Branch, int]) -> None:
-        """Forget rows that were reserved and not computed; what the next step reserves is again the same."""
-        for branch, length in lengths.items():
-            if branch.alive and branch.length > length:
-                self.cache.truncate(branch, length)
-
-    def _logits(self, ids: list[int], step: Any, rows: list[int], graphs: Any) -> torch.Tensor:
-        """The model's scores for some rows of a step, in order, [rows, vocabulary]."""
-        engine, device = self.engine, self.cache.device
-        if graphs is not None and rows == list(range(len(step.branches))) and len(rows) == step.num_rows:
-            # A replay writes over the scores of the one before. It has rows for the same branches and no other, so all
-            # who held those have gone on by a token; whoever forks or ends changes the topology, and with it the graph.
-            logits: torch.Tensor = graphs(ids, step)
-            return logits
-        keep = torch.tensor(rows or [0], device=device)
-        return forward(engine.model, torch.tensor(ids, device=device), step, engine.backend, keep)
-
-    # ---------------------------------------------------------------------------------------- sampling
-
-    def _sample(self, ready: list[EngineThread]) -> None:
-        begin = time.perf_counter()
-        ready = next_logits.within_budget(ready)
-        groups: dict[Sampler, list[EngineThread]] = {}
-        together: dict[Request, int] = {}
-        for thread in ready:
-            groups.setdefault(thread.running.sampler, []).append(thread)
-        for sampler, sampled in groups.items():
-            # An until() of the groups before may have killed some, or failed.
-            threads = [t for t in sampled if t.alive and t.request in self._calls]
-            for thread, token, logprob in self._chosen(sampler, threads):
-                if not thread.alive or thread.request not in self._calls:
-                    continue
-                request = thread.request
-                together[request] = together.get(request, 0) + 1
-                request.max_concurrency = max(request.max_concurrency, together[request])
-                thread.kv.logits, thread.running.drawn = None, None
-                with _Touching(self, request):
-                    record_token(request, thread, token, logprob if request.logprobs else None)
-        share(time.perf_counter() - begin, "sampling", [(r.spent, n) for r, n in together.items()])
-
-    def _chosen(self, sampler: Sampler, threads: list[EngineThread]) -> list[tuple[EngineThread, int, float | None]]:
-        """A token for each thread. Where that raises, each call by itself, and only those that raise again fail."""
-        if not threads:
-            return []
-        try:
-            return self._choose(sampler, threads)
-        except Exception as error:
-            calls: dict[Call, list[EngineThread]] = {}
-            for thread in threads:
-                calls.setdefault(self._calls[thread.request], []).append(thread)
-            if len(calls) == 1:
-                self.fail(threads[0].request, error)
-                return []
-        return [found for part in calls.values() for found in self._chosen(sampler, part)]
-
-    def _choose(self, sampler: Sampler, threads: list[EngineThread]) -> list[tuple[EngineThread, int, float | None]]:
-        small = sampler.by_kernels and self.cache.device.type == "cpu"
-        with torch.inference_mode(), own_precision(self.cache.device), torch_on_one(small):
-            logits = next_logits.rows([t.kv.logits for t in threads if t.kv.logits is not None])
-            contexts = [lambda t=t: [*t.prefix, *t.own] for t in threads]
-            tokens = sampler.choose(
-                logits,
-                contexts,
-                [t.length for t in threads],
-                [_counted_from(t) for t in threads],
-                [_Draw(t) for t in threads],  # type: ignore[misc]
-                lambda i: _place(threads[i]),
-            )
-            logprobs = next_logits.stats(logits, threads, tokens)
-        return [(thread, token, logprobs.get(i)) for i, (thread, token) in enumerate(zip(threads, tokens, strict=True))]
-
-
-class _Touching:
-    """What happens inside concerns one request: what it raises fails that request."""
-
-    def __init__(self, loop: Loop, request: Request):
-        self.loop, self.request = loop, request
-
-    def __enter__(self) -> None:
-        self.loop.touched = self.request
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        if error is not None and not isinstance(error, Exception):
-            return False  # `Loop.step` sees to it
-        self.loop.touched = None
-        if error is not None:
-            self.loop.fail(self.request, error)
-        return True
-
-
-class _Draw:
-    """A thread's random stream, as far as its next token: drawn once, however often that token has to be chosen."""
-
-    def __init__(self, thread: EngineThread):
-        self._thread = thread
-
-    def random(self) -> float:
-        running = self._thread.running
-        if running.drawn is None:
-            running.drawn = self._thread.stream.random()
-        return running.drawn
-
-
-def _counted_from(thread: EngineThread) -> int:
-    """Length of the prompt that ``min_new_tokens`` and its like count from: the one that begins the thread's context.
-
-    A spawned thread has its own; a fork goes on with its parent's context, and so behind its parent's prompt.
-    """
-    while thread.role == "fork":
-        assert thread.parent is not None
-        thread = thread.parent
-    return thread.prompt_length
-
-
-def _place(thread: EngineThread) -> str:
-    host = thread.request
-    return f"prompt {host.index}, thread {thread.id}, position {thread.position}"

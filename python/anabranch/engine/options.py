@@ -25,17 +25,20 @@ HONOURED = frozenset(
     """.split()
 )
 
-_BEAMS = "beam search is not available, and nothing else looks at it; leave it out"
+_BEAMS = "only beam search looks at it, and beam search is a strategy: strategy=ab.BeamSearch(…) takes it"
 _ASSISTANT = "assisted decoding is not available; leave it out"
 _CACHE = "the engine has a cache of its own, Engine(num_pages=…); leave it out"
 
 # Field: values that mean "off", and what to do instead.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "max_length": ((None,), "it counts the prompt, which threads share; pass max_new_tokens instead"),
-    "num_beams": ((None, 1), "beam search is not available; pass num_beams=1"),
+    "num_beams": ((None, 1), "beam search is a strategy: pass strategy=ab.BeamSearch(width=…)"),
     "num_beam_groups": ((None, 1), _BEAMS),
     "diversity_penalty": ((None, 0, 0.0), _BEAMS),
-    "num_return_sequences": ((None, 1), "use strategy=ab.SelfConsistency(n=…) for several samples"),
+    "num_return_sequences": (
+        (None, 1),
+        "use strategy=ab.SelfConsistency(n=…) for several samples, ab.BeamSearch for several beams",
+    ),
     "guidance_scale": ((None, 1, 1.0), "classifier-free guidance is not available; pass guidance_scale=1"),
     "penalty_alpha": ((None, 0, 0.0), "contrastive search is not available; pass penalty_alpha=0"),
     "dola_layers": ((None,), "DoLa decoding is not available; leave it out"),

@@ -9,12 +9,15 @@ from typing import Any
 
 from anabranch._check import seeds_of, told, whole
 from anabranch.engine.call import Call
+from anabranch.engine.drafting import draft_of
+from anabranch.engine.drafts import check_draft
 from anabranch.engine.fit import check_model, check_rotation
 from anabranch.engine.options import prepare_config
 from anabranch.engine.request import Request
 from anabranch.engine.sampling import Samplers
 from anabranch.kv.cache import TreeCache
 from anabranch.strategies import Plain, Strategy
+from anabranch.strategies.plain import is_plain
 from anabranch.text.prompts import Text, check_template, split_prompts
 from anabranch.text.tokens import Tokens
 
@@ -73,7 +76,9 @@ class Preparation:
                 f"logprobs={logprobs!r}; pass True to record each sampled token's log-probability, or False"
             )
         template = check_template(kwargs.pop("chat_template_kwargs", None))
-        plain = isinstance(getattr(strategy, "strategy", strategy), Plain)
+        plain = is_plain(strategy)
+        if (draft := draft_of(strategy)) is not None:
+            check_draft(draft.draft, engine)
         prepared = prepare_config(engine.model, config, max_new_tokens, kwargs, samples=not plain)
         samplers = self._samplers_for(prepared, extra, criteria)
         if self._tokens.tokenizer is not engine.tokenizer:
@@ -102,9 +107,11 @@ class Preparation:
                 max_new_tokens=prepared.max_new_tokens,
                 logprobs=logprobs,
                 position_limit=limit,
+                prefixes=engine.prefixes,
                 emit=call.emit if listened else None,
                 prompt=prompts[i],
                 template=template,
+                draft=draft,
             )
             for i, (tokens, s) in enumerate(zip(ids, seeds, strict=True))
         ]

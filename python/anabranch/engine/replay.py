@@ -73,8 +73,12 @@ def _logprobs(node: Node) -> list[float | None]:
 
 def _check(tree: Node) -> None:
     """ValueError for a log that speaks of threads the tree does not have."""
+    every = {node.id for node in tree.walk()}
     for node in tree.walk():
         names = [child.id for child in node.children]
+        for other in (name for sight in node.sights for name in sight.others):
+            if other not in every:
+                raise ValueError(f"trace: thread {node.id} saw thread {other!r}, which is not in the tree")
         for i, action in enumerate(node.log):
             if (action.do in ("fork", "spawn", "join", "kill")) != bool(action.children):
                 raise ValueError(f"trace: log[{i}] of thread {node.id}: {action.do} of {len(action.children)} threads")
@@ -85,7 +89,22 @@ def _check(tree: Node) -> None:
                     raise ValueError(f"trace: log[{i}] of thread {node.id}: {action.do} of {name!r}, which is no child")
 
 
-_COMPARED = ("id", "role", "token_ids", "start", "stop", "forked_at", "ended", "fate", "runs", "forgotten", "children")
+_COMPARED = (
+    "id",
+    "role",
+    "token_ids",
+    "start",
+    "stop",
+    "forked_at",
+    "ended",
+    "fate",
+    "runs",
+    "forgotten",
+    "children",
+    "sees",
+    "turns",
+    "sights",
+)
 
 
 def _facts(node: Node) -> list[Any]:
@@ -100,7 +119,8 @@ def _whole(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         last = found[-1] if found else None
         spliced = run.spliced or (last is not None and last.spliced)
-        if last is not None and not spliced and (last.kind, last.source) == (run.kind, run.source):
+        dense = last is not None and last.position + len(last.token_ids) == run.position
+        if last is not None and dense and not spliced and (last.kind, last.source) == (run.kind, run.source):
             found[-1] = Run(run.kind, last.token_ids + run.token_ids, last.position, run.source)
         else:
             found.append(run)
@@ -120,6 +140,7 @@ class _Replay(Strategy):
 
     def run(self, trunk: Thread) -> Generator[Any, Any, Any]:
         player = _Player(self.tree)
+        player.recall(trunk)
         yield from player.play(trunk, self.tree)
         while not all(task.done for task in player.playing.values()):
             yield list(player.playing.values())
@@ -149,6 +170,9 @@ class _Player:
             elif action.do == "truncate":
                 yield thread  # so that a mistake in the log is this line's
                 thread.truncate(action.length)  # type: ignore[arg-type]
+            elif action.do == "skip":
+                yield thread
+                thread.skip(action.position - thread.position)  # type: ignore[operator]
             else:
                 yield [self.playing[name] for name in action.children if name in self.playing]
                 if action.do == "join":
@@ -159,16 +183,25 @@ class _Player:
         if node.ended is not None:
             _state(thread).ended = Ended(node.ended)
 
+    def recall(self, thread: Thread) -> None:
+        """Where a thread saw others, or was seen: when its tokens were computed, and what it saw."""
+        node = self.nodes[thread.id]
+        if node.turns or node.sights:
+            state = _state(thread)
+            state.request.live.recall(state, node.turns, node.sights)
+
     def _children(self, thread: Thread, action: Action) -> None:
         _state(thread).next_child = int(action.children[0].rpartition(".")[2])
         if action.do == "fork":
             headers = action.headers
-            kids = thread.fork(list(headers), segments=action.segments or None)
+            sees = [(self.threads[name], count) for name, count in self.nodes[action.children[0]].sees]
+            kids = thread.fork(list(headers), segments=action.segments or None, sees=sees, apart=action.length or 0)
         else:
             runs = self.nodes[action.children[0]].runs
             headers, kids = [None], [thread.spawn(next(run.token_ids for run in runs if run.kind == "prompt"))]
         for kid, header in zip(kids, headers, strict=True):
             self.threads[kid.id] = kid
+            self.recall(kid)
             self.playing[kid.id] = thread.start(self.play(kid, self.nodes[kid.id], bool(header)))
             if kid.id in self.early:
                 thread.host.kill([kid], self.early[kid.id])

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from anabranch.engine.live import LiveGroup
 from anabranch.engine.ops import ENGINE_OPS
 from anabranch.engine.sampling import Sampler, Samplers, random_stream
 from anabranch.engine.thread_kv import EngineThread
 from anabranch.kv.cache import TreeCache
+from anabranch.kv.prefix import PrefixCache
+from anabranch.strategies.api.thread import Thread
+from anabranch.strategies.draft.draft_tree import DraftTree
 from anabranch.threads.books import Books
 
 
@@ -17,8 +21,18 @@ class Request(Books[EngineThread]):
 
     ops = ENGINE_OPS
 
-    def __init__(self, *args: Any, cache: TreeCache, samplers: Samplers, **kwargs: Any):
-        self.cache, self.samplers = cache, samplers
+    def __init__(
+        self,
+        *args: Any,
+        cache: TreeCache,
+        samplers: Samplers,
+        draft: DraftTree | None = None,
+        prefixes: PrefixCache | None = None,
+        **kwargs: Any,
+    ):
+        self.cache, self.samplers, self.draft, self.live = cache, samplers, draft, LiveGroup()
+        self.cached_tokens = 0  # of its prompts, those that were found computed
+        self.prefixes, self.epoch = prefixes, 0  # contexts to find and to leave behind, those of one epoch alone
         super().__init__(*args, **kwargs)
         self.order = (0, self.index)  # among all of an engine: who comes first in a shortage (the loop's affair)
 
@@ -31,14 +45,50 @@ class Request(Books[EngineThread]):
     def holds(self, thread: EngineThread) -> bool:
         return thread.kv.in_cache
 
-    def may_fork(self, thread: EngineThread) -> bool:
-        return (thread.kv.has_logits or not self._rewind(thread)) and thread.kv.in_cache
+    def see(self, thread: Thread, others: Sequence[Thread], lined_up: bool, same_step: str) -> None:
+        if self.sequential:
+            raise ValueError("see: threads that see one another write at the same time; they cannot run in Sequential")
+        if lined_up:
+            self.cache.require_rotary()
+        self.live.see(self.state(thread), [self.state(other) for other in others], lined_up, same_step)
 
-    def hold_children(self, thread: EngineThread, children: Sequence[EngineThread]) -> None:
+    def along(self, thread: EngineThread) -> list[EngineThread]:
+        return [thread] if thread.live is None else self.live.members()
+
+    def retire(self, thread: EngineThread, fate: str) -> None:
+        thread.kv.leave(self.cache)  # what others may begin with can be found from now on
+        for other in self.live.leave(thread):
+            other.kv.pinned = True  # what it saw is gone, so it could not be computed again
+        super().retire(thread, fate)
+
+    def may_fork(self, thread: EngineThread) -> bool:
+        return (thread.kv.has_logits or not self.rewind(thread)) and thread.kv.in_cache
+
+    def hold_children(
+        self, thread: EngineThread, children: Sequence[EngineThread], seen: Sequence[tuple[EngineThread, int]]
+    ) -> None:
         for child, branch in zip(children, self.cache.fork(thread.kv.held, len(children)), strict=True):
-            child.kv.branch, child.kv.logits, child.kv.logits_at = branch, thread.kv.logits, thread.kv.logits_at
+            child.kv.branch = branch
+            for other, count in seen:
+                self.cache.share(branch, other.kv.held, count)
+                child.kv.pinned = child.kv.pinned or other.kv.pinned
+            if not seen:
+                child.kv.logits, child.kv.logits_at = thread.kv.logits, thread.kv.logits_at
+                child.kv.hidden = thread.kv.hidden
+
+    def hold_own(self, children: Sequence[EngineThread]) -> None:
+        for child in children:
+            if child.kv.borrowed:  # a splice takes what a branch wrote since its fork from the thread
+                if child.kv.pinned:
+                    raise ValueError(
+                        f"join: thread {child.id} became a sibling, and its parent has since forgotten what they "
+                        "share, so it cannot be joined; join it before the truncation"
+                    )
+                child.kv.release(self.cache)
 
     def hold_joined(self, thread: EngineThread, children: Sequence[EngineThread]) -> None:
+        for child in children:
+            child.kv.share(self.cache)
         # The tree takes a child's tokens since its fork from the branch itself; positions come from our own books.
         self.cache.join(thread.kv.held, [child.kv.held for child in children], mode="concat")
         last = children[-1].kv
@@ -60,6 +110,14 @@ class Request(Books[EngineThread]):
         return []
 
     def forget(self, thread: EngineThread, length: int) -> None:
+        if thread.live is not None:
+            own = length - len(thread.prefix)
+            if own < thread.turns.assigned and (readers := self.live.readers(thread)):
+                raise ValueError(
+                    f"truncate: thread {readers[0].id} has seen what would go of thread {thread.id} (its own tokens "
+                    f"from {own} on); cut it before the next token is computed, or end those that see it first"
+                )
+            thread.turns.cut(own)
         kv = thread.kv
         for child in thread.forks_beyond(length):
             if child.kv.branch is None:
@@ -74,13 +132,14 @@ class Request(Books[EngineThread]):
 
     def prepare(self, thread: EngineThread, what: str) -> None:
         """Have the next token's logits computed where they are missing."""
-        if thread.kv.in_cache and not thread.kv.has_logits and not self._rewind(thread):
+        thread.kv.share_logits()
+        if thread.kv.in_cache and not thread.kv.has_logits and not self.rewind(thread):
             raise ValueError(
                 f"{what}: thread {thread.id} has nothing to go on from: its last tokens are "
                 f"{'joined siblings' if thread.segments else 'its parents'}; insert() at least one token first"
             )
 
-    def _rewind(self, thread: EngineThread) -> bool:
+    def rewind(self, thread: EngineThread) -> bool:
         """Forget the last token's KV, so that computing it again gives the logits that are missing; whether it could.
 
         Needed after a truncation: logits belong to the token that was cut off.

@@ -162,10 +162,7 @@ class Sampler:
         if banned is None:
             scores = first(ids, logits.to(torch.float32, copy=True))
             if scores.shape != logits.shape:
-                raise ValueError(
-                    f"logits_processor: {_names(first)} made scores of shape {list(scores.shape)} from "
-                    f"{list(logits.shape)}; a processor returns one score for each token of the vocabulary"
-                )
+                raise _wrong_shape(first, scores.shape, logits.shape)
             best, found = self._pick(scores, ids, rest, k, streams)
         else:
             with _without(logits, banned) as scores:
@@ -176,6 +173,24 @@ class Sampler:
             after = first if k is not None else (*first, *rest)
             raise _no_choice(float(best[tokens.index(-1)]), after, where(tokens.index(-1)))
         return tokens
+
+    def processed(
+        self, scores: torch.Tensor, context: Callable[[], list[int]], prompt_length: int, where: str
+    ) -> torch.Tensor:
+        """`scores` [1, vocabulary] of the token behind ``context()`` as all logits processors leave them.
+
+        Raises ValueError for a NaN or +inf; that every score is −inf is no error.
+        """
+        first, rest, _ = self._lists(prompt_length)
+        ids = torch.tensor([context()] if first or rest else [[]], dtype=torch.long, device=scores.device)
+        before = scores.shape
+        scores = rest(ids, first(ids, scores))  # type: ignore[arg-type]
+        if scores.shape != before:
+            raise _wrong_shape([*first, *rest], scores.shape, before)
+        best = float(scores.amax(-1))
+        if best != best or best == torch.inf:
+            raise _no_choice(best, [*first, *rest], where)
+        return scores
 
     def _pick(
         self, scores: torch.Tensor, ids: Any, rest: LogitsProcessorList, k: int | None, streams: Sequence[Any]
@@ -317,6 +332,19 @@ def _draw(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return found.clamp_(max=scores.shape[-1] - 1)[:, 0]
 
 
+def gumbel(scores: torch.Tensor, stream: np.random.Generator) -> torch.Tensor:
+    """Gumbel noise [vocabulary]: the k highest of log-probabilities plus noise are a sample without replacement."""
+    uniform = torch.from_numpy(stream.random(scores.shape[-1])).to(scores.device)
+    return -(-uniform.clamp_min(1e-300).log()).log().to(scores.dtype)
+
+
+def _wrong_shape(processors: Sequence[Any], after: Sequence[int], before: Sequence[int]) -> ValueError:
+    return ValueError(
+        f"logits_processor: {_names(processors)} made scores of shape {list(after)} from {list(before)}; a processor "
+        "returns one score for each token of the vocabulary"
+    )
+
+
 def _no_choice(best: float, processors: Sequence[Any], where: str) -> ValueError:
     """The error for a row whose highest score is no number."""
     after = f" after {_names(processors)}" if processors else ""
@@ -405,7 +433,8 @@ def token_stats(logits: torch.Tensor, tokens: Sequence[int], asked: Sequence[int
         logp = rows - total[full, None]
         # −Σ p · log p; a score of −inf adds 0 to it, not NaN.
         entropy = (-torch.where(logp.isneginf(), 0.0, logp.exp() * logp).sum(-1)).tolist()
-        best = logp.topk(min(max(asked), logp.shape[-1]), dim=-1).values.cpu()
+        best = logp.topk(min(max(2, *asked), logp.shape[-1]), dim=-1).values.cpu()
+        margins = (best[:, 0].exp() - best[:, 1:2].exp().sum(-1)).tolist()
         for at, i in enumerate(full):
-            stats[i] = TokenStats(stats[i].logprob, entropy[at], float(best[at, : asked[i]].mean()))
+            stats[i] = TokenStats(stats[i].logprob, entropy[at], float(best[at, : asked[i]].mean()), margins[at])
     return stats

@@ -23,6 +23,9 @@ from anabranch.errors import OutOfPages
 from anabranch.hf.rope import RopeRule
 from anabranch.kv.cache import TreeCache
 from anabranch.kv.step import Step
+from anabranch.threads.ops import next_ops
+
+WORTH_WAITING = 64  # tokens that another request is computing just now: who needs them too waits for it
 
 
 class RequestFailed(Exception):
@@ -70,8 +73,11 @@ class Scheduler:
         return self._pages(request.trunk.kv) + 1 + running <= free
 
     def _pages(self, kv: ThreadKV) -> int:
-        """What it takes to bring a thread into the cache."""
-        return kv.pending // self.cache.page_size + 1
+        """What it takes to bring a thread into the cache: pages for what is not there, and those it wakes."""
+        found, woken, prefixes = 0, 0, kv.thread.request.prefixes
+        if prefixes is not None and kv.branch is None and kv.findable:
+            found, woken = prefixes.cost(kv.thread.own, kv.findable)
+        return (kv.pending - found) // self.cache.page_size + 1 + woken
 
     def admit(self) -> None:
         """Settle which threads may be given a token in this step."""
@@ -87,31 +93,29 @@ class Scheduler:
     def ready(self) -> list[EngineThread]:
         """Threads that can be given a token without another forward."""
         threads = (t for decoding in self.decoding.values() for t in decoding)
-        return [t for t in threads if t.kv.has_logits and not t.kv.pending]
+        return [t for t in threads if t.kv.ready]
 
     def all_wanted(self) -> list[ThreadKV]:
         """Threads of all requests that must be brought into the cache now."""
         self._needed.clear()
-        return [kv for request in self.active for kv in self._wanted(request)]
+        return [kv for request in self.active for kv in self.wanted(request)]
 
-    def _wanted(self, request: Request) -> list[ThreadKV]:
+    def wanted(self, request: Request) -> list[ThreadKV]:
         """Threads that must be brought into the cache now, parents before their forks."""
         wanted: dict[EngineThread, None] = {}
         decoding = self.decoding[request]
         for thread in list(request.queued):
-            op = thread.queue[0] if thread.queue else None
-            if op is None or not thread.born or (engine_op(op).decodes and thread not in decoding):
-                continue
-            if engine_op(op).waits_for_children(request, op):
-                continue
-            for need in engine_op(op).needs(request, thread, op):
+            ops = next_ops(thread) if thread.born else []
+            ops = [op for op in ops if not engine_op(op).decodes or thread in decoding]
+            ops = [op for op in ops if not engine_op(op).waits_for_children(request, op)]
+            for need in (need for op in ops for need in engine_op(op).needs(request, thread, op)):
                 self._needed.add(id(need.kv))
                 if not need.kv.in_cache:
                     chain = [need]
                     while chain[-1].kv.branch is None and not chain[-1].kv.may_open:
                         chain.append(chain[-1].parent)
                     wanted.update(dict.fromkeys(reversed(chain)))
-        waiting = request in self._queueing or any(t.kv.has_logits and not t.kv.pending for t in decoding)
+        waiting = request in self._queueing or any(t.kv.ready for t in decoding)
         if not wanted and not waiting:
             raise RequestFailed(
                 request,
@@ -129,13 +133,23 @@ class Scheduler:
         free = self.cache.usage().pages_free
         size = self.cache.page_size
         running = sum(kv.branch is not None for kv in wanted)
-        coming = {id(kv) for kv in wanted}
+        coming = {id(kv): kv for kv in wanted if kv.branch is not None and kv.pending > 1}
         entries: list[tuple[ThreadKV, PrefillChunk, int]] = []
         first_outside: ThreadKV | None = None  # the first that waits for room
+        groups: set[Request] = set()
         # Longest unserved first: more threads than rows take turns.
         line = sorted(wanted, key=lambda w: (w.pending > 1, w.last_step if w.pending <= 1 else 0))
+        # Threads that see one another need room for a whole turn: where it did not suffice, they are first in line.
+        line.sort(key=lambda w: w.thread.live is None or not w.thread.request.live.refused)
         kept = int(self.max_rows > 1 and any(kv.pending > 1 for kv in wanted))  # rows for runs of tokens
         for kv in self._of_one_rotation(line):
+            if kv.thread.live is not None:
+                if kv.thread.request not in groups:
+                    groups.add(kv.thread.request)
+                    rows = self._group_rows(kv.thread.request, room, free - running if entries else None)
+                    entries += rows
+                    room -= sum(count for _, _, count in rows)
+                continue
             if room <= (kept if kv.pending <= 1 else 0):
                 continue
             if kv.branch is None:
@@ -143,29 +157,55 @@ class Scheduler:
                 # grow; else they would push one another out in turns. Alone it may always try.
                 if first_outside is not None and kv.thread.age > first_outside.thread.age:
                     continue
-                if entries and self._pages(kv) + 1 + running > free:
+                pages = self._pages(kv)
+                if entries and pages + 1 + running > free:
                     first_outside = kv
                     continue
                 if not kv.may_open:
                     continue  # its parent comes first
+                if any(id(sibling) in coming for sibling in kv.absent):
+                    continue  # and so do siblings that it sees: those that do not come are computed again, for it alone
                 donor = kv.donor(least=size)
                 if donor is not None and donor[0].held.length < donor[1]:
-                    if id(donor[0]) in coming:
+                    if donor[0] in wanted:
                         continue  # what they have in common is being computed
                     donor = None
+                prefixes = kv.thread.request.prefixes
+                if prefixes is not None and kv.findable:
+                    found = prefixes.longest(kv.thread.own, kv.findable)
+                    if donor is not None and found >= donor[1]:
+                        donor = None
+                    if any(_alike(kv, other) >= found + WORTH_WAITING for other in coming.values()):
+                        continue
                 try:
                     kv.open(self.cache, donor)
                 except ValueError as error:
                     raise RequestFailed(kv.thread.request, error) from error
                 if kv.in_cache:
                     continue
-                free -= self._pages(kv)
+                coming[id(kv)] = kv
+                free -= pages
                 running += 1
             chunk = kv.next_chunk()
             count = min(chunk.left, room)
             entries.append((kv, chunk, count))
             room -= count
         return entries
+
+    def _group_rows(
+        self, request: Request, room: int, free: int | None = None
+    ) -> list[tuple[ThreadKV, PrefillChunk, int]]:
+        """Rows of threads that see one another: all of a turn, or none. free: pages that they may need, if limited."""
+        members = [thread.kv for thread in request.live.members()]
+        closed = [kv for kv in members if kv.branch is None and kv.may_open]  # others: what they continue comes first
+        if free is not None and closed and sum(self._pages(kv) + 1 for kv in closed) > free:
+            return []
+        for kv in closed:
+            kv.open(self.cache)
+        try:
+            return request.live.entries(room, self.max_rows)
+        except ValueError as error:  # more of them than rows; nobody else is to suffer for it
+            raise RequestFailed(request, error) from error
 
     def _of_one_rotation(self, wanted: list[ThreadKV]) -> list[ThreadKV]:
         """Those that may share a forward: rotary embeddings that look at the whole of it take sequences of one side of
@@ -184,15 +224,8 @@ class Scheduler:
             return None, entries  # only branches had to be opened
         stuck: list[ThreadKV] = []  # those that cannot go on though all that may leave has left
         while True:
-            positions = {
-                chunk.branch: torch.arange(
-                    chunk.position + chunk.done, chunk.position + chunk.done + count, device="cpu"
-                )
-                for _, chunk, count in entries
-                if chunk.branch.position != chunk.position + chunk.done
-            }
             try:
-                return self.cache.step({chunk.branch: count for _, chunk, count in entries}, positions or None), entries
+                return self.step(entries), entries
             except OutOfPages as error:
                 shortage = error
             except ValueError as error:  # what the model cannot serve; told by branch, not by request
@@ -207,30 +240,31 @@ class Scheduler:
             if victim is not None:
                 victim.release(self.cache)
                 victim.thread.request.spent.preemptions += 1
-                entries = [e for e in entries if e[0] is not victim]
-                continue
-            if len(entries) > 1:
-                entries = [e for e in entries if e[0] is not youngest]
+                entries = [e for e in entries if not _go_together(e[0], victim)]
+                if entries:
+                    continue
+                return None, entries
+            if any(not _go_together(kv, youngest) for kv, _, _ in entries):
+                entries = [e for e in entries if not _go_together(e[0], youngest)]
                 continue
             # One that had no turn in this step may be older; one that cannot leave will give its pages back at its end.
             # (Any other would be pushed out again in the next step, and so on for ever.)
             stuck.append(oldest)
             others = [w for w in wanted if w.branch is not None and (w.pinned or w.thread.age < stuck[0].thread.age)]
-            others = [w for w in others if w not in stuck and not w.in_cache]
+            others = [w for w in others if not any(_go_together(w, s) for s in stuck) and not w.in_cache]
             if not others and (leaving := self._giving_way(stuck)) is not None:
                 leaving.release(self.cache)
                 leaving.thread.request.spent.preemptions += 1
                 others = [w for w in stuck if w.pinned]
                 stuck = [w for w in stuck if not w.pinned]
             if others:
-                other = min(others, key=_age)
-                chunk = other.next_chunk()
-                entries = [(other, chunk, min(chunk.left, self.max_rows))]
-                continue
+                entries = self._alone(min(others, key=_age))
+                if entries:
+                    continue
+                return None, entries
             first = min(stuck, key=_age)
-            if any(w.branch is None and w.thread.age < first.thread.age for w in wanted) and (
-                leaving := self._youngest(stuck)
-            ):
+            outside = (w for w in wanted if w.branch is None and not _go_together(w, first))
+            if any(w.thread.age < first.thread.age for w in outside) and (leaving := self._youngest(stuck)):
                 # An earlier one waits outside for room: it goes first, in the next step.
                 leaving.release(self.cache)
                 leaving.thread.request.spent.preemptions += 1
@@ -245,6 +279,24 @@ class Scheduler:
                     f"or use a shorter prompt, fewer threads or a smaller max_new_tokens ({shortage})"
                 ),
             )
+
+    def _alone(self, kv: ThreadKV) -> list[tuple[ThreadKV, PrefillChunk, int]]:
+        """Rows of a step for one thread, or for those that it must advance with."""
+        if kv.thread.live is not None:
+            return self._group_rows(kv.thread.request, self.max_rows)
+        chunk = kv.next_chunk()
+        return [(kv, chunk, min(chunk.left, self.max_rows))]
+
+    def step(self, entries: list[tuple[ThreadKV, PrefillChunk, int]]) -> Step:
+        """Reserve the rows in the cache; `OutOfPages` when there are too few pages for them."""
+        positions = {
+            chunk.branch: torch.arange(chunk.position + chunk.done, chunk.position + chunk.done + count, device="cpu")
+            for _, chunk, count in entries
+            if chunk.branch.position != chunk.position + chunk.done
+        }
+        views = {c.branch: c.reads[c.done : c.done + n] for _, c, n in entries if any(c.reads[c.done : c.done + n])}
+        rows = {chunk.branch: count for _, chunk, count in entries}
+        return self.cache.step(rows, positions or None, views or None)
 
     def _giving_way(self, stuck: list[ThreadKV]) -> ThreadKV | None:
         """When nothing moves: the youngest of `stuck` that can leave, to let one on that cannot."""
@@ -265,7 +317,12 @@ class Scheduler:
             for thread in request.threads:
                 kv = thread.kv
                 idle = id(kv) not in self._needed
-                if kv.branch is None or kv is oldest or kv.pinned or not (idle or kv.thread.age > oldest.thread.age):
+                if (
+                    kv.branch is None
+                    or _go_together(kv, oldest)
+                    or kv.pinned
+                    or not (idle or kv.thread.age > oldest.thread.age)
+                ):
                     continue
                 if _built_on(thread):
                     continue
@@ -277,6 +334,21 @@ class Scheduler:
 
 def _age(kv: ThreadKV) -> tuple[int, int, int]:
     return kv.thread.age
+
+
+def _go_together(a: ThreadKV, b: ThreadKV) -> bool:
+    """Whether one of the two cannot have rows in a step without the other: they are one, or see one another."""
+    live = a.thread.live is not None and b.thread.live is not None
+    return a is b or (live and a.thread.request is b.thread.request)
+
+
+def _alike(kv: ThreadKV, other: ThreadKV) -> int:
+    """With how many equal tokens two threads begin that others could find."""
+    most = min(kv.findable, other.thread.dense_length)
+    mine, theirs = kv.thread.own[:most], other.thread.own[:most]
+    if other.thread.role == "fork" or mine[:WORTH_WAITING] != theirs[:WORTH_WAITING]:
+        return 0
+    return next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), most)
 
 
 def _built_on(thread: EngineThread) -> bool:

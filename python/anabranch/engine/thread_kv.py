@@ -7,7 +7,7 @@ token just sampled (its KV is computed by the step that needs the next token's l
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,12 @@ import torch
 from anabranch.threads.state import ThreadState
 
 if TYPE_CHECKING:
+    from anabranch.engine.drafts.tree import Ahead, DraftNode
     from anabranch.engine.request import Request
     from anabranch.kv.cache import TreeCache
+    from anabranch.kv.prefix import PrefixCache
     from anabranch.kv.step import Branch
+    from anabranch.kv.views import Read
 
 
 class EngineThread(ThreadState["EngineThread"]):
@@ -44,16 +47,34 @@ class EngineThread(ThreadState["EngineThread"]):
         """Who comes first: by the order of its request, then its own."""
         return (*self.request.order, self._serial)
 
+    @property
+    def counted_from(self) -> int:
+        """Length of the prompt that ``min_new_tokens`` and its like count from: the one that begins its context.
+
+        A spawned thread has its own; a fork goes on with its parent's context, and so behind its parent's prompt.
+        """
+        thread = self
+        while thread.role == "fork":
+            assert thread.parent is not None
+            thread = thread.parent
+        return thread.prompt_length
+
 
 @dataclass
 class PrefillChunk:
-    """A run of tokens to be cached next: on `branch`, from position `position`, the first `done` of them already."""
+    """A run of tokens to be cached next: on `branch`, from position `position`, the first `done` of them already.
+
+    The last `drafted` of them are guesses; `guesses`: those of them that no other chunk of the step has.
+    """
 
     branch: Branch
     token_ids: list[int]
     position: int
     segments: Sequence[int] = ()  # of each token, where the model adds segment vectors to K and V
     done: int = 0
+    reads: list[list[Read]] = field(default_factory=list)  # of each token, where its thread sees others
+    drafted: int = 0
+    guesses: Sequence[DraftNode] = ()
 
     @property
     def left(self) -> int:
@@ -68,6 +89,10 @@ class ThreadKV:
         self.branch: Branch | None = None  # None: not in the cache (not started, or pre-empted)
         self.logits: tuple[torch.Tensor, int] | None = None  # (of a step [rows, vocabulary], row): the next token's
         self.logits_at = -1  # thread length they belong to
+        self.borrowed = False  # its branch was forked from a sibling's, so no parent can splice it
+        self.hidden: tuple[int, tuple[float, ...]] | None = None  # (thread length it belongs to, the last token's)
+        self.wants_hidden = False
+        self.ahead: Ahead | None = None  # where a draft's verified scores take it (drafting.py)
         self.pinned = False  # cannot be rebuilt from its tokens, so it is never pre-empted
         self.last_step = 0  # the last step it had rows in
         self._rebuild: Iterator[PrefillChunk] | None = None
@@ -85,11 +110,16 @@ class ThreadKV:
         """Tokens whose KV is not in the cache (while it is being rebuilt: at most so many)."""
         if self.branch is not None:
             return max(self.thread.length - self.branch.length, int(self._rebuild is not None))
-        return self.thread.length - len(self.thread.prefix)  # a fork's parent holds the rest
+        return self.thread.length - self.thread.forked_at  # a fork's parent holds the rest
 
     @property
     def has_logits(self) -> bool:
         return self.logits is not None and self.logits_at == self.thread.length
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can be given a token without another forward."""
+        return self.has_logits and (not self.pending or self.ahead is not None)
 
     @property
     def opened(self) -> bool:
@@ -98,8 +128,8 @@ class ThreadKV:
 
     @property
     def in_cache(self) -> bool:
-        """All of it, ready to fork or be joined."""
-        return self.branch is not None and self._rebuild is None and self.branch.length == self.thread.length
+        """All of it, ready to fork or be joined. (While its decode goes on there may be verified guesses behind it.)"""
+        return self.branch is not None and self._rebuild is None and self.branch.length >= self.thread.length
 
     @property
     def rebuilding(self) -> bool:
@@ -115,6 +145,21 @@ class ThreadKV:
         self.logits, self.logits_at = child.logits, child.logits_at
         self.pinned = self.pinned or child.pinned
 
+    def share_logits(self) -> None:
+        """A fork that stands where it was forked, as its parent does, goes on from the same logits."""
+        thread = self.thread
+        if not self.has_logits and thread.role == "fork" and not thread.own:
+            parent = thread.parent
+            if parent is not None and parent.goes_on_as(thread) and parent.kv.has_logits:
+                self.logits, self.logits_at = parent.kv.logits, parent.kv.logits_at
+
+    def borrow(self, source: ThreadKV, cache: TreeCache) -> None:
+        """Share all of a sibling's KV, which is in the cache, and its next token's logits."""
+        self.release(cache)
+        self.branch, self.borrowed = cache.fork(source.held, 1)[0], True
+        self.pinned = source.pinned
+        self.logits, self.logits_at, self.hidden = source.logits, source.logits_at, source.hidden
+
     # ---------------------------------------------------------------------------------------- what to cache next
 
     @property
@@ -124,17 +169,28 @@ class ThreadKV:
             return True
         assert self.thread.parent is not None
         parent = self.thread.parent.kv
-        return parent.branch is not None and parent.opened and parent.branch.length >= len(self.thread.prefix)
+        return parent.branch is not None and parent.opened and parent.branch.length >= self.thread.forked_at
+
+    @property
+    def absent(self) -> list[ThreadKV]:
+        """The siblings of which it saw something that is not in the cache."""
+        seen = [(s.spliced.kv, len(s.token_ids)) for s in self.thread.seen if s.spliced is not None]
+        return [kv for kv, n in seen if not kv.opened or kv.held.length < len(kv.thread.prefix) + n]
 
     def donor(self, least: int) -> tuple[ThreadKV, int] | None:
         """For a thread with a prompt of its own: a sibling in the cache whose prompt begins alike, and for how many
         tokens (`least` or more): that far its KV is this thread's as well."""
         thread = self.thread
-        if thread.role != "fresh" or thread.parent is None or any(s.spliced for s in thread.segments):
+        if (
+            thread.role != "fresh"
+            or thread.live is not None
+            or thread.parent is None
+            or any(s.spliced for s in thread.segments)
+        ):
             return None
         best: tuple[ThreadKV, int] | None = None
         mine = thread.own[: thread.prompt_length]
-        siblings = (child.kv for child in thread.parent.children if child.role == "fresh")
+        siblings = (child.kv for child in thread.parent.children if child.role == "fresh" and child.live is None)
         cached = (kv for kv in siblings if kv.opened)
         for kv in islice(cached, 8):
             other = kv.thread
@@ -154,23 +210,42 @@ class ThreadKV:
             cache.truncate(self.branch, donor[1])
         elif thread.role == "fork":
             assert thread.parent is not None
-            self.branch = cache.fork(thread.parent.kv.held, 1)[0]
-            if self.branch.length > len(thread.prefix):  # the parent has gone on since
-                cache.truncate(self.branch, len(thread.prefix))
+            self.branch = _fork_at(cache, thread.parent.kv.held, thread.forked_at)
         else:
-            self.branch = cache.branch()
-        if any(s.spliced is not None for s in thread.segments):
-            self._rebuild = self._program(cache, thread, self.branch)
+            self.branch = self._known() or cache.branch()
+        if any(s.spliced is not None for s in thread.segments) or not self._shared_at_once(cache):
+            self._rebuild = self._again(cache)
             self.settle()
+
+    @property
+    def findable(self) -> int:
+        """How many of its first tokens may be another's: at least one is left, whose logits have to be computed."""
+        thread = self.thread
+        if thread.role == "fork" or thread.request.kv_segments or any(s.spliced is not None for s in thread.segments):
+            return 0
+        most = min(thread.dense_length, thread.length - 1)
+        return most if thread.score is None else min(most, thread.score.begin)  # what is scored is computed
+
+    def _known(self) -> Branch | None:
+        """A branch with what is known of its tokens from other threads or requests, if anything is."""
+        request = self.thread.request
+        if request.prefixes is None:
+            return None
+        branch = request.prefixes.fork(self.thread.own, self.findable)
+        if branch is not None and self.last_step == 0:
+            request.cached_tokens += branch.length
+        return branch
 
     def next_chunk(self) -> PrefillChunk:
         """What the next step should cache of this thread; it is open and has tokens `pending`."""
         if self._chunk is not None:
             return self._chunk
         thread, branch = self.thread, self.held
-        missing = thread.length - branch.length
-        segments = thread.kv_segments(missing) if thread.request.kv_segments else ()
-        return PrefillChunk(branch, thread.own[len(thread.own) - missing :], thread.position - missing, segments)
+        position, end = thread.dense_run(branch.length)
+        shared = len(thread.prefix)
+        segments = thread.kv_segments(thread.length - branch.length) if thread.request.kv_segments else ()
+        token_ids = thread.own[branch.length - shared : end - shared]
+        return PrefillChunk(branch, token_ids, position, segments[: len(token_ids)])
 
     def settle(self) -> None:
         """After a step: when a chunk of the rebuilding is through, go on to the next."""
@@ -179,45 +254,132 @@ class ThreadKV:
             if self._chunk is None:
                 self._rebuild = None
 
+    def _shared_at_once(self, cache: TreeCache) -> bool:
+        """Share what siblings had written, where all of it is in the cache."""
+        if self.absent:
+            return False
+        for segment in self.thread.seen:
+            assert segment.spliced is not None
+            cache.share(self.held, segment.spliced.kv.held, len(segment.token_ids))
+        return True
+
+    def _again(self, cache: TreeCache) -> Iterator[PrefillChunk]:
+        """Rebuild the thread: what it saw of siblings first, each on a branch of its own, then what it holds."""
+        thread, anchors = self.thread, {id(self.thread): self.held}
+        if thread.seen:
+            assert thread.parent is not None
+            for other in _seen_by([thread]):
+                anchors[id(other)] = _fork_at(cache, thread.parent.kv.held, other.forked_at)
+                self._scratch.append(anchors[id(other)])
+        yield from self._build(cache, thread, anchors, {})
+        self._drop_scratch(cache)
+
+    def _build(
+        self, cache: TreeCache, thread: EngineThread, anchors: dict[int, Branch], built: dict[int, EngineThread]
+    ) -> Iterator[PrefillChunk]:
+        """Compute a thread on its anchor, behind what it saw of siblings, unless it is `built`."""
+        if id(thread) in built:
+            return
+        built[id(thread)] = thread
+        for segment in thread.seen:
+            assert segment.spliced is not None
+            yield from self._build(cache, segment.spliced, anchors, built)
+            cache.share(anchors[id(thread)], anchors[id(segment.spliced)], len(segment.token_ids))
+        yield from self._program(cache, thread, anchors[id(thread)])
+
     def _program(self, cache: TreeCache, thread: EngineThread, branch: Branch) -> Iterator[PrefillChunk]:
-        """Rebuild a thread that holds joined siblings, by the same forks and joins.
+        """Rebuild what a thread holds, joined siblings by the same forks and joins.
 
         Its tokens in a flat row would let the second sibling see the first, and give other KV than before.
         """
         joined = [s.spliced for s in thread.segments if s.spliced is not None]
-        waiting = {id(k): k for k in joined}
-        anchors: dict[int, Branch] = {}
+        waiting = {id(k): k for k in [*joined, *_seen_by(joined)]}
+        needed, anchors, built = list(waiting.values()), dict[int, "Branch"](), dict[int, EngineThread]()
 
         def anchor_here() -> None:
             for key, child in list(waiting.items()):
-                if len(child.prefix) == branch.length:
+                if child.forked_at == branch.length:
                     anchors[key] = cache.fork(branch, 1)[0]
                     self._scratch.append(anchors[key])
                     del waiting[key]
 
         anchor_here()
-        for segment in thread.segments:
+        for segment in list(thread.segments):
             if segment.spliced is None:
-                ids, at = segment.token_ids, 0
+                ids, at = list(segment.token_ids), 0
                 while at < len(ids):
-                    cuts = [len(k.prefix) - branch.length for k in waiting.values() if len(k.prefix) > branch.length]
+                    cuts = [k.forked_at - branch.length for k in waiting.values() if k.forked_at > branch.length]
                     size = min([len(ids) - at, *cuts])
                     segments = [segment.kv_segment] * size if thread.request.kv_segments else ()
                     yield PrefillChunk(branch, ids[at : at + size], segment.position + at, segments)
                     at += size
                     anchor_here()
             else:
-                anchor = anchors.pop(id(segment.spliced))
-                yield from self._program(cache, segment.spliced, anchor)
+                child = segment.spliced
+                yield from self._build(cache, child, anchors, built)
+                for other in needed:  # once it is joined, those that saw it can share it no more
+                    if any(s.spliced is child for s in other.seen):
+                        yield from self._build(cache, other, anchors, built)
+                anchor = anchors.pop(id(child))
                 cache.join(branch, [anchor], mode="concat")
                 self._scratch.remove(anchor)
                 anchor_here()
 
     # ---------------------------------------------------------------------------------------- leaving the cache
 
+    def share(self, cache: TreeCache) -> None:
+        """Let others begin with what is in the cache now, in whole pages: the thread goes on in the next."""
+        prefixes = self._keeping()
+        length = min(self.thread.dense_length, self.held.length)
+        length -= length % cache.page_size
+        if prefixes is not None and length:
+            prefixes.keep(cache.fork(self.held, 1)[0], self.thread.context[:length])
+
+    def _keeping(self) -> PrefixCache | None:
+        """Where to leave what it has computed, if that is of use to others."""
+        request = self.thread.request
+        if request.kv_segments:  # its K and V hold vectors of its strategy's own
+            return None
+        good = request.prefixes is not None and self.opened and request.epoch == request.prefixes.epoch
+        return request.prefixes if good else None
+
+    def leave(self, cache: TreeCache) -> None:
+        """Give its pages back for good; what others may begin with can be found until the pages are needed."""
+        prefixes = self._keeping()
+        if prefixes is not None and (length := min(self.thread.dense_length, self.held.length)):
+            branch, self.branch = self.held, None
+            prefixes.keep(branch, self.thread.context[:length])
+        self.release(cache)
+
     def release(self, cache: TreeCache) -> None:
         """Give its pages back; its tokens and logits stay."""
-        for branch in [*self._scratch, self.branch]:
-            if branch is not None and branch.alive:
+        self._drop_scratch(cache)
+        if self.branch is not None and self.branch.alive:
+            cache.release(self.branch)
+        self.branch, self._rebuild, self._chunk, self.borrowed, self.ahead = None, None, None, False, None
+
+    def _drop_scratch(self, cache: TreeCache) -> None:
+        for branch in self._scratch:
+            if branch.alive:
                 cache.release(branch)
-        self.branch, self._rebuild, self._chunk, self._scratch = None, None, None, []
+        self._scratch = []
+
+
+def _fork_at(cache: TreeCache, branch: Branch, length: int) -> Branch:
+    """A fork of `branch` as it was at `length`: it may have gone on since."""
+    fork = cache.fork(branch, 1)[0]
+    if fork.length > length:
+        cache.truncate(fork, length)
+    return fork
+
+
+def _seen_by(threads: Sequence[EngineThread]) -> list[EngineThread]:
+    """The siblings that some threads saw, those that these saw, and so on; no thread twice."""
+    found: dict[int, EngineThread] = {}
+    left = list(threads)
+    while left:
+        for segment in left.pop().seen:
+            if segment.spliced is not None and id(segment.spliced) not in found:
+                found[id(segment.spliced)] = segment.spliced
+                left.append(segment.spliced)
+    return list(found.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from anabranch.hf.probe import describe, text_config
+from anabranch.hf.rotary import rotary_of
 from anabranch.hf.watch import ModelWatch
 from anabranch.kv.model import CacheShape
 
@@ -20,4 +21,5 @@ def cache_shape(model: Any) -> CacheShape:
         device=shape.device,
         max_positions=shape.position_limit,
         watch=ModelWatch(type(model).__name__, text_config(model), shape),
+        rotary=lambda: rotary_of(model),
     )

@@ -261,12 +261,12 @@ def _probe(model: Any) -> ModelShape:
         model.eval()
         # The same token at the same position: whatever makes the rows differ mixes rows, and is not attention.
         alike = Probe(firsts)
-        logits = _forward(model, alike, [token] * Probe.ROWS, [here] * Probe.ROWS)
+        logits = probe_forward(model, alike, [token] * Probe.ROWS, [here] * Probe.ROWS)
         ids, positions = [(token + 1 + i) % vocabulary for i in range(Probe.ROWS)], [far] * Probe.ROWS
         ids[Probe.ROW], positions[Probe.ROW] = token, here
         among = Probe(firsts)
         with tables:
-            strangers = _forward(model, among, ids, positions)
+            strangers = probe_forward(model, among, ids, positions)
         shape = _shape_of(name, config, alike.calls, logits, rules, tables.limit)
     except TypeError as error:
         raise UnsupportedModel(f"{name}.forward does not take what a forward over a tree passes: {error}") from error
@@ -289,7 +289,7 @@ def _probe(model: Any) -> ModelShape:
     return shape
 
 
-def _forward(model: Any, probe: Probe, ids: list[int], positions: list[int]) -> torch.Tensor:
+def probe_forward(model: Any, probe: Probe, ids: list[int], positions: list[int]) -> torch.Tensor:
     """Logits [ROWS, vocabulary] of a probe's forward."""
     device = model.get_input_embeddings().weight.device
     devices = [device] if device.type == "cuda" else []

@@ -87,6 +87,10 @@ class ModelWatch(Watch):
             if rotated is not None:
                 self._rotated[trunk] = rotated
 
+    def shared(self, branch: Branch, sibling: Branch) -> None:
+        if sibling in self._rotated:
+            self._rotated[branch] = self._rotated[sibling]
+
     def truncating(self, branch: Branch, length: int) -> None:
         for open_step in self._open_steps():
             if 0 <= length <= open_step.starts.get(branch, -1):

@@ -7,7 +7,7 @@ checks and the one device call a step may need, the copy of shared tail pages.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,15 @@ from torch import Tensor
 
 from anabranch import _core, backends, ops
 from anabranch._check import layer_of, shape_of, told
+from anabranch._core import OutOfPages
 from anabranch.backends.base import PreparesPool
 from anabranch.backends.formats import KVFormat, KVScales, pick
 from anabranch.kv.arguments import _branch, _device, _number, _positions, _rows, _size
 from anabranch.kv.model import shape_for
 from anabranch.kv.step import Branch, Step
+from anabranch.kv.views import Views, core_views
 from anabranch.kv.watch import Watch
+from anabranch.ops.rotary import Rotary
 from anabranch.plan.planner import Planner
 
 
@@ -30,10 +33,13 @@ class Usage:
     """What a cache holds, in pages and tokens.
 
     Attributes:
-        pages_total, pages_free: pages of the pool.
+        pages_total, pages_free: pages of the pool. Those that only kept branches hold count as free: they are given up
+            when a step needs them (see `TreeCache.keep`).
         tokens_logical: Σ of the branches' lengths, as if nothing were shared.
         tokens_physical: tokens that really take up a slot.
         pages_copied: shared tail pages copied since the cache was made (each for all layers, K and V).
+        pages_kept: of the free ones, those whose tokens can still be forked from. Tokens of kept branches alone count
+            in none of the above.
     """
 
     pages_total: int
@@ -41,6 +47,7 @@ class Usage:
     tokens_logical: int
     tokens_physical: int
     pages_copied: int
+    pages_kept: int = 0
 
 
 class TreeCache:
@@ -67,6 +74,8 @@ class TreeCache:
             factor for each token's K and V of each head. (See docs/guides/own_loop.md.)
         max_positions: positions that the model has embeddings for, where they are looked up in a table (GPT-2, OPT);
             `step` refuses to go beyond. None: no limit (rotary embeddings).
+        rotary: the model's rotary embeddings, one for all layers or one a layer (None: a layer that knows no
+            positions); only rows that read other branches under a position offset (`Read`) need it.
 
     Not safe for use by several threads at once.
     """
@@ -81,6 +90,7 @@ class TreeCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         max_positions: int | None = None,
+        rotary: Rotary | Sequence[Rotary | None] | None = None,
         kv_format: KVFormat | str | torch.dtype | None = "auto",
     ) -> None:
         num_layers, num_kv_heads, head_dim, num_pages, page_size = (
@@ -107,6 +117,7 @@ class TreeCache:
         self.num_pages = num_pages
         self.page_size = page_size
         self.max_positions = max_positions
+        self._rotary: Any = _rotary(rotary, num_layers, head_dim)
         self.dtype = dtype
         self.kv_format = KVFormat.of(kv_format, dtype)
         device = _device(device)
@@ -132,6 +143,7 @@ class TreeCache:
             self._kv_scales = [KVScales(by_plane[i], by_plane[num_layers + i]) for i in range(num_layers)]
         self._core = _core.Cache(num_pages, page_size)
         self.batch_invariant = False  # for plans of later steps; a backend with that trait honours it
+        self.reclaim: Callable[[int], bool] = _nothing_to_give  # see `keep`
         self.planner = Planner(self._core.plan, self.device, backends.advance_kernel(self.device))
         self._watch = Watch()
 
@@ -171,7 +183,7 @@ class TreeCache:
             shape.num_layers, shape.num_kv_heads, shape.head_dim, num_pages, page_size, dtype, device,
             max_positions=shape.max_positions, kv_format=kv_format,
         )  # fmt: skip
-        cache._watch = shape.watch
+        cache._watch, cache._rotary = shape.watch, shape.rotary
         return cache
 
     @property
@@ -194,7 +206,12 @@ class TreeCache:
         self._watch.forked(branch, kids)
         return kids
 
-    def step(self, rows: Mapping[Branch, int], positions: Mapping[Branch, Tensor] | None = None) -> Step:
+    def step(
+        self,
+        rows: Mapping[Branch, int],
+        positions: Mapping[Branch, Tensor] | None = None,
+        views: Views | None = None,
+    ) -> Step:
         """Reserves new rows: slots for their K and V, positions, and the plan of who sees what.
 
         A branch whose part-filled tail page is shared gets its own copy of that page first: all such branches, all
@@ -204,6 +221,9 @@ class TreeCache:
             rows: how many new tokens each branch gets; rows follow the dict's order.
             positions: logical positions for some branches, integers [rows of that branch]; default: from
                 ``branch.position`` on. The branch goes on from the last one given + 1.
+            views: what the rows of some branches read beside their own branch: a list of `Read`, or one list a row. A
+                row sees each token once, as its own branch has it, else as the first `Read` that holds it says. Rows
+                of one step may see one another: K and V of all are written before any attends.
 
         Raises:
             OutOfPages: too few free pages for all branches together; nothing was changed.
@@ -215,11 +235,13 @@ class TreeCache:
         if self.max_positions is not None:
             self._check_limit(rows, given)
         self._watch.check_step(rows, given)
-        core = self._core.step(rows, given)
+        seen, turned = ({}, False) if views is None else core_views(views, rows)
+        rotary = self._rotary_of_layers() if turned else ()
+        core = self._reserved(rows, given, seen)
         if core.num_copies:
             src, dst, filled = torch.from_numpy(core.copies()).unbind(0)
             self._backend.copy_pages(self._pool, src, dst, filled, self._scales)
-        step = Step(self, core, tuple(rows))
+        step = Step(self, core, tuple(rows), rotary=rotary)
         self._watch.stepped(step)
         return step
 
@@ -252,6 +274,34 @@ class TreeCache:
             self._core.join(trunk, kids)
             self._watch.joined(trunk, kids)
 
+    def share(self, branch: Branch, sibling: Branch, count: int | None = None) -> None:
+        """Lets ``branch`` see what a sibling wrote since its fork as well; the sibling goes on as it is.
+
+        Metadata only: nothing is copied or computed again. The tokens keep their positions and count as shared, like
+        those that ``branch`` was forked with, so that a join brings back its own alone; its next position lies behind
+        them. What the sibling writes later is not seen::
+
+            one, two, both = cache.fork(trunk, 3)
+            ...                                   # steps of one and two
+            cache.share(both, one)
+            cache.share(both, two)                # sees the trunk, one and two, which stay blind to each other
+            ...                                   # steps of both
+            cache.join(trunk, [one, two, both])   # each token once
+
+        Args:
+            branch: forked from the same branch as ``sibling``, and without a step since.
+            count: of the sibling's own tokens the first so many; None: all there are now.
+
+        Raises:
+            DeadBranch, ValueError: a dead or foreign branch, one that is no sibling, has tokens of its own, or sees the
+                tokens already; a count out of range.
+        """
+        own = _branch(sibling, "share: sibling").length - sibling.fork_length
+        count = own if count is None else _number(count, "share: count")
+        self._watch.check_join(_branch(branch, "share: branch"), [sibling])
+        self._core.share(branch, sibling, count)
+        self._watch.shared(branch, sibling)
+
     def truncate(self, branch: Branch, length: int) -> None:
         """Forgets the tokens from index ``length`` on; pages that nobody else holds are free at once.
 
@@ -272,6 +322,34 @@ class TreeCache:
         """
         self._watch.ending(_branch(branch, "release"))
         self._core.release(branch)
+
+    def keep(self, branch: Branch) -> None:
+        """Keeps a branch to be forked from later, for as long as nothing else needs its pages.
+
+        From now on it takes no rows and no part in joins, and `usage` counts what it alone holds as free. It can be
+        forked, truncated, read and released. When a step runs out of pages, ``cache.reclaim(pages)`` is called, which
+        is to release or truncate kept branches until so many pages are free beside those kept, and to say whether
+        it could; `PrefixCache` does.
+
+        Raises:
+            DeadBranch, ValueError: a dead or foreign branch.
+        """
+        self._core.keep(_branch(branch, "keep"))
+
+    def kept_pages(self, branch: Branch, length: int) -> int:
+        """Of the pages that hold a branch's first `length` tokens, those that count as free because only kept branches
+        hold them: so many less are free once it is forked."""
+        return self._core.kept_pages(_branch(branch, "kept_pages"), length)
+
+    def _reserved(
+        self, rows: Mapping[Branch, int], given: Mapping[Branch, Any], views: Mapping[Branch, Any]
+    ) -> _core.Step:
+        while True:
+            try:
+                return self._core.step(rows, given, views)
+            except OutOfPages:
+                if not self.reclaim(self._core.pages_needed):
+                    raise
 
     # -- tensors -----------------------------------------------------------------------------------------------------
     def k_pages(self, layer: int) -> Tensor:
@@ -346,6 +424,21 @@ class TreeCache:
         """Logical positions of a branch's tokens, int64 [length], in context order, on the CPU."""
         return torch.from_numpy(self._core.positions(_branch(branch, "positions")))
 
+    def require_rotary(self) -> None:
+        """Raise ValueError, with the reason, where rows cannot read other branches under a position offset."""
+        self._rotary_of_layers()
+
+    def _rotary_of_layers(self) -> Sequence[Rotary | None]:
+        """The rotary embeddings of each layer; ValueError where nobody knows them."""
+        if callable(self._rotary):
+            self._rotary = self._rotary()  # the model is asked at the first use
+        if self._rotary is None:
+            raise ValueError(
+                "views: a Read has an offset, and this cache does not know how its keys were rotated; make it with "
+                "TreeCache.for_model(model), or pass rotary=ab.Rotary(frequencies)"
+            )
+        return self._rotary  # type: ignore[no-any-return]
+
     def _check_limit(self, rows: Mapping[Branch, int], given: Mapping[Branch, Any]) -> None:
         """Raise for a branch whose new rows would lie past the positions that the model has embeddings for."""
         for branch, count in rows.items():
@@ -381,6 +474,23 @@ class TreeCache:
             f"{self.device}, pages={u.pages_total - u.pages_free}/{u.pages_total} × {self.page_size}, "
             f"tokens={u.tokens_physical} for {u.tokens_logical})"
         )
+
+
+def _rotary(given: Any, num_layers: int, head_dim: int) -> list[Rotary | None] | None:
+    """One a layer, checked."""
+    if given is None:
+        return None
+    every = [given] * num_layers if isinstance(given, Rotary) else list(given)
+    if len(every) != num_layers or not all(r is None or isinstance(r, Rotary) for r in every):
+        raise ValueError(f"rotary: expected an ab.Rotary, or a list of {num_layers} (one a layer), got {told(given)}")
+    for rotary in every:
+        if rotary is not None and 2 * len(rotary.frequencies) > head_dim:
+            raise ValueError(f"rotary: {len(rotary.frequencies)} pairs do not fit in head_dim={head_dim}")
+    return every
+
+
+def _nothing_to_give(pages: int) -> bool:
+    return False
 
 
 def free_memory(device: torch.device) -> int:

@@ -24,6 +24,7 @@ class CacheShape(NamedTuple):
     device: torch.device
     max_positions: int | None  # positions the model has embeddings for; None: no limit
     watch: Watch  # knows what the model can serve
+    rotary: Callable[[], list[Any]]  # rotary embeddings of each layer; ValueError where they are no pure rotation
 
 
 _reader: Callable[[Any], CacheShape] | None = None

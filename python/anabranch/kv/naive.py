@@ -20,6 +20,7 @@ class NaiveBranch:
         self.position = position
         self.parent = parent
         self.own = len(positions)
+        self.sees: list[NaiveBranch] = []  # siblings whose tokens it shares
         self.alive = True
 
     @property
@@ -81,6 +82,14 @@ class NaiveCache:
             trunk.positions += kid.positions[kid.own :]
             trunk.position = max(trunk.position, kid.position)
             self.release(kid)
+
+    def share(self, branch: NaiveBranch, sibling: NaiveBranch, count: int) -> None:
+        own = slice(sibling.own, sibling.own + count)
+        branch.kv = torch.cat([branch.kv, sibling.kv[own]])
+        branch.positions += sibling.positions[own]
+        branch.position = max([branch.position, *(p + 1 for p in sibling.positions[own])])
+        branch.own = branch.length
+        branch.sees.append(sibling)
 
     def truncate(self, branch: NaiveBranch, length: int) -> None:
         if length >= branch.length:

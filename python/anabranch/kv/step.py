@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from anabranch import _core
+from anabranch.ops.rotary import Rotary, rotate
 from anabranch.plan.arrays import FlatContexts, PlanArrays
 from anabranch.plan.plan import Plan, plan_of
 from anabranch.plan.planner import PlanKey, Planner
@@ -25,8 +26,20 @@ class StepPlan(Plan):
     """The plan of one step. Work items are cut when a kernel first asks; while the topology stays, the arrays of the
     last step are advanced in place instead."""
 
-    def __init__(self, planner: Planner, core: _core.Step, num_layers: int, batch_invariant: bool = False) -> None:
+    def __init__(
+        self,
+        planner: Planner,
+        core: _core.Step,
+        num_layers: int,
+        batch_invariant: bool = False,
+        rotary: Sequence[Rotary | None] = (),
+    ) -> None:
+        """rotary: of each layer; needed where rows read under position offsets."""
         super().__init__(core.num_rows, planner.device)
+        self._rotary = rotary
+        self._queries: tuple[Tensor, Tensor] | None = None  # row, offset
+        self._tables: dict[Rotary, tuple[Tensor, Tensor]] = {}
+        self._turns = bool(rotary)
         self.batch_invariant = batch_invariant
         self._planner = planner
         self._core = core
@@ -69,7 +82,26 @@ class StepPlan(Plan):
         return self.slots, self.positions
 
     def contexts(self) -> FlatContexts:
-        return FlatContexts(*self._core.contexts())
+        queries = self._core.queries() if self._turns else None
+        return FlatContexts(*self._core.contexts(), None if queries is None else queries[0])
+
+    def queries(self, q: Tensor, layer: int) -> Tensor:
+        if not self._turns:
+            return q
+        if self._queries is None:
+            found = self._core.queries()
+            if found is None:
+                self._turns = False
+                return q
+            rows, offsets = (self._planner.upload(x) for x in found)
+            self._queries = rows.long(), offsets
+        rows, offsets = self._queries
+        rotary = self._rotary[layer]
+        if rotary is None:
+            return q[rows]  # a layer that knows no positions
+        if rotary not in self._tables:
+            self._tables[rotary] = rotary.table(offsets)
+        return rotate(q[rows], self._tables[rotary], rotary.interleaved)
 
     @property
     def slots(self) -> Tensor:
@@ -104,8 +136,9 @@ class StepPlan(Plan):
     def _require_current(self) -> None:
         at = self._core.moved_on()
         if at >= 0:
+            which = "its branch" if at < len(self._core.row_ptr()) - 1 else "a branch that it reads, besides its own,"
             raise ValueError(
-                f"step: its branch number {at} has moved on (a later step, a join, a truncation or a release); "
+                f"step: {which} number {at} has moved on (a later step, a join, a truncation or a release); "
                 "make a new step and use that"
             )
 
@@ -157,12 +190,19 @@ class Step:
         handle: names the step's plan to the torch op.
     """
 
-    def __init__(self, cache: TreeCache, core: _core.Step, branches: tuple[Branch, ...], plan: Any = None) -> None:
+    def __init__(
+        self,
+        cache: TreeCache,
+        core: _core.Step,
+        branches: tuple[Branch, ...],
+        plan: Any = None,
+        rotary: Sequence[Rotary | None] = (),
+    ) -> None:
         self.cache = cache
         self.branches = branches
         self.num_rows: int = core.num_rows
         if plan is None:
-            plan = StepPlan(cache.planner, core, cache.num_layers, cache.batch_invariant)
+            plan = StepPlan(cache.planner, core, cache.num_layers, cache.batch_invariant, rotary)
         plan.step = weakref.ref(self)
         self.plan: Any = plan
         self.handle = self.plan.handle

@@ -25,7 +25,10 @@ class Watch:
         """After a fork."""
 
     def check_join(self, trunk: Branch, kids: Sequence[Branch]) -> None:
-        """Before a join by concatenation."""
+        """Before a join by concatenation, or before the first of `kids` shares its tokens with the trunk."""
+
+    def shared(self, branch: Branch, sibling: Branch) -> None:
+        """After a branch came to see a sibling's tokens."""
 
     def joined(self, trunk: Branch, kids: Sequence[Branch]) -> None:
         """After it."""

@@ -119,8 +119,8 @@ def _run(
 ) -> tuple[Tensor, Tensor | None]:
     chosen = backends.choose(backend, q.device, q.dtype, q.shape[2], k_pages.dtype)
     plan.check(layer, k_pages)
-    return chosen.attention(
-        q,
+    out, lse = chosen.attention(
+        plan.queries(q, layer),
         k_pages,
         v_pages,
         plan,
@@ -131,6 +131,12 @@ def _run(
         return_lse=return_lse,
         kv_scales=kv_scales,
     )
+    if out.shape[0] != plan.num_rows:
+        raise ValueError(
+            f"backend: {chosen.name!r} cannot merge the {out.shape[0]} query rows of views into the step's "
+            f"{plan.num_rows} rows; use another backend"
+        )
+    return out, lse
 
 
 def _run_write(

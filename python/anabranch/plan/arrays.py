@@ -58,7 +58,8 @@ class FlatContexts:
     """What each row sees, spelled out token by token: the view of the dense reference.
 
     Context ``c`` holds the tokens ``slots[ptr[c]:ptr[c+1]]`` in order; its query rows ``row_ptr[c]:row_ptr[c+1]``
-    are its last tokens, and row j of n sees all but the last n − 1 − j.
+    are its last tokens, and row j of n sees all but the last n − 1 − j. Several query rows may stand for one row of the
+    step (``Plan.queries``): it sees what all of them see.
     """
 
     ptr: np.ndarray  # int64 [contexts + 1]
@@ -66,6 +67,7 @@ class FlatContexts:
     positions: np.ndarray  # int32 [tokens]
     row_ptr: np.ndarray  # int32 [contexts + 1]
     row_positions: np.ndarray  # int64 [rows]
+    row_of: np.ndarray | None = None  # int32 [rows]: whose output a query row is part of; None: its own
 
 
 def section(result: _core.PlanResult, name: str) -> np.ndarray:

@@ -78,6 +78,14 @@ class Plan:
         """What each row sees, token by token."""
         raise NotImplementedError
 
+    def queries(self, q: Tensor, layer: int) -> Tensor:
+        """The query rows that kernels are given, [queries, Hq, D], of a step's q [rows, Hq, D].
+
+        Kernels index them by the plan's ``rows``; the output, and ``merge_rows``, have ``num_rows`` rows. They are the
+        same unless a row reads spans under several position offsets.
+        """
+        return q
+
     def check(self, layer: int, k_pages: Tensor) -> None:
         """Raises when the plan no longer fits: stale, or made for other pages."""
 

@@ -12,7 +12,8 @@ class Action:
 
     ``do``: "insert" or "sample" (`token_ids`), "fork" (`children`, the `headers` that they began with, and their
     `segments`, if given), "spawn" (`children`), "join" (`children`, `mode`; with "summary" `token_ids` and `length`,
-    what was kept; with "reprefill" `headers`), "kill" (`children`, `mode`: how they went), "truncate" (`length`).
+    what was kept; with "reprefill" `headers`), "kill" (`children`, `mode`: how they went), "truncate" (`length`),
+    "skip" (`position`: of the next token).
 
     ``clock``: tokens on the longest chain that it had to wait for, those it writes not counted (the clock whose end is
     ``critical_path_tokens``); None in traces from before it was kept.
@@ -24,5 +25,6 @@ class Action:
     mode: str | None = None
     length: int | None = None
     headers: Sequence[Sequence[int] | None] = ()
-    segments: Sequence[int] = ()
     clock: int | None = None
+    segments: Sequence[int] = ()
+    position: int | None = None

@@ -51,6 +51,17 @@ class Join:
 
 
 @dataclass(frozen=True)
+class Become:
+    """``thread`` goes on as its sibling ``source`` stands, with a context of ``length`` tokens; what it had written
+    itself is forgotten."""
+
+    prompt: int
+    thread: str
+    source: str
+    length: int
+
+
+@dataclass(frozen=True)
 class Discard:
     """A thread is gone without a trace in its parent: ``reason`` "discarded" or "killed"."""
 
@@ -67,4 +78,4 @@ class Finish:
     result: Result
 
 
-Event = Token | Fork | Join | Discard | Finish
+Event = Token | Fork | Join | Become | Discard | Finish

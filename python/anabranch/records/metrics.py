@@ -22,12 +22,14 @@ text); the prompt is not counted, nor a token that a join brings back or compute
 Time and work of this prompt: ``wall_seconds`` from the call to its end; ``seconds`` by phase (`PHASES`), where a step
 that several prompts shared counts for each by its rows, so that the prompts of a call add up to the call;
 ``overhead_seconds``, the price of deciding (phases "plan" and "strategy"), and ``overhead``, its share of all phases;
-``steps`` it had rows in, ``rows`` it had in them, ``preemptions`` of its threads.
+``steps`` it had rows in, ``rows`` it had in them, ``preemptions`` of its threads; ``draft_tokens`` that were guessed
+and verified (`DraftTree`), ``accepted_tokens``: of these, those that came true; ``cached_tokens``: those of its prompts
+whose keys and values earlier requests had computed (``Engine(prefix_cache=True)``).
 
-Memory, of the whole call (its prompts share one cache), up to this prompt's end: ``pages_copied``, ``pages_peak``,
-``tokens_logical_peak`` (context tokens of all branches together, at most), ``tokens_physical_peak`` (those that really
-lay in memory, at most), ``tokens_physical_then`` (those in memory at the moment of the logical peak) and ``sharing``
-(how much less that was: logical peak / physical then).
+Memory, of the whole cache (all requests share it), from the call up to this prompt's end: ``pages_copied``,
+``pages_peak``, ``tokens_logical_peak`` (context tokens of all branches together, at most), ``tokens_physical_peak``
+(those that really lay in memory, at most), ``tokens_physical_then`` (those in memory at the moment of the logical peak)
+and ``sharing`` (how much less that was: logical peak / physical then).
 """
 
 from __future__ import annotations
@@ -75,6 +77,8 @@ class Metrics:
     steps: int = 0
     rows: int = 0
     preemptions: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     pages_copied: int = 0
     pages_peak: int = 0
     tokens_logical_peak: int = 0
@@ -161,6 +165,9 @@ def summary(results: Iterable[Any]) -> dict[str, float]:
         "prompt_tokens",
         "rows",
         "preemptions",
+        "draft_tokens",
+        "accepted_tokens",
+        "cached_tokens",
     ):
         out[name] = sum(getattr(m, name) for m in all_metrics)
     total, critical = out["total_tokens"], out["critical_path_tokens"]

@@ -33,16 +33,30 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Sight:
+    """What a thread saw beside its own context, live, from its own token number ``begin`` on (`Thread.see`): the ids of
+    the threads, whether they stood one behind another in front of it, and what it saw of the same step."""
+
+    begin: int
+    others: tuple[str, ...]
+    lined_up: bool
+    same_step: str
+
+
+@dataclass(frozen=True)
 class Node:
     """One thread of the tree.
 
     ``role``: "trunk", "fork" or "fresh". ``token_ids`` and ``text``: what it held at its end beyond what it shared with
     its parent (a trunk's or fresh thread's prompt left out), joined siblings included. ``start``, ``stop``: its
-    position
-    range, ``stop`` not included. ``forked_at``: context length at its fork. ``ended``: how its last decode ended (see
-    `Ended.reason`; None when it never decoded). ``fate``: "finished", "joined", "discarded" or "killed".
+    position range, ``stop`` not included. ``forked_at``: its parent's context length at its fork. ``sees``: (id,
+    tokens) of each sibling whose first tokens it saw from its beginning on, behind its parent's. ``ended``: how its
+    last decode ended (see `Ended.reason`; None when it never decoded). ``fate``: "finished", "joined", "discarded" or
+    "killed".
     ``runs``: its tokens by origin, prompt included; ``forgotten``: what was cut off on the way. ``log``: all that was
     done to it, in order: what `ab.replay` does again (not part of comparisons).
+    ``turns``, ``sights``: of a thread that saw others while it wrote, or was seen. Its own tokens, prompt included,
+    were computed in these turns, (turn, how many) each; a row sees what its sight names of the turns up to its own.
     """
 
     id: str
@@ -57,7 +71,10 @@ class Node:
     runs: tuple[Run, ...] = ()
     forgotten: tuple[Run, ...] = ()
     children: tuple[Node, ...] = ()
+    sees: tuple[tuple[str, int], ...] = ()
     log: tuple[Action, ...] = field(default=(), compare=False, repr=False)
+    turns: tuple[tuple[int, int], ...] = ()
+    sights: tuple[Sight, ...] = ()
 
     def walk(self) -> Iterator[Node]:
         """This node and all below it, depth first."""

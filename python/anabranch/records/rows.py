@@ -18,6 +18,7 @@ class Rows:
         self.threads: list[int] = []
         self.kv_segments: list[int] = []
         self.recorded: dict[int, Sequence[float]] = {}  # of some segments
+        self.follows: dict[int, int] = {}  # of segments that do not go on from the last one that they see: from which
 
     def add(
         self,

@@ -9,15 +9,18 @@ Layout (version 2)::
      "tree": {"id", "role", "token_ids", "text", "start", "stop", "forked_at", "ended", "fate",
               "runs": [{"kind", "token_ids", "position", "source", "spliced", "logprobs", "kv_segment"}],
               "forgotten": [as runs],
-              "children": [nodes],
-              "log": [{"do", "token_ids", "children", "mode", "length", "headers", "clock", "segments"}]},
+              "children": [nodes], "sees": [[id, tokens]],
+              "log": [{"do", "token_ids", "children", "mode", "length", "headers", "segments",
+                       "clock", "position"}],
+              "turns": [[turn, tokens]], "sights": [{"begin", "others", "lined_up", "same_step"}]},
      "metrics": {…}, "pieces": {id: str | [byte]} | null}
 
 ``pieces`` is what each token id reads as in the middle of a text (its bytes, where they are no whole characters), null
 without a tokenizer and missing in traces from before it was kept. ``logprobs`` is null unless they were asked for
 (``generate(logprobs=True)``). ``log`` is what was done to a thread, in order (`anabranch.records.actions.Action`):
-`ab.replay` does it again. ``kv_segment`` and ``segments`` may be missing (0, none). Version 1, which had neither
-``logprobs`` nor a ``log`` and fewer metrics, is still read; it cannot be replayed.
+`ab.replay` does it again. ``kv_segment`` and ``segments`` may be missing (0, none); ``turns`` and
+``sights`` are those of `Node`, and may be left out. Version 1, which had neither log
+nor log-probabilities and fewer metrics, is still read; it cannot be replayed.
 """
 
 from __future__ import annotations
@@ -32,13 +35,14 @@ from anabranch.records.actions import Action
 from anabranch.records.files import write_whole
 from anabranch.records.joins import JOINS
 from anabranch.records.metrics import Metrics, overhead_of
-from anabranch.records.result import Node, Result, Run
+from anabranch.records.result import Node, Result, Run, Sight
 
 __all__ = ["SCHEMA", "VERSION", "Trace", "load", "save"]
 
 Piece = str | tuple[int, ...]  # what a token reads as: text, or the bytes of a part of a character
 
 SCHEMA, VERSION = "anabranch.records.trace", 2
+_LATER = ("draft_tokens", "accepted_tokens")  # metrics that traces of this version may lack: there were none yet
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Trace:
             )
         metrics = _get(data, "metrics", "trace", dict)
         known = {f.name for f in fields(Metrics)}
+        metrics = {**dict.fromkeys(_LATER, 0), **metrics}
         for f in fields(Metrics):
             if f.name in metrics:
                 continue
@@ -245,7 +250,7 @@ def _logprobs(data: Mapping[str, Any], at: str) -> tuple[float, ...] | None:
     return values
 
 
-ACTIONS = ("insert", "sample", "fork", "spawn", "join", "kill", "truncate")
+ACTIONS = ("insert", "sample", "fork", "spawn", "join", "kill", "truncate", "skip")
 
 
 def _action(data: Any, at: str) -> Action:
@@ -257,6 +262,7 @@ def _action(data: Any, at: str) -> Action:
         raise ValueError(f"{at}.mode: expected a join mode, 'killed' or 'discarded', got {mode!r}")
     length = _get(data, "length", at, (int, type(None)))
     clock = _want(data.get("clock"), (int, type(None)), f"{at}.clock")
+    position = _want(data.get("position"), (int, type(None)), f"{at}.position")  # older traces have none
     return Action(
         do=do,
         token_ids=_ids(data, "token_ids", at),
@@ -266,8 +272,35 @@ def _action(data: Any, at: str) -> Action:
         headers=tuple(
             _list(data, "headers", at, lambda v, at: None if v is None else _ids({"header": v}, "header", at))
         ),
-        segments=_ids(data, "segments", at) if "segments" in data else (),
         clock=None if clock is None else _natural(clock, f"{at}.clock"),
+        segments=_ids(data, "segments", at) if "segments" in data else (),
+        position=None if position is None else _natural(position, f"{at}.position"),
+    )
+
+
+def _seen(data: Any, at: str) -> tuple[str, int]:
+    if len(_want(data, (list, tuple), at)) != 2:
+        raise ValueError(f"{at}: expected a thread and how many tokens of it, got {data!r:.60}")
+    return _want(data[0], str, at), _natural(data[1], at)
+
+
+def _turn(data: Any, at: str) -> tuple[int, int]:
+    _want(data, (list, tuple), at)
+    if len(data) != 2:
+        raise ValueError(f"{at}: expected a turn and a number of tokens, got {data!r:.60}")
+    return _natural(data[0], at), _natural(data[1], at)
+
+
+def _sight(data: Any, at: str) -> Sight:
+    _want(data, dict, at)
+    same_step = _get(data, "same_step", at, str)
+    if same_step not in ("all", "before", "none"):
+        raise ValueError(f"{at}.same_step: expected 'all', 'before' or 'none', got {same_step!r}")
+    return Sight(
+        begin=_natural(_get(data, "begin", at, int), f"{at}.begin"),
+        others=tuple(_list(data, "others", at, lambda v, at: _want(v, str, at))),
+        lined_up=_get(data, "lined_up", at, bool),
+        same_step=same_step,
     )
 
 
@@ -289,7 +322,10 @@ def _node(data: Any, at: str) -> Node:
         runs=tuple(_list(data, "runs", at, _run)),
         forgotten=tuple(_list(data, "forgotten", at, _run)),
         children=tuple(_list(data, "children", at, _node)),
+        sees=tuple(_list(data, "sees", at, _seen)) if "sees" in data else (),  # older traces have none
         log=tuple(_list(data, "log", at, _action)),
+        turns=tuple(_list({"turns": [], **data}, "turns", at, _turn)),
+        sights=tuple(_list({"sights": [], **data}, "sights", at, _sight)),
     )
     held = [t for run in node.runs if run.kind != "prompt" for t in run.token_ids]
     if held != list(node.token_ids):

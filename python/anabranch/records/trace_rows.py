@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from anabranch._check import told
+from anabranch.records.live_rows import check_live, write_live
 from anabranch.records.rows import Rows
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ def trace_rows(
 
     Raises:
         TypeError: no trace.
-        ValueError: a thread was forked from tokens that its parent then cut off: what it saw is no longer in the trace.
+        ValueError: a thread was forked from tokens that its parent then cut off: what it saw is no longer in the trace;
+            threads saw one another in a way that no causal row can show.
     """
     if not hasattr(trace, "tree"):
         raise TypeError(f"trace: expected a Result or a Trace (trace.load), got {told(trace)}")
@@ -39,9 +41,12 @@ class _Writer:
         self.own: dict[str, list[int]] = {}  # the segments of each thread beyond what it shares with its parent
         self.before: dict[str, list[int]] = {}  # those that it shares
         self.numbers: dict[str, int] = {}
+        self.together: set[str] = set()  # forks that saw one another: what comes back of them was computed again
 
     def thread(self, node: Node, before: list[int]) -> None:
         """Add a thread, and its children where it forked them; `before`: what it shares with its parent."""
+        if _live(node):
+            check_live([node])
         number = self.numbers[node.id] = len(self.numbers)
         own = self.own[node.id] = []
         self.before[node.id] = before
@@ -50,9 +55,11 @@ class _Writer:
         self._check_cuts(node, waiting)
 
         def fork() -> None:
+            here = [k for k in waiting if k.role == "fork" and k.forked_at == length]
+            self.live([k for k in here if _live(k)], waiting, own, node)
             for kid in [k for k in waiting if k.role == "fresh" or k.forked_at == length]:
                 waiting.remove(kid)
-                self.thread(kid, [] if kid.role == "fresh" else [*before, *own])
+                self.thread(kid, [] if kid.role == "fresh" else [*before, *own, *self.seen(kid)])
 
         fork()
         for (kind, source), group in groupby(node.runs, key=lambda run: (run.kind, run.source)):
@@ -86,6 +93,36 @@ class _Writer:
         if self.forgotten:
             self.cut_off(node, before, own, number)
 
+    def seen(self, kid: Node) -> list[int]:
+        """The segments of siblings that a thread saw from its beginning on."""
+        found: list[int] = []
+        for name, left in kid.sees:
+            if self.length(self.own.get(name, [])) < left:
+                raise ValueError(
+                    f"trace: thread {kid.id} saw {left} tokens of thread {name}, which are not in the trace"
+                )
+            for segment in self.own[name]:
+                if left > 0:
+                    found.append(self._prefix(segment, min(left, len(self.rows.ids[segment]))))
+                    left -= len(self.rows.ids[segment])
+        return found
+
+    def live(self, kids: Sequence[Node], waiting: list[Node], own: list[int], parent: Node) -> None:
+        """Add forks that saw one another, turn by turn."""
+        if not kids:
+            return
+        check_live(kids)
+        self.together.update(kid.id for kid in kids)
+        before = [*self.before[parent.id], *own]
+        for kid in kids:
+            waiting.remove(kid)
+            self.numbers[kid.id] = len(self.numbers)
+            self.before[kid.id] = before
+        self.own |= write_live(self.rows, kids, before, self.numbers)
+        if self.forgotten:
+            for kid in kids:
+                self.cut_off(kid, before, self.own[kid.id], self.numbers[kid.id])
+
     def record(self, segment: int, run: Run, at: int = 0) -> None:
         logprobs = getattr(run, "logprobs", None)
         if run.kind == "sampled" and logprobs is not None:
@@ -102,6 +139,8 @@ class _Writer:
         source = runs[0].source or ""
         if source not in self.own:
             raise ValueError(f"trace: thread {source!r} was joined, but is not among the children so far")
+        if source in self.together:
+            return None
         if not (runs[0].spliced or (self.before[source] == context and runs[0].position == self.start(source))):
             return None
         found: list[int] = []
@@ -205,6 +244,11 @@ class _Writer:
             "kv_segment": rows.kv_segments[segment],
         }
         return rows.add(rows.ids[segment][:size], rows.sees[segment], rows.first[segment], **part)
+
+
+def _live(node: Node) -> bool:
+    """Whether a thread saw others while it wrote, or was seen."""
+    return bool(getattr(node, "turns", ()) or getattr(node, "sights", ()))
 
 
 def _size(runs: Sequence[Run]) -> int:

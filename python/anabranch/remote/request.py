@@ -14,7 +14,7 @@ from anabranch.errors import RemoteError
 from anabranch.remote import options
 from anabranch.remote.dialects import Delta
 from anabranch.remote.score import RemoteScore
-from anabranch.strategies.api.ops import Decode, Ended, JoinOp, Op, ScoreOp, TokenStats
+from anabranch.strategies.api.ops import Decode, Ended, ForkOp, JoinOp, Op, ScoreOp, SkipOp, TokenStats
 from anabranch.threads.books import Books
 from anabranch.threads.ops import HOST_OPS, record_token
 from anabranch.threads.ops.decode import end
@@ -91,6 +91,11 @@ class RemoteRequest(Books[RemoteThread]):
             raise ValueError(f"{name}: a server has no request for it; use a local Engine, or another strategy")
         if isinstance(op, JoinOp) and op.mode == "concat" and len(op.children) > 1:
             raise ValueError(_NO_SPLICE)
+        if isinstance(op, SkipOp) or (isinstance(op, ForkOp) and (op.sees or op.apart or op.segments)):
+            raise ValueError(
+                "skip, and fork with sees, apart or segments: a server gives tokens their own positions and shows each "
+                "all before it; use a local Engine, or another strategy"
+            )
         if isinstance(op, ScoreOp) and not self.engine.server.dialect.scores:
             raise ValueError(
                 f"score: {self.engine.server.dialect.name} does not tell the log-probabilities of given tokens; use "

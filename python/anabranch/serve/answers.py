@@ -103,6 +103,8 @@ class Follower:
                 text = theirs if event.thread == "0" else ""
             elif event.thread == "0" and event.mode == "summary":
                 self.rewritten = True
+        elif isinstance(event, events.Become):
+            self._texts[event.thread] = list(self._texts.get(event.source, ()))
         return self._told(self._trimmer.push(text)) if text else ""
 
     def finish(self, result: Result) -> str:

@@ -53,6 +53,8 @@ def _plain(event: events.Event) -> dict[str, Any] | None:
     if isinstance(event, events.Join):
         return {"do": "join", "prompt": event.prompt, "thread": event.thread, "children": event.children,
                 "mode": event.mode}  # fmt: skip
+    if isinstance(event, events.Become):
+        return {"do": "become", "prompt": event.prompt, "thread": event.thread, "source": event.source}
     if isinstance(event, events.Discard):
         return {"do": "discard", "prompt": event.prompt, "thread": event.thread, "reason": event.reason}
     if isinstance(event, events.Finish):

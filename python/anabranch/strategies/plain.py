@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,3 +44,15 @@ class Sequential(Strategy):
 
     def run(self, trunk: Thread) -> Generator[Any, Any, Any]:
         return (yield from self.strategy.run(trunk))
+
+
+def layers(strategy: Any) -> Iterator[Any]:
+    """A strategy and what it wraps (the ``strategy`` of a `Sequential`, a `DraftTree`), outermost first."""
+    while isinstance(strategy, Strategy):
+        yield strategy
+        strategy = getattr(strategy, "strategy", None)
+
+
+def is_plain(strategy: Any) -> bool:
+    """Whether plain decoding is all that a strategy does, however it is wrapped."""
+    return any(isinstance(layer, Plain) for layer in layers(strategy))

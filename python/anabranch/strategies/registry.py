@@ -1,6 +1,7 @@
 """Strategies by name: which there are, what each does, and how to build one from text.
 
-Every strategy that `anabranch.strategies` exports is here by itself; a line in `ABOUT` adds what a listing says of it.
+Every strategy that `anabranch.strategies` exports is here by itself; a line in `anabranch.strategies.about` adds what a
+listing says of it.
 Names are read without regard to case, hyphens and underscores: "self-consistency", "self_consistency" and
 "SelfConsistency" are one. A strategy with its options is written as in Python, ``self-consistency(n=4, vote=number)``,
 and one around another as ``sequential(threadweaver)``.
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from anabranch.strategies.about import ABOUT, About
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.option_values import import_object, kind_name, read, split
 
@@ -34,38 +36,6 @@ __all__ = [
     "take_apart",
 ]
 
-
-@dataclass(frozen=True)
-class About:
-    """What a listing says of a strategy. name: where it is not the class's in kebab case."""
-
-    forks: str
-    when: str
-    join: str
-    name: str | None = None
-
-
-# One line a strategy; one that has none is listed with the first line of its docstring.
-ABOUT = {
-    "Plain": About("nothing", "never: one thread to the end", "–"),
-    "Sequential": About("what the strategy in it forks", "as that one, its threads one after another", "as that one"),
-    "ThreadWeaver": About(
-        "one thread for each outline", "when the model writes </Outlines>",
-        "threads follow one another; the later ones are computed again and see those before", "threadweaver",
-    ),
-    "Aspects": About(
-        "one thread for each header", "at the end of the first line or sentence",
-        "threads are spliced side by side; nothing is computed again",
-    ),
-    "SelfConsistency": About("n sampled answers", "right behind the prompt", "the winner of a vote is kept"),
-    "EntropyFork": About(
-        "n sampled copies from there on", "where the next token's entropy passes the threshold",
-        "the winner of a vote, or the likeliest, is kept",
-    ),
-    "SkeletonOfThought": About(
-        "a new prompt for each point of an outline", "when the outline is written", "points follow one another",
-    ),
-}  # fmt: skip
 
 ABSTRACT = ("Strategy",)
 ALIASES = {"none": "Plain"}

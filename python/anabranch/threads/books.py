@@ -10,15 +10,15 @@ from typing import Any, ClassVar, Generic, TypeVar
 from anabranch.records import events
 from anabranch.records.actions import Action
 from anabranch.strategies.api.awaitable import Awaitable
-from anabranch.strategies.api.ops import Decode, InsertOp, JoinOp, Op, ScoreOp
+from anabranch.strategies.api.ops import Decode, ForkOp, InsertOp, JoinOp, Op, ScoreOp
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
-from anabranch.strategies.plain import Plain
+from anabranch.strategies.plain import is_plain
 from anabranch.text.prompts import Text
 from anabranch.text.tokens import Stops
 from anabranch.threads.costs import Costs
 from anabranch.threads.narrator import Narrator
-from anabranch.threads.ops.base import HostOp
+from anabranch.threads.ops.base import HostOp, next_ops
 from anabranch.threads.running import RunningDecode, Sampling
 from anabranch.threads.state import ThreadState
 from anabranch.threads.tasks import Task, Tasks
@@ -60,7 +60,7 @@ class Books(Generic[State]):
         self.logprobs, self.narrator = logprobs, Narrator(index, text, emit)
         self.position_limit = position_limit
         # Plain decoding ends with a token that nothing follows: like `model.generate`, it needs no position for it.
-        self._last_is_free = isinstance(getattr(strategy, "strategy", strategy), Plain)
+        self._last_is_free = is_plain(strategy)
         self.sequential = bool(getattr(strategy, "sequential", False))
         self.kv_segments = int(getattr(getattr(strategy, "strategy", strategy), "kv_segments", 0))
         self.drains = bool(getattr(getattr(strategy, "strategy", strategy), "drains", False))
@@ -71,6 +71,7 @@ class Books(Generic[State]):
         self.sampled = self.inserted = self.max_concurrency = self.longest_context = 0
         self._malformed: list[tuple[tuple[int, ...], str]] = []
         self._asked: State | None = None  # whose until() is being called
+        self.chose: set[State] = set()  # threads given a chosen token since one of them was given two
         self.spent = Costs()
         self.started: float | None = None  # when it was handed to what runs it
         self.finished = False
@@ -108,6 +109,10 @@ class Books(Generic[State]):
         self.tasks.close()
 
     # ---------------------------------------------------------------------------------------- Host
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return self.sampling(()).eos_ids
 
     def clock(self) -> int:
         if self._asked is not None:  # what an until() asks for comes after the tokens that it has seen
@@ -158,11 +163,17 @@ class Books(Generic[State]):
             wait.resolve(thread, state.clock)
         return wait
 
+    def room(self, thread: Thread) -> int:
+        return self.left(self._states[thread])
+
     def children(self, thread: Thread) -> list[Thread]:
         return [child.handle for child in self._states[thread].children]
 
     def start(self, generator: Generator[Any, Any, Any]) -> Awaitable:
         return self.tasks.start(generator, self.clock())
+
+    def tokens_left(self, thread: Thread) -> int:
+        return max(0, self.max_new_tokens - self._states[thread].path_sampled)
 
     def malformed(self, thread: Thread, why: str) -> None:
         self._malformed.append((thread.path, f"thread {thread.id}: {why}"))
@@ -207,13 +218,19 @@ class Books(Generic[State]):
         for state in states:
             self.end(state, fate)
 
+    def see(self, thread: Thread, others: Sequence[Thread], lined_up: bool, same_step: str) -> None:
+        raise ValueError("see: live sharing needs KV of one's own, which this host does not have; use a local Engine")
+
     def end(self, thread: State, fate: str) -> None:
         """End a thread now, with its children."""
         if not thread.alive:
             return
         thread.reach(self.clock())
         for op in thread.parent.queue if thread.parent is not None else ():
-            if isinstance(op, JoinOp) and thread.handle in op.children:  # what would take it back does without it
+            # What would take it back, or let others see it, does without it.
+            if (isinstance(op, JoinOp) and thread.handle in op.children) or (
+                isinstance(op, ForkOp) and any(other is thread.handle for other, _ in op.sees)
+            ):
                 op.without(thread.handle)
                 op.issued = max(op.issued, thread.clock)
         for child in list(thread.children):
@@ -239,7 +256,7 @@ class Books(Generic[State]):
         moved = any_moved = self.tasks.run_ready()
         while True:
             for thread in list(self.queued):
-                while thread.queue and thread.born and self._advance(thread, thread.queue[0]):
+                while thread.born and any(self._advance(thread, op) for op in next_ops(thread)):
                     moved = True
                 if not thread.queue:
                     self.emptied(thread)
@@ -289,15 +306,20 @@ class Books(Generic[State]):
 
     def running(self, thread: State, op: Decode) -> RunningDecode[Any]:
         """What is settled about a decode whose turn has come: its limit, sampler, reader and stops."""
-        left = self.max_new_tokens - thread.path_sampled
+        left = self.left(thread)
         limit = left if op.max_new_tokens is None else min(left, op.max_new_tokens)
-        if self.position_limit is not None:
-            self.check_position(thread, thread.position - 1)
-            limit = min(limit, self.position_limit - thread.position + self._last_is_free)
         sampler = self.sampling(op.sampling)
         decode = RunningDecode(op, limit, sampler, self.text_rules.reader(thread.backwards()))
         decode.stops = self._stops(thread, decode)
         return decode
+
+    def left(self, thread: State) -> int:
+        """Tokens that a thread may still be given, by the answer's limit and the model's positions."""
+        left = self.max_new_tokens - thread.path_sampled
+        if self.position_limit is not None:
+            self.check_position(thread, thread.position - 1)
+            left = min(left, self.position_limit - thread.position + self._last_is_free)
+        return left
 
     def check_position(self, thread: State, last: int) -> None:
         """Raise for a thread with tokens past the positions which the model has embeddings for."""
@@ -318,6 +340,20 @@ class Books(Generic[State]):
         thread.path_sampled += count
         self.sampled += count
         self.longest_context = max(self.longest_context, thread.length)
+
+    def count_chosen(self, thread: State) -> None:
+        """A thread was given a token that its strategy chose."""
+        self.count_sampled(thread)
+        if thread in self.chose:
+            self.chose.clear()
+        self.chose.add(thread)
+        self.max_concurrency = max(self.max_concurrency, len(self.chose))
+
+    def holds_stop(self, thread: State, strings: Sequence[str], token: int) -> bool:
+        """Whether one of `strings` ends a thread's text with `token`, and not before it."""
+        before = self.text_rules.last_characters(thread.context, max(map(len, strings)))
+        read = self.text_rules.text([token], thread.backwards()) or ""
+        return Stops(strings, before).find("", read) is not None
 
     def until(self, thread: State, op: Decode) -> bool:
         """Whether the caller's predicate ends a decode."""
@@ -362,15 +398,22 @@ class Books(Generic[State]):
         """Whether all of a thread is there to be forked, joined or decoded."""
         return True
 
+    def along(self, thread: State) -> list[State]:
+        """Threads that must be held when this one goes on by a token."""
+        return [thread]
+
     def may_fork(self, thread: State) -> bool:
         """Whether a thread's children can begin now."""
         return self.holds(thread)
 
-    def hold_children(self, thread: State, children: Sequence[State]) -> None:
-        """Children begin with all that a thread holds."""
+    def hold_children(self, thread: State, children: Sequence[State], seen: Sequence[tuple[State, int]]) -> None:
+        """Children begin with all that a thread holds, then the first tokens of what siblings hold that they see."""
 
     def hold_joined(self, thread: State, children: Sequence[State]) -> None:
         """What children hold becomes a thread's, behind its own, in order; called before the books tell."""
+
+    def hold_own(self, children: Sequence[State]) -> None:
+        """Children are about to be spliced: what they hold must be their own, not a sibling's."""
 
     def take_over(self, thread: State, child: State) -> None:
         """A thread becomes its only child: it holds what that held."""
@@ -388,6 +431,11 @@ class Books(Generic[State]):
             )
         if length == thread.length:
             return
+        if seers := thread.seen_beyond(length):
+            raise ValueError(
+                f"{what}: thread {seers[0].id} sees what thread {thread.id} has written behind {length}; "
+                "join or kill it first"
+            )
         self.forget(thread, length)
         for child in thread.forks_beyond(length):
             child.severed = True

@@ -10,12 +10,14 @@ from anabranch.records.metrics import PHASES
 
 @dataclass(eq=False)
 class Costs:
-    """One prompt's seconds by phase, steps, rows and pre-emptions."""
+    """One prompt's seconds by phase, steps, rows, pre-emptions and drafts."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     steps: int = 0
     rows: int = 0
     preemptions: int = 0
+    drafted: int = 0  # tokens guessed and verified
+    accepted: int = 0  # of these, those that were chosen
 
 
 def share(seconds: float, phase: str, among: Iterable[tuple[Costs, int]]) -> None:

@@ -52,6 +52,10 @@ class Narrator:
         if self.emit:
             self.emit(events.Join(self.index, thread.id, tuple(children), mode, thread.length))
 
+    def became(self, thread: AnyThread, source: str) -> None:
+        if self.emit:
+            self.emit(events.Become(self.index, thread.id, source, thread.length))
+
     def discarded(self, thread: AnyThread, fate: str) -> None:
         if self.emit:
             self.emit(events.Discard(self.index, thread.id, fate))

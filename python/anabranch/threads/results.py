@@ -25,7 +25,9 @@ def _action(action: Action) -> Action:
     headers = tuple(None if header is None else tuple(header) for header in action.headers)
     token_ids, children = tuple(action.token_ids), tuple(action.children)
     segments = tuple(action.segments)
-    return Action(action.do, token_ids, children, action.mode, action.length, headers, segments, action.clock)
+    return Action(
+        action.do, token_ids, children, action.mode, action.length, headers, action.clock, segments, action.position
+    )
 
 
 def build_node(host: Books[Any], thread: AnyThread) -> Node:
@@ -37,13 +39,16 @@ def build_node(host: Books[Any], thread: AnyThread) -> Node:
         text=host.text(thread.token_ids, thread.backwards(thread.begin)),
         start=begin,
         stop=thread.position,
-        forked_at=len(thread.prefix),
+        forked_at=thread.forked_at,
         ended=thread.ended.reason if thread.ended else None,
         fate=thread.fate,
         runs=tuple(map(_run, thread.segments)),
         forgotten=tuple(map(_run, thread.forgotten)),
         children=tuple(build_node(host, child) for child in thread.children),
+        sees=tuple((segment.source or "", len(segment.token_ids)) for segment in thread.seen),
         log=tuple(map(_action, thread.log)),
+        turns=thread.live.pairs() if thread.live is not None else (),
+        sights=tuple(view.recorded() for view in thread.live.views) if thread.live is not None else (),
     )
 
 
@@ -73,6 +78,8 @@ def build_result(host: Books[Any], info: Mapping[str, Any], more: Mapping[str, A
         steps=spent.steps,
         rows=spent.rows,
         preemptions=spent.preemptions,
+        draft_tokens=spent.drafted,
+        accepted_tokens=spent.accepted,
         **(more or {}),
     )
     every = (token for node in tree.walk() for run in (*node.runs, *node.forgotten) for token in run.token_ids)

@@ -15,9 +15,10 @@ from typing import Any, Generic, TypeVar
 from anabranch.records.actions import Action
 from anabranch.strategies.api.awaitable import Awaitable
 from anabranch.strategies.api.host import Host
-from anabranch.strategies.api.ops import Ended, Op
+from anabranch.strategies.api.ops import Decode, Ended, Op
 from anabranch.strategies.api.thread import Thread
 from anabranch.text.tokens import Reader
+from anabranch.threads.live import Turns
 from anabranch.threads.running import RunningDecode, RunningScore
 
 State = TypeVar("State", bound="ThreadState[Any]")
@@ -63,9 +64,12 @@ class ThreadState(Generic[State]):
         self.born = role != "fork"  # a fork begins when its parent gets to the ForkOp in its queue
         self.severed = False  # a fork whose parent has cut, and perhaps written anew, some of what it shares
         self.prefix: tuple[int, ...] = ()  # context at its fork
+        self.forked_at = 0  # of that, the part that was its parent's context
+        self.seen: list[Segment[State]] = []  # the rest: what siblings had written
         self.own: list[int] = []  # tokens since; prompt included for a trunk or a fresh thread
         self.segments: list[Segment[State]] = []  # of `own`
         self.forgotten: list[Segment[State]] = []
+        self.dense_prefix = 0  # as `dense_length`, of what its parent was at the fork
         self.start = 0  # position at its fork
         self.position = 0  # of the next token
         self.blocks: list[tuple[int, list[State]]] = []  # (length, children) of each fork, in order
@@ -77,9 +81,22 @@ class ThreadState(Generic[State]):
         self.header_length = 0  # tokens of the header that its fork gave it
         self.kv_segment = 0  # of the tokens that it writes
         self.log: list[Action] = []
+        self.chosen: list[int] | None = None  # of its last log entry, while tokens are chosen one after another
         self.decode: RunningDecode[Any] | None = None  # what is settled about the decode at the head of its queue
         self.score: RunningScore | None = None
         self.reader: Reader | None = None  # tells the thread's text to whoever streams it
+        self.live: Turns | None = None  # of a thread that sees others while it writes, or is seen
+
+    @property
+    def turns(self) -> Turns:
+        """Of a thread that sees others, or is seen."""
+        assert self.live is not None
+        return self.live
+
+    @property
+    def samples(self) -> bool:
+        """Whether a decode is at the head of its queue."""
+        return bool(self.queue) and isinstance(self.queue[0], Decode)
 
     @property
     def running(self) -> RunningDecode[Any]:
@@ -98,9 +115,33 @@ class ThreadState(Generic[State]):
         return len(self.prefix) + len(self.own)
 
     @property
+    def dense_length(self) -> int:
+        """How many of its first tokens are one plain sequence: on positions 0, 1, …, all before each in its sight."""
+        length = self.dense_prefix
+        if length < len(self.prefix) or self.live is not None:
+            return length
+        for segment in self.segments:
+            if segment.spliced is not None or segment.position != length:
+                break
+            length += len(segment.token_ids)
+        return length
+
+    @property
     def begin(self) -> int:
         """Context length in front of its own tokens, a prompt left out."""
         return len(self.prefix) + self.prompt_length
+
+    @property
+    def counted_from(self) -> int:
+        """Length of the prompt that ``min_new_tokens`` and its like count from: the one that begins its context.
+
+        A spawned thread has its own; a fork goes on with its parent's context, and so behind its parent's prompt.
+        """
+        thread = self
+        while thread.role == "fork":
+            assert thread.parent is not None
+            thread = thread.parent
+        return thread.prompt_length
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -135,11 +176,17 @@ class ThreadState(Generic[State]):
 
     def goes_on_as(self, child: State) -> bool:
         """Whether its context is, token for token, the one that its fork `child` began with."""
-        return self.length == len(child.prefix) and not child.severed
+        return self.length == len(child.prefix) and not child.severed and not child.seen
 
     def forks_beyond(self, length: int) -> list[State]:
         """Its forks that share more of it than the first `length` tokens."""
-        return [c for c in self.children if c.alive and c.born and c.role == "fork" and len(c.prefix) > length]
+        return [c for c in self.children if c.alive and c.born and c.role == "fork" and c.forked_at > length]
+
+    def seen_beyond(self, length: int) -> list[State]:
+        """Siblings that see more of it than the first `length` tokens."""
+        siblings = self.parent.children if self.parent is not None else ()
+        own = length - len(self.prefix)
+        return [c for c in siblings if c.alive and any(s.spliced is self and len(s.token_ids) > own for s in c.seen)]
 
     def splits_joined(self, length: int) -> bool:
         """Whether a cut to context length `length` leaves a part of what a joined child wrote."""
@@ -150,6 +197,18 @@ class ThreadState(Generic[State]):
                 return segment.spliced is not None and begin < length < end
             end = begin
         return False
+
+    def dense_run(self, length: int) -> tuple[int, int]:
+        """Of the token behind context length `length`, which is its own and was not joined: its position, and the
+        context length to which those behind it stand on the positions that follow."""
+        end, begin, first = self.length, self.length, self.position
+        for segment in reversed(self.segments):
+            if segment.spliced is not None or begin <= length:
+                break
+            if segment.position + len(segment.token_ids) != first:  # a gap, or a position that comes again
+                end = begin
+            begin, first = begin - len(segment.token_ids), segment.position
+        return first + length - begin, end
 
     # ---------------------------------------------------------------------------------------- what can happen to it
 
@@ -167,6 +226,7 @@ class ThreadState(Generic[State]):
             and (last.kind, last.source, last.spliced) == (kind, source, None)
             and (last.logprobs is None) == (logprobs is None)
             and last.kv_segment == self.kv_segment
+            and last.position + len(last.token_ids) == self.position
         ):
             last.token_ids.extend(token_ids)
             if last.logprobs is not None:
@@ -180,10 +240,20 @@ class ThreadState(Generic[State]):
         self.position += len(token_ids)
         self.clock += len(token_ids)
 
-    def branch_off(self, child: State, context: tuple[int, ...]) -> None:
-        """A fork comes to be, with `context`, which is the whole of this thread's (one tuple for all children)."""
-        child.prefix, child.clock, child.path_sampled = context, self.clock, self.path_sampled
-        child.start = child.position = self.position
+    def branch_off(self, child: State, context: tuple[int, ...], seen: Sequence[tuple[State, int]] = ()) -> None:
+        """A fork comes to be, with `context`: the whole of this thread's, then the first tokens of the siblings that it
+        has `seen` (one tuple for all children)."""
+        child.prefix, child.forked_at, child.path_sampled = context, self.length, self.path_sampled
+        child.reach(self.clock)
+        child.start = self.position
+        for other, count in seen:
+            segment = Segment("joined", other.own[:count], self.position, other.id, other)
+            child.seen.append(segment)
+            child.reach(other.clock)
+            child.path_sampled = max(child.path_sampled, other.path_sampled)
+            child.start = max([child.start, *(p + 1 for p in segment.positions())])
+        child.position = child.start
+        child.dense_prefix = self.dense_length
         child.born = True
 
     def splice(self, child: State) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 from inspect import isgenerator
 from typing import Any
 
-from anabranch.strategies.api.awaitable import Awaitable, Combined, Gathered, ThreadGone
+from anabranch.strategies.api.awaitable import Awaitable, Combined, First, Gathered, ThreadGone
 from anabranch.strategies.api.thread import Thread
 
 
@@ -18,6 +18,7 @@ class Task(Awaitable):
         super().__init__()
         self.generator, self.now = generator, now
         self.waiting_for: Any = None
+        self.racing = False  # it waits for the first of several
         self.beside = False  # started by another task
 
 
@@ -30,6 +31,11 @@ class Tasks:
         self.turn = 0  # how often a generator was resumed
         self._ready: deque[tuple[Task, Awaitable | None]] = deque()
         self._all: list[Task] = []
+
+    @property
+    def due(self) -> bool:
+        """Whether some generator can go on, so that what it asks for next is not known yet."""
+        return bool(self._ready)
 
     def start(self, generator: Any, now: int) -> Task:
         if not isgenerator(generator):
@@ -73,7 +79,7 @@ class Tasks:
             return
         finally:
             self.current = outer
-        task.waiting_for = yielded
+        task.waiting_for, task.racing = yielded, isinstance(target, First)
         target.when_done(lambda: self._ready.append((task, target)))
 
     def _awaitable(self, item: Any, task: Task) -> Awaitable:
@@ -91,6 +97,11 @@ class Tasks:
             f"{self.name} yielded {item!r}; yield what decode(), insert(), join(), start(), gather() or first() "
             "returned, a thread, a generator, or a list of these"
         )
+
+    @property
+    def racing(self) -> bool:
+        """Whether it matters to some generator which of several is done first."""
+        return any(task.racing and not task.done for task in self._all)
 
     def describe_wait(self) -> str:
         return "; ".join(repr(t.waiting_for) for t in self._all if not t.done) or "nothing"

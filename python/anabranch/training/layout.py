@@ -18,7 +18,7 @@ from anabranch.records.rows import Rows
 __all__ = ["IGNORE", "Layout"]
 
 IGNORE = -100  # a label without loss, as in Transformers
-_FIELDS = ("input_ids", "written", "labels", "threads", "recorded", "kv_segments")
+_FIELDS = ("input_ids", "written", "labels", "threads", "recorded", "kv_segments", "previous")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +35,11 @@ class Layout:
         default.
     recorded: float32 [T], the log-probability that the engine saw when it sampled the token, NaN where none was
         recorded (``generate(logprobs=True)`` does).
+    previous: int64 [T], the row whose logits predict each token, −1 where none. Default: ``mask.previous``, the last
+        token that it sees. Threads that saw one another while they wrote go on from their own last token instead.
 
-    A token's logits come from row ``mask.previous``, which is not always the row above: the first tokens of several
-    threads may all be predicted by the last token before the fork. `batch` takes care of that.
+    The row that predicts a token is not always the row above: the first tokens of several threads may all be predicted
+    by the last token before the fork. `batch` takes care of that.
 
     Raises ValueError, naming the segment, for a label on a token that the model does not write, on one that nothing
     precedes, or one that is not the token itself.
@@ -50,6 +52,7 @@ class Layout:
     threads: Tensor | None = None
     recorded: Tensor | None = None
     kv_segments: Tensor | None = None
+    previous: Tensor | None = None
 
     def __post_init__(self) -> None:
         total = self.mask.num_tokens
@@ -65,7 +68,11 @@ class Layout:
         if recorded.shape != (total,):
             raise ValueError(f"recorded: expected [{total}], as the mask has, got {list(recorded.shape)}")
         object.__setattr__(self, "recorded", recorded.to(self.mask.device, torch.float32))
-        previous = self.mask.previous
+        previous = self.mask.previous if self.previous is None else torch.as_tensor(self.previous)
+        if previous.shape != (total,):
+            raise ValueError(f"previous: expected [{total}], as the mask has, got {list(previous.shape)}")
+        previous = previous.to(self.mask.device, torch.int64)
+        object.__setattr__(self, "previous", previous)
         if self.labels is None:
             learnt = self.written & (previous >= 0)
             object.__setattr__(self, "labels", torch.where(learnt, self.input_ids, IGNORE))
@@ -119,7 +126,8 @@ class Layout:
             (TRL). A row that predicts the first tokens of several threads is there once for each: T' = T + copies.
         """
         learnt = self.learnt
-        rows, targets = self.mask.previous[learnt], self.input_ids[learnt]
+        assert self.previous is not None
+        rows, targets = self.previous[learnt], self.input_ids[learnt]
         ids, labels, mask = self.input_ids, self.labels, self.mask
         assert labels is not None
         extra: dict[str, Tensor] = {}
@@ -171,6 +179,9 @@ class Layout:
             raise ValueError("layouts: empty; pass at least one Layout")
         mask = BranchMask.pack([p.mask for p in parts])
         joined = {n: torch.cat([getattr(p, n) for p in parts]) for n in _FIELDS}
+        begins = torch.tensor([0, *itertools.accumulate(p.num_tokens for p in parts)][:-1], device=mask.device)
+        shift = torch.repeat_interleave(begins, torch.tensor([p.num_tokens for p in parts], device=mask.device))
+        joined["previous"] = torch.where(joined["previous"] < 0, -1, joined["previous"] + shift)
         return cls(mask=mask, **joined)
 
     def to(self, device: torch.device | str | int) -> Layout:
@@ -188,10 +199,11 @@ class Layout:
         """From what `as_dict` gives; ValueError names the field that does not fit."""
         parts = ("starts", "row_ptr", "cols", "position_ids")
         data = {"kv_segments": [0] * len(data.get("input_ids", ())), **data}
-        if missing := [name for name in (*_FIELDS, *parts) if name not in data]:
+        # A dict of an earlier version has no `previous`, which then follows from the mask.
+        if missing := [name for name in (*_FIELDS, *parts) if name not in data and name != "previous"]:
             raise ValueError(f"{missing[0]}: missing; pass a dict as Layout.as_dict() gives it")
         mask = BranchMask.from_intervals(*(data[name] for name in parts))
-        return cls(mask=mask, **{name: torch.as_tensor(data[name]) for name in _FIELDS})
+        return cls(mask=mask, **{name: torch.as_tensor(data[name]) for name in _FIELDS if name in data})
 
 
 def layout_of(rows: Rows) -> Layout:
@@ -200,7 +212,10 @@ def layout_of(rows: Rows) -> Layout:
     flat = itertools.chain.from_iterable
     mask = BranchMask.from_context(sizes, rows.sees, torch.tensor(rows.positions(), dtype=torch.int64))
     ids = torch.tensor(list(flat(rows.ids)), dtype=torch.int64)
-    learnt = torch.tensor(list(flat(rows.learnt)), dtype=torch.bool) & (mask.previous >= 0)
+    previous = mask.previous
+    for segment, before in rows.follows.items():
+        previous[mask.starts[segment]] = mask.starts[before + 1] - 1
+    learnt = torch.tensor(list(flat(rows.learnt)), dtype=torch.bool) & (previous >= 0)
     recorded = torch.full((len(ids),), float("nan"), dtype=torch.float32)
     for segment, values in rows.recorded.items():
         begin = int(mask.starts[segment])
@@ -213,4 +228,5 @@ def layout_of(rows: Rows) -> Layout:
         torch.repeat_interleave(torch.tensor(rows.threads, dtype=torch.int64), torch.tensor(sizes)),
         recorded,
         torch.repeat_interleave(torch.tensor(rows.kv_segments, dtype=torch.int64), torch.tensor(sizes)),
+        previous,
     )

@@ -12,7 +12,7 @@ from anabranch.viz.console import machine_note
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from anabranch.cli.beside_generate import Comparison
+    from anabranch.cli.compare import Comparison
     from anabranch.records.metrics import Metrics
     from anabranch.records.result import Node, Result
     from anabranch.viz.story import Pages

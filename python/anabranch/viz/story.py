@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from anabranch.records.events import Discard, Finish, Fork, Join, Token
+from anabranch.records.events import Become, Discard, Finish, Fork, Join, Token
 from anabranch.viz.card import written
 
 if TYPE_CHECKING:
@@ -129,6 +129,9 @@ class Story:
                     part.mode = event.mode
             for name in event.children:
                 self.branches[name].end = "joined"
+        elif isinstance(event, Become):
+            branch, source = self.branches[event.thread], self.branches[event.source]
+            branch.parts, branch.tokens = list(source.parts), source.tokens
         elif isinstance(event, Discard):
             self.branches[event.thread].end = event.reason
         elif isinstance(event, Finish):

@@ -19,7 +19,7 @@ class Score(HostOp[ScoreOp]):
     """Over once all log-probabilities are there, a forward or two later."""
 
     def needs(self, host: Request, thread: EngineThread, op: ScoreOp) -> list[EngineThread]:
-        return [thread]
+        return host.along(thread)
 
     def advance(self, host: Request, thread: EngineThread, op: ScoreOp) -> bool:
         if thread.score is None and host.settle(thread, op):

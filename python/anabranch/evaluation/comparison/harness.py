@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from anabranch.errors import RemoteError
 from anabranch.evaluation.comparison.store import Key, Row, Store
 from anabranch.evaluation.comparison.tasks import Item, Task
 from anabranch.strategies import Plain, Strategy, registry
@@ -108,6 +109,7 @@ def compare(
     Raises:
         ValueError: an unknown strategy, nothing to run, or a store that has other problems under the same name.
         OSError: the store cannot be written; what is in it is safe.
+        RemoteError: the server of a `RemoteEngine` cannot be reached.
     """
     if not engines or not strategies or not tasks or problems < 1 or not seeds:
         raise ValueError("compare: pass at least one model, one strategy, one task, one problem and one seed")
@@ -217,6 +219,8 @@ def _answer(engine: Any, key: Key, item: Item, strategy: Strategy, max_new_token
     try:
         result = engine.generate(asked, strategy=plain, seed=seed, max_new_tokens=max_new_tokens, do_sample=False)
     except Exception as error:
+        if isinstance(error, RemoteError):
+            engine.generate(asked, max_new_tokens=1)  # raises again where the server is gone: no problem's fault
         return Row(key, **facts, error=f"generation: {type(error).__name__}: {error}")
     facts |= {"text": result.text or "", "malformed": bool(result.malformed), "metrics": result.metrics.as_dict()}
     try:

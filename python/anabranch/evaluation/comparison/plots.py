@@ -46,7 +46,7 @@ def save_plots(found: Sequence[Cell], folder: str | os.PathLike[str], kind: str 
         for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
             draw(axes, [cell for cell in judged if cell.model == model], strategies)
             axes.set_title(model)
-            axes.set_ylim(0, 1.02)
+            axes.set_ylim(-0.03, 1.04)  # so that points at either end are seen whole
             axes.yaxis.grid(True, alpha=0.3)
             axes.set_axisbelow(True)
         handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -105,7 +105,15 @@ class GymTask:
         prompt, answer = entry["question"].strip(), str(entry["answer"])
         if NUMBER.fullmatch(answer):
             return _judged(prompt, answer)
-        return Item(prompt, answer, lambda text: float(data.score_answer(given_answer(text), entry)))
+
+        def score(text: str) -> float:
+            try:
+                return float(data.score_answer(given_answer(text), entry))
+            except Exception:
+                data.score_answer(entry["answer"], entry)  # raises again where the verifier itself is broken
+                return 0.0  # else it is this answer that it cannot read
+
+        return Item(prompt, answer, score)
 
 
 def _judged(prompt: Any, answer: str) -> Item:

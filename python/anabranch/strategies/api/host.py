@@ -32,6 +32,10 @@ class ThreadView(Protocol):
         """Context length in front of its own tokens."""
 
     @property
+    def position(self) -> int:
+        """Of the next token."""
+
+    @property
     def token_ids(self) -> tuple[int, ...]: ...
     @property
     def context(self) -> tuple[int, ...]: ...
@@ -50,6 +54,9 @@ class Host(Protocol):
     def prompt(self) -> Any:
         """As the caller gave it."""
 
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+
     def clock(self) -> int:
         """The Lamport clock of the program that runs now."""
 
@@ -64,14 +71,23 @@ class Host(Protocol):
     def new_thread(self, parent: Thread, role: str) -> Thread:
         """The next child of `parent`; `role`: "fork" or "fresh"."""
 
+    def room(self, thread: Thread) -> int:
+        """Tokens that it may still be given."""
+
     def children(self, thread: Thread) -> list[Thread]:
         """Those that have come to be, in order."""
 
     def kill(self, children: Sequence[Thread], fate: str) -> None:
         """End children of one thread now, with their own; what they hold is free."""
 
+    def see(self, thread: Thread, others: Sequence[Thread], lined_up: bool, same_step: str) -> None:
+        """From the next turn on `thread` also sees `others`, as `Thread.see` says."""
+
     def start(self, generator: Generator[Any, Any, Any]) -> Awaitable:
         """Run a generator beside the one that runs now."""
+
+    def tokens_left(self, thread: Thread) -> int:
+        """Tokens that it may still sample before the answer's limit."""
 
     def malformed(self, thread: Thread, why: str) -> None:
         """Count the answer as breaking its format."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anabranch.strategies.api.awaitable import Awaitable
@@ -18,6 +19,7 @@ class TokenStats(NamedTuple):
     logprob: float  # log-probability of the token that was sampled
     entropy: float  # of the whole next-token distribution
     topk_logprob: float  # mean log-probability of the k likeliest tokens (DeepConf's confidence is its negative)
+    margin: float = nan  # probability of the likeliest token minus that of the second likeliest
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,27 @@ class Ended:
     text: str | None = None
     stop: str | int | None = None
     stats: tuple[TokenStats, ...] = ()
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The likeliest next tokens of a thread, best first (`Thread.candidates`); all in nats, one entry a token.
+
+    ``token_ids``; ``logprobs``: after the logits processors, which see log-probabilities, as in Transformers' beam
+    search, and whose result is not normalised again; ``raw``: the model's own; ``keys``: what they are ranked by,
+    ``logprobs`` or, sampled, these plus Gumbel noise (the best of several threads' keys are then a sample without
+    replacement from all of them together). ``ends``: whether the token would end the thread: EOS, a stop of the
+    generation config, or the last token it may have. ``left``: tokens that it may still be given; ``budget``: tokens
+    that ``max_total_tokens`` leaves to all threads of the prompt together, None without one.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    raw: tuple[float, ...]
+    keys: tuple[float, ...]
+    ends: tuple[bool, ...]
+    left: int
+    budget: int | None = None
 
 
 class Op(Awaitable):
@@ -57,12 +80,25 @@ class InsertOp(Op):
 
 
 class ForkOp(Op):
-    """Children to begin with all of the thread's context; its value: these children. `segments`: of each, if given."""
+    """Children to begin with all of the thread's context, and with what those of its children that they are to see have
+    written (the first so many tokens; None: all, once nothing is queued on it); its value: these children. `segments`:
+    of each, if given. Each begins `apart` positions behind the one before."""
 
-    def __init__(self, thread: Thread, children: list[Thread], segments: Sequence[int] | None = None):
+    def __init__(
+        self,
+        thread: Thread,
+        children: list[Thread],
+        segments: Sequence[int] | None = None,
+        sees: Sequence[tuple[Thread, int | None]] = (),
+        apart: int = 0,
+    ):
         super().__init__(thread)
-        self.children = children
+        self.children, self.sees, self.apart = children, list(sees), apart
         self.segments = None if segments is None else list(segments)
+
+    def without(self, child: Thread) -> None:
+        """Do without a child that was killed before it could be seen."""
+        self.sees = [(other, count) for other, count in self.sees if other is not child]
 
 
 class JoinOp(Op):
@@ -97,6 +133,14 @@ class TruncateOp(Op):
         self.length = length
 
 
+class SkipOp(Op):
+    """Positions to leave out (or, below 0, to give twice) before the next token."""
+
+    def __init__(self, thread: Thread, count: int):
+        super().__init__(thread)
+        self.count = count
+
+
 class ScoreOp(Op):
     """Tokens that are given, not sampled; its value: the log-probability of each."""
 
@@ -104,6 +148,35 @@ class ScoreOp(Op):
         super().__init__(thread)
         self.given, self.kind = given, kind
         self.token_ids: list[int] = []
+
+
+class CandidatesOp(Op):
+    """The `k` likeliest next tokens to be looked up; its value: `Candidates`. bias: nats added to a token's score."""
+
+    def __init__(self, thread: Thread, k: int, sampling: Mapping[str, Any] | None, bias: Mapping[int, float] | None):
+        super().__init__(thread)
+        self.k, self.bias = k, dict(bias or {})
+        self.sampling = tuple(sorted((sampling or {}).items()))
+
+
+class ChooseOp(Op):
+    """One token to append as sampled; its value: whether there was room for it."""
+
+    def __init__(self, thread: Thread, token: int):
+        super().__init__(thread)
+        self.token = token
+
+
+class BecomeOp(Op):
+    """The thread is to go on as its sibling `source` stands."""
+
+    def __init__(self, thread: Thread, source: Thread):
+        super().__init__(thread)
+        self.source = source
+
+
+class HiddenOp(Op):
+    """The last token's hidden state to be looked up; its value: a tuple of floats."""
 
 
 class Decode(Op):

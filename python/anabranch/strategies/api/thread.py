@@ -20,10 +20,24 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from anabranch._check import index_of, told, whole
+from anabranch._check import index_of, number, told, whole
 from anabranch.records.joins import JOINS
 from anabranch.strategies.api.awaitable import Awaitable, ThreadGone
-from anabranch.strategies.api.ops import Decode, Ended, ForkOp, InsertOp, JoinOp, Op, ScoreOp, TruncateOp
+from anabranch.strategies.api.ops import (
+    BecomeOp,
+    CandidatesOp,
+    ChooseOp,
+    Decode,
+    Ended,
+    ForkOp,
+    HiddenOp,
+    InsertOp,
+    JoinOp,
+    Op,
+    ScoreOp,
+    SkipOp,
+    TruncateOp,
+)
 
 if TYPE_CHECKING:
     from anabranch.strategies.api.host import Host, ThreadView
@@ -72,6 +86,17 @@ class Thread:
         return self._view.length
 
     @property
+    def position(self) -> int:
+        """Logical position of its next token: behind a splicing join not its length, and see `skip`."""
+        return self._view.position
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens that it may still sample before it reaches the answer's ``max_new_tokens``, which counts the longest
+        way to a thread."""
+        return self.host.tokens_left(self)
+
+    @property
     def token_ids(self) -> tuple[int, ...]:
         return self._view.token_ids
 
@@ -79,6 +104,11 @@ class Thread:
     def context(self) -> tuple[int, ...]:
         """All token ids that it sees, in order: what it shares with its parent (or its prompt), then its own."""
         return self._view.context
+
+    @property
+    def room(self) -> int:
+        """Tokens that it may still be given, by the answer's limit."""
+        return self.host.room(self)
 
     @property
     def text(self) -> str | None:
@@ -139,16 +169,79 @@ class Thread:
         self.check_alive("score")
         return self._submit(ScoreOp(self, self._given(text_or_ids, "score"), "inserted"))
 
+    def candidates(
+        self, k: int, *, sampling: Mapping[str, Any] | None = None, bias: Mapping[int, float] | None = None
+    ) -> CandidatesOp:
+        """Look up the `k` likeliest next tokens; nothing is appended. ``yield`` gives `Candidates`.
+
+        sampling: as for `decode`; with ``do_sample`` the tokens are drawn, without replacement. bias: nats added to the
+        log-probability of some token ids before the logits processors see them.
+
+        >>> found = yield thread.candidates(4)
+        >>> yield thread.choose(found.token_ids[0])
+        """
+        self.check_alive("candidates")
+        k = whole(k, "candidates: k", 1)
+        self.host.check_sampling(sampling)
+        ids = self.host.check_ids(list(bias or ()), "candidates: bias")
+        given = {i: number(v, f"candidates: bias[{i}]") for i, v in zip(ids, (bias or {}).values(), strict=True)}
+        return self._submit(CandidatesOp(self, k, sampling, given))
+
+    def choose(self, token_id: int) -> ChooseOp:
+        """Append one token that the strategy picked among what the model offered.
+
+        It counts as sampled, its log-probability is recorded where those are, traces replay it. ``yield`` gives False,
+        and nothing is appended, where the answer's limit or the prompt's token budget is used up.
+        """
+        self.check_alive("choose")
+        return self._submit(ChooseOp(self, self.host.check_ids([token_id], "choose: token_id")[0]))
+
+    def become(self, sibling: Thread) -> BecomeOp:
+        """Go on as `sibling` stands once it has nothing queued: what this thread wrote beyond what both have in common
+        is forgotten, the sibling's tokens take its place, and its KV is shared, not copied or computed again.
+
+        Both are forks of one thread from the same place. So a fixed pool of threads can hold the best of a search, and
+        the tree stays flat however often they change places.
+        """
+        self.check_alive("become")
+        if (
+            not isinstance(sibling, Thread)
+            or sibling is self
+            or sibling.parent is not self.parent
+            or self.role != "fork"
+        ):
+            raise ValueError(f"become: {sibling!r} is not another fork of the thread that {self!r} was forked from")
+        sibling.check_alive("become: sibling")
+        return self._submit(BecomeOp(self, sibling))
+
+    def hidden(self) -> HiddenOp:
+        """The model's last hidden state at this thread's last token: what its language head reads, after the final
+        norm. ``yield`` gives a tuple of floats, as many as the model is wide."""
+        self.check_alive("hidden")
+        return self._submit(HiddenOp(self))
+
     def fork(
-        self, headers: int | Sequence[str | Sequence[int] | None], *, segments: Sequence[int] | None = None
+        self,
+        headers: int | Sequence[str | Sequence[int] | None],
+        *,
+        segments: Sequence[int] | None = None,
+        sees: Sequence[Thread | tuple[Thread, int]] = (),
+        apart: int = 0,
     ) -> list[Thread]:
         """Children that share all of this thread's context, in one block; no KV is copied.
 
         headers: how many, or one header a child (text, token ids or None), inserted at its beginning.
         segments: which of the model's segment vectors are added to K and V of each child's tokens, for a strategy with
             ``kv_segments``; None: this thread's own.
+        sees: earlier forks of this thread whose own tokens the children see as well, in this order, behind its context:
+            the steps that a step depends on. They are shared where they lie, neither copied nor computed again, and a
+            join brings back the children's own alone. The children begin one past the last position that they see. It
+            waits until nothing is queued on those that are seen; they may go on afterwards, unseen, but not
+            be cut back. ``(thread, n)``: its first n tokens.
+        apart: each child begins so many positions behind the one before it; 0: all where this thread ends.
         """
         self.check_alive("fork")
+        apart = whole(apart, "fork: apart", hint=" (positions)")
         count = index_of(headers)
         if count is not None and not 1 <= count <= 2**20:
             raise ValueError(f"fork: headers={count}; pass a number from 1 to 2^20, or a list of one header a child")
@@ -163,8 +256,15 @@ class Thread:
             segments = [whole(s, f"fork: segments[{i}]") for i, s in enumerate(segments)]
             if len(segments) != len(heads):
                 raise ValueError(f"fork: segments={told(segments)}; pass one for each of the {len(heads)} children")
+        seen = [self._seen(item, f"fork: sees[{i}]") for i, item in enumerate(sees)]
+        if len({id(other) for other, _ in seen}) < len(seen):
+            raise ValueError("fork: sees holds a thread twice")
+        if any(other is self or other.parent is not self or other.role != "fork" for other, _ in seen):
+            raise ValueError(f"fork: sees={told(list(sees))}; pass forks of {self!r}")
         children = [self.host.new_thread(self, "fork") for _ in heads]
-        self._submit(ForkOp(self, list(children), segments))  # a list of its own: the caller may change theirs
+        self._submit(
+            ForkOp(self, list(children), segments, seen, apart)
+        )  # a list of its own: the caller may change theirs
         for child, header in zip(children, given, strict=True):
             if header:
                 self._submit(InsertOp(child, header, "inserted", header=True))
@@ -180,6 +280,37 @@ class Thread:
         child = self.host.new_thread(self, "fresh")
         self._submit(InsertOp(child, ids, "prompt"))
         return child
+
+    def see(self, others: Thread | Sequence[Thread], *, lined_up: bool = False, same_step: str = "all") -> None:
+        """From the next turn on, this thread also sees what `others` hold and go on to write: live, token by token.
+
+        Takes effect at once, also in the middle of a decode, and replaces what was said before. All threads of a prompt
+        that see others, or are seen, advance together: in each turn, one forward, every one computes what it has
+        written since the last. Of a fork its own tokens are seen, of any other thread all.
+
+        lined_up: False: tokens stand where they were written. True: `others` stand one behind another in the order
+            given, then this thread, as if they were one sequence, whatever their lengths come to be (needs rotary
+            embeddings; not for a fork, whose beginning has its place).
+        same_step: what it sees of tokens computed in the same turn: "all", "before" (those of threads that come before
+            it), or "none" (they are seen from the next turn on).
+
+        A thread that others have seen cannot forget what they saw, and comes back to its parent by any join mode but
+        "concat".
+        """
+        self.check_alive("see")
+        given = [others] if isinstance(others, Thread) else others
+        if not isinstance(given, Iterable) or not all(isinstance(other, Thread) for other in given):
+            raise TypeError(f"see: others={told(others)}; pass the threads to be seen")
+        seen: list[Thread] = list(given)
+        for i, other in enumerate(seen):
+            other.check_alive(f"see: others[{i}]")
+            if other is self or other.host is not self.host or any(other is twice for twice in seen[:i]):
+                raise ValueError(f"see: others[{i}]={other!r}; pass other threads of the same prompt, each once")
+        if same_step not in ("all", "before", "none"):
+            raise ValueError(f"see: same_step={same_step!r}; pass 'all', 'before' or 'none'")
+        if lined_up and self.role == "fork":
+            raise ValueError(f"see: lined_up=True for {self!r}; a fork goes on from its parent, so spawn() it instead")
+        self.host.see(self, seen, bool(lined_up), same_step)
 
     def join(
         self,
@@ -242,6 +373,15 @@ class Thread:
             raise ValueError(f"rstrip: thread {self.id} still has work queued; yield it first")
         return self.truncate(self.length - self.host.blank_at_end(self._view.last_sampled))
 
+    def skip(self, count: int) -> SkipOp:
+        """Let the next token stand `count` positions further on than it would; below 0: further back.
+
+        Tokens stay where they are: a position may be left empty, or be held by several tokens, as siblings do. Room for
+        what another thread writes meanwhile is left that way. A later `truncate` takes it back.
+        """
+        self.check_alive("skip")
+        return self._submit(SkipOp(self, whole(count, "skip: count", None)))
+
     def kill(self) -> None:
         """End it now, with its children; a decode in progress ends with reason "killed", and its pages are free.
 
@@ -255,6 +395,11 @@ class Thread:
     def start(self, generator: Generator[Any, Any, Any]) -> Awaitable:
         """Run another generator beside this one (a child's own program); ``yield`` the return value for its result."""
         return self.host.start(generator)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Token ids that end an answer."""
+        return self.host.eos_ids
 
     @property
     def prompt(self) -> Any:
@@ -285,6 +430,14 @@ class Thread:
     def malformed(self, why: str) -> None:
         """Count this answer as breaking the strategy's format (``metrics.format_correctness``)."""
         self.host.malformed(self, why)
+
+    @staticmethod
+    def _seen(item: Any, name: str) -> tuple[Thread, int | None]:
+        thread, count = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
+        if not isinstance(thread, Thread):
+            raise ValueError(f"{name}={told(item)}; pass a thread, or a thread and how many of its tokens")
+        thread.check_alive(name)
+        return thread, None if count is None else whole(count, f"{name}: tokens")
 
     def _given(self, value: str | Sequence[int], name: str) -> str | list[int]:
         """Text or token ids, checked: text, too, must have ids that the model knows."""

@@ -11,6 +11,7 @@ from anabranch._check import whole_fields
 from anabranch.strategies.api.cutting import cut_at
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
+from anabranch.strategies.calls.countdown import State, begin_at, states_of
 
 CALLING, END_CALLING = "<Calling Sub Searches>", "<End Calling Sub Searches>"
 RESULTS, END_RESULTS = "<Sub Searches>", "<End Sub Searches>"
@@ -58,7 +59,7 @@ class APR(Strategy):
         'Sub Call Budget: 10 Moving to Node #0\\nCurrent State: 27:[22, 26, 31, 53], Operations: []'
         """
         budget = "" if sub_call_budget is None else f"Sub Call Budget: {sub_call_budget} "
-        return budget + _begin("0", _State(str(target), ", ".join(map(str, numbers)), ()))
+        return budget + begin_at("0", State(str(target), ", ".join(map(str, numbers)), ()))
 
     def run(self, trunk: Thread) -> Generator[Any, Any, str | None]:
         return self._search(trunk, 0)
@@ -82,18 +83,16 @@ class APR(Strategy):
                 thread.malformed(f"{END_CALLING} without {CALLING}; kept as plain text")
                 continue
             called = re.findall(r"<Start Sub Search[^\n]*Moving to Node #([^\n]*)", own[begin:])
-            states = _states(thread.text_of(thread.context), called)
+            states = states_of(thread.text_of(thread.context), called)
             if None in states:
                 thread.malformed(f"a call of node {called[states.index(None)]!r:.40}, whose state was never written")
                 return None
             yield from self._call(thread, begin, [(n, s) for n, s in zip(called, states, strict=True) if s], level + 1)
 
-    def _call(
-        self, thread: Thread, begin: int, calls: list[tuple[str, _State]], level: int
-    ) -> Generator[Any, Any, Any]:
+    def _call(self, thread: Thread, begin: int, calls: list[tuple[str, State]], level: int) -> Generator[Any, Any, Any]:
         """Search each node in a thread of its own; their results replace the thread's text from `begin` on."""
         length, left = cut_at(thread, begin)
-        kids = [thread.spawn(_begin(node.strip(), state)) for node, state in calls]
+        kids = [thread.spawn(begin_at(node.strip(), state)) for node, state in calls]
         found = yield [self._search(kid, level) for kid in kids]
         lines = [RESULTS]
         for i, ((node, _), path) in enumerate(zip(calls, found, strict=True)):
@@ -106,50 +105,6 @@ class APR(Strategy):
         else:
             thread.truncate(length)
             thread.insert(text)
-
-
-@dataclass(frozen=True)
-class _State:
-    """A node's state, as it is written."""
-
-    target: str
-    numbers: str
-    operations: tuple[str, ...]
-
-
-def _begin(node: str, state: _State) -> str:
-    """The prompt of a search that begins at `node`."""
-    operations = list(state.operations)
-    return f"Moving to Node #{node}\nCurrent State: {state.target}:[{state.numbers}], Operations: {operations}"
-
-
-def _states(text: str, nodes: Sequence[str]) -> list[_State | None]:
-    """The state of each of `nodes`, None where `text` does not tell it."""
-    moved: dict[str, _State] = {}
-    generated: dict[str, tuple[str, str, str]] = {}
-    for node, target, numbers, operations in re.findall(
-        r"Moving to Node #([\d,]+)\s*?\n[^\n]*?Current State: *(-?\d+):\[([-\d., ]*)\], Operations: *\[([^\n]*)\]", text
-    ):
-        moved[node] = _State(target, numbers, tuple(re.findall(r"'([^']*)'", operations)))
-    for node, target, numbers, operation in re.findall(
-        r"Generated Node #([\d,]+): *(-?\d+):\[([-\d., ]*)\] *Operation: *([^\n]*)", text
-    ):
-        generated.setdefault(node, (target, numbers, operation.strip()))
-
-    def state(node: str) -> _State | None:
-        ancestors: list[str] = []  # from the node up to one whose operations are written out
-        while node not in moved:
-            if node not in generated:
-                return None
-            ancestors.append(node)
-            node = node.rpartition(",")[0]
-        known = moved[node]
-        for child in reversed(ancestors):
-            target, numbers, operation = generated[child]
-            known = _State(target, numbers, (*known.operations, operation))
-        return known
-
-    return [state(node.strip()) for node in nodes]
 
 
 def _found(thread: Thread) -> str | None:

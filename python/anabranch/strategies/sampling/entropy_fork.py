@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from anabranch._check import whole_fields
-from anabranch.strategies.api.ops import Decode, Ended, TokenStats
+from anabranch.strategies.api.confidence import confidence, rounded
+from anabranch.strategies.api.ops import Decode, Ended
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
 from anabranch.strategies.api.voting import Ballot, Vote, answer_in, check_vote
@@ -16,7 +17,8 @@ from anabranch.strategies.api.voting import Ballot, Vote, answer_in, check_vote
 
 @dataclass(frozen=True)
 class EntropyFork(Strategy):
-    """Decode until the entropy of the next token passes `threshold`; there fork into `n` sampled branches.
+    """Decode until the entropy of the next token passes `threshold`, or its lead falls under `margin`; there fork into
+    `n` sampled branches.
 
     The doubtful token itself is given up, so that every branch draws its own. A branch whose confidence falls under
     `min_confidence` is killed and its pages are free (DeepConf's rule, Fu et al. 2025, arXiv 2508.15260: a token's
@@ -28,14 +30,16 @@ class EntropyFork(Strategy):
     branch whose tokens the model found likeliest does. ``result.answers``: what each branch answered (the whole answer,
     what stands before the fork included), None for one that was killed; a single one when there was no doubt.
 
-    threshold: in nats, over the whole next-token distribution (raw scores). n: branches a fork.
+    threshold: in nats, over the whole next-token distribution (raw scores); None: entropy does not matter.
+    margin: fork where the likeliest token's probability is less than this above the second's; None: it does not matter.
+    n: branches a fork.
     min_confidence: None: no branch is killed. window, k: see above.
     look_ahead: not to the end, only for so many tokens; then the likeliest branch becomes the trunk's, which may fork
         again, `max_forks` times in all. No vote then, and no answers.
     temperature: of the branches; None leaves the generation config's own.
     """
 
-    threshold: float = 2.0
+    threshold: float | None = 2.0
     n: int = 4
     vote: Vote = None
     min_confidence: float | None = None
@@ -44,22 +48,25 @@ class EntropyFork(Strategy):
     look_ahead: int | None = None
     max_forks: int = 8
     temperature: float | None = 1.0
+    margin: float | None = None
 
     needs = ("the entropy of a distribution",)
 
     def __post_init__(self) -> None:
         check_vote("EntropyFork", self.vote)
         whole_fields(self, ("n", "window", "k", "look_ahead", "max_forks"), optional=("look_ahead",))
-        for field in ("threshold", "min_confidence"):
+        for field, unit in (("threshold", "nats"), ("min_confidence", "nats"), ("margin", "a probability")):
             value = getattr(self, field)
-            if not isinstance(value, (int, float)) and (value is not None or field == "threshold"):
-                raise ValueError(f"EntropyFork: {field}={value!r}; pass a number (nats)")
+            if value is not None and not isinstance(value, (int, float)):
+                raise ValueError(f"EntropyFork: {field}={value!r}; pass a number ({unit})")
+        if self.threshold is None and self.margin is None:
+            raise ValueError("EntropyFork: threshold=None and margin=None; nothing would ever fork: pass one of them")
         if self.look_ahead is not None and self.vote is not None:
             raise ValueError("EntropyFork: vote with look_ahead: branches that are cut short hold no answers; drop one")
 
     def run(self, trunk: Thread) -> Generator[Any, Any, list[Any] | None]:
         for _ in range(1 if self.look_ahead is None else self.max_forks):
-            ended = yield trunk.decode(stats=True, until=lambda d: d.stats[-1].entropy > self.threshold)
+            ended = yield trunk.decode(stats=True, until=self._doubtful)
             if ended.reason != "until":  # finished without (further) doubt
                 return [self._answer(trunk, ())] if self.look_ahead is None else None
             trunk.truncate(trunk.length - 1)  # the doubtful token: every branch draws its own
@@ -77,6 +84,12 @@ class EntropyFork(Strategy):
                 return None  # the answer is over, or may not go on
         yield trunk.decode()
         return None
+
+    def _doubtful(self, decode: Decode) -> bool:
+        last = decode.stats[-1]
+        return (self.threshold is not None and last.entropy > self.threshold) or (
+            self.margin is not None and last.margin < self.margin
+        )
 
     def _branches(self, kids: list[Thread]) -> Generator[Any, Any, list[Any]]:
         """Write all branches; how each ended, None for one that was killed."""
@@ -146,14 +159,3 @@ class EntropyFork(Strategy):
             winner = max(weight, key=lambda name: weight[name])
             return max((i for i in alive if classes[i] == winner), key=lambda i: rounded(confidence(ends[i].stats)))
         return max(alive, key=lambda i: rounded(sum(s.logprob for s in ends[i].stats) / max(1, len(ends[i].stats))))
-
-
-def confidence(stats: Sequence[TokenStats]) -> float:
-    """DeepConf's mean token confidence: the higher, the surer (a peak leaves little to the other likely tokens)."""
-    return -sum(s.topk_logprob for s in stats) / max(1, len(stats))
-
-
-def rounded(nats: float) -> float:
-    """For comparing branches. Two that drew the same tokens are equally sure but for float rounding, which depends on
-    what else was in their steps; to four places they tie, and the first of them is taken in any company."""
-    return round(nats, 4)

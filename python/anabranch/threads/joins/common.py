@@ -31,6 +31,7 @@ def adoptable(thread: AnyThread, op: JoinOp, children: Sequence[AnyThread]) -> b
     return (
         op.headers == [None]
         and (op.mode == "concat" or same_segment(thread, children))
+        and all(t.live is None for t in (thread, *children))
         and thread.role != "fork"
         and len(children) == 1
         and not others

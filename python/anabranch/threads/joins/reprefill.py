@@ -17,14 +17,14 @@ class Reprefill(JoinOfTokens):
     """The first child's KV is what computing it again would give, where nothing came in between; it is spliced."""
 
     def needs(self, host: Books[Any], thread: AnyThread, op: JoinOp, children: Sequence[AnyThread]) -> list[AnyThread]:
-        if not children or children[0].role == "fresh" or adoptable(thread, op, children):
+        if not children or not _spliceable(thread, children[0]) or adoptable(thread, op, children):
             return []  # nothing of it is to be spliced
         return [thread, children[0]]
 
     def append(self, host: Books[Any], thread: AnyThread, op: JoinOp, children: Sequence[AnyThread]) -> None:
         first = 0
         same = same_segment(thread, children)
-        if same and children[0].role == "fork" and thread.goes_on_as(children[0]) and op.headers[0] is None:
+        if same and _spliceable(thread, children[0]) and thread.goes_on_as(children[0]) and op.headers[0] is None:
             # Nothing stands between the fork and the first child: its KV is what computing it again would give.
             splice(host, thread, children[:1])
             first = 1
@@ -39,3 +39,8 @@ class Reprefill(JoinOfTokens):
                 thread.append(own, "joined", child.id)
             thread.clock = clock  # these tokens were counted in their own thread
             host.retire(child, "joined")
+
+
+def _spliceable(thread: AnyThread, first: AnyThread) -> bool:
+    """Whether the first child saw nothing but its thread's context, in which it then stands."""
+    return first.role == "fork" and first.live is None and thread.live is None

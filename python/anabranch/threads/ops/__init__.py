@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from anabranch.strategies.api.ops import Decode, ForkOp, InsertOp, JoinOp, Op, TruncateOp
-from anabranch.threads.ops.base import HostOp
+from anabranch.strategies.api.ops import Decode, ForkOp, InsertOp, JoinOp, Op, SkipOp, TruncateOp
+from anabranch.threads.ops.base import HostOp, next_ops
 from anabranch.threads.ops.decode import Decoding, record_token
 from anabranch.threads.ops.fork import Fork
 from anabranch.threads.ops.insert import Insert
 from anabranch.threads.ops.join import Join
+from anabranch.threads.ops.skip import Skip
 from anabranch.threads.ops.truncate import Truncate
 
 HOST_OPS: Mapping[type[Op], HostOp[Any]] = {
@@ -21,7 +22,8 @@ HOST_OPS: Mapping[type[Op], HostOp[Any]] = {
     ForkOp: Fork(),
     InsertOp: Insert(),
     JoinOp: Join(),
+    SkipOp: Skip(),
     TruncateOp: Truncate(),
 }
 
-__all__ = ["HOST_OPS", "HostOp", "record_token"]
+__all__ = ["HOST_OPS", "HostOp", "next_ops", "record_token"]

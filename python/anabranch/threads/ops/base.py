@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import islice, takewhile
 from typing import Any, Generic, TypeVar
 
-from anabranch.strategies.api.ops import Op
+from anabranch.strategies.api.ops import ForkOp, Op
 
 AnyOp = TypeVar("AnyOp", bound=Op)
+
+
+def next_ops(thread: Any) -> list[Op]:
+    """The queued ops of a thread that may be carried out now: the first, and any fork right behind other forks: all
+    begin with the same context, and one that waits for siblings holds up no other."""
+    return list(takewhile(lambda op: isinstance(op, ForkOp), thread.queue)) or list(islice(thread.queue, 1))
 
 
 class HostOp(Generic[AnyOp]):
@@ -22,7 +29,7 @@ class HostOp(Generic[AnyOp]):
         return []
 
     def waits_for_children(self, host: Any, op: AnyOp) -> bool:
-        """Whether `op` takes back children that still have something to do."""
+        """Whether `op` takes threads that still have something to do."""
         return False
 
     def ready(self, host: Any, thread: Any, op: AnyOp) -> bool:
@@ -34,7 +41,7 @@ class HostOp(Generic[AnyOp]):
         if not self.ready(host, thread, op):
             return False
         thread.reach(op.issued)
-        thread.queue.popleft()
+        thread.queue.remove(op)  # the first, as a rule: see `next_ops`
         value = self.carry_out(host, thread, op)
         op.resolve(value, thread.clock)
         return True

@@ -19,7 +19,7 @@ class Decoding(HostOp[Decode]):
     decodes = True
 
     def needs(self, host: Books[Any], thread: AnyThread, op: Decode) -> list[AnyThread]:
-        return [thread]
+        return host.along(thread)
 
     def advance(self, host: Books[Any], thread: AnyThread, op: Decode) -> bool:
         decode = thread.decode

@@ -20,7 +20,9 @@ class Join(HostOp[JoinOp]):
     """What a join splices is KV, so in an engine the token that was sampled last is computed first."""
 
     def needs(self, host: Books[Any], thread: AnyThread, op: JoinOp) -> list[AnyThread]:
-        return HOST_JOINS[op.mode].needs(host, thread, op, _children(host, op))
+        needed = HOST_JOINS[op.mode].needs(host, thread, op, _children(host, op))
+        host.hold_own([child for child in needed if child is not thread])
+        return needed
 
     def waits_for_children(self, host: Books[Any], op: JoinOp) -> bool:
         return any(child.queue or not child.born for child in _children(host, op))
@@ -30,6 +32,11 @@ class Join(HostOp[JoinOp]):
         for child in children:
             thread.reach(child.clock)
             thread.path_sampled = max(thread.path_sampled, child.path_sampled)
+        if op.mode == "concat" and any(t.live is not None for t in (thread, *children)):
+            raise ValueError(
+                "join: mode='concat' splices KV that depends on what its thread saw of others; take threads that see "
+                "one another back by mode='reprefill', 'summary' or 'discard'"
+            )
         clock = thread.clock
         HOST_JOINS[op.mode].carry_out(host, thread, op, children)
         if children:

@@ -1,0 +1,1 @@
+"""Strategies that change how tokens are computed, and none of the tokens."""

@@ -259,7 +259,7 @@ def kv_formats_command(quick: Quick = False, json: Json = None) -> None:
 
     store = _start(None, json)
     for entry in kv_formats.run(quick=quick):
-        store.put("kv_formats", ("case", "dtype", "kv_format"), entry)
+        store.put("kv_formats", ("case", "dtype", "kv_format", "calls"), entry)
         what = (
             f"perplexity {entry['perplexity']:.4f}, divergence {entry['divergence']:.2g} nats"
             if entry["case"] == "perplexity"

@@ -76,8 +76,8 @@ def attention(
     softcap: float | None,
     window: int | None,
     sinks: torch.Tensor | None,
-    num_rows: int | None = None,
     kv_scales: Any = None,
+    num_rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Both launches of tree attention: every item's partials, then the merge. With `write_kv` three a layer.
 
@@ -87,8 +87,8 @@ def attention(
         arrays: PlanArrays for this group (docs/kernel_contract.md). With a ``counts`` tensor (int32 on the device:
             num_items, num_partials, num_merge) its host ints are capacities and the true numbers are read on the
             device, which is what a captured graph needs.
-        num_rows: rows of the output, by default as many as queries; fewer where a row is several queries.
         kv_scales: the factors of quantised pages, (k, v) float32 [pages, page_size, Hkv] each, any strides.
+        num_rows: rows of the output, by default as many as queries; fewer where a row is several queries.
 
     Returns:
         out [rows, Hq, D] in q's dtype and lse [rows, Hq] float32, natural log.

@@ -52,13 +52,15 @@ def _quantised(x, LARGEST: tl.constexpr, STORED: tl.constexpr):
     y = tl.div_rn(tl.where(some, x, 0.0), tl.broadcast_to(tl.where(scale > 0, scale, 1.0)[:, None], x.shape))
     y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
     if STORED == 1:
-        return ((y + ROUND) - ROUND).to(tl.int8), scale
-    bits = y.to(tl.int32, bitcast=True)
-    size = bits & 0x7FFFFFFF
-    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
-    small = ((tl.abs(y) * 512.0 + ROUND) - ROUND).to(tl.int32)  # subnormals: units of 2^-9
-    code = tl.where(size < 0x3C800000, small, normal)
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8), scale
+        kept = ((y + ROUND) - ROUND).to(tl.int8)
+    else:
+        bits = y.to(tl.int32, bitcast=True)
+        positive = bits & 0x7FFFFFFF
+        normal = ((positive + 0x7FFFF + ((positive >> 20) & 1)) >> 20) - (120 << 3)
+        small = ((tl.abs(y) * 512.0 + ROUND) - ROUND).to(tl.int32)  # subnormals: units of 2^-9
+        code = tl.where(positive < 0x3C800000, small, normal)
+        kept = (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+    return kept, scale
 
 
 @triton.jit(

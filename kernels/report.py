@@ -75,7 +75,7 @@ def kept_rows(path: Path, versions: str, compiled: list[dict[str, Any]]) -> list
 
 
 def _variant_of(row: dict[str, Any]) -> variants.Variant:
-    return variants.Variant(**{name: row[name] for name in variants.Variant.__dataclass_fields__})
+    return variants.Variant(**{name: row[name] for name in variants.Variant.__dataclass_fields__ if name in row})
 
 
 def markdown(rows: list[dict[str, Any]], versions: str) -> str:

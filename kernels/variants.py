@@ -29,6 +29,7 @@ from .branch_backward import branch_dkdv_kernel, branch_dq_kernel
 from .configs import AMD, attention_config, branch_config, column_split, next_power_of_two
 from .merge import merge_kernel
 from .pages import copy_pages_kernel, write_kv_kernel
+from .quantise import quantise_kv_kernel
 
 __all__ = [
     "ARCHS",
@@ -84,10 +85,15 @@ class Variant:
     dtype: str
     head_dim: int
     options: bool = False  # attention, branch_…: softcap, window, sinks, device counts on; merge: sinks and counts on
+    kept: str = ""  # attention, write_kv, copy_pages: "int8" or "fp8" pages; else K and V as they are
 
     def __str__(self) -> str:
         arch = self.arch if isinstance(self.arch, str) else f"sm{self.arch}"
-        return "-".join([self.kernel, arch, self.dtype, f"d{self.head_dim}"] + ["options"] * self.options)
+        return "-".join(
+            [self.kernel, arch, self.dtype, f"d{self.head_dim}"]
+            + ["options"] * self.options
+            + [self.kept] * bool(self.kept)
+        )
 
     @property
     def capability(self) -> int:
@@ -176,7 +182,8 @@ def _attention(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
         Q_ALIGN=_alignment(v.head_dim), KV_ALIGN=_alignment(v.head_dim),
         WIDE=config.wide, WIDE_N=config.wide_n, WIDE_STAGES=config.wide_stages,
         NARROW_N=config.narrow_n, NARROW_STAGES=config.narrow_stages,
-        HAS_SOFTCAP=v.options, HAS_WINDOW=v.options, HAS_SINKS=v.options, HAS_COUNTS=v.options, UPCAST=False, STORED=0,
+        HAS_SOFTCAP=v.options, HAS_WINDOW=v.options, HAS_SINKS=v.options, HAS_COUNTS=v.options, UPCAST=False,
+        STORED=KEPT[v.kept],
     )  # fmt: skip
     return tree_attention_kernel, constants, dict(num_warps=config.num_warps)
 
@@ -192,6 +199,12 @@ def _merge(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
 def _write_kv(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
     block_d = next_power_of_two(v.head_dim)
     block_h = min(8, max(1, 1024 // block_d))
+    if v.kept:
+        constants = dict(
+            LARGEST=dict(launch.STORED.values())[KEPT[v.kept]], STORED=KEPT[v.kept], PAGE_SIZE=16, HEAD_DIM=v.head_dim,
+            BLOCK_D=block_d, BLOCK_H=block_h,
+        )  # fmt: skip
+        return quantise_kv_kernel, constants, dict(num_warps=4)
     constants = dict(
         PAGE_SIZE=16, HEAD_DIM=v.head_dim, ALIGN=_alignment(v.head_dim), BLOCK_D=block_d, BLOCK_H=block_h
     )  # fmt: skip
@@ -202,7 +215,7 @@ def _copy_pages(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
     block_d = next_power_of_two(v.head_dim)
     block_t = min(16, max(1, 2048 // block_d))
     constants = dict(
-        HEAD_DIM=v.head_dim, ALIGN=_alignment(v.head_dim), HAS_SCALES=False, BLOCK_T=block_t, BLOCK_D=block_d
+        HEAD_DIM=v.head_dim, ALIGN=_alignment(v.head_dim), HAS_SCALES=bool(v.kept), BLOCK_T=block_t, BLOCK_D=block_d
     )  # fmt: skip
     return copy_pages_kernel, constants, dict(num_warps=4)
 
@@ -237,7 +250,14 @@ FLOAT_POINTERS = {
 }  # fmt: skip
 
 
-def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[dict[str, str], dict[tuple[int], Any]]:
+# How the kernels call what is in the pages (quantise.py), and the pointers to it.
+KEPT = {"": 0, "int8": 1, "fp8": 2}
+PAGE_POINTERS = {"k_pages_ptr", "v_pages_ptr", "pool_ptr"}
+
+
+def _signature(
+    kernel: Any, constants: dict[str, Any], dtype: str, kept: str = ""
+) -> tuple[dict[str, str], dict[tuple[int], Any]]:
     """Argument types, and which arguments a launch finds divisible by 16: data pointers. (Of strides and counts it is
     not asked: the kernels take none of them specialised.)"""
     signature, aligned = {}, {}
@@ -246,6 +266,8 @@ def _signature(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[dict
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             element = "i32" if name in INT_POINTERS else "fp32" if name in FLOAT_POINTERS else dtype
+            if kept and (name in PAGE_POINTERS or (name in ("k_ptr", "v_ptr") and kernel is tree_attention_kernel)):
+                element = {"int8": "i8", "fp8": "u8"}[kept]
             signature[name] = "*" + element
             if name not in {
                 *PLAN_ARRAYS,
@@ -293,7 +315,7 @@ def compile_variant(variant: Variant) -> dict[str, Any]:
     if reason is not None:
         raise RuntimeError(reason)
     kernel, constants, options = BUILDERS[variant.kernel](variant)
-    signature, aligned = _signature(kernel, constants, variant.dtype)
+    signature, aligned = _signature(kernel, constants, variant.dtype, variant.kept)
     amd = isinstance(variant.arch, str)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Triton 3.9 announces a default of 3.10

@@ -45,6 +45,10 @@ class Case:
     lone: list[tuple[int, int]]  # (row, token): another row of the same item sees the token, this one does not
     batch_invariant: bool = False
 
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_positions)
+
     def arrays(self, group: int, tile_config: TileConfig) -> PlanArrays:
         return self.arrays_
 

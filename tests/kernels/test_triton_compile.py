@@ -51,6 +51,19 @@ def test_variants_compile(compiled, arch):
         check(variant, row)
 
 
+def test_kernels_over_quantised_pages_compile():
+    """fp8 on GPUs that have no instructions for it, too; K and V still come by asynchronous copies, half as wide."""
+    chosen = [
+        variants.Variant(kernel, arch, "bf16", head_dim, options, kept)
+        for kernel, head_dim, options in (("attention", 128, True), ("write_kv", 72, False), ("copy_pages", 72, False))
+        for arch, kept in ((80, "fp8"), (90, "int8"), (90, "fp8"), ("gfx942", "fp8"))
+    ]
+    for variant, row in zip(chosen, report.compile_in_processes(chosen, processes=2), strict=True):
+        check(variant, row)
+        if variant.kernel == "attention" and variant.capability != variants.AMD:
+            assert row["copy_bytes"] == 16, row
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", variants.ARCHS)
 def test_every_variant_compiles(arch):

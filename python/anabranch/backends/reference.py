@@ -133,13 +133,13 @@ def _attend_queries(
     """Attention of rows that are several queries each: one softmax over what all queries of a row see."""
     view, group = plan.contexts(), q.shape[1] // k_pages.shape[2]
     assert view.row_of is not None
+    k_scales, v_scales = (None, None) if kv_scales is None else kv_scales
     scores: list[list[Tensor]] = [[] for _ in range(plan.num_rows)]  # of each row: [Hq, tokens], a query at a time
     values: list[list[Tensor]] = [[] for _ in range(plan.num_rows)]
     for c in range(len(view.row_ptr) - 1):
         begin, end = int(view.ptr[c]), int(view.ptr[c + 1])
         slots = torch.from_numpy(view.slots[begin:end]).to(q.device).long()
         k_pos = torch.from_numpy(view.positions[begin:end]).to(q.device).long()
-        k_scales, v_scales = (None, None) if kv_scales is None else kv_scales
         k = gather(k_pages, slots, dtype, k_scales).repeat_interleave(group, dim=1)
         v = gather(v_pages, slots, dtype, v_scales).repeat_interleave(group, dim=1)
         first, last = int(view.row_ptr[c]), int(view.row_ptr[c + 1])

@@ -140,7 +140,7 @@ def attention(
     )
     out, lse = launch.attention(
         q, k_pages, v_pages, arrays,
-        scale=scale, softcap=softcap, window=window, sinks=sinks, kv_scales=kv_scales, num_rows=plan.num_rows,
+        scale=scale, softcap=softcap, window=window, sinks=sinks, num_rows=plan.num_rows, kv_scales=kv_scales,
     )  # fmt: skip
     return out, lse if return_lse else None
 

@@ -349,7 +349,7 @@ def test_rounding_to_nearest_even_over_all_magnitudes(isa, dtype):
             "dest": ints * 0 - 1, "row_positions": ints, "merge_rows": ints[:0], "merge_ptr": ints[:1] * 0,
             "num_items": n, "num_merge": 0,
         }  # fmt: skip
-        return Case(PlanArrays(**fields), case.visible, case.slots, case.positions, case.row_positions, [])
+        return Case(PlanArrays(**fields), case.visible, case.slots, case.positions, ints.numpy(), [])
 
     q = torch.zeros(n, 1, 64, dtype=dtype)
     pages = values.reshape(n, 1, 1, 64)

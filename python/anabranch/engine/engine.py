@@ -211,6 +211,7 @@ class Engine:
         """Take in one prompt and return at once; it joins whoever is there with the next step.
 
         The arguments are those of `generate`, which is adding and waiting, and further:
+
         priority: −100 to 100. A request of priority p goes before those that came up to 100 · p requests earlier: to
             begin, and to keep its pages in a shortage. (So a low one waits longer, but never for ever.)
         deadline: seconds from now. A request that is not answered by then ends: its `Handle.result` raises

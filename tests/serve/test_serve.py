@@ -273,6 +273,7 @@ def test_the_other_pages(server, client, post):
     client.completions.create(model="tiny", prompt="p", max_tokens=3, temperature=0)
     text = get("/metrics").text
     assert 'anabranch:request_success_total{finished_reason="length"}' in text
+    assert "anabranch:num_threads_running 0.0" in text and "anabranch:num_requests_waiting 0.0" in text
     assert "anabranch:time_to_first_token_seconds_bucket" in text and "anabranch:kv_cache_usage_perc" in text
     assert post("/tokenize", {"prompt": "ab"}).json() == {"tokens": byte_tokenizer()("ab")["input_ids"], "count": 2}
     chat = post("/tokenize", {"messages": [{"role": "user", "content": "x"}]}).json()

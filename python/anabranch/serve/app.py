@@ -38,7 +38,7 @@ class Server:
     def __init__(self, engine: Any, settings: Settings):
         self.engine, self.settings = engine, settings
         self.metrics, self.live = Metrics(), Live()
-        self.under_way = 0
+        self.under_way = self.threads = 0  # prompts, and their threads
         self.open = False
         self.born = int(time.time())
 
@@ -54,10 +54,14 @@ class Server:
         self.metrics.running.set(self.under_way)
         begin = time.perf_counter()
         last: dict[tuple[int, str], float] = {}
+        threads = len(copies)
+        self.threads += threads
         try:
             async for event in self.engine.stream(copies, strategy=question.strategy, **question.options):
                 now = time.perf_counter()
                 self.live.tell(name, event)
+                change = _more_threads(event)
+                threads, self.threads = threads + change, self.threads + change
                 if isinstance(event, events.Token) and not event.inserted and event.token_ids:
                     if not last:
                         record["ttft"] = now - begin
@@ -72,6 +76,7 @@ class Server:
                 yield event
         finally:
             self.under_way -= len(copies)
+            self.threads -= threads
             self.metrics.running.set(self.under_way)
 
     async def whole(self, request: Request, name: str, question: Asked, record: dict[str, Any]) -> list[Result]:
@@ -306,11 +311,23 @@ def create_app(engine: Any, settings: Settings) -> FastAPI:
 
 
 def _look(server: Server) -> None:
-    """Gauges of what the engine holds now."""
+    """Gauges of what the engine holds now; a server behind this one keeps its own."""
+    server.metrics.threads.set(server.threads)
     cache = getattr(server.engine, "cache", None)
     if cache is not None:
-        held = cache.usage()
+        held, stats = cache.usage(), server.engine.engine.stats()
         server.metrics.cache.set((held.pages_total - held.pages_free) / held.pages_total)
+        server.metrics.pages_copied.set(held.pages_copied)
+        server.metrics.waiting.set(stats.waiting)
+
+
+def _more_threads(event: events.Event) -> int:
+    """By how many an event changes the threads under way."""
+    if isinstance(event, events.Fork):
+        return len(event.children)
+    if isinstance(event, events.Join):
+        return -len(event.children)
+    return -1 if isinstance(event, (events.Discard, events.Finish)) else 0
 
 
 async def _gone(request: Request) -> None:

@@ -24,7 +24,7 @@ class Metrics:
         self.queries = Counter(name("prefix_cache_queries"), "Prompt tokens looked up", registry=registry)
         self.hits = Counter(name("prefix_cache_hits"), "Prompt tokens found", registry=registry)
         self.forks = Counter(name("forks"), "Blocks of threads", registry=registry)
-        self.pages_copied = Counter(name("pages_copied"), "Pages copied on write", registry=registry)
+        self.pages_copied = Gauge(name("pages_copied"), "Pages copied on write so far", registry=registry)
         self.critical = Counter(name("critical_path_tokens"), "Tokens on critical paths", registry=registry)
         self.success = Counter(name("request_success"), "Answers", ["finished_reason"], registry=registry)
         self.failed = Counter(name("request_failure"), "Requests that got an error", ["status"], registry=registry)

@@ -114,8 +114,8 @@ def lesson(
 def _encoder(tokenizer_or_pieces: Any) -> Any:
     """(text, ids before it) → its ids, as the runtime has them there."""
     if isinstance(tokenizer_or_pieces, dict):
-        from anabranch.strategies.tagged.tagged import _Pieces
+        from anabranch.strategies.tagged.pieces import Pieces
 
-        return _Pieces(tokenizer_or_pieces).encode
+        return Pieces(tokenizer_or_pieces).encode
     tokens = Tokens(tokenizer_or_pieces)
     return lambda text, before: tokens.encode(text, tokens.place(reversed(before)))

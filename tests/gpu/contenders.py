@@ -102,7 +102,7 @@ def flat(name: str) -> Callable[[Problem], Ready]:
             true = p.tables.flatten()[slots // p.page_size] * p.page_size + slots % p.page_size
             arrays = replace(made, kv_slots=true.int())
             moved = {n: x.to(p.device) for n, x in vars(arrays).items() if isinstance(x, torch.Tensor)}
-            return FlatPlan(replace(arrays, **moved))
+            return FlatPlan(replace(arrays, **moved), len(p.q))
 
         made, plan_us = timed(plan, p.device, times=2)
         options: dict[str, Any] = dict(scale=p.scale, softcap=None, window=None, sinks=None, return_lse=False)
@@ -118,6 +118,7 @@ class FlatPlan:
     """What a backend asks a plan for."""
 
     made: Any
+    num_rows: int
     batch_invariant: bool = False
 
     def arrays(self, group: int, tile_config: Any) -> Any:

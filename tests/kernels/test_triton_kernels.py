@@ -392,6 +392,8 @@ def test_backend_contract():
     calls = []
 
     class OnePlan:
+        num_rows = case.q.shape[0]
+
         def arrays(self, group, tile_config):
             calls.append((group, tile_config))
             return case.arrays

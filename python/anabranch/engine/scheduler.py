@@ -47,6 +47,7 @@ class Scheduler:
         self.rope_rules: Sequence[RopeRule] = ()  # the model's
         self.steps = 0  # forwards so far
         self._limit: DecodeLimit | None = None
+        self._first: ThreadKV | None = None  # for whom room was made: the next to enter the cache
         self.decoding: dict[Request, dict[EngineThread, None]] = {}  # who may be given a token in this step
         self._queueing: set[Request] = set()  # requests of which some thread waits for its turn to decode
         self._needed: set[int] = set()  # ids of the ThreadKVs that the first op of some queue needs in the cache
@@ -138,7 +139,8 @@ class Scheduler:
         first_outside: ThreadKV | None = None  # the first that waits for room
         groups: set[Request] = set()
         # Longest unserved first: more threads than rows take turns.
-        line = sorted(wanted, key=lambda w: (w.pending > 1, w.last_step if w.pending <= 1 else 0))
+        first, self._first = self._first, None
+        line = sorted(wanted, key=lambda w: (w is not first, w.pending > 1, w.last_step if w.pending <= 1 else 0))
         # Threads that see one another need room for a whole turn: where it did not suffice, they are first in line.
         line.sort(key=lambda w: w.thread.live is None or not w.thread.request.live.refused)
         kept = int(self.max_rows > 1 and any(kv.pending > 1 for kv in wanted))  # rows for runs of tokens
@@ -263,9 +265,10 @@ class Scheduler:
                     continue
                 return None, entries
             first = min(stuck, key=_age)
-            outside = (w for w in wanted if w.branch is None and not _go_together(w, first))
-            if any(w.thread.age < first.thread.age for w in outside) and (leaving := self._youngest(stuck)):
-                # An earlier one waits outside for room: it goes first, in the next step.
+            outside = [w for w in wanted if w.branch is None and not _go_together(w, first)]
+            earlier = [w for w in outside if w.thread.age < first.thread.age]
+            if earlier and (leaving := self._youngest(stuck)):
+                self._first = min(earlier, key=_age)  # waits outside for room: the next step begins with it
                 leaving.release(self.cache)
                 leaving.thread.request.spent.preemptions += 1
                 return None, []

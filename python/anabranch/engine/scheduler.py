@@ -266,7 +266,8 @@ class Scheduler:
                 return None, entries
             first = min(stuck, key=_age)
             outside = [w for w in wanted if w.branch is None and not _go_together(w, first)]
-            earlier = [w for w in outside if w.thread.age < first.thread.age]
+            # Of earlier requests alone: threads of one request that made room for one another could do so for ever.
+            earlier = [w for w in outside if w.thread.request.order < first.thread.request.order]
             if earlier and (leaving := self._youngest(stuck)):
                 self._first = min(earlier, key=_age)  # waits outside for room: the next step begins with it
                 leaving.release(self.cache)

@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DATA = [f"anabranch/data/{p}" for p in ("multiplication/model.safetensors", "smollm2_adaptive/adapter_config.json")]
 PAGE = [f"anabranch/viz/page/{name}" for name in ("view.html", "view.css", "page.js", "d3.min.js")]
+PAGE += ["anabranch/serve/page.html"]
 SOURCES = (
     "CMakeLists.txt",
     "csrc/tree/tree.cpp",

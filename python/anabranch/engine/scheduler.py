@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import torch
 
 from anabranch.engine.admission import DecodeLimit
-from anabranch.engine.ops import engine_op
 from anabranch.engine.request import Request
 from anabranch.engine.thread_kv import EngineThread, PrefillChunk, ThreadKV
 from anabranch.errors import OutOfPages
@@ -107,9 +106,9 @@ class Scheduler:
         decoding = self.decoding[request]
         for thread in list(request.queued):
             ops = next_ops(thread) if thread.born else []
-            ops = [op for op in ops if not engine_op(op).decodes or thread in decoding]
-            ops = [op for op in ops if not engine_op(op).waits_for_children(request, op)]
-            for need in (need for op in ops for need in engine_op(op).needs(request, thread, op)):
+            ops = [op for op in ops if not request.ops[type(op)].decodes or thread in decoding]
+            ops = [op for op in ops if not request.ops[type(op)].waits_for_children(request, op)]
+            for need in (need for op in ops for need in request.ops[type(op)].needs(request, thread, op)):
                 self._needed.add(id(need.kv))
                 if not need.kv.in_cache:
                     chain = [need]

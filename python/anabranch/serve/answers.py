@@ -62,7 +62,7 @@ def text_of(result: Result, stops: Sequence[str]) -> tuple[str, bool]:
     return text, trimmer.done
 
 
-def logprobs_of(node: Node, pieces: Any) -> tuple[list[int], list[float]]:
+def logprobs_of(node: Node) -> tuple[list[int], list[float]]:
     """Token ids of an answer's own tokens and their log-probabilities, as far as they were recorded."""
     ids: list[int] = []
     values: list[float] = []

@@ -112,7 +112,7 @@ class Server:
             shape["text"] = text
             shape["logprobs"] = None
             if request.logprobs is not None:
-                ids, values = logprobs_of(result.tree, None)
+                ids, values = logprobs_of(result.tree)
                 tokens = [self.piece(t) for t in ids]
                 top = [{t: v} for t, v in zip(tokens, values, strict=True)] if request.logprobs else None
                 shape["logprobs"] = {"tokens": tokens, "token_logprobs": values, "top_logprobs": top}
@@ -120,7 +120,7 @@ class Server:
             shape["message"] = {"role": "assistant", "content": text}
             shape["logprobs"] = None
             if request.logprobs:
-                ids, values = logprobs_of(result.tree, None)
+                ids, values = logprobs_of(result.tree)
                 entries = [_entry(self.piece(t), v, request.top_logprobs) for t, v in zip(ids, values, strict=True)]
                 shape["logprobs"] = {"content": entries}
         if request.return_token_ids:

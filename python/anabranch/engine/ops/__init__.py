@@ -22,10 +22,4 @@ ENGINE_OPS: Mapping[type[Op], HostOp[Any]] = {
     ScoreOp: Score(),
 }
 
-
-def engine_op(op: Op) -> HostOp[Any]:
-    """What carries out `op` in the engine."""
-    return ENGINE_OPS[type(op)]
-
-
-__all__ = ["ENGINE_OPS", "engine_op"]
+__all__ = ["ENGINE_OPS"]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from anabranch.strategies.api.thread import Thread
 from anabranch.strategies.tagged.pieces import Pieces
+from anabranch.strategies.tagged.shape import brief_list, check_shape
 
 if TYPE_CHECKING:
     from anabranch.strategies.tagged.tagged import Tagged
@@ -51,22 +51,7 @@ class Wording:
 
     def check_shape(self, trunk: Thread) -> None:
         """Tell of an answer whose tags are not those of a well-formed one."""
-        tag_of = {i: tag for tag, i in self.ids.items()}
-        everything, answer = ([tag_of[i] for i in ids if i in tag_of] for ids in (trunk.context, trunk.token_ids))
-        # A prompt may explain the format, or begin a block that the answer goes on with.
-        if not any(self.fits("".join(tags)) for tags in (answer, everything)):
-            trunk.malformed(f"its tags are {brief_list(answer)}")
-
-    def fits(self, tags: str) -> bool:
-        """Whether tags in a row are a well-formed answer's."""
-        whole = None
-        while self.form.nested and whole != tags:
-            whole, tags = tags, re.sub(self.form.shape, "", tags)
-        return re.fullmatch(self.form.shape, tags) is not None
-
-
-def brief_list(items: Sequence[str], most: int = 12) -> str:
-    return " ".join(items[:most]) + (f" … ({len(items)})" if len(items) > most else "")
+        check_shape(trunk, self.ids, self.form.shape, self.form.nested)
 
 
 def brief(text: str, most: int = 20) -> str:

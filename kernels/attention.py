@@ -61,6 +61,10 @@ def _sum_tokens(
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    V_IN_K: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     KV_ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -72,13 +76,17 @@ def _sum_tokens(
     STORED: tl.constexpr,
     GUARDED: tl.constexpr,  # infinities and NaN in V reach the rows that see them and no others
 ):
-    """m, l [BLOCK_M] and acc [BLOCK_M, D0], [BLOCK_M, D1] (D1 = 0: the first again) of tokens first … end − 1."""
+    """m, l [BLOCK_M] and acc [BLOCK_M, V0], [BLOCK_M, V1] (V1 = 0: the first again) of tokens first … end − 1."""
     D_PADDED: tl.constexpr = HEAD_DIM < D0 + D1
+    V_PADDED: tl.constexpr = V_DIM < V0 + V1
     d0 = tl.arange(0, D0)
-    acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
     if D1 > 0:
         d1 = D0 + tl.arange(0, D1)
-        acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    v_d0 = tl.arange(0, V0)
+    acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
+    if V1 > 0:
+        v_d1 = V0 + tl.arange(0, V1)
+        acc1 = tl.zeros([BLOCK_M, V1], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
 
@@ -100,6 +108,7 @@ def _sum_tokens(
         v_at = tl.multiple_of(page * stride_v_page + offset * stride_v_slot, [KV_ALIGN])
 
         k0 = load_rows(k_base, k_at, d0, keep, HEAD_DIM, D_PADDED and D1 == 0, UPCAST and STORED == AS_THEY_ARE)
+        stored0 = k0
         if STORED != AS_THEY_ARE:  # exact in any type of q; the factors multiply the scores
             k0 = dequantised(k0, STORED).to(q0.dtype)
         s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
@@ -128,7 +137,10 @@ def _sum_tokens(
         alpha = tl.exp(m - m_ref)
         p = tl.exp(s - m_ref[:, None])
         l = l * alpha + tl.sum(p, axis=1)  # noqa: E741
-        v0 = load_rows(v_base, v_at, d0, keep, HEAD_DIM, D_PADDED and D1 == 0, UPCAST and STORED == AS_THEY_ARE)
+        if V_IN_K:
+            v0 = stored0
+        else:
+            v0 = load_rows(v_base, v_at, v_d0, keep, V_DIM, V_PADDED and V1 == 0, UPCAST and STORED == AS_THEY_ARE)
         if STORED != AS_THEY_ARE:  # (weights times factors would be subnormal in float16)
             v0 = (dequantised(v0, STORED) * v_scale[:, None]).to(q0.dtype)
         p_in = p.to(v0.dtype)
@@ -137,8 +149,8 @@ def _sum_tokens(
         acc0 = tl.dot(p_in, v0, acc0 * alpha[:, None], input_precision="ieee")
         if GUARDED:
             acc0 += infinities(visible, kind0)
-        if D1 > 0:
-            v1 = load_rows(v_base, v_at, d1, keep, HEAD_DIM, D_PADDED, UPCAST and STORED == AS_THEY_ARE)
+        if V1 > 0:
+            v1 = load_rows(v_base, v_at, v_d1, keep, V_DIM, V_PADDED, UPCAST and STORED == AS_THEY_ARE)
             if STORED != AS_THEY_ARE:
                 v1 = (dequantised(v1, STORED) * v_scale[:, None]).to(q0.dtype)
             if GUARDED:
@@ -148,7 +160,7 @@ def _sum_tokens(
                 acc1 += infinities(visible, kind1)
         m = m_new
         slot = next_slot
-    if D1 == 0:
+    if V1 == 0:
         acc1 = acc0
     return m, l, acc0, acc1
 
@@ -163,6 +175,10 @@ def _attend(
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    V_IN_K: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     Q_ALIGN: tl.constexpr,
     KV_ALIGN: tl.constexpr,
@@ -249,13 +265,13 @@ def _attend(
     m, l, acc0, acc1 = _sum_tokens(  # noqa: E741
         q0, q1, k_base, v_base, kv_slots_ptr + kv_begin, kv_positions_ptr + kv_begin, first, end, limit, row_pos,
         scale, softcap, window, stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, factors,
-        HEAD_DIM, D0, D1, PAGE_SIZE, KV_ALIGN, BLOCK_M, BLOCK_N, STAGES, HAS_SOFTCAP, HAS_WINDOW, UPCAST, STORED,
-        GUARDED,
+        HEAD_DIM, D0, D1, V_DIM, V0, V1, V_IN_K, PAGE_SIZE, KV_ALIGN, BLOCK_M, BLOCK_N, STAGES, HAS_SOFTCAP, HAS_WINDOW,
+        UPCAST, STORED, GUARDED,
     )  # fmt: skip
     poisoned = False
     if not GUARDED:
         poisoned = any_nan(acc0, live)
-        if D1 > 0:
+        if V1 > 0:
             poisoned = poisoned | any_nan(acc1, live)
         poisoned = poisoned & ((masked != 0) | HAS_WINDOW)
 
@@ -267,9 +283,12 @@ def _attend(
     tl.store(part_ml_ptr + part * 2 + 1, l, mask=to_part)
     # (the merge never reads the acc of an empty partial, nor is it written)
     to_acc = to_part & (m > float("-inf"))
-    store_rows(part_acc_ptr, part * HEAD_DIM, d0, acc0, to_acc, HEAD_DIM, D_PADDED and D1 == 0)
-    if D1 > 0:
-        store_rows(part_acc_ptr, part * HEAD_DIM, d1, acc1, to_acc, HEAD_DIM, D_PADDED)
+    V_PADDED: tl.constexpr = V_DIM < V0 + V1
+    v_d0 = tl.arange(0, V0)
+    store_rows(part_acc_ptr, part * V_DIM, v_d0, acc0, to_acc, V_DIM, V_PADDED and V1 == 0)
+    if V1 > 0:
+        v_d1 = V0 + tl.arange(0, V1)
+        store_rows(part_acc_ptr, part * V_DIM, v_d1, acc1, to_acc, V_DIM, V_PADDED)
 
     # … or the row has this partial alone, and this is its output.
     to_out = live & (dest < 0)
@@ -289,9 +308,9 @@ def _attend(
     weight = tl.where(some, weight / total, 0.0)
     of_row = row * num_q_heads + q_head
     tl.store(lse_ptr + of_row, lse, mask=to_out)
-    store_rows(out_ptr, of_row * HEAD_DIM, d0, acc0 * weight[:, None], to_out, HEAD_DIM, D_PADDED and D1 == 0)
-    if D1 > 0:
-        store_rows(out_ptr, of_row * HEAD_DIM, d1, acc1 * weight[:, None], to_out, HEAD_DIM, D_PADDED)
+    store_rows(out_ptr, of_row * V_DIM, v_d0, acc0 * weight[:, None], to_out, V_DIM, V_PADDED and V1 == 0)
+    if V1 > 0:
+        store_rows(out_ptr, of_row * V_DIM, v_d1, acc1 * weight[:, None], to_out, V_DIM, V_PADDED)
     return poisoned
 
 
@@ -322,10 +341,10 @@ STRIDES = [
 def tree_attention_kernel(
     q_ptr,  # [rows, Hq, D], any strides, the last 1
     k_ptr,  # [pages, PAGE_SIZE, Hkv, D], any strides, the last 1
-    v_ptr,  # like k
-    out_ptr,  # [rows, Hq, D], contiguous
+    v_ptr,  # [pages, PAGE_SIZE, Hkv, E], likewise
+    out_ptr,  # [rows, Hq, E], contiguous
     lse_ptr,  # float32 [rows, Hq], contiguous
-    part_acc_ptr,  # float32 [partials, Hq, D], contiguous
+    part_acc_ptr,  # float32 [partials, Hq, E], contiguous
     part_ml_ptr,  # float32 [partials, Hq, 2], contiguous: m, l
     items_ptr,  # int32 [num_items, 8]
     kv_slots_ptr,
@@ -361,6 +380,10 @@ def tree_attention_kernel(
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,  # head_dim is D0 + D1 columns, both powers of two, so that 80 costs 64 + 16 and not 128;
     D1: tl.constexpr,  # the last columns of D1 are padding where HEAD_DIM < D0 + D1; 0: one part is enough
+    V_DIM: tl.constexpr,  # of V, in parts likewise
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    V_IN_K: tl.constexpr,  # V is what D0 holds of K (V0 == D0, V1 == 0): one load serves both
     PAGE_SIZE: tl.constexpr,
     Q_ALIGN: tl.constexpr,  # a power of two that divides every stride of q, in elements
     KV_ALIGN: tl.constexpr,  # likewise, of k and v
@@ -399,13 +422,13 @@ def tree_attention_kernel(
     numbers = (kv_head, num_kv_heads, scale, softcap, window)
     if packed <= NARROW:
         poisoned = _attend(
-            pointers, strides, numbers, tile_begin, GROUP, HEAD_DIM, D0, D1, PAGE_SIZE, Q_ALIGN, KV_ALIGN,
-            NARROW, NARROW_N, NARROW_STAGES, HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST, STORED, False,
+            pointers, strides, numbers, tile_begin, GROUP, HEAD_DIM, D0, D1, V_DIM, V0, V1, V_IN_K, PAGE_SIZE, Q_ALIGN,
+            KV_ALIGN, NARROW, NARROW_N, NARROW_STAGES, HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST, STORED, False,
         )  # fmt: skip
     else:
         poisoned = _attend(
-            pointers, strides, numbers, tile_begin, GROUP, HEAD_DIM, D0, D1, PAGE_SIZE, Q_ALIGN, KV_ALIGN,
-            WIDE, WIDE_N, WIDE_STAGES, HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST, STORED, False,
+            pointers, strides, numbers, tile_begin, GROUP, HEAD_DIM, D0, D1, V_DIM, V0, V1, V_IN_K, PAGE_SIZE, Q_ALIGN,
+            KV_ALIGN, WIDE, WIDE_N, WIDE_STAGES, HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST, STORED, False,
         )  # fmt: skip
     # A token that a row does not see has weight 0, and 0 · NaN is NaN: where the tokens of other rows hold infinities
     # or NaN in V, a guarded sum takes the place of the first. A test of each block would cost every item what this
@@ -415,6 +438,6 @@ def tree_attention_kernel(
         tile_end = tl.minimum(packed, tile_begin + WIDE)
         for begin in tl.range(tile_begin, tile_end, NARROW, num_stages=1):
             _attend(
-                pointers, strides, numbers, begin, GROUP, HEAD_DIM, D0, D1, PAGE_SIZE, Q_ALIGN, KV_ALIGN,
-                NARROW, GUARD_N, 1, HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST, STORED, True,
+                pointers, strides, numbers, begin, GROUP, HEAD_DIM, D0, D1, V_DIM, V0, V1, V_IN_K, PAGE_SIZE, Q_ALIGN,
+                KV_ALIGN, NARROW, GUARD_N, 1, HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST, STORED, True,
             )  # fmt: skip

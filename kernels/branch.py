@@ -64,6 +64,9 @@ def _forward_tile(
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -85,11 +88,15 @@ def _forward_tile(
     d0 = tl.arange(0, D0)
     q_at = tl.multiple_of(row.to(tl.int64) * stride_q_row + q_head.to(tl.int64) * stride_q_head, [ALIGN])
     q0 = load_rows(q_ptr, q_at, d0, live, HEAD_DIM, D_PADDED and D1 == 0, UPCAST)
-    acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
     if D1 > 0:
         d1 = D0 + tl.arange(0, D1)
         q1 = load_rows(q_ptr, q_at, d1, live, HEAD_DIM, D_PADDED, UPCAST)
-        acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    V_PADDED: tl.constexpr = V_DIM < V0 + V1
+    v_d0 = tl.arange(0, V0)
+    acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
+    if V1 > 0:
+        v_d1 = V0 + tl.arange(0, V1)
+        acc1 = tl.zeros([BLOCK_M, V1], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
     if HAS_WINDOW:
@@ -126,11 +133,11 @@ def _forward_tile(
             alpha = tl.exp(m - m_ref)
             w = tl.exp(s - m_ref[:, None])
             l = l * alpha + tl.sum(w, axis=1)  # noqa: E741
-            v0 = load_rows(v_base, v_at, d0, keep, HEAD_DIM, D_PADDED and D1 == 0, UPCAST)
+            v0 = load_rows(v_base, v_at, v_d0, keep, V_DIM, V_PADDED and V1 == 0, UPCAST)
             w_in = w.to(v0.dtype)
             acc0 = add(acc0 * alpha[:, None], w_in, v0, visible, GUARDED)
-            if D1 > 0:
-                v1 = load_rows(v_base, v_at, d1, keep, HEAD_DIM, D_PADDED, UPCAST)
+            if V1 > 0:
+                v1 = load_rows(v_base, v_at, v_d1, keep, V_DIM, V_PADDED, UPCAST)
                 acc1 = add(acc1 * alpha[:, None], w_in, v1, visible, GUARDED)
             m = m_new
 
@@ -150,10 +157,10 @@ def _forward_tile(
     weight = tl.where(some, weight / total, 0.0)
     of_row = row.to(tl.int64) * num_q_heads + q_head
     tl.store(lse_ptr + of_row, lse, mask=live)
-    store_rows(out_ptr, of_row * HEAD_DIM, d0, acc0 * weight[:, None], live, HEAD_DIM, D_PADDED and D1 == 0)
+    store_rows(out_ptr, of_row * V_DIM, v_d0, acc0 * weight[:, None], live, V_DIM, V_PADDED and V1 == 0)
     poisoned = any_nan(acc0, live)
-    if D1 > 0:
-        store_rows(out_ptr, of_row * HEAD_DIM, d1, acc1 * weight[:, None], live, HEAD_DIM, D_PADDED)
+    if V1 > 0:
+        store_rows(out_ptr, of_row * V_DIM, v_d1, acc1 * weight[:, None], live, V_DIM, V_PADDED)
         poisoned = poisoned | any_nan(acc1, live)
     return poisoned
 
@@ -165,8 +172,8 @@ def _forward_tile(
 def branch_forward_kernel(
     q_ptr,  # [T, Hq, D], any strides, the last 1
     k_ptr,  # [T, Hkv, D], likewise
-    v_ptr,
-    out_ptr,  # [T, Hq, D], contiguous
+    v_ptr,  # [T, Hkv, E]
+    out_ptr,  # [T, Hq, E], contiguous
     lse_ptr,  # float32 [T, Hq], contiguous
     tiles_ptr,  # int32 [tiles, 4]: first row, one past the last, first piece, one past the last
     pieces_ptr,  # int32 [pieces, 8]: first column, one past the last, –, –, four words of bits
@@ -186,6 +193,9 @@ def branch_forward_kernel(
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,  # head_dim is D0 + D1 columns, as in the tree kernel
     D1: tl.constexpr,
+    V_DIM: tl.constexpr,  # of V, in parts likewise
+    V0: tl.constexpr,
+    V1: tl.constexpr,
     ALIGN: tl.constexpr,  # a power of two that divides every stride, in elements
     BLOCK_M: tl.constexpr,  # tokens of a tile at most
     BLOCK_N: tl.constexpr,
@@ -201,13 +211,13 @@ def branch_forward_kernel(
     strides = (stride_q_row, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head)
     numbers = (q_head, num_q_heads, group, scale, softcap, window)
     poisoned = _forward_tile(
-        pointers, strides, numbers, 0, HEAD_DIM, D0, D1, ALIGN, BLOCK_M, BLOCK_N,
+        pointers, strides, numbers, 0, HEAD_DIM, D0, D1, V_DIM, V0, V1, ALIGN, BLOCK_M, BLOCK_N,
         HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST, False,
     )  # fmt: skip
     if poisoned:
         tl.debug_barrier()  # what was just written is written once more, by other threads
         for lane_begin in tl.range(0, tl.load(tile_ptr + 1) - tl.load(tile_ptr), GUARD, num_stages=1):
             _forward_tile(
-                pointers, strides, numbers, lane_begin, HEAD_DIM, D0, D1, ALIGN, GUARD, GUARD,
+                pointers, strides, numbers, lane_begin, HEAD_DIM, D0, D1, V_DIM, V0, V1, ALIGN, GUARD, GUARD,
                 HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST, True,
             )  # fmt: skip

@@ -21,6 +21,9 @@ def _dq_tile(
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -41,15 +44,19 @@ def _dq_tile(
     d0 = tl.arange(0, D0)
     q_at = tl.multiple_of(row.to(tl.int64) * stride_q_row + q_head.to(tl.int64) * stride_q_head, [ALIGN])
     at = row.to(tl.int64) * num_q_heads + q_head
-    g_at = at * HEAD_DIM  # the gradient is contiguous, and so is dq
     q0 = load_rows(q_ptr, q_at, d0, live, HEAD_DIM, D_PADDED and D1 == 0, UPCAST)
-    g0 = load_rows(grad_ptr, g_at, d0, live, HEAD_DIM, D_PADDED and D1 == 0, UPCAST)
     dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
     if D1 > 0:
         d1 = D0 + tl.arange(0, D1)
         q1 = load_rows(q_ptr, q_at, d1, live, HEAD_DIM, D_PADDED, UPCAST)
-        g1 = load_rows(grad_ptr, g_at, d1, live, HEAD_DIM, D_PADDED, UPCAST)
         dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    V_PADDED: tl.constexpr = V_DIM < V0 + V1
+    v_d0 = tl.arange(0, V0)
+    g_at = at * V_DIM  # the gradient is contiguous, and so is dq
+    g0 = load_rows(grad_ptr, g_at, v_d0, live, V_DIM, V_PADDED and V1 == 0, UPCAST)
+    if V1 > 0:
+        v_d1 = V0 + tl.arange(0, V1)
+        g1 = load_rows(grad_ptr, g_at, v_d1, live, V_DIM, V_PADDED, UPCAST)
     lse = tl.load(lse_ptr + at, mask=live, other=0.0)
     lse = tl.where(lse == float("-inf"), 0.0, lse)
     delta = tl.load(delta_ptr + at, mask=live, other=0.0)
@@ -70,13 +77,14 @@ def _dq_tile(
             k_at = tl.multiple_of(n.to(tl.int64) * stride_k_row, [ALIGN])
             v_at = tl.multiple_of(n.to(tl.int64) * stride_v_row, [ALIGN])
             k0 = load_rows(k_base, k_at, d0, keep, HEAD_DIM, D_PADDED and D1 == 0, UPCAST)
-            v0 = load_rows(v_base, v_at, d0, keep, HEAD_DIM, D_PADDED and D1 == 0, UPCAST)
+            v0 = load_rows(v_base, v_at, v_d0, keep, V_DIM, V_PADDED and V1 == 0, UPCAST)
             s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
             ds = tl.dot(g0, tl.trans(v0), input_precision="ieee")
             if D1 > 0:
                 k1 = load_rows(k_base, k_at, d1, keep, HEAD_DIM, D_PADDED, UPCAST)
-                v1 = load_rows(v_base, v_at, d1, keep, HEAD_DIM, D_PADDED, UPCAST)
                 s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
+            if V1 > 0:
+                v1 = load_rows(v_base, v_at, v_d1, keep, V_DIM, V_PADDED, UPCAST)
                 ds = tl.dot(g1, tl.trans(v1), ds, input_precision="ieee")
             s = s * scale
             ds = ds - delta[:, None]
@@ -93,10 +101,11 @@ def _dq_tile(
             if D1 > 0:
                 dq1 = add(dq1, ds, k1, visible, GUARDED)
 
-    store_rows(dq_ptr, g_at, d0, dq0 * scale, live, HEAD_DIM, D_PADDED and D1 == 0)
+    dq_at = at * HEAD_DIM
+    store_rows(dq_ptr, dq_at, d0, dq0 * scale, live, HEAD_DIM, D_PADDED and D1 == 0)
     poisoned = any_nan(dq0, live)
     if D1 > 0:
-        store_rows(dq_ptr, g_at, d1, dq1 * scale, live, HEAD_DIM, D_PADDED)
+        store_rows(dq_ptr, dq_at, d1, dq1 * scale, live, HEAD_DIM, D_PADDED)
         poisoned = poisoned | any_nan(dq1, live)
     return poisoned
 
@@ -109,7 +118,7 @@ def branch_dq_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    grad_ptr,  # [T, Hq, D], contiguous
+    grad_ptr,  # [T, Hq, E], contiguous
     dq_ptr,  # [T, Hq, D], contiguous
     lse_ptr,  # float32 [T, Hq], contiguous
     delta_ptr,  # float32 [T, Hq], contiguous: grad · out − grad_lse
@@ -130,6 +139,9 @@ def branch_dq_kernel(
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -143,14 +155,14 @@ def branch_dq_kernel(
     strides = (stride_q_row, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head)
     numbers = (q_head, num_q_heads, group, scale, softcap, window)
     poisoned = _dq_tile(
-        pointers, strides, numbers, 0, HEAD_DIM, D0, D1, ALIGN, BLOCK_M, BLOCK_N,
+        pointers, strides, numbers, 0, HEAD_DIM, D0, D1, V_DIM, V0, V1, ALIGN, BLOCK_M, BLOCK_N,
         HAS_SOFTCAP, HAS_WINDOW, UPCAST, False,
     )  # fmt: skip
     if poisoned:
         tl.debug_barrier()  # what was just written is written once more, by other threads
         for lane_begin in tl.range(0, tl.load(tile_ptr + 1) - tl.load(tile_ptr), GUARD, num_stages=1):
             _dq_tile(
-                pointers, strides, numbers, lane_begin, HEAD_DIM, D0, D1, ALIGN, GUARD, GUARD,
+                pointers, strides, numbers, lane_begin, HEAD_DIM, D0, D1, V_DIM, V0, V1, ALIGN, GUARD, GUARD,
                 HAS_SOFTCAP, HAS_WINDOW, UPCAST, True,
             )  # fmt: skip
 
@@ -164,6 +176,9 @@ def _dkdv_tile(
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -185,15 +200,19 @@ def _dkdv_tile(
     k_at = tl.multiple_of(col.to(tl.int64) * stride_k_row + kv_head.to(tl.int64) * stride_k_head, [ALIGN])
     v_at = tl.multiple_of(col.to(tl.int64) * stride_v_row + kv_head.to(tl.int64) * stride_v_head, [ALIGN])
     k0 = load_rows(k_ptr, k_at, d0, live, HEAD_DIM, D_PADDED and D1 == 0, UPCAST)
-    v0 = load_rows(v_ptr, v_at, d0, live, HEAD_DIM, D_PADDED and D1 == 0, UPCAST)
     dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
-    dv0 = tl.zeros([BLOCK_N, D0], tl.float32)
     if D1 > 0:
         d1 = D0 + tl.arange(0, D1)
         k1 = load_rows(k_ptr, k_at, d1, live, HEAD_DIM, D_PADDED, UPCAST)
-        v1 = load_rows(v_ptr, v_at, d1, live, HEAD_DIM, D_PADDED, UPCAST)
         dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
-        dv1 = tl.zeros([BLOCK_N, D1], tl.float32)
+    V_PADDED: tl.constexpr = V_DIM < V0 + V1
+    v_d0 = tl.arange(0, V0)
+    v0 = load_rows(v_ptr, v_at, v_d0, live, V_DIM, V_PADDED and V1 == 0, UPCAST)
+    dv0 = tl.zeros([BLOCK_N, V0], tl.float32)
+    if V1 > 0:
+        v_d1 = V0 + tl.arange(0, V1)
+        v1 = load_rows(v_ptr, v_at, v_d1, live, V_DIM, V_PADDED, UPCAST)
+        dv1 = tl.zeros([BLOCK_N, V1], tl.float32)
     if HAS_WINDOW:
         col_pos = tl.load(positions_ptr + col, mask=live, other=0)
         high = tl.max(tl.where(live, col_pos, -2147483647), axis=0) + window
@@ -212,7 +231,7 @@ def _dkdv_tile(
             keep = m < end
             q_at = tl.multiple_of(m.to(tl.int64) * stride_q_row, [ALIGN])
             at = m.to(tl.int64) * num_kv_heads * group + q_head
-            g_at = at * HEAD_DIM  # the gradient is contiguous
+            g_at = at * V_DIM  # the gradient is contiguous
             lse = tl.load(lse_ptr + at, mask=keep, other=0.0)
             lse = tl.where(lse == float("-inf"), 0.0, lse)
             q0 = load_rows(q_base, q_at, d0, keep, HEAD_DIM, D_PADDED and D1 == 0, UPCAST)
@@ -229,12 +248,12 @@ def _dkdv_tile(
                 pos = tl.load(positions_ptr + m, mask=keep, other=0)
                 visible = visible & (pos[None, :] - col_pos[:, None] < window)
             w = tl.where(visible, tl.exp(s - lse[None, :]), 0.0)
-            g0 = load_rows(grad_ptr, g_at, d0, keep, HEAD_DIM, D_PADDED and D1 == 0, UPCAST)
+            g0 = load_rows(grad_ptr, g_at, v_d0, keep, V_DIM, V_PADDED and V1 == 0, UPCAST)
             w_in = w.to(g0.dtype)
             dv0 = add(dv0, w_in, g0, visible, GUARDED)
             ds = tl.dot(v0, tl.trans(g0), input_precision="ieee")
-            if D1 > 0:
-                g1 = load_rows(grad_ptr, g_at, d1, keep, HEAD_DIM, D_PADDED, UPCAST)
+            if V1 > 0:
+                g1 = load_rows(grad_ptr, g_at, v_d1, keep, V_DIM, V_PADDED, UPCAST)
                 dv1 = add(dv1, w_in, g1, visible, GUARDED)
                 ds = tl.dot(v1, tl.trans(g1), ds, input_precision="ieee")
             delta = tl.load(delta_ptr + at, mask=keep, other=0.0)
@@ -246,14 +265,16 @@ def _dkdv_tile(
             if D1 > 0:
                 dk1 = add(dk1, ds, q1, visible, GUARDED)
 
-    out_at = (col.to(tl.int64) * num_kv_heads + kv_head) * HEAD_DIM  # dk and dv are contiguous
-    store_rows(dk_ptr, out_at, d0, dk0 * scale, live, HEAD_DIM, D_PADDED and D1 == 0)
-    store_rows(dv_ptr, out_at, d0, dv0, live, HEAD_DIM, D_PADDED and D1 == 0)
+    of_col = col.to(tl.int64) * num_kv_heads + kv_head  # dk and dv are contiguous
+    store_rows(dk_ptr, of_col * HEAD_DIM, d0, dk0 * scale, live, HEAD_DIM, D_PADDED and D1 == 0)
+    store_rows(dv_ptr, of_col * V_DIM, v_d0, dv0, live, V_DIM, V_PADDED and V1 == 0)
     poisoned = any_nan(dk0, live) | any_nan(dv0, live)
     if D1 > 0:
-        store_rows(dk_ptr, out_at, d1, dk1 * scale, live, HEAD_DIM, D_PADDED)
-        store_rows(dv_ptr, out_at, d1, dv1, live, HEAD_DIM, D_PADDED)
-        poisoned = poisoned | any_nan(dk1, live) | any_nan(dv1, live)
+        store_rows(dk_ptr, of_col * HEAD_DIM, d1, dk1 * scale, live, HEAD_DIM, D_PADDED)
+        poisoned = poisoned | any_nan(dk1, live)
+    if V1 > 0:
+        store_rows(dv_ptr, of_col * V_DIM, v_d1, dv1, live, V_DIM, V_PADDED)
+        poisoned = poisoned | any_nan(dv1, live)
     return poisoned
 
 
@@ -265,9 +286,9 @@ def branch_dkdv_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    grad_ptr,  # [T, Hq, D], contiguous
+    grad_ptr,  # [T, Hq, E], contiguous
     dk_ptr,  # [T, Hkv, D], contiguous
-    dv_ptr,  # likewise
+    dv_ptr,  # [T, Hkv, E], contiguous
     lse_ptr,
     delta_ptr,
     tiles_ptr,  # int32 [tiles, 4]: of columns
@@ -287,6 +308,9 @@ def branch_dkdv_kernel(
     HEAD_DIM: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,  # rows a step
     BLOCK_N: tl.constexpr,  # columns of a tile at most
@@ -302,13 +326,13 @@ def branch_dkdv_kernel(
     strides = (stride_q_row, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head)
     numbers = (kv_head, num_kv_heads, group, scale, softcap, window)
     poisoned = _dkdv_tile(
-        pointers, strides, numbers, 0, HEAD_DIM, D0, D1, ALIGN, BLOCK_M, BLOCK_N,
+        pointers, strides, numbers, 0, HEAD_DIM, D0, D1, V_DIM, V0, V1, ALIGN, BLOCK_M, BLOCK_N,
         HAS_SOFTCAP, HAS_WINDOW, UPCAST, False,
     )  # fmt: skip
     if poisoned:
         tl.debug_barrier()  # what was just written is written once more, by other threads
         for lane_begin in tl.range(0, tl.load(tile_ptr + 1) - tl.load(tile_ptr), GUARD, num_stages=1):
             _dkdv_tile(
-                pointers, strides, numbers, lane_begin, HEAD_DIM, D0, D1, ALIGN, GUARD, GUARD,
+                pointers, strides, numbers, lane_begin, HEAD_DIM, D0, D1, V_DIM, V0, V1, ALIGN, GUARD, GUARD,
                 HAS_SOFTCAP, HAS_WINDOW, UPCAST, True,
             )  # fmt: skip

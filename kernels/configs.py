@@ -85,6 +85,9 @@ _LARGE: dict[tuple[int, int], Config] = {
     (128, 4): Config(32, 16, 3, 16, 3, 8),
     (192, 4): Config(32, 16, 3, 16, 3, 8),
     (256, 4): Config(32, 16, 3, 16, 3, 8),
+    # Latents of MLA, of which 512 columns are V as well: one load serves both, so a stage is half of what it is above.
+    (576, 2): Config(64, 32, 2, 32, 3, 8),
+    (576, 4): Config(16, 16, 2, 16, 2, 8),
 }
 # sm_80 multiplies out of registers (mma.sync) where later ones do out of shared memory: wide tiles take smaller blocks.
 _SM80 = _LARGE | {
@@ -107,7 +110,7 @@ def attention_config(head_dim: int, itemsize: int, arch: int) -> Config:
     """The configuration for one kernel variant.
 
     Args:
-        head_dim: 1 to 256.
+        head_dim: 1 to 576, the larger of K's and V's.
         itemsize: bytes of an element of q, k and v: 2 or 4.
         arch: compute capability as an integer, 90 for sm_90; ``AMD`` for a GPU of theirs.
     """
@@ -118,7 +121,9 @@ def attention_config(head_dim: int, itemsize: int, arch: int) -> Config:
 
 
 def _head_dim_class(head_dim: int) -> int:
-    """64, 128 or 256; 96 and 192 stand for two column parts."""
+    """64, 128 or 256; 96 and 192 stand for two column parts; 576 for all beyond."""
+    if head_dim > 256:
+        return 576
     d0, d1 = column_split(head_dim)
     widest = 256 if d0 + d1 > 128 else 128 if d0 + d1 > 64 else 64
     return {256: 192, 128: 96}[widest] if d1 else widest

@@ -66,6 +66,15 @@ def _bytes(pages: torch.Tensor) -> torch.Tensor:
     return pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
 
 
+def _v_in_k(k_pages: torch.Tensor, v_pages: torch.Tensor, kv_scales: Any) -> bool:
+    """Whether V's pages are the first columns of K's, under the same factors."""
+    if k_pages.data_ptr() != v_pages.data_ptr() or k_pages.stride() != v_pages.stride():
+        return False
+    return kv_scales is None or (
+        kv_scales[0].data_ptr() == kv_scales[1].data_ptr() and kv_scales[0].stride() == kv_scales[1].stride()
+    )
+
+
 def attention(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -83,7 +92,9 @@ def attention(
 
     Args:
         q: [queries, Hq, D]; the last stride 1.
-        k_pages, v_pages: [pages, page_size, Hkv, D]; any strides, the last 1.
+        k_pages: [pages, page_size, Hkv, D]; any strides, the last 1.
+        v_pages: [pages, page_size, Hkv, E], likewise. Where they are a view of the first of k_pages' columns, and E is what
+            the kernel takes of K at once (`column_split`), they are read once for both.
         arrays: PlanArrays for this group (docs/kernel_contract.md). With a ``counts`` tensor (int32 on the device:
             num_items, num_partials, num_merge) its host ints are capacities and the true numbers are read on the
             device, which is what a captured graph needs.
@@ -91,26 +102,26 @@ def attention(
         num_rows: rows of the output, by default as many as queries; fewer where a row is several queries.
 
     Returns:
-        out [rows, Hq, D] in q's dtype and lse [rows, Hq] float32, natural log.
+        out [rows, Hq, E] in q's dtype and lse [rows, Hq] float32, natural log.
     """
     queries, num_q_heads, head_dim = q.shape
     rows = queries if num_rows is None else num_rows
-    page_size, num_kv_heads = k_pages.shape[1], k_pages.shape[2]
+    page_size, num_kv_heads, v_dim = k_pages.shape[1], k_pages.shape[2], v_pages.shape[3]
     group = num_q_heads // num_kv_heads
     # The interpreter rounds bfloat16 stores toward zero; there PyTorch rounds the output instead.
     upcast = INTERPRETED and q.dtype == torch.bfloat16
     out_dtype = torch.float32 if upcast else q.dtype
-    out = torch.empty((rows, num_q_heads, head_dim), dtype=out_dtype, device=q.device)
+    out = torch.empty((rows, num_q_heads, v_dim), dtype=out_dtype, device=q.device)
     lse = torch.empty((rows, num_q_heads), dtype=torch.float32, device=q.device)
-    part_acc = torch.empty((arrays.num_partials, num_q_heads, head_dim), dtype=torch.float32, device=q.device)
+    part_acc = torch.empty((arrays.num_partials, num_q_heads, v_dim), dtype=torch.float32, device=q.device)
     part_ml = torch.empty((arrays.num_partials, num_q_heads, 2), dtype=torch.float32, device=q.device)
     counts = getattr(arrays, "counts", None)
     k_scales, v_scales = (lse, lse) if kv_scales is None else kv_scales
     scale_strides = (0,) * 6 if kv_scales is None else (*k_scales.stride(), *v_scales.stride())
 
     with _on(q.device):
-        d0, d1 = column_split(head_dim)
-        config = attention_config(head_dim, q.element_size(), device_traits(q.device).arch)
+        (d0, d1), (v0, v1) = column_split(head_dim), column_split(v_dim)
+        config = attention_config(max(head_dim, v_dim), q.element_size(), device_traits(q.device).arch)
         if arrays.num_items:
             # tile_rows is what the TileConfig allows; a small batch has fewer rows, and needs fewer tiles per item.
             tiles = triton.cdiv(min(arrays.tile_rows, queries) * group, config.wide)
@@ -124,7 +135,8 @@ def attention(
                 k_pages.stride(0), k_pages.stride(1), k_pages.stride(2),
                 v_pages.stride(0), v_pages.stride(1), v_pages.stride(2),
                 *scale_strides,
-                GROUP=group, HEAD_DIM=head_dim, D0=d0, D1=d1, PAGE_SIZE=page_size,
+                GROUP=group, HEAD_DIM=head_dim, D0=d0, D1=d1, V_DIM=v_dim, V0=v0, V1=v1,
+                V_IN_K=v_dim == v0 == d0 and _v_in_k(k_pages, v_pages, kv_scales), PAGE_SIZE=page_size,
                 Q_ALIGN=stride_alignment(q), KV_ALIGN=stride_alignment(k_pages, v_pages),
                 WIDE=config.wide, WIDE_N=config.wide_n, WIDE_STAGES=config.wide_stages,
                 NARROW_N=config.narrow_n, NARROW_STAGES=config.narrow_stages,
@@ -137,7 +149,7 @@ def attention(
                 part_acc, part_ml, arrays.merge_rows, arrays.merge_ptr, out, lse,
                 lse if sinks is None else sinks, arrays.items if counts is None else counts,
                 arrays.num_merge, num_q_heads,
-                HEAD_DIM=head_dim, BLOCK_D=next_power_of_two(head_dim), BLOCK_P=MERGE_BLOCK,
+                HEAD_DIM=v_dim, BLOCK_D=next_power_of_two(v_dim), BLOCK_P=MERGE_BLOCK,
                 HAS_SINKS=sinks is not None, HAS_COUNTS=counts is not None, num_warps=4, num_stages=2,
             )  # fmt: skip
     return out.to(q.dtype), lse
@@ -145,19 +157,23 @@ def attention(
 
 def write_kv(
     k: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | None,
     k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
+    v_pages: torch.Tensor | None,
     slots: torch.Tensor,
     kv_scales: Any = None,
 ) -> None:
-    """k, v [rows, Hkv, D] into slots [rows] (int32, on the device; negative: skipped) of the pages, in place;
-    quantised, with their factors, where there are ``kv_scales``."""
+    """k [rows, Hkv, D], v [rows, Hkv, E] into slots [rows] (int32, on the device; negative: skipped) of the pages, in
+    place; quantised, with their factors, where there are ``kv_scales``. v and v_pages None: K alone."""
     rows, num_kv_heads, head_dim = k.shape
     if rows == 0:
         return
-    block_d = next_power_of_two(head_dim)
-    block_h = min(next_power_of_two(num_kv_heads), max(1, 1024 // block_d))
+    has_v = v is not None
+    if v is None or v_pages is None:
+        v, v_pages = k, k_pages
+    v_dim = v.shape[2] if has_v else 0
+    block_d, block_v = next_power_of_two(head_dim), next_power_of_two(v.shape[2])
+    block_h = min(next_power_of_two(num_kv_heads), max(1, 1024 // max(block_d, block_v)))
     if kv_scales is not None:
         stored, largest = STORED[k_pages.dtype]
         k_scales, v_scales = kv_scales
@@ -168,8 +184,8 @@ def write_kv(
                 k_pages.stride(0), k_pages.stride(1), k_pages.stride(2),
                 v_pages.stride(0), v_pages.stride(1), v_pages.stride(2),
                 *k_scales.stride(), *v_scales.stride(),
-                LARGEST=largest, STORED=stored, PAGE_SIZE=k_pages.shape[1], HEAD_DIM=head_dim,
-                BLOCK_D=block_d, BLOCK_H=block_h, num_warps=4,
+                LARGEST=largest, STORED=stored, PAGE_SIZE=k_pages.shape[1], HEAD_DIM=head_dim, V_DIM=v_dim,
+                BLOCK_D=block_d, BLOCK_V=block_v, BLOCK_H=block_h, num_warps=4,
             )  # fmt: skip
         return
     with _on(k.device):
@@ -178,8 +194,8 @@ def write_kv(
             k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             k_pages.stride(0), k_pages.stride(1), k_pages.stride(2),
             v_pages.stride(0), v_pages.stride(1), v_pages.stride(2),
-            PAGE_SIZE=k_pages.shape[1], HEAD_DIM=head_dim, ALIGN=stride_alignment(k, v, k_pages, v_pages),
-            BLOCK_D=block_d, BLOCK_H=block_h, num_warps=4,
+            PAGE_SIZE=k_pages.shape[1], HEAD_DIM=head_dim, V_DIM=v_dim, ALIGN=stride_alignment(k, v, k_pages, v_pages),
+            BLOCK_D=block_d, BLOCK_V=block_v, BLOCK_H=block_h, num_warps=4,
         )  # fmt: skip
 
 

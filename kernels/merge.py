@@ -11,17 +11,17 @@ import triton.language as tl
     do_not_specialize_on_alignment=["merge_rows_ptr", "merge_ptr_ptr", "lse_ptr", "sinks_ptr", "counts_ptr"],
 )
 def merge_kernel(
-    part_acc_ptr,  # float32 [partials, Hq, D], contiguous
+    part_acc_ptr,  # float32 [partials, Hq, E], contiguous
     part_ml_ptr,  # float32 [partials, Hq, 2], contiguous: m, l
     merge_rows_ptr,  # int32 [num_merge]
     merge_ptr_ptr,  # int32 [num_merge + 1]
-    out_ptr,  # [rows, Hq, D], contiguous
+    out_ptr,  # [rows, Hq, E], contiguous
     lse_ptr,  # float32 [rows, Hq], contiguous
     sinks_ptr,  # [Hq], read when HAS_SINKS
     counts_ptr,  # int32 [>= 3], counts[2] = num_merge, read when HAS_COUNTS
     num_merge,
     num_q_heads,
-    HEAD_DIM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,  # E, of V
     BLOCK_D: tl.constexpr,  # head_dim rounded up to a power of two
     BLOCK_P: tl.constexpr,  # partials at once: a long chain has hundreds, and a serial walk would wait for each
     HAS_SINKS: tl.constexpr,

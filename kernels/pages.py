@@ -26,9 +26,9 @@ SCALE_STRIDES = ["stride_scale_plane", "stride_scale_page", "stride_scale_head"]
 @triton.jit(do_not_specialize=["num_kv_heads", *WRITE_STRIDES], do_not_specialize_on_alignment=["slots_ptr"])
 def write_kv_kernel(
     k_ptr,  # [rows, Hkv, D]
-    v_ptr,  # [rows, Hkv, D]
+    v_ptr,  # [rows, Hkv, E]
     k_pages_ptr,  # [pages, PAGE_SIZE, Hkv, D], any strides, the last 1
-    v_pages_ptr,  # like k_pages
+    v_pages_ptr,  # [pages, PAGE_SIZE, Hkv, E], likewise
     slots_ptr,  # int32 [rows]; a negative slot writes nothing (rows that only fill up a captured graph)
     num_kv_heads,
     stride_k_row,
@@ -43,8 +43,10 @@ def write_kv_kernel(
     stride_vp_head,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,  # of V; 0: K alone is written
     ALIGN: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """One program a (row, block of heads): K and V in the same launch. Values are moved, never computed with."""
@@ -54,18 +56,23 @@ def write_kv_kernel(
         return
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
-    keep = (h < num_kv_heads)[:, None] & (d < HEAD_DIM)[None, :]
+    real = h < num_kv_heads
+    keep = real[:, None] & (d < HEAD_DIM)[None, :]
     h = h.to(tl.int64)
     page = (slot // PAGE_SIZE).to(tl.int64)
     offset = (slot % PAGE_SIZE).to(tl.int64)
     k_at = tl.multiple_of(row * stride_k_row + h * stride_k_head, [ALIGN])
-    v_at = tl.multiple_of(row * stride_v_row + h * stride_v_head, [ALIGN])
     k = tl.load(k_ptr + k_at[:, None] + d[None, :], mask=keep)
-    v = tl.load(v_ptr + v_at[:, None] + d[None, :], mask=keep)
+    if V_DIM > 0:  # both are on their way before either is stored
+        v_d = tl.arange(0, BLOCK_V)
+        v_keep = real[:, None] & (v_d < V_DIM)[None, :]
+        v_at = tl.multiple_of(row * stride_v_row + h * stride_v_head, [ALIGN])
+        v = tl.load(v_ptr + v_at[:, None] + v_d[None, :], mask=v_keep)
     k_to = tl.multiple_of(page * stride_kp_page + offset * stride_kp_slot + h * stride_kp_head, [ALIGN])
-    v_to = tl.multiple_of(page * stride_vp_page + offset * stride_vp_slot + h * stride_vp_head, [ALIGN])
     tl.store(k_pages_ptr + k_to[:, None] + d[None, :], k, mask=keep)
-    tl.store(v_pages_ptr + v_to[:, None] + d[None, :], v, mask=keep)
+    if V_DIM > 0:
+        v_to = tl.multiple_of(page * stride_vp_page + offset * stride_vp_slot + h * stride_vp_head, [ALIGN])
+        tl.store(v_pages_ptr + v_to[:, None] + v_d[None, :], v, mask=v_keep)
 
 
 @triton.jit(

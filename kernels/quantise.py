@@ -69,9 +69,9 @@ def _quantised(x, LARGEST: tl.constexpr, STORED: tl.constexpr):
 )
 def quantise_kv_kernel(
     k_ptr,  # [rows, Hkv, D]
-    v_ptr,  # [rows, Hkv, D]
+    v_ptr,  # [rows, Hkv, E]
     k_pages_ptr,  # int8 or uint8 [pages, PAGE_SIZE, Hkv, D], any strides, the last 1
-    v_pages_ptr,  # like k_pages
+    v_pages_ptr,  # likewise [pages, PAGE_SIZE, Hkv, E]
     k_scales_ptr,  # float32 [pages, PAGE_SIZE, Hkv], any strides
     v_scales_ptr,  # like k_scales
     slots_ptr,  # int32 [rows]; a negative slot writes nothing (rows that only fill up a captured graph)
@@ -96,7 +96,9 @@ def quantise_kv_kernel(
     STORED: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,  # of V; 0: K alone is written
     BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """One program a (row, block of heads): K and V in the same launch."""
@@ -112,14 +114,18 @@ def quantise_kv_kernel(
     page = (slot // PAGE_SIZE).to(tl.int64)
     offset = (slot % PAGE_SIZE).to(tl.int64)
     k_at = (row * stride_k_row + h * stride_k_head)[:, None] + d[None, :]
-    v_at = (row * stride_v_row + h * stride_v_head)[:, None] + d[None, :]
     k = tl.load(k_ptr + k_at, mask=keep, other=0.0).to(tl.float32)
-    v = tl.load(v_ptr + v_at, mask=keep, other=0.0).to(tl.float32)
+    if V_DIM > 0:
+        v_d = tl.arange(0, BLOCK_V)
+        v_keep = real[:, None] & (v_d < V_DIM)[None, :]
+        v_at = (row * stride_v_row + h * stride_v_head)[:, None] + v_d[None, :]
+        v = tl.load(v_ptr + v_at, mask=v_keep, other=0.0).to(tl.float32)
     k_kept, k_scale = _quantised(k, LARGEST, STORED)
-    v_kept, v_scale = _quantised(v, LARGEST, STORED)
     k_to = (page * stride_kp_page + offset * stride_kp_slot + h * stride_kp_head)[:, None] + d[None, :]
-    v_to = (page * stride_vp_page + offset * stride_vp_slot + h * stride_vp_head)[:, None] + d[None, :]
     tl.store(k_pages_ptr + k_to, k_kept, mask=keep)
-    tl.store(v_pages_ptr + v_to, v_kept, mask=keep)
     tl.store(k_scales_ptr + page * stride_ks_page + offset * stride_ks_slot + h * stride_ks_head, k_scale, mask=real)
-    tl.store(v_scales_ptr + page * stride_vs_page + offset * stride_vs_slot + h * stride_vs_head, v_scale, mask=real)
+    if V_DIM > 0:
+        v_kept, v_scale = _quantised(v, LARGEST, STORED)
+        v_to = (page * stride_vp_page + offset * stride_vp_slot + h * stride_vp_head)[:, None] + v_d[None, :]
+        tl.store(v_pages_ptr + v_to, v_kept, mask=v_keep)
+        tl.store(v_scales_ptr + page * stride_vs_page + offset * stride_vs_slot + h * stride_vs_head, v_scale, mask=real)

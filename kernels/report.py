@@ -100,7 +100,8 @@ def markdown(rows: list[dict[str, Any]], versions: str) -> str:
     ]
     table: dict[tuple[Any, ...], dict[int, str]] = {}
     for row in rows:
-        key = (row["kernel"], row["dtype"], row["head_dim"], "yes" if row["options"] else "")
+        dims = f"{row['head_dim']} (V: {row['v_head_dim']})" if row.get("v_head_dim") else row["head_dim"]
+        key = (row["kernel"], row["dtype"], dims, "yes" if row["options"] else "")
         if "error" in row:
             cell = "**failed**"
         else:

@@ -49,6 +49,7 @@ __all__ = [
 COMPLETE = (80, 90, 100)
 ARCHS = (*COMPLETE, 86, 89, 120, "gfx942", "gfx950")
 HEAD_DIMS = (32, 40, 64, 72, 80, 96, 128, 192, 256)  # 40 and 72: no multiples of 16
+SPLIT_HEAD_DIMS = ((192, 128), (576, 512))  # of K and V: DeepSeek's models, expanded and as latents
 BRANCH_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 192, 256)  # 112: two parts of 64, the widest of its class
 FP32_HEAD_DIMS = (64, 96, 128, 192, 256)  # one of each class (configs.py)
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -86,14 +87,27 @@ class Variant:
     head_dim: int
     options: bool = False  # attention, branch_…: softcap, window, sinks, device counts on; merge: sinks and counts on
     kept: str = ""  # attention, write_kv, copy_pages: "int8" or "fp8" pages; else K and V as they are
+    v_head_dim: int = 0  # of V, where it is another; beside a head_dim above 256 V is a part of K (latents of MLA)
 
     def __str__(self) -> str:
         arch = self.arch if isinstance(self.arch, str) else f"sm{self.arch}"
         return "-".join(
-            [self.kernel, arch, self.dtype, f"d{self.head_dim}"]
+            [self.kernel, arch, self.dtype, f"d{self.head_dim}" + f".{self.v_head_dim}" * bool(self.v_head_dim)]
             + ["options"] * self.options
             + [self.kept] * bool(self.kept)
         )
+
+    @property
+    def v_dim(self) -> int:
+        return self.v_head_dim or self.head_dim
+
+    @property
+    def widest(self) -> int:
+        return max(self.head_dim, self.v_dim)
+
+    @property
+    def latent(self) -> bool:
+        return self.head_dim > 256
 
     @property
     def capability(self) -> int:
@@ -127,10 +141,16 @@ def complete_variants(arch: int | str) -> list[Variant]:
     found += [Variant("attention", arch, "bf16", head_dim) for head_dim in (64, 128)]
     found += [Variant("attention", arch, "fp16", 128, True)]
     found += [Variant("attention", arch, "fp32", head_dim, True) for head_dim in FP32_HEAD_DIMS]
+    found += split_variants(arch)
     for head_dim in (72, 128):
         found += [Variant("merge", arch, "bf16", head_dim, True)]
         found += [Variant(name, arch, "bf16", head_dim) for name in ("write_kv", "copy_pages")]
     return found + branch_variants(arch)
+
+
+def split_variants(arch: int | str) -> list[Variant]:
+    """Head dims of K and V that differ."""
+    return [Variant("attention", arch, "bf16", k, True, v_head_dim=v) for k, v in SPLIT_HEAD_DIMS]
 
 
 def branch_variants(arch: int | str) -> list[Variant]:
@@ -139,6 +159,7 @@ def branch_variants(arch: int | str) -> list[Variant]:
     for kernel in (f"branch_{name}" for name in BRANCH):
         found += [Variant(kernel, arch, "bf16", head_dim, True) for head_dim in BRANCH_HEAD_DIMS]
         found += [Variant(kernel, arch, "bf16", 128), Variant(kernel, arch, "fp16", 128, True)]
+        found += [Variant(kernel, arch, "bf16", 192, True, v_head_dim=128)]
         found += [Variant(kernel, arch, "fp32", head_dim, True) for head_dim in FP32_HEAD_DIMS]
     return found
 
@@ -146,7 +167,7 @@ def branch_variants(arch: int | str) -> list[Variant]:
 def sampled_variants(arch: int | str) -> list[Variant]:
     """A sample: every kernel but those without arithmetic, in bfloat16."""
     found = [Variant("attention", arch, "bf16", head_dim, True) for head_dim in (64, 72, 128, 256)]
-    found += [Variant("attention", arch, "fp32", 128, True)]
+    found += [Variant("attention", arch, "fp32", 128, True), *split_variants(arch)]
     return found + [Variant(f"branch_{kernel}", arch, "bf16", 128, True) for kernel in BRANCH]
 
 
@@ -160,6 +181,7 @@ def representative_variants(arch: int | str) -> list[Variant]:
         found += [
             Variant("attention", arch, "bf16", 72, True),
             Variant("attention", arch, "fp32", 96, True),
+            Variant("attention", arch, "bf16", 576, True, v_head_dim=512),
             Variant("write_kv", arch, "bf16", 72),
             Variant("merge", arch, "bf16", 128, True),
             Variant("copy_pages", arch, "bf16", 72),
@@ -175,11 +197,11 @@ def _alignment(head_dim: int) -> int:
 
 
 def _attention(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    d0, d1 = column_split(v.head_dim)
-    config = attention_config(v.head_dim, DTYPES[v.dtype], v.capability)
+    (d0, d1), (v0, v1) = column_split(v.head_dim), column_split(v.v_dim)
+    config = attention_config(v.widest, DTYPES[v.dtype], v.capability)
     constants = dict(
-        GROUP=4, HEAD_DIM=v.head_dim, D0=d0, D1=d1, PAGE_SIZE=16,
-        Q_ALIGN=_alignment(v.head_dim), KV_ALIGN=_alignment(v.head_dim),
+        GROUP=4, HEAD_DIM=v.head_dim, D0=d0, D1=d1, V_DIM=v.v_dim, V0=v0, V1=v1, V_IN_K=v.latent and v.v_dim == d0,
+        PAGE_SIZE=16, Q_ALIGN=_alignment(v.head_dim), KV_ALIGN=min(_alignment(v.head_dim), _alignment(v.v_dim)),
         WIDE=config.wide, WIDE_N=config.wide_n, WIDE_STAGES=config.wide_stages,
         NARROW_N=config.narrow_n, NARROW_STAGES=config.narrow_stages,
         HAS_SOFTCAP=v.options, HAS_WINDOW=v.options, HAS_SINKS=v.options, HAS_COUNTS=v.options, UPCAST=False,
@@ -190,23 +212,25 @@ def _attention(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
 
 def _merge(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
     constants = dict(
-        HEAD_DIM=v.head_dim, BLOCK_D=next_power_of_two(v.head_dim), BLOCK_P=launch.MERGE_BLOCK,
+        HEAD_DIM=v.v_dim, BLOCK_D=next_power_of_two(v.v_dim), BLOCK_P=launch.MERGE_BLOCK,
         HAS_SINKS=v.options, HAS_COUNTS=v.options,
     )  # fmt: skip
     return merge_kernel, constants, dict(num_warps=4, num_stages=2)
 
 
 def _write_kv(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    block_d = next_power_of_two(v.head_dim)
-    block_h = min(8, max(1, 1024 // block_d))
+    v_dim = 0 if v.latent else v.v_dim
+    block_d, block_v = next_power_of_two(v.head_dim), next_power_of_two(v_dim or v.head_dim)
+    block_h = min(8, max(1, 1024 // max(block_d, block_v)))
     if v.kept:
         constants = dict(
             LARGEST=dict(launch.STORED.values())[KEPT[v.kept]], STORED=KEPT[v.kept], PAGE_SIZE=16, HEAD_DIM=v.head_dim,
-            BLOCK_D=block_d, BLOCK_H=block_h,
+            V_DIM=v_dim, BLOCK_D=block_d, BLOCK_V=block_v, BLOCK_H=block_h,
         )  # fmt: skip
         return quantise_kv_kernel, constants, dict(num_warps=4)
     constants = dict(
-        PAGE_SIZE=16, HEAD_DIM=v.head_dim, ALIGN=_alignment(v.head_dim), BLOCK_D=block_d, BLOCK_H=block_h
+        PAGE_SIZE=16, HEAD_DIM=v.head_dim, V_DIM=v_dim, ALIGN=min(_alignment(v.head_dim), _alignment(v.v_dim)),
+        BLOCK_D=block_d, BLOCK_V=block_v, BLOCK_H=block_h,
     )  # fmt: skip
     return write_kv_kernel, constants, dict(num_warps=4)
 
@@ -225,10 +249,11 @@ BRANCH = {"forward": branch_forward_kernel, "dq": branch_dq_kernel, "dkdv": bran
 
 def _branch(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
     name = v.kernel.removeprefix("branch_")
-    d0, d1 = column_split(v.head_dim)
-    config = branch_config(name, v.head_dim, DTYPES[v.dtype], v.capability)
+    (d0, d1), (v0, v1) = column_split(v.head_dim), column_split(v.v_dim)
+    config = branch_config(name, v.widest, DTYPES[v.dtype], v.capability)
     constants = dict(
-        HEAD_DIM=v.head_dim, D0=d0, D1=d1, ALIGN=_alignment(v.head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        HEAD_DIM=v.head_dim, D0=d0, D1=d1, V_DIM=v.v_dim, V0=v0, V1=v1,
+        ALIGN=min(_alignment(v.head_dim), _alignment(v.v_dim)), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         HAS_SOFTCAP=v.options, HAS_WINDOW=v.options, UPCAST=False,
     )  # fmt: skip
     if name == "forward":

@@ -9,10 +9,10 @@ namespace {
 
 const Kernels& other() { return ANABRANCH_NAMED(kernels_, ANABRANCH_BASE)(); }
 
-size_t scratch_bytes(int packed_rows, int head_dim, int heads) {
+size_t scratch_bytes(int packed_rows, int head_dim, int v_dim, int heads) {
   size_t bytes;
-  AmxScratch(nullptr, packed_rows, head_dim, &bytes);
-  const size_t others = other().scratch_bytes(packed_rows, head_dim, heads);
+  AmxScratch(nullptr, packed_rows, head_dim, v_dim, &bytes);
+  const size_t others = other().scratch_bytes(packed_rows, head_dim, v_dim, heads);
   return bytes > others ? bytes : others;
 }
 

@@ -29,19 +29,20 @@ struct Span {
 };
 
 struct AmxScratch {
-  int rows, dv;  // padded: rows to SIDE, D to DEPTH
+  int rows, dk, dv;  // padded: rows to SIDE, the head_dims of K and of V to DEPTH
   pair* q;       // panels [D / 2][PANEL rows], the last one perhaps of SIDE rows
   pair *v, *p;   // registers [D / SIDE][BLOCKS], [PANEL / SIDE][BLOCKS]
   float *s, *o, *m, *l, *alpha;
   int32_t *limit, *position;
-  bf16 *copies, *zeros;  // of rows that have no data, [2 · SPAN, dv]; [dv]
+  bf16 *k_copies, *v_copies, *zeros;  // of rows that have no data, [SPAN, dk], [SPAN, dv]; as many as either
   Span *here, *next;
 
-  AmxScratch(void* base, int packed, int d, size_t* bytes = nullptr) {
+  AmxScratch(void* base, int packed, int d, int v_dim, size_t* bytes = nullptr) {
     Scratch take(base);
     rows = round_up(packed, SIDE);
-    dv = round_up(d, DEPTH);
-    q = take.take<pair>(size_t(rows) * dv / 2);
+    dk = round_up(d, DEPTH);
+    dv = round_up(v_dim, DEPTH);
+    q = take.take<pair>(size_t(rows) * dk / 2);
     v = take.take<pair>(size_t(SPAN) * dv / 2);
     p = take.take<pair>(size_t(SPAN) * PANEL / 2);
     o = take.take<float>(size_t(rows) * dv);
@@ -51,8 +52,9 @@ struct AmxScratch {
     alpha = take.take<float>(rows);
     limit = take.take<int32_t>(rows);
     position = take.take<int32_t>(rows);
-    copies = take.take<bf16>(size_t(2 * SPAN) * dv);
-    zeros = take.take<bf16>(size_t(dv));
+    k_copies = take.take<bf16>(size_t(SPAN) * dk);
+    v_copies = take.take<bf16>(size_t(SPAN) * dv);
+    zeros = take.take<bf16>(size_t(dk > dv ? dk : dv));
     here = take.take<Span>(1);
     next = take.take<Span>(1);
     if (bytes) *bytes = size_t(take.next - static_cast<char*>(base));
@@ -81,31 +83,34 @@ ANABRANCH_INLINE void locate(const Attention& a, const Unit& u, int begin, Span&
   span.n = n > 0 ? n : 0;
   for (int g = 0; g * SIDE < n; ++g) {
     const int32_t* slots = u.slots + begin + g * SIDE;
-    const bool whole = a.head_dim % DEPTH == 0 && (g + 1) * SIDE <= n && side_by_side(a, slots);
-    span.rows[g] = {whole ? at<bf16>(a.k, a, u.head, slots[0]) : nullptr, a.k.slot};
-    span.rows[GROUPS + g] = {whole ? at<bf16>(a.v, a, u.head, slots[0]) : nullptr, a.v.slot};
+    const bool together = (g + 1) * SIDE <= n && side_by_side(a, slots);
+    const bool whole_k = together && a.head_dim % DEPTH == 0, whole_v = together && a.v_dim % DEPTH == 0;
+    span.rows[g] = {whole_k ? at<bf16>(a.k, a, u.head, slots[0]) : nullptr, a.k.slot};
+    span.rows[GROUPS + g] = {whole_v ? at<bf16>(a.v, a, u.head, slots[0]) : nullptr, a.v.slot};
   }
 }
 
 // Copies for rows without data; whole groups of `zeros` behind them, up to `groups`.
 ANABRANCH_INLINE void gather(const Attention& a, const Unit& u, int groups, const AmxScratch& w, Span& span) {
-  const int d = a.head_dim;
-  for (int half = 0; half < 2; ++half)
+  for (int half = 0; half < 2; ++half) {
+    const int d = half ? a.v_dim : a.head_dim, padded = half ? w.dv : w.dk;
+    bf16* copies = half ? w.v_copies : w.k_copies;
     for (int g = 0; g < groups; ++g) {
       Rows& rows = span.rows[half * GROUPS + g];
       if (g * SIDE >= span.n) rows = {w.zeros, 0};
       else if (!rows.data) {
-        rows = {w.copies + int64_t(half * SPAN + g * SIDE) * w.dv, w.dv};
+        rows = {copies + int64_t(g * SIDE) * padded, padded};
         for (int j = g * SIDE; j < (g + 1) * SIDE; ++j) {
-          bf16* to = w.copies + int64_t(half * SPAN + j) * w.dv;
+          bf16* to = copies + int64_t(j) * padded;
           const int real = j < span.n ? d : 0;
           if (real)
             memcpy(static_cast<void*>(to), at<bf16>(half ? a.v : a.k, a, u.head, u.slots[span.begin + j]),
                    size_t(d) * sizeof(bf16));
-          memset(static_cast<void*>(to + real), 0, size_t(w.dv - real) * sizeof(bf16));
+          memset(static_cast<void*>(to + real), 0, size_t(padded - real) * sizeof(bf16));
         }
       }
     }
+  }
 }
 
 // Brings the next tile's rows into the second-level cache while this one is worked on, a few at a time: pages lie far
@@ -114,10 +119,10 @@ struct SpanFetcher {
   const Attention& a;
   const Unit& u;
   const Span& span;
-  int at = 0, end, each, bytes;  // rows, K's and then V's
+  int at = 0, end, each;  // rows, K's and then V's
 
   SpanFetcher(const Attention& a, const Unit& u, const Span& span, int steps)
-      : a(a), u(u), span(span), end(2 * span.n), each((end + steps - 1) / steps), bytes(a.head_dim * 2) {}
+      : a(a), u(u), span(span), end(2 * span.n), each((end + steps - 1) / steps) {}
 
   ANABRANCH_INLINE void step() {
     for (int i = 0; i < each && at < end; ++i, ++at) {
@@ -126,7 +131,7 @@ struct SpanFetcher {
       const Rows& rows = span.rows[(value ? GROUPS : 0) + token / SIDE];
       fetch(rows.data ? rows.data + token % SIDE * rows.stride
                       : cpu::at<bf16>(value ? a.v : a.k, a, u.head, u.slots[span.begin + token]),
-            bytes);
+            2 * (value ? a.v_dim : a.head_dim));
     }
   }
 };
@@ -163,8 +168,8 @@ ANABRANCH_INLINE void pack_values(const Rows* v_rows, int n, int dv, pair* v) {
 void pack_pairs(const Attention& a, const Unit& u, const AmxScratch& w) {
   for (int begin = 0; begin < w.rows; begin += SIDE) {
     const int panel = begin / PANEL * PANEL, width = smaller(PANEL, w.rows - panel);
-    pair* to = w.q + int64_t(panel) * w.dv / 2 + begin - panel;
-    for (int c = 0; c < w.dv; c += DEPTH, to += SIDE * width) {
+    pair* to = w.q + int64_t(panel) * w.dk / 2 + begin - panel;
+    for (int c = 0; c < w.dk; c += DEPTH, to += SIDE * width) {
       const auto row = [&](int r) { return begin + r < u.packed ? query<bf16>(a, u, begin + r) + c : nullptr; };
       pack_across(row, smaller(DEPTH, a.head_dim - c), to, width);
     }
@@ -173,7 +178,7 @@ void pack_pairs(const Attention& a, const Unit& u, const AmxScratch& w) {
 
 // s[32 or 64 tokens][NV · SIDE rows] = K · Qᵀ
 template <int NV>
-ANABRANCH_INLINE void amx_scores(const pair* q, int dv, const Rows* k, int n, float* s) {
+ANABRANCH_INLINE void amx_scores(const pair* q, int dk, const Rows* k, int n, float* s) {
   constexpr int64_t WIDTH = NV * SIDE * 4;  // bytes
   constexpr int ACROSS_TOKENS = NV == 2 ? 2 : 4;
   for (int j = 0; j < n; j += ACROSS_TOKENS * SIDE, k += ACROSS_TOKENS, s += ACROSS_TOKENS * SIDE * NV * SIDE) {
@@ -181,7 +186,7 @@ ANABRANCH_INLINE void amx_scores(const pair* q, int dv, const Rows* k, int n, fl
     tile_zero<1>();
     tile_zero<2>();
     tile_zero<3>();
-    for (int c = 0; c < dv; c += DEPTH) {
+    for (int c = 0; c < dk; c += DEPTH) {
       const auto token = [&](int g) { return k[g].data + c; };
       const pair* x = q + int64_t(c / 2) * NV * SIDE;
       tile_load<4>(x, WIDTH);
@@ -329,7 +334,7 @@ void amx_panel(const Attention& a, const Unit& u, const Tile& tile, const AmxScr
   }
   const Rows *k = w.here->rows, *v = k + GROUPS;
   float factor = query_factor(a), *o = w.o + int64_t(row) * w.dv, *alpha = w.alpha + row;
-  amx_scores<NV>(w.q + int64_t(row) * w.dv / 2, w.dv, k, n, w.s);
+  amx_scores<NV>(w.q + int64_t(row) * w.dk / 2, w.dk, k, n, w.s);
   if (a.softcap > 0 || tile.cut()) {
     cap_and_mask<NV>(a, u, tile, w, row, n, w.s, factor);
     factor = 1;
@@ -340,11 +345,11 @@ void amx_panel(const Attention& a, const Unit& u, const Tile& tile, const AmxScr
 }
 
 void amx_unit(const Attention& a, const Unit& u, void* base) {
-  AmxScratch w(base, u.packed, a.head_dim);
+  AmxScratch w(base, u.packed, a.head_dim, a.v_dim);
   const TileRegisters registers;
   pack_pairs(a, u, w);
   start_rows(a, u, w);
-  memset(static_cast<void*>(w.zeros), 0, size_t(w.dv) * sizeof(bf16));
+  memset(static_cast<void*>(w.zeros), 0, size_t(w.dk > w.dv ? w.dk : w.dv) * sizeof(bf16));
   locate(a, u, 0, *w.next);
   for (int begin = 0; begin < u.n; begin += SPAN) {
     std::swap(w.here, w.next);
@@ -361,7 +366,7 @@ void amx_unit(const Attention& a, const Unit& u, void* base) {
       else amx_panel<1>(a, u, tile, w, row, exact, fetcher);
     }
   }
-  float acc[256];
+  float acc[MAX_HEAD_DIM];
   for (int row = 0; row < u.packed; ++row) {
     natural(w.o + int64_t(row) * w.dv, w.dv, acc);
     emit<bf16>(a, u, row, w.m[row], w.l[row], acc);

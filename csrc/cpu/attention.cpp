@@ -136,20 +136,20 @@ void attention(Attention& a, int threads) {
     few += item[3] * a.group <= STREAM_ROWS;
     work += int64_t(item[1]) * item[3] * a.num_q_heads;
   }
-  if (work * a.head_dim * 2 < SERIAL_WORK) threads = 1;
-  int together = std::min(a.num_kv_heads, kernels.stream_heads(a.head_dim));
+  if (work * (a.head_dim + a.v_dim) < SERIAL_WORK) threads = 1;
+  int together = std::min(a.num_kv_heads, kernels.stream_heads(a.head_dim, a.v_dim));
   const auto shares_of_few = [&] { return few * ((a.num_kv_heads + together - 1) / together); };
   while (together > 1 && threads > 1 && shares_of_few() < SHARES_PER_THREAD * threads) together = (together + 1) / 2;
   const std::vector<Share> shares = shares_of(a, together);
   const int64_t partials = a.num_merge ? a.merge_ptr[a.num_merge] : 0, entries = partials * a.num_q_heads;
   const size_t line = 64, head = (size_t(entries) * 4 + line - 1) / line * line;
-  const size_t each = (kernels.scratch_bytes(rows, a.head_dim, together) + line - 1) / line * line;
+  const size_t each = (kernels.scratch_bytes(rows, a.head_dim, a.v_dim, together) + line - 1) / line * line;
   Lease space;
-  space->reserve(2 * head + size_t(entries) * a.head_dim * 4 + line + each * size_t(threads));
+  space->reserve(2 * head + size_t(entries) * a.v_dim * 4 + line + each * size_t(threads));
   a.part_m = reinterpret_cast<float*>(space->data);
   a.part_l = reinterpret_cast<float*>(space->data + head);
   a.part_acc = reinterpret_cast<float*>(space->data + 2 * head);
-  char* scratch = space->data + 2 * head + (size_t(entries) * a.head_dim * 4 + line - 1) / line * line;
+  char* scratch = space->data + 2 * head + (size_t(entries) * a.v_dim * 4 + line - 1) / line * line;
 
   for_each(threads, int64_t(shares.size()), 1, [&](int thread, int64_t i, int64_t) {
     const Share& s = shares[size_t(i)];
@@ -157,18 +157,19 @@ void attention(Attention& a, int threads) {
   });
   const int64_t merges = int64_t(a.num_merge) * a.num_q_heads;
   if (merges == 0) return;
-  if ((merges + entries) * a.head_dim < SERIAL_WORK) threads = 1;
+  if ((merges + entries) * a.v_dim < SERIAL_WORK) threads = 1;
   for_each(threads, merges, threads == 1 ? merges : 16, [&](int, int64_t begin, int64_t end) {
     kernels.merge(a, begin, end);
   });
 }
 
 void write(const Write& k, const Write& v, int64_t rows, int threads) {
-  const int64_t size = int64_t(size_of(k.type)), bytes = k.head_dim * size;
+  const int64_t size = int64_t(size_of(k.type));
   const Kernels& kernels = active();
-  if (2 * rows * k.num_kv_heads * bytes < SERIAL_BYTES) threads = 1;
+  if (rows * k.num_kv_heads * (k.head_dim + v.head_dim) * size < SERIAL_BYTES) threads = 1;
   for_each(threads, rows, threads == 1 ? std::max<int64_t>(rows, 1) : 16, [&](int, int64_t begin, int64_t end) {
     for (const Write* w : {&k, &v}) {
+      if (!w->src) continue;
       for (int64_t r = begin; r < end; ++r) {
         if (w->stored != Stored::as_is) {
           for (int h = 0; h < w->num_kv_heads; ++h) kernels.quantise(*w, r, h);
@@ -178,7 +179,7 @@ void write(const Write& k, const Write& v, int64_t rows, int threads) {
         const char* from = static_cast<const char*>(w->src) + r * w->src_row * size;
         char* to = static_cast<char*>(const_cast<void*>(w->dst.data)) + (page * w->dst.page + offset * w->dst.slot) * size;
         for (int h = 0; h < w->num_kv_heads; ++h)
-          std::memcpy(to + h * w->dst.head * size, from + h * w->src_head * size, size_t(bytes));
+          std::memcpy(to + h * w->dst.head * size, from + h * w->src_head * size, size_t(w->head_dim * size));
       }
     }
   });

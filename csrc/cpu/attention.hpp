@@ -16,7 +16,7 @@ void use(const std::string& isa);           // "" = the default again; both thro
 // Needs part_m, part_l, part_acc unset: they live in scratch here. `partials` = merge_ptr[num_merge].
 void attention(Attention& a, int threads);
 
-void write(const Write& k, const Write& v, int64_t rows, int threads);  // of one type and shape
+void write(const Write& k, const Write& v, int64_t rows, int threads);  // of one type; v.src null: K alone
 
 // pool [planes, pages, heads, page_size, D] with byte strides for the first three and tokens of `row` bytes in a run.
 struct Copy {

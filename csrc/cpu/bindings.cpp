@@ -47,11 +47,12 @@ int log2_or_minus_one(int n) {
 void py_attention(int type, int head_dim, int num_q_heads, int num_kv_heads, int page_size, const Strided3& q,
                   const Paged& k, const Paged& v, const std::array<int64_t, 9>& plan, int num_items, int num_merge,
                   float scale, float softcap, int64_t window, int64_t sinks, int64_t out, int64_t lse, int threads,
-                  const Quantised& quantised) {
+                  int v_dim, const Quantised& quantised) {
   Attention a{};
   a.type = Type(type);
   a.stored = Stored(quantised[0]);
   a.head_dim = head_dim;
+  a.v_dim = v_dim;
   a.num_q_heads = num_q_heads;
   a.num_kv_heads = num_kv_heads;
   a.group = num_q_heads / num_kv_heads;
@@ -78,15 +79,16 @@ void py_attention(int type, int head_dim, int num_q_heads, int num_kv_heads, int
   attention(a, threads);
 }
 
-void py_write(int type, int head_dim, int num_kv_heads, int page_size, const Strided3& k, const Strided3& v,
+void py_write(int type, const std::array<int, 2>& head_dims, int num_kv_heads, int page_size, const Strided3& k, const Strided3& v,
               const Paged& k_pages, const Paged& v_pages, int64_t slots, int64_t rows, int threads,
               const Quantised& quantised) {
-  const auto one = [&](const Strided3& src, const Pool& dst) {
+  const auto one = [&](const Strided3& src, int head_dim, const Pool& dst) {
     return Write{Type(type), Stored(quantised[0]), head_dim, num_kv_heads,   page_size,     pointer<void>(src[0]), src[1],
                  src[2],     dst, pointer<int32_t>(slots)};
   };
   py::gil_scoped_release release;
-  write(one(k, pool(k_pages, quantised, 1)), one(v, pool(v_pages, quantised, 5)), rows, threads);
+  write(one(k, head_dims[0], pool(k_pages, quantised, 1)), one(v, head_dims[1], pool(v_pages, quantised, 5)), rows,
+        threads);
 }
 
 void py_copy(int64_t data, int64_t planes, int64_t heads, const std::array<int64_t, 4>& byte_strides, int64_t src,
@@ -163,14 +165,15 @@ std::vector<int> py_pieces(int threads, int64_t count, int64_t piece_us, int64_t
 using MaskArrays = std::array<int64_t, 5>;
 
 // q, k, v: address, row stride, head stride (elements).
-Branch branch(int type, const std::array<int, 3>& shape, const std::array<Strided3, 3>& qkv, const MaskArrays& mask,
+Branch branch(int type, const std::array<int, 4>& shape, const std::array<Strided3, 3>& qkv, const MaskArrays& mask,
               float scale, float softcap, int64_t window, int64_t sinks, int64_t out, int64_t lse) {
   Branch b{};
   b.type = Type(type);
   b.head_dim = shape[0];
-  b.num_q_heads = shape[1];
-  b.num_kv_heads = shape[2];
-  b.group = shape[1] / shape[2];
+  b.v_dim = shape[1];
+  b.num_q_heads = shape[2];
+  b.num_kv_heads = shape[3];
+  b.group = shape[2] / shape[3];
   const auto strided = [](const Strided3& x) { return Strided{pointer<void>(x[0]), x[1], x[2]}; };
   b.q = strided(qkv[0]);
   b.k = strided(qkv[1]);
@@ -190,7 +193,7 @@ BranchMaskView view(const MaskArrays& m) {
   return {pointer<int64_t>(m[0]), pointer<int32_t>(m[1]), pointer<int32_t>(m[2]), m[4], false};
 }
 
-void py_branch_forward(int type, const std::array<int, 3>& shape, const std::array<Strided3, 3>& qkv,
+void py_branch_forward(int type, const std::array<int, 4>& shape, const std::array<Strided3, 3>& qkv,
                        const MaskArrays& mask, float scale, float softcap, int64_t window, int64_t sinks, int64_t out,
                        int64_t lse, int threads) {
   Branch b = branch(type, shape, qkv, mask, scale, softcap, window, sinks, out, lse);
@@ -198,7 +201,7 @@ void py_branch_forward(int type, const std::array<int, 3>& shape, const std::arr
   branch_forward(b, view(mask), threads);
 }
 
-void py_branch_backward(int type, const std::array<int, 3>& shape, const std::array<Strided3, 3>& qkv,
+void py_branch_backward(int type, const std::array<int, 4>& shape, const std::array<Strided3, 3>& qkv,
                         const MaskArrays& mask, float scale, float softcap, int64_t window, int64_t sinks, int64_t out,
                         int64_t lse, const Strided3& grad, int64_t grad_lse, int64_t delta,
                         const std::array<int64_t, 3>& grads, int threads) {
@@ -236,12 +239,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("attention", &py_attention, py::arg("type"), py::arg("head_dim"), py::arg("num_q_heads"),
         py::arg("num_kv_heads"), py::arg("page_size"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("plan"),
         py::arg("num_items"), py::arg("num_merge"), py::arg("scale"), py::arg("softcap"), py::arg("window"),
-        py::arg("sinks"), py::arg("out"), py::arg("lse"), py::arg("threads"), py::arg("quantised") = NOT_QUANTISED,
-        "softcap 0 and window −1 mean off; sinks and lse may be 0; type 0 float32, 1 bfloat16, 2 float16. quantised: −1, or "
+        py::arg("sinks"), py::arg("out"), py::arg("lse"), py::arg("threads"), py::arg("v_dim"),
+        py::arg("quantised") = NOT_QUANTISED,
+        "head_dim: of Q and K; v_dim: of V and out. softcap 0 and window −1 mean off; sinks and lse may be 0; type 0 float32, 1 bfloat16, 2 float16. quantised: −1, or "
         "0 int8, 1 float8 e4m3; then for K and for V: address and strides (page, slot, head) of the float32 factors.");
-  m.def("write_kv", &py_write, py::arg("type"), py::arg("head_dim"), py::arg("num_kv_heads"), py::arg("page_size"),
+  m.def("write_kv", &py_write, py::arg("type"), py::arg("head_dims"), py::arg("num_kv_heads"), py::arg("page_size"),
         py::arg("k"), py::arg("v"), py::arg("k_pages"), py::arg("v_pages"), py::arg("slots"), py::arg("rows"),
-        py::arg("threads"), py::arg("quantised") = NOT_QUANTISED, "quantised: as for attention.");
+        py::arg("threads"), py::arg("quantised") = NOT_QUANTISED, "head_dims: of K, of V; v may be 0: K alone. quantised: as for attention.");
   m.def("copy_pages", &py_copy, py::arg("data"), py::arg("planes"), py::arg("heads"), py::arg("byte_strides"),
         py::arg("src"), py::arg("dst"), py::arg("filled"), py::arg("count"), py::arg("threads"),
         py::arg("scales") = std::array<int64_t, 4>{},
@@ -252,7 +256,7 @@ PYBIND11_MODULE(_cpu, m) {
         "out [rows, n] contiguous = x [rows, k] times w [n, k] transposed, plus bias [n] (0: none).");
   m.def("branch_forward", &py_branch_forward, py::arg("type"), py::arg("shape"), py::arg("qkv"), py::arg("mask"),
         py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("sinks"), py::arg("out"), py::arg("lse"),
-        py::arg("threads"), "shape: head_dim, query heads, KV heads; mask: starts, row_ptr, cols, positions, segments.");
+        py::arg("threads"), "shape: head_dim of K, of V, query heads, KV heads; mask: starts, row_ptr, cols, positions, segments.");
   m.def("branch_backward", &py_branch_backward, py::arg("type"), py::arg("shape"), py::arg("qkv"), py::arg("mask"),
         py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("sinks"), py::arg("out"), py::arg("lse"),
         py::arg("grad"), py::arg("grad_lse"), py::arg("delta"), py::arg("grads"), py::arg("threads"),

@@ -21,7 +21,7 @@ struct Prepared {
 // Tiles for this call, and what `b` says about them.
 Prepared prepare(Branch& b, const BranchMaskView& mask, const Kernels& kernels) {
   Prepared p;
-  const int wish = kernels.branch_lanes(b.head_dim), tokens = std::max(1, wish / b.group);
+  const int wish = kernels.branch_lanes(std::max(b.head_dim, b.v_dim)), tokens = std::max(1, wish / b.group);
   b.chunks = (b.group + wish - 1) / wish;
   p.plan = BranchPlanner(mask, tokens, b.group, kernels.branch_pad).run();
   b.tiles = p.plan.tiles.data();
@@ -33,7 +33,7 @@ Prepared prepare(Branch& b, const BranchMaskView& mask, const Kernels& kernels) 
     int64_t columns = 0;
     for (int i = t.piece_begin; i < t.piece_end; ++i) columns += b.pieces[i].end - b.pieces[i].begin;
     p.cost.push_back((t.end - t.begin) * columns);
-    p.work += p.cost.back() * b.num_q_heads * b.head_dim;
+    p.work += p.cost.back() * b.num_q_heads * (b.head_dim + b.v_dim) / 2;
   }
   if (b.windowed) {
     const int64_t total = mask.segments ? mask.starts[mask.segments] : 0;
@@ -73,7 +73,7 @@ void branch_forward(Branch& b, const BranchMaskView& mask, int threads) {
   std::vector<int> order(p.cost.size());  // long ones first
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return p.cost[size_t(x)] > p.cost[size_t(y)]; });
-  const size_t each = line(kernels.branch_scratch(b.lanes, b.head_dim, false));
+  const size_t each = line(kernels.branch_scratch(b.lanes, b.head_dim, b.v_dim, false));
   Lease space;
   space->reserve(each * size_t(threads));
   const int units = b.num_kv_heads * b.chunks;
@@ -91,10 +91,10 @@ void branch_backward(Branch& b, const BranchMaskView& mask, int threads) {
   // Units enough for every thread to take two, so that a slow core does not hold up the others for long.
   const int wanted = threads == 1 ? 1 : std::min(MOST_PARTS, (2 * threads + b.num_kv_heads - 1) / b.num_kv_heads);
   std::vector<BranchPart> parts = cut(b, p, wanted);
-  const size_t row = size_t(kernels.branch_row_bytes(b.head_dim));
+  const size_t row = size_t(kernels.branch_row_bytes(b.head_dim, b.v_dim));
   size_t sums = 0;
   for (const BranchPart& part : parts) sums += line(size_t(part.column_end - part.column_begin) * row * b.num_kv_heads);
-  const size_t each = line(kernels.branch_scratch(b.lanes, b.head_dim, true));
+  const size_t each = line(kernels.branch_scratch(b.lanes, b.head_dim, b.v_dim, true));
   Lease space;
   Workspace own;
   space->reserve(each * size_t(threads) + (sums <= KEPT_BYTES ? sums : 0));

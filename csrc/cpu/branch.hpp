@@ -35,26 +35,27 @@ struct BranchRows {
 };
 
 struct BranchScratch {
-  int rows, dv;
+  int rows, dk, dv;  // rows, and the head_dims of K and of V, padded
   float *qt, *q, *dot, *dout, *k, *v, *kp, *s, *g, *o, *m, *l, *delta, *alpha, *ones;
   float** sums;                           // TILE rows of dK, then of dV
   int32_t *row, *position, *seen, *column, *run;  // seen: lane masks, one [rows] a run of the tile of columns
   const void** from;                      // TILE rows of K, then of V
   const void** ahead;                     // rows of K and V, then of the sums, that probably come next
 
-  BranchScratch(void* base, int lanes, int d, bool backward, size_t* bytes = nullptr) {
+  BranchScratch(void* base, int lanes, int d, int v_dim, bool backward, size_t* bytes = nullptr) {
     Scratch take(base);
     rows = round_up(lanes, PANEL);
-    dv = round_up(d, W);
-    const size_t wide = size_t(rows) * dv, other = backward ? wide : 0, tile = size_t(TILE) * PANEL;
+    dk = round_up(d, W);
+    dv = round_up(v_dim, W);
+    const size_t tile = size_t(TILE) * PANEL;
     qt = take.take<float>(size_t(rows) * d);
-    dot = take.take<float>(backward ? size_t(rows) * d : 0);
-    q = take.take<float>(other);
-    dout = take.take<float>(other);
-    o = take.take<float>(wide);
+    dot = take.take<float>(backward ? size_t(rows) * v_dim : 0);
+    q = take.take<float>(backward ? size_t(rows) * dk : 0);
+    dout = take.take<float>(backward ? size_t(rows) * dv : 0);
+    o = take.take<float>(size_t(rows) * (backward ? dk : dv));
     k = take.take<float>(size_t(TILE) * d);
-    v = take.take<float>(backward ? size_t(TILE) * d : 0);
-    kp = take.take<float>(size_t(TILE) * dv);
+    v = take.take<float>(backward ? size_t(TILE) * v_dim : 0);
+    kp = take.take<float>(size_t(TILE) * (backward ? dk : dv));
     s = take.take<float>(backward ? tile * (rows / PANEL) : tile);
     g = take.take<float>(backward ? tile * (rows / PANEL) : 0);
     m = take.take<float>(rows);
@@ -230,13 +231,13 @@ struct BranchFetch {
               const float* sums_of_next)
       : n(smaller(TILE, a.pieces[t.piece_end - 1].end - last_column - 1)),
         rows(w.ahead, 2 * n, a.head_dim * int(sizeof(T)), fetch_steps<float>(a.head_dim, panels)),
-        sums(w.ahead + 2 * TILE, sums_of_next ? n : 0, 2 * w.dv * 4, fetch_steps<float>(a.head_dim, panels)) {
+        sums(w.ahead + 2 * TILE, sums_of_next ? n : 0, (w.dk + w.dv) * 4, fetch_steps<float>(a.head_dim, panels)) {
     const T* k = static_cast<const T*>(a.k.data) + int64_t(kv_head) * a.k.head + int64_t(last_column + 1) * a.k.row;
     const T* v = static_cast<const T*>(a.v.data) + int64_t(kv_head) * a.v.head + int64_t(last_column + 1) * a.v.row;
     for (int j = 0; j < n; ++j) {
       w.ahead[2 * j] = k + j * a.k.row;
       w.ahead[2 * j + 1] = v + j * a.v.row;
-      if (sums_of_next) w.ahead[2 * TILE + j] = sums_of_next + int64_t(j) * 2 * w.dv;
+      if (sums_of_next) w.ahead[2 * TILE + j] = sums_of_next + int64_t(j) * (w.dk + w.dv);
     }
   }
 };
@@ -259,12 +260,12 @@ inline bool rows_finite(const void* const* rows, int n, int d) {
 
 template <class T>
 void branch_forward_unit(const Branch& a, int tile, int kv_head, int chunk, void* base) {
-  const int d = a.head_dim;
+  const int d = a.head_dim, v_dim = a.v_dim;
   const BranchTile& t = a.tiles[tile];
   const BranchRows r(a, t, kv_head, chunk);
-  const BranchScratch w(base, a.lanes, d, false);
+  const BranchScratch w(base, a.lanes, d, v_dim, false);
   const float factor = a.softcap > 0 ? a.scale / a.softcap : a.scale;
-  branch_pack<T>(r, a.q.data, a.q.row, a.q.head, d, w.dv, factor, w.qt, nullptr);
+  branch_pack<T>(r, a.q.data, a.q.row, a.q.head, d, w.dk, factor, w.qt, nullptr);
   branch_lanes_of(a, r, w);
   for (int lane = 0; lane < r.padded; ++lane) {
     w.m[lane] = -INF;
@@ -275,7 +276,7 @@ void branch_forward_unit(const Branch& a, int tile, int kv_head, int chunk, void
   while (c.next()) {
     branch_rows_of<T>(a.k, kv_head, d, w, c.n, w.from, w.k);
     const T* v = static_cast<const T*>(a.v.data) + int64_t(kv_head) * a.v.head;
-    for (int j = 0; j < c.n; ++j) pack_value(v + int64_t(w.column[j]) * a.v.row, d, w.dv, j, w.kp);
+    for (int j = 0; j < c.n; ++j) pack_value(v + int64_t(w.column[j]) * a.v.row, v_dim, w.dv, j, w.kp);
     const bool cut = c.limited || c.parted || c.windowed, exact = cut && !all_finite(w.kp, c.n, w.dv);
     BranchFetch<T> fetch(a, t, kv_head, r.padded / PANEL, w.column[c.n - 1], w, nullptr);
     for (int lane = 0; lane < r.padded; lane += PANEL) {
@@ -307,8 +308,8 @@ void branch_forward_unit(const Branch& a, int tile, int kv_head, int chunk, void
       l = l * shrink + expf(a.sinks[h] - top);
     }
     const float inverse = l == 0 ? 0 : shrink / l;
-    T* out = static_cast<T*>(a.out) + at * d;
-    for (int i = 0; i < d; ++i) put(out + i, w.o[int64_t(lane) * w.dv + i] * inverse);
+    T* out = static_cast<T*>(a.out) + at * v_dim;
+    for (int i = 0; i < v_dim; ++i) put(out + i, w.o[int64_t(lane) * w.dv + i] * inverse);
     a.lse[at] = top == -INF ? -INF : top + logf(l);
   }
 }
@@ -368,14 +369,14 @@ void gather_rows(int r, const float* x, int first, int last, const float* y, flo
   if constexpr (R > 1) gather_rows<R - 1, NV>(r, x, first, last, y, to, c);
 }
 
-// sums[n columns][dv] += Xᵀ · y; panels of lanes from `since[block]` on see a block of columns.
-inline void gather(const float* x, const float* y, int n, int dv, int panels, const int* since, float* const* sums) {
-  for (int c = 0; c < dv; c += PANEL) {
+// sums[n columns][width] += Xᵀ · y; panels of lanes from `since[block]` on see a block of columns.
+inline void gather(const float* x, const float* y, int n, int width, int panels, const int* since, float* const* sums) {
+  for (int c = 0; c < width; c += PANEL) {
     const float* panel = y + int64_t(c) * panels * PANEL;
     for (int j = 0, b = 0; j < n; j += LONG, ++b) {
       const int rows = smaller(LONG, n - j);
       if (since[b] == panels) continue;
-      if (dv - c >= PANEL)
+      if (width - c >= PANEL)
         gather_rows<LONG, 2>(rows, x + j * PANEL, since[b], panels, panel, sums + j, c);
       else
         gather_rows<LONG, 1>(rows, x + j * PANEL, since[b], panels, panel, sums + j, c);
@@ -384,7 +385,8 @@ inline void gather(const float* x, const float* y, int n, int dv, int panels, co
 }
 
 // The three sums of a tile of columns pair by pair, for tiles where some pair is hidden and some number is not finite.
-inline void branch_exact(const BranchColumns& c, const BranchRows& r, const BranchScratch& w, int d) {
+inline void branch_exact(const BranchColumns& c, const BranchRows& r, const BranchScratch& w, int d,
+                         int v_dim) {
   for (int lane = 0; lane < r.lanes; ++lane)
     for (int j = 0; j < c.n; ++j) {
       if (!c.visible(lane, j)) continue;
@@ -393,61 +395,61 @@ inline void branch_exact(const BranchColumns& c, const BranchRows& r, const Bran
       const int panel = lane / PANEL * PANEL;
       for (int i = 0; i < d; ++i) {
         const float x = w.qt[int64_t(panel) * d + i * PANEL + lane % PANEL];
-        const float y = w.dot[int64_t(panel) * d + i * PANEL + lane % PANEL];
-        w.o[int64_t(lane) * w.dv + i] += g * static_cast<const float*>(w.from[j])[i];
+        w.o[int64_t(lane) * w.dk + i] += g * static_cast<const float*>(w.from[j])[i];
         w.sums[j][i] += g * x;
-        w.sums[TILE + j][i] += p * y;
       }
+      for (int i = 0; i < v_dim; ++i)
+        w.sums[TILE + j][i] += p * w.dot[int64_t(panel) * v_dim + i * PANEL + lane % PANEL];
     }
 }
 
-// One row tile: dQ, written out; dK and dV added to the unit's sums, [columns from `base_column`][2][dv].
+// One row tile: dQ, written out; dK and dV added to the unit's sums, [columns from `base_column`][dk + dv].
 template <class T>
 void branch_backward_tile(const Branch& a, const BranchTile& t, int kv_head, int chunk, int base_column, float* sums,
                           const BranchScratch& w) {
-  const int d = a.head_dim;
+  const int d = a.head_dim, v_dim = a.v_dim;
   const BranchRows r(a, t, kv_head, chunk);
   const float factor = a.softcap > 0 ? a.scale / a.softcap : a.scale;
-  branch_pack<T>(r, a.q.data, a.q.row, a.q.head, d, w.dv, factor, w.qt, w.q);
-  branch_pack<T>(r, a.grad.data, a.grad.row, a.grad.head, d, w.dv, 1, w.dot, w.dout);
+  branch_pack<T>(r, a.q.data, a.q.row, a.q.head, d, w.dk, factor, w.qt, w.q);
+  branch_pack<T>(r, a.grad.data, a.grad.row, a.grad.head, v_dim, w.dv, 1, w.dot, w.dout);
   branch_lanes_of(a, r, w);
-  const bool rows_are_finite = finite(w.q, int64_t(r.padded) * w.dv) && finite(w.dout, int64_t(r.padded) * w.dv);
+  const bool rows_are_finite = finite(w.q, int64_t(r.padded) * w.dk) && finite(w.dout, int64_t(r.padded) * w.dv);
   for (int lane = 0; lane < r.padded; ++lane) {
     w.l[lane] = w.delta[lane] = 0;
     if (lane >= r.lanes) continue;
     const int64_t at = int64_t(r.token(lane)) * a.num_q_heads + r.head(lane);
-    const T* out = static_cast<const T*>(a.out) + at * d;
+    const T* out = static_cast<const T*>(a.out) + at * v_dim;
     const T* grad = static_cast<const T*>(a.grad.data) + int64_t(r.token(lane)) * a.grad.row;
     grad += int64_t(r.head(lane)) * a.grad.head;
     float x = 0;
-    for (int i = 0; i < d; ++i) x += to_float(out[i]) * to_float(grad[i]);
+    for (int i = 0; i < v_dim; ++i) x += to_float(out[i]) * to_float(grad[i]);
     if (a.grad_lse) x -= a.grad_lse[at];
     w.delta[lane] = a.delta[at] = x;
     w.l[lane] = a.lse[at] == -INF ? 0 : a.lse[at];
   }
-  memset(w.o, 0, size_t(r.padded) * w.dv * 4);
+  memset(w.o, 0, size_t(r.padded) * w.dk * 4);
   for (int i = 0; i < PANEL; ++i) w.ones[i] = 1;
   const int panels = r.padded / PANEL;
   constexpr int BLOCKS = (TILE + LONG - 1) / LONG;
   BranchColumns c(a, t, r, w);
   while (c.next()) {
     branch_rows_of<T>(a.k, kv_head, d, w, c.n, w.from, w.k);
-    branch_rows_of<T>(a.v, kv_head, d, w, c.n, w.from + TILE, w.v);
+    branch_rows_of<T>(a.v, kv_head, v_dim, w, c.n, w.from + TILE, w.v);
     for (int j = 0; j < c.n; ++j) {
-      pack_value(static_cast<const float*>(w.from[j]), d, w.dv, j, w.kp);
-      w.sums[j] = sums + int64_t(w.column[j] - base_column) * 2 * w.dv;
-      w.sums[TILE + j] = w.sums[j] + w.dv;
+      pack_value(static_cast<const float*>(w.from[j]), d, w.dk, j, w.kp);
+      w.sums[j] = sums + int64_t(w.column[j] - base_column) * (w.dk + w.dv);
+      w.sums[TILE + j] = w.sums[j] + w.dk;
     }
     const bool cut = c.limited || c.parted || c.windowed;
-    const bool exact = cut && !(rows_are_finite && all_finite(w.kp, c.n, w.dv) && rows_finite(w.from + TILE, c.n, d));
-    BranchFetch<T> fetch(a, t, kv_head, panels, w.column[c.n - 1], w, w.sums[c.n - 1] + 2 * w.dv);
+    const bool exact = cut && !(rows_are_finite && all_finite(w.kp, c.n, w.dk) && rows_finite(w.from + TILE, c.n, v_dim));
+    BranchFetch<T> fetch(a, t, kv_head, panels, w.column[c.n - 1], w, w.sums[c.n - 1] + w.dk + w.dv);
     int since[BLOCKS];
     for (int b = 0; b < BLOCKS; ++b) since[b] = panels;
     for (int p = panels - 1; p >= 0; --p) {
       const int lane = p * PANEL, real = smaller(PANEL, r.lanes - lane), n = c.upto(r.token(lane + real - 1));
       float *s = w.s + int64_t(p) * TILE * PANEL, *g = w.g + int64_t(p) * TILE * PANEL;
       scores<2>(w.qt + int64_t(lane) * d, d, w.from, n, s, fetch.rows);
-      scores<2>(w.dot + int64_t(lane) * d, d, w.from + TILE, n, g, fetch.sums);
+      scores<2>(w.dot + int64_t(lane) * v_dim, v_dim, w.from + TILE, n, g, fetch.sums);
       if (a.softcap > 0) branch_cap(a.softcap, n, s);
       const bool masked = c.parted || c.windowed || real < PANEL || (n > 0 && w.column[n - 1] > r.token(lane));
       if (masked) branch_mask(a, c, w, lane, n, s);
@@ -464,30 +466,30 @@ void branch_backward_tile(const Branch& a, const BranchTile& t, int kv_head, int
       }
       for (int b = 0; b * LONG < n; ++b) since[b] = p;
       if (exact || n == 0) continue;
-      float* o = w.o + int64_t(lane) * w.dv;
+      float* o = w.o + int64_t(lane) * w.dk;
       const int parts = (real + LONG - 1) / LONG;
       for (int b = 0; b < parts; ++b) {
         const int from = real * b / parts, to = real * (b + 1) / parts;
-        weigh(to - from, g + from, PANEL, w.kp, n, o + int64_t(from) * w.dv, w.dv, w.ones);
+        weigh(to - from, g + from, PANEL, w.kp, n, o + int64_t(from) * w.dk, w.dk, w.ones);
       }
     }
     if (exact) {
-      branch_exact(c, r, w, d);
+      branch_exact(c, r, w, d, v_dim);
       continue;
     }
-    gather(w.g, w.q, c.n, w.dv, panels, since, w.sums);
+    gather(w.g, w.q, c.n, w.dk, panels, since, w.sums);
     gather(w.s, w.dout, c.n, w.dv, panels, since, w.sums + TILE);
   }
   T* dq = static_cast<T*>(a.dq);
   for (int lane = 0; lane < r.lanes; ++lane)
     for (int i = 0; i < d; ++i)
-      put(dq + (int64_t(r.token(lane)) * a.num_q_heads + r.head(lane)) * d + i, w.o[int64_t(lane) * w.dv + i] * factor);
+      put(dq + (int64_t(r.token(lane)) * a.num_q_heads + r.head(lane)) * d + i, w.o[int64_t(lane) * w.dk + i] * factor);
 }
 
 template <class T>
 void branch_backward_unit(const Branch& a, const BranchPart& part, int kv_head, float* sums, void* base) {
-  const BranchScratch w(base, a.lanes, a.head_dim, true);
-  memset(sums, 0, size_t(part.column_end - part.column_begin) * 2 * w.dv * 4);
+  const BranchScratch w(base, a.lanes, a.head_dim, a.v_dim, true);
+  memset(sums, 0, size_t(part.column_end - part.column_begin) * (w.dk + w.dv) * 4);
   for (int tile = part.tile_begin; tile < part.tile_end; ++tile)
     for (int chunk = 0; chunk < a.chunks; ++chunk)
       branch_backward_tile<T>(a, a.tiles[tile], kv_head, chunk, part.column_begin, sums, w);
@@ -496,30 +498,33 @@ void branch_backward_unit(const Branch& a, const BranchPart& part, int kv_head, 
 // dK and dV of tokens [begin, end): the parts' sums, in their order.
 template <class T>
 void branch_reduce_of(const Branch& a, int64_t begin, int64_t end) {
-  const int d = a.head_dim, dv = round_up(d, W);
+  const int dims[2] = {a.head_dim, a.v_dim}, first[2] = {0, round_up(a.head_dim, W)};
+  const int row = first[1] + round_up(a.v_dim, W);
   T* out[2] = {static_cast<T*>(a.dk), static_cast<T*>(a.dv)};
   for (int64_t t = begin; t < end; ++t)
     for (int h = 0; h < a.num_kv_heads; ++h)
       for (int x = 0; x < 2; ++x) {
-        float total[256] = {};
+        const int d = dims[x];
+        float total[MAX_HEAD_DIM];
+        memset(total, 0, size_t(d) * sizeof(float));
         for (int p = 0; p < a.num_parts; ++p) {
           const BranchPart& part = a.parts[p];
           if (t < part.column_begin || t >= part.column_end) continue;
           const int64_t rows = part.column_end - part.column_begin;
-          const float* from = part.sums + ((h * rows + t - part.column_begin) * 2 + x) * dv;
+          const float* from = part.sums + (h * rows + t - part.column_begin) * row + first[x];
           for (int i = 0; i < d; ++i) total[i] += from[i];
         }
         for (int i = 0; i < d; ++i) put(out[x] + (t * a.num_kv_heads + h) * d + i, total[i]);
       }
 }
 
-size_t branch_scratch(int lanes, int head_dim, bool backward) {
+size_t branch_scratch(int lanes, int head_dim, int v_dim, bool backward) {
   size_t bytes;
-  BranchScratch(nullptr, lanes, head_dim, backward, &bytes);
+  BranchScratch(nullptr, lanes, head_dim, v_dim, backward, &bytes);
   return bytes;
 }
 
-int branch_row_bytes(int head_dim) { return 2 * round_up(head_dim, W) * 4; }
+int branch_row_bytes(int head_dim, int v_dim) { return (round_up(head_dim, W) + round_up(v_dim, W)) * 4; }
 
 void branch_forward(const Branch& a, int tile, int kv_head, int chunk, void* scratch) {
   switch (a.type) {

@@ -19,15 +19,16 @@ namespace anabranch::cpu {
 namespace {
 
 // As many as leave their Q and output half of a second-level cache of 512 KB.
-int stream_heads(int head_dim) {
-  const int heads = (256 << 10) / (2 * STREAM_ROWS * round_up(head_dim, W) * int(sizeof(float)));
+int stream_heads(int head_dim, int v_dim) {
+  const int heads =
+      (256 << 10) / (STREAM_ROWS * (round_up(head_dim, W) + round_up(v_dim, W)) * int(sizeof(float)));
   return heads > 1 ? heads : 1;
 }
 
-size_t scratch_bytes(int packed_rows, int head_dim, int heads) {
+size_t scratch_bytes(int packed_rows, int head_dim, int v_dim, int heads) {
   size_t packed, stream;
-  PackedScratch<float>(nullptr, packed_rows, head_dim, &packed);  // pairs need no more
-  StreamScratch<float>(nullptr, head_dim, heads, &stream);
+  PackedScratch<float>(nullptr, packed_rows, head_dim, v_dim, &packed);  // pairs need no more
+  StreamScratch<float>(nullptr, head_dim, v_dim, heads, &stream);
   return packed > stream ? packed : stream;
 }
 
@@ -41,7 +42,7 @@ void unit_of(const Attention& a, int item, int begin, int end, void* scratch) {
     return few ? stream_unit<T, float, e4m3>(a, u, end, scratch) : packed_unit<T, float, e4m3>(a, u, scratch);
 #ifdef ANABRANCH_BF16_PAIRS
   if constexpr (std::is_same_v<T, bf16>) {
-    if (few && a.head_dim % (2 * W) == 0) return stream_unit<T, pair>(a, u, end, scratch);
+    if (few && a.head_dim % (2 * W) == 0 && a.v_dim % (2 * W) == 0) return stream_unit<T, pair>(a, u, end, scratch);
     if (!few && a.head_dim % 2 == 0) return packed_unit<T, pair>(a, u, scratch);
   }
 #endif
@@ -60,10 +61,11 @@ void unit(const Attention& a, int item, int begin, int end, void* scratch) {
 // Partials of one row and query head, in the plan's order, so that a result does not depend on who finished first.
 template <class T>
 void merge_of(const Attention& a, int64_t begin, int64_t end) {
-  const int heads = a.num_q_heads, d = a.head_dim;
+  const int heads = a.num_q_heads, d = a.v_dim;
   for (int64_t e = begin; e < end; ++e) {
     int i = int(e / heads), h = int(e % heads);
-    float m = -INF, l = 0, acc[256] = {};
+    float m = -INF, l = 0, acc[MAX_HEAD_DIM];
+    memset(acc, 0, size_t(d) * sizeof(float));
     for (int32_t p = a.merge_ptr[i]; p < a.merge_ptr[i + 1]; ++p) m = larger(m, a.part_m[int64_t(p) * heads + h]);
     for (int32_t p = a.merge_ptr[i]; p < a.merge_ptr[i + 1]; ++p) {
       int64_t at = int64_t(p) * heads + h;

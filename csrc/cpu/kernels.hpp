@@ -11,6 +11,7 @@ namespace anabranch::cpu {
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };
 enum class Stored : int { as_is = -1, i8 = 0, e4m3 = 1 };  // K and V in a page: of the rows' type, or of one byte
 
+constexpr int MAX_HEAD_DIM = 1024;  // of K and of V
 constexpr int STREAM_ROWS = 8;  // an item of at most so many packed rows reads K and V straight from memory
 
 inline size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
@@ -27,7 +28,8 @@ struct Pool {
 struct Attention {
   Type type;      // of q and out
   Stored stored;  // K and V
-  int head_dim, num_q_heads, num_kv_heads, group;
+  int head_dim, v_dim;  // of Q and K; of V and out, called D and E here
+  int num_q_heads, num_kv_heads, group;
   const void* q;  // [rows, num_q_heads, D], element strides below
   int64_t q_row, q_head;
   Pool k, v;
@@ -40,9 +42,9 @@ struct Attention {
   bool windowed;
   int window;
   const float* sinks;  // [num_q_heads] or null
-  void* out;           // [rows, num_q_heads, D] contiguous, of `type`
+  void* out;           // [rows, num_q_heads, E] contiguous, of `type`
   float* lse;          // [rows, num_q_heads] or null
-  float *part_m, *part_l, *part_acc;  // [partials, num_q_heads], the same, [partials, num_q_heads, D]
+  float *part_m, *part_l, *part_acc;  // [partials, num_q_heads], the same, [partials, num_q_heads, E]
 };
 
 struct Write {  // new rows of K or V into their slots
@@ -83,13 +85,14 @@ constexpr int BRANCH_BLOCK = 64;  // tokens of an entry of Branch::latest
 struct BranchPart {  // a range of row tiles, and the sums of dK and dV over it
   int tile_begin, tile_end;
   int column_begin, column_end;  // what its rows see
-  float* sums;                   // [num_kv_heads, columns, 2 (dK, dV), D padded to vectors]
+  float* sums;                   // [num_kv_heads, columns, dK and dV, each padded to vectors]
 };
 
-// Attention under a branch mask. out, dq [T, num_q_heads, D], dk, dv [T, num_kv_heads, D]: contiguous, of `type`.
+// Attention under a branch mask. out [T, num_q_heads, E], dq [T, num_q_heads, D], dk [T, num_kv_heads, D], dv [T,
+// num_kv_heads, E]: contiguous, of `type`; D = head_dim, E = v_dim.
 struct Branch {
   Type type;
-  int head_dim, num_q_heads, num_kv_heads, group;
+  int head_dim, v_dim, num_q_heads, num_kv_heads, group;
   int chunks;  // parts that the query heads of a KV head are cut into, so that one token's fit a tile
   int lanes;   // of a tile at most
   Strided q, k, v;
@@ -117,8 +120,8 @@ struct Branch {
 struct Kernels {
   const char* isa;
   int vector_bytes;
-  int (*stream_heads)(int head_dim);  // of an item of few rows: so many at a time at most
-  size_t (*scratch_bytes)(int packed_rows, int head_dim, int heads);
+  int (*stream_heads)(int head_dim, int v_dim);  // of an item of few rows: so many at a time at most
+  size_t (*scratch_bytes)(int packed_rows, int head_dim, int v_dim, int heads);
   void (*unit)(const Attention&, int item, int begin, int end, void* scratch);
   void (*merge)(const Attention&, int64_t begin, int64_t end);
   void (*quantise)(const Write&, int64_t row, int head);  // one vector into its slot, its factor into the scales
@@ -129,10 +132,10 @@ struct Kernels {
   void (*linear)(const Linear&, int64_t begin, int64_t end, void* scratch);
   // Branch attention: a unit of the forward is a tile × KV head × chunk of its query heads, one of the backward a part
   // × KV head; `reduce` turns the parts' sums into dK and dV of tokens [begin, end).
-  int (*branch_lanes)(int head_dim);  // wanted in a tile
+  int (*branch_lanes)(int widest);  // wanted in a tile; the larger of head_dim and v_dim
   int branch_pad;                     // lanes come in multiples of this
-  size_t (*branch_scratch)(int lanes, int head_dim, bool backward);
-  int (*branch_row_bytes)(int head_dim);  // of BranchPart::sums, for a column
+  size_t (*branch_scratch)(int lanes, int head_dim, int v_dim, bool backward);
+  int (*branch_row_bytes)(int head_dim, int v_dim);  // of BranchPart::sums, for a column
   void (*branch_forward)(const Branch&, int tile, int kv_head, int chunk, void* scratch);
   void (*branch_backward)(const Branch&, const BranchPart& part, int kv_head, float* sums, void* scratch);
   void (*branch_reduce)(const Branch&, int64_t begin, int64_t end);

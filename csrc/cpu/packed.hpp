@@ -27,16 +27,16 @@ ANABRANCH_INLINE int steps(int n) {
 
 template <class E>
 struct PackedScratch {
-  int rows, dv;  // padded to W
+  int rows, dv;  // rows, and the head_dim of V, padded to W
   E *q, *v;
   float *k, *s, *o, *m, *l, *alpha;
   int32_t *limit, *position;
   const void **here, **next;  // the K rows of a tile, then its V rows
 
-  PackedScratch(void* base, int packed, int d, size_t* bytes = nullptr) {
+  PackedScratch(void* base, int packed, int d, int v_dim, size_t* bytes = nullptr) {
     Scratch take(base);
     rows = round_up(packed, W);
-    dv = round_up(d, W);
+    dv = round_up(v_dim, W);
     q = take.take<E>(size_t(rows) * d);
     v = take.take<E>(size_t(TILE) * dv);
     k = take.take<float>(size_t(TILE) * d);
@@ -321,9 +321,9 @@ void start_rows(const Attention& a, const Unit& u, const Rows& w) {
 // S: the type of K and V, T unless they are quantised.
 template <class T, class E, class S = T>
 void packed_unit(const Attention& a, const Unit& u, void* base) {
-  const int d = a.head_dim;
+  const int d = a.head_dim, v_dim = a.v_dim;
   const float factor = query_factor(a);
-  PackedScratch<E> w(base, u.packed, d);
+  PackedScratch<E> w(base, u.packed, d, v_dim);
   const auto locate = [&](int begin, const void** rows) {  // returns the end of the pointers that are rows
     int n = smaller(TILE, u.n - begin);
     if (n <= 0) return 0;
@@ -345,17 +345,18 @@ void packed_unit(const Attention& a, const Unit& u, void* base) {
     const int coming = locate(begin + TILE, w.next);
     Tile tile(a, u, begin, smaller(TILE, u.n - begin));
     if (tile.hidden) continue;
+    // (of V's rows as many bytes as of K's: behind a row is the next one)
     Fetcher fetcher(w.next, coming, d * int(sizeof(S)), steps);
     const auto value = [&](int j) { return static_cast<const S*>(w.here[TILE + j]); };
     if constexpr (STEP<E> == 2) {
       for (int j = 0; j < tile.n; j += 2)
-        pack_value(value(j), j + 1 < tile.n ? value(j + 1) : nullptr, d, w.dv, j / 2, w.v);
+        pack_value(value(j), j + 1 < tile.n ? value(j + 1) : nullptr, v_dim, w.dv, j / 2, w.v);
     } else {
       for (int j = 0; j < tile.n; ++j) {
         const int32_t slot = u.slots[begin + j];
         if constexpr (sizeof(S) < sizeof(float))
           copy_row(static_cast<const S*>(w.here[j]), d, w.k + int64_t(j) * d, scale_at<S>(a.k, a, u.head, slot));
-        pack_value(value(j), d, w.dv, j, w.v, scale_at<S>(a.v, a, u.head, slot));
+        pack_value(value(j), v_dim, w.dv, j, w.v, scale_at<S>(a.v, a, u.head, slot));
       }
       if constexpr (sizeof(S) < sizeof(float))
         for (int j = 0; j < TILE; ++j) w.here[j] = w.k + int64_t(j) * d;

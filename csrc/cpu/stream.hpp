@@ -14,25 +14,26 @@ constexpr int STREAM_TILE = 16;  // tokens: those of a head stay in the first-le
 
 template <class E>
 struct StreamScratch {
-  int dv;  // D padded to vectors of E
-  E* q;    // [heads, STREAM_ROWS, dv / STEP]
+  int dk, dv;  // the head_dims of K and of V padded to vectors of E
+  E* q;        // [heads, STREAM_ROWS, dk / STEP]
   float *o, *m, *l, *s;
   const void **k, **v;  // the tile's rows for the first head, and behind them the next tile's
   void *k_pad, *v_pad;  // zero-padded copies where vectors do not divide D
   void* zeros;
 
-  StreamScratch(void* base, int d, int heads, size_t* bytes = nullptr) {
+  StreamScratch(void* base, int d, int v_dim, int heads, size_t* bytes = nullptr) {
     Scratch take(base);
-    dv = round_up(d, W * STEP<E>);
-    q = take.take<E>(size_t(heads) * STREAM_ROWS * dv);
+    dk = round_up(d, W * STEP<E>);
+    dv = round_up(v_dim, W * STEP<E>);
+    q = take.take<E>(size_t(heads) * STREAM_ROWS * dk);
     o = take.take<float>(size_t(heads) * STREAM_ROWS * dv);
     m = take.take<float>(size_t(heads) * STREAM_ROWS);
     l = take.take<float>(size_t(heads) * STREAM_ROWS);
     s = take.take<float>(size_t(STREAM_ROWS) * STREAM_TILE);
     k = take.take<const void*>(2 * STREAM_TILE);
     v = take.take<const void*>(2 * STREAM_TILE);
-    k_pad = take.take<float>(dv == d ? 0 : size_t(STREAM_TILE) * dv);
-    v_pad = take.take<float>(dv == d ? 0 : size_t(STREAM_TILE) * dv);
+    k_pad = take.take<float>(dk == d ? 0 : size_t(STREAM_TILE) * dk);
+    v_pad = take.take<float>(dv == v_dim ? 0 : size_t(STREAM_TILE) * dv);
     zeros = take.take<float>(dv);
     if (bytes) *bytes = size_t(take.next - static_cast<char*>(base));
   }
@@ -50,14 +51,14 @@ ANABRANCH_INLINE void values(const bf16* const* v, int c, vu* x) {
 
 // s[r][b] = q_r · k_b for KB tokens, times `factor` if of pairs; fetches the rows `next`.
 template <class T, class E, int R, int KB, bool FETCH>
-ANABRANCH_INLINE void dots(const E* q, int dv, const T* const* k, const T* const* next, float* s, float factor) {
+ANABRANCH_INLINE void dots(const E* q, int dk, const T* const* k, const T* const* next, float* s, float factor) {
   vf acc[W] = {};
   const T* row[KB];
 #pragma GCC unroll 16
   for (int b = 0; b < KB; ++b) row[b] = k[b];
-  for (int c = 0; c < dv; c += W * STEP<E>) {
+  for (int c = 0; c < dk; c += W * STEP<E>) {
     decltype(load(q)) x[R];
-    for (int r = 0; r < R; ++r) x[r] = load(q + (r * dv + c) / STEP<E>);
+    for (int r = 0; r < R; ++r) x[r] = load(q + (r * dk + c) / STEP<E>);
 #pragma GCC unroll 16
     for (int b = 0; b < KB; ++b) {
       if (FETCH && c * sizeof(T) % LINE == 0) fetch(next[b] + c, 1);  // one by one: a burst would fill the miss buffers
@@ -151,9 +152,9 @@ float soften_row(const Attention& a, const Unit& u, const Tile& tile, int packed
 
 // What R rows do with a tile's K: scores. Keys past n, up to a block, are valid addresses whose scores are not read.
 template <class T, class E, int R, bool FETCH>
-void dots_all(const E* q, int dv, const T* const* k, const T* const* next, int n, float* s, float factor) {
+void dots_all(const E* q, int dk, const T* const* k, const T* const* next, int n, float* s, float factor) {
   constexpr int KB = R == 1 ? W : R == 2 ? W / 2 : W / 4;
-  for (int j = 0; j < n; j += KB) dots<T, E, R, KB, FETCH>(q, dv, k + j, next + j, s + j, factor);
+  for (int j = 0; j < n; j += KB) dots<T, E, R, KB, FETCH>(q, dk, k + j, next + j, s + j, factor);
 }
 
 // … and with its V.
@@ -189,7 +190,7 @@ void stream_queries(const Attention& a, const Unit& u, const StreamScratch<E>& w
   const float factor = query_factor(a);
   for (int r = 0; r < u.packed; ++r) {
     const T* from = query<T>(a, u, r);
-    for (int c = 0; c < w.dv; c += STEP<E>, ++q) {
+    for (int c = 0; c < w.dk; c += STEP<E>, ++q) {
       if constexpr (STEP<E> == 1) *q = c < d ? to_float(from[c]) * factor : 0;
       else *q = pair_of(from[c], from[c + 1]);  // not scaled: the scores are
     }
@@ -209,20 +210,30 @@ ANABRANCH_INLINE void scale_weights(const float* factors, float* p) {
   }
 }
 
+// Rows of `d` numbers become copies of `padded`, zeros behind.
+template <class S>
+void pad_rows(const S** rows, int n, int d, int padded, S* copies) {
+  for (int j = 0; j < n; ++j, copies += padded) {
+    memcpy(static_cast<void*>(copies), rows[j], size_t(d) * sizeof(S));
+    memset(static_cast<void*>(copies + d), 0, size_t(padded - d) * sizeof(S));
+    rows[j] = copies;
+  }
+}
+
 // An item for KV heads [u.head, head_end).
 //
 // Quantised K and V (of type S) go through the products as the numbers they are stored as. A token's factor for K
 // multiplies its scores, the one for V its weights: so both products are exact, and the factors cost nothing a channel.
 template <class T, class E, class S = T>
 void stream_unit(const Attention& a, Unit& u, int head_end, void* scratch) {
-  const int d = a.head_dim, rows = u.packed, first = u.head, heads = head_end - first;
-  const StreamScratch<E> w(scratch, d, heads);
-  const int dv = w.dv, each = STREAM_ROWS * dv;  // of a head's Q and output
+  const int d = a.head_dim, v_dim = a.v_dim, rows = u.packed, first = u.head, heads = head_end - first;
+  const StreamScratch<E> w(scratch, d, v_dim, heads);
+  const int dk = w.dk, dv = w.dv, q_each = STREAM_ROWS * dk, o_each = STREAM_ROWS * dv;  // of a head's Q and output
   const float factor = query_factor(a);
   for (int h = 0; h < heads; ++h) {
     u.head = first + h;
-    stream_queries<T, E>(a, u, w, w.q + h * (each / STEP<E>));
-    memset(w.o + h * each, 0, size_t(rows) * dv * sizeof(float));
+    stream_queries<T, E>(a, u, w, w.q + h * (q_each / STEP<E>));
+    memset(w.o + h * o_each, 0, size_t(rows) * dv * sizeof(float));
     for (int r = 0; r < rows; ++r) {
       w.m[h * STREAM_ROWS + r] = -INF;
       w.l[h * STREAM_ROWS + r] = 0;
@@ -258,28 +269,21 @@ void stream_unit(const Attention& a, Unit& u, int head_end, void* scratch) {
         next_k[j] = static_cast<const S*>(w.k[coming + j]) + k_next;
         next_v[j] = static_cast<const S*>(w.v[coming + j]) + v_next;
       }
-      if (dv != d) {
-        for (int j = 0; j < tile.n; ++j) {
-          S *to_k = static_cast<S*>(w.k_pad) + j * dv, *to_v = static_cast<S*>(w.v_pad) + j * dv;
-          memcpy(static_cast<void*>(to_k), k[j], size_t(d) * sizeof(S));
-          memcpy(static_cast<void*>(to_v), v[j], size_t(d) * sizeof(S));
-          memset(static_cast<void*>(to_k + d), 0, size_t(dv - d) * sizeof(S));
-          memset(static_cast<void*>(to_v + d), 0, size_t(dv - d) * sizeof(S));
-          k[j] = to_k;
-          v[j] = to_v;
-        }
+      if (dk != d) {
+        pad_rows(k, tile.n, d, dk, static_cast<S*>(w.k_pad));
         for (int j = tile.n; j < STREAM_TILE; ++j) k[j] = k[0];
       }
+      if (dv != v_dim) pad_rows(v, tile.n, v_dim, dv, static_cast<S*>(w.v_pad));
       float k_scale[STREAM_TILE] = {}, v_scale[STREAM_TILE] = {};
       if constexpr (QUANTISED<S>)
         for (int j = 0; j < tile.n; ++j) {
           k_scale[j] = scale_at<S>(a.k, a, first + h, u.slots[begin + j]);
           v_scale[j] = scale_at<S>(a.v, a, first + h, u.slots[begin + j]);
         }
-      const E* q = w.q + h * (each / STEP<E>);
-      float *o = w.o + h * each, *m = w.m + h * STREAM_ROWS, *l = w.l + h * STREAM_ROWS, alpha[STREAM_ROWS];
-      head.dots(q, dv, k, next_k, tile.n, w.s, factor);
-      if (rows > cut) tail.dots(q + cut * dv / STEP<E>, dv, k, next_k, tile.n, w.s + cut * STREAM_TILE, factor);
+      const E* q = w.q + h * (q_each / STEP<E>);
+      float *o = w.o + h * o_each, *m = w.m + h * STREAM_ROWS, *l = w.l + h * STREAM_ROWS, alpha[STREAM_ROWS];
+      head.dots(q, dk, k, next_k, tile.n, w.s, factor);
+      if (rows > cut) tail.dots(q + cut * dk / STEP<E>, dk, k, next_k, tile.n, w.s + cut * STREAM_TILE, factor);
       for (int r = 0; r < rows; ++r) {
         float* s = w.s + r * STREAM_TILE;
         if constexpr (QUANTISED<S>) scale_scores(k_scale, s);
@@ -289,7 +293,7 @@ void stream_unit(const Attention& a, Unit& u, int head_end, void* scratch) {
       const E* p = reinterpret_cast<const E*>(w.s);
       if (tile.cut() && !all_finite(v, tile.n, dv)) {  // 0 · NaN must not reach the rows that do not see it
         for (int r = 0; r < rows; ++r)
-          for (int c = 0; c < d; ++c) {
+          for (int c = 0; c < v_dim; ++c) {
             float x = 0;
             for (int j = 0; j < tile.n; ++j) {
               const float weight = part(p[r * STREAM_TILE + j / STEP<E>], j);
@@ -306,7 +310,7 @@ void stream_unit(const Attention& a, Unit& u, int head_end, void* scratch) {
   for (int h = 0; h < heads; ++h) {
     u.head = first + h;
     for (int r = 0; r < rows; ++r)
-      emit<T>(a, u, r, w.m[h * STREAM_ROWS + r], w.l[h * STREAM_ROWS + r], w.o + h * each + r * dv);
+      emit<T>(a, u, r, w.m[h * STREAM_ROWS + r], w.l[h * STREAM_ROWS + r], w.o + h * o_each + r * dv);
   }
 }
 

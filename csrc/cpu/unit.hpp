@@ -122,8 +122,8 @@ inline void finish(const Attention& a, int row, int h, float m, float l, const f
     l = l * shrink + expf(a.sinks[h] - top);
   }
   float inverse = l == 0 ? 0 : shrink / l;  // l is 0 only where nothing was visible; NaN stays NaN
-  T* out = static_cast<T*>(a.out) + (int64_t(row) * a.num_q_heads + h) * a.head_dim;
-  for (int d = 0; d < a.head_dim; ++d) put(out + d, acc[d] * inverse);
+  T* out = static_cast<T*>(a.out) + (int64_t(row) * a.num_q_heads + h) * a.v_dim;
+  for (int d = 0; d < a.v_dim; ++d) put(out + d, acc[d] * inverse);
   if (a.lse) a.lse[int64_t(row) * a.num_q_heads + h] = top == -INF ? -INF : top + logf(l);
 }
 
@@ -138,7 +138,7 @@ inline void emit(const Attention& a, const Unit& u, int packed, float m, float l
   int64_t p = int64_t(u.dest[r]) * a.num_q_heads + h;
   a.part_m[p] = m;
   a.part_l[p] = l;
-  memcpy(a.part_acc + p * a.head_dim, acc, size_t(a.head_dim) * 4);
+  memcpy(a.part_acc + p * a.v_dim, acc, size_t(a.v_dim) * 4);
 }
 
 // The query vector of a packed row, float32, times `factor`.

@@ -111,10 +111,10 @@ def make_case(rng, num_rows, lengths, tile_rows, num_slots, page_size=1) -> Case
     return Case(arrays, visible, slots, positions, row_positions, lone)
 
 
-def make_pools(rng, layout, num_pages, page_size, heads, dim, dtype, used):
+def make_pools(rng, layout, num_pages, page_size, heads, dim, dtype, used, v_dim=None):
     """K and V whose unused slots are NaN."""
     pools = []
-    for _ in range(2):
+    for dim in (dim, dim if v_dim is None else v_dim):  # noqa: B020
         x = torch.from_numpy(rng.standard_normal((num_pages * page_size, heads, dim))).to(dtype)
         unused = np.setdiff1d(np.arange(num_pages * page_size), used)
         x[unused] = NAN
@@ -146,10 +146,10 @@ def oracle(case, q, k, v, scale, softcap=None, window=None, sinks=None):
     lse = torch.logsumexp(s, 2) if s.shape[2] else torch.full(q.shape[:2], -INF, dtype=torch.float64)
     p = torch.exp(s - torch.where(torch.isneginf(lse), 0.0, lse)[:, :, None])[:, :, : keys.shape[1]]
     weights = p.masked_fill(~seen[:, None], 0.0).reshape(rows, k.shape[2], group, -1)
-    out = torch.zeros_like(queries)
+    out = torch.zeros(*queries.shape[:3], v.shape[3], dtype=torch.float64)
     for r in range(rows):  # one at a time, so that what a row does not see cannot touch it
         out[r] = torch.einsum("hgj,hjd->hgd", weights[r][:, :, seen[r]], values[:, seen[r]])
-    return out.reshape(q.shape), lse
+    return out.reshape(*q.shape[:2], -1), lse
 
 
 def relative(x, reference):

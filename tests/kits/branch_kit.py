@@ -41,11 +41,13 @@ def random_graph(seed: int, segments: int = 8, longest: int = 16) -> BranchMask:
 
 
 def tensors(
-    seed: int, total: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str = "cpu"
+    seed: int, total: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str = "cpu",
+    v_dim: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k, v and the output's gradient, random."""
     gen = torch.Generator().manual_seed(seed)
-    shapes = [(total, heads, dim), (total, kv_heads, dim), (total, kv_heads, dim), (total, heads, dim)]
+    v_dim = v_dim or dim
+    shapes = [(total, heads, dim), (total, kv_heads, dim), (total, kv_heads, v_dim), (total, heads, v_dim)]
     q, k, v, grad = (torch.randn(s, generator=gen, dtype=torch.float64) for s in shapes)
     return tuple(x.to(dtype).to(device) for x in (2 * q, k, v, grad))  # type: ignore[return-value]
 

@@ -162,9 +162,9 @@ def dense(
     softcap: float | None = None, window: int | None = None, sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Attention in float64, a row at a time, of nothing but the slots it sees: out [rows, Hq, D], lse [rows, Hq]."""
-    num_kv_heads, head_dim = k_pages.shape[2:]
-    k, v = (pages.reshape(-1, num_kv_heads, head_dim) for pages in (k_pages, v_pages))
-    out, lse = torch.zeros(q.shape, dtype=torch.float64), torch.zeros(q.shape[:2], dtype=torch.float64)
+    num_kv_heads, v_dim = v_pages.shape[2:]
+    k, v = (pages.reshape(-1, *pages.shape[2:]) for pages in (k_pages, v_pages))
+    out, lse = torch.zeros(*q.shape[:2], v_dim, dtype=torch.float64), torch.zeros(q.shape[:2], dtype=torch.float64)
     for row, slots in enumerate(seen):
         visible = torch.from_numpy(slots[-window:] if window else slots)
         queries = q[row].double().view(num_kv_heads, -1, head_dim)

@@ -15,10 +15,14 @@ class Twins:
 
     def __init__(
         self, num_pages: int = 512, page_size: int = 8, layers: int = 1, heads: int = 2, dim: int = 32,
-        dtype: torch.dtype = torch.float32, seed: int = 0, kv_format: str = "auto",
+        dtype: torch.dtype = torch.float32, seed: int = 0, kv_format: str = "auto", v_dim: int | None = None,
+        v_in_k: bool = False,
     ) -> None:  # fmt: skip
-        self.cache = ab.TreeCache(layers, heads, dim, num_pages, page_size, dtype, kv_format=kv_format)
-        self.naive = NaiveCache(layers, heads, dim, dtype)
+        self.cache = ab.TreeCache(
+            layers, heads, dim, num_pages, page_size, dtype, kv_format=kv_format, v_head_dim=v_dim, v_in_k=v_in_k
+        )
+        self.naive = NaiveCache(layers, heads, dim, dtype, v_dim, v_in_k)
+        self.v_dim, self.v_in_k = v_dim or dim, v_in_k
         self.layers, self.heads, self.dim, self.dtype = layers, heads, dim, dtype
         self.pairs: list[tuple] = []  # (Branch, NaiveBranch), alive
         self.generator = torch.Generator().manual_seed(seed)
@@ -57,9 +61,10 @@ class Twins:
         self.check_reservations(step, held)
         assert [step.rows[self.pairs[i][0]] for i in rows] == [twin.rows[self.pairs[i][1]] for i in rows]
         for layer in range(self.layers):
-            k, v = self.randn(step.num_rows, self.heads, self.dim), self.randn(step.num_rows, self.heads, self.dim)
+            k = self.randn(step.num_rows, self.heads, self.dim)
+            v = None if self.v_in_k else self.randn(step.num_rows, self.heads, self.v_dim)
             self.cache.write(layer, k, v, step)
-            self.naive.write(layer, self.kept(k), self.kept(v), twin)
+            self.naive.write(layer, self.kept(k), None if v is None else self.kept(v), twin)
         return step, twin
 
     def check_reservations(self, step: ab.Step, held: dict[ab.Branch, list[int]]) -> None:

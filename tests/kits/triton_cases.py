@@ -42,8 +42,11 @@ def random_case(
     layout: str = "heads",
     device: str = "cpu",
     magnitude: float = 1.0,
+    v_dim: int | None = None,
+    v_in_k: bool = False,
 ) -> Case:
-    """Contexts of 0-3 segments a row, whole or a prefix; every slot that no row sees holds NaN."""
+    """Contexts of 0-3 segments a row, whole or a prefix; every slot that no row sees holds NaN. v_in_k: V is the first
+    v_dim columns of K."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, max_len, segments)
     num_pages = int(sum(-(-n // page_size) for n in lengths)) + 3
@@ -112,13 +115,15 @@ def random_case(
     gen = torch.Generator().manual_seed(seed)
     q = torch.randn(rows, num_kv_heads * group, head_dim, generator=gen) * magnitude
     k = torch.randn(num_pages * page_size, num_kv_heads, head_dim, generator=gen)
-    v = torch.randn(num_pages * page_size, num_kv_heads, head_dim, generator=gen)
+    v = torch.randn(num_pages * page_size, num_kv_heads, v_dim or head_dim, generator=gen)
     unseen = np.setdiff1d(np.arange(num_pages * page_size), np.concatenate([c[0] for c in context]))
     k[unseen] = v[unseen] = float("nan")
-    k, v = (x.view(num_pages, page_size, num_kv_heads, head_dim).to(dtype) for x in (k, v))
+    k, v = (x.view(num_pages, page_size, num_kv_heads, -1).to(dtype) for x in (k, v))
     if layout == "heads":  # as TreeCache lays pages out: the tokens of a head together
         k, v = (x.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3) for x in (k, v))
-    return Case(q.to(device, dtype), k.to(device), v.to(device), arrays, context, row_positions)
+    k = k.to(device)
+    v = k[..., :v_dim] if v_in_k else v.to(device)
+    return Case(q.to(device, dtype), k, v, arrays, context, row_positions)
 
 
 def dense(
@@ -130,7 +135,7 @@ def dense(
     sinks: torch.Tensor | None = None,
     flat: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every row over its own gathered context, on the CPU: (out [rows, Hq, D], lse [rows, Hq]).
+    """Every row over its own gathered context, on the CPU: (out [rows, Hq, E], lse [rows, Hq]).
 
     In float64; with ``flat`` as an ordinary kernel of the inputs' dtype does it: float32 scores, probabilities rounded
     to the dtype, float32 sums, the output rounded.
@@ -140,7 +145,7 @@ def dense(
     q, k, v = (x.detach().cpu().to(work) for x in (case.q, case.k_pages, case.v_pages))
     num_q_heads, group = q.shape[1], q.shape[1] // k.shape[2]
     k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-    out = torch.zeros(q.shape, dtype=work)
+    out = torch.zeros(*q.shape[:2], v.shape[2], dtype=work)
     lse = torch.full(q.shape[:2], -math.inf, dtype=work)
     for row, (slots, positions) in enumerate(case.context):
         if window is not None:

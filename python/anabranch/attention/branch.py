@@ -42,7 +42,8 @@ def branch_attention(
     Args:
         q: [T, num_q_heads, head_dim] float32, bfloat16 or float16 (reference: also float64), head_dim 1–256; any
             strides. Query head h reads KV head h // (num_q_heads // num_kv_heads).
-        k, v: [T, num_kv_heads, head_dim], q's dtype and device.
+        k: [T, num_kv_heads, head_dim], q's dtype and device.
+        v: [T, num_kv_heads, v_head_dim], likewise; its head_dim may be another (192 and 128 in DeepSeek's models).
         mask: which token sees which; T = ``mask.num_tokens``, on q's device (``mask.to(q.device)``).
         scale: factor on q·k; default head_dim ** -0.5.
         softcap: scores become softcap · tanh(score / softcap), before the mask (Gemma 2).
@@ -51,7 +52,7 @@ def branch_attention(
         backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
-        out [T, num_q_heads, head_dim], contiguous, in q's dtype.
+        out [T, num_q_heads, v_head_dim], contiguous, in q's dtype.
 
     Raises:
         TypeError, ValueError: a mask, shape, dtype, device or option that does not fit; nothing was computed.
@@ -106,10 +107,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: BranchMask) -> None:
         raise ValueError(f"mask: is on {mask.device}, q on {q.device}; pass mask.to({str(q.device)!r})")
     if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
         raise ValueError(f"q: {q.shape[1]} query heads are not a multiple of the {k.shape[1]} KV heads")
+    if k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
+        raise ValueError(f"k: expected shape [{q.shape[0]}, num_kv_heads, {q.shape[2]}], got {list(k.shape)}")
+    if v.shape[:2] != k.shape[:2] or v.shape[2] == 0:
+        raise ValueError(f"v: expected shape [{q.shape[0]}, {k.shape[1]}, v_head_dim], got {list(v.shape)}")
     for name, x in (("k", k), ("v", v)):
-        if x.shape[0] != q.shape[0] or x.shape[2] != q.shape[2] or x.shape[1] != k.shape[1]:
-            heads = "num_kv_heads" if name == "k" else str(k.shape[1])
-            raise ValueError(f"{name}: expected shape [{q.shape[0]}, {heads}, {q.shape[2]}], got {list(x.shape)}")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
                 f"{name}: expected {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}; convert it"

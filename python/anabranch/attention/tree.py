@@ -47,11 +47,13 @@ def tree_attention(
 
     Args:
         q: [rows, num_q_heads, head_dim], contiguous, in the cache's dtype and on its device; rows in the step's order.
-            Query head h reads KV head h // (num_q_heads // num_kv_heads).
+            Query head h reads KV head h // (num_q_heads // num_kv_heads). Over a latent cache (``v_in_k``): absorbed
+            queries, see docs/guides/attention_shapes.md.
         cache: the cache whose ``write`` put this step's K and V in.
         layer: 0 … num_layers − 1.
         step: what ``cache.step`` returned.
-        scale: factor on q·k; default head_dim ** -0.5.
+        scale: factor on q·k; default head_dim ** -0.5. Over a latent cache it has to be given: it is the model's, and
+            not that of the latent's size.
         softcap: scores become softcap · tanh(score / softcap), before the mask (Gemma 2).
         window: a key is visible when q_position − k_position < window (logical positions, as in Transformers).
         sinks: [num_q_heads], an extra logit a head that takes part in the softmax only (gpt-oss).
@@ -59,7 +61,7 @@ def tree_attention(
         return_lse: also return the log-sum-exp of the scores.
 
     Returns:
-        out [rows, num_q_heads, head_dim] in q's dtype; with ``return_lse`` also lse [rows, num_q_heads], float32,
+        out [rows, num_q_heads, v_head_dim] in q's dtype; with ``return_lse`` also lse [rows, num_q_heads], float32,
         natural logarithm, sinks included.
 
     Raises:
@@ -72,6 +74,11 @@ def tree_attention(
     if made_by is not cache:
         raise ValueError(f"step: made by another cache, {made_by!r}, not by {told(cache)}; pass the one that made it")
     layer = layer_of(layer, cache.num_layers)
+    if scale is None and cache.v_in_k:
+        raise ValueError(
+            "scale: has to be given over a cache with v_in_k=True: the model's own factor, that of its keys before they "
+            "were absorbed ((qk_nope_head_dim + qk_rope_head_dim) ** -0.5, times what its rotary embeddings say)"
+        )
     return _attend(
         q, cache.k_pages(layer), cache.v_pages(layer), step.plan, step.num_rows, layer, scale, softcap, window, sinks,
         backend, return_lse, cache.dtype, cache.kv_scales(layer),
@@ -97,8 +104,10 @@ def paged_tree_attention(
     Args:
         q: [rows, num_q_heads, head_dim], contiguous; the rows of sequence 0, then of sequence 1, …
             (``query_lengths`` of the plan; one each by default).
-        k_pages, v_pages: [num_pages, page_size, num_kv_heads, head_dim], q's dtype and device; the last dimension must
-            have stride 1, the others are free. With ``k_scales`` and ``v_scales`` they are int8 or float8_e4m3fn.
+        k_pages: [num_pages, page_size, num_kv_heads, head_dim], q's dtype and device; the last dimension must have
+            stride 1, the others are free. With ``k_scales`` and ``v_scales`` they are int8 or float8_e4m3fn.
+        v_pages: [num_pages, page_size, num_kv_heads, v_head_dim], likewise; v_head_dim may be another than head_dim, and
+            they may be a view of k_pages: ``k_pages[..., :512]`` is V in a pool of latents (MLA), read once.
         plan: ``Plan.from_block_tables(...)``; one plan serves all layers.
         scale, softcap, window, sinks, backend, return_lse: as for ``tree_attention``; positions count from 0 in each
             sequence.
@@ -123,8 +132,9 @@ def paged_tree_attention(
             raise ValueError(
                 f"{name}: the last dimension must have stride 1, got {pages.stride(3)}; call .contiguous()"
             )
-    if k_pages.shape != v_pages.shape:
-        raise ValueError(f"v_pages: expected k_pages' shape {list(k_pages.shape)}, got {list(v_pages.shape)}")
+    if k_pages.shape[:3] != v_pages.shape[:3] or v_pages.shape[3] == 0:
+        expected = str(list(k_pages.shape[:3]))[:-1] + ", v_head_dim]"
+        raise ValueError(f"v_pages: expected shape {expected} like k_pages, got {list(v_pages.shape)}")
     if v_pages.dtype != k_pages.dtype or v_pages.device != k_pages.device:
         raise ValueError(
             f"v_pages: expected {k_pages.dtype} on {k_pages.device} like k_pages, "

@@ -42,6 +42,7 @@ class Backend(Protocol):
         batch_invariant: it can honour plans with ``batch_invariant``.
         kv_dtypes: element types of quantised pages that it reads and writes (see `formats`). Where there are none,
             ``kv_scales`` and ``scales`` are always None.
+        split_head_dims: it takes K and V of different head_dims, and pages of V that are the first of K's.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Backend(Protocol):
     capturable: bool
     batch_invariant: bool
     kv_dtypes: tuple[torch.dtype, ...]
+    split_head_dims: bool
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine, with the remedy, in one sentence; None where it can."""
@@ -60,7 +62,7 @@ class Backend(Protocol):
         """What ``anabranch doctor`` tells of it where it works; "summary" is a line for people."""
 
     def refuses(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """Why it cannot serve a call on these tensors, with the remedy; None where it can."""
+        """Why it cannot serve a call on these tensors, with the remedy; None where it can. head_dim: of K or of V."""
 
     def tile_config(
         self, num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
@@ -85,26 +87,27 @@ class Backend(Protocol):
 
         Args:
             q: [queries, Hq, D]; ``plan.num_rows`` of them, or more where rows read under several position offsets.
-            k_pages, v_pages: [pages, page_size, Hkv, D], the last stride 1; of q's dtype, or one of ``kv_dtypes``.
+            k_pages: [pages, page_size, Hkv, D], the last stride 1; of q's dtype, or one of ``kv_dtypes``.
+            v_pages: [pages, page_size, Hkv, E], likewise; E = D unless ``split_head_dims``. May be a view of k_pages.
             plan: ``plan.arrays(Hq // Hkv, tile_config)`` are its work items.
             kv_scales: the factors of quantised pages, None for others.
 
         Returns:
-            out [plan.num_rows, Hq, D] in q's dtype; lse [plan.num_rows, Hq] float32, natural logarithm, sinks included,
+            out [plan.num_rows, Hq, E] in q's dtype; lse [plan.num_rows, Hq] float32, natural logarithm, sinks included,
             or None unless ``return_lse``.
         """
 
     def write_kv(
         self,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None,
         k_pages: Tensor,
-        v_pages: Tensor,
+        v_pages: Tensor | None,
         slots: Tensor,
         kv_scales: KVScales | None = None,
     ) -> None:
-        """k, v [rows, Hkv, D] into slots int32 [rows] of the pages, in place; quantised where there are ``kv_scales``,
-        whose factors are written too."""
+        """k [rows, Hkv, D] and v [rows, Hkv, E] into slots int32 [rows] of the pages, in place; quantised where there are
+        ``kv_scales``, whose factors are written too. v and v_pages None (``split_head_dims`` only): K alone."""
 
     def copy_pages(self, pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor, scales: Tensor | None = None) -> None:
         """Pages ``src`` to ``dst`` in every plane, the first ``filled[i]`` slots of each, one call for all.
@@ -118,7 +121,13 @@ class Backend(Protocol):
 
 @runtime_checkable
 class BranchAttention(Protocol):
-    """Optional: attention under a branch mask, for training."""
+    """Optional: attention under a branch mask, for training.
+
+    Attributes:
+        branch_head_dim: the largest head_dim of K and of V there.
+    """
+
+    branch_head_dim: int
 
     def branch_forward(
         self,
@@ -132,7 +141,7 @@ class BranchAttention(Protocol):
         window: int | None,
         sinks: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """out [T, Hq, D] in q's dtype, lse [T, Hq] float32, natural logarithm, sinks included."""
+        """out [T, Hq, E] in q's dtype, lse [T, Hq] float32, natural logarithm, sinks included; v [T, Hkv, E]."""
 
     def branch_backward(
         self,

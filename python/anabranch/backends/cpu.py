@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anabranch.backends import native, threads
 from anabranch.backends.formats import KVScales
-from anabranch.backends.native import MAX_HEAD_DIM, TYPES, address, floats, rows, strided
+from anabranch.backends.native import TYPES, address, floats, rows, strided
 from anabranch.plan.tile_config import TileConfig
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ device_type = "cpu"
 capturable = False
 batch_invariant = True
 kv_dtypes = (torch.int8, torch.float8_e4m3fn)
+split_head_dims = True
+branch_head_dim = 1024  # MAX_HEAD_DIM of csrc/cpu/kernels.hpp
 
 # Packed rows an item. 64 rows amortise the conversion of K and V to a few percent and leave Q, scores, accumulators and
 # a tile of K and V together inside 512 KB of second-level cache at head_dim 256.
@@ -87,8 +89,8 @@ def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
         return f"the cpu backend takes CPU tensors, got device {device}; use backend='triton' or move the tensors"
     if dtype not in TYPES:
         return f"the cpu backend takes float32, float16 and bfloat16, got {dtype}; use backend='reference' or convert"
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        return f"the cpu backend takes head_dim 1 to {MAX_HEAD_DIM}, got {head_dim}; use backend='reference'"
+    if not 1 <= head_dim <= branch_head_dim:
+        return f"the cpu backend takes head_dim 1 to {branch_head_dim}, got {head_dim}; use backend='reference'"
     return None
 
 
@@ -150,7 +152,7 @@ def attention(
     return_lse: bool,
     kv_scales: KVScales | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """out [rows, Hq, D] in q's dtype; lse [rows, Hq] float32 (natural log) or None."""
+    """out [rows, Hq, E] in q's dtype, E of v_pages; lse [rows, Hq] float32 (natural log) or None."""
     from anabranch import _cpu
 
     num_q_heads, num_kv_heads = q.shape[1], k_pages.shape[2]
@@ -158,7 +160,7 @@ def attention(
     config = _tile_config(num_kv_heads, q.dtype.itemsize, plan.batch_invariant, count)
     return native.attention(
         _cpu.attention, rows(q), k_pages, v_pages, plan.arrays(num_q_heads // num_kv_heads, config), count,
-        _quantised(k_pages, kv_scales),
+        v_pages.shape[3], _quantised(k_pages, kv_scales),
         scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse, num_rows=plan.num_rows,
     )  # fmt: skip
 
@@ -168,7 +170,7 @@ def _branch_arguments(
 ) -> tuple[Any, ...]:
     return (
         TYPES[q.dtype],
-        (q.shape[2], q.shape[1], k.shape[1]),
+        (q.shape[2], v.shape[2], q.shape[1], k.shape[1]),
         tuple(map(strided, (q, k, v))),
         (*map(address, layout), layout.starts.shape[0] - 1),
         *native.numbers(scale, softcap, window),
@@ -186,12 +188,12 @@ def branch_forward(
     window: int | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """out [T, Hq, D] in q's dtype, lse [T, Hq] float32, natural logarithm, sinks included."""
+    """out [T, Hq, E] in q's dtype, lse [T, Hq] float32, natural logarithm, sinks included."""
     from anabranch import _cpu
 
     q, k, v, sinks = rows(q), rows(k), rows(v), floats(sinks)
     layout = type(layout)(*(x.contiguous() for x in layout))
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty((*q.shape[:2], v.shape[2]), dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     _cpu.branch_forward(
         *_branch_arguments(q, k, v, layout, scale, softcap, window),
@@ -240,22 +242,28 @@ def branch_backward(
 
 
 def write_kv(
-    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, kv_scales: KVScales | None = None
+    k: Tensor,
+    v: Tensor | None,
+    k_pages: Tensor,
+    v_pages: Tensor | None,
+    slots: Tensor,
+    kv_scales: KVScales | None = None,
 ) -> None:
-    """k, v [rows, Hkv, D] into slots int32 [rows] of the pages, in place; quantised where there are factors."""
+    """k [rows, Hkv, D], v [rows, Hkv, E] into slots int32 [rows] of the pages, in place; quantised where there are
+    factors. v and v_pages None: K alone."""
     from anabranch import _cpu
 
     num_rows, num_kv_heads, head_dim = k.shape
-    k, v, slots = rows(k), rows(v), slots.contiguous()
+    k, v, slots = rows(k), None if v is None else rows(v), slots.contiguous()
     _cpu.write_kv(
         TYPES[k.dtype],
-        head_dim,
+        (head_dim, 0 if v is None else v.shape[2]),
         num_kv_heads,
         k_pages.shape[1],
         strided(k),
-        strided(v),
+        (0, 0, 0) if v is None else strided(v),
         strided(k_pages),
-        strided(v_pages),
+        (0, 0, 0, 0) if v_pages is None else strided(v_pages),
         address(slots),
         num_rows,
         threads.count(),

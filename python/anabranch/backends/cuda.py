@@ -46,6 +46,7 @@ device_type = "cuda"
 capturable = True
 batch_invariant = False
 kv_dtypes: tuple[torch.dtype, ...] = ()
+split_head_dims = False
 
 OLDEST = 80  # sm_80: mma on bfloat16, ldmatrix, cp.async
 

@@ -21,6 +21,8 @@ device_type = "cpu"
 capturable = False
 batch_invariant = False
 kv_dtypes = (torch.int8, torch.float8_e4m3fn)
+split_head_dims = True
+branch_head_dim = 4096
 
 
 def unavailable() -> str | None:
@@ -38,7 +40,7 @@ def info() -> dict[str, Any]:
 def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if not dtype.is_floating_point:
         return f"takes floating-point tensors, not {dtype}"
-    if head_dim > 4096:
+    if head_dim > branch_head_dim:
         return f"head_dim {head_dim} is past anything a model uses (4096)"
     return None
 
@@ -76,10 +78,10 @@ def attention(
     view = plan.contexts()
     if view.row_of is not None:
         return _attend_queries(q, k_pages, v_pages, plan, scale, softcap, window, sinks, return_lse, kv_scales, dtype)
-    rows, num_q_heads, head_dim = q.shape
+    rows, num_q_heads = q.shape[:2]
     num_kv_heads = k_pages.shape[2]
     group = num_q_heads // num_kv_heads
-    out = torch.zeros(rows, num_q_heads, head_dim, dtype=dtype, device=q.device)
+    out = torch.zeros(rows, num_q_heads, v_pages.shape[3], dtype=dtype, device=q.device)
     lse = torch.full((rows, num_q_heads), float("-inf"), dtype=dtype, device=q.device)
     if sinks is not None:
         lse[:] = sinks.to(dtype)
@@ -93,7 +95,7 @@ def attention(
         k_pos = torch.from_numpy(view.positions[begin:end]).to(q.device).long()
         q_pos = torch.from_numpy(view.row_positions[first:last]).to(q.device)
         k_scales, v_scales = (None, None) if kv_scales is None else kv_scales
-        k = gather(k_pages, slots, dtype, k_scales).repeat_interleave(group, dim=1)  # [length, Hq, D]
+        k = gather(k_pages, slots, dtype, k_scales).repeat_interleave(group, dim=1)  # [length, Hq, head_dim]
         v = gather(v_pages, slots, dtype, v_scales).repeat_interleave(group, dim=1)
         s = torch.einsum("ihd,jhd->hij", q[first:last].to(dtype), k) * scale  # [Hq, n, length]
         if softcap is not None:
@@ -162,10 +164,17 @@ def _attend_queries(
 
 
 def write_kv(
-    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, kv_scales: KVScales | None = None
+    k: Tensor,
+    v: Tensor | None,
+    k_pages: Tensor,
+    v_pages: Tensor | None,
+    slots: Tensor,
+    kv_scales: KVScales | None = None,
 ) -> None:
     page, offset = slots.long() // k_pages.shape[1], slots.long() % k_pages.shape[1]
     for x, pages, scales in ((k, k_pages, kv_scales and kv_scales.k), (v, v_pages, kv_scales and kv_scales.v)):
+        if x is None or pages is None:
+            continue
         if scales is not None:
             x, scales[page, offset] = formats.by_dtype(pages.dtype).quantise(x)
         formats.put(pages, page, offset, x)
@@ -215,7 +224,7 @@ def branch_forward(
     window: int | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Dense, in float64: out [T, Hq, D] in q's dtype, lse [T, Hq] float32 (float64 for float64)."""
+    """Dense, in float64: out [T, Hq, E] in q's dtype, lse [T, Hq] float32 (float64 for float64)."""
     group, dtype = q.shape[1] // k.shape[1], torch.float64
     visible = branch_visible(layout, window)
     wide_k, wide_v = (x.to(dtype).repeat_interleave(group, 1) for x in (k, v))
@@ -245,7 +254,7 @@ def branch_backward(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv in their inputs' dtypes, and delta [T, Hq] = grad · out − grad_lse in lse's dtype."""
-    group, dtype, shape = q.shape[1] // k.shape[1], torch.float64, k.shape
+    group, dtype, heads = q.shape[1] // k.shape[1], torch.float64, k.shape[1]
     visible = branch_visible(layout, window)
     wide_k, wide_v = (x.to(dtype).repeat_interleave(group, 1) for x in (k, v))
     x, do = q.to(dtype), grad.to(dtype)
@@ -257,8 +266,8 @@ def branch_backward(
     ds = p * (torch.einsum("ihd,jhd->hij", do, wide_v) - delta.T[:, :, None])
     ds = (ds if slope is None else ds * slope).masked_fill(~visible, 0.0) * scale
     dq = _weigh("hij,jhd->ihd", ds, wide_k, visible)
-    dk = _weigh("hij,ihd->jhd", ds, x, visible.T).unflatten(1, (shape[1], group)).sum(2)
-    dv = _weigh("hij,ihd->jhd", p, do, visible.T).unflatten(1, (shape[1], group)).sum(2)
+    dk = _weigh("hij,ihd->jhd", ds, x, visible.T).unflatten(1, (heads, group)).sum(2)
+    dv = _weigh("hij,ihd->jhd", p, do, visible.T).unflatten(1, (heads, group)).sum(2)
     dq, dk, dv = (x.to(y.dtype).contiguous() for x, y in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv, delta.to(lse.dtype)
 

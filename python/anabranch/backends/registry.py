@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 
-from anabranch.backends.base import AdvancesPlans, Backend
+from anabranch.backends.base import AdvancesPlans, Backend, BranchAttention
 from anabranch.errors import BackendUnavailable
 
 # One line for each backend, the module of that name in this folder: the device types for which "auto" considers it.
@@ -42,7 +42,13 @@ def unavailable(name: str) -> str | None:
 
 
 def choose(
-    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, kv_dtype: torch.dtype | None = None
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    kv_dtype: torch.dtype | None = None,
+    v_head_dim: int | None = None,
+    branch: bool = False,
 ) -> Backend:
     """The backend for a call.
 
@@ -51,6 +57,8 @@ def choose(
 
     Args:
         dtype: of Q. kv_dtype: of the elements in K and V's pages, where it is another one.
+        head_dim: of Q and K. v_head_dim: of V, where it may be another one; 0: V is a part of K and is not written.
+        branch: for branch attention.
 
     Raises:
         BackendUnavailable: a backend asked for by name cannot run here.
@@ -61,19 +69,36 @@ def choose(
         reason = unavailable(backend)
         if reason is not None:
             raise BackendUnavailable(f"backend {backend!r}: {reason}")
-        reason = _refuses(module, device, dtype, head_dim, kv_dtype)
+        reason = _refuses(module, device, dtype, head_dim, kv_dtype, v_head_dim, branch)
         if reason is not None:
             raise ValueError(f"backend {backend!r}: {reason}")
         return module
-    return _auto(device, dtype, head_dim, kv_dtype)
+    return _auto(device, dtype, head_dim, kv_dtype, v_head_dim, branch)
 
 
 def _refuses(
-    backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int, kv_dtype: torch.dtype | None
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    kv_dtype: torch.dtype | None,
+    v_head_dim: int | None,
+    branch: bool,
 ) -> str | None:
     """Why a backend cannot serve a call, with the remedy; None when it can."""
+    widest = max(head_dim, v_head_dim or 0)
+    if branch:
+        if not isinstance(backend, BranchAttention):
+            return f"has no branch attention; pass backend='auto', {with_trait(_is_branch)}"
+        if widest > backend.branch_head_dim:
+            able = with_trait(lambda other: isinstance(other, BranchAttention) and widest <= other.branch_head_dim)
+            return f"takes head_dim up to {backend.branch_head_dim} in branch attention, got {widest}; use {able}"
+    if v_head_dim not in (None, head_dim) and not backend.split_head_dims:
+        able = with_trait(lambda other: other.split_head_dims)
+        have = f"head_dim {v_head_dim} for V beside {head_dim} for K" if v_head_dim else "V as a part of K's rows"
+        return f"has no kernels for {have}; pass backend='auto' or {able}"
     if kv_dtype in (None, dtype) or kv_dtype in backend.kv_dtypes:
-        return backend.refuses(device, dtype, head_dim)
+        return backend.refuses(device, dtype, widest) or backend.refuses(device, dtype, head_dim)
     able = with_trait(lambda other: kv_dtype in other.kv_dtypes)
     kept = str(kv_dtype).removeprefix("torch.")
     return (
@@ -82,18 +107,32 @@ def _refuses(
     )
 
 
+def _is_branch(backend: Backend) -> bool:
+    return isinstance(backend, BranchAttention)
+
+
 @functools.cache
-def _auto(device: torch.device, dtype: torch.dtype, head_dim: int, kv_dtype: torch.dtype | None) -> Backend:
+def _auto(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    kv_dtype: torch.dtype | None,
+    v_head_dim: int | None,
+    branch: bool,
+) -> Backend:
     reasons: list[str] = []
     for name in PREFERRED.get(device.type, ("reference",)):
-        reason = unavailable(name) or _refuses(get(name), device, dtype, head_dim, kv_dtype)
+        reason = unavailable(name) or _refuses(
+            get(name), device, dtype, head_dim, kv_dtype, v_head_dim, branch
+        )
         if reason is None:
             if reasons and head_dim <= 256 and dtype.itemsize <= 4:  # said once: this function remembers its answers
                 warnings.warn(f"anabranch falls back to the {name} backend ({'; '.join(reasons)})", stacklevel=2)
             return get(name)
         reasons.append(f"{name}: {reason}")
     raise ValueError(
-        f"no backend takes device {device}, {dtype}, head_dim {head_dim} ({'; '.join(reasons)}). "
+        f"no backend takes device {device}, {dtype}, head_dim {head_dim}"
+        f"{f' and {v_head_dim} of V' if v_head_dim else ''} ({'; '.join(reasons)}). "
         "Supported: float32, float16 and bfloat16 with head_dim 32–256; the reference also takes float64"
     )
 

@@ -44,9 +44,11 @@ device_type = "cuda"
 capturable = True
 batch_invariant = False
 kv_dtypes = (torch.int8, torch.float8_e4m3fn)
+split_head_dims = True
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 576  # latents of DeepSeek's models: 512 and 64
+branch_head_dim = 256
 
 
 @functools.cache
@@ -98,14 +100,14 @@ def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 @functools.lru_cache(maxsize=256)
 def tile_config(
     num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device,
-    chunk: int | None = None,
+    chunk: int | None = None, v_head_dim: int | None = None,
 ) -> TileConfig:  # fmt: skip
     """How plans for these kernels are to be cut: the wide tile of this device; chunk (where none is given) and split
     by the model of the machine. Shorter chunks cost more partials than they balance, longer ones leave a tail."""
     from anabranch.kernels import configs, launch
 
     traits = launch.device_traits(device)
-    tile = configs.attention_config(head_dim, dtype.itemsize, traits.arch).wide
+    tile = configs.attention_config(max(head_dim, v_head_dim or 0), dtype.itemsize, traits.arch).wide
     cut = machine.cut_for(
         device, traits.multiprocessors, num_q_heads, num_kv_heads, head_dim, dtype.itemsize, tile, chunk
     )
@@ -131,13 +133,14 @@ def attention(
     return_lse: bool,
     kv_scales: KVScales | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """out [rows, Hq, D] in q's dtype; lse [rows, Hq] float32 (natural log) or None."""
+    """out [rows, Hq, E] in q's dtype, E of v_pages; lse [rows, Hq] float32 (natural log) or None."""
     from anabranch.kernels import launch
 
     num_q_heads, num_kv_heads = q.shape[1], k_pages.shape[2]
-    arrays = plan.arrays(
-        num_q_heads // num_kv_heads, tile_config(num_q_heads, num_kv_heads, q.shape[2], q.dtype, k_pages.device)
-    )
+    config = tile_config(
+        num_q_heads, num_kv_heads, q.shape[2], q.dtype, k_pages.device, v_head_dim=v_pages.shape[3]
+    )  # fmt: skip
+    arrays = plan.arrays(num_q_heads // num_kv_heads, config)
     out, lse = launch.attention(
         q, k_pages, v_pages, arrays,
         scale=scale, softcap=softcap, window=window, sinks=sinks, num_rows=plan.num_rows, kv_scales=kv_scales,
@@ -147,14 +150,14 @@ def attention(
 
 def write_kv(
     k: torch.Tensor,
-    v: torch.Tensor,
+    v: torch.Tensor | None,
     k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
+    v_pages: torch.Tensor | None,
     slots: torch.Tensor,
     kv_scales: KVScales | None = None,
 ) -> None:
-    """k, v [rows, Hkv, D] into slots int32 [rows] of the pages, in place, quantised where there are factors to write;
-    one launch."""
+    """k [rows, Hkv, D], v [rows, Hkv, E] into slots int32 [rows] of the pages, in place, quantised where there are
+    factors to write; one launch. v and v_pages None: K alone."""
     from anabranch.kernels import launch
 
     launch.write_kv(k, v, k_pages, v_pages, slots, kv_scales)
@@ -220,7 +223,7 @@ def branch_forward(
     window: int | None,
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [T, Hq, D] in q's dtype, lse [T, Hq] float32, natural logarithm, sinks included."""
+    """out [T, Hq, E] in q's dtype, lse [T, Hq] float32, natural logarithm, sinks included."""
     from anabranch.kernels import branch_launch
 
     return branch_launch.branch_forward(

@@ -106,7 +106,8 @@ class Engine:
             raise TypeError(f"tokenizer: expected a Transformers tokenizer or None, got {told(tokenizer)}")
         shape = hf.enable(model)
         fmt = KVFormat.of(kv_format, shape.dtype)
-        choose(backend, shape.device, shape.dtype, shape.head_dim, fmt.dtype)  # raises for one that cannot run
+        # Raises for one that cannot run.
+        choose(backend, shape.device, shape.dtype, shape.head_dim, fmt.dtype, shape.v_head_dim)
         if not isinstance(batch_invariant, bool):
             raise ValueError(f"batch_invariant={batch_invariant!r}; pass True or False")
         if not isinstance(prefix_cache, bool):

@@ -37,11 +37,11 @@ def check_model(model: Any, cache: TreeCache) -> int | None:
             f"model: is {shape.dtype} now, but the engine's cache holds {cache.dtype}; "
             f"call model.to({cache.dtype}), or make a new Engine"
         )
-    now = (shape.num_layers, shape.num_kv_heads, shape.head_dim)
-    made_for = (cache.num_layers, cache.num_kv_heads, cache.head_dim)
+    now = (shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.v_head_dim)
+    made_for = (cache.num_layers, cache.num_kv_heads, cache.head_dim, cache.v_head_dim)
     if now != made_for:
         raise ValueError(
-            f"model: has (layers, KV heads, head_dim) {now} now, but the engine's cache was made for {made_for}; "
+            f"model: has (layers, KV heads, head_dim, V's) {now} now, but the engine's cache was made for {made_for}; "
             "make a new Engine"
         )
     return shape.position_limit

@@ -32,9 +32,10 @@ def attention(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """The registered attention function. ``query [B, Hq, T, D]``, ``key``, ``value [B, Hkv, T', D]`` (RoPE applied).
+    """The registered attention function. ``query [B, Hq, T, D]``, ``key [B, Hkv, T', D]`` (RoPE applied), ``value [B, Hkv,
+    T', E]``.
 
-    Returns ``(out [B, T, Hq, D], weights or None)``. With ``tree_step`` among the keywords it attends over the tree,
+    Returns ``(out [B, T, Hq, E], weights or None)``. With ``tree_step`` among the keywords it attends over the tree,
     with ``branch_mask`` as that mask says.
     """
     step, branches = kwargs.pop("tree_step", None), kwargs.pop("branch_mask", None)
@@ -68,7 +69,7 @@ def over_tree(
     step: Step,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    """``query [1, Hq, T, D]``, ``key``, ``value [1, Hkv, T, D]`` → ``[1, T, Hq, D]``, T = ``step.num_rows``."""
+    """``query [1, Hq, T, D]``, ``key [1, Hkv, T, D]``, ``value [1, Hkv, T, E]`` → ``[1, T, Hq, E]``, T = ``step.num_rows``."""
     layer = _check_tree_call(module, attention_mask, step, kwargs)
     window = window_of(module, attention_mask, kwargs)  # before anything is written
     sinks = kwargs.get("s_aux")

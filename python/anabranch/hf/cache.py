@@ -21,5 +21,6 @@ def cache_shape(model: Any) -> CacheShape:
         device=shape.device,
         max_positions=shape.position_limit,
         watch=ModelWatch(type(model).__name__, text_config(model), shape),
+        v_head_dim=shape.v_head_dim,
         rotary=lambda: rotary_of(model),
     )

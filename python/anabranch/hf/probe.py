@@ -35,6 +35,7 @@ class ModelShape:
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
+    """Of queries and keys."""
     dtype: torch.dtype
     """Type of the keys and values."""
     device: torch.device
@@ -51,6 +52,12 @@ class ModelShape:
     (rotary embeddings)."""
     rope_rules: tuple[RopeRule, ...] = ()
     """Where a forward's longest sequence decides the rotation of all rows (hf/rope.py); () = nowhere."""
+    v_head_dim: int = 0
+    """Of values; where it is not given, ``head_dim``."""
+
+    def __post_init__(self) -> None:
+        if not self.v_head_dim:
+            object.__setattr__(self, "v_head_dim", self.head_dim)
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class _Call:
     q_heads: int
     kv_heads: int
     head_dim: int
+    v_head_dim: int
     dtype: torch.dtype
     device: torch.device
     window: int | None
@@ -91,17 +99,17 @@ class Probe:
         window: int | None,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
-        """Checks one call, remembers its shape and returns zeros ``[1, T, Hq, D]``."""
+        """Checks one call, remembers its shape and returns zeros ``[1, T, Hq, E]``, E of the values."""
         name, layer = type(module).__name__, getattr(module, "layer_idx", None)
         if not isinstance(layer, int):
             raise UnsupportedModel(f"{name} has no layer_idx, so its keys and values have no place in a TreeCache")
         is_causal = kwargs.get("is_causal")
         if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
             raise UnsupportedModel(f"{name} (layer {layer}) is not causal: only decoders can run over a tree")
-        if key.shape != value.shape:
+        if key.shape[:3] != value.shape[:3]:
             raise UnsupportedModel(
                 f"{name} (layer {layer}) has keys of shape {tuple(key.shape)} and values of shape "
-                f"{tuple(value.shape)}; a TreeCache stores both with one head_dim"
+                f"{tuple(value.shape)}; a TreeCache needs one of each for every token and KV head"
             )
         if key.shape[2] != self.ROWS or query.shape[2] != self.ROWS or query.shape[3] != key.shape[3]:
             raise UnsupportedModel(
@@ -119,6 +127,7 @@ class Probe:
                 query.shape[1],
                 key.shape[1],
                 key.shape[3],
+                value.shape[3],
                 key.dtype,
                 key.device,
                 window,
@@ -128,7 +137,7 @@ class Probe:
         )
         if layer in self._watched:
             self.rotated[layer] = torch.cat([query, key], dim=1)[0, :, self.ROW].float()
-        return torch.zeros_like(query).transpose(1, 2).contiguous()
+        return query.new_zeros(1, self.ROWS, query.shape[1], value.shape[3])
 
 
 def is_compiled(model: Any) -> bool:
@@ -225,7 +234,7 @@ def describe(model: Any) -> ModelShape:
     The model must use ``attn_implementation="anabranch"``. Raises `UnsupportedModel`, naming the reason, for models
     that cannot run over a tree: encoders, cross-attention, state-space or linear-attention layers, convolutions between
     tokens, anything else by which a row depends on the other rows of its forward, layers with different KV heads or
-    head_dim, values narrower than keys, layers on several devices.
+    head_dim, layers on several devices.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     enabled = uses_anabranch(model)
@@ -328,7 +337,7 @@ def _shape_of(
             f"{layers}: each layer must call it once and pass its keywords on"
         )
     calls = sorted(calls, key=lambda call: call.layer)
-    for what in ("q_heads", "kv_heads", "head_dim", "dtype", "device", "softcap"):
+    for what in ("q_heads", "kv_heads", "head_dim", "v_head_dim", "dtype", "device", "softcap"):
         found = {getattr(call, what): call.layer for call in reversed(calls)}
         if len(found) > 1:
             each = ", ".join(f"{value} (layer {layer})" for value, layer in sorted(found.items(), key=lambda x: x[1]))
@@ -344,6 +353,7 @@ def _shape_of(
         num_q_heads=first.q_heads,
         num_kv_heads=first.kv_heads,
         head_dim=first.head_dim,
+        v_head_dim=first.v_head_dim,
         dtype=first.dtype,
         device=first.device,
         windows=tuple(call.window for call in calls),

@@ -113,6 +113,11 @@ class SegmentVectors:
         have, want = (self.vectors.shape[0], self.vectors.shape[2]), (shape.num_layers, shape.head_dim)
         if have != want:
             raise ValueError(f"segment_vectors: made for (layers, head_dim) {have}, but the model has {want}")
+        if shape.v_head_dim != shape.head_dim:
+            raise ValueError(
+                f"segment_vectors: one vector is added to K and to V, but the model's have {shape.head_dim} and "
+                f"{shape.v_head_dim} numbers; use a model whose K and V are alike"
+            )
         if is_compiled(model):
             raise ValueError("segment_vectors: the model is compiled by torch.compile; pass the model itself")
         found: dict[int, tuple[nn.Module, nn.Module]] = {}

@@ -37,7 +37,8 @@ def attend(
     """Write one layer's keys and values to the step's cache, and attend there.
 
     Args:
-        query: [1, num_q_heads, T, head_dim]; key, value: [1, num_kv_heads, T, head_dim]; T = ``step.num_rows``.
+        query: [1, num_q_heads, T, head_dim]; key: [1, num_kv_heads, T, head_dim]; value: [1, num_kv_heads, T,
+            v_head_dim]; T = ``step.num_rows``.
         position_ids: what the model was given, [1, T], where it hands them on; compared with the step's in layer 0.
         where: names the module in messages.
         cached: whether the model was asked for a cache of Transformers' own.
@@ -45,12 +46,12 @@ def attend(
         options: scale, softcap, window and sinks of ``tree_attention``.
 
     Returns:
-        [1, T, num_q_heads, head_dim].
+        [1, T, num_q_heads, v_head_dim].
 
     Raises:
         ValueError: rows, positions, layer, dtype or device that do not fit the step; nothing was written.
     """
-    _check_rows(step, layer, query, key, where, cached)
+    _check_rows(step, layer, query, key, value, where, cached)
     if layer == 0:
         _check_positions(step, position_ids)
     if rope and not step.cache.for_a_model:
@@ -67,7 +68,9 @@ def attend(
     return out.unsqueeze(0)
 
 
-def _check_rows(step: Step, layer: Any, query: Tensor, key: Tensor, where: str, cached: bool) -> None:
+def _check_rows(
+    step: Step, layer: Any, query: Tensor, key: Tensor, value: Tensor, where: str, cached: bool
+) -> None:
     rows = step.num_rows
     if query.shape[0] != 1:
         raise ValueError(
@@ -91,11 +94,17 @@ def _check_rows(step: Step, layer: Any, query: Tensor, key: Tensor, where: str, 
             f"tree_step: {where} is layer {layer!r}, but the cache has layers "
             f"0…{cache.num_layers - 1}; make the cache with TreeCache.for_model(model)"
         )
-    if key.shape[1] != cache.num_kv_heads or key.shape[3] != cache.head_dim:
+    dims, made_for = (key.shape[3], value.shape[3]), (cache.head_dim, cache.v_head_dim)
+    if key.shape[1] != cache.num_kv_heads or dims != made_for:
         raise ValueError(
-            f"tree_step: {where} (layer {layer}) has {key.shape[1]} KV heads of {key.shape[3]}, but the cache was made "
-            f"for {cache.num_kv_heads} of {cache.head_dim}; make the cache with TreeCache.for_model(model)"
+            f"tree_step: {where} (layer {layer}) has {key.shape[1]} KV heads of {_dims(*dims)}, but the cache was made "
+            f"for {cache.num_kv_heads} of {_dims(*made_for)}; make the cache with TreeCache.for_model(model)"
         )
+
+
+def _dims(k: int, v: int) -> str:
+    """Head dims of K and V in a message."""
+    return str(k) if k == v else f"{k} (V: {v})"
 
 
 def _check_dtype(step: Step, q: Tensor, k: Tensor, v: Tensor, where: str) -> None:
@@ -200,8 +209,8 @@ def _tree_layer(
     )  # fmt: skip
 
 
-def _tree_layer_fake(query: Tensor, *args: Any) -> Tensor:
-    return query.new_empty((query.shape[0], query.shape[2], query.shape[1], query.shape[3]))
+def _tree_layer_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Tensor:
+    return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
 
 
 def _refuse(grad: Tensor) -> Tensor:

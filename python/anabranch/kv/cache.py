@@ -66,7 +66,7 @@ class TreeCache:
     Args:
         num_layers, num_kv_heads, head_dim: the model's.
         num_pages: pages of the pool; a page holds ``page_size`` tokens of K and of V for every layer, that is
-            2 · num_layers · page_size · num_kv_heads · head_dim elements.
+            num_layers · page_size · num_kv_heads · (head_dim + v_head_dim) elements.
         page_size: tokens a page.
         dtype: float32, float16, bfloat16 (float64 with the reference backend only).
         device: "cpu" or a CUDA device.
@@ -76,6 +76,10 @@ class TreeCache:
             `step` refuses to go beyond. None: no limit (rotary embeddings).
         rotary: the model's rotary embeddings, one for all layers or one a layer (None: a layer that knows no
             positions); only rows that read other branches under a position offset (`Read`) need it.
+        v_head_dim: head_dim of V, where it is another than K's (192 and 128 in DeepSeek's models).
+        v_in_k: V is the first ``v_head_dim`` numbers of K's row, so V is not kept: multi-head latent attention (MLA)
+            over latents, with ``num_kv_heads=1``, ``head_dim=kv_lora_rank + qk_rope_head_dim`` and
+            ``v_head_dim=kv_lora_rank``. (See docs/guides/attention_shapes.md.)
 
     Not safe for use by several threads at once.
     """
@@ -92,6 +96,8 @@ class TreeCache:
         max_positions: int | None = None,
         rotary: Rotary | Sequence[Rotary | None] | None = None,
         kv_format: KVFormat | str | torch.dtype | None = "auto",
+        v_head_dim: int | None = None,
+        v_in_k: bool = False,
     ) -> None:
         num_layers, num_kv_heads, head_dim, num_pages, page_size = (
             _size(name, value)
@@ -105,6 +111,7 @@ class TreeCache:
         )
         if max_positions is not None:
             max_positions = _size("max_positions", max_positions)
+        v_head_dim = _v_head_dim(v_head_dim, head_dim, v_in_k)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype: expected a torch.dtype such as torch.float32, got {dtype!r}")
         if num_pages * page_size > 2**31 - 1:
@@ -114,6 +121,8 @@ class TreeCache:
         self.num_layers = num_layers
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        self.v_head_dim = v_head_dim
+        self.v_in_k = v_in_k
         self.num_pages = num_pages
         self.page_size = page_size
         self.max_positions = max_positions
@@ -125,22 +134,21 @@ class TreeCache:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         # Raises for a dtype, format, device or head_dim that nothing here can serve, before memory is taken.
-        self._backend = backends.choose("auto", self.device, dtype, head_dim, self.kv_format.dtype)
-        # A head's tokens lie together in a page, so that a kernel's (item × KV head) streams whole pages.
-        self._pool = torch.empty(
-            2 * num_layers, num_pages, num_kv_heads, page_size, head_dim, dtype=self.kv_format.dtype, device=self.device
+        self._backend = backends.choose(
+            "auto", self.device, dtype, head_dim, self.kv_format.dtype, 0 if v_in_k else v_head_dim
         )
-        self._scales: Tensor | None = None
-        if self.kv_format.quantised:
-            self._scales = torch.empty(self._pool.shape[:-1], dtype=torch.float32, device=self.device)
-        if isinstance(self._backend, PreparesPool):
-            self._backend.prepare_pool(self._pool)
-        self._k = [self._pool[i].transpose(1, 2) for i in range(num_layers)]
-        self._v = [self._pool[num_layers + i].transpose(1, 2) for i in range(num_layers)]
+        # K's and V's planes, a layer each, in one pool where they are alike: then one call copies a page of both.
+        alike = head_dim == v_head_dim and not v_in_k
+        self._pools = [self._make_pool(2 * num_layers if alike else num_layers, head_dim)]
+        if not alike and not v_in_k:
+            self._pools.append(self._make_pool(num_layers, v_head_dim))
+        planes = [plane for pool, _ in self._pools for plane in pool.transpose(2, 3)]
+        self._k = planes[:num_layers]
+        self._v = [k[..., :v_head_dim] for k in self._k] if v_in_k else planes[num_layers:]
         self._kv_scales: list[KVScales | None] = [None] * num_layers
-        if self._scales is not None:
-            by_plane = self._scales.transpose(2, 3)
-            self._kv_scales = [KVScales(by_plane[i], by_plane[num_layers + i]) for i in range(num_layers)]
+        if self.kv_format.quantised:
+            factors = [plane for _, scales in self._pools if scales is not None for plane in scales.transpose(2, 3)]
+            self._kv_scales = [KVScales(factors[i], factors[i if v_in_k else num_layers + i]) for i in range(num_layers)]
         self._core = _core.Cache(num_pages, page_size)
         self.batch_invariant = False  # for plans of later steps; a backend with that trait honours it
         self.reclaim: Callable[[int], bool] = _nothing_to_give  # see `keep`
@@ -176,15 +184,27 @@ class TreeCache:
             raise ValueError(f"dtype: expected a torch.dtype such as torch.float32, got {dtype!r}")
         device = _device(shape.device if device is None else device)
         if num_pages is None:
-            vectors = 2 * shape.num_layers * page_size * shape.num_kv_heads
-            page_bytes = vectors * KVFormat.of(kv_format, dtype).bytes_per_vector(shape.head_dim)
+            fmt = KVFormat.of(kv_format, dtype)
+            token_bytes = fmt.bytes_per_vector(shape.head_dim) + fmt.bytes_per_vector(shape.v_head_dim)
+            page_bytes = shape.num_layers * page_size * shape.num_kv_heads * token_bytes
             num_pages = max(1, min(free_memory(device) // page_bytes, 2**20 // page_size))
         cache = cls(
             shape.num_layers, shape.num_kv_heads, shape.head_dim, num_pages, page_size, dtype, device,
-            max_positions=shape.max_positions, kv_format=kv_format,
+            max_positions=shape.max_positions, kv_format=kv_format, v_head_dim=shape.v_head_dim,
         )  # fmt: skip
         cache._watch, cache._rotary = shape.watch, shape.rotary
         return cache
+
+    def _make_pool(self, planes: int, head_dim: int) -> tuple[Tensor, Tensor | None]:
+        """Pages for so many planes, and their factors where they are quantised."""
+        # A head's tokens lie together in a page, so that a kernel's (item × KV head) streams whole pages.
+        shape = (planes, self.num_pages, self.num_kv_heads, self.page_size, head_dim)
+        pool = torch.empty(shape, dtype=self.kv_format.dtype, device=self.device)
+        if isinstance(self._backend, PreparesPool):
+            self._backend.prepare_pool(pool)
+        if not self.kv_format.quantised:
+            return pool, None
+        return pool, torch.empty(shape[:-1], dtype=torch.float32, device=self.device)
 
     @property
     def for_a_model(self) -> bool:
@@ -215,7 +235,7 @@ class TreeCache:
         """Reserves new rows: slots for their K and V, positions, and the plan of who sees what.
 
         A branch whose part-filled tail page is shared gets its own copy of that page first: all such branches, all
-        layers, K and V, in one call. The last holder goes on in place.
+        layers, K and V, in one call (one for K and one for V where their head_dims differ). The last holder goes on in place.
 
         Args:
             rows: how many new tokens each branch gets; rows follow the dict's order.
@@ -240,7 +260,8 @@ class TreeCache:
         core = self._reserved(rows, given, seen)
         if core.num_copies:
             src, dst, filled = torch.from_numpy(core.copies()).unbind(0)
-            self._backend.copy_pages(self._pool, src, dst, filled, self._scales)
+            for pool, scales in self._pools:
+                self._backend.copy_pages(pool, src, dst, filled, scales)
         step = Step(self, core, tuple(rows), rotary=rotary)
         self._watch.stepped(step)
         return step
@@ -358,7 +379,8 @@ class TreeCache:
         return self._k[layer_of(layer, self.num_layers)]
 
     def v_pages(self, layer: int) -> Tensor:
-        """A view of the layer's V pool, like ``k_pages``."""
+        """A view of the layer's V pool, like ``k_pages``, [num_pages, page_size, num_kv_heads, v_head_dim]; with
+        ``v_in_k`` of its K pool."""
         return self._v[layer_of(layer, self.num_layers)]
 
     def kv_scales(self, layer: int) -> KVScales | None:
@@ -366,12 +388,13 @@ class TreeCache:
         num_kv_heads]; else None. ``kv_format.dequantise(k_pages, scales.k)`` is what the pages stand for."""
         return self._kv_scales[layer_of(layer, self.num_layers)]
 
-    def write(self, layer: int, k: Tensor, v: Tensor, step: Step, backend: str = "auto") -> None:
+    def write(self, layer: int, k: Tensor, v: Tensor | None, step: Step, backend: str = "auto") -> None:
         """Puts a step's K and V (after rotary embedding) into its slots, quantised if the cache's format says so.
 
         Args:
             layer: 0 … num_layers − 1.
-            k, v: [rows, num_kv_heads, head_dim], contiguous, in the cache's dtype and on its device.
+            k: [rows, num_kv_heads, head_dim], contiguous, in the cache's dtype and on its device.
+            v: [rows, num_kv_heads, v_head_dim], likewise; None with ``v_in_k``.
             step: what ``step`` returned; each layer of it is written once.
 
         Raises:
@@ -382,8 +405,15 @@ class TreeCache:
         if step.cache is not self:
             raise ValueError("step: made by another cache; write to the cache that made it")
         layer = layer_of(layer, self.num_layers)
-        expected = (step.num_rows, self.num_kv_heads, self.head_dim)
-        for name, x in (("k", k), ("v", v)):
+        if self.v_in_k and v is not None:
+            raise ValueError(
+                f"v: this cache has V in K's rows (v_in_k=True), got {shape_of(v)}; pass None, and in k rows of "
+                f"{self.head_dim} numbers whose first {self.v_head_dim} are V"
+            )
+        heads = (step.num_rows, self.num_kv_heads)
+        for name, x, expected in (("k", k, (*heads, self.head_dim)), ("v", v, (*heads, self.v_head_dim))):
+            if x is None and self.v_in_k:
+                continue
             if (
                 type(x) is not Tensor
                 or x.shape != expected
@@ -392,13 +422,15 @@ class TreeCache:
                 or not x.is_contiguous()
             ):
                 self._check_rows(name, x, expected)
-        ops.write(k, v, self._k[layer], self._v[layer], step.plan, layer, backend, self._kv_scales[layer])
+        v_pages = None if v is None else self._v[layer]
+        ops.write(k, v, self._k[layer], v_pages, step.plan, layer, backend, self._kv_scales[layer])
 
     def _check_rows(self, name: str, x: Any, expected: tuple[int, ...]) -> None:
         """Raise ValueError that says why `x` cannot be written."""
         if not isinstance(x, Tensor) or x.shape != expected:
             raise ValueError(
-                f"{name}: expected shape {list(expected)} (rows, num_kv_heads, head_dim), got {shape_of(x)}"
+                f"{name}: expected shape {list(expected)} (rows, num_kv_heads, {'v_' if name == 'v' else ''}head_dim), "
+                f"got {shape_of(x)}"
             )
         if x.dtype != self.dtype:
             raise ValueError(f"{name}: expected dtype {self.dtype} like the cache, got {x.dtype}; call {name}.to(...)")
@@ -408,8 +440,8 @@ class TreeCache:
             raise ValueError(f"{name}: must be contiguous, got strides {list(x.stride())}; call {name}.contiguous()")
 
     def read(self, branch: Branch, layer: int) -> tuple[Tensor, Tensor]:
-        """Dense copies of a branch's K and V: [length, num_kv_heads, head_dim] each, in context order, in ``dtype``
-        (of quantised ones: what is kept, as attention reads it, rounded to that)."""
+        """Dense copies of a branch's K [length, num_kv_heads, head_dim] and V [length, num_kv_heads, v_head_dim], in
+        context order, in ``dtype`` (of quantised ones: what is kept, as attention reads it, rounded to that)."""
         layer = layer_of(layer, self.num_layers)
         slots = torch.from_numpy(self._core.slots(_branch(branch, "read"))).to(self.device).long()
         page, offset = slots // self.page_size, slots % self.page_size
@@ -469,8 +501,9 @@ class TreeCache:
         dtype = str(self.dtype).removeprefix("torch.")
         if self.kv_format.quantised:
             dtype += f" kept as {self.kv_format.name}"
+        of_v = "" if self.head_dim == self.v_head_dim else f" (V: {self.v_head_dim}{' of them' if self.v_in_k else ''})"
         return (
-            f"TreeCache(layers={self.num_layers}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, {dtype}, "
+            f"TreeCache(layers={self.num_layers}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}{of_v}, {dtype}, "
             f"{self.device}, pages={u.pages_total - u.pages_free}/{u.pages_total} × {self.page_size}, "
             f"tokens={u.tokens_physical} for {u.tokens_logical})"
         )
@@ -487,6 +520,26 @@ def _rotary(given: Any, num_layers: int, head_dim: int) -> list[Rotary | None] |
         if rotary is not None and 2 * len(rotary.frequencies) > head_dim:
             raise ValueError(f"rotary: {len(rotary.frequencies)} pairs do not fit in head_dim={head_dim}")
     return every
+
+
+def _v_head_dim(given: int | None, head_dim: int, v_in_k: bool) -> int:
+    """V's head_dim, checked."""
+    if not isinstance(v_in_k, bool):
+        raise ValueError(f"v_in_k: expected True or False, got {told(v_in_k)}")
+    if given is None:
+        if v_in_k:
+            raise ValueError(
+                "v_in_k: needs v_head_dim, how many of the numbers in K's rows are V (MLA: v_head_dim=kv_lora_rank, "
+                "head_dim=kv_lora_rank + qk_rope_head_dim)"
+            )
+        return head_dim
+    dim = _size("v_head_dim", given)
+    if v_in_k and dim > head_dim:
+        raise ValueError(
+            f"v_head_dim: {dim} numbers cannot be the first of K's {head_dim} (v_in_k=True); pass head_dim="
+            "kv_lora_rank + qk_rope_head_dim and v_head_dim=kv_lora_rank"
+        )
+    return dim
 
 
 def _nothing_to_give(pages: int) -> bool:

@@ -24,6 +24,7 @@ class CacheShape(NamedTuple):
     device: torch.device
     max_positions: int | None  # positions the model has embeddings for; None: no limit
     watch: Watch  # knows what the model can serve
+    v_head_dim: int  # of V; head_dim is K's
     rotary: Callable[[], list[Any]]  # rotary embeddings of each layer; ValueError where they are no pure rotation
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 
 class NaiveBranch:
-    """A branch as plain data: ``kv`` [tokens, 2, layers, heads, dim], ``positions`` and where its own tokens begin."""
+    """A branch as plain data: ``kv`` [tokens, layers, heads, dim of K + dim of V], ``positions`` and where its own tokens
+    begin."""
 
     def __init__(self, kv: Tensor, positions: list[int], position: int, parent: NaiveBranch | None) -> None:
         self.kv = kv
@@ -41,8 +42,19 @@ class NaiveStep:
 class NaiveCache:
     """The dense twin of ``TreeCache``: same calls, same results, no sharing."""
 
-    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> None:
-        self.shape = (2, num_layers, num_kv_heads, head_dim)
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        v_head_dim: int | None = None,
+        v_in_k: bool = False,
+    ) -> None:
+        self.head_dim = head_dim
+        self.v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        self.v_in_k = v_in_k
+        self.shape = (num_layers, num_kv_heads, head_dim + (0 if v_in_k else self.v_head_dim))
         self.dtype = dtype
         self.alive: list[NaiveBranch] = []
 
@@ -70,11 +82,11 @@ class NaiveCache:
             at += n
         return NaiveStep(slices, first, torch.tensor(ids))
 
-    def write(self, layer: int, k: Tensor, v: Tensor, step: NaiveStep) -> None:
+    def write(self, layer: int, k: Tensor, v: Tensor | None, step: NaiveStep) -> None:
+        kv = k if v is None else torch.cat([k, v], -1)
         for branch, rows in step.rows.items():
             begin = step.first[branch]
-            branch.kv[begin : begin + rows.stop - rows.start, 0, layer] = k[rows]
-            branch.kv[begin : begin + rows.stop - rows.start, 1, layer] = v[rows]
+            branch.kv[begin : begin + rows.stop - rows.start, layer] = kv[rows]
 
     def join(self, trunk: NaiveBranch, kids: Sequence[NaiveBranch]) -> None:
         for kid in kids:
@@ -104,7 +116,8 @@ class NaiveCache:
         self.alive.remove(branch)
 
     def read(self, branch: NaiveBranch, layer: int) -> tuple[Tensor, Tensor]:
-        return branch.kv[:, 0, layer], branch.kv[:, 1, layer]
+        kv = branch.kv[:, layer]
+        return kv[..., : self.head_dim], kv[..., : self.v_head_dim] if self.v_in_k else kv[..., self.head_dim :]
 
     def attention(
         self,
@@ -116,8 +129,8 @@ class NaiveCache:
         window: int | None = None,
         sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Row by row in float64: out [rows, Hq, D] and lse [rows, Hq]."""
-        out = torch.zeros(q.shape, dtype=torch.float64)
+        """Row by row in float64: out [rows, Hq, v_head_dim] and lse [rows, Hq]."""
+        out = torch.zeros(*q.shape[:2], self.v_head_dim, dtype=torch.float64)
         lse = torch.zeros(q.shape[:2], dtype=torch.float64)
         scale = q.shape[2] ** -0.5 if scale is None else scale
         for branch, rows in step.rows.items():

@@ -6,7 +6,7 @@ graph see is a tensor, and a mask may be dropped before the backward has run.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,19 +32,18 @@ def _numbers(scale: float, softcap: float, window: int) -> dict[str, Any]:
     }
 
 
-def _choose(backend: str, q: Tensor) -> BranchAttention:
-    chosen = backends.choose(backend, q.device, q.dtype, q.shape[2])
-    if not isinstance(chosen, BranchAttention):
-        able = backends.with_trait(lambda other: isinstance(other, BranchAttention))
-        raise ValueError(f"backend {chosen.name!r}: has no branch attention; pass backend='auto', {able}")
-    return chosen
+def _choose(backend: str, q: Tensor, v: Tensor) -> BranchAttention:
+    return cast(
+        BranchAttention,
+        backends.choose(backend, q.device, q.dtype, q.shape[2], v_head_dim=v.shape[2], branch=True),
+    )
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, row_ptr: Tensor, cols: Tensor, positions: Tensor,
     sinks: Tensor | None, scale: float, softcap: float, window: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    chosen = _choose(backend, q)
+    chosen = _choose(backend, q, v)
     layout = MaskTensors(starts, row_ptr, cols, positions)
     return chosen.branch_forward(q, k, v, layout, sinks=sinks, **_numbers(scale, softcap, window))
 
@@ -53,7 +52,7 @@ def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, row_ptr: Tensor, cols: Tensor, positions: Tensor,
     sinks: Tensor | None, scale: float, softcap: float, window: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=_lse_dtype(q))
+    return q.new_empty((*q.shape[:2], v.shape[2])), q.new_empty(q.shape[:2], dtype=_lse_dtype(q))
 
 
 def _backward(
@@ -61,7 +60,7 @@ def _backward(
     starts: Tensor, row_ptr: Tensor, cols: Tensor, positions: Tensor,
     sinks: Tensor | None, scale: float, softcap: float, window: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    chosen = _choose(backend, q)
+    chosen = _choose(backend, q, v)
     layout = MaskTensors(starts, row_ptr, cols, positions)
     dq, dk, dv, delta = chosen.branch_backward(
         grad, grad_lse, q, k, v, out, lse, layout, sinks=sinks, **_numbers(scale, softcap, window)

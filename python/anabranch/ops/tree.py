@@ -25,7 +25,7 @@ _lib.define(
     "-> (Tensor, Tensor)"
 )
 _lib.define(
-    "write_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor plan, int layer, str backend, "
+    "write_kv(Tensor k, Tensor? v, Tensor(a!) k_pages, Tensor(b!)? v_pages, Tensor plan, int layer, str backend, "
     "Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> ()"
 )
 
@@ -82,25 +82,26 @@ def attend(
 
 def write(
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     k_pages: Tensor,
-    v_pages: Tensor,
+    v_pages: Tensor | None,
     plan: Plan,
     layer: int,
     backend: str,
     kv_scales: KVScales | None = None,
 ) -> None:
-    """``torch.ops.anabranch.write_kv`` with a plan instead of its handle."""
-    if unobserved(k, v):
+    """``torch.ops.anabranch.write_kv`` with a plan instead of its handle. v and v_pages None: V is a part of K."""
+    if unobserved(k) if v is None else unobserved(k, v):
         _run_write(k, v, k_pages, v_pages, plan, layer, backend, kv_scales)
     else:
         torch.ops.anabranch.write_kv(
-            k.detach(), v.detach(), k_pages, v_pages, plan.handle, layer, backend, *(kv_scales or (None, None))
-        )
+            k.detach(), None if v is None else v.detach(), k_pages, v_pages, plan.handle, layer, backend,
+            kv_scales and kv_scales.k, None if v is None else kv_scales and kv_scales.v,
+        )  # fmt: skip
 
 
 def _scales(k: Tensor | None, v: Tensor | None) -> KVScales | None:
-    return None if k is None or v is None else KVScales(k, v)
+    return None if k is None else KVScales(k, k if v is None else v)
 
 
 def _run(
@@ -117,7 +118,7 @@ def _run(
     return_lse: bool,
     kv_scales: KVScales | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    chosen = backends.choose(backend, q.device, q.dtype, q.shape[2], k_pages.dtype)
+    chosen = backends.choose(backend, q.device, q.dtype, q.shape[2], k_pages.dtype, v_pages.shape[3])
     plan.check(layer, k_pages)
     out, lse = chosen.attention(
         plan.queries(q, layer),
@@ -141,16 +142,17 @@ def _run(
 
 def _run_write(
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     k_pages: Tensor,
-    v_pages: Tensor,
+    v_pages: Tensor | None,
     plan: Plan,
     layer: int,
     backend: str,
     kv_scales: KVScales | None = None,
 ) -> None:
     slots = plan.begin_write(layer)  # raises before anything is written
-    chosen = backends.choose(backend, k.device, k.dtype, k.shape[2], k_pages.dtype)
+    v_head_dim = 0 if v is None else v.shape[2]
+    chosen = backends.choose(backend, k.device, k.dtype, k.shape[2], k_pages.dtype, v_head_dim)
     chosen.write_kv(k, v, k_pages, v_pages, slots, kv_scales)
     plan.end_write(layer)
 
@@ -200,8 +202,7 @@ def _tree_attention_fake(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty(_lse_shape(q, return_lse), dtype=_lse_dtype(q))
+    return q.new_empty((*q.shape[:2], v_pages.shape[3])), q.new_empty(_lse_shape(q, return_lse), dtype=_lse_dtype(q))
 
 
 def _no_backward(ctx: Any, *grads: Any) -> Any:
@@ -213,9 +214,9 @@ def _no_backward(ctx: Any, *grads: Any) -> Any:
 
 def _write_kv(
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     k_pages: Tensor,
-    v_pages: Tensor,
+    v_pages: Tensor | None,
     plan: Tensor,
     layer: int,
     backend: str,
@@ -227,9 +228,9 @@ def _write_kv(
 
 def _write_kv_fake(
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     k_pages: Tensor,
-    v_pages: Tensor,
+    v_pages: Tensor | None,
     plan: Tensor,
     layer: int,
     backend: str,

@@ -41,7 +41,9 @@ def unfit(cache: TreeCache, backend: str = "auto") -> str | None:
         return (
             f"CUDA graphs need a CUDA device, and the model and its cache are on {cache.device}; move the model there"
         )
-    chosen = backends.choose(backend, cache.device, cache.dtype, cache.head_dim, cache.kv_format.dtype)
+    chosen = backends.choose(
+        backend, cache.device, cache.dtype, cache.head_dim, cache.kv_format.dtype, cache.v_head_dim
+    )
     if not chosen.capturable:
         able = backends.with_trait(lambda other: other.capturable)
         return f"the {chosen.name} backend works on the host between its kernels; pass backend={able}"

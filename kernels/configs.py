@@ -85,8 +85,9 @@ _LARGE: dict[tuple[int, int], Config] = {
     (128, 4): Config(32, 16, 3, 16, 3, 8),
     (192, 4): Config(32, 16, 3, 16, 3, 8),
     (256, 4): Config(32, 16, 3, 16, 3, 8),
-    # Latents of MLA, of which 512 columns are V as well: one load serves both, so a stage is half of what it is above.
-    (576, 2): Config(64, 32, 2, 32, 3, 8),
+    # Latents of MLA, of which 512 columns are V as well: one load serves both, so a stage is half of what it would be. A
+    # wide tile of 64 rows spills in its main loop.
+    (576, 2): Config(32, 32, 3, 32, 3, 8),
     (576, 4): Config(16, 16, 2, 16, 2, 8),
 }
 # sm_80 multiplies out of registers (mma.sync) where later ones do out of shared memory: wide tiles take smaller blocks.
@@ -104,6 +105,7 @@ _SM100 = _LARGE | {(64, 2): Config(64, 32, 4, 64, 4, 4)}
 _SM100_BEFORE_3_9 = {key: replace(config, wide=min(config.wide, 32)) for key, config in _SM80.items()}
 # sm_86, sm_89, sm_120: the same tiles with fewer stages, for 99 KB of shared memory.
 _SMALL: dict[tuple[int, int], Config] = {key: _with_stages(c, 2 if key[1] == 4 else 3) for key, c in _SM80.items()}
+_SMALL[576, 2] = Config(32, 16, 3, 16, 3, 8)
 
 
 def attention_config(head_dim: int, itemsize: int, arch: int) -> Config:

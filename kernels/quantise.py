@@ -128,4 +128,6 @@ def quantise_kv_kernel(
         v_kept, v_scale = _quantised(v, LARGEST, STORED)
         v_to = (page * stride_vp_page + offset * stride_vp_slot + h * stride_vp_head)[:, None] + v_d[None, :]
         tl.store(v_pages_ptr + v_to, v_kept, mask=v_keep)
-        tl.store(v_scales_ptr + page * stride_vs_page + offset * stride_vs_slot + h * stride_vs_head, v_scale, mask=real)
+        tl.store(
+            v_scales_ptr + page * stride_vs_page + offset * stride_vs_slot + h * stride_vs_head, v_scale, mask=real
+        )

@@ -78,7 +78,9 @@ def test_hidden_infinities_of_v_stay_hidden(isa):
         q = torch.from_numpy(rng.standard_normal((10, tile_rows, 40))).float()
         out, _ = cpu.attention(q, k, v, case, scale=0.2, softcap=None, window=None, sinks=None, return_lse=False)
         sees = torch.from_numpy(case.visible[:, token])
-        assert out[~sees].isfinite().all() and out[..., :71].isfinite().all() and not out[sees][..., 71].isfinite().any()
+        assert (
+            out[~sees].isfinite().all() and out[..., :71].isfinite().all() and not out[sees][..., 71].isfinite().any()
+        )
 
 
 BRANCHES = [("cpu", torch.float32, 1e-5), ("cpu", torch.bfloat16, 2e-2), ("reference", torch.float64, 1e-12)]

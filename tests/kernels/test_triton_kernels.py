@@ -384,7 +384,7 @@ def test_backend_contract():
     device = torch.device(DEVICE)
     assert backend.refuses(device, torch.bfloat16, 128) is None
     assert "float64" in backend.refuses(device, torch.float64, 128)
-    assert "257" in backend.refuses(device, torch.float32, 257)
+    assert "577" in backend.refuses(device, torch.float32, 577)
     assert "meta" in backend.refuses(torch.device("meta"), torch.float32, 64)
     tile_config = backend.tile_config(32, 8, 128, torch.bfloat16, device)
     assert tile_config.tile == 64 and tile_config.chunk > 0 and tile_config.parallelism > 0

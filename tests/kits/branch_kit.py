@@ -41,7 +41,13 @@ def random_graph(seed: int, segments: int = 8, longest: int = 16) -> BranchMask:
 
 
 def tensors(
-    seed: int, total: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, device: str = "cpu",
+    seed: int,
+    total: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
     v_dim: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k, v and the output's gradient, random."""

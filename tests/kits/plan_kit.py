@@ -167,7 +167,7 @@ def dense(
     out, lse = torch.zeros(*q.shape[:2], v_dim, dtype=torch.float64), torch.zeros(q.shape[:2], dtype=torch.float64)
     for row, slots in enumerate(seen):
         visible = torch.from_numpy(slots[-window:] if window else slots)
-        queries = q[row].double().view(num_kv_heads, -1, head_dim)
+        queries = q[row].double().view(num_kv_heads, -1, q.shape[2])
         s = torch.einsum("hgd,thd->hgt", queries, k[visible].double()).flatten(0, 1) * scale
         if softcap is not None:
             s = softcap * torch.tanh(s / softcap)

@@ -122,9 +122,7 @@ def _auto(
 ) -> Backend:
     reasons: list[str] = []
     for name in PREFERRED.get(device.type, ("reference",)):
-        reason = unavailable(name) or _refuses(
-            get(name), device, dtype, head_dim, kv_dtype, v_head_dim, branch
-        )
+        reason = unavailable(name) or _refuses(get(name), device, dtype, head_dim, kv_dtype, v_head_dim, branch)
         if reason is None:
             if reasons and head_dim <= 256 and dtype.itemsize <= 4:  # said once: this function remembers its answers
                 warnings.warn(f"anabranch falls back to the {name} backend ({'; '.join(reasons)})", stacklevel=2)

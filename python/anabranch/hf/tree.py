@@ -68,9 +68,7 @@ def attend(
     return out.unsqueeze(0)
 
 
-def _check_rows(
-    step: Step, layer: Any, query: Tensor, key: Tensor, value: Tensor, where: str, cached: bool
-) -> None:
+def _check_rows(step: Step, layer: Any, query: Tensor, key: Tensor, value: Tensor, where: str, cached: bool) -> None:
     rows = step.num_rows
     if query.shape[0] != 1:
         raise ValueError(

@@ -148,7 +148,9 @@ class TreeCache:
         self._kv_scales: list[KVScales | None] = [None] * num_layers
         if self.kv_format.quantised:
             factors = [plane for _, scales in self._pools if scales is not None for plane in scales.transpose(2, 3)]
-            self._kv_scales = [KVScales(factors[i], factors[i if v_in_k else num_layers + i]) for i in range(num_layers)]
+            self._kv_scales = [
+                KVScales(factors[i], factors[i if v_in_k else num_layers + i]) for i in range(num_layers)
+            ]
         self._core = _core.Cache(num_pages, page_size)
         self.batch_invariant = False  # for plans of later steps; a backend with that trait honours it
         self.reclaim: Callable[[int], bool] = _nothing_to_give  # see `keep`

@@ -85,8 +85,7 @@ _LARGE: dict[tuple[int, int], Config] = {
     (128, 4): Config(32, 16, 3, 16, 3, 8),
     (192, 4): Config(32, 16, 3, 16, 3, 8),
     (256, 4): Config(32, 16, 3, 16, 3, 8),
-    # Latents of MLA, of which 512 columns are V as well: one load serves both, so a stage is half of what it would be. A
-    # wide tile of 64 rows spills in its main loop.
+    # Latents of MLA, of which 512 columns are V as well: one load serves both. Tiles of 64 rows spill.
     (576, 2): Config(32, 32, 3, 32, 3, 8),
     (576, 4): Config(16, 16, 2, 16, 2, 8),
 }

@@ -93,8 +93,8 @@ def attention(
     Args:
         q: [queries, Hq, D]; the last stride 1.
         k_pages: [pages, page_size, Hkv, D]; any strides, the last 1.
-        v_pages: [pages, page_size, Hkv, E], likewise. Where they are a view of the first of k_pages' columns, and E is what
-            the kernel takes of K at once (`column_split`), they are read once for both.
+        v_pages: [pages, page_size, Hkv, E], likewise. Where they are a view of the first of k_pages' columns, and E is
+            what the kernel takes of K at once (`column_split`), they are read once for both.
         arrays: PlanArrays for this group (docs/kernel_contract.md). With a ``counts`` tensor (int32 on the device:
             num_items, num_partials, num_merge) its host ints are capacities and the true numbers are read on the
             device, which is what a captured graph needs.

@@ -157,7 +157,7 @@ def test_the_branch_ops_know_their_shapes():
 
 def test_what_does_not_fit_is_said():
     make = ab.TreeCache
-    with pytest.raises(ValueError, match="v_in_k: needs v_head_dim.*kv_lora_rank"):
+    with pytest.raises(ValueError, match=r"v_in_k: needs v_head_dim.*kv_lora_rank"):
         make(1, 1, 72, 4, v_in_k=True)
     with pytest.raises(ValueError, match="v_head_dim: 80 numbers cannot be the first of K's 72"):
         make(1, 1, 72, 4, v_head_dim=80, v_in_k=True)
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_said():
     with pytest.raises(ValueError, match=r"k: expected shape \[2, 1, 72\]"):
         cache.write(0, torch.zeros(2, 1, 64), None, step)
     cache.write(0, torch.zeros(2, 1, 72), None, step)
-    with pytest.raises(ValueError, match="scale: has to be given.*qk_nope_head_dim"):
+    with pytest.raises(ValueError, match=r"scale: has to be given.*qk_nope_head_dim"):
         ab.tree_attention(torch.zeros(2, 4, 72), cache, 0, step)
     with pytest.raises(ValueError, match=r"q: expected shape \[2, num_q_heads, 72\]"):
         ab.tree_attention(torch.zeros(2, 4, 64), cache, 0, step, scale=1.0)
@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_said():
     step = split.step({split.branch(): 2})
     with pytest.raises(ValueError, match=r"v: expected shape \[2, 2, 16\] \(rows, num_kv_heads, v_head_dim\)"):
         split.write(0, torch.zeros(2, 2, 24), torch.zeros(2, 2, 24), step)
-    with pytest.raises(ValueError, match="v: expected shape .* got None"):
+    with pytest.raises(ValueError, match=r"v: expected shape .* got None"):
         split.write(0, torch.zeros(2, 2, 24), None, step)
     plan = ab.Plan.from_block_tables(torch.tensor([[0]]), [2], 4)
     with pytest.raises(ValueError, match=r"v_pages: expected shape \[1, 4, 2, v_head_dim\]"):

@@ -251,8 +251,6 @@ REFUSED = {
     "state-space": ("MambaConfig", {"state_size": 8}, "MambaForCausalLM", "linear_attention|mamba|recurrent"),
     "hybrid": ("Qwen3NextConfig", {"head_dim": 32, "num_experts": 4}, "Qwen3NextForCausalLM", "linear_attention"),
     "convolution": ("Lfm2Config", {"full_attn_idxs": [1]}, "Lfm2ForCausalLM", "conv"),
-    "latent": ("DeepseekV3Config", {"num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 32,
-                                    "first_k_dense_replace": 3}, "DeepseekV3ForCausalLM", "values of shape"),
     "chunked": ("Llama4TextConfig", {"num_local_experts": 2, "head_dim": 32}, "Llama4ForCausalLM", "chunked_attention"),
     "own mask": ("DogeConfig", {}, "DogeForCausalLM", "mask of its own"),
     "two head dims": ("Gemma4TextConfig", MIXED | {"head_dim": 32, "global_head_dim": 64, "num_kv_shared_layers": 0,

@@ -17,7 +17,7 @@ from transformers import LogitsProcessor
 import anabranch as ab
 from anabranch.strategies import ThreadWeaver
 
-TEN = [family for family in FAMILIES if family != "llama-mha"]
+TEN = [family for family in FAMILIES if family != "llama-mha" and "deepseek" not in family]
 # Ids of a small vocabulary: the tags, then what headers, outlines and answers are spelled with.
 PIECES = {piece: 3 + i for i, piece in enumerate([*TAGS, "<eos>", *"\n:12 .abcdefq"])}
 

@@ -25,6 +25,12 @@ SMALL = {
 }  # fmt: skip
 WINDOW = 6  # small enough to hide most of each context
 MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+# Multi-head latent attention: keys of 24 numbers and values of 20, made of latents of 32 and 8.
+LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 20,
+    "q_lora_rank": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1,
+    "topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+}  # fmt: skip
 FAMILIES = {
     "llama": ("LlamaConfig", {}),
     "llama-mha": ("LlamaConfig", {"num_key_value_heads": 4, "head_dim": 64}),
@@ -42,6 +48,8 @@ FAMILIES = {
     "granite": ("GraniteConfig", {
         "attention_multiplier": 0.3, "residual_multiplier": 0.7, "embedding_multiplier": 2.0, "logits_scaling": 2.0,
     }),
+    "deepseek-v2": ("DeepseekV2Config", LATENT | {"q_lora_rank": None}),
+    "deepseek-v3": ("DeepseekV3Config", LATENT | {"n_group": 2}),
 }  # fmt: skip
 
 
@@ -177,13 +185,15 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, bound: float = 2e-5) -> 
 
 # Every model type of Transformers' AutoModelForCausalLM that builds small and can run over a tree.
 EVERY_FAMILY = """
-afmoe apertus apertus1p5_text arcee aria_text beam bitnet cohere cohere2 cohere2_moe ctrl cwm ernie4_5 ernie4_5_moe
-exaone exaone4 exaone_moe flex_olmo flint fuyu gemma gemma2 gemma3_text glm glm4 glm4_moe gpt-sw3 gpt2 gpt_bigcode
-gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe
-hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna lfm2 llama mellum minimax_m2 minimax_m3_vl_text
-ministral ministral3 mistral mixtral modernbert-decoder moshi nanochat olmo olmo2 olmo3 opt persimmon phi phi3 phimoe
-qwen2 qwen2_moe qwen3 qwen3_moe sarvam_moe seed_oss smollm3 solar_open starcoder2 vaultgemma
+afmoe apertus apertus1p5_text arcee aria_text axk1 beam bitnet cohere cohere2 cohere2_moe ctrl cwm deepseek_v2
+deepseek_v3 ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe flex_olmo flint fuyu gemma gemma2 gemma3_text glm glm4
+glm4_moe glm4_moe_lite gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa
+granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1
+laguna lfm2 llama longcat_flash mellum minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral
+modernbert-decoder moshi nanochat olmo olmo2 olmo3 opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe
+sarvam_mla sarvam_moe seed_oss smollm3 solar_open starcoder2 vaultgemma youtu
 """.split()
+_LATENT = "axk1 deepseek_v2 deepseek_v3 glm4_moe_lite longcat_flash minicpm3 sarvam_mla youtu".split()
 _SAME = {  # one size under the names of several families, and a window wherever there can be one
     "sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1, "num_experts": 4,
     "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
@@ -196,7 +206,8 @@ def build_type(model_type: str, attn: str, seed: int = 0) -> nn.Module:
     """A small random model of one of `EVERY_FAMILY`; LookupError where this Transformers has none of it."""
     if model_type not in CONFIG_MAPPING:
         raise LookupError(f"this Transformers has no {model_type}")
-    for options in (SMALL | _SAME | {"head_dim": 32}, SMALL | _SAME, SMALL):
+    latent = LATENT | {"head_dim": 8} if model_type in _LATENT else {}  # (its rotated part)
+    for options in (SMALL | _SAME | {"head_dim": 32} | latent, SMALL | _SAME | latent, SMALL):
         try:
             config = CONFIG_MAPPING[model_type](**options)
             torch.manual_seed(seed)

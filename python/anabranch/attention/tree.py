@@ -47,13 +47,13 @@ def tree_attention(
 
     Args:
         q: [rows, num_q_heads, head_dim], contiguous, in the cache's dtype and on its device; rows in the step's order.
-            Query head h reads KV head h // (num_q_heads // num_kv_heads). Over a latent cache (``v_in_k``): absorbed
-            queries, see docs/guides/attention_shapes.md.
+            Query head h reads KV head h // (num_q_heads // num_kv_heads). Over a latent cache (``v_in_k``) they are
+            absorbed queries: see docs/guides/attention_shapes.md.
         cache: the cache whose ``write`` put this step's K and V in.
         layer: 0 … num_layers − 1.
         step: what ``cache.step`` returned.
-        scale: factor on q·k; default head_dim ** -0.5. Over a latent cache it has to be given: it is the model's, and
-            not that of the latent's size.
+        scale: factor on q·k; default head_dim ** -0.5. Over a latent cache it has to be given: it is the model's, not
+            one that follows from the latent's size.
         softcap: scores become softcap · tanh(score / softcap), before the mask (Gemma 2).
         window: a key is visible when q_position − k_position < window (logical positions, as in Transformers).
         sinks: [num_q_heads], an extra logit a head that takes part in the softmax only (gpt-oss).
@@ -106,8 +106,8 @@ def paged_tree_attention(
             (``query_lengths`` of the plan; one each by default).
         k_pages: [num_pages, page_size, num_kv_heads, head_dim], q's dtype and device; the last dimension must have
             stride 1, the others are free. With ``k_scales`` and ``v_scales`` they are int8 or float8_e4m3fn.
-        v_pages: [num_pages, page_size, num_kv_heads, v_head_dim], likewise; v_head_dim may be another than head_dim, and
-            they may be a view of k_pages: ``k_pages[..., :512]`` is V in a pool of latents (MLA), read once.
+        v_pages: [num_pages, page_size, num_kv_heads, v_head_dim], likewise; v_head_dim may be another than head_dim,
+            and they may be a view of k_pages: ``k_pages[..., :512]`` is V in a pool of latents (MLA).
         plan: ``Plan.from_block_tables(...)``; one plan serves all layers.
         scale, softcap, window, sinks, backend, return_lse: as for ``tree_attention``; positions count from 0 in each
             sequence.

@@ -88,7 +88,7 @@ class Backend(Protocol):
         Args:
             q: [queries, Hq, D]; ``plan.num_rows`` of them, or more where rows read under several position offsets.
             k_pages: [pages, page_size, Hkv, D], the last stride 1; of q's dtype, or one of ``kv_dtypes``.
-            v_pages: [pages, page_size, Hkv, E], likewise; E = D unless ``split_head_dims``. May be a view of k_pages.
+            v_pages: [pages, page_size, Hkv, E], likewise; E = D unless ``split_head_dims``.
             plan: ``plan.arrays(Hq // Hkv, tile_config)`` are its work items.
             kv_scales: the factors of quantised pages, None for others.
 

@@ -32,8 +32,8 @@ def attention(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """The registered attention function. ``query [B, Hq, T, D]``, ``key [B, Hkv, T', D]`` (RoPE applied), ``value [B, Hkv,
-    T', E]``.
+    """The registered attention function. ``query [B, Hq, T, D]``, ``key [B, Hkv, T', D]`` (RoPE applied), ``value``
+    likewise with E for D.
 
     Returns ``(out [B, T, Hq, E], weights or None)``. With ``tree_step`` among the keywords it attends over the tree,
     with ``branch_mask`` as that mask says.
@@ -69,7 +69,8 @@ def over_tree(
     step: Step,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    """``query [1, Hq, T, D]``, ``key [1, Hkv, T, D]``, ``value [1, Hkv, T, E]`` → ``[1, T, Hq, E]``, T = ``step.num_rows``."""
+    """``query [1, Hq, T, D]``, ``key [1, Hkv, T, D]``, ``value [1, Hkv, T, E]`` → ``[1, T, Hq, E]``; T is
+    ``step.num_rows``."""
     layer = _check_tree_call(module, attention_mask, step, kwargs)
     window = window_of(module, attention_mask, kwargs)  # before anything is written
     sinks = kwargs.get("s_aux")

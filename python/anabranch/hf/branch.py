@@ -27,7 +27,8 @@ def over_branches(
     mask: BranchMask,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    """``query [1, Hq, T, D]``, ``key [1, Hkv, T, D]``, ``value [1, Hkv, T, E]`` → ``[1, T, Hq, E]``, T = ``mask.num_tokens``."""
+    """``query [1, Hq, T, D]``, ``key [1, Hkv, T, D]``, ``value [1, Hkv, T, E]`` → ``[1, T, Hq, E]``; T is
+    ``mask.num_tokens``."""
     from anabranch.attention.branch import branch_attention
 
     _check(module, query, key, attention_mask, mask, kwargs)

@@ -17,10 +17,10 @@ from torch import Tensor
 from anabranch import _core, backends, ops
 from anabranch._check import layer_of, shape_of, told
 from anabranch._core import OutOfPages
-from anabranch.backends.base import PreparesPool
-from anabranch.backends.formats import KVFormat, KVScales, pick
+from anabranch.backends.formats import KVFormat, KVScales
 from anabranch.kv.arguments import _branch, _device, _number, _positions, _rows, _size
 from anabranch.kv.model import shape_for
+from anabranch.kv.pool import Pool, v_head_dim_of
 from anabranch.kv.step import Branch, Step
 from anabranch.kv.views import Views, core_views
 from anabranch.kv.watch import Watch
@@ -111,7 +111,7 @@ class TreeCache:
         )
         if max_positions is not None:
             max_positions = _size("max_positions", max_positions)
-        v_head_dim = _v_head_dim(v_head_dim, head_dim, v_in_k)
+        v_head_dim = v_head_dim_of(v_head_dim, head_dim, v_in_k)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype: expected a torch.dtype such as torch.float32, got {dtype!r}")
         if num_pages * page_size > 2**31 - 1:
@@ -137,20 +137,10 @@ class TreeCache:
         self._backend = backends.choose(
             "auto", self.device, dtype, head_dim, self.kv_format.dtype, 0 if v_in_k else v_head_dim
         )
-        # K's and V's planes, a layer each, in one pool where they are alike: then one call copies a page of both.
-        alike = head_dim == v_head_dim and not v_in_k
-        self._pools = [self._make_pool(2 * num_layers if alike else num_layers, head_dim)]
-        if not alike and not v_in_k:
-            self._pools.append(self._make_pool(num_layers, v_head_dim))
-        planes = [plane for pool, _ in self._pools for plane in pool.transpose(2, 3)]
-        self._k = planes[:num_layers]
-        self._v = [k[..., :v_head_dim] for k in self._k] if v_in_k else planes[num_layers:]
-        self._kv_scales: list[KVScales | None] = [None] * num_layers
-        if self.kv_format.quantised:
-            factors = [plane for _, scales in self._pools if scales is not None for plane in scales.transpose(2, 3)]
-            self._kv_scales = [
-                KVScales(factors[i], factors[i if v_in_k else num_layers + i]) for i in range(num_layers)
-            ]
+        self._pool = Pool(
+            num_layers, num_pages, num_kv_heads, page_size, head_dim, v_head_dim, v_in_k, self.kv_format, self.device,
+            self._backend,
+        )  # fmt: skip
         self._core = _core.Cache(num_pages, page_size)
         self.batch_invariant = False  # for plans of later steps; a backend with that trait honours it
         self.reclaim: Callable[[int], bool] = _nothing_to_give  # see `keep`
@@ -197,17 +187,6 @@ class TreeCache:
         cache._watch, cache._rotary = shape.watch, shape.rotary
         return cache
 
-    def _make_pool(self, planes: int, head_dim: int) -> tuple[Tensor, Tensor | None]:
-        """Pages for so many planes, and their factors where they are quantised."""
-        # A head's tokens lie together in a page, so that a kernel's (item × KV head) streams whole pages.
-        shape = (planes, self.num_pages, self.num_kv_heads, self.page_size, head_dim)
-        pool = torch.empty(shape, dtype=self.kv_format.dtype, device=self.device)
-        if isinstance(self._backend, PreparesPool):
-            self._backend.prepare_pool(pool)
-        if not self.kv_format.quantised:
-            return pool, None
-        return pool, torch.empty(shape[:-1], dtype=torch.float32, device=self.device)
-
     @property
     def for_a_model(self) -> bool:
         """Whether `for_model` made this cache, which then knows what its model can serve."""
@@ -237,7 +216,7 @@ class TreeCache:
         """Reserves new rows: slots for their K and V, positions, and the plan of who sees what.
 
         A branch whose part-filled tail page is shared gets its own copy of that page first: all such branches, all
-        layers, K and V, in one call (one for K and one for V where their head_dims differ). The last holder goes on in place.
+        layers, K and V, in one call (two where K and V have different head_dims). The last holder goes on in place.
 
         Args:
             rows: how many new tokens each branch gets; rows follow the dict's order.
@@ -262,8 +241,7 @@ class TreeCache:
         core = self._reserved(rows, given, seen)
         if core.num_copies:
             src, dst, filled = torch.from_numpy(core.copies()).unbind(0)
-            for pool, scales in self._pools:
-                self._backend.copy_pages(pool, src, dst, filled, scales)
+            self._pool.copy(src, dst, filled)
         step = Step(self, core, tuple(rows), rotary=rotary)
         self._watch.stepped(step)
         return step
@@ -378,17 +356,17 @@ class TreeCache:
     def k_pages(self, layer: int) -> Tensor:
         """A view of the layer's K pool: [num_pages, page_size, num_kv_heads, head_dim] (not contiguous), elements of
         ``kv_format.dtype``."""
-        return self._k[layer_of(layer, self.num_layers)]
+        return self._pool.k[layer_of(layer, self.num_layers)]
 
     def v_pages(self, layer: int) -> Tensor:
         """A view of the layer's V pool, like ``k_pages``, [num_pages, page_size, num_kv_heads, v_head_dim]; with
         ``v_in_k`` of its K pool."""
-        return self._v[layer_of(layer, self.num_layers)]
+        return self._pool.v[layer_of(layer, self.num_layers)]
 
     def kv_scales(self, layer: int) -> KVScales | None:
         """Views of the layer's factors where K and V are quantised, ``.k`` and ``.v`` float32 [num_pages, page_size,
         num_kv_heads]; else None. ``kv_format.dequantise(k_pages, scales.k)`` is what the pages stand for."""
-        return self._kv_scales[layer_of(layer, self.num_layers)]
+        return self._pool.scales[layer_of(layer, self.num_layers)]
 
     def write(self, layer: int, k: Tensor, v: Tensor | None, step: Step, backend: str = "auto") -> None:
         """Puts a step's K and V (after rotary embedding) into its slots, quantised if the cache's format says so.
@@ -424,8 +402,9 @@ class TreeCache:
                 or not x.is_contiguous()
             ):
                 self._check_rows(name, x, expected)
-        v_pages = None if v is None else self._v[layer]
-        ops.write(k, v, self._k[layer], v_pages, step.plan, layer, backend, self._kv_scales[layer])
+        pool = self._pool
+        v_pages = None if v is None else pool.v[layer]
+        ops.write(k, v, pool.k[layer], v_pages, step.plan, layer, backend, pool.scales[layer])
 
     def _check_rows(self, name: str, x: Any, expected: tuple[int, ...]) -> None:
         """Raise ValueError that says why `x` cannot be written."""
@@ -446,13 +425,7 @@ class TreeCache:
         context order, in ``dtype`` (of quantised ones: what is kept, as attention reads it, rounded to that)."""
         layer = layer_of(layer, self.num_layers)
         slots = torch.from_numpy(self._core.slots(_branch(branch, "read"))).to(self.device).long()
-        page, offset = slots // self.page_size, slots % self.page_size
-        k, v = pick(self._k[layer], page, offset), pick(self._v[layer], page, offset)
-        scales = self._kv_scales[layer]
-        if scales is None:
-            return k, v
-        read = self.kv_format.dequantise
-        return read(k, scales.k[page, offset], self.dtype), read(v, scales.v[page, offset], self.dtype)
+        return self._pool.read(layer, slots, self.dtype)
 
     def positions(self, branch: Branch) -> Tensor:
         """Logical positions of a branch's tokens, int64 [length], in context order, on the CPU."""
@@ -503,9 +476,11 @@ class TreeCache:
         dtype = str(self.dtype).removeprefix("torch.")
         if self.kv_format.quantised:
             dtype += f" kept as {self.kv_format.name}"
-        of_v = "" if self.head_dim == self.v_head_dim else f" (V: {self.v_head_dim}{' of them' if self.v_in_k else ''})"
+        head_dim = str(self.head_dim)
+        if self.v_in_k or self.v_head_dim != self.head_dim:
+            head_dim += f" (V: {self.v_head_dim}{' of them' if self.v_in_k else ''})"
         return (
-            f"TreeCache(layers={self.num_layers}, kv_heads={self.num_kv_heads}, head_dim={self.head_dim}{of_v}, {dtype}, "
+            f"TreeCache(layers={self.num_layers}, kv_heads={self.num_kv_heads}, head_dim={head_dim}, {dtype}, "
             f"{self.device}, pages={u.pages_total - u.pages_free}/{u.pages_total} × {self.page_size}, "
             f"tokens={u.tokens_physical} for {u.tokens_logical})"
         )
@@ -522,26 +497,6 @@ def _rotary(given: Any, num_layers: int, head_dim: int) -> list[Rotary | None] |
         if rotary is not None and 2 * len(rotary.frequencies) > head_dim:
             raise ValueError(f"rotary: {len(rotary.frequencies)} pairs do not fit in head_dim={head_dim}")
     return every
-
-
-def _v_head_dim(given: int | None, head_dim: int, v_in_k: bool) -> int:
-    """V's head_dim, checked."""
-    if not isinstance(v_in_k, bool):
-        raise ValueError(f"v_in_k: expected True or False, got {told(v_in_k)}")
-    if given is None:
-        if v_in_k:
-            raise ValueError(
-                "v_in_k: needs v_head_dim, how many of the numbers in K's rows are V (MLA: v_head_dim=kv_lora_rank, "
-                "head_dim=kv_lora_rank + qk_rope_head_dim)"
-            )
-        return head_dim
-    dim = _size("v_head_dim", given)
-    if v_in_k and dim > head_dim:
-        raise ValueError(
-            f"v_head_dim: {dim} numbers cannot be the first of K's {head_dim} (v_in_k=True); pass head_dim="
-            "kv_lora_rank + qk_rope_head_dim and v_head_dim=kv_lora_rank"
-        )
-    return dim
 
 
 def _nothing_to_give(pages: int) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 class NaiveBranch:
-    """A branch as plain data: ``kv`` [tokens, layers, heads, dim of K + dim of V], ``positions`` and where its own tokens
-    begin."""
+    """A branch as plain data: ``kv`` [tokens, layers, heads, dim of K + dim of V], ``positions`` and where its own
+    tokens begin."""
 
     def __init__(self, kv: Tensor, positions: list[int], position: int, parent: NaiveBranch | None) -> None:
         self.kv = kv

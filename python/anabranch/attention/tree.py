@@ -76,8 +76,8 @@ def tree_attention(
     layer = layer_of(layer, cache.num_layers)
     if scale is None and cache.v_in_k:
         raise ValueError(
-            "scale: has to be given over a cache with v_in_k=True: the model's own factor, that of its keys before they "
-            "were absorbed ((qk_nope_head_dim + qk_rope_head_dim) ** -0.5, times what its rotary embeddings say)"
+            "scale: has to be given over a cache with v_in_k=True: the model's own factor, that of its keys before "
+            "they were absorbed ((qk_nope_head_dim + qk_rope_head_dim) ** -0.5, times what its rotary embeddings say)"
         )
     return _attend(
         q, cache.k_pages(layer), cache.v_pages(layer), step.plan, step.num_rows, layer, scale, softcap, window, sinks,

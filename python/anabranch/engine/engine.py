@@ -64,6 +64,9 @@ class Engine:
     kv_format: how the cache keeps K and V: "auto", in the model's dtype; "int8" or "fp8" (e4m3), a byte an element and
         a factor for each token and head: about half the memory of bfloat16, and answers that may differ in places (see
         docs/guides/own_loop.md). Backends "cpu", "triton" and "reference" have them.
+    latent: for a model of multi-head latent attention (DeepSeek): the cache keeps its latents, one row for all heads,
+        and its up-projections are absorbed (see docs/guides/attention_shapes.md). Steps run as they are, neither
+        compiled nor captured; not with ``batch_invariant``.
 
     ``engine.cache`` is its `TreeCache`. Any Python thread may call any method, at any time: requests of all callers
     share the forwards, join between any two of them and leave when they are answered.
@@ -89,6 +92,7 @@ class Engine:
         prefix_cache: bool = True,
         kv_format: Any = "auto",
         compile: bool | str = "auto",
+        latent: bool = False,
     ):
         max_rows = whole(max_rows, "max_rows", 1, hint=" (tokens a forward)")
         if max_threads is not None:
@@ -106,8 +110,13 @@ class Engine:
             raise TypeError(f"tokenizer: expected a Transformers tokenizer or None, got {told(tokenizer)}")
         shape = hf.enable(model)
         fmt = KVFormat.of(kv_format, shape.dtype)
+        if not isinstance(latent, bool):
+            raise ValueError(f"latent={latent!r}; pass True or False")
+        if latent and batch_invariant:
+            raise ValueError("latent=True: its products have no batch-invariant form; leave one of the two out")
+        head_dim, v_head_dim = hf.latent_dims(model) if latent else (shape.head_dim, shape.v_head_dim)
         # Raises for one that cannot run.
-        choose(backend, shape.device, shape.dtype, shape.head_dim, fmt.dtype, shape.v_head_dim)
+        choose(backend, shape.device, shape.dtype, head_dim, fmt.dtype, 0 if latent else v_head_dim)
         if not isinstance(batch_invariant, bool):
             raise ValueError(f"batch_invariant={batch_invariant!r}; pass True or False")
         if not isinstance(prefix_cache, bool):
@@ -116,11 +125,13 @@ class Engine:
             require_invariant(model, backend, own_linear)
             backend = "cpu"
         unfit_compile = unfit_to_compile(model, shape.device, batch_invariant)
+        if latent:
+            unfit_compile = "forwards over latents (latent=True) are not traced"
         if compile is True and unfit_compile is not None:
             raise ValueError(f"compile=True: {unfit_compile}, or leave compile out")
         self.max_threads, self.max_queue = max_threads, max_queue
         self.model, self.tokenizer, self.backend, self.max_rows = model, tokenizer, backend, max_rows
-        self.cache = TreeCache.for_model(model, num_pages=num_pages, page_size=page_size, kv_format=fmt)
+        self.cache = TreeCache.for_model(model, num_pages=num_pages, page_size=page_size, kv_format=fmt, latent=latent)
         self.cache.batch_invariant = batch_invariant
         self.prefixes = PrefixCache(self.cache) if prefix_cache else None
         self.linear: Any = linear_context(model, own_linear)

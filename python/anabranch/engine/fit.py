@@ -37,7 +37,8 @@ def check_model(model: Any, cache: TreeCache) -> int | None:
             f"model: is {shape.dtype} now, but the engine's cache holds {cache.dtype}; "
             f"call model.to({cache.dtype}), or make a new Engine"
         )
-    now = (shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.v_head_dim)
+    kept = (1, *hf.latent_dims(model)) if cache.v_in_k else (shape.num_kv_heads, shape.head_dim, shape.v_head_dim)
+    now = (shape.num_layers, *kept)
     made_for = (cache.num_layers, cache.num_kv_heads, cache.head_dim, cache.v_head_dim)
     if now != made_for:
         raise ValueError(

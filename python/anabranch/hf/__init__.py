@@ -1,6 +1,7 @@
 """``attn_implementation="anabranch"`` for any Hugging Face decoder, through Transformers' own registries."""
 
 from anabranch.hf.cache import cache_shape
+from anabranch.hf.latent import latent_dims, latents_of
 from anabranch.hf.mask import beside_branch_mask, tree_mask
 from anabranch.hf.probe import ModelShape, UnsupportedModel, describe, is_compiled, uses_anabranch
 from anabranch.hf.register import enable, register
@@ -15,6 +16,8 @@ __all__ = [
     "describe",
     "enable",
     "is_compiled",
+    "latent_dims",
+    "latents_of",
     "register",
     "tree_mask",
     "uses_anabranch",

@@ -8,13 +8,14 @@ import torch
 
 from anabranch.hf.branch import over_branches
 from anabranch.hf.checks import is_causal, refuse_unheard, remember_window, window_of
+from anabranch.hf.latent import attend_latents
 from anabranch.hf.mask import DeferredMask, made_here
 from anabranch.hf.probe import (
     Probe,
     UnsupportedModel,
 )
 from anabranch.hf.rope import rope_rules
-from anabranch.hf.tree import NO_GRADIENT, attend, traced
+from anabranch.hf.tree import NO_GRADIENT, attend, check_step, traced
 
 if TYPE_CHECKING:
     from anabranch.kv.step import Step
@@ -84,10 +85,27 @@ def over_tree(
         sinks=None if sinks is None else sinks.detach().reshape(-1),
         rope=next((rule.rope_type for rule in rope_rules(getattr(module, "config", None))), ""),
     )
+    if step.cache.v_in_k:
+        out = _over_latents(module, query, key, step, options, kwargs.get("position_ids"))
+        return _NotDifferentiable.apply(out, query) if query.requires_grad and torch.is_grad_enabled() else out
     if torch.compiler.is_compiling():
         return traced(layer, query, key, value, step, kwargs.get("position_ids"), **options)
     out = attend(step, layer, query, key, value, kwargs.get("position_ids"), **options)
     return _NotDifferentiable.apply(out, query) if query.requires_grad and torch.is_grad_enabled() else out
+
+
+def _over_latents(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, step: Step, options: dict[str, Any], positions: Any
+) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        raise UnsupportedModel(
+            "tree_step: forwards over a cache of latents are not compiled; pass the model itself, or a cache made "
+            "without latent=True"
+        )
+    check_step(
+        step, module.layer_idx, query, key, positions, **{x: options.pop(x) for x in ("where", "cached", "rope")}
+    )
+    return attend_latents(module, step, query, **options)
 
 
 def _check_tree_call(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from anabranch.hf.latent import latent_dims
 from anabranch.hf.probe import describe, text_config
 from anabranch.hf.rotary import rotary_of
 from anabranch.hf.watch import ModelWatch
@@ -22,5 +23,6 @@ def cache_shape(model: Any) -> CacheShape:
         max_positions=shape.position_limit,
         watch=ModelWatch(type(model).__name__, text_config(model), shape),
         v_head_dim=shape.v_head_dim,
+        latent=lambda: latent_dims(model),
         rotary=lambda: rotary_of(model),
     )

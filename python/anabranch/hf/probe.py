@@ -298,8 +298,8 @@ def _probe(model: Any) -> ModelShape:
     return shape
 
 
-def probe_forward(model: Any, probe: Probe, ids: list[int], positions: list[int]) -> torch.Tensor:
-    """Logits [ROWS, vocabulary] of a probe's forward."""
+def probe_forward(model: Any, probe: Probe, ids: list[int], positions: list[int], **more: Any) -> torch.Tensor:
+    """Logits [ROWS, vocabulary] of a probe's forward; `more`: further keywords of the model."""
     device = model.get_input_embeddings().weight.device
     devices = [device] if device.type == "cuda" else []
     # A probe is looked at by Python code, which a compiled model would trace.
@@ -311,6 +311,7 @@ def probe_forward(model: Any, probe: Probe, ids: list[int], positions: list[int]
             tree_step=probe,
             use_cache=False,
             logits_to_keep=torch.arange(Probe.ROWS, device=device),
+            **more,
         ).logits[0]
 
 

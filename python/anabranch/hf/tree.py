@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from anabranch.attention.tree import tree_attention
+from anabranch.kv.cache import TreeCache
 from anabranch.kv.step import Step, step_of
 from anabranch.ops.tree import NO_SOFTCAP, NO_WINDOW, _lib
 
-__all__ = ["NO_GRADIENT", "attend", "traced"]
+__all__ = ["NO_GRADIENT", "attend", "check_step", "traced"]
 
 
 def attend(
@@ -51,14 +52,8 @@ def attend(
     Raises:
         ValueError: rows, positions, layer, dtype or device that do not fit the step; nothing was written.
     """
-    _check_rows(step, layer, query, key, value, where, cached)
-    if layer == 0:
-        _check_positions(step, position_ids)
-    if rope and not step.cache.for_a_model:
-        raise ValueError(
-            f"tree_step: {where} has {rope} rotary embeddings, which look at the whole forward, and this cache knows "
-            "no model, so it cannot tell when that matters; make it with TreeCache.for_model(model)"
-        )
+    check_step(step, layer, query, key, position_ids, where=where, cached=cached, rope=rope)
+    _check_dims(step.cache, layer, key, value, where)
     # [1, H, T, D] → [T, H, D]. Rotary embeddings keep the layout of the projection, so this is usually free.
     q, k, v = (x.detach()[0].transpose(0, 1).contiguous() for x in (query, key, value))
     _check_dtype(step, q, k, v, where)
@@ -68,7 +63,21 @@ def attend(
     return out.unsqueeze(0)
 
 
-def _check_rows(step: Step, layer: Any, query: Tensor, key: Tensor, value: Tensor, where: str, cached: bool) -> None:
+def check_step(
+    step: Step, layer: Any, query: Tensor, key: Tensor, position_ids: Any, *, where: str, cached: bool, rope: str
+) -> None:
+    """Raise ValueError for a layer's call whose rows, positions or layer do not fit the step; arguments: `attend`'s."""
+    _check_rows(step, layer, query, key, where, cached)
+    if layer == 0:
+        _check_positions(step, position_ids)
+    if rope and not step.cache.for_a_model:
+        raise ValueError(
+            f"tree_step: {where} has {rope} rotary embeddings, which look at the whole forward, and this cache knows "
+            "no model, so it cannot tell when that matters; make it with TreeCache.for_model(model)"
+        )
+
+
+def _check_rows(step: Step, layer: Any, query: Tensor, key: Tensor, where: str, cached: bool) -> None:
     rows = step.num_rows
     if query.shape[0] != 1:
         raise ValueError(
@@ -92,6 +101,9 @@ def _check_rows(step: Step, layer: Any, query: Tensor, key: Tensor, value: Tenso
             f"tree_step: {where} is layer {layer!r}, but the cache has layers "
             f"0…{cache.num_layers - 1}; make the cache with TreeCache.for_model(model)"
         )
+
+
+def _check_dims(cache: TreeCache, layer: int, key: Tensor, value: Tensor, where: str) -> None:
     dims, made_for = (key.shape[3], value.shape[3]), (cache.head_dim, cache.v_head_dim)
     if key.shape[1] != cache.num_kv_heads or dims != made_for:
         raise ValueError(

@@ -156,6 +156,7 @@ class TreeCache:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         kv_format: KVFormat | str | torch.dtype | None = "auto",
+        latent: bool = False,
     ) -> TreeCache:
         """A cache with a Hugging Face model's shape, for that model: steps that it could not serve raise ValueError
         (the model has been switched to another attention; rows of the last step were never written; rotary embeddings
@@ -165,9 +166,12 @@ class TreeCache:
             model: a decoder; its config gives layers, heads and head_dim, its weights dtype and device.
             num_pages: default: a quarter of the machine's free memory (nine tenths of a GPU's), at most 2^20 tokens.
             kv_format: how K and V are kept: "auto" (the model's dtype), "int8" or "fp8".
+            latent: keep the latents of multi-head latent attention (DeepSeek) in place of its K and V, for all heads
+                together; forwards then take ``cache=anabranch.hf.latents_of(step)`` beside ``tree_step=step``.
 
         Raises:
-            ValueError: a model whose layers are not all plain self-attention; the message names what is in the way.
+            ValueError: a model whose layers are not all plain self-attention, or with ``latent`` none over latents; the
+                message names what is in the way.
         """
         page_size = _size("page_size", page_size)
         shape = shape_for(model)
@@ -175,14 +179,19 @@ class TreeCache:
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype: expected a torch.dtype such as torch.float32, got {dtype!r}")
         device = _device(shape.device if device is None else device)
+        num_kv_heads, head_dim, v_head_dim = shape.num_kv_heads, shape.head_dim, shape.v_head_dim
+        if not isinstance(latent, bool):
+            raise ValueError(f"latent: expected True or False, got {told(latent)}")
+        if latent:
+            num_kv_heads, (head_dim, v_head_dim) = 1, shape.latent()
         if num_pages is None:
             fmt = KVFormat.of(kv_format, dtype)
-            token_bytes = fmt.bytes_per_vector(shape.head_dim) + fmt.bytes_per_vector(shape.v_head_dim)
-            page_bytes = shape.num_layers * page_size * shape.num_kv_heads * token_bytes
+            token_bytes = fmt.bytes_per_vector(head_dim) + (0 if latent else fmt.bytes_per_vector(v_head_dim))
+            page_bytes = shape.num_layers * page_size * num_kv_heads * token_bytes
             num_pages = max(1, min(free_memory(device) // page_bytes, 2**20 // page_size))
         cache = cls(
-            shape.num_layers, shape.num_kv_heads, shape.head_dim, num_pages, page_size, dtype, device,
-            max_positions=shape.max_positions, kv_format=kv_format, v_head_dim=shape.v_head_dim,
+            shape.num_layers, num_kv_heads, head_dim, num_pages, page_size, dtype, device,
+            max_positions=shape.max_positions, kv_format=kv_format, v_head_dim=v_head_dim, v_in_k=latent,
         )  # fmt: skip
         cache._watch, cache._rotary = shape.watch, shape.rotary
         return cache

@@ -25,6 +25,7 @@ class CacheShape(NamedTuple):
     max_positions: int | None  # positions the model has embeddings for; None: no limit
     watch: Watch  # knows what the model can serve
     v_head_dim: int  # of V; head_dim is K's
+    latent: Callable[[], tuple[int, int]]  # the same two of a cache of latents; ValueError where there are none
     rotary: Callable[[], list[Any]]  # rotary embeddings of each layer; ValueError where they are no pure rotation
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from anabranch.hf.latent import latent_keywords, latents_of
 from anabranch.hf.mask import tree_mask
 from anabranch.kv.step import Step
 
@@ -18,6 +19,8 @@ def forward(model: Any, ids: Tensor, step: Step, backend: str = "auto", keep: Te
     options: dict[str, Any] = {} if backend == "auto" else {"tree_backend": backend}
     if keep is not None:
         options["logits_to_keep"] = keep
+    if step.cache.v_in_k:
+        options |= latent_keywords(model, latents_of(step))
     return model(
         input_ids=ids[None],
         position_ids=step.position_ids[None],

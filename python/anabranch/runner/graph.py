@@ -41,6 +41,8 @@ def unfit(cache: TreeCache, backend: str = "auto") -> str | None:
         return (
             f"CUDA graphs need a CUDA device, and the model and its cache are on {cache.device}; move the model there"
         )
+    if cache.v_in_k:
+        return "forwards over latents are not captured; make the cache without latent=True"
     chosen = backends.choose(
         backend, cache.device, cache.dtype, cache.head_dim, cache.kv_format.dtype, cache.v_head_dim
     )

@@ -181,13 +181,14 @@ def representative_variants(arch: int | str) -> list[Variant]:
         found += [
             Variant("attention", arch, "bf16", 72, True),
             Variant("attention", arch, "fp32", 96, True),
-            Variant("attention", arch, "bf16", 576, True, v_head_dim=512),
             Variant("write_kv", arch, "bf16", 72),
             Variant("merge", arch, "bf16", 128, True),
             Variant("copy_pages", arch, "bf16", 72),
             Variant("branch_dq", arch, "bf16", 80, True),
             Variant("branch_dkdv", arch, "bf16", 128, True),
         ]
+    if arch == 80:  # (the largest: one is enough)
+        found += [Variant("attention", arch, "bf16", 576, True, v_head_dim=512)]
     return found
 
 

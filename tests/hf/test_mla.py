@@ -3,6 +3,9 @@ latents."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hf_kit import FAMILIES, build
@@ -129,3 +132,13 @@ def test_an_up_projection_that_is_no_plain_layer_is_refused():
         ab.TreeCache.for_model(model, num_pages=4, latent=True)
     latent, expanded = both(model.merge_and_unload())
     assert (latent - expanded).norm() <= 2e-6 * expanded.norm()
+
+
+def test_code_of_the_guide_runs():
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "attention_shapes.md").read_text(encoding="utf-8")
+    names = {"model": model_of("deepseek-v3"), "tokenizer": None, "prompt_ids": torch.arange(3, 12)}
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "attention_shapes", "exec", dont_inherit=True), names)
+    assert names["latent"].shape == (5, 8, 64) and names["out"].shape == (5, 8, 24)

@@ -679,7 +679,5 @@ def test_an_hour_of_soaks():
         if spent < seconds / 4:
             early = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - early
-    print(
-        f"{len(seen)} engines, {400 * len(seen)} requests in {spent:.0f} s: {total(seen)}; peak + {grown / 1024:.1f} MiB"
-    )
+    print(f"{len(seen)} engines, {400 * len(seen)} requests, {spent:.0f} s: {total(seen)}; + {grown / 1024:.1f} MiB")
     assert grown < 32 * 1024  # KiB

@@ -24,10 +24,6 @@ class DraftTree(Strategy):
     the next scores are there already, and no forward is needed. So greedy and sampled output are those of plain
     decoding, and logits processors, stops, ``until``, budgets, statistics and events see one token after another.
 
-    Example::
-
-        engine.generate(prompt, strategy=ab.DraftTree(ab.ThreadWeaver(), draft="siblings"))
-
     strategy: what to run; None decodes plainly.
     draft: who guesses. "ngram": what followed the thread's last tokens earlier in its own context (prompt lookup);
         "siblings": the same, over what all threads of the answer have written, finished ones included; a small Hugging
@@ -42,6 +38,8 @@ class DraftTree(Strategy):
     ``result.metrics.draft_tokens`` counts guessed tokens that were verified, ``accepted_tokens`` those that came true.
 
     Raises ValueError for an unknown draft, and when generating for a model with another vocabulary or device.
+
+    >>> engine.generate(prompt, strategy=ab.DraftTree(ab.ThreadWeaver(), draft="siblings"), max_new_tokens=64).text
     """
 
     strategy: Strategy | None = None

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
-from anabranch._check import told, whole_fields
+from anabranch._check import nearest, told, whole_fields
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
 from anabranch.strategies.plain import Plain
@@ -61,7 +60,7 @@ class DraftTree(Strategy):
             raise ValueError(f"DraftTree: in_step={told(self.in_step)}; pass True or False")
         if isinstance(self.draft, str):
             if self.draft not in DRAFTS:
-                near = get_close_matches(self.draft, DRAFTS, 1, 0.3)
+                near = nearest(self.draft, DRAFTS, 1)
                 raise ValueError(
                     f"DraftTree: draft={self.draft!r} is unknown; "
                     + (f"did you mean {near[0]!r}? " if near else "")

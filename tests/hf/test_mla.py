@@ -142,3 +142,28 @@ def test_code_of_the_guide_runs():
     for block in blocks:
         exec(compile(block, "attention_shapes", "exec", dont_inherit=True), names)
     assert names["latent"].shape == (5, 8, 64) and names["out"].shape == (5, 8, 24)
+
+
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("family", ["deepseek-v2", "deepseek-v3"])
+def test_a_row_reads_another_branch_under_a_position_offset(family, latent):
+    """As if the branch's tokens stood three positions further on: the rotated numbers are the last of a key."""
+    model, eager = model_of(family), model_of(family, attn="eager")
+    cache = ab.TreeCache.for_model(model, num_pages=16, page_size=4, latent=latent)
+    reader, other = cache.branch(), cache.branch()
+    ids = torch.tensor([5, 7, 11, 13, 17, 19])
+
+    def forward(step, ids):
+        more = {"cache": hf.latents_of(step)} if latent else {}
+        return model(
+            input_ids=ids[None], position_ids=step.position_ids[None], tree_step=step, use_cache=False, **more
+        ).logits[0]  # fmt: skip
+
+    with torch.no_grad():
+        forward(cache.step({other: 5}), ids[:5])
+        views = {reader: [ab.Read(other, offset=-3)]}
+        got = forward(cache.step({reader: 1}, positions={reader: torch.tensor([8])}, views=views), ids[5:])[0]
+        want = eager(input_ids=ids[None], position_ids=torch.tensor([[3, 4, 5, 6, 7, 8]]), use_cache=False).logits[
+            0, 5
+        ]
+    assert (got - want).norm() <= 1e-5 * want.norm()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_kit import MIXED, build
+from hf_kit import FAMILIES, MIXED, build
 
 import anabranch as ab
 from anabranch.hf.rotary import rotary_of
@@ -27,6 +27,14 @@ def test_found(name: str) -> None:
     rotary = rotary_of(build(name, **options))
     assert [None if r is None else len(r.frequencies) for r in rotary] == pairs
     assert {r.interleaved for r in rotary if r is not None} == {interleaved}
+    assert not any(r.last for r in rotary if r is not None)
+
+
+@pytest.mark.parametrize(("family", "interleaved"), [("deepseek-v2", True), ("deepseek-v3", False)])
+def test_found_at_the_end_of_a_head(family: str, interleaved: bool) -> None:
+    config, options = FAMILIES[family]
+    for rotary in rotary_of(build(config, **options)):
+        assert (len(rotary.frequencies), rotary.interleaved, rotary.last) == (4, interleaved, True)
 
 
 def test_layers_may_differ() -> None:

@@ -108,9 +108,8 @@ def tile_config(
 
     traits = launch.device_traits(device)
     tile = configs.attention_config(max(head_dim, v_head_dim or 0), dtype.itemsize, traits.arch).wide
-    cut = machine.cut_for(
-        device, traits.multiprocessors, num_q_heads, num_kv_heads, head_dim, dtype.itemsize, tile, chunk
-    )
+    mean = (head_dim + (v_head_dim or head_dim)) // 2  # the model reads K and V of one size
+    cut = machine.cut_for(device, traits.multiprocessors, num_q_heads, num_kv_heads, mean, dtype.itemsize, tile, chunk)
     return TileConfig(
         tile=tile,
         chunk=cut.chunk,

@@ -63,7 +63,7 @@ def rotary_of(model: Any) -> list[Rotary | None]:
         for part in training:
             part.training = True
     guesses: list[Rotary | None] = [None]
-    guesses += [Rotary(buffer, style) for buffer, style in product(found.values(), (False, True))]
+    guesses += [Rotary(*guess) for guess in product(found.values(), (False, True), (False, True))]
     rotary: list[Rotary | None] = []
     offsets = torch.tensor(positions)
     for layer in sorted(probe.queries):
@@ -86,5 +86,5 @@ def _explains(guess: Rotary | None, queries: Tensor, offsets: Tensor) -> bool:
         return False
     want = queries[:1].expand_as(queries)
     if guess is not None:
-        want = rotate(want, guess.table(offsets), guess.interleaved)
+        want = rotate(want, guess.table(offsets), guess.interleaved, guess.last)
     return bool((queries - want).abs().max() <= 0.02 * queries.abs().max())

@@ -101,7 +101,7 @@ class StepPlan(Plan):
             return q[rows]  # a layer that knows no positions
         if rotary not in self._tables:
             self._tables[rotary] = rotary.table(offsets)
-        return rotate(q[rows], self._tables[rotary], rotary.interleaved)
+        return rotate(q[rows], self._tables[rotary], rotary.interleaved, rotary.last)
 
     @property
     def slots(self) -> Tensor:

@@ -25,12 +25,14 @@ class Rotary:
         frequencies: float [pairs], radians a position; 2 · pairs ≤ head_dim, further dimensions are not turned.
         interleaved: pairs are neighbours (0, 1), (2, 3), … (GPT-J, GLM); False: halves of the turned dimensions,
             (0, pairs), (1, pairs + 1), … (Llama).
+        last: the dimensions that are turned are the last ones (DeepSeek); False: the first.
 
     >>> ab.Rotary(10000.0 ** (-torch.arange(0, 64, 2) / 64))
     """
 
     frequencies: Tensor
     interleaved: bool = False
+    last: bool = False
 
     def __post_init__(self) -> None:
         given = self.frequencies
@@ -45,16 +47,18 @@ class Rotary:
         return angles.cos().float(), angles.sin().float()
 
 
-def rotate(q: Tensor, table: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+def rotate(q: Tensor, table: tuple[Tensor, Tensor], interleaved: bool, last: bool = False) -> Tensor:
     """q [n, heads, head_dim] with row i turned on by the angles table[…][i]; computed in float32 (float64 for float64).
 
-    table: cos and sin [n, pairs], as `Rotary.table` gives them.
+    table: cos and sin [n, pairs], as `Rotary.table` gives them; the others as in `Rotary`.
     """
     pairs = table[0].shape[1]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     cos, sin = (x[:, None].to(wide) for x in table)
-    turned = q[..., : 2 * pairs].to(wide)
+    begin = q.shape[-1] - 2 * pairs if last else 0
+    before, turned, behind = q.tensor_split((begin, begin + 2 * pairs), -1)
+    turned = turned.to(wide)
     first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.split(pairs, -1)
     parts = first * cos - second * sin, second * cos + first * sin
     mixed = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
-    return torch.cat([mixed.to(q.dtype), q[..., 2 * pairs :]], -1)
+    return torch.cat([before, mixed.to(q.dtype), behind], -1)

@@ -236,11 +236,14 @@ void stream_unit(const Attention& a, Unit& u, int head_end, void* scratch) {
   const auto locate = [&](int begin, int half) {  // past the last token: any valid address, for prefetches and blocks
     const int n = smaller(STREAM_TILE, u.n - begin);
     if (n > 0) u.slots(begin, n, slots + half);
-    else u.slots(0, 1, slots + half);
-    for (int j = n > 0 ? n : 1; j < STREAM_TILE; ++j) slots[half + j] = slots[half];
-    for (int j = 0; j < STREAM_TILE; ++j) {
+    for (int j = 0; j < n; ++j) {
       w.k[half + j] = at<S>(a.k, a, first, slots[half + j]);
       w.v[half + j] = at<S>(a.v, a, first, slots[half + j]);
+    }
+    const int valid = n > 0 ? half : STREAM_TILE - half;
+    for (int j = n > 0 ? n : 0; j < STREAM_TILE; ++j) {
+      w.k[half + j] = w.k[valid];
+      w.v[half + j] = w.v[valid];
     }
   };
   if (u.n > 0) locate(0, 0);

@@ -27,6 +27,13 @@ int64_t address(const void* p) { return static_cast<int64_t>(reinterpret_cast<ui
 }  // namespace
 
 void attention(Type type, Attention a, const Device& device, const Layout& layout, void* stream) {
+  for (Pages* pages : {&a.k, &a.v})
+    for (int64_t* stride : {&pages->page, &pages->slot, &pages->head}) *stride *= type == Type::f32 ? 4 : 2;
+  const int64_t most = std::max(static_cast<int64_t>(a.num_items) * a.num_kv_heads,
+                                static_cast<int64_t>(a.num_merge) * a.num_q_heads);
+  if (most > INT32_MAX)
+    throw std::invalid_argument("num_items and num_merge: at most 2^31 - 1 times the heads, got " +
+                                std::to_string(most));
   switch (type) {
     case Type::f32: return attention_of<float>(a, device, layout, stream);
     case Type::bf16: return attention_of<bf16>(a, device, layout, stream);

@@ -120,9 +120,12 @@ void attention_of(Attention a, const Device& device, const Layout& layout, void*
     }
   });
   if (a.num_merge > 0) {
-    const int64_t warps = static_cast<int64_t>(a.num_merge) * a.num_q_heads;
-    const int grid = layout.grid != 0 ? layout.grid : grid_for((warps + kWarps - 1) / kWarps, 8 * device.multiprocessors);
-    ANABRANCH_LAUNCH(&merge_kernel<T>, grid, kThreads, 0, stream, a);
+    const int64_t units = static_cast<int64_t>(a.num_merge) * a.num_q_heads;
+    const int most = 8 * device.multiprocessors;
+    const bool few = units <= most;
+    const int grid = layout.grid != 0 ? layout.grid : few ? static_cast<int>(units) : grid_for((units + kWarps - 1) / kWarps, most);
+    const auto function = few ? &merge_kernel<T, kWarps> : &merge_kernel<T, 1>;
+    ANABRANCH_LAUNCH(function, grid, kThreads, 0, stream, a);
     check_launch();
   }
 }

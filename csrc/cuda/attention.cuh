@@ -52,7 +52,7 @@ ANABRANCH_DEVICE Range range_of(const Attention& a, const Pass& pass, Int2* ends
     first = end;
     if (seen.z - seen.y < a.window)
       for (int n = thread; n < end; n += kThreads)
-        if (seen.z - ptx::load(a.kv_positions + kv.x + n) < a.window) {
+        if (seen.z - token_at(a, static_cast<u32>(kv.x + n)).y < a.window) {
           first = smaller(first, n);
           last = n + 1;
         }
@@ -129,8 +129,8 @@ ANABRANCH_DEVICE void attend(const Attention& a, const Pass& pass, const Range& 
   const int first_block = range.first / S::kBlock;
   const int tiles = sight.end > range.first ? 2 * ((sight.end + S::kBlock - 1) / S::kBlock - first_block) : 0;
   if (tiles > 0) {
-    Stream<T, D> stream{a, memory, places, positions, a.kv_slots + pass.kv.x, pass.kv.x, pass.head, first_block,
-                        sight.end, pass.seen.z, tiles, 0, a.ring - 1, 0, 0, {}};
+    Stream<T, D> stream{a, memory, places, positions, static_cast<u32>(pass.kv.x), pass.head, first_block, sight.end,
+                        pass.seen.z, tiles, 0, a.ring - 1, 0, 0, {}};
     stream.prepare();
     // Queries: into the ring's last tile, from where they go to registers before that tile is needed, or to their own.
     char* const queries = memory + (S::kKeepQ ? (a.ring - 1) * S::kTile : a.ring * S::kTile);

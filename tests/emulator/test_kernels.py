@@ -157,7 +157,7 @@ def merging(device, dim):
         with kit.memory(device, rows=rows, ptr=ptr, ml=ml, acc=acc, sinks=sinks, out_=out, lse_=lse):
             device.attention(
                 0, dim, heads, heads, 16, (0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0),
-                (*[0] * 7, rows.data_ptr(), ptr.data_ptr(), 0), 0, len(rows), 1.0, 0.0, -1,
+                (*[0] * 7, rows.data_ptr(), ptr.data_ptr(), 1, 0), 0, len(rows), 1.0, 0.0, -1,
                 0 if sinks is None else sinks.data_ptr(), out.data_ptr(), lse.data_ptr(),
                 (acc.data_ptr(), ml.data_ptr()), 0, 0,
             )  # fmt: skip
@@ -275,7 +275,7 @@ def test_copies_beyond_32_bits(device, tmp_path):
 
 def test_a_slot_outside_the_pool_traps(device):
     case = random_case(3, head_dim=32)
-    case.arrays.kv_slots[5] = case.k_pages.shape[0] * case.k_pages.shape[1] + 40
+    case.arrays.kv_strips[0, 0] = case.k_pages.shape[0] * case.k_pages.shape[1] + 40
     with pytest.raises(
         device.Trap, match=r"block \d, thread \d+: read of 16 bytes at 0x\w+ is outside every allocation"
     ):

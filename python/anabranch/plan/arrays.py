@@ -119,6 +119,17 @@ def split_buffers(
     )
 
 
+def append_tokens(kv: Tensor, changed: Tensor) -> None:
+    """Entries of a plan's strips that the planner has appended, put into the copy of them on a device.
+
+    Args:
+        kv: ``PlanArrays.kv``.
+        changed: int32 [n, 3]: which entry, its slot, its position.
+    """
+    at, entries = changed.split((1, 2), dim=1)
+    kv.view(-1, 2).index_put_((at[:, 0].long(),), entries)
+
+
 def staged(array: np.ndarray, device: torch.device) -> Tensor:
     """A tensor on the host to be copied to the device: pinned for a GPU, so that the host waits for nothing."""
     host = torch.from_numpy(array)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from anabranch import _core
 from anabranch._check import index_of, told
-from anabranch.plan.arrays import FlatContexts, capturing, split_buffers, upload
+from anabranch.plan.arrays import FlatContexts, append_tokens, capturing, split_buffers, upload
 from anabranch.plan.tile_config import core_params
 
 if TYPE_CHECKING:
@@ -223,8 +223,7 @@ class TablePlan(Plan):
             if self.device.type != "cpu":
                 kv = earlier.kv
                 assert kv is not None
-                at, tokens = upload(changed, self.device).split((1, 2), dim=1)
-                kv.view(-1, 2).index_put_((at[:, 0].long(),), tokens)  # behind what the earlier plan reads
+                append_tokens(kv, upload(changed, self.device))  # behind what the earlier plan reads
             self._arrays[key] = split_buffers(self._tables.plan(params), self.device, kv=kv)
 
     def arrays(self, group: int, tile_config: TileConfig) -> PlanArrays:

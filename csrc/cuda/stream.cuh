@@ -16,14 +16,12 @@ struct Stream {
   Int2* places;           // [kAhead][K, V][kBlock]: a token's address, low half first; −1: no token there, zeros instead
   i32* positions;         // [kAhead][kBlock]
   const i32* slots;       // of the item
-  i64 kv_begin;           // where they begin
   int head, first_block, end, row_pos_min;
-  int tiles;                    // of the pass: two a block
-  int tile, in_slot, out_slot;  // the round, and where in the ring it is written and read
-  int block_ahead;              // of `ahead`
+  int tiles;              // of the pass: two a block
+  int tile, out_slot;     // the round, and where in the ring it is read
   struct Entry {
     i32 slot, position;
-  } ahead;  // this thread's token of the next block to be published
+  } ahead;                // this thread's token of the next block to be published
 
   // Threads 0 … kBlock − 1 work out where a block's K lies, the next kBlock where V does; float32 needs no more.
   static constexpr bool kAllFetch = 2 * S::kBlock == kThreads;
@@ -40,7 +38,7 @@ struct Stream {
     const int there = smaller(n, end - 1);
     e.slot = ptx::load(slots + there);
     if (a.windowed) {
-      e.position = ptx::load(a.kv_positions + kv_begin + there);
+      e.position = ptx::load(a.kv_positions + (slots - a.kv_slots) + there);
       if (row_pos_min - e.position >= a.window) e.slot = -1;  // nobody sees it, and it may be gone
     }
     if (n >= end) e.slot = -1;
@@ -100,9 +98,7 @@ struct Stream {
     ANABRANCH_UNROLL
     for (int b = 0; b < most; ++b)
       if (b < prepared) publish(b, entries[b]);
-    block_ahead = prepared;
     ahead = fetch(prepared);
-    ptx::sync_block(Site::places_visible);
   }
   ANABRANCH_DEVICE void fill() const {
     ANABRANCH_NO_UNROLL
@@ -116,13 +112,13 @@ struct Stream {
     ptx::copy_wait(a.ring - 2, Site::tile_landed);
     ptx::sync_block(Site::tile_visible);
     if constexpr (KEYS) {
-      publish(block_ahead, ahead);
-      ahead = fetch(++block_ahead);
+      const int block = (tile + a.ring + 1) / 2;
+      publish(block, ahead);
+      ahead = fetch(block + 1);
     }
-    issue(tile + a.ring - 1, in_slot);
+    issue(tile + a.ring - 1, out_slot == 0 ? a.ring - 1 : out_slot - 1);
     ++tile;
     const char* due = ring + out_slot * S::kTile;
-    in_slot = out_slot;
     out_slot = out_slot + 1 == a.ring ? 0 : out_slot + 1;
     return due;
   }

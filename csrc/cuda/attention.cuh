@@ -22,7 +22,30 @@ namespace anabranch::cuda {
 struct Pass {
   Int4 kv, seen;  // the item
   int head, packed_begin, rows, warps_m;
+  // Of the block over the units; the item's last word is free for it.
+  ANABRANCH_DEVICE int& round() { return seen.w; }
+  ANABRANCH_DEVICE void load(const Attention& a, u32 item, int of_head) {
+    const Int4* const at = reinterpret_cast<const Int4*>(a.items) + 2 * static_cast<i64>(item);
+    const int kept = round();
+    kv = ptx::load(at);
+    seen = ptx::load(at + 1);
+    round() = kept;
+    head = of_head;
+    packed_begin = 0;
+  }
   ANABRANCH_DEVICE int packed(const Attention& a) const { return kv.w * a.group; }
+  // Kept in shared memory while tiles are computed, which want the registers.
+  ANABRANCH_DEVICE void keep(Int4* at) const {
+    ptx::store(at, kv);
+    ptx::store(at + 1, seen);
+    ptx::store(at + 2, Int4{head, packed_begin, rows, warps_m});
+  }
+  ANABRANCH_DEVICE void restore(const Int4* at) {
+    kv = ptx::load(at);
+    seen = ptx::load(at + 1);
+    const Int4 rest = ptx::load(at + 2);
+    head = rest.x, packed_begin = rest.y, rows = rest.z, warps_m = rest.w;
+  }
 };
 
 // The item's tokens that the pass sees: [first, end), and what a lane's rows see of them.
@@ -110,13 +133,14 @@ ANABRANCH_DEVICE void copy_queries(const Attention& a, const Pass& pass, char* q
 }
 
 template <class T, int D, int STEPS>
-ANABRANCH_DEVICE void attend(const Attention& a, const Pass& pass, const Range& range) {
+ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range) {
   using S = Shape<T, D>;
   char* const memory = ptx::shared_memory();
   char* const behind = memory + S::ring_bytes(a.ring);
   Int2* const places = reinterpret_cast<Int2*>(behind);
   i32* const positions = reinterpret_cast<i32*>(behind + S::kPlaces);
   Float2* const stats = reinterpret_cast<Float2*>(behind + S::kPlaces + S::kPositions);
+  Int4* const kept = reinterpret_cast<Int4*>(behind + S::kPlaces + S::kPositions + S::kStats);
   const int thread = ptx::thread(), lane = thread & 31, warp = thread / 32;
   constexpr int warps_n = STEPS == 1 ? 4 : STEPS == 2 ? 2 : 1;
   const Sight& sight = range.sight;
@@ -124,14 +148,14 @@ ANABRANCH_DEVICE void attend(const Attention& a, const Pass& pass, const Range& 
   tile.warp_m = warp % pass.warps_m;
   tile.first_key = warp / pass.warps_m * STEPS * S::kKeys;
   const bool working = STEPS < 4 || warp < pass.warps_m;  // three warps of rows leave the fourth idle
-  tile.clear();
-
   const int first_block = range.first / S::kBlock;
   const int tiles = sight.end > range.first ? 2 * ((sight.end + S::kBlock - 1) / S::kBlock - first_block) : 0;
+  Stream<T, D> stream{a,         memory,      places, positions,     a.kv_slots + pass.kv.x,
+                      pass.head, first_block, sight.end, pass.seen.z, tiles, 0, 0, {}};
+  if (tiles > 0) stream.prepare();
+  ptx::sync_block(Site::places_visible);
+  if (thread == 0) pass.keep(kept);
   if (tiles > 0) {
-    Stream<T, D> stream{a, memory, places, positions, static_cast<u32>(pass.kv.x), pass.head, first_block, sight.end,
-                        pass.seen.z, tiles, 0, a.ring - 1, 0, 0, {}};
-    stream.prepare();
     // Queries: into the ring's last tile, from where they go to registers before that tile is needed, or to their own.
     char* const queries = memory + (S::kKeepQ ? (a.ring - 1) * S::kTile : a.ring * S::kTile);
     copy_queries<T, D>(a, pass, queries);
@@ -142,13 +166,14 @@ ANABRANCH_DEVICE void attend(const Attention& a, const Pass& pass, const Range& 
       tile.load_queries(queries);
     }
 
+    tile.clear();
     const bool capped = a.softcap > 0;
     const float factor = capped ? a.scale / a.softcap : a.scale * kLog2e, cap = a.softcap * kLog2e;
     ANABRANCH_NO_UNROLL
-    for (int block = 0; block < tiles / 2; ++block) {
-      const char* keys = stream.template next<true>();
-      const int begin = (first_block + block) * S::kBlock;
+    while (stream.tile < tiles) {
+      const int block = stream.tile / 2, begin = (first_block + block) * S::kBlock;
       const i32* const at = positions + (block & (kAhead - 1)) * S::kBlock;
+      const char* keys = stream.template next<true>();
       bool hidden = false;  // some row of this warp does not see some token
       if (working) {
         typename Tile<T, D, STEPS>::Scores s;
@@ -175,9 +200,12 @@ ANABRANCH_DEVICE void attend(const Attention& a, const Pass& pass, const Range& 
           tile.template add_infinities<false>(values, sight, begin, at);
       }
     }
+  } else {
+    tile.clear();
   }
 
   ptx::sync_block(Site::ring_done);
+  pass.restore(kept);
   float* const results = reinterpret_cast<float*>(memory);
   ANABRANCH_UNROLL
   for (int r = 0; r < 2; ++r) {
@@ -205,15 +233,15 @@ void attention_kernel(const Attention a) {
   using S = Shape<T, D>;
   const u32 heads = static_cast<u32>(a.num_kv_heads);
   const u32 units = static_cast<u32>(a.counts == nullptr ? a.num_items : ptx::load(a.counts)) * heads;
-  const u32 blocks = static_cast<u32>(ptx::blocks()), self = static_cast<u32>(ptx::block());
   Int2* const ends = reinterpret_cast<Int2*>(ptx::shared_memory() + S::shared_bytes(a.ring) - kWarps * 8);
   // Back and forth over the sorted units: the block that had the dearest of one round has the cheapest of the next.
-  for (u32 begin = 0, forth = 1; begin < units; begin += blocks, forth ^= 1) {
-    const u32 unit = begin + (forth ? self : blocks - 1 - self);
+  Pass pass{};
+  for (; static_cast<u32>(pass.round()) * ptx::blocks() < units; ++pass.round()) {
+    const u32 place = pass.round() & 1 ? ptx::blocks() - 1 - ptx::block() : ptx::block();
+    const u32 unit = static_cast<u32>(pass.round()) * ptx::blocks() + place;
     if (unit >= units) continue;
     const u32 item = unit / heads;  // heads of an item are neighbours: they read the same slots and rows
-    const Int4* const of_item = reinterpret_cast<const Int4*>(a.items) + 2 * static_cast<i64>(item);
-    Pass pass{ptx::load(of_item), ptx::load(of_item + 1), static_cast<int>(unit - item * heads), 0, 0, 0};
+    pass.load(a, item, static_cast<int>(unit - item * heads));
     for (; pass.packed_begin < pass.packed(a); pass.packed_begin += S::kRows) {
       pass.rows = smaller(pass.packed(a) - pass.packed_begin, S::kRows);
       pass.warps_m = (pass.rows + 15) / 16;

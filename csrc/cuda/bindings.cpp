@@ -139,12 +139,14 @@ PYBIND11_MODULE(ANABRANCH_CUDA_MODULE, m) {
         py::arg("head_dim"), "Packed query rows a pass: a plan's tile.");
   m.def(
       "layout",
-      [](int type, int head_dim, int shared_block, int shared_multiprocessor) {
-        const Chosen c = layout_of(Type(type), head_dim, {0, 1, shared_block, shared_multiprocessor});
+      [](int type, int head_dim, int shared_block, int shared_multiprocessor, int blocks) {
+        const Chosen c = layout_of(Type(type), head_dim, {0, 1, shared_block, shared_multiprocessor}, blocks);
         return py::make_tuple(c.ring, c.shared);
       },
       py::arg("type"), py::arg("head_dim"), py::arg("shared_block"), py::arg("shared_multiprocessor"),
-      "(tiles in the ring, bytes of shared memory) that a launch would choose on such a GPU.");
+      py::arg("blocks"),
+      "(tiles in the ring, bytes of shared memory) that a launch would choose on such a GPU, whose multiprocessors have "
+      "registers for so many blocks.");
   m.def("device", &py_device, py::arg("index"));
   m.def("device_count", &device_count, "−1: no driver that this build can use.");
   m.def("architectures", &architectures);

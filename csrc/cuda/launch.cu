@@ -51,13 +51,13 @@ int packed_rows(Type type, int head_dim) {
   return rows;
 }
 
-Chosen layout_of(Type type, int head_dim, const Device& device) {
+Chosen layout_of(Type type, int head_dim, const Device& device, int most) {
   Chosen c{};
   with_head_dim(head_dim, [&](auto columns) {
     constexpr int D = decltype(columns)::value;
     const auto of = [&](auto shape) {
       using S = decltype(shape);
-      c.ring = ring_for<S>(device);
+      c.ring = ring_for<S>(device, most);
       c.shared = S::shared_bytes(c.ring);
     };
     if (type == Type::f32)

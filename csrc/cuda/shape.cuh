@@ -55,9 +55,10 @@ struct Shape {
     const int streamed = ring * kTile + kQueries;
     return streamed > kResults ? streamed : kResults;
   }
-  static constexpr int kPlaces = kAhead * 2 * kBlock * 8, kPositions = kAhead * kBlock * 4, kStats = kWarps * 16 * 8;
+  static constexpr int kPlaces = kAhead * 2 * kBlock * 8, kPositions = kAhead * kBlock * 4;
+  static constexpr int kStats = kWarps * 16 * 8, kKept = 3 * 16;
   static ANABRANCH_BOTH constexpr int shared_bytes(int ring) {
-    return ring_bytes(ring) + kPlaces + kPositions + kStats + kWarps * 8;
+    return ring_bytes(ring) + kPlaces + kPositions + kStats + kKept + kWarps * 8;
   }
 };
 

@@ -25,12 +25,11 @@ struct Stream {
   i32* positions;         // [kAhead][kBlock]
   u32 kv_begin;           // where the item begins in the strips
   int head, first_block, end, row_pos_min;
-  int tiles;                    // of the pass: two a block
-  int tile, in_slot, out_slot;  // the round, and where in the ring it is written and read
-  int block_ahead;              // of `ahead`
+  int tiles;              // of the pass: two a block
+  int tile, out_slot;     // the round, and where in the ring it is read
   struct Entry {
     i32 slot, position;
-  } ahead;  // this thread's token of the next block to be published
+  } ahead;                // this thread's token of the next block to be published
 
   // Threads 0 … kBlock − 1 work out where a block's K lies, the next kBlock where V does; float32 needs no more.
   static constexpr bool kAllFetch = 2 * S::kBlock == kThreads;
@@ -108,9 +107,7 @@ struct Stream {
     ANABRANCH_UNROLL
     for (int b = 0; b < most; ++b)
       if (b < prepared) publish(b, entries[b]);
-    block_ahead = prepared;
     ahead = fetch(prepared);
-    ptx::sync_block(Site::places_visible);
   }
   ANABRANCH_DEVICE void fill() const {
     ANABRANCH_NO_UNROLL
@@ -124,13 +121,13 @@ struct Stream {
     ptx::copy_wait(a.ring - 2, Site::tile_landed);
     ptx::sync_block(Site::tile_visible);
     if constexpr (KEYS) {
-      publish(block_ahead, ahead);
-      ahead = fetch(++block_ahead);
+      const int block = (tile + a.ring + 1) / 2;
+      publish(block, ahead);
+      ahead = fetch(block + 1);
     }
-    issue(tile + a.ring - 1, in_slot);
+    issue(tile + a.ring - 1, out_slot == 0 ? a.ring - 1 : out_slot - 1);
     ++tile;
     const char* due = ring + out_slot * S::kTile;
-    in_slot = out_slot;
     out_slot = out_slot + 1 == a.ring ? 0 : out_slot + 1;
     return due;
   }

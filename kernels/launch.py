@@ -127,7 +127,7 @@ def attention(
             tiles = triton.cdiv(min(arrays.tile_rows, queries) * group, config.wide)
             tree_attention_kernel[(arrays.num_items * num_kv_heads, tiles)](
                 q, _bytes(k_pages), _bytes(v_pages), out, lse, part_acc, part_ml,
-                arrays.items, arrays.kv_slots, arrays.kv_positions, arrays.rows, arrays.limits, arrays.dest,
+                arrays.items, arrays.kv_strips, arrays.kv_spelled, arrays.rows, arrays.limits, arrays.dest,
                 arrays.row_positions, lse if sinks is None else sinks, arrays.items if counts is None else counts,
                 k_scales, v_scales,
                 arrays.num_items, num_kv_heads, float(scale), float(softcap or 0.0), int(window or 0),
@@ -137,6 +137,7 @@ def attention(
                 *scale_strides,
                 GROUP=group, HEAD_DIM=head_dim, D0=d0, D1=d1, V_DIM=v_dim, V0=v0, V1=v1,
                 V_IN_K=v_dim == v0 == d0 and _v_in_k(k_pages, v_pages, kv_scales), PAGE_SIZE=page_size,
+                STRIP_SHIFT=arrays.strip.bit_length() - 1,
                 Q_ALIGN=stride_alignment(q), KV_ALIGN=stride_alignment(k_pages, v_pages),
                 WIDE=config.wide, WIDE_N=config.wide_n, WIDE_STAGES=config.wide_stages,
                 NARROW_N=config.narrow_n, NARROW_STAGES=config.narrow_stages,

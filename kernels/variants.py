@@ -202,7 +202,8 @@ def _attention(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
     config = attention_config(v.widest, DTYPES[v.dtype], v.capability)
     constants = dict(
         GROUP=4, HEAD_DIM=v.head_dim, D0=d0, D1=d1, V_DIM=v.v_dim, V0=v0, V1=v1, V_IN_K=v.latent and v.v_dim == d0,
-        PAGE_SIZE=16, Q_ALIGN=_alignment(v.head_dim), KV_ALIGN=min(_alignment(v.head_dim), _alignment(v.v_dim)),
+        PAGE_SIZE=16, STRIP_SHIFT=4,
+        Q_ALIGN=_alignment(v.head_dim), KV_ALIGN=min(_alignment(v.head_dim), _alignment(v.v_dim)),
         WIDE=config.wide, WIDE_N=config.wide_n, WIDE_STAGES=config.wide_stages,
         NARROW_N=config.narrow_n, NARROW_STAGES=config.narrow_stages,
         HAS_SOFTCAP=v.options, HAS_WINDOW=v.options, HAS_SINKS=v.options, HAS_COUNTS=v.options, UPCAST=False,

@@ -25,6 +25,7 @@ struct Rows {
 // A tile's K and V.
 struct Span {
   int begin, n;
+  int32_t slots[SPAN];
   Rows rows[2 * GROUPS];  // of K, then of V
 };
 
@@ -33,7 +34,7 @@ struct AmxScratch {
   pair* q;       // panels [D / 2][PANEL rows], the last one perhaps of SIDE rows
   pair *v, *p;   // registers [D / SIDE][BLOCKS], [PANEL / SIDE][BLOCKS]
   float *s, *o, *m, *l, *alpha;
-  int32_t *limit, *position;
+  int32_t *limit, *position, *positions;  // positions: of a tile's tokens
   bf16 *k_copies, *v_copies, *zeros;  // of rows that have no data, [SPAN, dk], [SPAN, dv]; as many as either
   Span *here, *next;
 
@@ -52,6 +53,7 @@ struct AmxScratch {
     alpha = take.take<float>(rows);
     limit = take.take<int32_t>(rows);
     position = take.take<int32_t>(rows);
+    positions = take.take<int32_t>(SPAN);
     k_copies = take.take<bf16>(size_t(SPAN) * dk);
     v_copies = take.take<bf16>(size_t(SPAN) * dv);
     zeros = take.take<bf16>(size_t(dk > dv ? dk : dv));
@@ -81,8 +83,9 @@ ANABRANCH_INLINE void locate(const Attention& a, const Unit& u, int begin, Span&
   const int n = smaller(SPAN, u.n - begin);  // not above zero behind the last one
   span.begin = begin;
   span.n = n > 0 ? n : 0;
+  u.slots(begin, span.n, span.slots);
   for (int g = 0; g * SIDE < n; ++g) {
-    const int32_t* slots = u.slots + begin + g * SIDE;
+    const int32_t* slots = span.slots + g * SIDE;
     const bool together = (g + 1) * SIDE <= n && side_by_side(a, slots);
     const bool whole_k = together && a.head_dim % DEPTH == 0, whole_v = together && a.v_dim % DEPTH == 0;
     span.rows[g] = {whole_k ? at<bf16>(a.k, a, u.head, slots[0]) : nullptr, a.k.slot};
@@ -104,7 +107,7 @@ ANABRANCH_INLINE void gather(const Attention& a, const Unit& u, int groups, cons
           bf16* to = copies + int64_t(j) * padded;
           const int real = j < span.n ? d : 0;
           if (real)
-            memcpy(static_cast<void*>(to), at<bf16>(half ? a.v : a.k, a, u.head, u.slots[span.begin + j]),
+            memcpy(static_cast<void*>(to), at<bf16>(half ? a.v : a.k, a, u.head, span.slots[j]),
                    size_t(d) * sizeof(bf16));
           memset(static_cast<void*>(to + real), 0, size_t(padded - real) * sizeof(bf16));
         }
@@ -130,7 +133,7 @@ struct SpanFetcher {
       const int token = value ? at - span.n : at;
       const Rows& rows = span.rows[(value ? GROUPS : 0) + token / SIDE];
       fetch(rows.data ? rows.data + token % SIDE * rows.stride
-                      : cpu::at<bf16>(value ? a.v : a.k, a, u.head, u.slots[span.begin + token]),
+                      : cpu::at<bf16>(value ? a.v : a.k, a, u.head, span.slots[token]),
             2 * (value ? a.v_dim : a.head_dim));
     }
   }
@@ -336,7 +339,7 @@ void amx_panel(const Attention& a, const Unit& u, const Tile& tile, const AmxScr
   float factor = query_factor(a), *o = w.o + int64_t(row) * w.dv, *alpha = w.alpha + row;
   amx_scores<NV>(w.q + int64_t(row) * w.dk / 2, w.dk, k, n, w.s);
   if (a.softcap > 0 || tile.cut()) {
-    cap_and_mask<NV>(a, u, tile, w, row, n, w.s, factor);
+    cap_and_mask<NV>(a, tile, w, row, n, w.s, factor);
     factor = 1;
   }
   amx_soften<NV>(w.s, n, factor, w.m + row, w.l + row, alpha, w.p, fetcher);
@@ -354,7 +357,7 @@ void amx_unit(const Attention& a, const Unit& u, void* base) {
   for (int begin = 0; begin < u.n; begin += SPAN) {
     std::swap(w.here, w.next);
     locate(a, u, begin + SPAN, *w.next);
-    const Tile tile(a, u, begin, w.here->n);
+    const Tile tile(a, u, begin, w.here->n, w.positions);
     if (tile.hidden) continue;
     SpanFetcher fetcher(a, u, *w.next, w.rows / SIDE * (round_up(tile.n, DEPTH) / DEPTH) * (SIDE / FETCH_STEP));
     gather(a, u, round_up(tile.n, 4 * SIDE) / SIDE, w, *w.here);  // what a step of amx_scores takes

@@ -163,7 +163,5 @@ def test_a_row_reads_another_branch_under_a_position_offset(family, latent):
         forward(cache.step({other: 5}), ids[:5])
         views = {reader: [ab.Read(other, offset=-3)]}
         got = forward(cache.step({reader: 1}, positions={reader: torch.tensor([8])}, views=views), ids[5:])[0]
-        want = eager(input_ids=ids[None], position_ids=torch.tensor([[3, 4, 5, 6, 7, 8]]), use_cache=False).logits[
-            0, 5
-        ]
+        want = eager(input_ids=ids[None], position_ids=torch.tensor([[3, 4, 5, 6, 7, 8]]), use_cache=False).logits[0, 5]
     assert (got - want).norm() <= 1e-5 * want.norm()

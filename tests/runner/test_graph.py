@@ -64,7 +64,7 @@ class Loop:
         ids = torch.as_tensor(ids)
         with torch.no_grad():
             want = forward(self.model, ids, steps[1], self.decode_backend, keep=steps[1].last_rows)
-        assert torch.equal(got, want)
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)  # a graph has more rows, and products of other shapes
         self.ids = got.argmax(-1)
         self.used = steps[0]
         return got
@@ -82,7 +82,7 @@ def test_a_steady_topology_is_captured_once_and_replayed(after):
     assert (loop.decode.captures, loop.decode.replays) == (1, 12 - after)
     for a, b in zip(*loop.branches, strict=True):
         for ours, theirs in zip(loop.caches[0].read(a, 1), loop.caches[1].read(b, 1), strict=True):
-            assert torch.equal(ours, theirs)
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
 def test_ids_come_as_a_list_too():
@@ -92,7 +92,7 @@ def test_ids_come_as_a_list_too():
     assert loop.capture.replays == 3
 
 
-def test_a_changed_topology_is_noticed_and_captured_anew():
+def test_a_topology_that_changes_is_replayed_too():
     loop = Loop()
     for _ in range(4):
         loop.step()
@@ -101,28 +101,29 @@ def test_a_changed_topology_is_noticed_and_captured_anew():
     loop.ids = torch.tensor([5, 6, 7, 8, 9])
     for _ in range(4):
         loop.step()
-    assert (loop.capture.captures, loop.capture.replays) == (2, 4)
+    assert (loop.capture.captures, loop.capture.replays) == (1, 6)
     for cache, branches in zip(loop.caches, loop.branches, strict=True):  # as many rows, another tree
         cache.release(branches.pop())
         branches += cache.fork(branches[0], 1)
     for _ in range(3):
         loop.step()
-    assert (loop.capture.captures, loop.capture.replays) == (3, 5)
+    assert (loop.capture.captures, loop.capture.replays) == (1, 9)
     loop.step(counts=[1, 2, 1, 1, 1], ids=torch.arange(6))  # not a decode step
+    assert (loop.capture.captures, loop.capture.replays) == (1, 9)
     loop.step()
-    assert (loop.capture.captures, loop.capture.replays) == (3, 5)
+    assert (loop.capture.captures, loop.capture.replays) == (1, 10)
     for branches in loop.branches:  # the same branches in another order
         branches.reverse()
     for _ in range(3):
         loop.step()
-    assert (loop.capture.captures, loop.capture.replays) == (4, 6)
+    assert (loop.capture.captures, loop.capture.replays) == (1, 13)
 
 
-def test_a_plan_that_is_full_is_made_anew():
+def test_a_plan_that_is_full_is_sent_anew():
     loop = Loop()
     for _ in range(75):  # a plan lasts some 64 steps
         loop.step()
-    assert loop.capture.captures == 2 and loop.capture.replays >= 70
+    assert (loop.capture.captures, loop.capture.replays) == (1, 73)
 
 
 def test_steps_between_replays_that_do_not_go_through_it():
@@ -143,10 +144,10 @@ def test_steps_between_replays_that_do_not_go_through_it():
 def test_a_step_whose_forward_asks_for_no_plan():
     """The planner has gone on all the same; the device's arrays must be where it is when they are next used."""
     loop = Loop(after=5)
-    for backend in ("auto", "auto", "reference", "auto", "reference", "auto", "auto", "auto"):
+    for backend in ("auto", "auto", "reference", "auto", "reference", "auto", "auto", "auto", "auto"):
         loop.decode.backend = loop.decode_backend = backend
         loop.step()
-    assert loop.capture.replays == 3
+    assert loop.capture.replays == 2
 
 
 def test_attention_after_a_replay_sees_the_arrays_as_they_are():
@@ -223,13 +224,15 @@ def test_what_is_recorded_has_the_steps_own_numbers():
             return super().__call__(forward)
 
     loop.decode._capture = Look()
-    for kids in (2, 5):
+    for kids in (20, 50):
         for _ in range(3):
             ids = loop.ids.clone()
             loop.step()
-        assert torch.equal(seen.pop()[0], ids) and not seen
+        rows = len(ids)
+        assert torch.equal(seen.pop()[0, :rows], ids) and not seen
         _, positions, slots = loop.decode._inputs.all.tolist()
-        assert positions == loop.used.position_ids.tolist() and slots == loop.used.plan.slots.tolist()
+        assert positions[:rows] == loop.used.position_ids.tolist() and slots[:rows] == loop.used.plan.slots.tolist()
+        assert set(positions[rows:]) == {0} and set(slots[rows:]) == {-1}
         loop.fork(0, kids)
         loop.ids = torch.arange(len(loop.branches[0]))
 
@@ -316,7 +319,7 @@ def test_an_error_in_a_replay_leaves_the_plan_right():
         raise RuntimeError("CUDA error")
 
     steps = [c.step({b: 1 for b in branches}) for c, branches in zip(loop.caches, loop.branches, strict=True)]
-    loop.decode._graph.replay = fail
+    loop.decode._graphs[16].replay = fail
     with pytest.raises(RuntimeError, match="CUDA error"):
         loop.decode(loop.ids, steps[0])
     for layer in range(2):  # K and V of the lost step from somewhere else
@@ -355,7 +358,7 @@ def test_a_topology_change_inside_a_capture(monkeypatch):
         fresh = cache.step({b: 1 for b in loop.branches[0]})
         assert fresh.position_ids.shape == fresh.slots.shape
         loop.capture.active = True
-        fresh.plan.arrays(*next(iter(step.plan.builds())))
+        fresh.plan.arrays(*next(iter(step.plan.keys())))
 
 
 @pytest.mark.parametrize(
@@ -417,7 +420,7 @@ def test_the_same_tokens_with_and_without(family, case):
         got = engine.generate(prompts, strategy=strategy, seed=3, **options)
         assert [r.tree for r in got] == [r.tree for r in want]
         assert_nothing_held(engine)
-    assert capture.replays > 5 and capture.captures > 1
+    assert capture.replays > 5 and capture.captures
 
 
 def test_searches_beside_replays():

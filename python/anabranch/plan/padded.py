@@ -23,8 +23,10 @@ from anabranch.plan.resident import tails_of
 
 __all__ = ["PaddedPlan"]
 
-ROOM = 2  # times as much as the first plan takes
-LEAST = 256  # entries of every array, at least
+# Times as much as the first plan takes, and at least so many entries: of what only memory is needed for, and of what
+# kernels are launched for.
+ROOM, LEAST = 8, 4096
+LAUNCH_ROOM, LEAST_LAUNCHED = 2, 256
 
 
 class PaddedPlan:
@@ -44,17 +46,20 @@ class PaddedPlan:
         self._build, self._advances = -1, -1
         self._strip, self._tile_rows = result.strip, result.tile_rows
         sizes = {name: max(ROOM * _entries(result, name), LEAST) for name in SECTIONS}
+        sizes["items"] = max(LAUNCH_ROOM * result.num_items, LEAST_LAUNCHED)
         # Every row may be merged, those that fill up included.
         sizes |= {"row_positions": rows, "merge_rows": rows, "merge_ptr": rows + 1}
         # The last item, strip and limit belong to nobody.
         self._most = {name: size - (name in ("items", "kv_strips", "limits")) for name, size in sizes.items()}
-        self._most_partials = max(ROOM * result.num_partials, LEAST)
+        self._most_partials = max(LAUNCH_ROOM * result.num_partials, LEAST_LAUNCHED)
         with torch.inference_mode(False):  # made in inference mode they could be changed in inference mode only
             flat = {name: torch.zeros(size * _WIDTH.get(name, 1), dtype=torch.int32, device=device)
                     for name, size in sizes.items()}  # fmt: skip
             self._counts = torch.zeros(3, dtype=torch.int32, device=device)
             self.tails = torch.full((rows,), -1, dtype=torch.int64, device=device)
-        parts: dict[str, Any] = {name: part.view(-1, _WIDTH[name]) if name in _WIDTH else part for name, part in flat.items()}
+        parts: dict[str, Any] = {
+            name: part.view(-1, _WIDTH[name]) if name in _WIDTH else part for name, part in flat.items()
+        }
         self._arrays = PlanArrays(
             **parts, strip=result.strip, num_items=self._most["items"], num_partials=self._most_partials,
             num_merge=rows, tile_rows=result.tile_rows, num_runs=0, num_absorbed=0, kv_tokens=0, counts=self._counts,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -32,13 +33,13 @@ from anabranch.plan.resident import advance
 from anabranch.plan.tile_config import TileConfig
 from anabranch.runner.capture import CudaCapture
 from anabranch.runner.eager import forward
-from anabranch.runner.model_state import forward_hooks
+from anabranch.runner.model_state import ModelState, forward_hooks
 
 if TYPE_CHECKING:
     from anabranch.runner.capture import Capture
 
 
-CAPACITY = 64  # rows that the input buffers hold at first
+CAPACITY = 64  # rows
 
 
 def row_bucket(rows: int) -> int:
@@ -57,6 +58,11 @@ def unfit(cache: TreeCache, backend: str = "auto") -> str | None:
         able = backends.with_trait(lambda other: other.capturable)
         return f"the {chosen.name} backend works on the host between its kernels; pass backend={able}"
     return None
+
+
+def _places(model: torch.nn.Module) -> list[int]:
+    """Where the model's numbers lie."""
+    return [x.data_ptr() for x in chain(model.parameters(), model.buffers())]
 
 
 class _FixedPlan(Plan):
@@ -84,15 +90,20 @@ class _FixedPlan(Plan):
 
 
 class _Inputs(NamedTuple):
-    """Views of the input buffers for so many rows; where what a graph reads is put."""
+    """Where what a graph reads is put: memory that stays, and views of it."""
 
-    rows: int
     all: Tensor  # int64 [3, rows]: ids, positions, slots
     ids: Tensor
     positions: Tensor
     wide_slots: Tensor
     places: Tensor  # [2, rows]: positions, slots
     slots: Tensor  # int32 [rows], made of wide_slots in the graph
+
+    @classmethod
+    def of(cls, rows: int, device: torch.device) -> _Inputs:
+        every = torch.zeros(3, rows, dtype=torch.int64, device=device)
+        slots = torch.zeros(rows, dtype=torch.int32, device=device)
+        return cls(every, every[0], every[1], every[2], every[1:], slots)
 
 
 class _Graph:
@@ -161,12 +172,12 @@ class DecodeGraph:
         self._seen: Counter[int] = Counter()  # decode steps that ran as usual, by the rows that their graph would have
         self._keys: frozenset[PlanKey] = frozenset()  # the plans that they asked for
         self._hooks: list[Any] | None = None
+        self._model: tuple[ModelState, list[int]] | None = None  # as the graphs know it
+        self._rested = False
         self._watched = False
         self._off = False
         self._said: set[str] = set()
-        self._buffer: Tensor | None = None
-        self._slots: Tensor | None = None
-        self._inputs: _Inputs | None = None
+        self._inputs: dict[int, _Inputs] = {}  # by rows
 
     @property
     def scores(self) -> Tensor | None:
@@ -177,7 +188,11 @@ class DecodeGraph:
         self._graphs.clear()
         self._plans.clear()
         self._seen.clear()
-        self._last, self._keys, self._hooks = None, frozenset(), None
+        self._last, self._keys, self._hooks, self._model = None, frozenset(), None, None
+
+    def rest(self) -> None:
+        """The model may change before the next step: its modules, parameters and where they lie are compared then."""
+        self._rested = True
 
     def __call__(self, ids: Tensor | Sequence[int], step: Step) -> Tensor:
         """One step.
@@ -202,6 +217,11 @@ class DecodeGraph:
             raise
 
     def _run(self, ids: Tensor | np.ndarray, step: Step) -> Tensor:
+        if self._rested and self._model is not None:
+            state, places = self._model
+            if not state.same(self.model) or _places(self.model) != places:
+                self.drop()
+        self._rested = False
         if step.num_rows != len(step.branches) or step.plan.turned:
             return self._as_usual(ids, step, None if step.num_rows == len(step.branches) else step.last_rows)
         rows = row_bucket(step.num_rows)
@@ -270,8 +290,7 @@ class DecodeGraph:
         self._hooks = forward_hooks(self.model)
         if any(self._hooks):
             return  # on modules that are new: said in the next step
-        inputs, kernel = self._inputs, self.cache.planner.advance_kernel
-        assert inputs is not None  # filled
+        inputs, kernel = self._inputs[rows], self.cache.planner.advance_kernel
         plan = _FixedPlan(rows, inputs.slots, inputs.positions, self._plans)
         fixed = step.with_plan(plan)
         tails = {key: padded.tails[:rows] for key, padded in self._plans.items()}
@@ -290,6 +309,8 @@ class DecodeGraph:
             self._give_up(": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]]))
             return
         self.captures += 1
+        if self._model is None:
+            self._model = ModelState(self.model), _places(self.model)
         self._graphs[rows] = _Graph(fixed, replay, scores)
 
     def _replay(self, graph: _Graph, step: Step) -> Tensor:
@@ -301,30 +322,21 @@ class DecodeGraph:
 
     def _fill(self, ids: Tensor | np.ndarray, step: Step, rows: int) -> None:
         """The step's numbers, to where a graph of `rows` rows reads them: one transfer, or two if the ids are on the
-        device. Rows that fill up have id 0, position 0 and no slot."""
-        if self._inputs is None or self._inputs.rows != rows:
-            self._inputs = self._views(rows)
+        device. Rows that fill up have position 0, no slot, and the id of a step before."""
+        inputs = self._inputs.get(rows)
+        if inputs is None:
+            inputs = self._inputs[rows] = _Inputs.of(rows, self.cache.device)
         values = np.zeros((3, rows), dtype=np.int64)
         values[1, : step.num_rows], values[2, : step.num_rows] = step.plan.host_rows()
         values[2, step.num_rows :] = -1
-        where = self._inputs.all
+        where = inputs.all
         if isinstance(ids, np.ndarray):
             values[0, : step.num_rows] = ids
         else:
-            where, values = self._inputs.places, values[1:]
-            self._inputs.ids[: step.num_rows].copy_(ids)
+            where, values = inputs.places, values[1:]
+            inputs.ids[: step.num_rows].copy_(ids)
         # Memory that is new each time: none is used again before it has left.
         where.copy_(staged(values, where.device), non_blocking=True)
-
-    def _views(self, rows: int) -> _Inputs:
-        if self._buffer is None or self._buffer.numel() < 3 * rows:
-            capacity = max(CAPACITY, 1 << (rows - 1).bit_length())
-            self._graphs.clear()  # they read the buffer
-            self._buffer = torch.zeros(3 * capacity, dtype=torch.int64, device=self.cache.device)
-            self._slots = torch.zeros(capacity, dtype=torch.int32, device=self.cache.device)
-        assert self._slots is not None
-        every = self._buffer[: 3 * rows].view(3, rows)
-        return _Inputs(rows, every, every[0], every[1], every[2], every[1:], self._slots[:rows])
 
     # ---------------------------------------------------------------------------------------- checks and words
 

@@ -107,7 +107,8 @@ class Backend(Protocol):
         kv_scales: KVScales | None = None,
     ) -> None:
         """k [rows, Hkv, D] and v [rows, Hkv, E] into slots int32 [rows] of the pages, in place; quantised where there
-        are ``kv_scales``, whose factors are written too. v and v_pages None (``split_head_dims`` only): K alone."""
+        are ``kv_scales``, whose factors are written too. A row with a slot below 0 is skipped. v and v_pages None
+        (``split_head_dims`` only): K alone."""
 
     def copy_pages(self, pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor, scales: Tensor | None = None) -> None:
         """Pages ``src`` to ``dst`` in every plane, the first ``filled[i]`` slots of each, one call for all.

@@ -171,6 +171,9 @@ def write_kv(
     slots: Tensor,
     kv_scales: KVScales | None = None,
 ) -> None:
+    if bool((slots < 0).any()):
+        kept = slots >= 0
+        k, v, slots = k[kept], None if v is None else v[kept], slots[kept]
     page, offset = slots.long() // k_pages.shape[1], slots.long() % k_pages.shape[1]
     for x, pages, scales in ((k, k_pages, kv_scales and kv_scales.k), (v, v_pages, kv_scales and kv_scales.v)):
         if x is None or pages is None:

@@ -20,7 +20,7 @@ from anabranch._core import OutOfPages
 from anabranch.backends.base import PreparesPool
 from anabranch.backends.formats import KVFormat, KVScales, pick
 from anabranch.kv.arguments import _branch, _device, _number, _positions, _rows, _size
-from anabranch.kv.model import shape_for
+from anabranch.kv.model import CacheShape, shape_for
 from anabranch.kv.step import Branch, Step
 from anabranch.kv.views import Views, core_views
 from anabranch.kv.watch import Watch
@@ -176,9 +176,7 @@ class TreeCache:
             raise ValueError(f"dtype: expected a torch.dtype such as torch.float32, got {dtype!r}")
         device = _device(shape.device if device is None else device)
         if num_pages is None:
-            vectors = 2 * shape.num_layers * page_size * shape.num_kv_heads
-            page_bytes = vectors * KVFormat.of(kv_format, dtype).bytes_per_vector(shape.head_dim)
-            num_pages = max(1, min(free_memory(device) // page_bytes, 2**20 // page_size))
+            num_pages = free_pages(shape, page_size, dtype, device, kv_format)
         cache = cls(
             shape.num_layers, shape.num_kv_heads, shape.head_dim, num_pages, page_size, dtype, device,
             max_positions=shape.max_positions, kv_format=kv_format,
@@ -430,8 +428,13 @@ class TreeCache:
 
     def _rotary_of_layers(self) -> Sequence[Rotary | None]:
         """The rotary embeddings of each layer; ValueError where nobody knows them."""
-        if callable(self._rotary):
-            self._rotary = self._rotary()  # the model is asked at the first use
+        if callable(self._rotary):  # the model is asked at the first use, once
+            try:
+                self._rotary = self._rotary()
+            except ValueError as error:
+                self._rotary = error
+        if isinstance(self._rotary, ValueError):
+            raise self._rotary
         if self._rotary is None:
             raise ValueError(
                 "views: a Read has an offset, and this cache does not know how its keys were rotated; make it with "
@@ -491,6 +494,13 @@ def _rotary(given: Any, num_layers: int, head_dim: int) -> list[Rotary | None] |
 
 def _nothing_to_give(pages: int) -> bool:
     return False
+
+
+def free_pages(shape: CacheShape, page_size: int, dtype: torch.dtype, device: torch.device, kv_format: Any) -> int:
+    """Pages that a cache of this shape takes by default."""
+    vectors = 2 * shape.num_layers * page_size * shape.num_kv_heads
+    page_bytes = vectors * KVFormat.of(kv_format, dtype).bytes_per_vector(shape.head_dim)
+    return max(1, min(free_memory(device) // page_bytes, 2**20 // page_size))
 
 
 def free_memory(device: torch.device) -> int:

@@ -11,9 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
-from engine_kit import SIZES, make_model
+from engine_kit import SIZES, byte_tokenizer, make_model
 from ranks_program import PROMPTS, TIGHT, busy, calls, told
 
 import anabranch as ab
@@ -136,3 +137,40 @@ def test_rank_0_dies(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(tmp_path / "model", out, 3, "leader_dies") == [9, 0, 0]
     assert all("rank 0 is gone" in found(out, "leader_dies", rank)["lost"] for rank in (1, 2))
+
+
+@pytest.mark.slow
+def test_the_server_shares_a_model_out(tmp_path: Path) -> None:
+    """`anabranch serve --tp 2`, by torchrun: answers, and an end at which every process ends well."""
+    pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+    model = saved(tmp_path / "model", 2)
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["serve", "--tp", "2", "--model", str(tmp_path / "model"), "--port", str(port), "--num-pages", "256"]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "anabranch", *command, "--name", "tiny", "--dtype", "float32"],
+            env={**os.environ, "PYTHONPATH": str(PROGRAM.parents[2] / "python")}, stdout=file, stderr=file,
+        )  # fmt: skip
+    try:
+        address = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 200
+        while True:
+            try:
+                assert httpx.get(f"{address}/health").status_code == 200
+                break
+            except httpx.TransportError:
+                assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.5)
+        asked = {"model": "tiny", "prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+        found = httpx.post(f"{address}/v1/completions", json=asked, timeout=60).json()
+        expected = ab.Engine(model, num_pages=256).generate(PROMPTS[0], max_new_tokens=12)
+        assert tuple(found["choices"][0]["token_ids"]) == expected.token_ids
+        server.send_signal(signal.SIGTERM)
+        server.wait(60)
+        assert "terminate called" not in log.read_text() and "RankLost" not in log.read_text(), log.read_text()
+    finally:
+        server.kill()

@@ -17,6 +17,7 @@ from anabranch.engine.loop import Loop
 from anabranch.engine.parallel import Ranks
 from anabranch.engine.prepare import Preparation
 from anabranch.engine.segments import Segments
+from anabranch.errors import RankLost
 from anabranch.kv.cache import TreeCache
 from anabranch.kv.prefix import PrefixCache
 from anabranch.records.events import Event
@@ -313,6 +314,12 @@ class Engine:
                 "follow: this process decides itself; the others of a model that is shared out follow it"
             )
         self.ranks.follow()
+
+    @property
+    def lost(self) -> RankLost | None:
+        """Why nothing can be computed any more: another process of a model that is shared out is gone. None: all is
+        well."""
+        return None if self.ranks is None else self.ranks.group.lost
 
     def close(self) -> None:
         """End everything and free every page; under tensor parallelism the other processes' `follow` returns."""

@@ -288,7 +288,9 @@ def create_app(engine: Any, settings: Settings) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        return JSONResponse({"status": "ok" if server.open else "closing"}, 200 if server.open else 503)
+        lost = getattr(server.engine.engine, "lost", None)
+        status = "closing" if not server.open else "ok" if lost is None else f"dead: {lost}"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/version")
     async def version() -> Any:

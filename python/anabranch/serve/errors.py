@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from anabranch.errors import DeadlineExceeded, QueueFull, RemoteError
+from anabranch.errors import DeadlineExceeded, QueueFull, RankLost, RemoteError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -37,6 +37,8 @@ def refused(error: Exception) -> Refused:
         return Refused(408, str(error) or "timeout: it passed before the answer was complete", "timeout")
     if isinstance(error, RemoteError):
         return Refused(502, str(error))
+    if isinstance(error, RankLost):
+        return Refused(503, str(error))
     if isinstance(error, (ValueError, TypeError)):
         return Refused(400, str(error))
     return Refused(500, f"{type(error).__name__}: {error}")

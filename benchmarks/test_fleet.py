@@ -45,9 +45,9 @@ def test_nobody_is_lost_and_all_is_deterministic() -> None:
     rng = random.Random(5)
     for _ in range(30):
         load = Load(
-            rate=rng.choice([0.01, 1.0, 1e6]), count=rng.randint(1, 30), groups=rng.randint(1, 5), own=rng.randint(1, 40),
-            shared=rng.randint(1, 100), branches=rng.randint(1, 8), new=rng.randint(1, 12), tail=rng.choice([0, 3]),
-            seed=rng.randrange(99),
+            rate=rng.choice([0.01, 1.0, 1e6]), count=rng.randint(1, 30), groups=rng.randint(1, 5),
+            own=rng.randint(1, 40), shared=rng.randint(1, 100), branches=rng.randint(1, 8), new=rng.randint(1, 12),
+            tail=rng.choice([0, 3]), seed=rng.randrange(99),
         )  # fmt: skip
         size = Replica(rng.randint(1, 40), rng.choice([4, 16]), rng.randint(8, 64))
         replicas = rng.randint(1, 3)

@@ -62,7 +62,9 @@ class Replica:
         """The events of a request; written: by an actor that had it before."""
         if written:
             strategy = ab.DraftTree(strategy, draft=Trace(written), length=64, width=1)
-        yield from self.engine.stream(prompt, strategy=strategy, **options)
+        # No `yield from`: Ray sends values into what it iterates over.
+        for event in self.engine.stream(prompt, strategy=strategy, **options):  # noqa: UP028
+            yield event
 
     def pid(self) -> int:
         return os.getpid()

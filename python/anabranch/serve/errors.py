@@ -7,11 +7,29 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from anabranch.errors import DeadlineExceeded, QueueFull, RankLost, RemoteError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class Problem(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class Failure(BaseModel):
+    """The body of every error."""
+
+    error: Problem
+
+
+#: for the OpenAPI document
+RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": Failure}, "5XX": {"model": Failure}}
 
 
 class Refused(Exception):

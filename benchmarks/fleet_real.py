@@ -87,6 +87,7 @@ def _step(engine: ab.Engine) -> float:
 def measure(engines: Sequence[ab.Engine], load: Load, route: str = "prefix") -> dict[str, Any]:
     """The same load on real engines, each on a clock of its own: the CPU seconds of its steps."""
     rng = random.Random(load.seed + 1)
+    before = [engine.stats() for engine in engines]
     beginnings = [_ids(rng, load.shared) for _ in range(load.groups)]
     clocks, requests = [0.0] * len(engines), load.arrivals()
     queues: list[list[Request]] = [[] for _ in engines]
@@ -116,8 +117,10 @@ def measure(engines: Sequence[ab.Engine], load: Load, route: str = "prefix") -> 
                     handle.result()
                     request.end = clocks[at]
             there = [pair for pair in there if not pair[1].done]
-    return told(load, requests, route=route, replicas=len(engines),
-                found=statistics.mean(engine.stats().hit_rate for engine in engines))  # fmt: skip
+    stats = [(engine.stats(), old) for engine, old in zip(engines, before, strict=True)]
+    asked = sum(new.prefix_tokens - old.prefix_tokens for new, old in stats)
+    hits = sum(new.cached_tokens - old.cached_tokens for new, old in stats)
+    return told(load, requests, route=route, replicas=len(engines), found=hits / max(1, asked))
 
 
 def check(engines: Sequence[ab.Engine], cost: Cost, load: Load) -> dict[str, Any]:
@@ -143,15 +146,19 @@ def run(
     found = {"cost": asdict(cost), "replica": asdict(size), "load": asdict(load), "replicas": replicas}
     found["check"] = check(engines, cost, replace(load, rate=0.7 * most))
     report("simulating")
-    plain = capacity(cost, size, replace(load, count=8 * load.count), replicas)
-    rates = [round(share * plain, 3) for share in (0.1, 0.25, 0.5, 0.75, 0.9, 1.1)]
     many = replace(load, count=8 * load.count)
     found["held"] = held(cost, size, load, [2**i for i in range(11)])
-    # More beginnings than a replica keeps of all of them.
-    room = max(2, size.pages * size.page_size // max(1, load.shared))
-    crowded = replace(many, groups=2 * replicas * max(1, room // 4))
-    found["routing"] = routing(cost, size, crowded, replicas, rates)
+    # Half as many beginnings again as one replica keeps while it works: all of them fit the fleet, not each replica.
+    crowded = replace(many, groups=max(2, size.pages * size.page_size // load.shared * 3 // 4))
+    crowded = replace(crowded, count=10 * crowded.groups)
+    small = replace(size, pages=size.pages // 2)
+    found["routing"] = routing(cost, small, crowded, replicas, _rates(capacity(cost, small, crowded, replicas)))
+    found["capacity"] = capacity(cost, size, many, replicas)
+    rates = _rates(found["capacity"])
     found["forking"] = {str(more): forking(cost, size, many, replicas, rates, more) for more in (0.0, 0.5)}
     found["pays_until"] = {more: pays_until(entries) for more, entries in found["forking"].items()}
-    found["capacity"] = plain
     return found
+
+
+def _rates(most: float) -> list[float]:
+    return [round(share * most, 3) for share in (0.1, 0.25, 0.5, 0.75, 0.9, 1.1)]

@@ -93,7 +93,7 @@ class Soak:
             "",
             "Bearer",
             "Bearer wrong",
-            "Bearer right ",
+            "Bearer right2",
             "Basic right",
             "right",
             "Bearer right\xff",

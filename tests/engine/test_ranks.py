@@ -117,6 +117,18 @@ def test_three_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
+def test_no_thread_outlives_the_groups(tmp_path: Path) -> None:
+    """Such a thread aborted one of three programs at their end."""
+    saved(tmp_path / "model", 2)
+    out = tmp_path / "out"
+    assert run(tmp_path / "model", out, 2, "leaves") == [0, 0]
+    for rank in range(2):
+        seen = found(out, "leaves", rank)
+        assert seen["before"] and seen["after"] == [], seen
+
+
+@pytest.mark.slow
 def test_heads_that_cannot_be_shared_out(tmp_path: Path) -> None:
     saved(tmp_path / "model", 2)
     assert run(tmp_path / "model", tmp_path / "out", 3, "alike") == [1, 1, 1]

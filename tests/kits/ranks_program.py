@@ -140,6 +140,21 @@ def arrivals(model, found: dict) -> None:
         found["closed"] = f"{type(error).__name__}: {error}"
 
 
+def leaves(model, found: dict) -> None:
+    """No thread of torch's groups is left at the end, though the model is there."""
+    engine = ab.Engine(model, num_pages=64, rank_timeout=60)
+    engine.generate(PROMPTS[0], max_new_tokens=2)
+    found["before"] = group_threads()
+    engine.close()
+    engine.ranks.group.leave()
+    found["after"] = group_threads()
+
+
+def group_threads() -> list[str]:
+    names = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+    return sorted(name for name in names if "gloo" in name or "tcpstore" in name)
+
+
 def loses(model, found: dict, end) -> None:
     """Rank 1 ends in some way while rank 0 works: an error for all others, and no wait beyond the timeout."""
     engine = ab.Engine(model, num_pages=256, page_size=4, rank_timeout=5)
@@ -182,10 +197,11 @@ def main(folder: str, out: str, *parts: str) -> None:
 
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", attn_implementation="anabranch")
+    rank = dist.get_rank()
     for part in parts:
         found: dict = {}
         globals()[part](model, found)
-        Path(f"{out}.{part}.{dist.get_rank()}.json").write_text(json.dumps(found))
+        Path(f"{out}.{part}.{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

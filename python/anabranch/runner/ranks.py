@@ -8,6 +8,7 @@ group of its own (gloo, on the host), beside the one that the layers use.
 from __future__ import annotations
 
 import atexit
+import gc
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,9 +67,8 @@ class RankGroup:
         wait = timedelta(seconds=timeout)
         for group in groups.values():
             dist.distributed_c10d._set_pg_timeout(wait, group)
-        self._group = dist.new_group(backend="gloo", timeout=wait if self.leads else _FOR_EVER)
-        # A process that ends with live groups may be aborted by torch ("terminate called without an active exception").
-        atexit.register(self._leave)
+        self._group: Any = dist.new_group(backend="gloo", timeout=wait if self.leads else _FOR_EVER)
+        atexit.register(self.leave)
 
     def agree(self, **facts: Any) -> None:
         """ValueError, in every process, where these facts are not the same in all of them."""
@@ -126,7 +126,16 @@ class RankGroup:
                 raise self.lost from error
             raise
 
-    def _leave(self) -> None:
-        """At the end of the program."""
+    def leave(self) -> None:
+        """At the end of the program: end the groups, and wait for their threads.
+
+        A group's threads run until nobody holds it, whatever destroy_process_group says, and the model's meshes do.
+        One that is still at work when Python ends is ended in the middle, which aborts the process ("terminate called
+        without an active exception").
+        """
+        self._group = None
         if self._dist.is_initialized():
             self._dist.destroy_process_group()
+        for mesh in [held for held in gc.get_objects() if isinstance(held, self._dist.DeviceMesh)]:
+            getattr(mesh, "_pg_registry", {}).clear()  # of newer torch; older ones hold names alone
+        gc.collect()

@@ -28,7 +28,7 @@ from anabranch.serve.live import Live
 from anabranch.serve.metrics import Metrics
 from anabranch.serve.protocol import Chat, Completion, Tokenize
 from anabranch.serve.settings import Settings
-from anabranch.text.prompts import Text
+from anabranch.text.prompts import Text, check_characters
 
 log = logging.getLogger("anabranch.serve")
 
@@ -285,10 +285,10 @@ def create_app(engine: Any, settings: Settings) -> FastAPI:
         text = Text(inner.tokenizer, inner.vocab_size)
         if request.messages is not None:
             ids = text.prompt_ids([m.plain() for m in request.messages], template={})
-        elif request.add_special_tokens:
-            ids = list(inner.tokenizer(request.prompt)["input_ids"])
         else:
-            ids = list(inner.tokenizer(request.prompt, add_special_tokens=False)["input_ids"])
+            assert request.prompt is not None
+            check_characters(request.prompt, "prompt")
+            ids = list(inner.tokenizer(request.prompt, add_special_tokens=request.add_special_tokens)["input_ids"])
         return {"tokens": ids, "count": len(ids)}
 
     @app.get("/health", responses={503: {"content": {"application/json": {}}}})

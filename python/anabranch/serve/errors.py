@@ -41,8 +41,14 @@ class Refused(Exception):
 
 
 def body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    message, param = _encodable(message), None if param is None else _encodable(param)
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def _encodable(text: str) -> str:
+    """A client's own words may hold halves of surrogate pairs."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def refused(error: Exception) -> Refused:
@@ -87,6 +93,9 @@ def install(app: FastAPI) -> None:
         message = f"{request.method} {request.url.path}: {error.detail}"
         return JSONResponse(body(error.status_code, message), error.status_code, error.headers)
 
-    @app.exception_handler(Exception)
     async def _failed(_: Request, error: Exception) -> JSONResponse:
         return response(refused(error))
+
+    # Those that are told to clients by a status of their own; any other is raised again behind its answer, and logged.
+    for kind in (ValueError, TypeError, QueueFull, RankLost, RemoteError, TimeoutError, Exception):
+        app.add_exception_handler(kind, _failed)

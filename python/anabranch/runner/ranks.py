@@ -114,7 +114,7 @@ class RankGroup:
         """What all processes do together goes inside. If it fails here they are no longer at the same place: whatever
         followed would mix up one forward with another, so nothing follows."""
         if self.lost is not None:
-            raise RankLost(str(self.lost)) from self.lost
+            raise RankLost(str(self.lost))
         try:
             yield
         except BaseException as error:
@@ -123,7 +123,8 @@ class RankGroup:
                 "start all processes again"
             )
             if isinstance(error, Exception):
-                raise self.lost from error
+                # Another one: `lost` stays, and its traceback would hold the group.
+                raise RankLost(str(self.lost)) from error
             raise
 
     def leave(self) -> None:

@@ -38,12 +38,8 @@ app = typer.Typer(
 [bold]kv_formats[/bold] accuracy of K and V kept as int8 and fp8
 [bold]fleet[/bold]      a simulation from measured costs of steps: replicas, routing, forks; checked on two real engines
 [bold]company[/bold]    decoding beside programs that spin on the same cores
-<<<<<<< HEAD
-[bold]all[/bold]        all of them but kv_formats, fleet and company (also what runs when no command is given)
-=======
 [bold]cuda-sass[/bold]  what the machine code of the CUDA kernels promises, without a GPU (read, not measured)
-[bold]all[/bold]        all of them but kv_formats, company and cuda-sass (also what runs when no command is given)
->>>>>>> main
+[bold]all[/bold]        all but kv_formats, fleet, company and cuda-sass (also what runs when no command is given)
 [bold]report[/bold]     Markdown tables and figures from a results file
 
 Every contender is checked against float64 before it is timed; rounds are interleaved (A B C A B C …) with cold caches;
@@ -325,7 +321,9 @@ def cuda_sass_command(
     for name, given, known in (("dtype", dtype, cuda_sass.DTYPES), ("head-dim", head_dim, cuda_sass.HEAD_DIMS)):
         for value in given or ():
             if value not in known:
-                raise typer.BadParameter(f"{value!r}: expected one of {', '.join(map(str, known))}", param_hint=f"--{name}")
+                raise typer.BadParameter(
+                    f"{value!r}: expected one of {', '.join(map(str, known))}", param_hint=f"--{name}"
+                )
     if save and (arch or dtype or head_dim):
         raise typer.BadParameter("the committed table has every variant: leave --arch, --dtype, --head-dim out")
     rows = cuda_sass.table(**options)

@@ -7,22 +7,22 @@ import sys
 
 from anabranch.cli.common import USAGE, Mistake
 
-_COUNT, _RANK = "WORLD_SIZE", "RANK"
-
 
 def started() -> bool:
     """Whether this is one of several processes already, started by torchrun."""
-    return _RANK in os.environ and _COUNT in os.environ
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def rank() -> int:
-    return int(os.environ.get(_RANK, 0))
+    return int(os.environ.get("RANK", 0))
 
 
 def check(count: int) -> None:
     """`Mistake` where the processes are not there, or cannot be started."""
-    if started() and os.environ[_COUNT] != str(count):
-        raise Mistake(f"--tp {count}: torchrun has started {os.environ[_COUNT]} processes; pass the same number", USAGE)
+    if started() and os.environ["WORLD_SIZE"] != str(count):
+        raise Mistake(
+            f"--tp {count}: torchrun has started {os.environ['WORLD_SIZE']} processes; pass the same number", USAGE
+        )
     import torch
 
     if not torch.distributed.is_available():

@@ -84,9 +84,10 @@ def check(model, out: Path, size: int) -> None:
     assert seen[0]["busy"][0] == busy(ab.Engine(model, num_pages=TIGHT, page_size=4))[0]
     assert seen[0]["busy"][1] > 0  # pre-emptions
     assert seen[0]["stream"][-1] == "Finish" and len(seen[0]["stream"]) > 2
-    assert len(seen[0]["errors"]) == 2
+    assert len(seen[0]["errors"]) == 2 and seen[0]["own"] == ["Own", "mine alone"]
     for other in seen[1:]:
         assert other["stream"] == ["Finish"]
+        assert other["own"] == ["RuntimeError", "rank 0 has an error that cannot be sent: mine alone"]
         for name in ("calls", "busy", "plans", "errors", "after", "pages"):
             assert other[name] == seen[0][name], name
     plain = told([whole.generate(prompt, max_new_tokens=16) for prompt in PROMPTS])

@@ -44,6 +44,20 @@ class Scored(Strategy):
         yield trunk.decode(3)
 
 
+class Own(Exception):
+    """Cannot be read back after pickling."""
+
+    def __init__(self, one, two):
+        super().__init__(f"{one} {two}")
+
+
+@dataclass(frozen=True)
+class Raises(Strategy):
+    def run(self, trunk):
+        yield trunk.decode(2)
+        raise Own("mine", "alone")
+
+
 def told(results) -> list:
     """Tokens of all threads, by prompt; positions too."""
     results = results if isinstance(results, list) else [results]
@@ -82,6 +96,10 @@ def alike(model, found: dict) -> None:
     found["stream"] = [type(e).__name__ for e in engine.stream(PROMPTS[0], max_new_tokens=3)]
     found["plans"] = list(engine.cache.plan_stats())
     found["errors"] = []
+    try:
+        engine.generate(PROMPTS[0], Raises())
+    except Exception as error:
+        found["own"] = [type(error).__name__, str(error)]
     for prompt in ([], [999]):
         try:
             engine.generate(prompt)
@@ -142,11 +160,13 @@ def arrivals(model, found: dict) -> None:
 
 def leaves(model, found: dict) -> None:
     """No thread of torch's groups is left at the end, though the model is there."""
+    from anabranch.runner.ranks import leave
+
     engine = ab.Engine(model, num_pages=64, rank_timeout=60)
     engine.generate(PROMPTS[0], max_new_tokens=2)
     found["before"] = group_threads()
     engine.close()
-    engine.ranks.group.leave()
+    leave()
     found["after"] = group_threads()
 
 

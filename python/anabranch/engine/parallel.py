@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import pickle
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -57,7 +58,7 @@ class Ranks:
         self._cache: TreeCache | None = None
         self._forward: CompiledForward | None = None
         self._replay: Replay | None = None
-        atexit.register(self.close)  # runs before the group's own end, which was registered earlier
+        atexit.register(self.close)  # runs before `leave`, which was registered earlier
 
     @property
     def leads(self) -> bool:
@@ -131,14 +132,12 @@ class Ranks:
         if self.group.lost is not None or self._closed:
             return
         with self._one_at_a_time:
-            calls = self._taken()
             try:
-                self.group.send(("answer", calls, outcome, error))
-            except RankLost:
-                raise
-            except Exception as problem:  # cannot be pickled
+                pickle.loads(pickle.dumps((outcome, error)))
+            except Exception as problem:  # a strategy's own answers, an exception of one's own
                 told = f"rank 0 has {'an error' if error else 'results'} that cannot be sent: {error or problem}"
-                self.group.send(("answer", calls, None, RuntimeError(told)))
+                outcome, error = None, RuntimeError(told)
+            self.group.send(("answer", self._taken(), outcome, error))
 
     def close(self) -> None:
         """Let the others go; once."""
@@ -171,7 +170,8 @@ class Ranks:
                 stack.enter_context(block)
             while True:
                 kind, calls, *message = self.group.receive()
-                step = self._replay.do(calls)
+                with self.group.at_work("what rank 0 did to the tree cannot be done here"):
+                    step = self._replay.do(calls)
                 if kind == "forward":
                     self._run(step, *message)
                 elif kind == "close":

@@ -10,16 +10,18 @@ from __future__ import annotations
 import atexit
 import gc
 import pickle
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 
 from anabranch.errors import RankLost
 
-__all__ = ["RankGroup", "sharded"]
+__all__ = ["RankGroup", "leave", "sharded"]
 
 _FOR_EVER = timedelta(days=3650)
 
@@ -68,7 +70,8 @@ class RankGroup:
         for group in groups.values():
             dist.distributed_c10d._set_pg_timeout(wait, group)
         self._group: Any = dist.new_group(backend="gloo", timeout=wait if self.leads else _FOR_EVER)
-        atexit.register(self.leave)
+        _groups.add(self)
+        _leave_at_exit()
 
     def agree(self, **facts: Any) -> None:
         """ValueError, in every process, where these facts are not the same in all of them."""
@@ -127,16 +130,29 @@ class RankGroup:
                 raise RankLost(str(self.lost)) from error
             raise
 
-    def leave(self) -> None:
-        """At the end of the program: end the groups, and wait for their threads.
 
-        A group's threads run until nobody holds it, whatever destroy_process_group says, and the model's meshes do.
-        One that is still at work when Python ends is ended in the middle, which aborts the process ("terminate called
-        without an active exception").
-        """
-        self._group = None
-        if self._dist.is_initialized():
-            self._dist.destroy_process_group()
-        for mesh in [held for held in gc.get_objects() if isinstance(held, self._dist.DeviceMesh)]:
-            getattr(mesh, "_pg_registry", {}).clear()  # of newer torch; older ones hold names alone
-        gc.collect()
+_groups: weakref.WeakSet[RankGroup] = weakref.WeakSet()
+
+
+@cache
+def _leave_at_exit() -> None:
+    """Once a process: behind whatever is registered later, such as the engines' own ends."""
+    atexit.register(leave)
+
+
+def leave() -> None:
+    """At the end of the program: end torch's groups, and wait for their threads.
+
+    A group's threads run until nobody holds it, whatever destroy_process_group says, and the model's meshes do. One
+    that is still at work when Python ends is ended in the middle, which aborts the process ("terminate called without
+    an active exception").
+    """
+    import torch.distributed as dist
+
+    for group in _groups:
+        group._group = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for mesh in [held for held in gc.get_objects() if isinstance(held, dist.DeviceMesh)]:
+        getattr(mesh, "_pg_registry", {}).clear()  # of newer torch; older ones hold names alone
+    gc.collect()

@@ -12,7 +12,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc kernels pyth
 export ANABRANCH_CUDA ?= $(if $(shell command -v nvidia-smi 2> /dev/null),auto,0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-servers mutants bench docs lint wheels dist-check gpu-check build clean
+.PHONY: help demo test test-slow soak test-servers mutants bench docs lint wheels dist-check gpu-check build clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,7 +24,10 @@ test: $(VENV)/.model  ## install what is needed, then run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n auto --dist worksteal --benchmark-disable
 
 test-slow: $(VENV)/.model  ## a million cache operations, 100,000 plans, 1,000 generations, 100,000 programs (hours)
-	$(BIN)/python -m pytest -q -m slow tests/kv tests/plan tests/engine
+	$(BIN)/python -m pytest -q -m slow tests/kv tests/plan tests/engine tests/serve
+
+soak: $(VENV)/.model  ## clients that misbehave at random against the server, for SECONDS=120
+	$(BIN)/python tests/serve/test_soak.py $(or $(SECONDS),120)
 
 test-servers: $(VENV)/.model  ## remote engines on a real vLLM server, in an environment of its own (3.5 GB, minutes)
 	$(BIN)/python tests/remote/servers.py

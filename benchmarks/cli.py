@@ -36,9 +36,10 @@ app = typer.Typer(
 [bold]serve[/bold]      Poisson arrivals: throughput, time to the first token and between tokens, p50 and p99
 [bold]branch[/bold]     training: attention under a branch mask, forward + backward; masked SDPA, FlexAttention
 [bold]kv_formats[/bold] accuracy of K and V kept as int8 and fp8
+[bold]fleet[/bold]      a simulation from measured costs of steps: replicas, routing, forks; checked on two real engines
 [bold]company[/bold]    decoding beside programs that spin on the same cores
 [bold]cuda-sass[/bold]  what the machine code of the CUDA kernels promises, without a GPU (read, not measured)
-[bold]all[/bold]        all of them but kv_formats, company and cuda-sass (also what runs when no command is given)
+[bold]all[/bold]        all but kv_formats, fleet, company and cuda-sass (also what runs when no command is given)
 [bold]report[/bold]     Markdown tables and figures from a results file
 
 Every contender is checked against float64 before it is timed; rounds are interleaved (A B C A B C …) with cold caches;
@@ -400,6 +401,33 @@ def serve_command(
             store.put("serve", ("contender", "answers", "rate", "dtype", "requests"), entry)
     console.print(report.serve_table(store.data))
     _finish(store, None)
+
+
+@app.command("fleet")
+def fleet_command(
+    replicas: Annotated[int, typer.Option(min=2, help="Simulated replicas.")] = 4,
+    requests: Annotated[int, typer.Option(min=2, help="Of the run on two real engines.")] = 24,
+    branches: Annotated[int, typer.Option(min=1, help="Of each request.")] = 4,
+    tokens: Annotated[int, typer.Option(min=2, help="Of each branch.")] = 24,
+    shared: Annotated[int, typer.Option(min=1, help="Tokens that prompts of a group begin with.")] = 256,
+    pages: Annotated[int, typer.Option(min=1, help="Of each replica, 16 tokens each.")] = 2048,
+    model: Annotated[str, typer.Option(help="A model by name.")] = "smollm2",
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
+    threads: Threads = None, clock: ClockOption = "wall", json: Json = None, plot: Plot = None,
+) -> None:  # fmt: skip
+    """A simulation from measured costs of steps: branches held, routing by prefix, where forks stop to pay."""
+    import anabranch as ab
+
+    from . import fleet, fleet_real
+
+    store = _start(threads, json, clock)
+    with console.status("loading the model") as status:
+        loaded, tokenizer = ab.models.load(model, dtype=getattr(torch, dtype.value))
+        engines = [ab.Engine(loaded, tokenizer, num_pages=pages, compile=False) for _ in range(2)]
+        load = fleet.Load(1.0, requests, shared=shared, branches=branches, new=tokens)
+        store.set("fleet", {"model": model, **fleet_real.run(engines, load, replicas, status.update)})
+    console.print(report.fleet_table(store.data), soft_wrap=True)
+    _finish(store, plot)
 
 
 @app.command("e2e")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .report import OURS, PEERS, in_order, median
+from .report import OURS, PEERS, ROUTES, in_order, median
 
 # One colour a contender in every figure; ours stands out, peers are calm.
 COLOURS = {
@@ -42,7 +42,8 @@ def draw(data: dict[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     out: list[Path] = []
     with plt.rc_context(STYLE):
-        for name, figure in (("attention", _attention(data, plt)), ("end-to-end", _end_to_end(data, plt))):
+        figures = {"attention": _attention(data, plt), "end-to-end": _end_to_end(data, plt), "fleet": _fleet(data, plt)}
+        for name, figure in figures.items():
             if figure is None:
                 continue
             for suffix in ("svg", "png"):
@@ -200,4 +201,33 @@ def _end_to_end(data: dict[str, Any], plt):
         f"SmolLM2-135M, end to end · {m['cpu']}, {_threads(m)}", x=0.01, ha="left", fontsize=11.5, fontweight="bold"
     )
     figure.tight_layout()
+    return figure
+
+
+def _fleet(data: dict[str, Any], plt):
+    """The simulated fleet: branches held, what routing is worth, where forks stop to pay."""
+    fleet = data.get("fleet")
+    if fleet is None:
+        return None
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    for kind, colour, words in (("shared", COLOURS[OURS], "one shared context"), ("alone", "#868e96", "one each")):
+        held = [e for e in fleet["held"] if e["kind"] == kind]
+        left.plot([e["branches"] for e in held], [e["tokens_per_s"] for e in held], "o-", color=colour, label=words)
+    left.set(title="Branches on a replica", xlabel="branches", ylabel="tokens a second", xscale="log")
+    for route, colour in (("prefix", COLOURS[OURS]), ("turns", "#868e96"), ("least", "#f08c00")):
+        entries = [e for e in fleet["routing"] if e["route"] == route]
+        middle.plot([e["rate"] for e in entries], [e["mean"] for e in entries], "o-", color=colour, label=ROUTES[route])
+    middle.set(title="Routing", xlabel="requests a second", ylabel="mean latency, s", yscale="log")
+    for (more, entries), line in zip(fleet["forking"].items(), ("-", "--"), strict=False):
+        for kind, colour in (("forked", COLOURS[OURS]), ("one thread", "#868e96")):
+            chosen = [e for e in entries if e["kind"] == kind]
+            if kind == "forked" or line == "-":
+                words = kind if kind != "forked" or line == "-" else f"forked, {float(more):.0%} more tokens"
+                right.plot(
+                    [e["rate"] for e in chosen], [e["mean"] for e in chosen], f"o{line}", color=colour, label=words
+                )
+    right.set(title="Forks", xlabel="requests a second", ylabel="mean latency, s", yscale="log")
+    for axes in (left, middle, right):
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle("Simulation, from measured costs of steps", fontsize=9, color="#868e96")
     return figure

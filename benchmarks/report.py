@@ -435,3 +435,50 @@ def _host_markdown(data: dict[str, Any]) -> list[str]:
         spread = f"{micro(e['median_us'])} ({micro(e['min_us'])} – {micro(e['max_us'])})" if "median_us" in e else ""
         out.append(_row(e["title"], spread, e.get("more", "")))
     return [*out, ""]
+
+
+def fleet_table(data: dict[str, Any]) -> str:
+    """The fleet's simulation in Markdown: the check on real engines first."""
+    fleet = data["fleet"]
+    check, cost = fleet["check"], fleet["cost"]
+    measured, simulated = check["measured"], check["simulated"]
+    lines = [
+        f"Simulation from measured steps of {fleet['model']} (median error of the fitted costs {cost['error']:.0%}); "
+        f"{fleet['replicas']} replicas of {fleet['replica']['pages']} pages.",
+        "",
+        "| two engines | measured | simulated | ratio |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    names = {"seconds": "seconds", "tokens_per_s": "tokens a second", "mean": "mean latency", "p99": "p99", "first": "to the first token"}  # fmt: skip  # noqa: E501
+    for name, words in names.items():
+        lines.append(f"| {words} | {measured[name]:.3g} | {simulated[name]:.3g} | {check['ratios'][name]:.2f} |")
+    lines += ["", "| branches held | pages | tokens a second |", "| --- | ---: | ---: |"]
+    for entry in fleet["held"]:
+        lines.append(f"| {entry['branches']}, {entry['kind']} | {entry['pages']} | {entry['tokens_per_s']:.0f} |")
+    lines += [
+        "",
+        "| requests a second | routed | mean latency | p99 | prefix found |",
+        "| ---: | --- | ---: | ---: | ---: |",
+    ]
+    for entry in fleet["routing"]:
+        lines.append(
+            f"| {entry['rate']:.3g} | {ROUTES[entry['route']]} | {entry['mean']:.3g} s | {entry['p99']:.3g} s | "
+            f"{entry['found']:.0%} |"
+        )
+    lines += [
+        "",
+        "| requests a second | tokens that a fork adds | forked | one thread |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    for more, entries in fleet["forking"].items():
+        for forked, single in zip(entries[::2], entries[1::2], strict=True):
+            lines.append(
+                f"| {forked['rate']:.3g} | {float(more):.0%} | {forked['mean']:.3g} s | {single['mean']:.3g} s |"
+            )
+    for more, rate in fleet["pays_until"].items():
+        until = "at every rate tried" if math.isinf(rate) else f"up to {rate:.3g} requests a second"
+        lines.append(f"\nWith {float(more):.0%} more tokens, forks have the lower mean latency {until}.")
+    return "\n".join(lines)
+
+
+ROUTES = {"prefix": "by prefix", "turns": "in turns", "least": "to who has least to do"}

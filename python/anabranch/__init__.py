@@ -36,6 +36,7 @@ _HOME = {
     "OutOfPages": "errors",
     "DeadBranch": "errors",
     "BackendUnavailable": "errors",
+    "RankLost": "errors",
     "RemoteError": "errors",
     "RemoteEngine": "remote",
     "SegmentVectors": "hf",

@@ -16,6 +16,7 @@ __all__ = [
     "DeadlineExceeded",
     "OutOfPages",
     "QueueFull",
+    "RankLost",
     "RemoteError",
     "TopologyChanged",
 ]
@@ -31,6 +32,11 @@ class TopologyChanged(RuntimeError):
 
 class RemoteError(RuntimeError):
     """A server cannot be reached, refuses a request, or is not what the caller takes it for."""
+
+
+class RankLost(RuntimeError):
+    """Under tensor parallelism another process died, stopped answering or is not where this one is; start all of them
+    again."""
 
 
 class QueueFull(RuntimeError):

@@ -475,6 +475,16 @@ def test_doctor_knows_every_environment_variable_that_the_code_reads():
     assert found and found <= set(doctor.VARIABLES)
 
 
+def test_serve_says_which_processes_it_cannot_start(tiny, monkeypatch):
+    pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+    pytest.importorskip("accelerate", reason="the extra `tp` is not installed")
+    serve = ("serve", "--model", tiny, "--tp", "2")
+    assert "leave one of them out" in invoke(*serve, "--upstream", "http://127.0.0.1:1", code=2).stderr
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "torchrun has started 3" in invoke(*serve, code=2).stderr
+
+
 def test_bench_measures_a_small_shape_after_checking_it():
     out = json.loads(invoke("bench", "--builtin", "--quick", "--json").stdout)
     assert out["ratio"] > 0 and out["shape"]["branches"] == 8

@@ -205,6 +205,16 @@ def test_bad_requests_say_what_is_wrong(post, body, status, says, stream):
     )
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize"])
+def test_half_a_surrogate_pair_is_no_text(post, path):
+    """JSON can write one, UTF-8 cannot."""
+    text = {"messages": [{"role": "user", "content": "a\ud800"}]} if "chat" in path else {"prompt": "a\ud800"}
+    answer = post(path, {"model": "tiny", **text})
+    assert answer.status_code == 400 and "surrogate" in answer.json()["error"]["message"]
+    answer = post(path, {"model": "tiny", "\udfff": 1})
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
 def test_bodies_that_are_too_large(post, server):
     assert post("/v1/completions", {"model": "tiny", "prompt": "x" * 30_000}).status_code == 413
 

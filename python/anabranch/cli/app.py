@@ -366,6 +366,7 @@ def bench(
         "anabranch serve --model smollm2 --port 8000",
         "anabranch serve --model ./my-model --host 0.0.0.0 --api-key secret --api-key another",
         "anabranch serve --model ./my-model --upstream http://cluster:8000/v1",
+        "anabranch serve --model ./my-model --tp 2   (two processes share the model)",
         'curl localhost:8000/v1/completions -d \'{"model": "smollm2", "prompt": "Rivers", "strategy": '
         '"self-consistency", "strategy_options": {"n": 4}}\' -H \'Content-Type: application/json\'',
     ),
@@ -406,6 +407,9 @@ def serve(
         str, typer.Option(metavar="NAME", help="Attention backend: auto, cpu, triton, cuda, reference.")
     ] = "auto",
     dtype: DtypeOption = Dtype.auto,
+    tp: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Processes that share the model, each with some of its heads.")
+    ] = 1,
     grace: Annotated[
         int, typer.Option(metavar="S", min=0, help="Seconds that answers under way have to finish at the end.")
     ] = 30,
@@ -423,7 +427,7 @@ def serve(
             model=model, host=host, port=port, api_keys=tuple(api_key or ()), name=name, upstream=upstream,
             upstream_key=upstream_key, strategies=tuple(strategy or ()), max_requests=max_requests,
             max_tokens=max_tokens, max_body=max_body, num_pages=num_pages, page_size=page_size, backend=backend,
-            dtype=dtype.value, grace=grace,
+            dtype=dtype.value, grace=grace, tp=tp,
         )
     )  # fmt: skip
 

@@ -109,8 +109,9 @@ def choose_dtype(wish: str = "auto") -> tuple[torch.dtype, str]:
     )
 
 
-def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any, torch.dtype]:
-    """(model, tokenizer, dtype) of a model by name, or of a Transformers folder on this machine."""
+def load_model(name: str, dtype: str = "auto", tp: int = 1) -> tuple[Any, Any, torch.dtype]:
+    """(model, tokenizer, dtype) of a model by name, or of a Transformers folder on this machine; with `tp` processes
+    this one's part of it."""
     from anabranch import models
 
     kind, _ = choose_dtype(dtype)
@@ -123,7 +124,9 @@ def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any, torch.dtype]:
             raise Mistake(
                 f"cannot convert {name} into the cache folder {str(place)!r} ({error}); set ANABRANCH_CACHE"
             ) from error
-        return (*models.load(name, dtype=kind), kind)
+        if tp == 1:
+            return (*models.load(name, dtype=kind), kind)
+        return (*_load_folder(models.path(name), kind, tp), kind)
     folder = Path(name).expanduser()
     if not folder.exists():
         known = ", ".join(models.names())
@@ -133,7 +136,7 @@ def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any, torch.dtype]:
         )
     if not (folder / "config.json").is_file():
         raise Mistake(f"--model {name!r}: this folder has no config.json, so it is not a Transformers model")
-    return (*_load_folder(folder, kind), kind)
+    return (*_load_folder(folder, kind, tp), kind)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -163,7 +166,7 @@ def _warn_if_slow() -> None:
         print(f"anabranch: the {name} kernels do not work here, so this will be slow: {reason}", file=sys.stderr)
 
 
-def _load_folder(folder: Path, kind: torch.dtype) -> tuple[Any, Any]:
+def _load_folder(folder: Path, kind: torch.dtype, tp: int = 1) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -176,9 +179,21 @@ def _load_folder(folder: Path, kind: torch.dtype) -> tuple[Any, Any]:
     model: Any
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=kind, attn_implementation="anabranch", local_files_only=True
+            folder, dtype=kind, attn_implementation="anabranch", local_files_only=True, **_shared_out(tp)
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise Mistake(f"--model {str(folder)!r}: Transformers cannot load it: {error}") from error
-    return model.to(device).eval(), tokenizer
+    return (model if tp > 1 else model.to(device)).eval(), tokenizer
+
+
+def _shared_out(tp: int) -> dict[str, Any]:
+    """What from_pretrained takes to share a model out among `tp` processes."""
+    if tp == 1:
+        return {}
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_size=tp, tp_plan="auto")}
+    except (ImportError, TypeError):  # before Transformers had it
+        return {"tp_plan": "auto"}

@@ -32,6 +32,9 @@ VARIABLES = {
     "TRITON_INTERPRET": "1: Triton kernels run in its interpreter, on the CPU, slowly",
     "OMP_NUM_THREADS": "threads of torch, which the CPU kernels then follow whatever the cores and quotas",
     "CUDA_VISIBLE_DEVICES": "GPUs that torch may see",
+    "WORLD_SIZE": "of torchrun: processes of serve --tp",
+    "LOCAL_WORLD_SIZE": "of torchrun: processes on this machine, which share its memory",
+    "RANK": "of torchrun: which of the processes this one is",
 }
 FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 NEVER_ON_A_GPU = (

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from dataclasses import dataclass
 from typing import Any
 
+from anabranch.cli import processes
 from anabranch.cli.common import USAGE, Mistake, load_model, load_tokenizer
 from anabranch.viz.console import consoles
 
@@ -31,6 +33,7 @@ class Options:
     backend: str
     dtype: str
     grace: int
+    tp: int = 1
 
 
 def run(options: Options) -> None:
@@ -47,6 +50,16 @@ def run(options: Options) -> None:
             registry.find(name)
     except ValueError as error:
         raise Mistake(f"--strategy: {error}", USAGE) from None
+    if options.tp > 1:
+        if options.upstream is not None:
+            raise Mistake("--tp: with --upstream the model runs elsewhere; leave one of them out", USAGE)
+        processes.check(options.tp)
+        if not processes.started():
+            _check_free(options.host, options.port)
+            processes.start(options.model, options.tp)
+        if processes.rank() != 0:
+            _follow(options)
+            return
     _check_free(options.host, options.port)
     keys = options.api_keys or tuple(filter(None, os.environ.get("ANABRANCH_API_KEY", "").split(",")))
     _, err = consoles()
@@ -73,10 +86,22 @@ def _engine(options: Options, err: Any) -> Any:
 
         return Upstream(ab.RemoteEngine(options.upstream, load_tokenizer(options.model), options.upstream_key))
     with err.status("loading the model …"):
-        model, tokenizer, _ = load_model(options.model, options.dtype)
-        return ab.AsyncEngine(
-            model, tokenizer, num_pages=options.num_pages, page_size=options.page_size, backend=options.backend
-        )
+        model, tokenizer, _ = load_model(options.model, options.dtype, options.tp)
+        return ab.AsyncEngine(model, tokenizer, **_sizes(options))
+
+
+def _sizes(options: Options) -> dict[str, Any]:
+    return {"num_pages": options.num_pages, "page_size": options.page_size, "backend": options.backend}
+
+
+def _follow(options: Options) -> None:
+    """Every process but the one that serves."""
+    import anabranch as ab
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # answers under way are to end first: rank 0 says when
+    model, _, _ = load_model(options.model, options.dtype, options.tp)
+    ab.Engine(model, **_sizes(options)).follow()
 
 
 def _check_free(host: str, port: int) -> None:

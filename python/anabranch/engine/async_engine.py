@@ -142,6 +142,7 @@ class AsyncEngine:
         self.engine.abort()
         if self._thread is not None:
             self._thread.join()
+        self.engine.close()
 
 
 class _News:

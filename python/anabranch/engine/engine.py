@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from anabranch import hf
@@ -14,8 +14,10 @@ from anabranch.backends.registry import choose
 from anabranch.engine.call import Call
 from anabranch.engine.handle import Handle
 from anabranch.engine.loop import Loop
+from anabranch.engine.parallel import Ranks
 from anabranch.engine.prepare import Preparation
 from anabranch.engine.segments import Segments
+from anabranch.errors import RankLost
 from anabranch.kv.cache import TreeCache
 from anabranch.kv.prefix import PrefixCache
 from anabranch.records.events import Event
@@ -24,6 +26,7 @@ from anabranch.runner.compiled import CompiledForward, unfit_to_compile
 from anabranch.runner.graph import DecodeGraph, unfit
 from anabranch.runner.invariant import Invariant, check_rows, require_invariant
 from anabranch.runner.linear import linear_context
+from anabranch.runner.ranks import sharded
 from anabranch.strategies import Strategy
 from anabranch.text.prompts import Prompt
 
@@ -67,6 +70,9 @@ class Engine:
     latent: for a model of multi-head latent attention (DeepSeek): the cache keeps its latents, one row for all heads,
         and its up-projections are absorbed (see docs/guides/attention_shapes.md). Steps run as they are, neither
         compiled nor captured; not with ``batch_invariant``.
+    rank_timeout: with a model that is shared out among processes (``tp_plan="auto"``), seconds after which one that
+        does not answer counts as lost: `RankLost`. Every process makes the engine; rank 0 takes requests, and the
+        others `follow`, or make the same calls of `generate` (see docs/guides/tensor_parallel.md).
 
     ``engine.cache`` is its `TreeCache`. Any Python thread may call any method, at any time: requests of all callers
     share the forwards, join between any two of them and leave when they are answered.
@@ -93,6 +99,7 @@ class Engine:
         kv_format: Any = "auto",
         compile: bool | str = "auto",
         latent: bool = False,
+        rank_timeout: float = 120.0,
     ):
         max_rows = whole(max_rows, "max_rows", 1, hint=" (tokens a forward)")
         if max_threads is not None:
@@ -108,12 +115,17 @@ class Engine:
             raise ValueError(f"compile={compile!r}; pass True, False or 'auto' (where it pays)")
         if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
             raise TypeError(f"tokenizer: expected a Transformers tokenizer or None, got {told(tokenizer)}")
+        if isinstance(rank_timeout, bool) or not isinstance(rank_timeout, (int, float)) or not rank_timeout > 0:
+            raise ValueError(f"rank_timeout={rank_timeout!r}; pass seconds > 0")
+        self.ranks = Ranks(model, float(rank_timeout)) if sharded(model) else None
         shape = hf.enable(model)
         fmt = KVFormat.of(kv_format, shape.dtype)
         if not isinstance(latent, bool):
             raise ValueError(f"latent={latent!r}; pass True or False")
         if latent and batch_invariant:
             raise ValueError("latent=True: its products have no batch-invariant form; leave one of the two out")
+        if latent and self.ranks is not None:
+            raise ValueError("latent=True: not with a model that is shared out among processes; leave latent out")
         head_dim, v_head_dim = hf.latent_dims(model) if latent else (shape.head_dim, shape.v_head_dim)
         # Raises for one that cannot run.
         choose(backend, shape.device, shape.dtype, head_dim, fmt.dtype, 0 if latent else v_head_dim)
@@ -121,6 +133,11 @@ class Engine:
             raise ValueError(f"batch_invariant={batch_invariant!r}; pass True or False")
         if not isinstance(prefix_cache, bool):
             raise ValueError(f"prefix_cache={prefix_cache!r}; pass True or False")
+        if batch_invariant and self.ranks is not None:
+            raise ValueError(
+                "batch_invariant=True: the model is shared out among processes, and the order in which their parts are "
+                "summed may depend on the rows; load it whole, or leave batch_invariant out"
+            )
         if batch_invariant:
             require_invariant(model, backend, own_linear)
             backend = "cpu"
@@ -131,7 +148,12 @@ class Engine:
             raise ValueError(f"compile=True: {unfit_compile}, or leave compile out")
         self.max_threads, self.max_queue = max_threads, max_queue
         self.model, self.tokenizer, self.backend, self.max_rows = model, tokenizer, backend, max_rows
-        self.cache = TreeCache.for_model(model, num_pages=num_pages, page_size=page_size, kv_format=fmt, latent=latent)
+        if self.ranks is None:
+            self.cache = TreeCache.for_model(
+                model, num_pages=num_pages, page_size=page_size, kv_format=fmt, latent=latent
+            )
+        else:
+            self.cache = self.ranks.make_cache(model, num_pages, page_size, fmt)
         self.cache.batch_invariant = batch_invariant
         self.prefixes = PrefixCache(self.cache) if prefix_cache else None
         self.linear: Any = linear_context(model, own_linear)
@@ -139,7 +161,8 @@ class Engine:
             self.linear = Invariant(model)
             check_rows(model, self.linear, backend)
         self.graphs = self._decode_graph(cuda_graphs)
-        self.compiled = CompiledForward(
+        forward: Any = CompiledForward if self.ranks is None else self.ranks.forward
+        self.compiled: CompiledForward = forward(
             model, self.cache, backend, compile, own_linear, self.linear, unfit=unfit_compile
         )
         self.segments = Segments(model, segment_vectors)
@@ -189,11 +212,15 @@ class Engine:
         leave no token to choose (all −inf, or a NaN). The model runs in its own dtype, under torch.autocast too. After
         any exception, a strategy's own or Ctrl-C, all pages are free again and the engine is as good as new.
         """
-        call, many = self.prepare.call(prompt, strategy, generation_config, seed, max_new_tokens, kwargs)
-        with self._under_way(call) as loop:
-            loop.wait(call, lambda: call.ended)
-        results = call.outcome()
-        return results if many else results[0]
+        if self.ranks is not None and not self.ranks.leads:
+            return self.ranks.follow(one_call=True)
+        with self._told() as outcome:
+            call, many = self.prepare.call(prompt, strategy, generation_config, seed, max_new_tokens, kwargs)
+            with self._under_way(call) as loop:
+                loop.wait(call, lambda: call.ended)
+            results = call.outcome()
+            outcome.append(results if many else results[0])
+        return outcome[0]
 
     def stream(
         self,
@@ -206,7 +233,12 @@ class Engine:
     ) -> Iterator[Event]:
         """Like `generate`, as it happens: yields `Token`, `Fork`, `Join`, `Discard` and, for each prompt, `Finish` with
         its `Result`. Leaving the loop early frees everything."""
-        call, _ = self.prepare.call(prompt, strategy, generation_config, seed, max_new_tokens, kwargs, listened=True)
+        if self.ranks is not None and not self.ranks.leads:
+            return self.ranks.finishes()
+        with self._told(begins=True):
+            call, _ = self.prepare.call(
+                prompt, strategy, generation_config, seed, max_new_tokens, kwargs, listened=True
+            )
         return self._events(call)
 
     def add(
@@ -238,6 +270,7 @@ class Engine:
         >>> while engine.step(): ...
         >>> handle.result().text
         """
+        self._require_lead("add")
         options = {**kwargs, "priority": priority, "deadline": deadline}
         call, many = self.prepare.call(
             prompt, strategy, generation_config, seed, max_new_tokens, options, listened=True
@@ -255,6 +288,7 @@ class Engine:
         What goes wrong with a request comes out of its own `Handle.result`, not of here. After Ctrl-C in the middle of
         a step all other requests go on with the next.
         """
+        self._require_lead("step")
         if self.loop.turns.mine:
             raise RuntimeError("step: called inside a step, by a strategy, a logits processor or an until")
         return self.loop.step()
@@ -265,6 +299,9 @@ class Engine:
         >>> stop = threading.Event()
         >>> thread = threading.Thread(target=engine.serve, args=(stop,))
         """
+        if self.ranks is not None and not self.ranks.leads:
+            self.ranks.follow()
+            return
         work = self.loop.work
         while not stop.is_set():
             work.clear()
@@ -276,6 +313,35 @@ class Engine:
         far."""
         for loop in (self.loop, *self._nested):
             loop.abort_all()
+
+    def follow(self) -> None:
+        """On every rank but 0: take part in rank 0's forwards until it closes the engine, or its program ends.
+
+        Raises `RankLost` when rank 0 or another process is gone.
+
+        >>> if torch.distributed.get_rank() == 0:
+        ...     print(engine.generate("Is the sea salty?").text)
+        ...     engine.close()
+        ... else:
+        ...     engine.follow()
+        """
+        if self.ranks is None or self.ranks.leads:
+            raise RuntimeError(
+                "follow: this process decides itself; the others of a model that is shared out follow it"
+            )
+        self.ranks.follow()
+
+    @property
+    def lost(self) -> RankLost | None:
+        """Why nothing can be computed any more: another process of a model that is shared out is gone. None: all is
+        well."""
+        return None if self.ranks is None else self.ranks.group.lost
+
+    def close(self) -> None:
+        """End everything and free every page; under tensor parallelism the other processes' `follow` returns."""
+        self.abort()
+        if self.ranks is not None:
+            self.ranks.close()
 
     def stats(self) -> EngineStats:
         """What is going on now, and what the prefix cache has saved since the engine was made."""
@@ -307,6 +373,8 @@ class Engine:
         if setting is False:
             return None
         reason = unfit(self.cache, self.backend)
+        if reason is None and self.ranks is not None:
+            reason = "the model is shared out among processes, whose graphs would have to be captured together"
         if reason is None and hf.is_compiled(self.model):
             reason = "the model is compiled by torch.compile, which has graphs of its own; pass the model itself"
         if reason is None:
@@ -314,6 +382,17 @@ class Engine:
         if setting:
             raise ValueError(f"cuda_graphs=True: {reason}, or leave cuda_graphs out")
         return None
+
+    def _require_lead(self, what: str) -> None:
+        if self.ranks is not None:
+            self.ranks.refuse(what)
+
+    def _told(self, begins: bool = False) -> AbstractContextManager[list[Any]]:
+        """A call of generate or stream goes inside: what is put into the list, or its error, goes to the other
+        processes of the model. begins: its end comes later, unless it fails here."""
+        if self.ranks is None or self.loop.turns.mine:
+            return nullcontext([])
+        return self.ranks.telling(begins)
 
     @contextmanager
     def _under_way(self, call: Call) -> Iterator[Loop]:
@@ -336,9 +415,10 @@ class Engine:
                 self._nested.remove(loop)
 
     def _events(self, call: Call) -> Iterator[Event]:
-        with self._under_way(call) as loop:
-            while not call.ended:
-                loop.wait(call, lambda: call.ended or bool(call.events))
-                yield from call.take()
-        yield from call.take()
-        call.outcome()
+        with self._told() as outcome:
+            with self._under_way(call) as loop:
+                while not call.ended:
+                    loop.wait(call, lambda: call.ended or bool(call.events))
+                    yield from call.take()
+            yield from call.take()
+            outcome.append(call.outcome())

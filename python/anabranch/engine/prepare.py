@@ -63,6 +63,8 @@ class Preparation:
             raise TypeError(
                 f"strategy: got {strategy!r}; pass an instance of a Strategy, such as ab.SelfConsistency(n=8), or None"
             )
+        if engine.ranks is not None:
+            engine.ranks.check_model(engine.model)
         limit = check_model(engine.model, engine.cache)
         priority = whole(kwargs.pop("priority", 0), "priority", -100, 100)
         deadline = _deadline(kwargs.pop("deadline", None))

@@ -10,6 +10,7 @@ import torch
 
 from anabranch.engine.thread_kv import PrefillChunk, ThreadKV
 from anabranch.hf.segments import SegmentVectors, find_vectors
+from anabranch.runner.ranks import sharded
 
 Entries = Sequence[tuple[ThreadKV, PrefillChunk, int]]
 
@@ -23,12 +24,16 @@ class Segments:
     def __init__(self, model: Any, given: Any = None):
         self._vectors: SegmentVectors | None = None
         self._adder: Any = None
+        self._whole = not sharded(model)
+        if given is not None:
+            self._require_whole()
         if given is not None:
             self._vectors = given if isinstance(given, SegmentVectors) else SegmentVectors.load(given)
             self._adder = self._vectors.adder(model)  # raises for a model that they do not fit
 
     def require(self, model: Any, strategy: Any, count: int) -> None:
         """ValueError, with the remedy, unless there are vectors of `count` segments for `model`."""
+        self._require_whole()
         if self._vectors is None:
             self._vectors = find_vectors(model)
         if self._vectors is None:
@@ -43,6 +48,13 @@ class Segments:
                 f"are {self._vectors!r}; ask for fewer paths"
             )
         self._adder = self._vectors.adder(model)
+
+    def _require_whole(self) -> None:
+        if not self._whole:
+            raise ValueError(
+                "segment_vectors: the model is shared out among processes, and the vectors are of all its heads; load "
+                "the model whole, or use the strategy without them (biased=False)"
+            )
 
     @staticmethod
     def used(entries: Entries) -> bool:

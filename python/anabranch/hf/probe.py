@@ -237,9 +237,7 @@ def describe(model: Any) -> ModelShape:
     head_dim, layers on several devices.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    enabled = uses_anabranch(model)
-    first = next(model.parameters())
-    state = (first.dtype, first.device, rope_rules(text_config(model)))
+    enabled, state = uses_anabranch(model), _state(model)
     known = _known.get(model)
     if known is None or known[0] != state or not enabled:
         refuse_by_config(model)
@@ -251,6 +249,18 @@ def describe(model: Any) -> ModelShape:
         known = (state, _probe(model))
         _known[model] = known
     return known[1]
+
+
+def described(model: Any) -> bool:
+    """Whether `describe` would answer without a forward."""
+    model = getattr(model, "_orig_mod", model)
+    known = _known.get(model)
+    return known is not None and known[0] == _state(model) and uses_anabranch(model)
+
+
+def _state(model: Any) -> tuple[Any, ...]:
+    first = next(model.parameters())
+    return first.dtype, first.device, rope_rules(text_config(model))
 
 
 @torch.no_grad()

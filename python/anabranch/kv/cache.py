@@ -19,7 +19,7 @@ from anabranch._check import layer_of, shape_of, told
 from anabranch._core import OutOfPages
 from anabranch.backends.formats import KVFormat, KVScales
 from anabranch.kv.arguments import _branch, _device, _number, _positions, _rows, _size
-from anabranch.kv.model import shape_for
+from anabranch.kv.model import CacheShape, shape_for
 from anabranch.kv.pool import Pool, v_head_dim_of
 from anabranch.kv.step import Branch, Step
 from anabranch.kv.views import Views, core_views
@@ -191,10 +191,7 @@ class TreeCache:
         if latent:
             num_kv_heads, (head_dim, v_head_dim) = 1, shape.latent()
         if num_pages is None:
-            fmt = KVFormat.of(kv_format, dtype)
-            token_bytes = fmt.bytes_per_vector(head_dim) + (0 if latent else fmt.bytes_per_vector(v_head_dim))
-            page_bytes = shape.num_layers * page_size * num_kv_heads * token_bytes
-            num_pages = max(1, min(free_memory(device) // page_bytes, 2**20 // page_size))
+            num_pages = free_pages(shape, page_size, dtype, device, kv_format, latent)
         cache = cls(
             shape.num_layers, num_kv_heads, head_dim, num_pages, page_size, dtype, device,
             max_positions=shape.max_positions, kv_format=kv_format, v_head_dim=v_head_dim, v_in_k=latent,
@@ -452,8 +449,13 @@ class TreeCache:
 
     def _rotary_of_layers(self) -> Sequence[Rotary | None]:
         """The rotary embeddings of each layer; ValueError where nobody knows them."""
-        if callable(self._rotary):
-            self._rotary = self._rotary()  # the model is asked at the first use
+        if callable(self._rotary):  # the model is asked at the first use, once
+            try:
+                self._rotary = self._rotary()
+            except ValueError as error:
+                self._rotary = error
+        if isinstance(self._rotary, ValueError):
+            raise self._rotary
         if self._rotary is None:
             raise ValueError(
                 "views: a Read has an offset, and this cache does not know how its keys were rotated; make it with "
@@ -516,6 +518,16 @@ def _rotary(given: Any, num_layers: int, head_dim: int) -> list[Rotary | None] |
 
 def _nothing_to_give(pages: int) -> bool:
     return False
+
+
+def free_pages(
+    shape: CacheShape, page_size: int, dtype: torch.dtype, device: torch.device, kv_format: Any, latent: bool = False
+) -> int:
+    """Pages that a cache of this shape takes by default."""
+    heads, (dim, v_dim) = (1, shape.latent()) if latent else (shape.num_kv_heads, (shape.head_dim, shape.v_head_dim))
+    fmt = KVFormat.of(kv_format, dtype)
+    token_bytes = fmt.bytes_per_vector(dim) + (0 if latent else fmt.bytes_per_vector(v_dim))
+    return max(1, min(free_memory(device) // (shape.num_layers * page_size * heads * token_bytes), 2**20 // page_size))
 
 
 def free_memory(device: torch.device) -> int:

@@ -28,6 +28,7 @@ from anabranch.kv.step import Step
 from anabranch.runner.eager import forward
 from anabranch.runner.linear import is_compiled, serves
 from anabranch.runner.model_state import ModelState
+from anabranch.runner.ranks import sharded
 from anabranch.runner.tracing import Graphs, compiler_problem
 
 __all__ = ["CompiledForward", "unfit_to_compile"]
@@ -47,6 +48,8 @@ def unfit_to_compile(model: Any, device: torch.device, batch_invariant: bool = F
     """Why steps of this model cannot be compiled, with the remedy; None when they can."""
     if batch_invariant:
         return "batch_invariant=True computes every row in one fixed way, and a compiler chooses its own by the rows"
+    if sharded(model):
+        return "the model is shared out among processes, which would have to compile at the same step"
     if device.type != "cpu":
         return f"the model is on {device}, and compiled steps have run on CPUs alone so far; see cuda_graphs"
     if is_compiled(model):

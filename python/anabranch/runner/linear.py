@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from anabranch.backends import threads
 from anabranch.backends.native import TYPES
+from anabranch.runner.ranks import sharded
 
 __all__ = ["OwnLinear", "linear", "linear_context", "rows_for", "serves", "takes"]
 
@@ -87,6 +88,11 @@ def _has_amx() -> bool:
 def linear_context(model: nn.Module, setting: bool | None = None) -> AbstractContextManager[Any]:
     """A context for the forwards of `model`: `OwnLinear` where `rows_for` says so of some of its layers, else one that
     does nothing. It can be entered again and again."""
+    if setting and sharded(model):
+        raise ValueError(
+            "own_linear=True: the model is shared out among processes, and Transformers' layers for that bring a "
+            "forward of their own; leave own_linear out"
+        )
     own = OwnLinear(model, setting)
     return own if own._layers else nullcontext()
 
@@ -226,7 +232,8 @@ class OwnLinear:
 
     def __init__(self, model: nn.Module, setting: bool | None = True) -> None:
         modules = list(model.modules())
-        layers = [] if is_compiled(model) else [m for m in modules if type(m) is nn.Linear]
+        layers = [m for m in modules if type(m) is nn.Linear and type(m.weight) in _PLAIN]
+        layers = [] if is_compiled(model) else layers
         kinds = {(p.device, p.dtype) for p in model.parameters()}
         most = {kind: rows_for(*kind, setting) for kind in kinds}  # of each kind once, not of each layer
         rows = [most.get((m.weight.device, m.weight.dtype), 0) for m in layers]

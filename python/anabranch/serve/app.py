@@ -12,8 +12,9 @@ from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi import FastAPI, Request, Response, Security
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.security import HTTPBearer
 
 import anabranch
 from anabranch.records import events
@@ -27,7 +28,7 @@ from anabranch.serve.live import Live
 from anabranch.serve.metrics import Metrics
 from anabranch.serve.protocol import Chat, Completion, Tokenize
 from anabranch.serve.settings import Settings
-from anabranch.text.prompts import Text
+from anabranch.text.prompts import Text, check_characters
 
 log = logging.getLogger("anabranch.serve")
 
@@ -259,20 +260,24 @@ def create_app(engine: Any, settings: Settings) -> FastAPI:
     app.add_middleware(Guard, settings=settings)
     errors.install(app)
 
-    @app.post("/v1/completions")
+    # Documents what `Guard` asks for.
+    keyed: Any = {"dependencies": [Security(HTTPBearer(auto_error=False))] if settings.api_keys else []}
+    answered: Any = {"responses": {**errors.RESPONSES, 200: {"content": {"text/event-stream": {}}}}, **keyed}
+
+    @app.post("/v1/completions", **answered)
     async def completions(http: Request, request: Completion) -> Response:
         return await server.answer(http, request)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", **answered)
     async def chats(http: Request, request: Chat) -> Response:
         return await server.answer(http, request)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=errors.RESPONSES, **keyed)
     async def models() -> Any:
         entry = {"id": settings.model_name, "object": "model", "created": server.born, "owned_by": "anabranch"}
         return {"object": "list", "data": [entry]}
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", responses=errors.RESPONSES, **keyed)
     async def tokenize(request: Tokenize) -> Any:
         if request.model not in (None, settings.model_name):
             raise Refused(404, f"model {request.model!r} is not served here", "model")
@@ -280,26 +285,28 @@ def create_app(engine: Any, settings: Settings) -> FastAPI:
         text = Text(inner.tokenizer, inner.vocab_size)
         if request.messages is not None:
             ids = text.prompt_ids([m.plain() for m in request.messages], template={})
-        elif request.add_special_tokens:
-            ids = list(inner.tokenizer(request.prompt)["input_ids"])
         else:
-            ids = list(inner.tokenizer(request.prompt, add_special_tokens=False)["input_ids"])
+            assert request.prompt is not None
+            check_characters(request.prompt, "prompt")
+            ids = list(inner.tokenizer(request.prompt, add_special_tokens=request.add_special_tokens)["input_ids"])
         return {"tokens": ids, "count": len(ids)}
 
-    @app.get("/health")
+    @app.get("/health", responses={503: {"content": {"application/json": {}}}})
     async def health() -> Response:
-        return JSONResponse({"status": "ok" if server.open else "closing"}, 200 if server.open else 503)
+        lost = getattr(server.engine.engine, "lost", None)
+        status = "closing" if not server.open else "ok" if lost is None else f"dead: {lost}"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/version")
     async def version() -> Any:
         return {"version": anabranch.__version__}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         _look(server)
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/live")
+    @app.get("/live", response_class=StreamingResponse, **answered)
     async def live() -> Response:
         return StreamingResponse(server.live.watch(), media_type="text/event-stream")
 

@@ -7,11 +7,29 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from anabranch.errors import DeadlineExceeded, QueueFull, RemoteError
+from anabranch.errors import DeadlineExceeded, QueueFull, RankLost, RemoteError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class Problem(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class Failure(BaseModel):
+    """The body of every error."""
+
+    error: Problem
+
+
+#: for the OpenAPI document
+RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": Failure}, "5XX": {"model": Failure}}
 
 
 class Refused(Exception):
@@ -23,8 +41,14 @@ class Refused(Exception):
 
 
 def body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    message, param = _encodable(message), None if param is None else _encodable(param)
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def _encodable(text: str) -> str:
+    """A client's own words may hold halves of surrogate pairs."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def refused(error: Exception) -> Refused:
@@ -37,6 +61,8 @@ def refused(error: Exception) -> Refused:
         return Refused(408, str(error) or "timeout: it passed before the answer was complete", "timeout")
     if isinstance(error, RemoteError):
         return Refused(502, str(error))
+    if isinstance(error, RankLost):
+        return Refused(503, str(error))
     if isinstance(error, (ValueError, TypeError)):
         return Refused(400, str(error))
     return Refused(500, f"{type(error).__name__}: {error}")
@@ -67,6 +93,9 @@ def install(app: FastAPI) -> None:
         message = f"{request.method} {request.url.path}: {error.detail}"
         return JSONResponse(body(error.status_code, message), error.status_code, error.headers)
 
-    @app.exception_handler(Exception)
     async def _failed(_: Request, error: Exception) -> JSONResponse:
         return response(refused(error))
+
+    # Those that are told to clients by a status of their own; any other is raised again behind its answer, and logged.
+    for kind in (ValueError, TypeError, QueueFull, RankLost, RemoteError, TimeoutError, Exception):
+        app.add_exception_handler(kind, _failed)

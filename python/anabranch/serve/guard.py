@@ -37,7 +37,7 @@ class Guard:
         most = self.settings.max_body
         message = f"the body is larger than this server takes ({most} bytes)"
         declared = headers.get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > most:
+        if not declared.isdigit() or len(declared) > 18 or int(declared) > most:
             return await errors.response(errors.Refused(413, message))(scope, receive, send)
         seen = 0
         begun = False

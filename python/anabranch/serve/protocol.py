@@ -13,7 +13,7 @@ Finite = Field(allow_inf_nan=False)
 class StreamOptions(BaseModel):
     """``threads``: deltas of all threads, not of the trunk alone (ours)."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool = False
     threads: bool = False
@@ -22,7 +22,7 @@ class StreamOptions(BaseModel):
 class Options(BaseModel):
     """What completions and chats have in common."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
     temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
@@ -97,7 +97,7 @@ class Completion(Options):
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(extra="allow")  # tool calls, names: for the chat template
+    model_config = ConfigDict(extra="allow", strict=True)  # tool calls, names: for the chat template
 
     role: str
     content: str | list[dict[str, Any]] | None = None
@@ -144,7 +144,7 @@ class Chat(Options):
 class Tokenize(BaseModel):
     """``POST /tokenize``."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
     prompt: str | None = None

@@ -110,6 +110,7 @@ class Text:
         """
         if isinstance(prompt, str):
             self._need_tokenizer(name)
+            check_characters(prompt, name)
             ids = self.tokenizer(prompt)["input_ids"]
         elif len(prompt) and all(isinstance(m, dict) for m in prompt):
             ids = self._chat_ids(list(prompt), name, dict(template or {}))
@@ -132,6 +133,8 @@ class Text:
                 raise ValueError(
                     f"{name}[{i}]: a chat message needs 'role' and 'content', got the keys {sorted(message)}"
                 )
+            for value in message.values():
+                check_characters(value, f"{name}[{i}]")
         if not takes_chats(self.tokenizer):
             raise ValueError(f"{name} is a chat, but the tokenizer has no chat template; pass a string or token ids")
         ends_open = chat[-1]["role"] == "assistant" and "add_generation_prompt" not in options
@@ -265,3 +268,21 @@ class Text:
             raise ValueError(
                 f"{name} needs a tokenizer, and the engine has none; pass token ids, or Engine(model, tokenizer)"
             )
+
+
+def check_characters(value: Any, name: str) -> None:
+    """ValueError for a text with half of a surrogate pair in it (``"\\ud800"`` in JSON), which is no character."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name}: character {error.start} is {value[error.start]!r}, half of a surrogate pair, which no text "
+                "can hold; leave it out, or send the whole pair"
+            ) from None
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            check_characters(part, name)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            check_characters(part, name)

@@ -11,6 +11,7 @@ from anabranch.engine.drafts.base import Proposer
 from anabranch.engine.drafts.model import ModelDrafts
 from anabranch.engine.drafts.ngram import NGramDrafts
 from anabranch.engine.drafts.siblings import SiblingDrafts
+from anabranch.runner.ranks import sharded
 
 if TYPE_CHECKING:
     from anabranch.engine.engine import Engine
@@ -22,6 +23,10 @@ def check_draft(draft: Any, engine: Engine) -> None:
     """ValueError for a draft model that cannot guess for the engine's: another vocabulary, device, or no decoder."""
     if isinstance(draft, str) or hasattr(draft, "propose"):
         return
+    if sharded(draft):
+        raise ValueError(
+            "DraftTree: draft is shared out among processes, and rank 0 alone guesses; load it whole, on rank 0"
+        )
     rows = int(draft.get_input_embeddings().weight.shape[0])
     if rows != engine.vocab_size:
         raise ValueError(

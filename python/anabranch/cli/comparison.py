@@ -63,18 +63,20 @@ PRESETS = {
     "full": Preset(
         MODELS,
         (
-            "plain", "threadweaver", "sequential(threadweaver)", "self-consistency(n=4,vote=line)",
-            "self-consistency(n=8,vote=line)", "self-consistency(n=8,vote=line,early_stop=true)",
-            "self-consistency(n=8)", "entropy-fork(vote=line)", "entropy-fork(vote=line,min_confidence=4)",
-            "entropy-fork(look_ahead=16)", "skeleton-of-thought", "aspects",
+            "plain", "threadweaver", "sequential(threadweaver)", "self-consistency(n=4,vote=line)", "best-of-n(n=4)",
+            "deepconf(n=4,warmup=2,window=16,vote=line)",
+            "parallel-probe(n=4,every=32,probe=' So the answer is',probe_tokens=8,stable=2,warmup=2,vote=line)",
+            "entropy-fork(vote=line)", "beam-search(width=4)",
+            "tree-of-thoughts(propose=2,keep=1,thought_tokens=32)", "aspects", "skeleton-of-thought",
+            "pacore(answer_tokens=64)", "hogwild(workers=2,tokens=64)",
         ),
         (
-            "multiplication", "leg_counting", "products(max_digits=2)", "chain_sum(max_digits=2,max_terms=3)",
-            "letter_counting", "spell_backward(max_word_len=5)", "number_filtering", "base_conversion",
-            "prime_factorization(max_value=100)", "countdown", "needle_haystack(max_num_statements=20)", "word_sorting",
-            "time_intervals",
+            "multiplication", "leg_counting(min_animals=2,max_animals=2)", "chain_sum(max_digits=2,max_terms=3)",
+            "products(max_digits=2)", "letter_counting", "spell_backward(max_word_len=5)",
+            "number_filtering(max_numbers=5)", "prime_factorization(max_value=100)",
+            "needle_haystack(max_num_statements=20)", "word_sorting(max_words=5)",
         ),
-        problems=20, seeds=3, max_new_tokens=512, budget=None,
+        problems=5, seeds=3, max_new_tokens=160, budget=None,
     ),
 }  # fmt: skip
 
@@ -184,7 +186,9 @@ def _engine(name: str, options: Options) -> tuple[str, Callable[[], Any]]:
         import anabranch as ab
 
         model, tokenizer, _ = load_model(name, options.dtype)
-        return ab.Engine(model, tokenizer)
+        # Eager from the first problem to the last: "auto" would begin to compile in mid-run, and seconds before and
+        # after would not be comparable.
+        return ab.Engine(model, tokenizer, compile=False)
 
     def remote() -> Any:
         import anabranch as ab

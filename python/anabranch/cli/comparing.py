@@ -40,6 +40,7 @@ def strategies(
     epilog=examples(
         "anabranch compare --preset quick",
         "anabranch compare --preset full --store full.sqlite --plots docs",
+        "anabranch compare --preset context-rot --store rot.sqlite --plots docs",
         "anabranch compare --models smollm2 --strategies plain,'self-consistency(n=4,vote=line)' --tasks chain_sum "
         "--problems 20",
         "anabranch compare --models ./my-model --strategies plain,threadweaver --tasks my.jsonl --budget 20000tok",
@@ -47,7 +48,9 @@ def strategies(
 )
 @command
 def compare(
-    preset: Annotated[str, typer.Option(metavar="NAME", help="quick (under ten minutes) or full.")] = "quick",
+    preset: Annotated[
+        str, typer.Option(metavar="NAME", help="quick (under ten minutes), full, or context-rot.")
+    ] = "quick",
     store: Annotated[
         Path, typer.Option("--store", metavar="FILE", help="The results; the same command goes on from there.")
     ] = Path("anabranch-compare.sqlite"),

@@ -78,6 +78,17 @@ PRESETS = {
         ),
         problems=5, seeds=3, max_new_tokens=160, budget=None,
     ),
+    # Accuracy against the length of irrelevant context: all of it in view, each passage in a thread of its own, and
+    # passage after passage discarded for a summary.
+    "context-rot": Preset(
+        ("smollm2-adaptive", "smollm2"),
+        (
+            "plain", "threadweaver", "select-passages", "select-passages(threadweaver)", "running-summary",
+            "running-summary(threadweaver)",
+        ),
+        tuple(f"buried({task},filler={words})" for words in (0, 75, 250, 750) for task in ("whereabouts", "bills")),
+        problems=8, seeds=1, max_new_tokens=192, budget=None,
+    ),
 }  # fmt: skip
 
 
@@ -103,7 +114,7 @@ def run(options: Options) -> None:
     except ValueError as error:
         raise Mistake(str(error), USAGE) from None
     _, err = consoles()
-    facts = {"machine": machine_note(), "dtype": options.dtype, "preset": options.preset}
+    facts: dict[str, Any] = {"machine": machine_note(), "dtype": options.dtype, "preset": options.preset}
     tokens = options.max_new_tokens or preset.max_new_tokens
     with comparison.Store(options.store) as store:
         if options.retry_errors and (dropped := store.forget_errors()):
@@ -120,9 +131,10 @@ def run(options: Options) -> None:
                     f"{len(store.rows())} results are in {options.store}; the same command goes on from there"
                 ) from None
         found = comparison.cells(store.rows(), outcome.keys)
+        runs = store.runs()
     drawn = plots.save_plots(found, options.plots) if options.plots is not None else []
     if options.as_json:
-        print(json.dumps(_report(options, outcome, found, facts, drawn), ensure_ascii=False))
+        print(json.dumps(_report(options, outcome, found, runs, drawn), ensure_ascii=False))
     else:
         _show(options, outcome, found, facts, drawn)
 
@@ -215,9 +227,9 @@ def _bar(console: Console, shown: bool) -> AbstractContextManager[Callable[[str,
 
 
 def _report(
-    options: Options, outcome: Outcome, found: list[Cell], facts: dict[str, Any], drawn: list[Path]
+    options: Options, outcome: Outcome, found: list[Cell], runs: list[dict[str, Any]], drawn: list[Path]
 ) -> dict[str, Any]:
-    """``--json``."""
+    """``--json``. runs: the facts of every call that wrote to the store, this one's last."""
     import anabranch as ab
     from anabranch.evaluation.comparison.summary import ALL
 
@@ -228,7 +240,7 @@ def _report(
         "cells": [cell.as_dict() for cell in found if cell.task != ALL],
         "totals": [cell.as_dict() for cell in found if cell.task == ALL],
         "skipped": [vars(skip) for skip in outcome.skipped], "plots": [str(path) for path in drawn],
-        "machine": {"note": facts["machine"]},
+        "machine": {"note": runs[-1]["machine"]}, "runs": runs,
     }  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from anabranch.errors import RemoteError
+from anabranch.evaluation.comparison.items import Item
 from anabranch.evaluation.comparison.store import Key, Row, Store
-from anabranch.evaluation.comparison.tasks import Item, Task
+from anabranch.evaluation.comparison.tasks import Task
 from anabranch.strategies import Plain, Strategy, registry
 from anabranch.text.prompts import takes_chats
 

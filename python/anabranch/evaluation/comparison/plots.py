@@ -1,4 +1,4 @@
-"""Plots of a comparison: accuracy by task, and accuracy against what it costs."""
+"""Plots of a comparison: accuracy by task, against what it costs, and against the length of irrelevant context."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from anabranch.evaluation.comparison.buried import buried_of
 from anabranch.evaluation.comparison.summary import ALL, Cell
 
 __all__ = ["require_matplotlib", "save_plots"]
@@ -21,6 +22,8 @@ def require_matplotlib() -> None:
 
 def save_plots(found: Sequence[Cell], folder: str | os.PathLike[str], kind: str = "svg") -> list[Path]:
     """Write ``compare-accuracy`` and ``compare-cost`` into `folder`, which is made if need be; their paths.
+
+    Where a task is there with several lengths of filler (``buried(TASK,filler=…)``), ``compare-context`` as well.
 
     kind: "svg", "png" or "pdf".
 
@@ -57,7 +60,59 @@ def save_plots(found: Sequence[Cell], folder: str | os.PathLike[str], kind: str 
         path = folder / f"compare-{name}.{kind}"
         figure.savefig(path)
         paths.append(path)
+    if panels := _buried_panels(judged):
+        paths.append(_save_context(panels, folder / f"compare-context.{kind}"))
     return paths
+
+
+Panels = dict[tuple[str, str], dict[str, list[tuple[int, Cell]]]]
+
+
+def _buried_panels(judged: Sequence[Cell]) -> Panels:
+    """For each model and task with several lengths of filler: each strategy's cells, by words of filler."""
+    panels: Panels = {}
+    for cell in judged:
+        if (found := buried_of(cell.task)) is not None:
+            task, words = found
+            panels.setdefault((cell.model, task), {}).setdefault(cell.strategy, []).append((words, cell))
+    for lines in panels.values():
+        for line in lines.values():
+            line.sort(key=lambda point: point[0])
+    return {panel: lines for panel, lines in panels.items() if len({w for line in lines.values() for w, _ in line}) > 1}
+
+
+def _save_context(panels: Panels, path: Path) -> Path:
+    """One column a model and task: right answers, and below them the longest context that any thread saw."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(panels), 6.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    columns = figure.subplots(2, len(panels), squeeze=False, sharex="col", height_ratios=(3, 2)).T
+    strategies = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    shown: dict[str, Any] = {}
+    for (top, bottom), ((model, task), lines) in zip(columns, panels.items(), strict=True):
+        lengths = sorted({words for line in lines.values() for words, _ in line})
+        for strategy, line in lines.items():
+            number = strategies.index(strategy)
+            x = [lengths.index(words) + 0.05 * (number - (len(strategies) - 1) / 2) for words, _ in line]
+            bars = [list(side) for side in zip(*(_error(cell) for _, cell in line), strict=True)]
+            looks: dict[str, Any] = {"color": f"C{number}", "marker": "o", "markersize": 4}
+            accuracy = [cell.accuracy for _, cell in line]
+            shown[strategy] = top.errorbar(x, accuracy, yerr=bars, capsize=2, elinewidth=0.8, **looks)
+            bottom.plot(x, [cell.longest_context for _, cell in line], **looks)
+        top.set_title(f"{model}: {task}", fontsize="medium")
+        top.set_ylim(-0.03, 1.04)
+        top.set_ylabel("right, with 95 % intervals")
+        bottom.set_ylabel("longest context, tokens")
+        bottom.set_ylim(bottom=0)
+        bottom.set_xticks(range(len(lengths)), lengths)
+        bottom.set_xlabel("words that have nothing to do with the problem")
+        for axes in (top, bottom):
+            axes.yaxis.grid(True, alpha=0.3)
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=3, fontsize="small")
+    figure.savefig(path)
+    return path
 
 
 def _added(handles: list[Any], labels: list[str], more: Any) -> tuple[list[Any], list[str]]:

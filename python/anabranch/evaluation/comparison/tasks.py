@@ -11,7 +11,6 @@ import ast
 import difflib
 import random
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -129,7 +128,7 @@ def given_answer(text: str) -> str:
     return found.strip().rstrip(".").strip()
 
 
-OURS: dict[str, Callable[..., Task]] = {
+OURS: dict[str, type[Any]] = {
     "multiplication": MultiplicationTask, "bills": BillsTask, "whereabouts": WhereaboutsTask,
 }  # fmt: skip
 
@@ -187,7 +186,8 @@ def _ours(text: str, name: str, options: dict[str, Any]) -> Task:
     if unknown := [option for option in options if option not in takes]:
         what = f"pass {', '.join(f'{option}=NUMBER' for option in takes)}" if takes else "it takes none"
         raise ValueError(f"task {text!r}: no option {unknown[0]!r}; {what}")
-    return OURS[name](**options)
+    task: Task = OURS[name](**options)
+    return task
 
 
 def _buried(text: str, inside: str) -> BuriedTask:

@@ -66,7 +66,10 @@ def compare(
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help="Of reasoning-gym, multiplication, or .jsonl files of prompt and answer."),
+        typer.Option(
+            metavar="A,B",
+            help="Of reasoning-gym; multiplication, bills, whereabouts, buried(TASK,filler=N); .jsonl files.",
+        ),
     ] = None,
     problems: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of each task, for each seed.")] = None,
     seeds: Annotated[
@@ -78,6 +81,9 @@ def compare(
     max_new_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Most tokens sampled one after another.")
     ] = None,
+    batch: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Answers under way at a time: faster, but seconds are of company.")
+    ] = 1,
     plots: Annotated[
         Path | None, typer.Option("--plots", metavar="FOLDER", help="Write compare-accuracy.svg and compare-cost.svg.")
     ] = None,
@@ -104,7 +110,7 @@ def compare(
     body.run(
         body.Options(
             preset=preset, store=store, models=models, strategies=strategies, tasks=tasks, problems=problems,
-            seeds=seeds, budget=budget, max_new_tokens=max_new_tokens, plots=plots, retry_errors=retry_errors,
-            url=url, api_key=api_key, dtype=dtype.value, as_json=json,
+            seeds=seeds, budget=budget, max_new_tokens=max_new_tokens, batch=batch, plots=plots,
+            retry_errors=retry_errors, url=url, api_key=api_key, dtype=dtype.value, as_json=json,
         )
     )  # fmt: skip

@@ -32,6 +32,7 @@ class Options:
     seeds: int | None = None
     budget: str | None = None
     max_new_tokens: int | None = None
+    batch: int = 1
     plots: Path | None = None
     retry_errors: bool = False
     dtype: str = "auto"
@@ -101,6 +102,8 @@ def run(options: Options) -> None:
     if preset is None:
         raise Mistake(f"--preset {options.preset!r}: expected one of {', '.join(PRESETS)}", USAGE)
     strategies = _parts("--strategies", options.strategies) or preset.strategies
+    if options.url is not None and options.batch > 1:
+        raise Mistake("--batch with --url: problems go to a server one at a time; leave --batch out", USAGE)
     if options.url is not None and options.models is None:
         raise Mistake("--url: name the tokenizer of the server's model with --models", USAGE)
     models = _models(_parts("--models", options.models), preset)
@@ -124,7 +127,7 @@ def run(options: Options) -> None:
                 outcome = comparison.compare(
                     dict(_engine(name, options) for name in models), strategies, tasks, store,
                     problems=options.problems or preset.problems, seeds=range(options.seeds or preset.seeds),
-                    budget=budget, max_new_tokens=tokens, facts=facts, report=report,
+                    budget=budget, max_new_tokens=tokens, batch=options.batch, facts=facts, report=report,
                 )  # fmt: skip
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(
@@ -260,6 +263,7 @@ def _show(options: Options, outcome: Outcome, found: list[Cell], facts: dict[str
         out.print(f"{path} written", style="dim", markup=False)
     lines = (
         "right: with 95 % Wilson intervals; tokens, critical path and seconds: a problem; context and pages: the most",
+        *((f"seconds: with {options.batch} answers under way at a time",) if options.batch > 1 else ()),
         f"{outcome.new} results are new, {outcome.there} were in {options.store}; {facts['machine']}",
     )
     for line in lines:

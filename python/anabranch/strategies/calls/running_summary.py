@@ -37,6 +37,12 @@ class RunningSummary(Strategy):
 
     An empty summary is counted as malformed, and the one before it stays. A prompt without a passage before its
     question is answered as it is.
+
+    >>> report = "It rained on Monday. Ana signed the report. The mill is old."
+    >>> notes = ab.RunningSummary(passage_words=5, summary_tokens=8)
+    >>> result = engine.generate(f"{report} Who signed it?", strategy=notes, max_new_tokens=8)
+    >>> len(result.answers)  # a summary a passage
+    3
     """
 
     strategy: Strategy | None = None

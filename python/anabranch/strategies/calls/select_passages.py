@@ -30,7 +30,11 @@ class SelectPassages(Strategy):
     question: regular expression of what is asked, from its last match on to the prompt's end; None: the prompt's last
         line, or, where it is one line, its last sentence.
 
-    >>> engine.generate(f"{report}\\n\\nWho signed it?", strategy=ab.SelectPassages())
+    >>> report = "It rained on Monday. Ana signed the report. The mill is old."
+    >>> select = ab.SelectPassages(passage_words=5)
+    >>> result = engine.generate(f"{report} Who signed it?", strategy=select, max_new_tokens=8)
+    >>> 1 <= len(result.answers) <= 3  # of three passages
+    True
     """
 
     strategy: Strategy | None = None

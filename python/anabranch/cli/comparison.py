@@ -88,7 +88,7 @@ PRESETS = {
             "running-summary(threadweaver)",
         ),
         tuple(f"buried({task},filler={words})" for words in (0, 75, 250, 750) for task in ("whereabouts", "bills")),
-        problems=8, seeds=1, max_new_tokens=192, budget=None,
+        problems=8, seeds=1, max_new_tokens=320, budget=None,
     ),
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -44,7 +45,9 @@ def save_plots(found: Sequence[Cell], folder: str | os.PathLike[str], kind: str 
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, draw, width in (("accuracy", _accuracy, 7.0), ("cost", _cost, 5.0)):
-        figure = Figure(figsize=(width * len(models), 4.2), layout="constrained")
+        wide = width * len(models)
+        ncols = _columns(strategies, wide)
+        figure = Figure(figsize=(wide, 4.2 + 0.18 * math.ceil(len(strategies) / ncols)), layout="constrained")
         FigureCanvasAgg(figure)
         for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
             draw(axes, [cell for cell in judged if cell.model == model], strategies)
@@ -56,7 +59,7 @@ def save_plots(found: Sequence[Cell], folder: str | os.PathLike[str], kind: str 
         for axes in figure.axes[1:]:
             more = zip(*axes.get_legend_handles_labels(), strict=True)
             handles, labels = _added(handles, labels, more)
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
+        figure.legend(handles, labels, loc="outside lower center", ncols=ncols, fontsize="small")
         path = folder / f"compare-{name}.{kind}"
         figure.savefig(path)
         paths.append(path)
@@ -97,7 +100,7 @@ def _save_context(panels: Panels, path: Path) -> Path:
             number = strategies.index(strategy)
             x = [lengths.index(words) + 0.05 * (number - (len(strategies) - 1) / 2) for words, _ in line]
             bars = [list(side) for side in zip(*(_error(cell) for _, cell in line), strict=True)]
-            looks: dict[str, Any] = {"color": f"C{number}", "marker": "o", "markersize": 4}
+            looks: dict[str, Any] = {"color": _colour(number, len(strategies)), "marker": "o", "markersize": 4}
             accuracy = [cell.accuracy for _, cell in line]
             shown[strategy] = top.errorbar(x, accuracy, yerr=bars, capsize=2, elinewidth=0.8, **looks)
             bottom.plot(x, [cell.longest_context for _, cell in line], **looks)
@@ -110,9 +113,22 @@ def _save_context(panels: Panels, path: Path) -> Path:
         bottom.set_xlabel("words that have nothing to do with the problem")
         for axes in (top, bottom):
             axes.yaxis.grid(True, alpha=0.3)
-    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=3, fontsize="small")
+    ncols = _columns(strategies, 5.2 * len(panels))
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=ncols, fontsize="small")
     figure.savefig(path)
     return path
+
+
+def _columns(labels: Sequence[str], inches: float) -> int:
+    """Columns of a legend that fit: about 5 points a character, 40 for the mark and the gap."""
+    return max(1, min(3, int(inches * 72 / (5 * max(map(len, labels)) + 40))))
+
+
+def _colour(number: int, of: int) -> Any:
+    """Of strategy `number`: told apart up to twenty."""
+    from matplotlib import colormaps
+
+    return f"C{number}" if of <= 10 else colormaps["tab20"](number % 20)
 
 
 def _added(handles: list[Any], labels: list[str], more: Any) -> tuple[list[Any], list[str]]:
@@ -137,8 +153,8 @@ def _accuracy(axes: Any, mine: Sequence[Cell], strategies: Sequence[str]) -> Non
             x = [tasks.index(cell.task) + (number - (len(strategies) - 1) / 2) * width for cell in some]
             errors = [list(side) for side in zip(*map(_error, some), strict=True)]
             axes.bar(
-                x, [cell.accuracy for cell in some], width, yerr=errors, label=strategy, color=f"C{number}",
-                error_kw={"elinewidth": 0.8, "alpha": 0.7},
+                x, [cell.accuracy for cell in some], width, yerr=errors, label=strategy,
+                color=_colour(number, len(strategies)), error_kw={"elinewidth": 0.8, "alpha": 0.7},
             )  # fmt: skip
     axes.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right", fontsize="small")
     axes.set_ylabel("right, with 95 % intervals")
@@ -150,10 +166,13 @@ def _cost(axes: Any, mine: Sequence[Cell], strategies: Sequence[str]) -> None:
             number = strategies.index(cell.strategy)
             axes.errorbar(
                 cell.critical_path_tokens, cell.accuracy, yerr=[[side] for side in _error(cell)], fmt="o",
-                color=f"C{number}", label=cell.strategy, capsize=2, elinewidth=0.8,
+                color=_colour(number, len(strategies)), label=cell.strategy, capsize=2, elinewidth=0.8,
             )  # fmt: skip
             axes.plot(
-                [cell.critical_path_tokens, cell.total_tokens], [cell.accuracy] * 2, color=f"C{number}", alpha=0.35
+                [cell.critical_path_tokens, cell.total_tokens],
+                [cell.accuracy] * 2,
+                color=_colour(number, len(strategies)),
+                alpha=0.35,
             )
     axes.set_xlabel("tokens a problem: critical path (dot) to all (end of the line)")
     axes.set_ylabel("right over all tasks")

@@ -65,6 +65,8 @@ _HOME = {
     "EntropyFork": "strategies",
     "LeaP": "strategies",
     "PaCoRe": "strategies",
+    "RunningSummary": "strategies",
+    "SelectPassages": "strategies",
     "ParaThinker": "strategies",
     "ParallelR1": "strategies",
     "MedVerse": "strategies",

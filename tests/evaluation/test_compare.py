@@ -99,6 +99,47 @@ def test_an_answer_is_that_of_the_engine_alone():
     assert plain.text == want.text and plain.metrics["total_tokens"] == want.metrics.total_tokens
 
 
+def test_several_at_a_time_are_the_same_answers_and_other_results(tmp_path):
+    with Store(tmp_path / "r.sqlite") as store:
+        run(store)
+        alone = {row.key[:5]: (row.text, row.score) for row in store.rows()}
+        many = run(store, batch=5, tasks=[Words(broken=(1,))])
+        assert (many.new, many.there) == (12, 0) and json.loads(many.settings)["batch"] == 5
+        rows = [row for row in store.rows() if row.key.settings == many.settings]
+        assert {row.key[:5]: row.text for row in rows} == {key: text for key, (text, _) in alone.items()}
+        assert sum(row.error is not None for row in rows) == 4
+        assert run(store, batch=5).new == 0
+
+
+def test_several_at_a_time_end_with_what_ends_the_run(monkeypatch):
+    one = engine()
+    with Store(None) as store, pytest.raises(KeyboardInterrupt):
+        run(store, batch=4, engines={"tiny": lambda: one}, report=interrupt_at(7), max_new_tokens=20)
+    one.clear_prefix_cache()
+    assert one.cache.usage().pages_free == 200
+    with pytest.raises(ValueError, match="batch=2: Alone answers one problem at a time"):
+        run(Store(None), batch=2, engines={"tiny": Alone})
+    with pytest.raises(ValueError, match="batch"):
+        run(Store(None), batch=0)
+
+
+class Alone:
+    """An engine that has no `add`."""
+
+    tokenizer = byte_tokenizer()
+
+
+def interrupt_at(count: int):
+    calls = []
+
+    def report(*_: object) -> None:
+        calls.append(0)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+
+    return report
+
+
 def test_other_spellings_of_a_strategy_are_the_same_one():
     with Store(None) as store:
         run(store)

@@ -148,20 +148,45 @@ def run(
         out.print(f"\n{machine_note()}; {kinds}", style="dim")
 
 
-def _engine(name: str, dtype: str) -> tuple[Any, str]:
-    import anabranch as ab
+def show_in_browser(
+    shown: Sequence[Case], port: int, *, sequential: bool, max_new_tokens: int, seed: int, dtype: str
+) -> None:
+    """The cases of the first one's model, on the live page."""
+    from anabranch.cli import web
+
+    name = shown[0].model
+
+    def of(tokenizer: Any) -> list[Any]:
+        from anabranch.serve.demo import Shown
+
+        _check_tags(name, tokenizer)
+        options = {
+            "strategy": _strategy(sequential), "max_new_tokens": max_new_tokens, "seed": seed, "do_sample": False,
+        }  # fmt: skip
+        return [Shown(case.prompt, _asked(tokenizer, case), options) for case in shown if case.model == name]
+
+    web.run(name, dtype, port, of)
+
+
+def _check_tags(name: str, tokenizer: Any) -> None:
     from anabranch.cli.evaluate import strategy_for
 
-    model, tokenizer, kind = load_model(name, dtype)
     if strategy_for(tokenizer) is None:
         raise Mistake(f"--model {name!r}: ThreadWeaver's tags are not single tokens of its vocabulary")
+
+
+def _engine(name: str, dtype: str) -> tuple[Any, str]:
+    import anabranch as ab
+
+    model, tokenizer, kind = load_model(name, dtype)
+    _check_tags(name, tokenizer)
     return ab.Engine(model, tokenizer), str(kind).removeprefix("torch.")
 
 
-def _asked(engine: Any, case: Case) -> Any:
+def _asked(tokenizer: Any, case: Case) -> Any:
     from anabranch.text.prompts import takes_chats
 
-    return [{"role": "user", "content": case.prompt}] if takes_chats(engine.tokenizer) else case.prompt
+    return [{"role": "user", "content": case.prompt}] if takes_chats(tokenizer) else case.prompt
 
 
 def _strategy(sequential: bool) -> Any:
@@ -187,7 +212,7 @@ def _tell(
     from anabranch.viz.terminal import tell
 
     stream = engine.stream(
-        _asked(engine, case),
+        _asked(engine.tokenizer, case),
         strategy=_strategy(sequential),
         max_new_tokens=most,
         seed=seed,
@@ -215,7 +240,11 @@ def _time(engine: Any, case: Case, most: int, seed: int, patience: float = 4.0) 
     def run(sequential: bool, most: int) -> float:
         start = time.perf_counter()
         engine.generate(
-            _asked(engine, case), strategy=_strategy(sequential), max_new_tokens=most, seed=seed, do_sample=False
+            _asked(engine.tokenizer, case),
+            strategy=_strategy(sequential),
+            max_new_tokens=most,
+            seed=seed,
+            do_sample=False,
         )
         return time.perf_counter() - start
 

@@ -117,6 +117,10 @@ def demo(
     compare: Annotated[
         bool, _flag("--compare/--no-compare", help="Time it once more: forked and sequential (lead-ins: generate).")
     ] = True,
+    web: Annotated[bool, _flag("--web", help="Show the tree as it grows, in a browser.")] = False,
+    port: Annotated[
+        int, typer.Option(metavar="N", min=0, max=65535, show_default="a free one", help="Of the page of --web.")
+    ] = 0,
     save: SaveOption = None,
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
@@ -136,7 +140,7 @@ def demo(
     body.choose(
         prompt=prompt, model=model, branches=branches, header=header, sequential=sequential, seed=seed,
         max_new_tokens=max_new_tokens, branch_tokens=branch_tokens, compare=compare, save=save, dtype=dtype.value,
-        as_json=json, strategy=strategy,
+        as_json=json, strategy=strategy, port=port if web else None,
     )  # fmt: skip
 
 

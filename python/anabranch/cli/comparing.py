@@ -40,6 +40,7 @@ def strategies(
     epilog=examples(
         "anabranch compare --preset quick",
         "anabranch compare --preset full --store full.sqlite --plots docs",
+        "anabranch compare --preset context-rot --store rot.sqlite --plots docs",
         "anabranch compare --models smollm2 --strategies plain,'self-consistency(n=4,vote=line)' --tasks chain_sum "
         "--problems 20",
         "anabranch compare --models ./my-model --strategies plain,threadweaver --tasks my.jsonl --budget 20000tok",
@@ -47,7 +48,9 @@ def strategies(
 )
 @command
 def compare(
-    preset: Annotated[str, typer.Option(metavar="NAME", help="quick (under ten minutes) or full.")] = "quick",
+    preset: Annotated[
+        str, typer.Option(metavar="NAME", help="quick (under ten minutes), full, or context-rot.")
+    ] = "quick",
     store: Annotated[
         Path, typer.Option("--store", metavar="FILE", help="The results; the same command goes on from there.")
     ] = Path("anabranch-compare.sqlite"),
@@ -63,7 +66,10 @@ def compare(
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help="Of reasoning-gym, multiplication, or .jsonl files of prompt and answer."),
+        typer.Option(
+            metavar="A,B",
+            help="Of reasoning-gym; multiplication, bills, whereabouts, buried(TASK,filler=N); .jsonl files.",
+        ),
     ] = None,
     problems: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of each task, for each seed.")] = None,
     seeds: Annotated[
@@ -75,6 +81,9 @@ def compare(
     max_new_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Most tokens sampled one after another.")
     ] = None,
+    batch: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Answers under way at a time: faster, but seconds are of company.")
+    ] = 1,
     plots: Annotated[
         Path | None, typer.Option("--plots", metavar="FOLDER", help="Write compare-accuracy.svg and compare-cost.svg.")
     ] = None,
@@ -101,7 +110,7 @@ def compare(
     body.run(
         body.Options(
             preset=preset, store=store, models=models, strategies=strategies, tasks=tasks, problems=problems,
-            seeds=seeds, budget=budget, max_new_tokens=max_new_tokens, plots=plots, retry_errors=retry_errors,
-            url=url, api_key=api_key, dtype=dtype.value, as_json=json,
+            seeds=seeds, budget=budget, max_new_tokens=max_new_tokens, batch=batch, plots=plots,
+            retry_errors=retry_errors, url=url, api_key=api_key, dtype=dtype.value, as_json=json,
         )
     )  # fmt: skip

@@ -32,6 +32,7 @@ class Options:
     seeds: int | None = None
     budget: str | None = None
     max_new_tokens: int | None = None
+    batch: int = 1
     plots: Path | None = None
     retry_errors: bool = False
     dtype: str = "auto"
@@ -63,18 +64,31 @@ PRESETS = {
     "full": Preset(
         MODELS,
         (
-            "plain", "threadweaver", "sequential(threadweaver)", "self-consistency(n=4,vote=line)",
-            "self-consistency(n=8,vote=line)", "self-consistency(n=8,vote=line,early_stop=true)",
-            "self-consistency(n=8)", "entropy-fork(vote=line)", "entropy-fork(vote=line,min_confidence=4)",
-            "entropy-fork(look_ahead=16)", "skeleton-of-thought", "aspects",
+            "plain", "threadweaver", "sequential(threadweaver)", "self-consistency(n=4,vote=line)", "best-of-n(n=4)",
+            "deepconf(n=4,warmup=2,window=16,vote=line)",
+            "parallel-probe(n=4,every=32,probe=' So the answer is',probe_tokens=8,stable=2,warmup=2,vote=line)",
+            "entropy-fork(vote=line)", "beam-search(width=4)",
+            "tree-of-thoughts(propose=2,keep=1,thought_tokens=32)", "aspects", "skeleton-of-thought",
+            "pacore(answer_tokens=64)", "hogwild(workers=2,tokens=64)",
         ),
         (
-            "multiplication", "leg_counting", "products(max_digits=2)", "chain_sum(max_digits=2,max_terms=3)",
-            "letter_counting", "spell_backward(max_word_len=5)", "number_filtering", "base_conversion",
-            "prime_factorization(max_value=100)", "countdown", "needle_haystack(max_num_statements=20)", "word_sorting",
-            "time_intervals",
+            "multiplication", "leg_counting(min_animals=2,max_animals=2)", "chain_sum(max_digits=2,max_terms=3)",
+            "products(max_digits=2)", "letter_counting", "spell_backward(max_word_len=5)",
+            "number_filtering(max_numbers=5)", "prime_factorization(max_value=100)",
+            "needle_haystack(max_num_statements=20)", "word_sorting(max_words=5)",
         ),
-        problems=20, seeds=3, max_new_tokens=512, budget=None,
+        problems=5, seeds=3, max_new_tokens=160, budget=None,
+    ),
+    # Accuracy against the length of irrelevant context: all of it in view, each passage in a thread of its own, and
+    # passage after passage discarded for a summary.
+    "context-rot": Preset(
+        ("smollm2-adaptive", "smollm2"),
+        (
+            "plain", "threadweaver", "select-passages", "select-passages(threadweaver)", "running-summary",
+            "running-summary(threadweaver)",
+        ),
+        tuple(f"buried({task},filler={words})" for words in (0, 75, 250, 750) for task in ("whereabouts", "bills")),
+        problems=8, seeds=1, max_new_tokens=320, budget=None,
     ),
 }  # fmt: skip
 
@@ -88,6 +102,8 @@ def run(options: Options) -> None:
     if preset is None:
         raise Mistake(f"--preset {options.preset!r}: expected one of {', '.join(PRESETS)}", USAGE)
     strategies = _parts("--strategies", options.strategies) or preset.strategies
+    if options.url is not None and options.batch > 1:
+        raise Mistake("--batch with --url: problems go to a server one at a time; leave --batch out", USAGE)
     if options.url is not None and options.models is None:
         raise Mistake("--url: name the tokenizer of the server's model with --models", USAGE)
     models = _models(_parts("--models", options.models), preset)
@@ -101,7 +117,7 @@ def run(options: Options) -> None:
     except ValueError as error:
         raise Mistake(str(error), USAGE) from None
     _, err = consoles()
-    facts = {"machine": machine_note(), "dtype": options.dtype, "preset": options.preset}
+    facts: dict[str, Any] = {"machine": machine_note(), "dtype": options.dtype, "preset": options.preset}
     tokens = options.max_new_tokens or preset.max_new_tokens
     with comparison.Store(options.store) as store:
         if options.retry_errors and (dropped := store.forget_errors()):
@@ -111,16 +127,17 @@ def run(options: Options) -> None:
                 outcome = comparison.compare(
                     dict(_engine(name, options) for name in models), strategies, tasks, store,
                     problems=options.problems or preset.problems, seeds=range(options.seeds or preset.seeds),
-                    budget=budget, max_new_tokens=tokens, facts=facts, report=report,
+                    budget=budget, max_new_tokens=tokens, batch=options.batch, facts=facts, report=report,
                 )  # fmt: skip
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(
                     f"{len(store.rows())} results are in {options.store}; the same command goes on from there"
                 ) from None
         found = comparison.cells(store.rows(), outcome.keys)
+        runs = store.runs()
     drawn = plots.save_plots(found, options.plots) if options.plots is not None else []
     if options.as_json:
-        print(json.dumps(_report(options, outcome, found, facts, drawn), ensure_ascii=False))
+        print(json.dumps(_report(options, outcome, found, runs, drawn), ensure_ascii=False))
     else:
         _show(options, outcome, found, facts, drawn)
 
@@ -184,7 +201,9 @@ def _engine(name: str, options: Options) -> tuple[str, Callable[[], Any]]:
         import anabranch as ab
 
         model, tokenizer, _ = load_model(name, options.dtype)
-        return ab.Engine(model, tokenizer)
+        # Eager from the first problem to the last: "auto" would begin to compile in mid-run, and seconds before and
+        # after would not be comparable.
+        return ab.Engine(model, tokenizer, compile=False)
 
     def remote() -> Any:
         import anabranch as ab
@@ -211,9 +230,9 @@ def _bar(console: Console, shown: bool) -> AbstractContextManager[Callable[[str,
 
 
 def _report(
-    options: Options, outcome: Outcome, found: list[Cell], facts: dict[str, Any], drawn: list[Path]
+    options: Options, outcome: Outcome, found: list[Cell], runs: list[dict[str, Any]], drawn: list[Path]
 ) -> dict[str, Any]:
-    """``--json``."""
+    """``--json``. runs: the facts of every call that wrote to the store, this one's last."""
     import anabranch as ab
     from anabranch.evaluation.comparison.summary import ALL
 
@@ -224,7 +243,7 @@ def _report(
         "cells": [cell.as_dict() for cell in found if cell.task != ALL],
         "totals": [cell.as_dict() for cell in found if cell.task == ALL],
         "skipped": [vars(skip) for skip in outcome.skipped], "plots": [str(path) for path in drawn],
-        "machine": {"note": facts["machine"]},
+        "machine": {"note": runs[-1]["machine"]}, "runs": runs,
     }  # fmt: skip
 
 
@@ -244,6 +263,7 @@ def _show(options: Options, outcome: Outcome, found: list[Cell], facts: dict[str
         out.print(f"{path} written", style="dim", markup=False)
     lines = (
         "right: with 95 % Wilson intervals; tokens, critical path and seconds: a problem; context and pages: the most",
+        *((f"seconds: with {options.batch} answers under way at a time",) if options.batch > 1 else ()),
         f"{outcome.new} results are new, {outcome.there} were in {options.store}; {facts['machine']}",
     )
     for line in lines:

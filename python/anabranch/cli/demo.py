@@ -6,6 +6,7 @@ Models that decide themselves are shown in `anabranch.cli.adaptive`.
 
 from __future__ import annotations
 
+import functools
 import json
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -77,10 +78,16 @@ def headers(branches: int | None, own: list[str] | None) -> tuple[str, ...]:
 def choose(
     *, prompt: str | None, model: str | None, branches: int | None, header: list[str] | None, sequential: bool,
     seed: int, max_new_tokens: int | None, branch_tokens: int, compare: bool, save: Path | None, dtype: str,
-    as_json: bool, strategy: str | None = None,
+    as_json: bool, strategy: str | None = None, port: int | None = None,
 ) -> None:  # fmt: skip
-    """Lead-ins where they are asked for, or where the model does not know the tags; else the model decides."""
+    """Lead-ins where they are asked for, or where the model does not know the tags; else the model decides.
+
+    port: None shows it in the terminal, a number in a browser (0: a free port).
+    """
     check_save(save)
+    if port is not None and (as_json or save is not None):
+        raise Mistake("--web with --json or --save: leave those out; `anabranch generate` has them, too", USAGE)
+    show = run if port is None else functools.partial(_show_in_browser, port)
     leads = headers(branches, header)
     wanted = branches is not None or bool(header)
     if strategy is not None:
@@ -91,7 +98,7 @@ def choose(
                 USAGE,
             )
         _named(strategy)
-        run(
+        show(
             Options(
                 prompt=QUESTION if prompt is None else prompt, model=model or "smollm2", as_json=as_json, seed=seed,
                 max_new_tokens=max_new_tokens or 200, branch_tokens=branch_tokens, save=save, compare=False,
@@ -102,7 +109,7 @@ def choose(
     if wanted and model in DECIDING:
         raise Mistake(f"--branches and --header with --model {model}: this model decides itself; leave them out", USAGE)
     if wanted or (model is not None and not _decides(model)):
-        run(
+        show(
             Options(
                 prompt=QUESTION if prompt is None else prompt, model=model or "smollm2", sequential=sequential,
                 as_json=as_json, seed=seed, max_new_tokens=max_new_tokens or 200, branch_tokens=branch_tokens,
@@ -112,6 +119,12 @@ def choose(
         return
     from anabranch.cli import adaptive
 
+    if port is not None:
+        adaptive.show_in_browser(
+            adaptive.cases(prompt, model), port, sequential=sequential, seed=seed, dtype=dtype,
+            max_new_tokens=max_new_tokens or 1024,
+        )  # fmt: skip
+        return
     adaptive.run(
         adaptive.cases(prompt, model), sequential=sequential, as_json=as_json, seed=seed, compare=compare, save=save,
         max_new_tokens=max_new_tokens or 1024, dtype=dtype,
@@ -142,10 +155,42 @@ def _decides(model: str) -> bool:
     return strategy_for(Tokenizer.from_file(str(file))) is not None
 
 
-def run(options: Options) -> None:
-    """The demo with lead-ins."""
+def _show_in_browser(port: int, options: Options) -> None:
+    """The demo with lead-ins, on the live page."""
+    from anabranch.cli import web
+
+    _check_prompt(options)
+
+    def shown(tokenizer: Any) -> list[Any]:
+        from anabranch.serve.demo import Shown
+
+        _check_template(options, tokenizer)
+        return [
+            Shown(options.prompt, _chat(options), {"strategy": _strategy(options), **_sampling(options, tokenizer)})
+        ]
+
+    web.run(options.model, options.dtype, port, shown)
+
+
+def _check_prompt(options: Options) -> None:
     if not options.prompt.strip():
         raise Mistake("PROMPT is empty: ask something, or leave it out for a question of ours", USAGE)
+
+
+def _check_template(options: Options, tokenizer: Any) -> None:
+    from anabranch.text.prompts import takes_chats
+
+    if not takes_chats(tokenizer):
+        raise Mistake(
+            f"--model {options.model!r}: its tokenizer has no chat template, and the demo asks a question; "
+            "use `anabranch generate --raw` for a base model",
+            FAILED,
+        )
+
+
+def run(options: Options) -> None:
+    """The demo with lead-ins."""
+    _check_prompt(options)
     out, err = consoles()
     quiet = options.as_json
     live = not quiet and not plain_terminal(out)
@@ -188,15 +233,9 @@ def _engine(options: Options, console: Console | None) -> tuple[Any, str]:
             models.path(options.model)  # its bar and our spinner must not draw at the same time
     with console.status("loading the model …") if console is not None else nullcontext():
         import anabranch as ab
-        from anabranch.text.prompts import takes_chats
 
         model, tokenizer, dtype = load_model(options.model, options.dtype)
-        if not takes_chats(tokenizer):
-            raise Mistake(
-                f"--model {options.model!r}: its tokenizer has no chat template, and the demo asks a question; "
-                "use `anabranch generate --raw` for a base model",
-                FAILED,
-            )
+        _check_template(options, tokenizer)
         pages = _pages(options, tokenizer) if options.strategy is None else None
         return ab.Engine(model, tokenizer, num_pages=pages), str(dtype).removeprefix("torch.")
 
@@ -269,9 +308,7 @@ def _follow(
     """Run it, drawing; returns the story with its result, and the token ids before the fork (none without one)."""
     from anabranch.viz.terminal import tell
 
-    sampling: dict[str, Any] = {"seed": options.seed, "max_new_tokens": options.max_new_tokens, **SAMPLING}
-    if options.strategy is None:
-        sampling["stopping_criteria"] = [EndOfThought(engine.tokenizer, options.branch_tokens)]
+    sampling = _sampling(options, engine.tokenizer)
     stream = engine.stream(_chat(options), strategy=_strategy(options), logprobs=options.save is not None, **sampling)
     story = tell(engine, stream, console, _heading(options, dtype), live, quiet)
     assert story.result is not None
@@ -281,6 +318,13 @@ def _follow(
         return story, []
     before = tree.children[0].forked_at - len(result.prompt_token_ids)
     return story, [*result.prompt_token_ids, *result.token_ids[:before]]
+
+
+def _sampling(options: Options, tokenizer: Any) -> dict[str, Any]:
+    sampling: dict[str, Any] = {"seed": options.seed, "max_new_tokens": options.max_new_tokens, **SAMPLING}
+    if options.strategy is None:
+        sampling["stopping_criteria"] = [EndOfThought(tokenizer, options.branch_tokens)]
+    return sampling
 
 
 def _heading(options: Options, dtype: str) -> list[RenderableType]:

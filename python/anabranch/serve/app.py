@@ -256,7 +256,7 @@ def create_app(engine: Any, settings: Settings) -> FastAPI:
                 server.open = False
 
     app = FastAPI(title="anabranch", version=anabranch.__version__, lifespan=life)
-    app.state.server = server
+    app.state.server, app.state.live = server, server.live
     app.add_middleware(Guard, settings=settings)
     errors.install(app)
 

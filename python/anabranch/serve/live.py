@@ -17,6 +17,7 @@ class Live:
 
     def __init__(self) -> None:
         self._watchers: set[asyncio.Queue[str]] = set()
+        self._closed = False
 
     def tell(self, request: str, event: events.Event) -> None:
         if not self._watchers:
@@ -29,17 +30,27 @@ class Live:
             if not watcher.full():
                 watcher.put_nowait(line)
 
+    def close(self) -> None:
+        """No more events: whoever watches is let go, so that a server's end need not wait for open pages."""
+        self._closed = True
+        for watcher in self._watchers:
+            if not watcher.full():
+                watcher.put_nowait("")
+
     async def watch(self) -> AsyncIterator[str]:
         """Server-sent events until the watcher leaves."""
         mine: asyncio.Queue[str] = asyncio.Queue(_KEPT)
         self._watchers.add(mine)
         try:
             yield ": watching\n\n"
-            while True:
+            while not self._closed:
                 try:
-                    yield f"data: {await asyncio.wait_for(mine.get(), 15)}\n\n"
+                    line = await asyncio.wait_for(mine.get(), 15)
                 except asyncio.TimeoutError:
                     yield ": still here\n\n"
+                    continue
+                if line:
+                    yield f"data: {line}\n\n"
         finally:
             self._watchers.discard(mine)
 

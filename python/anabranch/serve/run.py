@@ -12,6 +12,15 @@ from anabranch.serve.app import create_app
 from anabranch.serve.settings import Settings
 
 
+class Running(uvicorn.Server):
+    """Lets open pages go before it waits for answers to finish: their feeds never end by themselves."""
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        app: Any = self.config.app
+        app.state.live.close()
+        await super().shutdown(sockets)
+
+
 def run(engine: Any, settings: Settings, host: str, port: int, grace: int = 30) -> None:
     """Serve until Ctrl-C or SIGTERM; answers under way then have `grace` seconds to finish."""
     handler = logging.StreamHandler(sys.stderr)
@@ -24,4 +33,4 @@ def run(engine: Any, settings: Settings, host: str, port: int, grace: int = 30) 
         create_app(engine, settings), host=host, port=port, log_level="warning", access_log=False,
         timeout_graceful_shutdown=grace, server_header=False,
     )  # fmt: skip
-    uvicorn.Server(config).run()
+    Running(config).run()

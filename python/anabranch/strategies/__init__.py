@@ -8,6 +8,8 @@ from anabranch.strategies.calls.apr import APR
 from anabranch.strategies.calls.asyncthink import AsyncThink
 from anabranch.strategies.calls.leap import LeaP
 from anabranch.strategies.calls.pacore import PaCoRe
+from anabranch.strategies.calls.running_summary import RunningSummary
+from anabranch.strategies.calls.select_passages import SelectPassages
 from anabranch.strategies.draft.draft_tree import DraftTree
 from anabranch.strategies.live import GroupThink, Hogwild, HogwildPrompts
 from anabranch.strategies.plain import Plain, Sequential
@@ -67,7 +69,9 @@ __all__ = [
     "ParallelR1",
     "Plain",
     "PruneRefork",
+    "RunningSummary",
     "ScorerFailed",
+    "SelectPassages",
     "SelfConsistency",
     "Sequential",
     "SkeletonOfThought",

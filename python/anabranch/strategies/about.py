@@ -112,6 +112,16 @@ ABOUT = {
         "the last round's answer is the result",
         "pacore",
     ),
+    "SelectPassages": About(
+        "a new context for each passage of a long prompt",
+        "right away",
+        "the passages that make the question likelier stay; the answer is written from those",
+    ),
+    "RunningSummary": About(
+        "a new context for each passage of a long prompt, one after another",
+        "when the passage before is summarised",
+        "the passage is discarded, its summary goes on",
+    ),
     "TreeOfThoughts": About("thoughts of each kept state", "at each level", "the best states go on; the best is kept"),
     "BeamSearch": About("the likeliest texts", "at every token", "the best text is kept"),
     "StepBeamSearch": About(

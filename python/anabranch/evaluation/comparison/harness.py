@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import time
@@ -11,11 +10,12 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from anabranch.errors import RemoteError
+from anabranch._check import whole
+from anabranch.evaluation.comparison.answering import Window, prompt_hash
+from anabranch.evaluation.comparison.items import Item
 from anabranch.evaluation.comparison.store import Key, Row, Store
-from anabranch.evaluation.comparison.tasks import Item, Task
-from anabranch.strategies import Plain, Strategy, registry
-from anabranch.text.prompts import takes_chats
+from anabranch.evaluation.comparison.tasks import Task
+from anabranch.strategies import Strategy, registry
 
 __all__ = ["Budget", "Outcome", "Skipped", "compare", "read_budget"]
 
@@ -89,6 +89,7 @@ def compare(
     seeds: Sequence[int] = (0,),
     budget: Budget | None = None,
     max_new_tokens: int = 256,
+    batch: int = 1,
     facts: Mapping[str, Any] | None = None,
     report: Callable[[str, int, int], None] = lambda where, done, total: None,
 ) -> Outcome:
@@ -100,7 +101,10 @@ def compare(
 
     engines: what makes the engine of each model; called when its turn comes, and only if something is left to do.
     strategies: as `anabranch.strategies.registry.parse` reads them. budget: of this call; models share it.
-    max_new_tokens: most tokens sampled one after another. facts: kept with the run (the machine, say).
+    max_new_tokens: most tokens sampled one after another.
+    batch: answers under way at a time, which share the engine's steps (it must have `Engine.add`): several times as
+        many in the same time, but their seconds are those of company, and a run that is killed loses as many. Results
+        with another `batch` are other results. facts: kept with the run (the machine, say).
     report(where, done, total): called before each problem and at the end.
 
     >>> with Store("results.sqlite") as store:
@@ -114,7 +118,9 @@ def compare(
     if not engines or not strategies or not tasks or problems < 1 or not seeds:
         raise ValueError("compare: pass at least one model, one strategy, one task, one problem and one seed")
     built = {registry.spelled(text): registry.parse(text) for text in strategies}
-    settings = json.dumps({"max_new_tokens": max_new_tokens, "do_sample": False}, sort_keys=True)
+    whole(batch, "compare: batch", 1)
+    company = {"batch": batch} if batch > 1 else {}
+    settings = json.dumps({"max_new_tokens": max_new_tokens, "do_sample": False, **company}, sort_keys=True)
     outcome, begun = Outcome(settings), time.perf_counter()
     items = {(task.name, seed): task.items(problems, seed) for task in tasks for seed in seeds}
     there = store.prompts()
@@ -124,13 +130,21 @@ def compare(
     total = sum(map(len, plans.values()))
     outcome.there = sum(key in there for plan in plans.values() for key, _ in plan)
     done, tokens = outcome.there, 0
-    hashes = {f"{name}, seed {seed}": _hash([i.prompt for i in some]) for (name, seed), some in items.items()}
+    hashes = {f"{name}, seed {seed}": prompt_hash([i.prompt for i in some]) for (name, seed), some in items.items()}
     store.begin({
         "versions": _versions(), "models": list(engines), "strategies": {n: repr(s) for n, s in built.items()},
         "tasks": [task.name for task in tasks], "problems": problems, "seeds": list(seeds),
         "settings": json.loads(settings), "prompts_sha256": hashes,
         "budget": None if budget is None else vars(budget), **(facts or {}),
     })  # fmt: skip
+
+    def keep(row: Row) -> None:
+        nonlocal tokens, done
+        store.add(row)
+        tokens += (row.metrics or {}).get("total_tokens", 0)
+        outcome.new += 1
+        done += 1
+
     for index, (model, plan) in enumerate(plans.items()):
         outcome.keys += [key for key, _ in plan]
         left = [(key, item) for key, item in plan if key not in there]
@@ -141,19 +155,21 @@ def compare(
         skips = _misfits(model, engine, built, tasks, items)
         outcome.skipped += skips
         out = {skip.what for skip in skips}
-        for key, item in left:
-            if key.strategy in out or key.task in out:
-                total -= 1
-                continue
-            if limit is not None and limit.spent(tokens, time.perf_counter() - begun):
-                outcome.stopped = "budget"
-                break
-            report(f"{model}, {key.task}, {key.strategy}", done, total)
-            row = _answer(engine, key, item, built[key.strategy], max_new_tokens)
-            store.add(row)
-            tokens += (row.metrics or {}).get("total_tokens", 0)
-            outcome.new += 1
-            done += 1
+        window = Window(engine, batch, max_new_tokens)
+        with window:
+            for key, item in left:
+                if key.strategy in out or key.task in out:
+                    total -= 1
+                    continue
+                if limit is not None and limit.spent(tokens, time.perf_counter() - begun):
+                    outcome.stopped = "budget"
+                    break
+                report(f"{model}, {key.task}, {key.strategy}", done, total)
+                window.begin(key, item, built[key.strategy])
+                for row in window.finished():
+                    keep(row)
+            for row in window.finished(all_of_them=True):
+                keep(row)
     report("done", done, total)
     return outcome
 
@@ -176,7 +192,7 @@ def _plan(
 
 def _check_prompts(plan: Sequence[tuple[Key, Item]], there: Mapping[Key, str], store: Store) -> None:
     for key, item in plan:
-        if key in there and there[key] != _hash(item.prompt):
+        if key in there and there[key] != prompt_hash(item.prompt):
             raise ValueError(
                 f"store {store.path!r}: problem {key.problem} of task {key.task!r}, seed {key.seed}, is not the one "
                 "that the task gives now (another version of it, or another file); name another store"
@@ -206,31 +222,6 @@ def _innermost(strategy: Strategy) -> Strategy:
     while isinstance(inner := getattr(strategy, "strategy", None), Strategy):
         strategy = inner
     return strategy
-
-
-def _answer(engine: Any, key: Key, item: Item, strategy: Strategy, max_new_tokens: int) -> Row:
-    """One problem, answered and judged."""
-    asked = item.prompt
-    if isinstance(asked, str) and takes_chats(engine.tokenizer):
-        asked = [{"role": "user", "content": asked}]
-    facts: dict[str, Any] = {"prompt_sha256": _hash(item.prompt), "expected": item.answer}
-    seed = int.from_bytes(hashlib.sha256(f"{key.seed}/{key.problem}".encode()).digest()[:4], "big")
-    plain = None if isinstance(strategy, Plain) else strategy
-    try:
-        result = engine.generate(asked, strategy=plain, seed=seed, max_new_tokens=max_new_tokens, do_sample=False)
-    except Exception as error:
-        if isinstance(error, RemoteError):
-            engine.generate(asked, max_new_tokens=1)  # raises again where the server is gone: no problem's fault
-        return Row(key, **facts, error=f"generation: {type(error).__name__}: {error}")
-    facts |= {"text": result.text or "", "malformed": bool(result.malformed), "metrics": result.metrics.as_dict()}
-    try:
-        return Row(key, **facts, score=float(item.score(result.text or "")))
-    except Exception as error:
-        return Row(key, **facts, error=f"verifier: {type(error).__name__}: {error}")
-
-
-def _hash(prompt: Any) -> str:
-    return hashlib.sha256(json.dumps(prompt, ensure_ascii=False, sort_keys=True).encode("utf-8", "replace")).hexdigest()
 
 
 def _versions() -> dict[str, str | None]:

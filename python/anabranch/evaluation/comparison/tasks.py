@@ -1,7 +1,8 @@
 """Tasks by name: problems with a way to judge an answer. Most are reasoning-gym's, with its own verifiers.
 
 A task is named with its options as in Python, ``chain_sum(max_terms=3)``; a path that ends in ``.jsonl`` is a file of
-one's own, with one ``{"prompt", "answer"}`` a line.
+one's own, with one ``{"prompt", "answer"}`` a line. ``buried(TASK,filler=250)`` is a task whose problems stand among so
+many words that have nothing to do with them.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import ast
 import difflib
 import random
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from anabranch.answers import final_answer, is_right
+from anabranch.evaluation.comparison.buried import BillsTask, BuriedTask, WhereaboutsTask
+from anabranch.evaluation.comparison.items import Item
 from anabranch.evaluation.evaluate import read_problems
 from anabranch.strategies.option_values import split
 
@@ -28,15 +30,6 @@ GYM = (
     "prime_factorization", "countdown", "needle_haystack", "word_sorting", "time_intervals",
 )  # fmt: skip
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
-
-
-@dataclass(frozen=True)
-class Item:
-    """One problem. ``score``: of an answer's text, from 0 to 1; it may raise."""
-
-    prompt: Any
-    answer: str
-    score: Callable[[str], float]
 
 
 class Task(Protocol):
@@ -135,9 +128,14 @@ def given_answer(text: str) -> str:
     return found.strip().rstrip(".").strip()
 
 
+OURS: dict[str, type[Any]] = {
+    "multiplication": MultiplicationTask, "bills": BillsTask, "whereabouts": WhereaboutsTask,
+}  # fmt: skip
+
+
 def task_names() -> list[str]:
     """Names that `compare` offers."""
-    return ["multiplication", *GYM]
+    return ["multiplication", *GYM, "bills", "whereabouts"]
 
 
 def find_task(text: str) -> Task:
@@ -145,6 +143,8 @@ def find_task(text: str) -> Task:
 
     >>> find_task("chain_sum(max_terms=3)").name
     'chain_sum(max_terms=3)'
+    >>> find_task("buried(bills, filler=250)").name
+    'buried(bills,filler=250)'
 
     Raises:
         ValueError: there is no such task (the nearest names are given) or file, or reasoning-gym is not installed.
@@ -158,9 +158,11 @@ def find_task(text: str) -> Task:
     match = re.fullmatch(r"\s*([\w-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
     if match is None:
         raise ValueError(f"task {text!r}: expected a name, name(option=value, …) or a .jsonl file")
-    name, options = match[1].replace("-", "_").lower(), _options(text, match[2] or "")
-    if name == "multiplication" and not options:
-        return MultiplicationTask()
+    name, inside = match[1].replace("-", "_").lower(), match[2] or ""
+    if name == "buried":
+        return _buried(text, inside)
+    if name in OURS:
+        return _ours(text, name, _options(text, inside))
     installed = find_spec("reasoning_gym") is not None
     known = list(GYM)
     if installed and name not in known:
@@ -168,15 +170,31 @@ def find_task(text: str) -> Task:
 
         known = sorted(DATASETS)
     if name not in known:
-        close = difflib.get_close_matches(name, ["multiplication", *known], n=3, cutoff=0.5)
+        close = difflib.get_close_matches(name, [*OURS, "buried", *known], n=3, cutoff=0.5)
         near = f"did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(f"no task {match[1]!r}; {near}Tasks: {', '.join(task_names())}, or a .jsonl file")
     if not installed:
         raise ValueError(
             f"task {name!r} is one of reasoning-gym, which is not installed: pip install 'anabranch[compare]' (or "
-            "pip install reasoning-gym); multiplication and .jsonl files need nothing"
+            f"pip install reasoning-gym); {' and '.join(OURS)} and .jsonl files need nothing"
         )
-    return GymTask(name, options)
+    return GymTask(name, _options(text, inside))
+
+
+def _ours(text: str, name: str, options: dict[str, Any]) -> Task:
+    takes = [option.name for option in fields(OURS[name]) if option.name != "name"]
+    if unknown := [option for option in options if option not in takes]:
+        what = f"pass {', '.join(f'{option}=NUMBER' for option in takes)}" if takes else "it takes none"
+        raise ValueError(f"task {text!r}: no option {unknown[0]!r}; {what}")
+    task: Task = OURS[name](**options)
+    return task
+
+
+def _buried(text: str, inside: str) -> BuriedTask:
+    parts = split(inside)
+    if len(parts) == 2 and (match := re.fullmatch(r"filler\s*=\s*(\d+)", parts[1])):
+        return BuriedTask(find_task(parts[0]), int(match[1]))
+    raise ValueError(f"task {text!r}: expected buried(TASK,filler=WORDS), such as buried(bills,filler=250)")
 
 
 def _options(text: str, inside: str) -> dict[str, Any]:

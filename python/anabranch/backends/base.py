@@ -80,6 +80,7 @@ class Backend(Protocol):
         sinks: Tensor | None,
         return_lse: bool,
         kv_scales: KVScales | None = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Tree attention.
 
@@ -88,6 +89,8 @@ class Backend(Protocol):
             k_pages, v_pages: [pages, page_size, Hkv, D], the last stride 1; of q's dtype, or one of ``kv_dtypes``.
             plan: ``plan.arrays(Hq // Hkv, tile_config)`` are its work items.
             kv_scales: the factors of quantised pages, None for others.
+            out: where the result goes: [plan.num_rows, Hq, D] in q's dtype, contiguous, no memory of q's or the
+                pages'. None: a new tensor.
 
         Returns:
             out [plan.num_rows, Hq, D] in q's dtype; lse [plan.num_rows, Hq] float32, natural logarithm, sinks included,

@@ -149,6 +149,7 @@ def attention(
     sinks: Tensor | None,
     return_lse: bool,
     kv_scales: KVScales | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """out [rows, Hq, D] in q's dtype; lse [rows, Hq] float32 (natural log) or None."""
     from anabranch import _cpu
@@ -160,6 +161,7 @@ def attention(
         _cpu.attention, rows(q), k_pages, v_pages, plan.arrays(num_q_heads // num_kv_heads, config), count,
         _quantised(k_pages, kv_scales),
         scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse, num_rows=plan.num_rows,
+        out=out,
     )  # fmt: skip
 
 

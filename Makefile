@@ -26,7 +26,7 @@ test: $(VENV)/.model  ## install what is needed, then run the tests
 test-slow: $(VENV)/.model  ## a million cache operations, 100,000 plans, 1,000 generations, 100,000 programs (hours)
 	$(BIN)/python -m pytest -q -m slow tests/kv tests/plan tests/engine
 
-test-servers: $(VENV)/.model  ## remote engines on a real vLLM server, in an environment of its own (3.5 GB, minutes)
+test-servers: $(VENV)/.model  ## a real vLLM, in an environment of its own (3.5 GB): remote engines, our attention in it
 	$(BIN)/python tests/remote/servers.py
 
 mutants: $(VENV)/.model  ## small mistakes put into a copy of the code: do the tests notice? (ONLY=word: some of them)

@@ -62,15 +62,14 @@ class TreeAttentionImpl(AttentionImpl):
 
         slot_mapping: int64, one a token; −1 for tokens that only fill up a batch, which are not written.
         """
-        if kv_cache.numel() == 0:
+        count = slot_mapping.shape[0]
+        if kv_cache.numel() == 0 or count == 0:
             return
         k_pages, v_pages = pages_of(kv_cache, self.head_size)
-        count = slot_mapping.shape[0]
         key, value = key[:count], value[:count]
-        if slot_mapping.device.type == "cpu":  # kernels of GPUs skip the others themselves
+        if slot_mapping.device.type == "cpu" and slot_mapping.min().item() < 0:  # kernels of GPUs skip them themselves
             real = slot_mapping >= 0
-            if not real.all():
-                key, value, slot_mapping = key[real], value[real], slot_mapping[real]
+            key, value, slot_mapping = key[real], value[real], slot_mapping[real]
         self._write(key, value, k_pages, v_pages, slot_mapping.to(torch.int32))
 
     def forward(

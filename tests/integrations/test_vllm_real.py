@@ -60,7 +60,7 @@ def answers(vllm):
         status, out, err = vllm(str(RUN), job, **dict(variables))
         assert status == 0, out[-3000:] + err[-3000:]
         assert (USED in out + err) == ('"CUSTOM"' in job)
-        return json.loads(out.strip().splitlines()[-1])
+        return json.loads(next(line for line in out.splitlines() if line.startswith("ANSWER ")).removeprefix("ANSWER "))
 
     def of(model, waves, ours=True, variables=(), **engine):
         engine = {"dtype": "float32", "max_model_len": 1024, "max_num_seqs": 32, **engine}

@@ -2,9 +2,9 @@
 
 python vllm_run.py '{"model": FOLDER, "engine": {…of vllm.LLM…}, "waves": [{"prompts": [[ids], …], "params": {…}}, …]}'
 
-Waves follow one another, so that later ones find earlier ones' prefixes in the cache. It prints a JSON line: "answers"
-(for each wave and prompt the token ids of each sample), "backend" (what vLLM's layers use) and "cached" (prompt tokens
-found in the prefix cache, by wave).
+Waves follow one another, so that later ones find earlier ones' prefixes in the cache. It prints "ANSWER " and JSON beside
+vLLM's log: "answers" (for each wave and prompt the token ids of each sample) and "cached" (prompt tokens found in the
+prefix cache, by wave).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
         done = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in wave["prompts"]], params, use_tqdm=False)
         answers.append([[list(sample.token_ids) for sample in request.outputs] for request in done])
         cached.append(sum(request.num_cached_tokens or 0 for request in done))
-    print(json.dumps({"answers": answers, "cached": cached}), flush=True)
+    print("ANSWER " + json.dumps({"answers": answers, "cached": cached}), flush=True)
 
 
 if __name__ == "__main__":

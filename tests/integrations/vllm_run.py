@@ -2,9 +2,9 @@
 
 python vllm_run.py '{"model": FOLDER, "engine": {…of vllm.LLM…}, "waves": [{"prompts": [[ids], …], "params": {…}}, …]}'
 
-Waves follow one another, so that later ones find earlier ones' prefixes in the cache. It prints "ANSWER " and JSON beside
-vLLM's log: "answers" (for each wave and prompt the token ids of each sample) and "cached" (prompt tokens found in the
-prefix cache, by wave).
+Waves follow one another, so that later ones find earlier ones' prefixes in the cache. It prints "ANSWER " and JSON, in
+the middle of vLLM's log: "answers" (for each wave and prompt the token ids of each sample) and "cached" (prompt tokens
+found in the prefix cache, by wave).
 """
 
 from __future__ import annotations

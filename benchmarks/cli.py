@@ -354,7 +354,7 @@ def vllm_backend_command(
         python, [d.value for d in dtype or [Dtype.float32, Dtype.bfloat16]], case, block_size, new_tokens, rounds,
         torch.get_num_threads(), quick,
     ):  # fmt: skip
-        store.put("vllm_backend", ("case", "dtype", "block_size"), entry)
+        store.put("vllm_backend", ("case", "dtype", "block_size", "threads"), entry)
         console.print(vllm_backend.line(entry))
     _finish(store, None)
 

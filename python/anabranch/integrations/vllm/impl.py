@@ -51,7 +51,6 @@ class TreeAttentionImpl(AttentionImpl):
         self.softcap = logits_soft_cap or None  # vLLM says 0 for none
         self.sinks = sinks  # loaded later: what is in it now does not count
         self.kv_cache_dtype = kv_cache_dtype
-        self.kv_sharing_target_layer_name = None
         self.kernels = refusals.KERNELS[device_type]
         self._write = backends.choose(self.kernels, torch.device(device_type), dtype, head_size).write_kv
 

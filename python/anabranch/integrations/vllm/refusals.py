@@ -53,7 +53,7 @@ def check_layer(
             f"K and V kept as {kv_cache_dtype} are not supported, only as the model's own {dtype}",
             "leave out --kv-cache-dtype",
         )
-    asked = [name for name, value in more.items() if value not in (None, False, -1)]
+    asked = [name for name, value in more.items() if not _is_off(value)]
     if asked:
         refuse(f"it does not know what the model's layers ask for with {', '.join(asked)}")
 
@@ -74,6 +74,11 @@ def check_model(config: Any) -> None:
     for reason, asked in unsupported.items():
         if asked:
             refuse(reason, "leave it out, or leave out --attention-backend CUSTOM")
+
+
+def _is_off(value: Any) -> bool:
+    """Whether an option is one of the values that vLLM's layers give for "not wanted"."""
+    return value is None or value is False or (isinstance(value, int) and value == -1)
 
 
 def _more_than_one(parallel: Any, name: str) -> bool:

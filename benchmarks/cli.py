@@ -367,7 +367,8 @@ def vllm_backend_command(
     case: Annotated[list[str] | None, typer.Option(help="May be repeated; default: all.")] = None,
     dtype: Dtypes = None, rounds: Rounds = 5,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens a block of vLLM's cache.")] = 128,
-    new_tokens: Annotated[int, typer.Option(min=2)] = 48, threads: Threads = None, json: Json = None,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 48, threads: Threads = None, clock: ClockOption = "wall",
+    json: Json = None,
 ) -> None:  # fmt: skip
     """vLLM with our attention backend and with its own, in turns: tokens a second while decoding."""
     from . import vllm_backend
@@ -376,10 +377,10 @@ def vllm_backend_command(
         if name not in vllm_backend.CASES:
             known = ", ".join(vllm_backend.CASES)
             raise typer.BadParameter(f"{name!r}: expected one of {known}", param_hint="--case")
-    store = _start(threads, json)
+    store = _start(threads, json, clock)
     for entry in vllm_backend.run(
         python, [d.value for d in dtype or [Dtype.float32, Dtype.bfloat16]], case, block_size, new_tokens, rounds,
-        torch.get_num_threads(), quick,
+        torch.get_num_threads(), quick, clock,
     ):  # fmt: skip
         store.put("vllm_backend", ("case", "dtype", "block_size", "threads"), entry)
         console.print(vllm_backend.line(entry))

@@ -61,13 +61,14 @@ def prompts_of(case: str, quick: bool) -> list[list[int]]:
 
 def run(
     python: Path, dtypes: list[str], cases: list[str] | None = None, block_size: int = 128, new_tokens: int = 48,
-    rounds: int = 5, threads: int = 2, quick: bool = False,
+    rounds: int = 5, threads: int = 2, quick: bool = False, clock: str = "wall",
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """One entry a case and dtype.
 
     Args:
         python: of an environment with vLLM.
         block_size: tokens a block; 128 is what vLLM's CPU build takes by itself.
+        clock: "wall", or "cpu" for a machine that is busy otherwise: CPU time, with one thread.
     """
     if quick:
         rounds, new_tokens = min(rounds, 2), min(new_tokens, 12)
@@ -83,16 +84,16 @@ def run(
                 for name, more in BACKENDS.items():
                     contenders[name] = Contender(python, Path(folder), threads, options | more)
                 for case in cases or list(CASES):
-                    yield _measure(contenders, case, dtype, block_size, new_tokens, rounds, quick)
+                    entry = _measure(contenders, clock, prompts_of(case, quick), CASES[case][2], new_tokens, rounds)
+                    yield {"case": case, "dtype": dtype, "block_size": block_size, "new_tokens": new_tokens, **entry}
             finally:
                 for contender in contenders.values():
                     contender.close()
 
 
 def _measure(
-    contenders: dict[str, Contender], case: str, dtype: str, block_size: int, new_tokens: int, rounds: int, quick: bool
+    contenders: dict[str, Contender], clock: str, prompts: list[list[int]], n: int, new_tokens: int, rounds: int
 ) -> dict[str, Any]:
-    prompts, n = prompts_of(case, quick), CASES[case][2]
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     tokens: dict[str, Any] = {}
     for contender in contenders.values():
@@ -100,15 +101,15 @@ def _measure(
     for turn in range(rounds):
         order = list(contenders) if turn % 2 == 0 else list(reversed(contenders))
         for name in order:
-            first = contenders[name].generate(prompts, n, 1)["seconds"]
+            first = contenders[name].generate(prompts, n, 1)[clock]
             done = contenders[name].generate(prompts, n, new_tokens)
             tokens[name] = done["tokens"]
-            rates[name].append(len(prompts) * n * (new_tokens - 1) / (done["seconds"] - first))
+            rates[name].append(len(prompts) * n * (new_tokens - 1) / max(done[clock] - first, 1e-9))
     pairs = [ours / own for ours, own in zip(rates["anabranch"], rates["own"], strict=True)]
     about = contenders["own"].about
     return {
-        "case": case, "prompts": len(prompts), "prompt_tokens": len(prompts[0]), "n": n, "new_tokens": new_tokens,
-        "dtype": dtype, "block_size": block_size, "threads": about["threads"], "versions": about["versions"],
+        "prompts": len(prompts), "prompt_tokens": len(prompts[0]), "n": n, "clock": clock,
+        "threads": about["threads"], "versions": about["versions"],
         "rates": {name: [round(rate, 2) for rate in found] for name, found in rates.items()},
         "ratio": round(statistics.median(pairs), 3), "ratios": [round(ratio, 3) for ratio in pairs],
         "same_tokens": tokens["anabranch"] == tokens["own"],
@@ -119,5 +120,5 @@ def line(entry: dict[str, Any]) -> str:
     own, ours = (statistics.median(entry["rates"][name]) for name in ("own", "anabranch"))
     same = "same tokens" if entry["same_tokens"] else "other tokens"
     what = f"{entry['prompts']} × {entry['prompt_tokens']} tokens, n = {entry['n']}"
-    rates = f"{ours:7.1f} against {own:7.1f} tokens/s"
+    rates = f"{ours:7.1f} against {own:7.1f} tokens a second" + (" of CPU time" if entry["clock"] == "cpu" else "")
     return f"{entry['case']:9} {what:27} {entry['dtype']:9} {rates}: × {entry['ratio']}, {same}"

@@ -3,7 +3,7 @@
     python benchmarks/vllm_turns.py '{"model": FOLDER, "attention_backend": "CUSTOM", …what vllm.LLM takes…}'
 
 It says {"versions": …} when it is ready. Then for each line {"prompts": [[ids], …], "n": 16, "new_tokens": 60} it
-answers with one: {"seconds": …, "tokens": [[ids], …]}, the tokens of every sample, exactly so many each.
+answers with one: {"wall": seconds, "cpu": this process's, "tokens": [[ids], …]}, of every sample exactly so many.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ def main() -> None:
             ignore_eos=True, detokenize=False,
         )  # fmt: skip
         prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-        begin = time.perf_counter()
+        begin = time.perf_counter(), time.process_time()
         done = llm.generate(prompts, params, use_tqdm=False)
-        seconds = time.perf_counter() - begin
-        say({"seconds": seconds, "tokens": [list(one.token_ids) for request in done for one in request.outputs]})
+        wall, cpu = time.perf_counter() - begin[0], time.process_time() - begin[1]
+        tokens = [list(one.token_ids) for request in done for one in request.outputs]
+        say({"wall": wall, "cpu": cpu, "tokens": tokens})
 
 
 if __name__ == "__main__":

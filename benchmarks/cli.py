@@ -7,7 +7,7 @@ import re
 import time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -37,7 +37,8 @@ app = typer.Typer(
 [bold]branch[/bold]     training: attention under a branch mask, forward + backward; masked SDPA, FlexAttention
 [bold]kv_formats[/bold] accuracy of K and V kept as int8 and fp8
 [bold]company[/bold]    decoding beside programs that spin on the same cores
-[bold]all[/bold]        all of them but kv_formats and company (also what runs when no command is given)
+[bold]cuda-sass[/bold]  what the machine code of the CUDA kernels promises, without a GPU (read, not measured)
+[bold]all[/bold]        all of them but kv_formats, company and cuda-sass (also what runs when no command is given)
 [bold]report[/bold]     Markdown tables and figures from a results file
 
 Every contender is checked against float64 before it is timed; rounds are interleaved (A B C A B C …) with cold caches;
@@ -294,6 +295,45 @@ def kv_formats_command(quick: Quick = False, json: Json = None) -> None:
         )
         console.print(f"{entry['dtype']:9} {entry['kv_format']:5} {entry['bytes_per_token']:6} bytes a token  {what}")
     _finish(store, None)
+
+
+@app.command("cuda-sass")
+def cuda_sass_command(
+    against: Annotated[
+        str | None, typer.Option(help="A saved table, or a commit whose sources are compiled too: say what is worse.")
+    ] = None,
+    arch: Annotated[list[int] | None, typer.Option(help="90 for sm_90; may be repeated. Default: all.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bf16, fp16, fp32; may be repeated. Default: all.")] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help="May be repeated. Default: all compiled ones.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Compilers at once.")] = 1,
+    save: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/cuda_sass.json and .md.")] = False,
+) -> None:
+    """What the CUDA kernels' machine code promises (issue cycles, copies, products a block): read, never measured."""
+    from . import cuda_resources, cuda_sass
+
+    if cuda_resources.nvcc() is None:
+        raise typer.BadParameter("nothing compiled: nvcc was not found; put it on PATH or name it in CUDACXX")
+    options: dict[str, Any] = dict(
+        dtypes=dtype or cuda_sass.DTYPES, archs=arch or cuda_resources.ARCHS, head_dims=head_dim or cuda_sass.HEAD_DIMS,
+        processes=processes,
+    )  # fmt: skip
+    for name, given, known in (("dtype", dtype, cuda_sass.DTYPES), ("head-dim", head_dim, cuda_sass.HEAD_DIMS)):
+        for value in given or ():
+            if value not in known:
+                raise typer.BadParameter(f"{value!r}: expected one of {', '.join(map(str, known))}", param_hint=f"--{name}")
+    if save and (arch or dtype or head_dim):
+        raise typer.BadParameter("the committed table has every variant: leave --arch, --dtype, --head-dim out")
+    rows = cuda_sass.table(**options)
+    if save:
+        cuda_sass.save(rows)
+    print(cuda_sass.markdown(rows, cuda_resources.version()))
+    if against is not None:
+        try:
+            lines = cuda_sass.worse(rows, cuda_sass.other_table(against, **options))
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--against") from None
+        print("\n".join(lines) or f"nothing is worse than in {against}")
+        raise typer.Exit(int(bool(lines)))
 
 
 @app.command("company")

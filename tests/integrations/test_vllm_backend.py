@@ -127,7 +127,8 @@ def test_one_plan_for_all_layers(parts, monkeypatch):
     built, made = builder.build(0, meta), []
     from anabranch.plan import plan
 
-    monkeypatch.setattr(plan, "split_buffer", lambda *a, split=plan.split_buffer: made.append(1) or split(*a))
+    split = plan.split_buffers
+    monkeypatch.setattr(plan, "split_buffers", lambda *a, **o: made.append(1) or split(*a, **o))
     for impl in layers:
         impl.do_kv_cache_update(None, k, v, server.cache, meta.slot_mapping)
         impl.forward(None, torch.randn(30, 4, 32), k, v, server.cache, built, torch.empty(30, 4, 32))

@@ -37,6 +37,7 @@ class TreeMetadataBuilder(AttentionMetadataBuilder):
         if width != kv_cache_spec.head_size:
             refusals.refuse(f"K and V of different sizes ({kv_cache_spec.head_size} and {width}) are not supported")
         self.block_size: int = kv_cache_spec.block_size
+        self._plan: Plan | None = None  # the last one, kept: the next is made of it where only lengths have changed
         # vLLM's CPU platform has just said that it cannot use CUSTOM.
         logger.info("Attention of %d layers by anabranch, blocks of %d tokens", len(layer_names), self.block_size)
         if device.type == "cpu":
@@ -52,7 +53,8 @@ class TreeMetadataBuilder(AttentionMetadataBuilder):
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> TreeMetadata:
         """The plan of a step. Shared prefixes are found in the block tables, so `common_prefix_len` is not needed."""
-        return TreeMetadata(batch.plan_of(common_attn_metadata, self.block_size, self.tables))
+        self._plan = batch.plan_of(common_attn_metadata, self.block_size, self.tables)
+        return TreeMetadata(self._plan)
 
 
 def _say_once(text: str) -> None:

@@ -29,7 +29,7 @@ test-slow: $(VENV)/.model  ## a million cache operations, 100,000 plans, 1,000 g
 soak: $(VENV)/.model  ## clients that misbehave at random against the server, for SECONDS=120
 	$(BIN)/python tests/serve/test_soak.py $(or $(SECONDS),120)
 
-test-servers: $(VENV)/.model  ## remote engines on a real vLLM server, in an environment of its own (3.5 GB, minutes)
+test-servers: $(VENV)/.model  ## a real vLLM, in an environment of its own (3.5 GB): remote engines, our attention in it
 	$(BIN)/python tests/remote/servers.py
 
 mutants: $(VENV)/.model  ## small mistakes put into a copy of the code: do the tests notice? (ONLY=word: some of them)

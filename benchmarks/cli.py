@@ -430,6 +430,33 @@ def fleet_command(
     _finish(store, plot)
 
 
+@app.command("vllm-backend")
+def vllm_backend_command(
+    python: Annotated[Path, typer.Option(help="The Python of an environment with vLLM.", exists=True)],
+    quick: Quick = False,
+    case: Annotated[list[str] | None, typer.Option(help="May be repeated; default: all.")] = None,
+    dtype: Dtypes = None, rounds: Rounds = 5,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens a block of vLLM's cache.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 48, threads: Threads = None, clock: ClockOption = "wall",
+    json: Json = None,
+) -> None:  # fmt: skip
+    """vLLM with our attention backend and with its own, in turns: tokens a second while decoding."""
+    from . import vllm_backend
+
+    for name in case or ():
+        if name not in vllm_backend.CASES:
+            known = ", ".join(vllm_backend.CASES)
+            raise typer.BadParameter(f"{name!r}: expected one of {known}", param_hint="--case")
+    store = _start(threads, json, clock)
+    for entry in vllm_backend.run(
+        python, [d.value for d in dtype or [Dtype.float32, Dtype.bfloat16]], case, block_size, new_tokens, rounds,
+        torch.get_num_threads(), quick, clock,
+    ):  # fmt: skip
+        store.put("vllm_backend", ("case", "dtype", "block_size", "threads"), entry)
+        console.print(vllm_backend.line(entry))
+    _finish(store, None)
+
+
 @app.command("e2e")
 def e2e_command(
     quick: Quick = False, only: Only = "", dtype: Dtypes = None, peer: Peer = None, rounds: Rounds = 3,

@@ -87,6 +87,7 @@ def attention(
     sinks: torch.Tensor | None,
     kv_scales: Any = None,
     num_rows: int | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Both launches of tree attention: every item's partials, then the merge. With `write_kv` three a layer.
 
@@ -100,6 +101,7 @@ def attention(
             device, which is what a captured graph needs.
         kv_scales: the factors of quantised pages, (k, v) float32 [pages, page_size, Hkv] each, any strides.
         num_rows: rows of the output, by default as many as queries; fewer where a row is several queries.
+        out: where the result goes, [rows, Hq, D] in q's dtype, contiguous; by default a new tensor.
 
     Returns:
         out [rows, Hq, E] in q's dtype and lse [rows, Hq] float32, natural log.
@@ -110,8 +112,10 @@ def attention(
     group = num_q_heads // num_kv_heads
     # The interpreter rounds bfloat16 stores toward zero; there PyTorch rounds the output instead.
     upcast = INTERPRETED and q.dtype == torch.bfloat16
-    out_dtype = torch.float32 if upcast else q.dtype
-    out = torch.empty((rows, num_q_heads, v_dim), dtype=out_dtype, device=q.device)
+    given = out
+    if out is None or upcast:
+        out_dtype = torch.float32 if upcast else q.dtype
+        out = torch.empty((rows, num_q_heads, v_dim), dtype=out_dtype, device=q.device)
     lse = torch.empty((rows, num_q_heads), dtype=torch.float32, device=q.device)
     part_acc = torch.empty((arrays.num_partials, num_q_heads, v_dim), dtype=torch.float32, device=q.device)
     part_ml = torch.empty((arrays.num_partials, num_q_heads, 2), dtype=torch.float32, device=q.device)
@@ -153,6 +157,8 @@ def attention(
                 HEAD_DIM=v_dim, BLOCK_D=next_power_of_two(v_dim), BLOCK_P=MERGE_BLOCK,
                 HAS_SINKS=sinks is not None, HAS_COUNTS=counts is not None, num_warps=4, num_stages=2,
             )  # fmt: skip
+    if upcast and given is not None:
+        return given.copy_(out), lse
     return out.to(q.dtype), lse
 
 

@@ -148,6 +148,19 @@ def test_queries_of_any_strides(emulated_backend):
     assert relative_error(out, want) <= 1e-5
 
 
+def test_into_a_tensor_of_the_callers(emulated_backend):
+    """In place; through a copy where it does not begin at a multiple of 16 bytes."""
+    pages = torch.randn(4, 4, 1, 32)
+    plan = ab.Plan.from_block_tables(torch.tensor([[0, 1], [0, 2]]), [7, 6], page_size=4)
+    q = torch.randn(2, 2, 32)
+    want = ab.paged_tree_attention(q, pages, pages, plan, backend="cuda")
+    for offset in (0, 1, 4):
+        around = torch.full((q.numel() + 8,), 77.0)
+        out = around[offset : offset + q.numel()].view(q.shape)
+        assert ab.paged_tree_attention(q, pages, pages, plan, backend="cuda", out=out) is out
+        assert torch.equal(out, want) and (around == 77).sum() == 8
+
+
 def test_without_the_module_or_a_gpu(monkeypatch):
     def missing():
         raise ImportError("no module named _cuda")

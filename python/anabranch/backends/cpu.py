@@ -152,6 +152,7 @@ def attention(
     sinks: Tensor | None,
     return_lse: bool,
     kv_scales: KVScales | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """out [rows, Hq, E] in q's dtype, E of v_pages; lse [rows, Hq] float32 (natural log) or None."""
     from anabranch import _cpu
@@ -167,6 +168,7 @@ def attention(
         _cpu.attention, rows(q), k_pages, v_pages, arrays, count,
         v_pages.shape[3], _quantised(k_pages, kv_scales),
         scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse, num_rows=plan.num_rows,
+        out=out,
     )  # fmt: skip
 
 

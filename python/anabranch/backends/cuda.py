@@ -209,6 +209,7 @@ def attention(
     sinks: Tensor | None,
     return_lse: bool,
     kv_scales: KVScales | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """out [rows, Hq, D] in q's dtype; lse [rows, Hq] float32 (natural log) or None. kv_scales: always None."""
     num_q_heads, num_kv_heads = q.shape[1], k_pages.shape[2]
@@ -218,6 +219,7 @@ def attention(
     return run(
         q, k_pages, v_pages, arrays,
         scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse, num_rows=plan.num_rows,
+        out=out,
     )  # fmt: skip
 
 
@@ -226,6 +228,8 @@ def run(
     k_pages: Tensor,
     v_pages: Tensor,
     arrays: Any,
+    *,
+    out: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Both launches over a plan's arrays; the options are `attention`'s, and return_lse is True where it is not given.
@@ -244,11 +248,14 @@ def run(
     _check_pages("v_pages", v_pages)
     part_acc = torch.empty((arrays.num_partials, num_q_heads, head_dim), dtype=torch.float32, device=device)
     part_ml = torch.empty((arrays.num_partials, num_q_heads, 2), dtype=torch.float32, device=device)
+    if out is not None and out.data_ptr() % 16:  # the kernels store 16 bytes at a time: these need a copy
+        result, lse = run(q, k_pages, v_pages, arrays, **options)
+        return out.copy_(result), lse
     with _current(device):
         return native.attention(
             _module().attention, q, k_pages, v_pages, arrays,
             (address(part_acc), address(part_ml)), _index(device), _stream(device),
-            sections=(arrays.counts,), **options,
+            sections=(arrays.counts,), out=out, **options,
         )  # fmt: skip
 
 

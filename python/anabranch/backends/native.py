@@ -57,18 +57,20 @@ def attention(
     return_lse: bool = True,
     num_rows: int | None = None,
     sections: tuple[Tensor | None, ...] = (),
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Tree attention by a module's ``attention``: out [rows, Hq, E] in q's dtype; lse [rows, Hq] float32 or None.
 
     q: [queries, Hq, D], the last stride 1. num_rows: of the output, by default as many as queries. k_pages, v_pages:
     [pages, page_size, Hkv, D or E], the last stride 1. arrays: a plan's (docs/kernel_contract.md); ``sections`` go
-    behind them, ``more`` behind everything.
+    behind them, ``more`` behind everything. out: where the result goes, contiguous; by default a new tensor.
     """
     num_q_heads, head_dim = q.shape[1:]
     page_size, num_kv_heads = k_pages.shape[1:3]
     sinks = floats(sinks)
     shape = (q.shape[0] if num_rows is None else num_rows, num_q_heads, v_pages.shape[3])
-    out = torch.empty(shape, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
     kernel(
         TYPES[q.dtype],

@@ -72,16 +72,20 @@ def attention(
     sinks: Tensor | None,
     return_lse: bool,
     kv_scales: KVScales | None = None,
+    out: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor | None]:
     """Computed in ``dtype`` (float64); out has q's dtype, lse is float32 (float64 for float64 inputs)."""
     view = plan.contexts()
     if view.row_of is not None:
-        return _attend_queries(q, k_pages, v_pages, plan, scale, softcap, window, sinks, return_lse, kv_scales, dtype)
+        found, of_rows = _attend_queries(
+            q, k_pages, v_pages, plan, scale, softcap, window, sinks, return_lse, kv_scales, dtype
+        )
+        return found if out is None else out.copy_(found), of_rows
     rows, num_q_heads = q.shape[:2]
     num_kv_heads = k_pages.shape[2]
     group = num_q_heads // num_kv_heads
-    out = torch.zeros(rows, num_q_heads, v_pages.shape[3], dtype=dtype, device=q.device)
+    found = torch.zeros(rows, num_q_heads, v_pages.shape[3], dtype=dtype, device=q.device)
     lse = torch.full((rows, num_q_heads), float("-inf"), dtype=dtype, device=q.device)
     if sinks is not None:
         lse[:] = sinks.to(dtype)
@@ -113,10 +117,11 @@ def attention(
         total = p.sum(dim=-1, keepdim=True)
         if sinks is not None:
             total = total + torch.exp(sinks.to(dtype)[:, None, None] - m)
-        out[first:last] = _weigh("hij,jhd->ihd", p / torch.where(total == 0, 1.0, total), v, visible)
+        found[first:last] = _weigh("hij,jhd->ihd", p / torch.where(total == 0, 1.0, total), v, visible)
         lse[first:last] = (m + torch.log(total)).squeeze(-1).T
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out.to(q.dtype), lse.to(lse_dtype) if return_lse else None
+    found = found.to(q.dtype) if out is None else out.copy_(found)
+    return found, lse.to(lse_dtype) if return_lse else None
 
 
 def _attend_queries(

@@ -12,14 +12,14 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
 
-__all__ = ["VARIABLE", "Limits", "count", "cpu_quota", "explain", "limits", "torch_on_one"]
+__all__ = ["VARIABLE", "Limits", "count", "cpu_quota", "explain", "limits", "start", "torch_on_one"]
 
 VARIABLE = "ANABRANCH_NUM_THREADS"
 
@@ -61,6 +61,34 @@ def count() -> int:
     """
     held: int = getattr(_held, "threads", 0)
     return held or limits().threads(torch.get_num_threads())
+
+
+def start(cores: Collection[int] | None = None) -> None:
+    """Start the kernels' worker threads now, to run on `cores`.
+
+    Without this they start at the first call that needs them and run where the calling thread may, which is too little
+    where that thread is bound to one core of several.
+
+    cores: their numbers; None, or numbers of which this process may use none: where this thread may run.
+    """
+    wanted = count()
+    if wanted < 2:
+        return
+    from anabranch import _cpu
+
+    before: Collection[int] = ()
+    if cores and hasattr(os, "sched_setaffinity"):
+        held = os.sched_getaffinity(0)
+        try:
+            os.sched_setaffinity(0, cores)  # of this thread; what it starts inherits it
+            before = held
+        except OSError:
+            pass
+    try:
+        _cpu.pieces(wanted, wanted)
+    finally:
+        if before:
+            os.sched_setaffinity(0, before)
 
 
 @functools.cache

@@ -131,6 +131,7 @@ def attention(
     sinks: torch.Tensor | None,
     return_lse: bool,
     kv_scales: KVScales | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """out [rows, Hq, E] in q's dtype, E of v_pages; lse [rows, Hq] float32 (natural log) or None."""
     from anabranch.kernels import launch
@@ -143,6 +144,7 @@ def attention(
     out, lse = launch.attention(
         q, k_pages, v_pages, arrays,
         scale=scale, softcap=softcap, window=window, sinks=sinks, num_rows=plan.num_rows, kv_scales=kv_scales,
+        out=out,
     )  # fmt: skip
     return out, lse if return_lse else None
 

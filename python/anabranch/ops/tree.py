@@ -69,15 +69,21 @@ def attend(
     backend: str,
     return_lse: bool,
     kv_scales: KVScales | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``torch.ops.anabranch.tree_attention`` with a plan for its handle. lse may be None without `return_lse`."""
+    """``torch.ops.anabranch.tree_attention`` with a plan for its handle. lse may be None without `return_lse`.
+
+    out: where the result goes. The op itself has no such argument: where somebody looks on, the result is copied.
+    """
     if unobserved(q):
-        return _run(q, k_pages, v_pages, plan, sinks, scale, softcap, window, layer, backend, return_lse, kv_scales)
-    out, lse = torch.ops.anabranch.tree_attention(
+        return _run(
+            q, k_pages, v_pages, plan, sinks, scale, softcap, window, layer, backend, return_lse, kv_scales, out
+        )
+    result, lse = torch.ops.anabranch.tree_attention(
         q, k_pages, v_pages, plan.handle, sinks, scale, softcap, window, layer, backend, return_lse,
         *(kv_scales or (None, None)),
     )  # fmt: skip
-    return out, lse
+    return result if out is None else out.copy_(result), lse
 
 
 def write(
@@ -117,10 +123,11 @@ def _run(
     backend: str,
     return_lse: bool,
     kv_scales: KVScales | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     chosen = backends.choose(backend, q.device, q.dtype, q.shape[2], k_pages.dtype, v_pages.shape[3])
     plan.check(layer, k_pages)
-    out, lse = chosen.attention(
+    found, lse = chosen.attention(
         plan.queries(q, layer),
         k_pages,
         v_pages,
@@ -131,13 +138,14 @@ def _run(
         sinks=sinks,
         return_lse=return_lse,
         kv_scales=kv_scales,
+        out=out,
     )
-    if out.shape[0] != plan.num_rows:
+    if found.shape[0] != plan.num_rows:
         raise ValueError(
-            f"backend: {chosen.name!r} cannot merge the {out.shape[0]} query rows of views into the step's "
+            f"backend: {chosen.name!r} cannot merge the {found.shape[0]} query rows of views into the step's "
             f"{plan.num_rows} rows; use another backend"
         )
-    return out, lse
+    return found, lse
 
 
 def _run_write(

@@ -217,8 +217,7 @@ APR = Habits(
     pieces=[CALLS],
 )
 BEGUN = (
-    "{:04d}\n" + NODE + "0,1\nCurrent State: 9:[1, 2], Operations: []\n"
-    "Generated Node #0,1,1: 9:[3] Operation: 1+2=3z"
+    "{:04d}\n" + NODE + "0,1\nCurrent State: 9:[1, 2], Operations: []\nGenerated Node #0,1,1: 9:[3] Operation: 1+2=3z"
 )
 
 FORKS = "".join(f"<FORK-{i}>a</FORK-{i}>" for i in range(1000))
@@ -289,15 +288,11 @@ SPRINT = Habits(
 FORMATS = {
     "threadweaver": _threadweaver(ab.ThreadWeaver()),
     "threadweaver with conclusion": _threadweaver(ab.ThreadWeaver(conclusion=True)),
-    "multiverse": _outlined(
-        ab.Multiverse(min_left=5), "<Goal>", "<Outline>{id}: a</Outline>", "</Goal>", MULTIVERSE
-    ),
+    "multiverse": _outlined(ab.Multiverse(min_left=5), "<Goal>", "<Outline>{id}: a</Outline>", "</Goal>", MULTIVERSE),
     "multiverse as released": _outlined(
         ab.Multiverse(min_left=5, released=True), "<Goal>", "<Outline>{id}: a</Outline>", "</Goal>", MULTIVERSE
     ),
-    "npr": _outlined(
-        ab.NPR(min_left=5, reserve=4), "<guideline>", "<plan>{id}: a</plan>", "</guideline>", NPR
-    ),
+    "npr": _outlined(ab.NPR(min_left=5, reserve=4), "<guideline>", "<plan>{id}: a</plan>", "</guideline>", NPR),
     "npr as trained": _outlined(
         ab.NPR(min_left=5, reserve=4, positions="training"),
         *("<guideline>", "<plan>{id}: a</plan>", "</guideline>", NPR),
@@ -309,8 +304,6 @@ FORMATS = {
     "parathinker": Format(ab.ParaThinker(paths=4, biased=False), _thoughts(4, "<summary>", "</summary>")),
     "ssft": Format(ab.SSFT(paths=4, vote="number"), _thoughts(6)),
     "sprint": Format(ab.SPRINT(execution_tokens=12), SPRINT),
-    "asyncthink": Format(
-        ab.AsyncThink(workers=2, worker_request="W {query}\n", reuse_ids=True), ASYNCTHINK, good=3
-    ),
+    "asyncthink": Format(ab.AsyncThink(workers=2, worker_request="W {query}\n", reuse_ids=True), ASYNCTHINK, good=3),
     "apr": Format(ab.APR(depth=2), APR, limits=(20, 60, 120), prompt=BEGUN, good=3),
 }

@@ -70,10 +70,13 @@ class Habits:
 
 
 class Malformed(LogitsProcessor):
-    """Makes the model say what `habits` has it say; the prompt's first bytes choose among endlessly many models."""
+    """Makes the model say what `habits` has it say; the prompt's first bytes choose among endlessly many models.
 
-    def __init__(self, habits: Habits, scripted: float = 0.8, usual: float = 0.9, ends: float = 0.01):
-        self.habits, self.scripted, self.usual, self.ends = habits, scripted, usual, ends
+    choices: so many models, between whose tokens the scores and the sampler choose: so the seed matters.
+    """
+
+    def __init__(self, habits: Habits, scripted: float = 0.8, usual: float = 0.9, ends: float = 0.01, choices: int = 1):
+        self.habits, self.scripted, self.usual, self.ends, self.choices = habits, scripted, usual, ends, choices
         self.tokenizer = tag_tokenizer(habits.tokens, None)
         self.opening = {self._ids(tag)[0] for tag in habits.opening}
         self.scripts = [self._ids(script) for script in habits.scripts]
@@ -85,7 +88,7 @@ class Malformed(LogitsProcessor):
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def says(self, context: Sequence[int]) -> int:
+    def says(self, context: Sequence[int], choice: int = 0) -> int:
         """The next token behind `context`."""
         at = next((i for i in range(len(context) - 1, -1, -1) if context[i] in self.opening), None)
         if at is not None:
@@ -95,15 +98,16 @@ class Malformed(LogitsProcessor):
                 script = rng.choice(self.rare if self.rare and rng.random() < 0.01 else self.scripts)
                 if len(said) < len(script) and said == script[: len(said)]:
                     return script[len(said)]
-        rng = random.Random(f"{context[:4]} {len(context)} {context[-6:]}")
+        rng = random.Random(f"{context[:4]} {len(context)} {context[-6:]}" + f" {choice}" * (choice > 0))
         if rng.random() < self.ends:
             return self.eos
         known = self.next.get(context[-1], []) if rng.random() < self.usual else []
         return rng.choice(known or self.words)
 
     def __call__(self, input_ids, scores):
-        tokens = torch.tensor([[self.says(context)] for context in input_ids.tolist()])
-        return torch.full_like(scores, -torch.inf).scatter(-1, tokens, 0.0)
+        said = [[self.says(context, i) for i in range(self.choices)] for context in input_ids.tolist()]
+        allowed = torch.full_like(scores, -torch.inf).scatter(-1, torch.tensor(said), 0.0)
+        return allowed + scores if self.choices > 1 else allowed
 
 
 def generate(engine: ab.Engine, models: Malformed, prompts: Sequence[str], **options) -> list[ab.Result]:

@@ -225,7 +225,7 @@ class _Worker:
 
 @dataclass(frozen=True)
 class Sights(Strategy):
-    """A random program of forks that see siblings, stand apart, skip positions and join, with cuts wherever they may be.
+    """A random program of forks that see siblings, stand apart, skip positions and join, with cuts anywhere.
 
     segments: forks are given KV segments up to so many. cuts: what children share, see or wrote may be forgotten, or go
     before those that see it; without, all of a thread can be computed again from what its request holds. Nothing

@@ -51,7 +51,8 @@ def _with_tags(tokenizer: Any, model: Any) -> None:
 
 
 def run(model: str, tokens: int, only: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
-    """One entry a strategy. Time is the processor's, of the thread that steps: run with one kernel thread."""
+    """One entry a strategy, answers of full length. Time is the processor's, of the thread that steps: one kernel thread
+    is to do all work."""
     loaded, tokenizer = ab.models.load(model)
     _with_tags(tokenizer, loaded)
     engine = ab.Engine(loaded, tokenizer, compile=False)
@@ -59,7 +60,7 @@ def run(model: str, tokens: int, only: tuple[str, ...] = ()) -> Iterator[dict[st
     for name in only or registry.names():
         strategy = registry.build(name, SHORT.get(name))
         with patch("time.perf_counter", time.thread_time):
-            result = engine.generate(PROMPT, strategy=strategy, max_new_tokens=tokens)
+            result = engine.generate(PROMPT, strategy=strategy, max_new_tokens=tokens, eos_token_id=None)
         told = summary([result])
         whole = sum(result.metrics.seconds.values())
         yield {

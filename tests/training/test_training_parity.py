@@ -166,7 +166,7 @@ def test_a_token_that_was_cut_before_a_join(mode):
     assert len(layout.learnt) == result.metrics.sampled_tokens == 15
     _assert_recorded(layout, engine.model)
     cut = next(run for run in result.tree.forgotten if run.kind == "sampled")
-    assert cut.cut == (3 + 3, 3, False) and layout.position_ids[layout.input_ids == cut.token_ids[0]].min() <= 6
+    assert cut.cut == (3 + 3, 4, False) and layout.position_ids[layout.input_ids == cut.token_ids[0]].min() <= 6
 
 
 def test_a_layout_that_shows_something_else_is_caught():

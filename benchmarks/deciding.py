@@ -51,8 +51,8 @@ def _with_tags(tokenizer: Any, model: Any) -> None:
 
 
 def run(model: str, tokens: int, only: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
-    """One entry a strategy, answers of full length. Time is the processor's, of the thread that steps: one kernel thread
-    is to do all work."""
+    """One entry a strategy, answers of full length. Time is the processor's, of the thread that steps; one kernel
+    thread is to do all work."""
     loaded, tokenizer = ab.models.load(model)
     _with_tags(tokenizer, loaded)
     engine = ab.Engine(loaded, tokenizer, compile=False)

@@ -39,7 +39,7 @@ app = typer.Typer(
 [bold]kv_formats[/bold] accuracy of K and V kept as int8 and fp8
 [bold]company[/bold]    decoding beside programs that spin on the same cores
 [bold]cuda-sass[/bold]  what the machine code of the CUDA kernels promises, without a GPU (read, not measured)
-[bold]all[/bold]        all of them but kv_formats, company, deciding and cuda-sass (also what runs when no command is given)
+[bold]all[/bold]        all but kv_formats, company, deciding and cuda-sass (also what runs when no command is given)
 [bold]report[/bold]     Markdown tables and figures from a results file
 
 Every contender is checked against float64 before it is timed; rounds are interleaved (A B C A B C …) with cold caches;
@@ -394,7 +394,7 @@ def deciding_command(
     """
     from . import deciding
 
-    store = _start(1, json)
+    store = _start(1, json, "cpu")
     for entry in deciding.run(model, tokens, tuple(only or ())):
         store.put("deciding", ("model", "strategy"), entry)
         console.print(

@@ -23,8 +23,8 @@ demo: $(VENV)/.model  ## install what is needed, then watch a real model fork an
 test: $(VENV)/.model  ## install what is needed, then run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n auto --dist worksteal --benchmark-disable
 
-test-slow: $(VENV)/.model  ## a million cache operations, 100,000 plans, 1,000 generations, 100,000 programs (hours)
-	$(BIN)/python -m pytest -q -m slow tests/kv tests/plan tests/engine tests/serve
+test-slow: $(VENV)/.model  ## a million cache operations, 100,000 plans and programs, 10,000 broken generations a system (hours)
+	$(BIN)/python -m pytest -q -m slow tests/kv tests/plan tests/engine tests/strategies tests/serve tests/remote
 
 soak: $(VENV)/.model  ## clients that misbehave at random against the server, for SECONDS=120
 	$(BIN)/python tests/serve/test_soak.py $(or $(SECONDS),120)

@@ -33,13 +33,14 @@ app = typer.Typer(
 [bold]linear[/bold]     what Engine(batch_invariant=True) costs: linear layers and forwards of 1 to 512 rows
 [bold]step[/bold]       where a decode step of 1, 16 and 64 rows spends its time, eager and compiled, beside the floor
 [bold]drafts[/bold]     speculative decoding: steps and seconds of the adapted models' answers with drafts and without
+[bold]deciding[/bold]   what each strategy takes of a step's time
 [bold]serve[/bold]      Poisson arrivals: throughput, time to the first token and between tokens, p50 and p99
 [bold]branch[/bold]     training: attention under a branch mask, forward + backward; masked SDPA, FlexAttention
 [bold]kv_formats[/bold] accuracy of K and V kept as int8 and fp8
 [bold]fleet[/bold]      a simulation from measured costs of steps: replicas, routing, forks; checked on two real engines
 [bold]company[/bold]    decoding beside programs that spin on the same cores
 [bold]cuda-sass[/bold]  what the machine code of the CUDA kernels promises, without a GPU (read, not measured)
-[bold]all[/bold]        all but kv_formats, fleet, company and cuda-sass (also what runs when no command is given)
+[bold]all[/bold]        attention, host, branch and e2e (also what runs when no command is given)
 [bold]report[/bold]     Markdown tables and figures from a results file
 
 Every contender is checked against float64 before it is timed; rounds are interleaved (A B C A B C …) with cold caches;
@@ -380,6 +381,28 @@ def drafts_command(
             f"{entry['model']:18} {entry['draft']:20} {entry['steps']:5} steps (÷ {entry['fewer_steps']:.2f})  "
             f"{entry['accepted_tokens']:5} of {entry['draft_tokens']:5} guesses  "
             f"{entry['rows']:5} rows  time ÷ {entry['faster']}  {same}"
+        )
+
+
+@app.command("deciding")
+def deciding_command(
+    model: Annotated[str, typer.Option()] = "smollm2",
+    tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of an answer.")] = 48,
+    only: Annotated[list[str] | None, typer.Option(help="A strategy by name; may be repeated.")] = None,
+    json: Json = None,
+) -> None:  # fmt: skip
+    """Every strategy on a real model: processor time inside it, as a share of the steps', on one core.
+
+    On n cores a step takes at least an n-th of its time on one, so the share is at most n times as large.
+    """
+    from . import deciding
+
+    store = _start(1, json, "cpu")
+    for entry in deciding.run(model, tokens, tuple(only or ())):
+        store.put("deciding", ("model", "strategy"), entry)
+        console.print(
+            f"{entry['strategy']:20} {entry['steps']:4} steps {entry['rows']:5} rows {entry['threads']:3} threads  "
+            f"in the strategy {entry['strategy_share']:7.2%}  with forks, joins and plans {entry['overhead']:7.2%}"
         )
 
 

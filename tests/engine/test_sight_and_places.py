@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from engine_kit import Recorder, assert_dense, assert_nothing_held, byte_tokenizer, make_engine
+from programs_of_threads import Sights
 from tagged_kit import assert_trained_as_seen
 
 import anabranch as ab
@@ -119,7 +120,7 @@ def test_positions_as_asked_for():
     assert starts[-2] == ("inserted", 46 - 3)
 
 
-@pytest.mark.parametrize("pages", [32, 36])
+@pytest.mark.parametrize("pages", [22, 26, 32])
 @pytest.mark.parametrize("strategy", [Graph(), Graph(discard=True), Places()], ids=["sight", "killed", "places"])
 def test_pre_empted_threads_come_back_the_same(strategy, pages):
     prompts = ["Why?", "How?", "When", "Is it"]
@@ -132,6 +133,36 @@ def test_pre_empted_threads_come_back_the_same(strategy, pages):
         assert one.tree == two.tree
         for a, b in ab.engine.logprob_pairs(one, two):
             assert abs(a - b) < 1e-3
+
+
+def least_pages(prompt, strategy, **options):
+    """In which it runs alone."""
+    low, high = 2, make_engine(num_pages=600).generate(prompt, strategy=strategy, **options).metrics.pages_peak
+    while low < high:
+        middle = (low + 2 * high) // 3
+        try:
+            make_engine(num_pages=middle).generate(prompt, strategy=strategy, **options)
+            high = middle
+        except ValueError:
+            low = middle + 1
+    return low
+
+
+def test_what_runs_alone_runs_beside_others():
+    """Requests that each need all the pages there are end together in these, with the same trees."""
+    options, preempted = {"max_new_tokens": 40, "eos_token_id": None}, 0
+    for program in range(4):
+        strategy = Sights(program, cuts=False)
+        prompts = [[5, 6, 7, program], [9, program, 3], [program, 8]]
+        pages = max(least_pages(prompt, strategy, **options) for prompt in prompts)
+        whole = [make_engine(num_pages=600).generate(prompt, strategy=strategy, **options) for prompt in prompts]
+        for more in (0, 2):
+            engine = make_engine(num_pages=pages + more)
+            scarce = engine.generate(prompts, strategy=strategy, **options)
+            assert_nothing_held(engine)
+            preempted += sum(result.metrics.preemptions for result in scarce)
+            assert [result.tree for result in scarce] == [result.tree for result in whole], program
+    assert preempted > 20
 
 
 @pytest.mark.parametrize("strategy", [Graph(), Graph(discard=True), Places()], ids=["sight", "killed", "places"])

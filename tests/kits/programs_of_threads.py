@@ -221,3 +221,94 @@ class _Worker:
                 yield from self.mortals(thread, rng)
             if depth < 2 and rng.random() < 0.7:
                 yield from self.children(thread, rng, depth)
+
+
+@dataclass(frozen=True)
+class Sights(Strategy):
+    """A random program of forks that see siblings, stand apart, skip positions and join, with cuts anywhere.
+
+    segments: forks are given KV segments up to so many. cuts: what children share, see or wrote may be forgotten, or go
+    before those that see it; without, all of a thread can be computed again from what its request holds. Nothing
+    depends on the order in which threads run.
+    """
+
+    program: int
+    vocabulary: int = 97
+    segments: int = 0
+    cuts: bool = True
+
+    @property
+    def kv_segments(self):
+        return self.segments + 1 if self.segments else 0
+
+    def run(self, trunk):
+        rng = random.Random(f"sights {self.program}/{trunk.context[0]}")
+        yield trunk.decode(rng.randint(1, 6))
+        for _ in range(rng.randint(1, 3)):
+            yield from self.block(trunk, rng, 0)
+            trunk.insert(self.ids(rng))
+            yield trunk.decode(rng.randint(1, 4))
+            yield from self.cut(trunk, rng)
+
+    def ids(self, rng, most=3):
+        return [rng.randrange(self.vocabulary) for _ in range(rng.randint(1, most))]
+
+    def write(self, thread, rng):
+        """Some tokens, with gaps and steps back in their positions."""
+        for _ in range(rng.randint(1, 3)):
+            yield thread.decode(rng.randint(1, 5), sampling={"do_sample": rng.random() < 0.5})
+            if rng.random() < 0.3:
+                yield thread.skip(rng.choice([-1, 1, 2, 7]) if thread.position > 8 else 3)
+            if rng.random() < 0.3:
+                yield from self.cut(thread, rng)
+            if rng.random() < 0.4:
+                thread.insert(self.ids(rng))
+
+    def cut(self, thread, rng):
+        """Forget some own tokens, down into what was joined, and go on."""
+        own = len(thread.token_ids) if self.cuts else len(thread.host.state(thread).last_sampled)
+        if own:
+            yield thread.truncate(thread.length - rng.randint(0, min(own, rng.choice([1, 2, 12]))))
+        thread.insert(self.ids(rng))
+
+    def grow(self, kid, rng, depth):
+        yield from self.write(kid, rng)
+        if depth < 1 and rng.random() < 0.3:
+            yield from self.block(kid, rng, depth + 1)
+            kid.insert(self.ids(rng))
+            yield from self.write(kid, rng)
+        yield kid
+
+    def block(self, thread, rng, depth):
+        kids = []
+        for _ in range(rng.randint(1, 3)):
+            done = [kid for kid in kids if kid.alive]
+            seen = rng.sample(done, rng.randint(0, min(2, len(done)))) if rng.random() < 0.8 else []
+            count = rng.randint(1, 3)
+            more = {"segments": [rng.randint(0, self.segments) for _ in range(count)]} if self.segments else {}
+            sees = [(other, rng.choice([None, rng.randint(0, len(other.token_ids))])) for other in seen]
+            new = thread.fork([self.ids(rng) for _ in range(count)], sees=sees, apart=rng.choice([0, 0, 5]), **more)
+            if rng.random() < 0.3:  # the thread itself goes on beside its children
+                yield new[0].insert([])
+                thread.insert(self.ids(rng))
+                if self.cuts and rng.random() < 0.5:
+                    yield from self.cut_back(thread, rng)
+            yield [thread.start(self.grow(kid, random.Random(rng.random()), depth)) for kid in new]
+            kids += new
+            if self.cuts and rng.random() < 0.2:
+                kids.pop(rng.randrange(len(kids))).kill()
+        yield from self.take_back(thread, [kid for kid in kids if kid.alive], rng)
+
+    def cut_back(self, thread, rng):
+        """Forget what came last, which children may share."""
+        yield thread.truncate(thread.length - rng.randint(0, min(3, len(thread.token_ids))))
+        thread.insert(self.ids(rng))
+
+    def take_back(self, thread, kids, rng):
+        rng.shuffle(kids)
+        while kids:
+            some = [kids.pop() for _ in range(rng.randint(1, len(kids)) if self.cuts else len(kids))]
+            mode = rng.choice(["concat", "concat", "concat", "reprefill", "summary", "discard"])
+            yield thread.join(some, mode, **({"text": self.ids(rng)} if mode == "summary" else {}))
+            if rng.random() < 0.4:
+                yield from self.cut(thread, rng)

@@ -6,17 +6,18 @@ layout, row by row, in float32.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
 from engine_kit import Recorder, byte_tokenizer, make_engine
-from programs_of_threads import Anything
+from programs_of_threads import Anything, Sights
 from threadweaver_kit import MANY, TAGS, TWO, Script, engine_with_tags
 
 import anabranch as ab
 from anabranch import training
 from anabranch.records.result import Run
+from anabranch.strategies import Strategy
 
 TOLERANCE = 1e-4
 PROMPT = "Why do rivers bend?"
@@ -111,6 +112,61 @@ def test_any_program(program):
         seed=program,
     )  # fmt: skip
     assert_parity(result, recorder, engine.model)
+
+
+@pytest.mark.parametrize("program", range(6))
+def test_cuts_anywhere_among_forks_that_see_siblings_and_joins_of_every_kind(program, tmp_path):
+    """Cuts of what children share or wrote, gaps in positions, siblings in sight: all where the engine had it."""
+    engine = make_engine(num_pages=900)
+    result = engine.generate(
+        [5, 6, 7, program], strategy=Sights(program), eos_token_id=None, max_new_tokens=60, logprobs=True
+    )
+    ab.records.trace.save(result, tmp_path / "trace.json")
+    for trace in (result, ab.records.trace.load(tmp_path / "trace.json")):
+        layout = training.from_trace(trace)
+        assert len(layout.learnt) == result.metrics.sampled_tokens
+        _assert_recorded(layout, engine.model)
+    cut = sum(len(r.token_ids) for n in result.tree.walk() for r in n.forgotten if r.kind == "sampled")
+    kept = training.from_trace(result, forgotten=False)
+    assert len(kept.learnt) == result.metrics.sampled_tokens - cut
+    _assert_recorded(kept, engine.model)
+    _assert_recorded(training.from_trace(result, discarded=False), engine.model)
+
+
+def _assert_recorded(layout, model):
+    with torch.no_grad():
+        torch.testing.assert_close(layout.recorded[layout.learnt], layout.logprobs(model), atol=TOLERANCE, rtol=0)
+
+
+@dataclass(frozen=True)
+class CutAndJoined(Strategy):
+    """A token is cut, and threads take its place: what comes behind them shares no position with it."""
+
+    mode: str
+
+    def run(self, trunk):
+        kids = trunk.fork([[20], [30, 31]])
+        trunk.insert([40])
+        yield trunk.decode(3)
+        trunk.truncate(trunk.length - 1)
+        yield [kids[0].decode(6), kids[1].decode(2)]
+        yield trunk.join(kids, self.mode)
+        trunk.insert([50])
+        yield trunk.decode(2)
+        yield trunk.truncate(trunk.length - 5)  # down into what was joined
+        trunk.insert([60])
+        yield trunk.decode(2)
+
+
+@pytest.mark.parametrize("mode", ["concat", "reprefill"])
+def test_a_token_that_was_cut_before_a_join(mode):
+    engine = make_engine(num_pages=900)
+    result = engine.generate([5, 6, 7], CutAndJoined(mode), eos_token_id=None, max_new_tokens=60, logprobs=True)
+    layout = training.from_trace(result)
+    assert len(layout.learnt) == result.metrics.sampled_tokens == 15
+    _assert_recorded(layout, engine.model)
+    cut = next(run for run in result.tree.forgotten if run.kind == "sampled")
+    assert cut.cut == (3 + 3, 4, False) and layout.position_ids[layout.input_ids == cut.token_ids[0]].min() <= 6
 
 
 def test_a_layout_that_shows_something_else_is_caught():

@@ -110,11 +110,7 @@ class Scheduler:
             ops = [op for op in ops if not request.ops[type(op)].waits_for_children(request, op)]
             for need in (need for op in ops for need in request.ops[type(op)].needs(request, thread, op)):
                 self._needed.add(id(need.kv))
-                if not need.kv.in_cache:
-                    chain = [need]
-                    while chain[-1].kv.branch is None and not chain[-1].kv.may_open:
-                        chain.append(chain[-1].parent)
-                    wanted.update(dict.fromkeys(reversed(chain)))
+                _bring(need, wanted)
         waiting = request in self._queueing or any(t.kv.ready for t in decoding)
         if not wanted and not waiting:
             raise RequestFailed(
@@ -164,8 +160,8 @@ class Scheduler:
                     continue
                 if not kv.may_open:
                     continue  # its parent comes first
-                if any(id(sibling) in coming for sibling in kv.absent):
-                    continue  # and so do siblings that it sees: those that do not come are computed again, for it alone
+                if any(sibling.thread.alive for sibling in kv.absent):
+                    continue  # and so do siblings that it sees; of those that are gone it computes what it saw again
                 donor = kv.donor(least=size)
                 if donor is not None and donor[0].held.length < donor[1]:
                     if donor[0] in wanted:
@@ -335,6 +331,27 @@ class Scheduler:
         return best
 
 
+def _bring(thread: EngineThread, wanted: dict[EngineThread, None]) -> None:
+    """Add a thread, unless it is in the cache, behind what it cannot be without there: its parents, and siblings that
+    it sees (computed for it alone, what they have in common with it would be there twice)."""
+    left = [thread]
+    while left:
+        thread = left[-1]
+        before = []
+        if thread.kv.branch is None and thread not in wanted:
+            before = [sibling.thread for sibling in thread.kv.absent if sibling.thread.alive]
+            if not thread.kv.may_open:
+                assert thread.parent is not None
+                before.append(thread.parent)
+            before = [other for other in before if not other.kv.in_cache and other not in wanted]
+        if before:
+            left += before
+        else:
+            left.pop()
+            if not thread.kv.in_cache:
+                wanted[thread] = None
+
+
 def _age(kv: ThreadKV) -> tuple[int, int, int]:
     return kv.thread.age
 
@@ -355,5 +372,8 @@ def _alike(kv: ThreadKV, other: ThreadKV) -> int:
 
 
 def _built_on(thread: EngineThread) -> bool:
-    """Whether a child of it is in the cache."""
-    return any(child.kv.branch is not None for child in thread.children)
+    """Whether a child of it is in the cache, or a sibling that sees it: what they share would stay."""
+    siblings = thread.parent.children if thread.parent is not None else ()
+    return any(child.kv.branch is not None for child in thread.children) or any(
+        segment.spliced is thread for other in siblings if other.kv.branch is not None for segment in other.seen
+    )

@@ -264,14 +264,8 @@ class ThreadKV:
         return True
 
     def _again(self, cache: TreeCache) -> Iterator[PrefillChunk]:
-        """Rebuild the thread: what it saw of siblings first, each on a branch of its own, then what it holds."""
-        thread, anchors = self.thread, {id(self.thread): self.held}
-        if thread.seen:
-            assert thread.parent is not None
-            for other in _seen_by([thread]):
-                anchors[id(other)] = _fork_at(cache, thread.parent.kv.held, other.forked_at)
-                self._scratch.append(anchors[id(other)])
-        yield from self._build(cache, thread, anchors, {})
+        """Rebuild the thread: what it saw of siblings first, then what it holds."""
+        yield from self._build(cache, self.thread, {id(self.thread): self.held}, {})
         self._drop_scratch(cache)
 
     def _build(
@@ -281,10 +275,20 @@ class ThreadKV:
         if id(thread) in built:
             return
         built[id(thread)] = thread
+        absent = {id(kv.thread) for kv in thread.kv.absent}
         for segment in thread.seen:
-            assert segment.spliced is not None
-            yield from self._build(cache, segment.spliced, anchors, built)
-            cache.share(anchors[id(thread)], anchors[id(segment.spliced)], len(segment.token_ids))
+            other = segment.spliced
+            assert other is not None
+            if id(other) not in anchors and id(other) not in absent:
+                cache.share(anchors[id(thread)], other.kv.held, len(segment.token_ids))
+                continue
+            if id(other) not in anchors:  # it is gone: what it wrote is computed for this thread
+                assert thread.parent is not None
+                anchors[id(other)] = _fork_at(cache, thread.parent.kv.held, other.forked_at)
+                self._scratch.append(anchors[id(other)])
+            yield from self._build(cache, other, anchors, built)
+            absent = {id(kv.thread) for kv in thread.kv.absent}  # others may have gone meanwhile
+            cache.share(anchors[id(thread)], anchors[id(other)], len(segment.token_ids))
         yield from self._program(cache, thread, anchors[id(thread)])
 
     def _program(self, cache: TreeCache, thread: EngineThread, branch: Branch) -> Iterator[PrefillChunk]:

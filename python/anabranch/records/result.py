@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anabranch.records.actions import Action
 from anabranch.records.metrics import Metrics
 
 if TYPE_CHECKING:
     from anabranch.records.trace import Trace
+
+
+class Cut(NamedTuple):
+    """Where a run stood that was cut off: behind ``begin`` of its thread's own tokens, prompt included. ``logged``: the
+    entries of the thread's log up to the cut, itself included if it is one; ``spliced``: as in `Run`."""
+
+    begin: int
+    logged: int
+    spliced: bool = False
 
 
 @dataclass(frozen=True)
@@ -21,6 +30,8 @@ class Run:
     ``logprobs``: log-probability of each token when it was sampled or scored (raw scores, nats), where that was asked
     for (``generate(logprobs=True)``); not part of comparisons, since the last digits depend on what else was in a step.
     ``kv_segment``: which segment vectors the model added to their K and V (`ParaThinker`; 0 elsewhere).
+    ``cut``: of tokens that were cut off, where they stood (None in traces from before it was kept); no part of
+    comparisons either.
     """
 
     kind: str
@@ -30,6 +41,7 @@ class Run:
     spliced: bool = False
     logprobs: tuple[float, ...] | None = field(default=None, compare=False)
     kv_segment: int = 0
+    cut: Cut | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Layout (version 2)::
      "prompt_token_ids": [int], "token_ids": [int], "text": str | null, "answers": any JSON, "malformed": [str],
      "tree": {"id", "role", "token_ids", "text", "start", "stop", "forked_at", "ended", "fate",
               "runs": [{"kind", "token_ids", "position", "source", "spliced", "logprobs", "kv_segment"}],
-              "forgotten": [as runs],
+              "forgotten": [as runs, with "cut": [begin, logged, spliced]],
               "children": [nodes], "sees": [[id, tokens]],
               "log": [{"do", "token_ids", "children", "mode", "length", "headers", "segments",
                        "clock", "position"}],
@@ -18,7 +18,7 @@ Layout (version 2)::
 ``pieces`` is what each token id reads as in the middle of a text (its bytes, where they are no whole characters), null
 without a tokenizer and missing in traces from before it was kept. ``logprobs`` is null unless they were asked for
 (``generate(logprobs=True)``). ``log`` is what was done to a thread, in order (`anabranch.records.actions.Action`):
-`ab.replay` does it again. ``kv_segment`` and ``segments`` may be missing (0, none); ``turns`` and
+`ab.replay` does it again. ``kv_segment``, ``segments`` and ``cut`` may be missing (0, none, not known); ``turns`` and
 ``sights`` are those of `Node`, and may be left out. Version 1, which had neither log
 nor log-probabilities and fewer metrics, is still read; it cannot be replayed.
 """
@@ -35,7 +35,7 @@ from anabranch.records.actions import Action
 from anabranch.records.files import write_whole
 from anabranch.records.joins import JOINS
 from anabranch.records.metrics import Metrics, overhead_of
-from anabranch.records.result import Node, Result, Run, Sight
+from anabranch.records.result import Cut, Node, Result, Run, Sight
 
 __all__ = ["SCHEMA", "VERSION", "Trace", "load", "save"]
 
@@ -238,7 +238,16 @@ def _run(data: Any, at: str) -> Run:
         spliced=_get(data, "spliced", at, bool),
         logprobs=_logprobs(data, at),
         kv_segment=_natural(data.get("kv_segment", 0), f"{at}.kv_segment"),
+        cut=_cut(data.get("cut"), f"{at}.cut"),
     )
+
+
+def _cut(data: Any, at: str) -> Cut | None:
+    if data is None:
+        return None
+    if len(_want(data, (list, tuple), at)) != 3:
+        raise ValueError(f"{at}: expected two numbers and whether it was spliced, got {data!r:.60}")
+    return Cut(_natural(data[0], at), _natural(data[1], at), _want(data[2], bool, at))
 
 
 def _logprobs(data: Mapping[str, Any], at: str) -> tuple[float, ...] | None:

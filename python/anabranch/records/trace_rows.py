@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from anabranch._check import told
+from anabranch.records.history import Stage, size, stages
 from anabranch.records.live_rows import check_live, write_live
 from anabranch.records.rows import Rows
 
@@ -39,8 +40,10 @@ class _Writer:
         self.discarded, self.forgotten, self.flat_loss = discarded, forgotten, flat_loss
         self.rows = Rows()
         self.own: dict[str, list[int]] = {}  # the segments of each thread beyond what it shares with its parent
+        self.held: dict[str, list[list[int]]] = {}  # the same at each earlier time, before some of it was cut off
         self.before: dict[str, list[int]] = {}  # those that it shares
         self.numbers: dict[str, int] = {}
+        self.mute: set[str] = set()  # threads without loss
         self.together: set[str] = set()  # forks that saw one another: what comes back of them was computed again
 
     def thread(self, node: Node, before: list[int]) -> None:
@@ -48,11 +51,51 @@ class _Writer:
         if _live(node):
             check_live([node])
         number = self.numbers[node.id] = len(self.numbers)
-        own = self.own[node.id] = []
-        self.before[node.id] = before
-        length = self.length(before)
-        waiting = [k for k in node.children if self.discarded or k.fate not in ("discarded", "killed")]
+        self.own[node.id], self.held[node.id], self.before[node.id] = [], [], before
+        base = self.length(before)
+        waiting = self.kept(node)
         self._check_cuts(node, waiting)
+        parts = stages(node)
+        kids = _at_their_stage(node, waiting, parts)
+        mute = node.id in self.mute
+        for i, part in enumerate(parts):
+            kept = min(later.kept for later in parts[i:])
+            # What goes is there for its own sake, or for forks that share it.
+            needed = [
+                min([kid.forked_at - base, *(between.kept for between in parts[i:j])])
+                for j in range(i, len(parts))
+                for kid in kids[j]
+            ]
+            limit = size(part.runs) if self.forgotten else max([kept, *needed])
+            ends = sorted({later.kept for later in parts[i:]})
+            loss_to = 0 if mute else None if self.forgotten else kept
+            self.stage(node, part, kids[i], number, limit, ends, loss_to)
+            self.held[node.id].append(list(self.own[node.id]))
+            self.own[node.id] = self.first(self.own[node.id], part.kept)
+        if left := [kid for part in kids for kid in part]:
+            raise ValueError(
+                f"trace: thread {left[0].id} was forked at a context length of {left[0].forked_at}, which thread "
+                f"{node.id} (length {base + self.length(self.own[node.id])}) does not reach; is the trace whole?"
+            )
+
+    def stage(
+        self,
+        node: Node,
+        part: Stage,
+        waiting: list[Node],
+        number: int,
+        limit: int,
+        ends: Sequence[int],
+        kept: int | None,
+    ) -> None:
+        """Go on to the end of one stage: add its tokens up to own token `limit`, and the children of `waiting`.
+
+        ends: own tokens in front of which segments end, since later stages begin there. kept: there is no loss from own
+        token `kept` on (None: on all).
+        """
+        own, before = self.own[node.id], self.before[node.id]
+        base, begin = self.length(before), self.length(own)
+        length = base + begin
 
         def fork() -> None:
             here = [k for k in waiting if k.role == "fork" and k.forked_at == length]
@@ -62,49 +105,66 @@ class _Writer:
                 self.thread(kid, [] if kid.role == "fresh" else [*before, *own, *self.seen(kid)])
 
         fork()
-        for (kind, source), group in groupby(node.runs, key=lambda run: (run.kind, run.source)):
+        at = 0  # of the stage's tokens
+        for (kind, source), group in groupby(part.runs, key=lambda run: (run.kind, run.source)):
             runs = list(group)
-            shared = self.shared(runs, [*before, *own]) if kind == "joined" else None
+            if at + size(runs) <= begin:
+                at += size(runs)
+                continue
+            if at >= limit:
+                break
+            shared = self.shared(runs, [*before, *own]) if kind == "joined" and at >= begin else None
             if shared is not None:
                 own += shared
-                length += self.length(shared)
+                at, length = at + size(runs), length + self.length(shared)
                 fork()
                 continue
-            learnt = self.sampled_in(source, runs) if kind == "joined" else [kind == "sampled"] * _size(runs)
+            learnt = self.sampled_in(source, runs) if kind == "joined" else [kind == "sampled"] * size(runs)
             done = 0
             for run in runs:
-                at = 0
-                while at < len(run.token_ids):
+                skip = min(len(run.token_ids), max(0, begin - at))
+                i, at, done = skip, at + skip, done + skip
+                while i < len(run.token_ids) and at < limit:
                     stops = [k.forked_at - length for k in waiting if k.forked_at > length]
-                    size = min([len(run.token_ids) - at, *stops])
-                    written = learnt[done : done + size]
-                    loss = written if kind != "joined" or self.flat_loss else False
-                    ids, sees = run.token_ids[at : at + size], [*before, *own]
-                    segment = self.rows.add(ids, sees, run.position + at, written, loss, number, run.kv_segment)
+                    stops += [end - at for end in (*ends, limit) if end > at]
+                    count = min([len(run.token_ids) - i, *stops])
+                    written = learnt[done : done + count]
+                    loss: Any = written if kind != "joined" or self.flat_loss else False
+                    if kept is not None and at >= kept:
+                        loss = False
+                    ids, sees = run.token_ids[i : i + count], [*before, *own]
+                    segment = self.rows.add(ids, sees, run.position + i, written, loss, number, run.kv_segment)
                     own.append(segment)
-                    self.record(segment, run, at)
-                    at, done, length = at + size, done + size, length + size
+                    self.record(segment, run, i)
+                    i, at, done, length = i + count, at + count, done + count, length + count
                     fork()
-        if waiting:
-            raise ValueError(
-                f"trace: thread {waiting[0].id} was forked at a context length of {waiting[0].forked_at}, which thread "
-                f"{node.id} (length {length}) does not reach; is the trace whole?"
-            )
-        if self.forgotten:
-            self.cut_off(node, before, own, number)
+
+    def kept(self, node: Node) -> list[Node]:
+        """The children that are to be there; those that are there for others to see alone are without loss."""
+        gone = {} if self.discarded else {k.id: k for k in node.children if k.fate in ("discarded", "killed")}
+        left = [k for k in node.children if k.id not in gone]
+        found = list(left)
+        while left:
+            seen = [gone.pop(name) for name, _ in left.pop().sees if name in gone]
+            self.mute.update(kid.id for kid in seen)
+            found, left = found + seen, left + seen
+        if node.id in self.mute:
+            self.mute.update(kid.id for kid in found)
+        there = {k.id for k in found}
+        return [k for k in node.children if k.id in there]
 
     def seen(self, kid: Node) -> list[int]:
         """The segments of siblings that a thread saw from its beginning on."""
         found: list[int] = []
-        for name, left in kid.sees:
-            if self.length(self.own.get(name, [])) < left:
+        for name, count in kid.sees:
+            # Nobody cuts what a living thread sees: so as it is now, or as it was when it last was as long as that.
+            states = [self.own.get(name, []), *reversed(self.held.get(name, []))]
+            state = next((held for held in states if self.length(held) >= count), None)
+            if state is None:
                 raise ValueError(
-                    f"trace: thread {kid.id} saw {left} tokens of thread {name}, which are not in the trace"
+                    f"trace: thread {kid.id} saw {count} tokens of thread {name}, which are not in the trace"
                 )
-            for segment in self.own[name]:
-                if left > 0:
-                    found.append(self._prefix(segment, min(left, len(self.rows.ids[segment]))))
-                    left -= len(self.rows.ids[segment])
+            found += self.first(state, count)
         return found
 
     def live(self, kids: Sequence[Node], waiting: list[Node], own: list[int], parent: Node) -> None:
@@ -121,7 +181,7 @@ class _Writer:
         self.own |= write_live(self.rows, kids, before, self.numbers)
         if self.forgotten:
             for kid in kids:
-                self.cut_off(kid, before, self.own[kid.id], self.numbers[kid.id])
+                self.cut_off(kid)
 
     def record(self, segment: int, run: Run, at: int = 0) -> None:
         logprobs = getattr(run, "logprobs", None)
@@ -182,9 +242,24 @@ class _Writer:
 
     # -- what was cut off ------------------------------------------------------------------------------------------
 
+    def first(self, segments: Sequence[int], count: int) -> list[int]:
+        """The segments of the first `count` tokens."""
+        found: list[int] = []
+        for segment in segments:
+            if count <= 0:
+                break
+            found.append(self._prefix(segment, min(count, len(self.rows.ids[segment]))))
+            count -= len(self.rows.ids[found[-1]])
+        return found
+
     @staticmethod
     def _check_cuts(node: Node, kids: Sequence[Node]) -> None:
-        """A trace with a log says which of a fork and a cut came first; one without is taken to fork last."""
+        """A fork of what was cut off cannot be shown where a trace does not say where its cuts were made.
+
+        Its log says which of a fork and a cut came first; without one a thread is taken to fork last.
+        """
+        if all(piece.cut is not None for piece in node.forgotten):
+            return
         forked = {kid.id: kid.forked_at for kid in kids if kid.role == "fork"}
         so_far: list[str] = []
         for action in getattr(node, "log", ()):
@@ -197,40 +272,18 @@ class _Writer:
                     "what it shared is no longer there"
                 )
 
-    def cut_off(self, node: Node, before: list[int], own: list[int], number: int) -> None:
-        """Add what was forgotten, each piece behind the tokens that stood before it; the last cut is undone first."""
-        held: list[tuple[int, int]] = [(s, len(self.rows.ids[s])) for s in own]  # (segment, tokens of it)
-        for cut in reversed(_cuts(node.forgotten)):
-            at = cut[0].position
-            held = self._up_to(node, held, at)
-            sees = [*before, *(self._prefix(s, n) for s, n in held)]
-            for run in cut:
-                sampled = run.kind == "sampled"
-                segment = self.rows.add(run.token_ids, sees, run.position, sampled, sampled, number, run.kv_segment)
-                self.record(segment, run)
-                sees.append(segment)
-                held.append((segment, len(run.token_ids)))
+    def cut_off(self, node: Node) -> None:
+        """Add what a thread forgot that saw others, each piece behind the tokens that stood before it.
 
-    def _up_to(self, node: Node, held: list[tuple[int, int]], position: int) -> list[tuple[int, int]]:
-        """What a thread held before `position`."""
-        kept: list[tuple[int, int]] = []
-        end, whole = position if not held else -1, True
-        for segment, size in held:
-            first = self.rows.first[segment]
-            if first >= position:
-                break
-            # Siblings that were joined share positions: a cut among them would be a cut in each.
-            if not whole:
-                end = -1
-                break
-            left = min(size, position - first)
-            whole, end = left == size, max(end, first + left)
-            kept.append((segment, left))
-        if end != position and kept:
-            raise ValueError(
-                f"trace: thread {node.id} was cut back to position {position}; what it held then is not in the trace"
-            )
-        return kept
+        There is loss on the first token of a piece alone: what others had written by the next is not on record.
+        """
+        for part in stages(node)[:-1]:
+            held, piece = self.first(self.own[node.id], part.kept), part.runs[-1]
+            sampled = [piece.kind == "sampled"] * len(piece.token_ids)
+            loss = [flag and not i for i, flag in enumerate(sampled)]
+            sees, number = [*self.before[node.id], *held], self.numbers[node.id]
+            segment = self.rows.add(piece.token_ids, sees, piece.position, sampled, loss, number, piece.kv_segment)
+            self.record(segment, piece)
 
     def _prefix(self, segment: int, size: int) -> int:
         """A segment with its first `size` tokens: itself, or, where it was cut since, a copy of them."""
@@ -251,16 +304,12 @@ def _live(node: Node) -> bool:
     return bool(getattr(node, "turns", ()) or getattr(node, "sights", ()))
 
 
-def _size(runs: Sequence[Run]) -> int:
-    return sum(len(run.token_ids) for run in runs)
-
-
-def _cuts(forgotten: Sequence[Run]) -> list[list[Run]]:
-    """Runs as they were forgotten, from the end backwards → one list a cut, each in context order."""
-    cuts: list[list[Run]] = []
-    for run in forgotten:
-        if cuts and run.position + len(run.token_ids) == cuts[-1][0].position:
-            cuts[-1].insert(0, run)
-        else:
-            cuts.append([run])
-    return cuts
+def _at_their_stage(node: Node, kids: Sequence[Node], parts: Sequence[Stage]) -> list[list[Node]]:
+    """The children of each of a thread's stages; without a log, of its last."""
+    entries = {name: i for i, action in enumerate(node.log) if action.do == "fork" for name in action.children}
+    found: list[list[Node]] = [[] for _ in parts]
+    for kid in kids:
+        entry = entries.get(kid.id) if kid.role == "fork" else -1
+        cuts = [part.logged for part in parts if part.logged is not None]
+        found[len(cuts) if entry is None else sum(logged <= entry for logged in cuts)].append(kid)
+    return found

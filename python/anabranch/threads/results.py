@@ -17,7 +17,8 @@ def _run(segment: Segment[Any]) -> Run:
     logprobs = None if segment.logprobs is None else tuple(segment.logprobs)
     spliced = segment.spliced is not None
     tokens = tuple(segment.token_ids)
-    return Run(segment.kind, tokens, segment.position, segment.source, spliced, logprobs, segment.kv_segment)
+    more = (spliced, logprobs, segment.kv_segment, segment.cut)
+    return Run(segment.kind, tokens, segment.position, segment.source, *more)
 
 
 def _action(action: Action) -> Action:

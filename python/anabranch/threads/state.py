@@ -13,6 +13,7 @@ from itertools import chain, islice
 from typing import Any, Generic, TypeVar
 
 from anabranch.records.actions import Action
+from anabranch.records.result import Cut
 from anabranch.strategies.api.awaitable import Awaitable
 from anabranch.strategies.api.host import Host
 from anabranch.strategies.api.ops import Decode, Ended, Op
@@ -31,7 +32,7 @@ class Segment(Generic[State]):
 
     Positions are `position`, `position` + 1, … ; `spliced`: the tokens are in the context as the thread `source` wrote
     them, blind to its siblings. `logprobs`: of each token, where they were recorded. `kv_segment`: whose vectors the
-    model adds to their K and V (see `Strategy.kv_segments`).
+    model adds to their K and V (see `Strategy.kv_segments`). `cut`: where it stood, if it was cut off.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Segment(Generic[State]):
     spliced: State | None = None
     logprobs: list[float] | None = None
     kv_segment: int = 0
+    cut: Cut | None = None
 
     def positions(self) -> Sequence[int]:
         """Of each of its tokens. (A joined child that had joined children of its own holds several runs of them.)"""
@@ -284,9 +286,9 @@ class ThreadState(Generic[State]):
             start = len(segment.token_ids) - gone
             logprobs = None if segment.logprobs is None else segment.logprobs[start:]
             position = segment.positions()[start]
-            part = replace(
-                segment, token_ids=segment.token_ids[start:], position=position, spliced=None, logprobs=logprobs
-            )
+            cut = Cut(len(self.own) + excess - gone, len(self.log), segment.spliced is not None)
+            gone_ids = segment.token_ids[start:]
+            part = replace(segment, token_ids=gone_ids, position=position, spliced=None, logprobs=logprobs, cut=cut)
             self.forgotten.append(part)
             del segment.token_ids[start:]
             if segment.logprobs is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from entry import Mutant
 
 PLAN = "csrc/plan/"
-TESTS = "tests/plan/test_plan.py tests/plan/test_plan_fuzz.py"
+FUZZ = "tests/plan/test_plan_fuzz.py::test_arrays_of_"
+TESTS = f"tests/plan/test_plan.py {FUZZ}known_batches {FUZZ}random_batches {FUZZ}random_steps"
 VIEWS = "tests/kv/test_views.py"
 
 MUTANTS = [
@@ -55,7 +56,7 @@ MUTANTS = [
     Mutant(
         "the latest row stands for the earliest", f"{PLAN}items.cpp",
         "item.row_pos_min = std::min(item.row_pos_min,", "item.row_pos_min = std::max(item.row_pos_min,",
-        f"{TESTS} tests/kernels/test_direct.py tests/attention/test_attention.py",
+        TESTS,
     ),
     Mutant(
         "the last token's position stands for the highest", f"{PLAN}items.cpp",
@@ -72,7 +73,7 @@ MUTANTS = [
     ),
     Mutant(
         "a group that fills the narrow tile is wide", f"{PLAN}plan.cpp",
-        "* p.group > p.narrow; };", "* p.group >= p.narrow; };", "tests/kernels/test_triton_kernels.py -k narrow",
+        "* p.group > p.narrow; };", "* p.group >= p.narrow; };", "tests/kernels/test_triton_kernels.py::test_planner_parts_wide_and_narrow_items",
     ),
     Mutant(
         "weights of visitors are their numbers", f"{PLAN}runs.cpp",

@@ -43,6 +43,7 @@ ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "1",
     "OMP_NUM_THREADS": "1",
     "ANABRANCH_EMULATOR_DEFINES": "ANABRANCH_FEW_HEAD_DIMS",  # a quarter of the variants of the CUDA kernels
+    "ANABRANCH_FEW_CPU_VARIANTS": "1",  # one with 64-byte vectors and pairs, one without
 }
 
 
@@ -73,7 +74,6 @@ def pytest_in_copy(tests: list[str], log: Path) -> None:
     with log.open("w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-    os.environ.update(ENVIRONMENT)
     os.chdir(COPY)
     sys.path[:] = [str(COPY / "python"), *(p for p in sys.path if Path(p or ".").resolve() != HERE)]
     import pytest
@@ -188,7 +188,7 @@ def main(
 
 if __name__ == "__main__":
     sys.dont_write_bytecode = True
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ |= ENVIRONMENT
     try:
         typer.run(main)
     except Stale as error:

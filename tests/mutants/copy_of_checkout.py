@@ -49,7 +49,9 @@ def build() -> None:
 def _files(root: Path) -> Iterator[Path]:
     for folder, inner, names in os.walk(root):
         inner[:] = [d for d in inner if d not in LEFT_OUT and not d.endswith(("_cache", ".egg-info"))]
-        yield from (Path(folder, name).relative_to(root) for name in names if name != ".git" and not name.endswith(".so"))
+        yield from (
+            Path(folder, name).relative_to(root) for name in names if name != ".git" and not name.endswith(".so")
+        )
 
 
 def _modules() -> list[Path]:

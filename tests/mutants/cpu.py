@@ -15,8 +15,8 @@ BRANCH = "tests/attention/test_branch_attention.py"
 
 MUTANTS = [
     Mutant(
-        "unit: the earliest row stands for the latest", f"{CPU}unit.hpp",
-        "if (p > row_pos_max) row_pos_max = p;", "row_pos_max = smaller(row_pos_max, p);", f"{OPTIONS} {FUZZ}",
+        "unit: the earliest row stands for the latest", f"{CPU}unit.hpp", "if (p > row_pos_max) row_pos_max = p;",
+        "row_pos_max = smaller(row_pos_max, p);", f"{OPTIONS} {FUZZ}",
     ),
     Mutant(
         "unit: a tile that ends at the least limit counts as cut, one behind it does not", f"{CPU}unit.hpp",
@@ -24,8 +24,8 @@ MUTANTS = [
         f"{OPTIONS} {FUZZ}",
     ),
     Mutant(
-        "unit: a tile is hidden by its first position, not its highest", f"{CPU}unit.hpp",
-        "if (p > hi) hi = p;", "(void)hi;", f"{OPTIONS} {FUZZ}",
+        "unit: a tile is hidden by its first position, not its highest", f"{CPU}unit.hpp", "if (p > hi) hi = p;",
+        "(void)hi;", f"{OPTIONS} {FUZZ}",
     ),
     Mutant(
         "unit: a window that a tile just touches is taken for one that it does not", f"{CPU}unit.hpp",
@@ -38,16 +38,17 @@ MUTANTS = [
         "+ int32_t(p.page * pool.page + p.offset * pool.slot + head * pool.head);", FAR,
     ),
     Mutant(
-        "unit: a sink of −inf counts", f"{CPU}unit.hpp",
-        "if (a.sinks && a.sinks[h] != -INF) {", "if (a.sinks) {", f"{OPTIONS} {TESTS}::test_hostile_scores",
+        "unit: a sink of −inf counts", f"{CPU}unit.hpp", "if (a.sinks && a.sinks[h] != -INF) {", "if (a.sinks) {",
+        f"{OPTIONS} {TESTS}::test_hostile_scores",
     ),
     Mutant(
-        "unit: where a partial lies in 32 bits", f"{CPU}unit.hpp",
-        "memcpy(a.part_acc + p * a.head_dim, acc,", "memcpy(a.part_acc + int32_t(p * a.head_dim), acc,", FAR,
+        "unit: where a partial lies in 32 bits", f"{CPU}unit.hpp", "memcpy(a.part_acc + p * a.head_dim, acc,",
+        "memcpy(a.part_acc + int32_t(p * a.head_dim), acc,", FAR,
     ),
     Mutant(
         "stream: surplus scores become −softcap", f"{CPU}stream.hpp",
-        "  for (int j = tile.n; j < end; ++j) s[j] = -INF;  // the cap made −softcap of them\n", "", f"{OPTIONS} {FUZZ}",
+        "  for (int j = tile.n; j < end; ++j) s[j] = -INF;  // the cap made −softcap of them\n", "",
+        f"{OPTIONS} {FUZZ}",
     ),
     Mutant(
         "stream: a row's limit is the row before's in a group", f"{CPU}stream.hpp",
@@ -56,12 +57,14 @@ MUTANTS = [
     ),
     Mutant(
         "stream: NaN of V reaches rows that do not see it", f"{CPU}stream.hpp",
-        "if (tile.cut() && !all_finite(v, tile.n, dv)) {", "if (tile.limited && !all_finite(v, tile.n, dv)) {", HIDDEN,
+        "if (tile.cut() && !all_finite(v, tile.n, dv)) {", "if (tile.limited && !all_finite(v, tile.n, dv)) {",
+        HIDDEN,
     ),
     Mutant(
         "stream: a hidden tile's rows are those that are read next", f"{CPU}stream.hpp",
         "    locate(begin + STREAM_TILE, STREAM_TILE - half);\n    if (tile.hidden) continue;\n",
-        "    if (tile.hidden) continue;\n    locate(begin + STREAM_TILE, STREAM_TILE - half);\n", f"{OPTIONS} {FUZZ}",
+        "    if (tile.hidden) continue;\n    locate(begin + STREAM_TILE, STREAM_TILE - half);\n",
+        f"{OPTIONS} {FUZZ}",
     ),
     Mutant(
         "stream: a factor of NaN reaches rows that do not see its token", f"{CPU}stream.hpp",
@@ -101,13 +104,12 @@ MUTANTS = [
         "      if (a.part_m[at] == -INF) continue;  // an empty partial\n", "", f"{TESTS} {FUZZ}",
     ),
     Mutant(
-        "merge: where partials lie in 32 bits", f"{CPU}kernels.cpp",
-        "const float* from = a.part_acc + at * d;", "const float* from = a.part_acc + int32_t(at * d);", FAR,
+        "merge: where partials lie in 32 bits", f"{CPU}kernels.cpp", "const float* from = a.part_acc + at * d;",
+        "const float* from = a.part_acc + int32_t(at * d);", FAR,
     ),
     Mutant(
-        "write: places in 32 bits", f"{CPU}attention.cpp",
-        "(page * w->dst.page + offset * w->dst.slot) * size;", "int32_t(page * w->dst.page + offset * w->dst.slot) * size;",
-        FAR,
+        "write: places in 32 bits", f"{CPU}attention.cpp", "(page * w->dst.page + offset * w->dst.slot) * size;",
+        "int32_t(page * w->dst.page + offset * w->dst.slot) * size;", FAR,
     ),
     Mutant(
         "copy: destinations in 32 bits", f"{CPU}attention.cpp",
@@ -115,8 +117,8 @@ MUTANTS = [
         "std::memcpy(base + int32_t(c.dst[i] * c.page) + h * c.head, base", FAR,
     ),
     Mutant(
-        "copy: factors of the filled slots but one", f"{CPU}attention.cpp",
-        "size_t(c.filled[i]) * sizeof(float));", "size_t(c.filled[i] - 1) * sizeof(float));",
+        "copy: factors of the filled slots but one", f"{CPU}attention.cpp", "size_t(c.filled[i]) * sizeof(float));",
+        "size_t(c.filled[i] - 1) * sizeof(float));",
         "tests/kernels/test_kv_formats.py::test_pages_and_factors_are_copied_together",
     ),
     Mutant(
@@ -130,8 +132,8 @@ MUTANTS = [
     ),
     Mutant(
         "scores: a nucleus may end without a token", f"{CPU}scores.cpp",
-        "n.kept < size && (n.kept == 0 || mass < top_p * all); ++n.kept", "n.kept < size && mass < top_p * all; ++n.kept",
-        SCORES,
+        "n.kept < size && (n.kept == 0 || mass < top_p * all); ++n.kept",
+        "n.kept < size && mass < top_p * all; ++n.kept", SCORES,
     ),
     Mutant(
         "scores: the last block of a row is read as a whole one", f"{CPU}scores.cpp",

@@ -29,16 +29,17 @@ MUTANTS = [
     ),
     Mutant(
         "tables: a page is seen whole by all once somebody sees it whole", f"{PLAN}contexts.cpp",
-        "if (at == list.end() || *at != seen) list.insert(at, seen);", "if (at == list.end()) list.assign(1, seen);",
-        TESTS,
+        "if (at == list.end() || *at != seen) list.insert(at, seen);",
+        "if (at == list.end()) list.assign(1, seen);", TESTS,
     ),
     Mutant(
         "tables: the first query of several stands one too late", f"{PLAN}contexts.cpp",
-        "push_back(lengths[b] - queries[b] + j);", "push_back(lengths[b] - queries[b] + j + (queries[b] > 1));", TESTS,
+        "push_back(lengths[b] - queries[b] + j);", "push_back(lengths[b] - queries[b] + j + (queries[b] > 1));",
+        TESTS,
     ),
     Mutant(
-        "slack of a tail is one place short", f"{PLAN}ranges.cpp",
-        "ranges.kv_total += slack;", "ranges.kv_total += slack > 0 ? slack - 1 : 0;", TESTS,
+        "slack of a tail is one place short", f"{PLAN}ranges.cpp", "ranges.kv_total += slack;",
+        "ranges.kv_total += slack > 0 ? slack - 1 : 0;", TESTS,
     ),
     Mutant(
         "an absorbed run's tokens are not stored in context order", f"{PLAN}ranges.cpp",
@@ -46,8 +47,8 @@ MUTANTS = [
         "    for (i32 i = c.piece_ptr[b + 1] - 1; i >= c.piece_ptr[b]; --i) {\n      const i32 run", TESTS,
     ),
     Mutant(
-        "a row sees the token behind it", f"{PLAN}items.cpp",
-        "hidden.tokens[*h].after <= behind) --limit;", "hidden.tokens[*h].after < behind) --limit;", TESTS,
+        "a row sees the token behind it", f"{PLAN}items.cpp", "hidden.tokens[*h].after <= behind) --limit;",
+        "hidden.tokens[*h].after < behind) --limit;", TESTS,
     ),
     Mutant(
         "the last but one row's own token is not hidden from those before it", f"{PLAN}items.cpp",
@@ -55,8 +56,7 @@ MUTANTS = [
     ),
     Mutant(
         "the latest row stands for the earliest", f"{PLAN}items.cpp",
-        "item.row_pos_min = std::min(item.row_pos_min,", "item.row_pos_min = std::max(item.row_pos_min,",
-        TESTS,
+        "item.row_pos_min = std::min(item.row_pos_min,", "item.row_pos_min = std::max(item.row_pos_min,", TESTS,
     ),
     Mutant(
         "the last token's position stands for the highest", f"{PLAN}items.cpp",
@@ -68,12 +68,13 @@ MUTANTS = [
         "if (direct && items.partials_of[row] == 1) continue;", "if (items.partials_of[row] == 1) continue;", VIEWS,
     ),
     Mutant(
-        "items are sorted by their number of rows", f"{PLAN}plan.cpp",
-        "wide(a) : items[a].cost > items[b].cost;", "wide(a) : items[a].row_count > items[b].row_count;", TESTS,
+        "items are sorted by their number of rows", f"{PLAN}plan.cpp", "wide(a) : items[a].cost > items[b].cost;",
+        "wide(a) : items[a].row_count > items[b].row_count;", TESTS,
     ),
     Mutant(
-        "a group that fills the narrow tile is wide", f"{PLAN}plan.cpp",
-        "* p.group > p.narrow; };", "* p.group >= p.narrow; };", "tests/kernels/test_triton_kernels.py::test_planner_parts_wide_and_narrow_items",
+        "a group that fills the narrow tile is wide", f"{PLAN}plan.cpp", "* p.group > p.narrow; };",
+        "* p.group >= p.narrow; };",
+        "tests/kernels/test_triton_kernels.py::test_planner_parts_wide_and_narrow_items",
     ),
     Mutant(
         "weights of visitors are their numbers", f"{PLAN}runs.cpp",
@@ -89,27 +90,28 @@ MUTANTS = [
     ),
     Mutant(
         "a plan is advanced though positions fall", f"{PLAN}live_plan.cpp",
-        "    if (step.positions[b] < base[data_.begin[kRowPositions] + static_cast<i64>(b)]) return false;\n", "", TESTS,
+        "    if (step.positions[b] < base[data_.begin[kRowPositions] + static_cast<i64>(b)]) return false;\n", "",
+        TESTS,
     ),
     Mutant(
-        "a plan is advanced one step too far", f"{PLAN}live_plan.cpp",
-        "kKvLen] >= tail_capacity_[b])", "kKvLen] > tail_capacity_[b])", TESTS,
+        "a plan is advanced one step too far", f"{PLAN}live_plan.cpp", "kKvLen] >= tail_capacity_[b])",
+        "kKvLen] > tail_capacity_[b])", TESTS,
     ),
     Mutant(
-        "a plan of one way to cut is advanced for another", f"{PLAN}live_plan.cpp",
-        "!(params == params_) || ", "", TESTS,
+        "a plan of one way to cut is advanced for another", f"{PLAN}live_plan.cpp", "!(params == params_) || ", "",
+        TESTS,
     ),
     Mutant(
-        "a plan of views is advanced", f"{PLAN}live_plan.cpp",
-        "step.read_ptr.empty() ? step.topology : -1;", "step.topology;", VIEWS,
+        "a plan of views is advanced", f"{PLAN}live_plan.cpp", "step.read_ptr.empty() ? step.topology : -1;",
+        "step.topology;", VIEWS,
     ),
     Mutant(
         "views: a token that a row reads twice counts twice", f"{PLAN}views.cpp",
         "          if (stamp[piece] == row) continue;\n", "", VIEWS,
     ),
     Mutant(
-        "views: a read's begin is no border", f"{PLAN}views.cpp",
-        "    pieces.border(read.branch, read.start);\n", "", VIEWS,
+        "views: a read's begin is no border", f"{PLAN}views.cpp", "    pieces.border(read.branch, read.start);\n",
+        "", VIEWS,
     ),
     Mutant(
         "views: a branch that is read but reads nothing is one context", f"{PLAN}views.cpp",
@@ -117,8 +119,8 @@ MUTANTS = [
     ),
     Mutant(
         "views: one's own tokens are read under the last offset", f"{PLAN}views.cpp",
-        "std::vector<i32>& last = group(0);", "std::vector<i32>& last = groups.empty() ? group(0) : groups.back().second;",
-        VIEWS,
+        "std::vector<i32>& last = group(0);",
+        "std::vector<i32>& last = groups.empty() ? group(0) : groups.back().second;", VIEWS,
     ),
     Mutant(
         "fixed pieces: contexts are cut as far as the last one goes", f"{PLAN}fixed_pieces.cpp",
@@ -132,8 +134,8 @@ MUTANTS = [
         equivalent="the hash of all slots is the same already; two pieces of one hash are not met in 2^64 tries",
     ),
     Mutant(
-        "a tail may grow past its fixed piece", f"{PLAN}plan.cpp",
-        "p.fixed ? std::min(end, p.chunk) : end;", "end;", f"{TESTS} tests/runner/test_batch_invariant.py",
+        "a tail may grow past its fixed piece", f"{PLAN}plan.cpp", "p.fixed ? std::min(end, p.chunk) : end;",
+        "end;", f"{TESTS} tests/runner/test_batch_invariant.py",
     ),
     Mutant(
         "the cost of an item forgets its tokens", f"{PLAN}items.cpp",

@@ -14,16 +14,16 @@ MUTANTS = [
         "(in_step_ ? freed_in_step_ : free_pages_).push_back(page);", "free_pages_.push_back(page);", CACHE,
     ),
     Mutant(
-        "a page that another's span lies in is written in place", TREE,
-        "return ours == page_refs_[page] ?", "return ours <= page_refs_[page] ?", CACHE,
+        "a page that another's span lies in is written in place", TREE, "return ours == page_refs_[page] ?",
+        "return ours <= page_refs_[page] ?", CACHE,
     ),
     Mutant(
         "a full page that is shared is gone on from in place", TREE,
         "return own ? Tail::kInPlace : Tail::kNewSpan;", "return Tail::kInPlace;", CACHE,
     ),
     Mutant(
-        "of several that copy a tail in a step, one has left it", TREE,
-        "if (span == id) users -= count;", "if (span == id) users -= 1;", CACHE,
+        "of several that copy a tail in a step, one has left it", TREE, "if (span == id) users -= count;",
+        "if (span == id) users -= 1;", CACHE,
     ),
     Mutant(
         "a span of several users within the page is taken for one's own", TREE,
@@ -31,40 +31,38 @@ MUTANTS = [
         "if (before.pages.back() != page) break;", CACHE,
     ),
     Mutant(
-        "pages for a copied tail are not counted", TREE,
-        "    if (tails[i] == Tail::kCopyPage) {\n      ++need;\n", "    if (tails[i] == Tail::kCopyPage) {\n", CACHE,
+        "pages for a copied tail are not counted", TREE, "    if (tails[i] == Tail::kCopyPage) {\n      ++need;\n",
+        "    if (tails[i] == Tail::kCopyPage) {\n", CACHE,
     ),
     Mutant(
-        "pages that are needed are rounded down", TREE,
-        "(counts[i] - room + page_size_ - 1) / page_size_", "(counts[i] - room) / page_size_", CACHE,
+        "pages that are needed are rounded down", TREE, "(counts[i] - room + page_size_ - 1) / page_size_",
+        "(counts[i] - room) / page_size_", CACHE,
     ),
     Mutant(
         "the last position of a step is looked at, not the highest", TREE,
         "*std::max_element(positions[i].begin(), positions[i].end());", "positions[i].back();", CACHE,
     ),
     Mutant(
-        "the highest position is one too high", TREE,
-        "if (last >= kMaxPosition)", "if (last > kMaxPosition)", CACHE,
+        "the highest position is one too high", TREE, "if (last >= kMaxPosition)", "if (last > kMaxPosition)",
+        CACHE,
     ),
     Mutant(
-        "a copied page's last slot is left behind", TREE,
-        "slots.back() % page_size_ + 1;", "slots.back() % page_size_;", CACHE,
+        "a copied page's last slot is left behind", TREE, "slots.back() % page_size_ + 1;",
+        "slots.back() % page_size_;", CACHE,
     ),
     Mutant(
-        "a fork of a fork keeps its parent's fork length", TREE,
-        "    kid.fork_length = kid.length;\n", "", CACHE,
+        "a fork of a fork keeps its parent's fork length", TREE, "    kid.fork_length = kid.length;\n", "", CACHE,
     ),
     Mutant(
-        "a cut below the fork keeps the fork length", TREE,
-        "  b.fork_length = std::min(b.fork_length, length);\n", "", CACHE,
+        "a cut below the fork keeps the fork length", TREE, "  b.fork_length = std::min(b.fork_length, length);\n",
+        "", CACHE,
     ),
     Mutant(
         "after a join the position is the last child's, not the highest", TREE,
         "t.position = std::max(t.position, k.position);", "t.position = k.position;", CACHE,
     ),
     Mutant(
-        "what is shared with a sibling counts as one's own", TREE,
-        "  b.fork_length = b.length;\n", "", CACHE,
+        "what is shared with a sibling counts as one's own", TREE, "  b.fork_length = b.length;\n", "", CACHE,
     ),
     Mutant(
         "after a share the position is the last token's, not the highest", TREE,
@@ -72,23 +70,22 @@ MUTANTS = [
         "span.positions.back() + 1;", CACHE,
     ),
     Mutant(
-        "a split page's live holders are not counted", TREE,
-        "    if (head.live > 0) ++page_live_[last_page];\n", "", CACHE,
+        "a split page's live holders are not counted", TREE, "    if (head.live > 0) ++page_live_[last_page];\n",
+        "", CACHE,
     ),
     Mutant(
-        "a page that both halves of a split hold has one holder", TREE,
-        "    ++page_refs_[last_page];\n", "", CACHE,
+        "a page that both halves of a split hold has one holder", TREE, "    ++page_refs_[last_page];\n", "", CACHE,
     ),
     Mutant(
-        "a kept branch that is cut takes logical tokens away", TREE,
-        "    if (!b.kept) tokens_logical_ -= n;\n", "    tokens_logical_ -= n;\n", PREFIX,
+        "a kept branch that is cut takes logical tokens away", TREE, "    if (!b.kept) tokens_logical_ -= n;\n",
+        "    tokens_logical_ -= n;\n", PREFIX,
     ),
     Mutant(
-        "a kept page is counted once a token", TREE,
-        "if (page != last && page_live_[page] == 0) ++found;", "if (page_live_[page] == 0) ++found;", PREFIX,
+        "a kept page is counted once a token", TREE, "if (page != last && page_live_[page] == 0) ++found;",
+        "if (page_live_[page] == 0) ++found;", PREFIX,
     ),
     Mutant(
-        "kept pages do not count as free", TREE,
-        "static_cast<i64>(free_pages_.size()) + pages_kept_,", "static_cast<i64>(free_pages_.size()),", PREFIX,
+        "kept pages do not count as free", TREE, "static_cast<i64>(free_pages_.size()) + pages_kept_,",
+        "static_cast<i64>(free_pages_.size()),", PREFIX,
     ),
 ]  # fmt: skip

@@ -188,6 +188,28 @@ def test_partials_beyond_32_bits(device, tmp_path):
     extremes.partials_beyond_32_bits(with_sparse_partials, case)
 
 
+def test_rows_beyond_32_bits(device, tmp_path):
+    case = random_case(62, rows=4, segments=2, max_len=20, head_dim=256, dtype=torch.float16)
+
+    def with_sparse_outputs(case):
+        def sparse(name, shape, dtype):
+            return extremes.sparse(tmp_path, f"{name}{shape[0]}", math.prod(shape), dtype).view(shape)
+
+        out, lse = sparse("out", case.q.shape, case.q.dtype), sparse("lse", case.q.shape[:2], torch.float32)
+        return kit.attention(device, case, outputs=(out, lse)), kit.NO_OPTIONS
+
+    extremes.rows_beyond_32_bits(with_sparse_outputs, case, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blind_tiles(ran, dtype):
+    extremes.blind_tiles(ran, long_case(dtype, max_len=700, tile_rows=6))
+
+
+def test_late_maxima(ran):
+    extremes.late_maxima(ran, random_case(64, head_dim=32))
+
+
 def writing(device):
     """``write_kv`` as the shared tests call it."""
 

@@ -70,6 +70,18 @@ def spoiled(mutant: Mutant) -> str:
     return text.replace(mutant.old, mutant.new)
 
 
+def warm() -> None:
+    """Import what most tests import, nothing of ours, so that a fork need not."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # as tests/conftest.py has it, before anything imports triton
+    for name in ("hypothesis.strategies", "pytest", "torch._dynamo", "tokenizers", "transformers.generation.utils"):
+        import_module(name)
+    for name in ("AutoModelForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM", "PreTrainedTokenizerFast"):
+        getattr(import_module("transformers"), name)
+
+
 def pytest_in_copy(tests: list[str], log: Path) -> None:
     os.setsid()  # a test's own processes end with it
     with log.open("w") as out:
@@ -128,11 +140,7 @@ def run(mutants: dict[Mutant, str], results: dict[str, Any], check: bool, consol
     if not todo:
         return
     copy_of_checkout.renew(built=any(needs_build(m) for m, _ in todo))
-    import hypothesis  # noqa: F401
-    import pytest  # noqa: F401
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
-
+    warm()
     for number, (mutant, entry) in enumerate(todo, 1):
         begun, path = time.monotonic(), COPY / mutant.file
         path.write_text(spoiled(mutant), encoding="utf-8")

@@ -5,8 +5,7 @@ python tests/mutants/run.py --area plan --resume   # what is left of one list; -
 python tests/mutants/run.py --sample 10            # ten of the day that need no build; CI
 python tests/mutants/run.py --summary              # write outcome.md from the results so far
 
-A mutant is one replacement in one file; the lists are the other files of this folder, one an area. Each is made in a
-copy of the checkout (`build/mutants`), never in the checkout itself, and the modules are built again where C++ was
+A mutant is one replacement in one file; the lists are in `areas`. Each is made in a copy of the checkout (`build/mutants`), never in the checkout itself, and the modules are built again where C++ was
 changed. Tests that fail without any mutant would prove nothing: what noticed the mutants of an area runs once more, on
 the unchanged copy, and has to pass.
 Each outcome is written to `build/mutants/results.json` as it comes, so that a run that was cut short can be resumed.
@@ -36,7 +35,7 @@ from outcome import write_summary
 from rich.console import Console
 
 HERE = Path(__file__).parent
-AREAS = sorted(p.stem for p in HERE.glob("*.py") if "\nMUTANTS = [" in p.read_text(encoding="utf-8"))
+AREAS = sorted(p.stem for p in (HERE / "areas").glob("[a-z]*.py"))
 RESULTS = COPY.parent / "results.json"
 LIMIT = 900  # seconds of one selection of tests; a mutant that hangs is noticed
 ENVIRONMENT = {
@@ -54,7 +53,7 @@ class Stale(Exception):
 
 def listed(area: str = "") -> dict[Mutant, str]:
     """Mutants and their areas, those of one file beside one another: it is built again once for each."""
-    found = {m: name for name in AREAS if area in ("", name) for m in import_module(name).MUTANTS}
+    found = {m: name for name in AREAS if area in ("", name) for m in import_module(f"areas.{name}").MUTANTS}
     return dict(sorted(found.items(), key=lambda pair: (needs_build(pair[0]), pair[1], pair[0].file)))
 
 

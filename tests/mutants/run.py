@@ -5,15 +5,17 @@ python tests/mutants/run.py --area plan --resume   # what is left of one list; -
 python tests/mutants/run.py --sample 10            # ten of the day that need no build; CI
 python tests/mutants/run.py --summary              # write outcome.md from the results so far
 
-A mutant is one replacement in one file; the lists are in `areas`. Each is made in a copy of the checkout (`build/mutants`), never in the checkout itself, and the modules are built again where C++ was
-changed. Tests that fail without any mutant would prove nothing: what noticed the mutants of an area runs once more, on
-the unchanged copy, and has to pass.
+A mutant is one replacement in one file; the lists are in `areas`. Each is made in a copy of the checkout
+(`build/mutants`), never in the checkout itself, and the modules are built again where C++ was changed. Tests that fail
+without any mutant would prove nothing: what noticed the mutants of an area runs once more, on the unchanged copy, and
+has to pass.
 Each outcome is written to `build/mutants/results.json` as it comes, so that a run that was cut short can be resumed.
 """
 
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
 import multiprocessing
 import os
@@ -194,6 +196,11 @@ def main(
     kept = resume or summary
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if kept and RESULTS.exists() else {}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    lock = (COPY.parent / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit("mutants: another run is at work in build/mutants; wait for its end")
     if summary:
         write_summary(HERE / "outcome.md", mutants, results)
     else:

@@ -78,8 +78,6 @@ def test_rows_beyond_32_bits(tmp_path, monkeypatch):
         return extremes.sparse(tmp_path, f"{len(list(tmp_path.iterdir()))}", math.prod(shape), dtype).view(shape)
 
     monkeypatch.setattr(cpu.torch, "empty", sparse)
-    monkeypatch.setattr(
-        cpu.torch, "empty_like", lambda x, **kwargs: sparse(x.shape, kwargs.get("dtype", x.dtype))
-    )
+    monkeypatch.setattr(cpu.torch, "empty_like", lambda x, **kwargs: sparse(x.shape, kwargs.get("dtype", x.dtype)))
     case = random_case(62, rows=4, segments=2, max_len=20, head_dim=256, dtype=torch.float16)
     extremes.rows_beyond_32_bits(run, case, tmp_path)

@@ -230,6 +230,7 @@ def late_maxima(run: Run, case: Case) -> None:
     q = torch.zeros(1, heads, dim, dtype=case.q.dtype)
     q[..., 0] = 1.0
     for top, empty in ((0, 69), (34, 0), (69, 34)):
+
         def ints(values: Any) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int32)
 

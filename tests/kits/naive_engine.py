@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from inspect import isgenerator
+from itertools import takewhile
 from math import inf
 
 import torch
@@ -29,9 +30,10 @@ class Run:
     """One prompt's answer; `main`, `trunk`, `threads` and the record of tokens are there when it is made."""
 
     def __init__(self, model, prompt, strategy, seed=0, *, pieces=None, eos=(), max_new_tokens=256, follow=None,
-                 max_total_tokens=None, do_sample=False):  # fmt: skip
+                 max_total_tokens=None, do_sample=False, draws=True):  # fmt: skip
         self.model, self.prompt, self.seed, self.pieces, self.eos = model, prompt, seed, pieces, set(eos)
         self.most, self.budget, self.do_sample = max_new_tokens, max_total_tokens or inf, do_sample
+        self.draws = draws  # False: who is followed draws by streams of its own, so any token may be drawn
         self.ids, self.positions, self.sees = [], [], []  # the record: of each token
         self.chosen, self.scored = [], []  # (token's number, whose scores, uniform, temperature); (number, whose)
         self.events = [(0, ())]  # (tokens, numbers of the events that it had to wait for)
@@ -119,6 +121,8 @@ class Run:
         """Whether scores `row` give `token` by the rules, give or take some rounding."""
         if uniform is None:
             return bool(row[token] >= row.max() - tolerance)
+        if not self.draws:
+            return True
         cdf = torch.softmax(row / temperature, -1).double().cumsum(-1)
         return bool((cdf[token - 1] if token else 0.0) - tolerance <= uniform <= cdf[token] + tolerance)
 
@@ -198,7 +202,7 @@ class Run:
         moved = False
         while self.resume() or any([self.settle(thread) for thread in list(self.threads)]):
             moved = True
-        line = [t for t in self.threads if t._queue and t._born and not self.waits(t._queue[0])]
+        line = [t for t in self.threads if t._queue and t._born and t._queue[0].do == "decode"]
         if not line or (self.main.done and not self.trunk._queue):
             assert moved or self.main.done, "nothing is left to do, but the strategy still waits"
             return moved
@@ -206,13 +210,19 @@ class Run:
         return True
 
     def waits(self, op):
+        if op.do == "fork":
+            return any(not s._born or (s._queue if n is None else len(s._own) < n) for s, n in op.sees)
         return op.do == "join" and any(kid._queue or not kid._born for kid in op.kids if kid.alive)
+
+    def next(self, thread):
+        """The op that a thread may do now: the first, or a fork right behind forks that wait for what they see."""
+        forks = takewhile(lambda op: op.do == "fork", thread._queue)
+        return next((op for op in forks if not self.waits(op)), thread._queue[0])
 
     def settle(self, thread):
         """Do the first op of a thread's queue unless it needs a token or other threads first; whether it was done."""
-        if not thread._queue or not thread._born or self.waits(thread._queue[0]):
+        if not thread._queue or not thread._born or self.waits(op := self.next(thread)):
             return False
-        op = thread._queue[0]
         if op.do != "decode" or op.limit is None:
             thread._at = self.event(thread._at, op.issued)
         if op.do == "decode":
@@ -224,7 +234,7 @@ class Run:
             self.end(op, "length" if op.limit <= 0 else "budget")
             return True
         getattr(self, f"do_{op.do}")(thread, op)
-        thread._queue.popleft()
+        thread._queue.remove(op)
         op.finish(self, op.value, thread._at)
         self.drained(thread)
         return True
@@ -292,12 +302,21 @@ class Run:
             self.seen = max(self.seen, thread.length - 1)  # what the last one leads to need not be known
 
     def do_fork(self, thread, op):
-        thread._blocks.append(op.kids)
+        at = len(thread._blocks)
+        while op.sees and at and (last := thread._blocks[at - 1][0])._parent_length == thread.length:
+            if last.path < op.kids[0].path:
+                break
+            at -= 1  # asked for later, and done before
+        thread._blocks.insert(at, op.kids)
         thread._turn, op.value = None, op.kids
+        seen = [number for other, n in op.sees for number in other._own[:n]]
+        others = [other for other, _ in op.sees]
         for kid in op.kids:
-            kid._context, kid._shared = list(thread._context), thread.length
-            kid._position = kid._start = thread._position
-            kid._at, kid._sampled, kid._born = thread._at, thread._sampled, True
+            kid._context, kid._forked = [*thread._context, *seen], thread.length
+            kid._shared, kid._parent_length = kid.length, thread.length
+            kid._position = kid._start = max(thread._position, *(self.positions[i] + 1 for i in seen), 0)
+            kid._at = self.event(thread._at, *(other._at for other in others)) if others else thread._at
+            kid._sampled, kid._born = max([thread._sampled, *(other._sampled for other in others)]), True
 
     def do_truncate(self, thread, op):
         self.cut(thread, op.length)
@@ -340,6 +359,10 @@ class Run:
         if not thread.alive:
             return
         thread._at = self.event(thread._at, self.now)
+        for op in thread.parent._queue if thread.parent is not None else ():
+            if op.do == "fork" and any(other is thread for other, _ in op.sees):  # does without it, from now on
+                op.sees = [(other, n) for other, n in op.sees if other is not thread]
+                op.issued = self.event(op.issued, thread._at)
         for kid in [kid for block in thread._blocks for kid in block]:
             self.kill(kid, fate)
         queue, thread._queue = list(thread._queue), deque()

@@ -1,9 +1,9 @@
 """Small mistakes put into the code one at a time: is each noticed by the tests nearest to it?
 
-python tests/mutants/run.py                        # all of them (an hour or two); exit status 1 when one survives
+python tests/mutants/run.py                        # all of them (hours); exit status 1 when one survives
 python tests/mutants/run.py --area plan --resume   # what is left of one list; --only WORD: whose name or file holds it
-python tests/mutants/run.py --sample 10            # ten of the day that need no build; CI
-python tests/mutants/run.py --summary              # write outcome.md from the results so far
+python tests/mutants/run.py --sample 10            # ten of the day that need no build and were noticed before; CI
+python tests/mutants/run.py --summary              # write outcome.json from the results so far
 
 A mutant is one replacement in one file; the lists are in `areas`. Each is made in a copy of the checkout
 (`build/mutants`), never in the checkout itself, and the modules are built again where C++ was changed. Tests that fail
@@ -33,12 +33,13 @@ import copy_of_checkout
 import typer
 from copy_of_checkout import COPY, ROOT
 from entry import Mutant
-from outcome import write_summary
+from outcome import summary_of
 from rich.console import Console
 
 HERE = Path(__file__).parent
 AREAS = sorted(p.stem for p in (HERE / "areas").glob("[a-z]*.py"))
-RESULTS = COPY.parent / "results.json"
+RESULTS, OUTCOME = COPY.parent / "results.json", HERE / "outcome.json"
+SLOW = ("naive_engine", "parity", "test_drafts")  # tests that take too long for a sample
 LIMIT = 900  # seconds of one selection of tests; a mutant that hangs is noticed
 ENVIRONMENT = {
     "PYTHONPATH": str(COPY / "python"),
@@ -123,22 +124,23 @@ def write(path: Path, data: Any) -> None:
     scratch.replace(path)
 
 
-def run(mutants: dict[Mutant, str], results: dict[str, Any], check: bool, console: Console) -> None:
-    """Run what `results` does not hold yet, and put it there."""
+def key_of(mutant: Mutant, area: str) -> str:
+    return f"{area}: {mutant.name}"
+
+
+def run(mutants: dict[Mutant, str], results: dict[str, Any], limit: int, check: bool, console: Console) -> None:
+    """Run these, or the first `limit` of them, and put their outcomes into `results`."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     todo = []
     for mutant, area in mutants.items():
-        entry = {"area": area, "file": mutant.file, "commit": commit.strip(), "change": [mutant.old, mutant.new]}
-        before = results.get(mutant.name, {})
-        if before.get("change") == entry["change"] and before.get("equivalent", "") == mutant.equivalent:
-            continue
-        results[mutant.name] = entry
+        entry = {"area": area, "file": mutant.file, "commit": commit.strip(), "entry": list(mutant)}
         if mutant.equivalent:
-            entry |= {"outcome": "equivalent", "equivalent": mutant.equivalent}
+            results[key_of(mutant, area)] = entry | {"outcome": "equivalent"}
         else:
-            results.pop(mutant.name)
             todo.append((mutant, entry))
+    todo = todo[: limit or None]
     if not todo:
+        write(RESULTS, results)
         return
     copy_of_checkout.renew(built=any(needs_build(m) for m, _ in todo))
     warm()
@@ -151,8 +153,8 @@ def run(mutants: dict[Mutant, str], results: dict[str, Any], check: bool, consol
             noticed = failed(mutant.tests.split())
         finally:
             path.write_text((ROOT / mutant.file).read_text(encoding="utf-8"), encoding="utf-8")
-        entry |= {"outcome": "killed" if noticed else "SURVIVED", "by": noticed, "tests": mutant.tests}
-        results[mutant.name] = entry | {"seconds": round(time.monotonic() - begun, 1)}
+        entry |= {"outcome": "killed" if noticed else "SURVIVED", "by": noticed}
+        results[key_of(mutant, entry["area"])] = entry | {"seconds": round(time.monotonic() - begun, 1)}
         write(RESULTS, results)
         console.print(f"{number}/{len(todo)} {entry['area']}: {mutant.name}: {entry['outcome']}", highlight=False)
         if number == len(todo) or todo[number][1]["area"] != entry["area"]:
@@ -168,11 +170,11 @@ def check_sound(done: list[tuple[Mutant, dict[str, Any]]], results: dict[str, An
     for mutant, entry in done:
         if entry["outcome"] == "killed":
             by = entry["by"]
-            tests[mutant.name] = {by} if by.startswith("tests/") else set(mutant.tests.split())
+            tests[key_of(mutant, entry["area"])] = {by} if by.startswith("tests/") else set(mutant.tests.split())
     if tests and (failure := failed(sorted(set().union(*tests.values())))):
-        for name, noticed_by in tests.items():
+        for key, noticed_by in tests.items():
             if failure in noticed_by or not failure.startswith("tests/"):
-                del results[name]
+                del results[key]
         write(RESULTS, results)
         raise Stale(f"fails without any mutant: {failure} (see {COPY.parent / 'pytest.log'})")
 
@@ -180,37 +182,50 @@ def check_sound(done: list[tuple[Mutant, dict[str, Any]]], results: dict[str, An
 def main(
     only: Annotated[str, typer.Option(help="Only those whose name or file holds this.")] = "",
     area: Annotated[str, typer.Option(help="Only one list: " + ", ".join(AREAS))] = "",
-    resume: Annotated[bool, typer.Option(help="Keep the outcomes of the run before.")] = False,
-    sample: Annotated[int, typer.Option(help="So many of the day, of those that need no build.")] = 0,
-    summary: Annotated[bool, typer.Option(help="Run nothing; write outcome.md.")] = False,
+    resume: Annotated[bool, typer.Option(help="Leave out those that have an outcome already.")] = False,
+    limit: Annotated[int, typer.Option(help="Run at most so many.")] = 0,
+    sample: Annotated[int, typer.Option(help="So many of the day, of those that are cheap and were noticed.")] = 0,
+    summary: Annotated[bool, typer.Option(help="Run nothing; write outcome.json.")] = False,
 ) -> None:
     """Put small mistakes into a copy of the code, and say which the tests do not notice."""
     console = Console()
     mutants = {m: a for m, a in listed(area).items() if only in m.file or only in m.name}
     if not mutants:
         sys.exit(f"mutants: none in area {area or 'any'} whose name or file holds {only!r}; areas: {', '.join(AREAS)}")
-    if sample:
-        cheap = [m for m in mutants if not m.equivalent and m.file.startswith("python/")]
-        day = random.Random(datetime.date.today().isoformat()).sample(cheap, min(sample, len(cheap)))
-        mutants = {m: a for m, a in mutants.items() if m in day}
-    kept = resume or summary
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if kept and RESULTS.exists() else {}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    lock = (COPY.parent / "lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit("mutants: another run is at work in build/mutants; wait for its end")
-    if summary:
-        write_summary(HERE / "outcome.md", mutants, results)
-    else:
-        run(mutants, results, not sample, console)
-    fates = [results.get(m.name, {}).get("outcome", "not run") for m in mutants]
+    COPY.parent.mkdir(parents=True, exist_ok=True)
+    with (COPY.parent / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit("mutants: another run is at work in build/mutants; wait for its end")
+        results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        if summary:
+            write(OUTCOME, summary_of({key_of(m, a): m for m, a in mutants.items()}, results))
+        elif sample:
+            mutants = sample_of(mutants, sample)
+            run(mutants, results, 0, False, console)
+        else:
+            left = {m: a for m, a in mutants.items() if not (resume and has_outcome(m, a, results))}
+            run(left, results, limit, True, console)
+    fates = [results[key]["outcome"] if (key := key_of(m, a)) in results else "not run" for m, a in mutants.items()]
     for mutant, fate in zip(mutants, fates, strict=True):
         if fate == "SURVIVED":
             console.print(f"SURVIVED {mutant.name} ({mutant.file}); run were {mutant.tests}", highlight=False)
     console.print(", ".join(f"{fates.count(f)} {f}" for f in sorted(set(fates))))
     sys.exit(int("SURVIVED" in fates))
+
+
+def has_outcome(mutant: Mutant, area: str, results: dict[str, Any]) -> bool:
+    return results.get(key_of(mutant, area), {}).get("entry") == list(mutant)
+
+
+def sample_of(mutants: dict[Mutant, str], count: int) -> dict[Mutant, str]:
+    """Some of those that were noticed when outcome.json was written, by the date."""
+    killed = set(json.loads(OUTCOME.read_text(encoding="utf-8"))["killed"])
+    cheap = [m for m, a in mutants.items() if key_of(m, a) in killed and m.file.startswith("python/")]
+    cheap = [m for m in cheap if not any(slow in m.tests for slow in SLOW)]
+    day = random.Random(datetime.date.today().isoformat()).sample(cheap, min(count, len(cheap)))
+    return {m: mutants[m] for m in day}
 
 
 if __name__ == "__main__":

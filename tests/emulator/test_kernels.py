@@ -112,6 +112,19 @@ def test_window_never_reads_what_nobody_sees(ran, dtype):
     bodies.window_never_reads_what_nobody_sees(ran, case)
 
 
+def test_slots_that_slid_out_of_every_window_are_not_looked_up(ran):
+    """They may have been given away, and the numbers in their places may be anything: here, no memory at all."""
+    case, window, hidden = random_case(21, rows=5, segments=2, max_len=200, head_dim=32), 30, 0
+    a = case.arrays
+    for begin, length, *_, row_pos_min, _ in a.items.tolist():
+        gone = row_pos_min - a.kv_positions[begin : begin + length] >= window
+        a.kv_slots[begin : begin + length][gone] = 10**7
+        hidden += int(gone.sum())
+    assert hidden > 20
+    got, options = ran(case, window=window)
+    check(case, got, **options)
+
+
 def test_a_window_skips_tiles(device):
     case = long_case()
     run(device, case)

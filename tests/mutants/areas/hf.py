@@ -43,6 +43,7 @@ MUTANTS = [
     Mutant(
         "a mask over cached keys is deferred", f"{HF}mask.py", "and q_length == kv_length",
         "and q_length <= kv_length", TESTS,
+        equivalent="where keys are cached q_offset is not 0, which rules a deferred mask out by itself",
     ),
     Mutant(
         "a padded batch of one is deferred", f"{HF}mask.py", '        and kwargs.get("attention_mask") is None\n',

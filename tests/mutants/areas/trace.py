@@ -53,17 +53,17 @@ MUTANTS = [
         "answers count alike, however long", "python/anabranch/records/metrics.py",
         "sum(m.parallel_ratio * m.total_tokens for m in all_metrics) / total if total else 0.0",
         "sum(m.parallel_ratio for m in all_metrics) / n",
-        "tests/evaluation/test_evaluation.py tests/engine/test_engine.py",
+        "tests/records/test_metrics.py",
     ),
     Mutant(
         "peaks of a call are those of its last answer", "python/anabranch/records/metrics.py",
         "out[name] = max(getattr(m, name) for m in all_metrics)", "out[name] = getattr(all_metrics[-1], name)",
-        "tests/evaluation/test_evaluation.py tests/engine/test_engine.py",
+        "tests/records/test_metrics.py",
     ),
     Mutant(
         "a speedup without a critical path is 0", "python/anabranch/records/metrics.py",
         "        token_speedup=total / critical if critical else 1.0,\n",
         "        token_speedup=total / critical if critical else 0.0,\n",
-        "tests/engine/test_engine.py tests/engine/test_engine_limits.py",
+        "tests/records/test_metrics.py",
     ),
 ]  # fmt: skip

@@ -46,6 +46,7 @@ MUTANTS = [
     Mutant(
         "threads have no loss where they stand behind one another, the first included", FORMATS,
         "sequential or flat_loss or j == 0", "sequential or flat_loss", TESTS,
+        equivalent="the first thread's branch is the same tokens of the trie, and has loss",
     ),
     Mutant(
         "a branch begins with the header that stands in the flat text", FORMATS,

@@ -24,13 +24,13 @@ test: $(VENV)/.model  ## install what is needed, then run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10 -n auto --dist worksteal --benchmark-disable
 
 test-slow: $(VENV)/.model  ## a million cache operations, 100,000 plans, 1,000 generations, 100,000 programs (hours)
-	$(BIN)/python -m pytest -q -m slow tests/kv tests/plan tests/engine
+	$(BIN)/python -m pytest -q -m slow tests/kv tests/plan tests/engine tests/remote
 
 test-servers: $(VENV)/.model  ## remote engines on a real vLLM server, in an environment of its own (3.5 GB, minutes)
 	$(BIN)/python tests/remote/servers.py
 
-mutants: $(VENV)/.model  ## small mistakes put into a copy of the code: do the tests notice? (ONLY=word: some of them)
-	$(BIN)/python tests/mutants/run.py $(ONLY)
+mutants: $(VENV)/.model  ## small mistakes put into a copy of the code: do the tests notice? (AREA=plan, ONLY=word: some)
+	$(BIN)/python tests/mutants/run.py --resume $(if $(AREA),--area $(AREA)) $(if $(ONLY),--only $(ONLY))
 
 bench: $(VENV)/.model  ## the whole benchmark table, peers and floor in the same run
 	$(BIN)/python -m benchmarks all

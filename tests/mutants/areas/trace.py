@@ -5,7 +5,7 @@ from __future__ import annotations
 from entry import Mutant
 
 ROWS, TRACE = "python/anabranch/records/trace_rows.py", "python/anabranch/records/trace.py"
-TESTS = "tests/training/test_training_parity.py tests/training/test_training.py"
+TESTS = "tests/training/test_training.py tests/training/test_training_parity.py"
 RECORDS = "tests/records/test_trace.py"
 
 MUTANTS = [

@@ -14,7 +14,7 @@ import pytest
 from engine_kit import Nested, assert_nothing_held
 from naive_engine import Run
 from naive_problems import PIECES, assert_same, assert_same_story, make, tokenizer
-from programs_of_threads import Everything
+from programs_of_threads import Everything, Watching
 
 import anabranch as ab
 from anabranch.engine import Finish
@@ -36,6 +36,9 @@ class Problem:
         more = self.more = random.Random(f"{number}/more")
         plain = number in SHOWN  # as they were when they did
         self.strategy = Everything(number, races=self.races, sees=0.0 if plain else more.choice([0.0, 0.4]))
+        self.live = not plain and not self.races and more.random() < 0.15
+        if self.live:
+            self.strategy = Watching(number)
         # How requests come: in one call, in a second one that finds what the first has left, or one after another
         # beside some that are aborted; and who guesses their tokens.
         self.coming = "call" if plain else more.choice(["call", "call", "again", "arrivals"])
@@ -46,6 +49,8 @@ class Problem:
         self.limit = rng.choice([None, None, 1, 2, 5]) if not self.races else None
         self.pages = rng.choice([20, 60, 150, 4000]) * (1 + many // 8) // self.size + rng.randint(3, 8)
         self.rows = rng.choice([3, 16, 64, 512, 512])
+        if self.live:  # a turn of more tokens than rows would take several
+            self.rows, self.limit = max(64, self.rows), None
 
     def run(self) -> tuple[list[ab.Result], list, int]:
         """The engine's results, what its stream told, and how often it needed more pages."""
@@ -99,6 +104,7 @@ class Problem:
             assert_same(result, naive, self.limit is not None)
             if told:
                 assert_same_story([e for e in told if e.prompt == i], result, naive)
+            seen["live"] += self.live
             seen["sees"] += any(node.sees for node in result.tree.walk())
             seen["accepted"] += result.metrics.accepted_tokens > 0
             seen["found"] += result.metrics.cached_tokens > 0
@@ -128,7 +134,7 @@ def assert_all_seen(seen: Counter, programs: int) -> None:
     """Everything that there is to compare did occur, again and again."""
     wanted = ["insert", "sample", "fork", "spawn", "truncate", "kill killed", "kill discarded", "join concat"]
     wanted += ["join reprefill", "join summary", "pre-empted", "killed", "budget"]
-    wanted += ["sees", "accepted", "found", "again", "arrivals"]
+    wanted += ["sees", "accepted", "found", "again", "arrivals", "live"]
     assert seen["programs"] >= programs and min(seen[name] for name in wanted) >= programs // 50, seen
     assert seen["stream"] > 0 < seen["grown"], seen
 

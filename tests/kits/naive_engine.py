@@ -41,6 +41,7 @@ class Run:
             self.longest_context
         ) = 0
         self.threads, self.tasks, self.malformed = [], [], []
+        self.live, self.live_turn = [], 0  # threads that see one another advance in turns, together
         self.following = None
         if follow is not None:
             logs = {
@@ -91,7 +92,7 @@ class Run:
             thread._labels.append((kind, source, header))
             self.ids.append(token)
             self.positions.append(thread._position)
-            self.sees.append(tuple(thread._context))
+            self.sees.append(tuple(thread._context) if thread._turns is None else None)  # None: until its turn
             thread._position += 1
         thread._written += ids if kind != "joined" else []
         self.longest_context = max(self.longest_context, thread.length)
@@ -105,7 +106,7 @@ class Run:
         size = len(self.ids)
         mask = torch.full((size, size), torch.finfo(torch.float32).min)
         for row, seen in enumerate(self.sees):
-            mask[row, list(seen)] = 0
+            mask[row, list(seen or ())] = 0  # (nobody looks at what a live thread wrote and never computed)
         ids, positions = torch.tensor([self.ids]), torch.tensor([self.positions])
         with torch.inference_mode():
             return self.model(input_ids=ids, position_ids=positions, attention_mask=mask[None, None]).logits[0].float()
@@ -113,7 +114,7 @@ class Run:
     def before(self, thread):
         """Whose scores are a thread's next token's: of the last token, when it saw all of the context."""
         last = thread._context[-1]
-        if self.sees[last] != tuple(thread._context):
+        if thread._turns is None and self.sees[last] != tuple(thread._context):
             raise ValueError(f"thread {thread.id} has nothing to go on from")
         return last
 
@@ -203,10 +204,18 @@ class Run:
         while self.resume() or any([self.settle(thread) for thread in list(self.threads)]):
             moved = True
         line = [t for t in self.threads if t._queue and t._born and t._queue[0].do == "decode"]
+        later = [t for t in line if t._turns is not None and self.sees[t._context[-1]] is None]
+        line = [t for t in line if t not in later]
+        if later and not line:
+            self.take_turn()
+            return True
         if not line or (self.main.done and not self.trunk._queue):
             assert moved or self.main.done, "nothing is left to do, but the strategy still waits"
             return moved
-        self.token(min(line, key=lambda t: (*t.path, inf)))
+        chosen = min(line, key=lambda t: (*t.path, inf))
+        for thread in [chosen] if chosen._turns is None else [t for t in line if t._turns is not None]:
+            if thread.alive:
+                self.token(thread)  # of those that advance together, all
         return True
 
     def waits(self, op):
@@ -286,6 +295,44 @@ class Run:
         elif not op.done and self.sampled >= self.budget:
             self.end(op, "budget")
 
+    # -------------------------------------------------------------------------------------------- live sharing
+
+    def see(self, thread, others, same_step):
+        for one in (thread, *others):
+            if one._turns is None:
+                one._turns, one._turn_at = [0] * len(one._own), one._at
+                self.live.append(one)
+        thread._views.append((len(thread._turns), others, same_step))
+
+    def take_turn(self):
+        """Each computes what it has written since the last turn, and sees what its view shows by then."""
+        self.live_turn += 1
+        members = [t for t in self.live if t.alive and t._born]
+        before, new = {t: t._at for t in members}, {t: range(len(t._turns), len(t._own)) for t in members}
+        for thread in members:
+            thread._turns += [self.live_turn] * len(new[thread])
+        for thread in members:
+            for n in new[thread]:
+                seen = dict.fromkeys(thread._context[: thread._shared + n + 1])
+                for other, last in self.in_view(thread, n):
+                    own = other._own
+                    seen |= dict.fromkeys(own[i] for i, turn in enumerate(other._turns) if turn <= last)
+                self.sees[thread._own[n]] = tuple(seen)
+            if new[thread]:
+                for other, last in self.in_view(thread, new[thread][-1]):
+                    at = before[other] if last == self.live_turn else other._turn_at
+                    thread._at = self.event(thread._at, at)
+        for thread, at in before.items():
+            thread._turn_at = at
+
+    def in_view(self, thread, number):
+        """Whom an own token of this turn sees, and up to which turn."""
+        view = next((view for view in reversed(thread._views) if view[0] <= number), (0, (), "none"))
+        for other in view[1]:
+            if other.alive and other._born:
+                same = view[2] == "all" or (view[2] == "before" and other.path < thread.path)
+                yield other, self.live_turn if same else self.live_turn - 1
+
     # -------------------------------------------------------------------------------------------- each op
 
     def do_insert(self, thread, op):
@@ -333,6 +380,7 @@ class Run:
                     self.kill(child, "killed")
             own, labels = kid._context[kid._shared + kid._prompt :], kid._labels[kid._prompt :]
             follows = kid.role == "fork" and thread._context == kid._context[: kid._shared]
+            follows = follows and thread._turns is None and kid._turns is None
             if op.mode == "concat" or (op.mode == "reprefill" and i == 0 and follows and header is None):
                 thread._context += own
                 self.longest_context = max(self.longest_context, thread.length)

@@ -46,6 +46,9 @@ class Thread:
         self._queue, self._waiting, self._next_child, self._born = deque(), [], 0, role != "fork"
         self._context, self._labels, self._forgotten = [], [], []  # labels: of its own tokens, (kind, source, header)
         self._parent_length = 0  # when it came to be
+        # Of a thread that sees others while they write, or is seen: the turn in which each own token was computed, as
+        # far as that has been; (own token from which on, whom, of the same turn) of each `see`; the event at its turn.
+        self._turns, self._views, self._turn_at = None, [], 0
         self._shared = self._forked = self._prompt = self._position = self._start = self._sampled = self._at = 0
         self._blocks, self._turn, self._written = [], None, []  # written: ids that were sampled or given
         stream = np.random.SeedSequence(entropy=run.seed, spawn_key=path)
@@ -90,6 +93,9 @@ class Thread:
             if head:
                 kid._op("insert", ids=self._tokens(head), kind="inserted", header=True)
         return kids
+
+    def see(self, others, *, same_step="all"):
+        self._run.see(self, [others] if isinstance(others, Thread) else list(others), same_step)
 
     def spawn(self, prompt):
         kid = self._child("fresh")

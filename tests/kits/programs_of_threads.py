@@ -72,6 +72,49 @@ class Everything(Strategy):
         return [op.value for op in worker.asked]
 
 
+@dataclass(frozen=True)
+class Watching(Strategy):
+    """A random program of threads that see one another while they write: forks, spawned ones, perhaps the trunk."""
+
+    program: int
+    vocabulary: int = 97
+
+    def run(self, trunk):
+        draw = random.Random(f"{self.program}/{trunk.context[0]}")
+        ids = lambda least, most: [draw.randrange(self.vocabulary) for _ in range(draw.randint(least, most))]  # noqa: E731
+        sampled = lambda: {"do_sample": True, "top_k": 0} if draw.random() < 0.5 else {}  # noqa: E731
+        asked = [trunk.decode(draw.randint(1, 3))]
+        yield trunk
+        kids = trunk.fork([ids(1, 3) for _ in range(draw.randint(1, 3))])
+        fresh = [trunk.spawn(ids(1, 9)) for _ in range(draw.randint(0, 2))]
+        if draw.random() < 0.5:
+            yield [*kids, *fresh]  # what they begin with is computed plainly
+        threads = [*kids, *fresh, *([trunk] if draw.random() < 0.5 else [])]
+        for often in (1.0, 0.5, 0.3):
+            for thread in threads:
+                others = [t for t in threads if t is not thread]
+                if others and draw.random() < often:
+                    seen = draw.sample(others, draw.randint(1, len(others)))
+                    thread.see(seen, same_step=draw.choice(["all", "before", "none"]))
+            some = draw.sample(threads, draw.randint(1, len(threads)))
+            asked += [thread.decode(draw.randint(1, 5), sampling=sampled()) for thread in some]
+            yield some
+            if draw.random() < 0.4:
+                draw.choice(threads).insert(ids(1, 2))
+            if draw.random() < 0.2 and len(threads) > 2:
+                gone = draw.choice([t for t in threads if t is not trunk])
+                threads.remove(gone)
+                gone.kill()
+        kids = [t for t in threads if t is not trunk]
+        yield kids
+        if kids:
+            trunk.join(kids, draw.choice(["reprefill", "discard"]))
+        trunk.insert(ids(1, 2))
+        asked.append(trunk.decode(2))
+        yield trunk
+        return [op.value for op in asked]
+
+
 class _Worker:
     def __init__(self, rng, how):
         self.how, self.vocabulary, self.races = how, how.vocabulary, how.races

@@ -105,8 +105,9 @@ MUTANTS = [
     ),
     Mutant(
         "attention: a row of the output in 32 bits", f"{CUDA}attention.cuh",
-        "const i64 row = static_cast<i64>(ptx::load(a.rows + at)) * a.num_q_heads + q_head;",
-        "const i32 row = ptx::load(a.rows + at) * a.num_q_heads + q_head;", f"{K}rows_beyond_32_bits",
+        "store_columns(static_cast<T*>(a.out) + row * a.head_dim + column,",
+        "store_columns(static_cast<T*>(a.out) + static_cast<i32>(row * a.head_dim + column),",
+        f"{K}rows_beyond_32_bits",
     ),
     Mutant(
         "attention: a query row in 32 bits", f"{CUDA}attention.cuh",
@@ -117,7 +118,7 @@ MUTANTS = [
     Mutant(
         "attention: tokens that nobody sees are read", f"{CUDA}attention.cuh",
         "        if (row_pos_min - e.position >= a.window) e.slot = -1;  // nobody sees it, and it may be gone\n",
-        "", f"{K}window_never_reads_what_nobody_sees",
+        "", f"{K}slots_that_slid_out_of_every_window_are_not_looked_up",
     ),
     Mutant(
         "attention: a row whose limit is one short of a block's end sees the last token", f"{CUDA}attention.cuh",

@@ -7,7 +7,7 @@ import re
 import time
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -31,12 +31,14 @@ app = typer.Typer(
 [bold]e2e[/bold]        SmolLM2: 16 branches through our engine, through model.generate and, optionally, through vLLM
 [bold]host[/bold]       what a fork, a step and a plan cost; what a cache holds
 [bold]linear[/bold]     what Engine(batch_invariant=True) costs: linear layers and forwards of 1 to 512 rows
+[bold]step[/bold]       where a decode step of 1, 16 and 64 rows spends its time, eager and compiled, beside the floor
 [bold]drafts[/bold]     speculative decoding: steps and seconds of the adapted models' answers with drafts and without
 [bold]serve[/bold]      Poisson arrivals: throughput, time to the first token and between tokens, p50 and p99
 [bold]branch[/bold]     training: attention under a branch mask, forward + backward; masked SDPA, FlexAttention
 [bold]kv_formats[/bold] accuracy of K and V kept as int8 and fp8
 [bold]company[/bold]    decoding beside programs that spin on the same cores
-[bold]all[/bold]        all of them but kv_formats and company (also what runs when no command is given)
+[bold]cuda-sass[/bold]  what the machine code of the CUDA kernels promises, without a GPU (read, not measured)
+[bold]all[/bold]        all of them but kv_formats, company and cuda-sass (also what runs when no command is given)
 [bold]report[/bold]     Markdown tables and figures from a results file
 
 Every contender is checked against float64 before it is timed; rounds are interleaved (A B C A B C …) with cold caches;
@@ -176,14 +178,16 @@ def _run_e2e(
     rounds: int,
     only: str,
     patience: float = 600.0,
+    branches: list[int] | None = None,
 ) -> None:
     from . import e2e
 
     names = [d.value for d in dtypes] if dtypes else ["bfloat16", "float32"]
     with console.status("loading the model") as status:
         for entry in e2e.run(
-            quick=quick, dtypes=names, peer=peer, rounds=rounds, only=only, patience=patience, report=status.update
-        ):
+            quick=quick, dtypes=names, peer=peer, rounds=rounds, only=only, patience=patience,
+            branches=branches or (16, 1), report=status.update,
+        ):  # fmt: skip
             store.put("e2e", ("contender", "prompt", "dtype", "n"), entry)
             console.print(report.e2e_line(entry))
     console.print(report.e2e_table(store.data))
@@ -252,6 +256,30 @@ def linear_command(
     _finish(store, None)
 
 
+@app.command("step")
+def step_command(
+    quick: Quick = False,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.bfloat16,
+    rounds: Rounds = 5,
+    threads: Threads = None, clock: ClockOption = "wall", json: Json = None,
+) -> None:  # fmt: skip
+    """Where a decode step goes: plan, linear layers, attention, sampling, the rest; by rows, beside the floor."""
+    from . import step
+
+    store = _start(threads, json, clock)
+    with console.status("measuring the floor") as status:
+        floor = Floor().measure((getattr(torch, dtype.value),), tries=3 if quick else 10)
+        store.set("floor", floor.as_dict())
+        for entry in step.run(quick, dtype.value, min(rounds, 2) if quick else rounds, floor, status.update):
+            store.put("step", ("contender", "rows", "dtype"), entry)
+            if "left_out" in entry:
+                console.print(
+                    f"{entry['rows']} rows, {entry['contender']}: left out, {entry['left_out']}", markup=False
+                )
+    console.print(report.step_table(store.data))
+    _finish(store, None)
+
+
 @app.command("kv_formats")
 def kv_formats_command(quick: Quick = False, json: Json = None) -> None:
     """Accuracy of K and V kept as int8 and fp8: SmolLM2's perplexity, the adapted model's answers. Not timed."""
@@ -267,6 +295,45 @@ def kv_formats_command(quick: Quick = False, json: Json = None) -> None:
         )
         console.print(f"{entry['dtype']:9} {entry['kv_format']:5} {entry['bytes_per_token']:6} bytes a token  {what}")
     _finish(store, None)
+
+
+@app.command("cuda-sass")
+def cuda_sass_command(
+    against: Annotated[
+        str | None, typer.Option(help="A saved table, or a commit whose sources are compiled too: say what is worse.")
+    ] = None,
+    arch: Annotated[list[int] | None, typer.Option(help="90 for sm_90; may be repeated. Default: all.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bf16, fp16, fp32; may be repeated. Default: all.")] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help="May be repeated. Default: all compiled ones.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Compilers at once.")] = 1,
+    save: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/cuda_sass.json and .md.")] = False,
+) -> None:
+    """What the CUDA kernels' machine code promises (issue cycles, copies, products a block): read, never measured."""
+    from . import cuda_resources, cuda_sass
+
+    if cuda_resources.nvcc() is None:
+        raise typer.BadParameter("nothing compiled: nvcc was not found; put it on PATH or name it in CUDACXX")
+    options: dict[str, Any] = dict(
+        dtypes=dtype or cuda_sass.DTYPES, archs=arch or cuda_resources.ARCHS, head_dims=head_dim or cuda_sass.HEAD_DIMS,
+        processes=processes,
+    )  # fmt: skip
+    for name, given, known in (("dtype", dtype, cuda_sass.DTYPES), ("head-dim", head_dim, cuda_sass.HEAD_DIMS)):
+        for value in given or ():
+            if value not in known:
+                raise typer.BadParameter(f"{value!r}: expected one of {', '.join(map(str, known))}", param_hint=f"--{name}")
+    if save and (arch or dtype or head_dim):
+        raise typer.BadParameter("the committed table has every variant: leave --arch, --dtype, --head-dim out")
+    rows = cuda_sass.table(**options)
+    if save:
+        cuda_sass.save(rows)
+    print(cuda_sass.markdown(rows, cuda_resources.version()))
+    if against is not None:
+        try:
+            lines = cuda_sass.worse(rows, cuda_sass.other_table(against, **options))
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--against") from None
+        print("\n".join(lines) or f"nothing is worse than in {against}")
+        raise typer.Exit(int(bool(lines)))
 
 
 @app.command("company")
@@ -340,10 +407,13 @@ def e2e_command(
     patience: Annotated[
         float, typer.Option(help="Leave a contender out where its prefill alone would take more seconds than this.")
     ] = 600.0,
+    branches: Annotated[
+        list[int] | None, typer.Option("--branches", min=1, help="May be repeated. Default: 16 and 1.")
+    ] = None,
 ) -> None:  # fmt: skip
     """A real model: our engine, model.generate and, with --peer, vLLM on the same prompts."""
     store = _start(threads, json, clock)
-    _run_e2e(store, quick, dtype, peer, rounds, only, patience)
+    _run_e2e(store, quick, dtype, peer, rounds, only, patience, branches)
     _finish(store, plot)
 
 

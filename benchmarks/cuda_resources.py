@@ -16,7 +16,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +62,28 @@ def kernel_of(symbol: str) -> dict[str, Any]:
     """A mangled name's kernel, element type and head_dim."""
     if "advance_kernel" in symbol:
         return dict(kernel="advance", dtype="", head_dim=0)
-    found = re.search(r"(attention|merge|write_kv|copy_pages)_kernelI(.*?)E?E?v", symbol)
+    found = re.search(r"(attention|merge|write_kv|copy_pages)_kernelI(.*?)E?Ev", symbol)
     assert found is not None, symbol
     name, arguments = found.groups()
     if name in ("write_kv", "copy_pages"):
         width = 16 if "Vector16" in arguments else {"j": 4, "t": 2}[arguments.rstrip("E")[-1]]
         return dict(kernel=name, dtype=f"{width} bytes", head_dim=0)
     dtype = "bf16" if "bf16" in arguments else "fp16" if "f16" in arguments else "fp32"
-    dim = re.search(r"Li(\d+)", arguments)
-    return dict(kernel=name, dtype=dtype, head_dim=int(dim.group(1)) if dim else 0)
+    number = re.search(r"Li(\d+)", arguments)
+    if name == "merge":  # by one warp for each row and head, or by a block's
+        return dict(kernel="merge" if number is None or number.group(1) == "1" else "merge_wide", dtype=dtype, head_dim=0)
+    return dict(kernel=name, dtype=dtype, head_dim=int(number.group(1)) if number else 0)
 
 
-def compile_unit(source: str, arch: int, defines: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Every kernel of one source file on one architecture.
+@contextmanager
+def compiled(
+    source: str, arch: int, defines: Sequence[str] = (), root: Path = ROOT
+) -> Iterator[tuple[list[dict[str, Any]], str]]:
+    """One source file on one architecture: a row for each kernel (see `compile_unit`, with its symbol), and the machine code as
+    text, empty where there is no disassembler.
 
-    Returns:
-        rows of kernel, dtype, head_dim, arch, registers, stack_bytes, spill_bytes, and counts of INSTRUCTIONS.
+    Raises:
+        RuntimeError: there is no nvcc, or it refuses the source.
     """
     compiler = nvcc()
     if compiler is None:
@@ -83,8 +91,8 @@ def compile_unit(source: str, arch: int, defines: tuple[str, ...] = ()) -> list[
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         done = subprocess.run(
-            [compiler, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-I", str(ROOT / "csrc"), "-cubin",
-             *(f"-D{d}" for d in defines), "-o", str(cubin), str(ROOT / "csrc" / "cuda" / source)],
+            [compiler, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-I", str(root / "csrc"), "-cubin",
+             *(f"-D{d}" for d in defines), "-o", str(cubin), str(root / "csrc" / "cuda" / source)],
             capture_output=True, text=True,
         )  # fmt: skip
         if done.returncode != 0:
@@ -101,13 +109,24 @@ def compile_unit(source: str, arch: int, defines: tuple[str, ...] = ()) -> list[
                 | dict(arch=arch, registers=registers, stack_bytes=stack, spill_bytes=stores + loads, symbol=symbol)
             )
         tool = disassembler()
+        text = ""
         if tool is not None:
             text = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-            for part in re.split(r"Function : ", text)[1:]:
-                counts = {name: len(re.findall(pattern, part)) for name, pattern in INSTRUCTIONS.items()}
-                for row in rows:
-                    if row["symbol"] == part.split()[0]:
-                        row.update(counts)
+        yield rows, text
+
+
+def compile_unit(source: str, arch: int, defines: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Every kernel of one source file on one architecture.
+
+    Returns:
+        rows of kernel, dtype, head_dim, arch, registers, stack_bytes, spill_bytes, and counts of INSTRUCTIONS.
+    """
+    with compiled(source, arch, defines) as (rows, text):
+        for part in re.split(r"Function : ", text)[1:]:
+            counts = {name: len(re.findall(pattern, part)) for name, pattern in INSTRUCTIONS.items()}
+            for row in rows:
+                if row["symbol"] == part.split()[0]:
+                    row.update(counts)
     for row in rows:
         del row["symbol"]
     return rows
@@ -132,7 +151,9 @@ def with_layouts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if row["kernel"] != "attention":
             row["blocks"] = occupancy(row["registers"], 0, row["arch"])
             continue
-        ring, shared = module.layout(TYPES[row["dtype"]], row["head_dim"], *LIMITS[row["arch"]][:2])
+        ring, shared = module.layout(
+            TYPES[row["dtype"]], row["head_dim"], *LIMITS[row["arch"]][:2], occupancy(row["registers"], 0, row["arch"])
+        )
         row.update(ring=ring, shared_bytes=shared, blocks=occupancy(row["registers"], shared, row["arch"]))
     return rows
 

@@ -27,6 +27,13 @@ int64_t address(const void* p) { return static_cast<int64_t>(reinterpret_cast<ui
 }  // namespace
 
 void attention(Type type, Attention a, const Device& device, const Layout& layout, void* stream) {
+  for (Pages* pages : {&a.k, &a.v})
+    for (int64_t* stride : {&pages->page, &pages->slot, &pages->head}) *stride *= type == Type::f32 ? 4 : 2;
+  const int64_t most = std::max(static_cast<int64_t>(a.num_items) * a.num_kv_heads,
+                                static_cast<int64_t>(a.num_merge) * a.num_q_heads);
+  if (most > INT32_MAX)
+    throw std::invalid_argument("num_items and num_merge: at most 2^31 - 1 times the heads, got " +
+                                std::to_string(most));
   switch (type) {
     case Type::f32: return attention_of<float>(a, device, layout, stream);
     case Type::bf16: return attention_of<bf16>(a, device, layout, stream);
@@ -44,13 +51,13 @@ int packed_rows(Type type, int head_dim) {
   return rows;
 }
 
-Chosen layout_of(Type type, int head_dim, const Device& device) {
+Chosen layout_of(Type type, int head_dim, const Device& device, int most) {
   Chosen c{};
   with_head_dim(head_dim, [&](auto columns) {
     constexpr int D = decltype(columns)::value;
     const auto of = [&](auto shape) {
       using S = decltype(shape);
-      c.ring = ring_for<S>(device);
+      c.ring = ring_for<S>(device, most);
       c.shared = S::shared_bytes(c.ring);
     };
     if (type == Type::f32)

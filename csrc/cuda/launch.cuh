@@ -17,6 +17,9 @@ namespace anabranch::cuda {
 template <class F>
 void with_head_dim(int head_dim, const F& f) {
   using std::integral_constant;
+#ifdef ANABRANCH_ONE_HEAD_DIM  // a single variant, for those who look at its machine code
+  return f(integral_constant<int, ANABRANCH_ONE_HEAD_DIM>{});
+#endif
   if (head_dim <= 32) return f(integral_constant<int, 32>{});
 #ifndef ANABRANCH_FEW_HEAD_DIMS
   if (head_dim <= 64) return f(integral_constant<int, 64>{});
@@ -31,12 +34,13 @@ void with_head_dim(int head_dim, const F& f) {
 
 constexpr int kReserved = 1024;  // bytes of shared memory that the system takes of every block
 
-// Tiles in the ring. Streaming wants some 40 KB on its way to every multiprocessor all the time, and two or three blocks
-// there, so that one computes while another waits; a block has ring − 1 tiles on their way.
+// Tiles in the ring. Streaming wants some 40 KB on its way to every multiprocessor all the time, and two or more blocks
+// there, so that one computes while another waits; a block has ring − 1 tiles on their way. `most`: the blocks that a
+// multiprocessor has registers for; to leave room for more would leave it unused.
 template <class S>
-int ring_for(const Device& device) {
-  for (int blocks = 3; blocks >= 1; --blocks)
-    for (int ring = kMaxRing; ring >= (blocks == 3 ? 4 : blocks == 2 ? 3 : 2); --ring)
+int ring_for(const Device& device, int most) {
+  for (int blocks = std::clamp(most, 1, 4); blocks >= 1; --blocks)
+    for (int ring = kMaxRing; ring >= (blocks >= 3 ? 4 : blocks == 2 ? 3 : 2); --ring)
       if (S::shared_bytes(ring) <= device.shared_block &&
           blocks * (S::shared_bytes(ring) + kReserved) <= device.shared_multiprocessor)
         return ring;
@@ -49,7 +53,7 @@ inline void check_launch() {}
 inline int current_device() { return 0; }
 inline void allow_shared(const void* function, int bytes) { emulator::allow_shared(function, bytes); }
 inline int resident_blocks(const void*, int shared, const Device& device) {
-  return device.shared_multiprocessor / (shared + kReserved);
+  return std::min(2, device.shared_multiprocessor / (shared + kReserved));  // as if registers allowed no more
 }
 #else
 inline void check_cuda(cudaError_t error) {
@@ -107,7 +111,7 @@ void attention_of(Attention a, const Device& device, const Layout& layout, void*
     constexpr int D = decltype(columns)::value;
     using S = Shape<T, D>;
     if (a.num_items > 0) {
-      a.ring = layout.ring != 0 ? layout.ring : ring_for<S>(device);
+      a.ring = layout.ring != 0 ? layout.ring : ring_for<S>(device, blocks_per_multiprocessor<T, D>(0, device));
       if (a.ring < 2 || a.ring > kMaxRing)
         throw std::invalid_argument("ring: from 2 to " + std::to_string(kMaxRing) + ", got " + std::to_string(a.ring));
       const auto function = &attention_kernel<T, D>;
@@ -120,9 +124,12 @@ void attention_of(Attention a, const Device& device, const Layout& layout, void*
     }
   });
   if (a.num_merge > 0) {
-    const int64_t warps = static_cast<int64_t>(a.num_merge) * a.num_q_heads;
-    const int grid = layout.grid != 0 ? layout.grid : grid_for((warps + kWarps - 1) / kWarps, 8 * device.multiprocessors);
-    ANABRANCH_LAUNCH(&merge_kernel<T>, grid, kThreads, 0, stream, a);
+    const int64_t units = static_cast<int64_t>(a.num_merge) * a.num_q_heads;
+    const int most = 8 * device.multiprocessors;
+    const bool few = units <= most;
+    const int grid = layout.grid != 0 ? layout.grid : few ? static_cast<int>(units) : grid_for((units + kWarps - 1) / kWarps, most);
+    const auto function = few ? &merge_kernel<T, kWarps> : &merge_kernel<T, 1>;
+    ANABRANCH_LAUNCH(function, grid, kThreads, 0, stream, a);
     check_launch();
   }
 }

@@ -21,11 +21,12 @@ void advance(const Advance& a, const Device& device, void* stream);
 // Packed query rows a pass: what a plan's tile should be.
 int packed_rows(Type type, int head_dim);
 
-// What a launch would choose: tiles in the ring and bytes of shared memory.
+// What a launch would choose where a multiprocessor has registers for `most` blocks: tiles in the ring and bytes of shared
+// memory.
 struct Chosen {
   int ring, shared;
 };
-Chosen layout_of(Type type, int head_dim, const Device& device);
+Chosen layout_of(Type type, int head_dim, const Device& device, int most);
 
 // The device of this index; throws std::runtime_error when there is none or its driver cannot run this build.
 Device device_of(int index);

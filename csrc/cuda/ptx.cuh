@@ -57,7 +57,7 @@ struct alignas(16) Float4 {
 enum class Site : int {
   none,
   window_reduced,     // barrier: each warp's first and last visible token
-  offsets_visible,    // barrier: the first blocks' addresses; the ring and its neighbours are free again
+  places_visible,    // barrier: the first blocks' addresses; the ring and its neighbours are free again
   queries_landed,     // wait
   queries_visible,    // barrier
   tile_landed,        // wait
@@ -111,10 +111,7 @@ ANABRANCH_DEVICE void copy_async(void* shared, const void* global, int bytes) {
   emulator::copy_async(shared, global, bytes);
 }
 ANABRANCH_DEVICE void copy_commit() { emulator::copy_commit(); }
-template <int PENDING>
-ANABRANCH_DEVICE void copy_wait_for(Site site) {
-  emulator::copy_wait(PENDING, int(site));
-}
+ANABRANCH_DEVICE void copy_wait(int pending, Site site) { emulator::copy_wait(pending, int(site)); }
 
 ANABRANCH_DEVICE u32 bits(float x) {
   u32 d;
@@ -209,8 +206,20 @@ ANABRANCH_DEVICE void copy_async(void* shared, const void* global, int bytes) {
 }
 ANABRANCH_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
-ANABRANCH_DEVICE void copy_wait_for(Site) {
+ANABRANCH_DEVICE void copy_wait_for() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+// Until at most `pending` (0 … kMaxRing − 1) groups of this thread's copies are still on their way. The instruction wants a
+// constant; two or three branches cost less than a jump through a table.
+ANABRANCH_DEVICE void copy_wait(int pending, Site) {
+  if (pending >= 3) {
+    if (pending == 4) return copy_wait_for<4>();
+    if (pending == 3) return copy_wait_for<3>();
+    return copy_wait_for<5>();
+  }
+  if (pending == 1) return copy_wait_for<1>();
+  if (pending == 2) return copy_wait_for<2>();
+  copy_wait_for<0>();
 }
 
 ANABRANCH_DEVICE u32 bits(float x) { return __float_as_uint(x); }
@@ -225,17 +234,10 @@ ANABRANCH_DEVICE float log2(float x) { return ::log2f(x); }
 
 #endif
 
-// Until at most `pending` groups of this thread's copies are still on their way; the instruction wants a constant.
-ANABRANCH_DEVICE void copy_wait(int pending, Site site) {
-  switch (pending) {
-    case 0: return copy_wait_for<0>(site);
-    case 1: return copy_wait_for<1>(site);
-    case 2: return copy_wait_for<2>(site);
-    case 3: return copy_wait_for<3>(site);
-    case 4: return copy_wait_for<4>(site);
-    case 5: return copy_wait_for<5>(site);
-    default: return copy_wait_for<6>(site);
-  }
+// Of an address in two halves, the low one first.
+ANABRANCH_DEVICE const char* pointer(const Int2& halves) {
+  return reinterpret_cast<const char*>(static_cast<uintptr_t>(static_cast<uint64_t>(static_cast<u32>(halves.y)) << 32 |
+                                                              static_cast<u32>(halves.x)));
 }
 
 }  // namespace ptx

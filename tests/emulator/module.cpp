@@ -56,7 +56,7 @@ void bind_emulator(py::module_& m) {
   using anabranch::cuda::Site;
   const auto add = [&](const char* name, Site site) { sites[name] = int(site); };
   add("window_reduced", Site::window_reduced);
-  add("offsets_visible", Site::offsets_visible);
+  add("places_visible", Site::places_visible);
   add("queries_landed", Site::queries_landed);
   add("queries_visible", Site::queries_visible);
   add("tile_landed", Site::tile_landed);

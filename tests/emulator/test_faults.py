@@ -9,7 +9,7 @@ from triton_cases import random_case
 
 SEEDS = 18  # each landing and schedule three times
 SITES = [
-    "window_reduced", "offsets_visible", "queries_landed", "queries_visible", "tile_landed", "tile_visible",
+    "window_reduced", "places_visible", "queries_landed", "queries_visible", "tile_landed", "tile_visible",
     "ring_done", "results_visible",
 ]  # fmt: skip
 VARIANTS = {

@@ -71,7 +71,7 @@ def long_case(dtype=torch.bfloat16, **shape):
     )
 
 
-@pytest.mark.parametrize("ring", range(2, 8))
+@pytest.mark.parametrize("ring", range(2, 7))
 @pytest.mark.parametrize("window", [None, 300])
 def test_rings(device, ring, window):
     case = long_case(DTYPES[ring % 3])
@@ -87,7 +87,7 @@ def test_order_and_grid_change_no_bit(device):
     for seed, grid in ((1, 2), (2, 3), (3, 8), (4, 40)):
         again, _ = run(device, case, seed, grid=grid)
         assert torch.equal(again[0], out) and torch.equal(again[1], lse)
-    without, _ = run(device, case, 5, ring=7)
+    without, _ = run(device, case, 5, ring=6)
     assert torch.equal(without[0], out)
 
 
@@ -170,7 +170,7 @@ def merging(device, dim):
         with kit.memory(device, rows=rows, ptr=ptr, ml=ml, acc=acc, sinks=sinks, out_=out, lse_=lse):
             device.attention(
                 0, dim, heads, heads, 16, (0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0),
-                (*[0] * 7, rows.data_ptr(), ptr.data_ptr(), 0), 0, len(rows), 1.0, 0.0, -1,
+                (*[0] * 7, rows.data_ptr(), ptr.data_ptr(), 1, 0), 0, len(rows), 1.0, 0.0, -1,
                 0 if sinks is None else sinks.data_ptr(), out.data_ptr(), lse.data_ptr(),
                 (acc.data_ptr(), ml.data_ptr()), 0, 0,
             )  # fmt: skip
@@ -187,6 +187,38 @@ def test_merge(device, dim, sink):
 
 def test_merges_of_many_partials(device):
     extremes.merges_of_many_partials(merging(device, 24), 24)
+
+
+@pytest.mark.parametrize("partials", [1, 8, 33, 70])
+@pytest.mark.parametrize("dim", [24, 96, 256])
+def test_a_warp_and_a_block_merge_alike(device, dim, partials):
+    """How many warps take a row depends on how many rows there are; what they sum does not."""
+    gen = torch.Generator().manual_seed(dim + partials)
+    heads, many = 2, 14  # 28 (row, head) pairs: more than the device's blocks, so a warp each
+    acc = torch.randn(partials, heads, dim, generator=gen)
+    ml = torch.stack([torch.randn(partials, heads, generator=gen), torch.rand(partials, heads, generator=gen)], -1)
+    ml[partials // 2 :: 7, 1, 0] = -math.inf  # empty: their acc is never used
+    acc[partials // 2 :: 7, 1] = math.nan
+    found = []
+    for rows in (1, many):
+        device.reset_statistics()
+        out, lse = torch.full((rows, heads, dim), math.nan), torch.full((rows, heads), math.nan)
+        numbers = torch.arange(rows, dtype=torch.int32)
+        copies = acc.repeat(rows, 1, 1), ml.repeat(rows, 1, 1)
+        ptr = torch.arange(rows + 1, dtype=torch.int32) * partials
+        with kit.memory(device, rows=numbers, ptr=ptr, acc=copies[0], ml=copies[1], out_=out, lse_=lse):
+            device.attention(
+                0, dim, heads, heads, 16, (0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0),
+                (*[0] * 7, numbers.data_ptr(), ptr.data_ptr(), 1, 0), 0, rows, 1.0, 0.0, -1, 0, out.data_ptr(),
+                lse.data_ptr(), (copies[0].data_ptr(), copies[1].data_ptr()), 0, 0,
+            )  # fmt: skip
+        assert device.statistics()["blocks"] == (2 if rows == 1 else 7)
+        found.append((out, lse))
+    (one, one_lse), (all_of_them, all_lse) = found
+    assert torch.equal(one.expand(many, -1, -1), all_of_them) and torch.equal(one_lse.expand(many, -1), all_lse)
+    weights = torch.where(torch.isinf(ml[..., 0]), 0, torch.exp2(ml[..., 0].double()))
+    want = (weights[..., None] * torch.nan_to_num(acc.double())).sum(0) / (weights * ml[..., 1]).sum(0)[:, None]
+    assert torch.allclose(one[0].double(), torch.nan_to_num(want), atol=1e-5, equal_nan=True)
 
 
 def test_partials_beyond_32_bits(device, tmp_path):
@@ -278,19 +310,19 @@ def test_copies_beyond_32_bits(device, tmp_path):
 
 def test_a_slot_outside_the_pool_traps(device):
     case = random_case(3, head_dim=32)
-    case.arrays.kv_slots[5] = case.k_pages.shape[0] * case.k_pages.shape[1] + 40
+    case.arrays.kv_strips[0, 0] = case.k_pages.shape[0] * case.k_pages.shape[1] + 40
     with pytest.raises(
         device.Trap, match=r"block \d, thread \d+: read of 16 bytes at 0x\w+ is outside every allocation"
     ):
         run(device, case)
 
 
-@pytest.mark.parametrize("options", [dict(head_dim=257), dict(ring=1), dict(ring=8), dict(type=3)], ids=str)
+@pytest.mark.parametrize("options", [dict(head_dim=257), dict(ring=1), dict(ring=7), dict(type=3)], ids=str)
 def test_what_the_launcher_refuses(device, options):
     o = dict(type=1, head_dim=64, ring=0) | options
     with pytest.raises(ValueError, match=next(iter(options))):
         device.attention(
-            o["type"], o["head_dim"], 1, 1, 16, (0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0), (0,) * 10, 1, 0, 1.0, 0.0, -1,
+            o["type"], o["head_dim"], 1, 1, 16, (0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0), (0,) * 9 + (1, 0), 1, 0, 1.0, 0.0, -1,
             0, 0,
             0, (0, 0), 0, 0, o["ring"],
         )  # fmt: skip
@@ -305,8 +337,8 @@ def test_tile_of_a_plan(device):
 def test_a_large_ring_after_a_small_one(device):
     """What a kernel may have of shared memory is one number, the last one set: a small ring must not lower it."""
     case = random_case(3, rows=4, segments=2, max_len=150, head_dim=128, dtype=torch.float16)
-    (want, _), _ = run(device, case, ring=7)
-    for ring in (4, 7, 3, 7):
+    (want, _), _ = run(device, case, ring=6)
+    for ring in (4, 6, 3, 6):
         (out, _), _ = run(device, case, ring=ring)
         assert torch.equal(out, want)
 
@@ -342,5 +374,5 @@ def test_fifty_seeds(device, seed):
     for dtype in DTYPES:
         shape = SHAPES[seed % len(SHAPES)]
         case = random_case(1000 + seed, dtype=dtype, **{"rows": 6, "max_len": 150, **shape})
-        got, options = run(device, case, seed, ring=2 + seed % 6, grid=seed % 5, **list(OPTIONS.values())[seed // 10])
+        got, options = run(device, case, seed, ring=2 + seed % 5, grid=seed % 5, **list(OPTIONS.values())[seed // 10])
         check(case, got, **options)

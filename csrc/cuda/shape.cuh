@@ -1,0 +1,96 @@
+// Sizes of one variant of the attention kernel, and arithmetic that several of its parts need.
+#pragma once
+
+#include <cmath>
+
+#include "cuda/params.hpp"
+#include "cuda/ptx.cuh"
+
+namespace anabranch::cuda {
+
+constexpr int kWarps = kThreads / 32;
+constexpr int kAhead = 4;  // blocks whose addresses and positions are kept: the one at hand and kMaxRing / 2 more
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+ANABRANCH_DEVICE float minus_infinity() { return -INFINITY; }
+ANABRANCH_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+ANABRANCH_DEVICE int larger(int a, int b) { return a > b ? a : b; }
+ANABRANCH_DEVICE float larger(float a, float b) { return ::fmaxf(a, b); }
+
+// D is head_dim rounded up to one that is compiled: columns past head_dim are zeros.
+template <class T, int D>
+struct Shape {
+  static constexpr bool kHalf = sizeof(T) == 2;
+  static constexpr int kBlock = kHalf ? 64 : 32;  // tokens a tile
+  static constexpr int kKeys = kHalf ? 16 : 8;    // tokens a warp multiplies at once: a step
+  static constexpr int kRows = kHalf ? (D <= 128 ? 64 : 32) : (D <= 128 ? 32 : 16);  // packed rows a pass
+  static constexpr int kMostSteps = kRows / 16;                                      // a warp and tile
+  static constexpr int kGranule = 16 / static_cast<int>(sizeof(T));                  // elements a copy
+  static constexpr int kGranules = D / kGranule;
+  static constexpr int kPitch = (kGranules | 1) * 16;  // bytes a row; odd in units of 16: no bank conflicts
+  static constexpr int kTile = kBlock * kPitch;
+  static constexpr bool kKeepQ = kHalf && D <= 128;  // queries in registers, their bytes in the ring's last tile
+  static constexpr int kQueries = kKeepQ ? 0 : kRows * kPitch;
+  static constexpr int kAccPitch = D + 8;  // floats
+  static constexpr int kResults = kWarps * 16 * kAccPitch * 4;
+  static constexpr int kBlocks = D <= 64 ? 3 : 2;  // a multiprocessor: what the compiler may take registers for
+  static_assert(D % 16 == 0 && kRows <= kBlock * 2 && kBlock == kWarps * kKeys, "a shape the kernel cannot lay out");
+
+  // How a tile is copied: kLanes neighbouring threads take a token, so that they read whole lines; each the same kColumns
+  // granules of kTokens tokens.
+  static constexpr int kLanes = kGranules % 8 == 0 ? 8 : kGranules % 4 == 0 ? 4 : 2;
+  static constexpr int kColumns = kGranules / kLanes;
+  static constexpr int kTokens = kBlock * kLanes / kThreads;
+  static_assert(kGranules % kLanes == 0 && kTokens >= 1 && kTokens * kThreads == kBlock * kLanes, "an uneven share");
+
+  // The first token of a thread. Eight neighbouring threads write to shared memory at once: with kLanes tokens between
+  // theirs they meet all banks.
+  static ANABRANCH_BOTH constexpr int first_token(int thread) {
+    const int group = thread / kLanes, within = group % (8 / kTokens);
+    return group / (8 / kTokens) * 8 + within % (8 / kLanes) * kLanes + within / (8 / kLanes) * kTokens;
+  }
+
+  // Shared memory: [ring | queries], over it the results of the warps; then what must outlive neither.
+  static ANABRANCH_BOTH constexpr int ring_bytes(int ring) {
+    const int streamed = ring * kTile + kQueries;
+    return streamed > kResults ? streamed : kResults;
+  }
+  static constexpr int kPlaces = kAhead * 2 * kBlock * 8, kPositions = kAhead * kBlock * 4;
+  static constexpr int kStats = kWarps * 16 * 8, kKept = 3 * 16;
+  static ANABRANCH_BOTH constexpr int shared_bytes(int ring) {
+    return ring_bytes(ring) + kPlaces + kPositions + kStats + kKept + kWarps * 8;
+  }
+};
+
+// tanh to about 1e-7 of its value.
+ANABRANCH_DEVICE float tanh_of(float x) {
+  const float x2 = x * x;
+  // Near zero 1 − 2/(e^2x + 1) loses all its digits, and softcap leaves most scores exactly there.
+  if (x2 < 0.0625f)
+    return x * (1.0f + x2 * (-1.0f / 3 + x2 * (2.0f / 15 + x2 * (-17.0f / 315 + x2 * (62.0f / 2835)))));
+  const float e = ptx::exp2(-2.0f * kLog2e * (x < 0 ? -x : x));
+  const float y = (1.0f - e) / (1.0f + e);
+  return x < 0 ? -y : y;
+}
+
+// Exponents of all ones, twice (of two 16-bit elements).
+ANABRANCH_DEVICE constexpr u32 exponents(bf16) { return 0x7f807f80u; }
+ANABRANCH_DEVICE constexpr u32 exponents(f16) { return 0x7c007c00u; }
+
+// Puts 0 in the place of infinities and NaN; not 0 where there were some.
+template <class T>
+ANABRANCH_DEVICE u32 without_infinities(T, u32& pair) {
+  constexpr u32 all = exponents(T{});
+  const u32 top = ((pair & all) + (all & (~all << 1))) & 0x80008000u;  // the lowest bit of the exponents carries up
+  pair &= ~((top >> 15) * 0xffffu);
+  return top;
+}
+// 0 for what is finite.
+template <class T>
+ANABRANCH_DEVICE float infinity_of(T, u32 half) {
+  constexpr u32 all = exponents(T{}) & 0xffffu;
+  if ((half & all) != all) return 0;
+  return ptx::number((half & 0x8000u) << 16 | 0x7f800000u | ((half & 0x7fffu) != all ? 0x400000u : 0u));
+}
+
+}  // namespace anabranch::cuda

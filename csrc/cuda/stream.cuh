@@ -1,0 +1,136 @@
+// The tokens of one pass on their way into the ring, one group of asynchronous copies a tile: K₀ V₀ K₁ V₁ …
+//
+// Where a token lies is worked out once (slot → two addresses), some blocks ahead of its copies, so that no copy waits for
+// an address. A thread has the same tokens and columns of every tile, so its part of both addresses never changes.
+#pragma once
+
+#include "cuda/shape.cuh"
+
+namespace anabranch::cuda {
+
+// Slot and position of the token at a place of the plan's strips (csrc/plan/strips.hpp).
+ANABRANCH_DEVICE Int2 token_at(const Attention& a, u32 place) {
+  const i32 within = static_cast<i32>(place & ((1u << a.strip_shift) - 1));
+  const Int2 strip = ptx::load(reinterpret_cast<const Int2*>(a.kv_strips) + (place >> a.strip_shift));
+  if (strip.x < 0) return ptx::load(reinterpret_cast<const Int2*>(a.kv_spelled) + (~strip.x + within));
+  return Int2{strip.x + within, strip.y + within};
+}
+
+template <class T, int D>
+struct Stream {
+  using S = Shape<T, D>;
+  const Attention& a;
+  char* ring;
+  Int2* places;           // [kAhead][K, V][kBlock]: a token's address, low half first; −1: no token there, zeros instead
+  i32* positions;         // [kAhead][kBlock]
+  u32 kv_begin;           // where the item begins in the strips
+  int head, first_block, end, row_pos_min;
+  int tiles;              // of the pass: two a block
+  int tile, out_slot;     // the round, and where in the ring it is read
+  struct Entry {
+    i32 slot, position;
+  } ahead;                // this thread's token of the next block to be published
+
+  // Threads 0 … kBlock − 1 work out where a block's K lies, the next kBlock where V does; float32 needs no more.
+  static constexpr bool kAllFetch = 2 * S::kBlock == kThreads;
+  static_assert(2 * S::kBlock <= kThreads && (kAhead & (kAhead - 1)) == 0 && kAhead > (kMaxRing + 1) / 2, "ring");
+  static ANABRANCH_DEVICE int entry(int block) {
+    return (block & (kAhead - 1)) * 2 * S::kBlock + ptx::thread();
+  }
+
+  // This thread's token of a block.
+  ANABRANCH_DEVICE Entry fetch(int block) const {
+    Entry e{-1, 0};
+    if (!kAllFetch && ptx::thread() >= 2 * S::kBlock) return e;
+    const int n = (first_block + block) * S::kBlock + (ptx::thread() & (S::kBlock - 1));
+    const int there = smaller(n, end - 1);
+    const Int2 token = token_at(a, kv_begin + static_cast<u32>(there));
+    e.slot = token.x;
+    if (a.windowed) {
+      e.position = token.y;
+      if (row_pos_min - e.position >= a.window) e.slot = -1;  // nobody sees it, and it may be gone
+    }
+    if (n >= end) e.slot = -1;
+    return e;
+  }
+  ANABRANCH_DEVICE void publish(int block, const Entry& e) const {
+    if (!kAllFetch && ptx::thread() >= 2 * S::kBlock) return;
+    const bool is_v = ptx::thread() >= S::kBlock;
+    const u32 slot = static_cast<u32>(e.slot);
+    const u32 page = a.page_shift >= 0 ? slot >> a.page_shift : slot / static_cast<u32>(a.page_size);
+    const u32 within = slot - page * static_cast<u32>(a.page_size);
+    const Pages& pages = is_v ? a.v : a.k;
+    i64 place = reinterpret_cast<i64>(pages.data) + page * pages.page + within * pages.slot + head * pages.head;
+    if (e.slot < 0) place = -1;
+    ptx::store(places + entry(block), Int2{static_cast<i32>(place), static_cast<i32>(place >> 32)});
+    if (a.windowed && !is_v) ptx::store(positions + (block & (kAhead - 1)) * S::kBlock + ptx::thread(), e.position);
+  }
+
+  // Starts the copies of a tile (even: K, odd: V of block tile / 2).
+  ANABRANCH_DEVICE void issue(int which_tile, int slot) const {
+    if (which_tile < tiles) {
+      const int token = S::first_token(ptx::thread()), column = ptx::thread() & (S::kLanes - 1);
+      const Int2* from = places + (which_tile & (2 * kAhead - 1)) * S::kBlock + token;
+      char* const to = ring + slot * S::kTile + token * S::kPitch + column * 16;
+      Int2 place[S::kTokens];
+      if constexpr (S::kTokens == 1) {
+        place[0] = ptx::load(from);
+      } else {
+        ANABRANCH_UNROLL
+        for (int i = 0; i < S::kTokens; i += 2) {
+          const Int4 two = ptx::load(reinterpret_cast<const Int4*>(from + i));
+          place[i] = Int2{two.x, two.y};
+          place[i + 1] = Int2{two.z, two.w};
+        }
+      }
+      const int used = a.head_dim / S::kGranule;
+      ANABRANCH_UNROLL
+      for (int i = 0; i < S::kTokens; ++i) {
+        const char* const at = ptx::pointer(place[i]) + column * 16;
+        ANABRANCH_UNROLL
+        for (int c = 0; c < S::kColumns; ++c)
+          ptx::copy_async(to + i * S::kPitch + c * S::kLanes * 16, at + c * S::kLanes * 16,
+                          place[i].y >= 0 && column + c * S::kLanes < used ? 16 : 0);
+      }
+    }
+    ptx::copy_commit();  // an empty group counts too, so that waits can count groups
+  }
+
+  // Before the first round: the addresses of the first blocks, as many as the ring takes tiles of.
+  ANABRANCH_DEVICE void prepare() {
+    constexpr int most = (kMaxRing + 1) / 2;
+    Entry entries[most];
+    const int prepared = (a.ring + 1) / 2;
+    ANABRANCH_UNROLL
+    for (int b = 0; b < most; ++b)
+      if (b < prepared) entries[b] = fetch(b);
+    ANABRANCH_UNROLL
+    for (int b = 0; b < most; ++b)
+      if (b < prepared) publish(b, entries[b]);
+    ahead = fetch(prepared);
+  }
+  ANABRANCH_DEVICE void fill() const {
+    ANABRANCH_NO_UNROLL
+    for (int t = 0; t < a.ring - 1; ++t) issue(t, t);
+  }
+
+  // One round: the tile that is due has landed, for everybody, and the next one is on its way into the slot that the
+  // tile before this one has left. Addresses are published with K, a round or two before they are used.
+  template <bool KEYS>
+  ANABRANCH_DEVICE const char* next() {
+    ptx::copy_wait(a.ring - 2, Site::tile_landed);
+    ptx::sync_block(Site::tile_visible);
+    if constexpr (KEYS) {
+      const int block = (tile + a.ring + 1) / 2;
+      publish(block, ahead);
+      ahead = fetch(block + 1);
+    }
+    issue(tile + a.ring - 1, out_slot == 0 ? a.ring - 1 : out_slot - 1);
+    ++tile;
+    const char* due = ring + out_slot * S::kTile;
+    out_slot = out_slot + 1 == a.ring ? 0 : out_slot + 1;
+    return due;
+  }
+};
+
+}  // namespace anabranch::cuda

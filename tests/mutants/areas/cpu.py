@@ -73,8 +73,8 @@ MUTANTS = [
     ),
     Mutant(
         "stream: heads of an item use the first one's factors", f"{CPU}stream.hpp",
-        "v_scale[j] = scale_at<S>(a.v, a, first + h, u.slots[begin + j]);",
-        "v_scale[j] = scale_at<S>(a.v, a, first, u.slots[begin + j]);", "tests/kernels/test_kv_formats.py",
+        'v_scale[j] = scale_at<S>(a.v, a, first + h, slots[half + j]);',
+        'v_scale[j] = scale_at<S>(a.v, a, first, slots[half + j]);', "tests/kernels/test_kv_formats.py",
     ),
     Mutant(
         "packed: a panel is cut at its first row's limit", f"{CPU}packed.hpp",

@@ -14,7 +14,7 @@ MUTANTS = [
         "write: where a row goes in 32 bits", f"{CUDA}pages.cuh",
         "static_cast<char*>(to.data) + page * to.page + within * to.slot + head * to.head + column;",
         "static_cast<char*>(to.data) + static_cast<i32>(page * to.page + within * to.slot + head * to.head + "
-        "column);",
+        "" "column);",
         f"{K}writes_beyond_32_bits",
     ),
     Mutant(
@@ -57,8 +57,8 @@ MUTANTS = [
     ),
     Mutant(
         "merge: the maximum is taken over the first 32 partials", f"{CUDA}merge.cuh",
-        "for (int p = begin + lane; p < end; p += 32)",
-        "for (int p = begin + lane; p < smaller(end, begin + 32); p += 32)", f"{K}merges_of_many_partials",
+        '    for (int p = begin + lane + 32; p < end; p += 32) m = larger(m, stat_of(p).x);\n', '',
+        f"{K}merges_of_many_partials",
     ),
     Mutant(
         "merge: the maximum of half a warp", f"{CUDA}merge.cuh", "for (int d = 16; d > 0; d >>= 1)",
@@ -66,12 +66,12 @@ MUTANTS = [
     ),
     Mutant(
         "merge: partials in 32 bits", f"{CUDA}merge.cuh",
-        "        const i64 part = static_cast<i64>(p) * a.num_q_heads + q_head;",
-        "        const i32 part = p * a.num_q_heads + q_head;", f"{K}partials_beyond_32_bits",
+        '(static_cast<i64>(batch) * a.num_q_heads + q_head) * a.head_dim + column;',
+        'static_cast<i32>((static_cast<i64>(batch) * a.num_q_heads + q_head) * a.head_dim + column);',
+        f"{K}partials_beyond_32_bits",
     ),
     Mutant(
-        "merge: an empty partial is read", f"{CUDA}merge.cuh",
-        "        if (stat.x == minus_infinity()) continue;  // empty: it has no acc\n", "",
+        "merge: an empty partial is read", f"{CUDA}merge.cuh", '            if (w < 0) continue;\n', '',
         f"{K}merges_of_many_partials",
     ),
     Mutant(
@@ -93,64 +93,60 @@ MUTANTS = [
         f"{K}write_kv {BACKEND}",
     ),
     Mutant(
-        "attention: places of K and V in 32 bits", f"{CUDA}attention.cuh",
-        "offset = page * pages.page + within * pages.slot + head * pages.head;",
-        "offset = static_cast<i32>(page * pages.page + within * pages.slot + head * pages.head);",
+        "attention: places of K and V in 32 bits", f"{CUDA}stream.cuh",
+        '+ page * pages.page + within * pages.slot + head * pages.head;',
+        '+ static_cast<i32>(page * pages.page + within * pages.slot + head * pages.head);',
         f"{K}offsets_beyond_32_bits",
     ),
     Mutant(
-        "attention: a partial in 32 bits", f"{CUDA}attention.cuh",
-        "const i64 part = static_cast<i64>(dest) * a.num_q_heads + q_head;",
-        "const i32 part = dest * a.num_q_heads + q_head;", f"{K}partials_beyond_32_bits",
+        "attention: a partial in 32 bits", f"{CUDA}results.cuh", '(a.part_acc + part * a.head_dim + column), acc);',
+        '(a.part_acc + static_cast<i32>(part * a.head_dim + column)), acc);', f"{K}partials_beyond_32_bits",
     ),
     Mutant(
-        "attention: a row of the output in 32 bits", f"{CUDA}attention.cuh",
-        "store_columns(static_cast<T*>(a.out) + row * a.head_dim + column,",
-        "store_columns(static_cast<T*>(a.out) + static_cast<i32>(row * a.head_dim + column),",
+        "attention: a row of the output in 32 bits", f"{CUDA}results.cuh",
+        'store_columns(static_cast<T*>(a.out) + row * a.head_dim + column,',
+        'store_columns(static_cast<T*>(a.out) + static_cast<i32>(row * a.head_dim + column),',
         f"{K}rows_beyond_32_bits",
     ),
     Mutant(
         "attention: a query row in 32 bits", f"{CUDA}attention.cuh",
-        "from += ptx::load(a.rows + row_begin + p / a.group) * a.q_row +",
-        "from += static_cast<i32>(ptx::load(a.rows + row_begin + p / a.group) * a.q_row) +",
-        f"{K}rows_beyond_32_bits",
+        'from += ptx::load(a.rows + pass.kv.z + row) * a.q_row +',
+        'from += static_cast<i32>(ptx::load(a.rows + pass.kv.z + row) * a.q_row) +', f"{K}rows_beyond_32_bits",
     ),
     Mutant(
-        "attention: tokens that nobody sees are read", f"{CUDA}attention.cuh",
-        "        if (row_pos_min - e.position >= a.window) e.slot = -1;  // nobody sees it, and it may be gone\n",
-        "", f"{K}slots_that_slid_out_of_every_window_are_not_looked_up",
+        "attention: tokens that nobody sees are read", f"{CUDA}stream.cuh",
+        '      if (row_pos_min - e.position >= a.window) e.slot = -1;  // nobody sees it, and it may be gone\n', '',
+        f"{K}slots_that_slid_out_of_every_window_are_not_looked_up",
     ),
     Mutant(
         "attention: a row whose limit is one short of a block's end sees the last token", f"{CUDA}attention.cuh",
-        "block_begin + S::kBlock > least) {", "block_begin + S::kBlock > least + 1) {", f"{K}shapes {K}rings",
+        'else if (begin + S::kBlock > sight.least)', 'else if (begin + S::kBlock > sight.least + 1)',
+        f"{K}shapes {K}rings",
     ),
     Mutant(
-        "attention: the least limit of half the rows", f"{CUDA}attention.cuh", "for (int d = 4; d < 32; d <<= 1)",
-        "for (int d = 4; d < 16; d <<= 1)", f"{K}shapes {K}rings",
+        "attention: the least limit of half the rows", f"{CUDA}attention.cuh",
+        'for (int d = 4; d < 32; d <<= 1) sight.least', 'for (int d = 4; d < 16; d <<= 1) sight.least',
+        f"{K}shapes {K}rings",
     ),
     Mutant(
-        "attention: what was summed is scaled where the first row's maximum moves", f"{CUDA}attention.cuh",
-        "if (ptx::any(alpha[0] != 1 || alpha[1] != 1)) {", "if (ptx::any(alpha[0] != 1)) {", f"{K}shapes {K}rings",
+        "attention: what was summed is scaled where the first row's maximum moves", f"{CUDA}tile.cuh",
+        'if (ptx::any(alpha[0] != 1 || alpha[1] != 1)) {', 'if (ptx::any(alpha[0] != 1)) {', f"{K}shapes {K}rings",
     ),
     Mutant(
-        "attention: the second row of a lane is guarded by the first's weight", f"{CUDA}attention.cuh",
-        "if (!GUARDED || p1 != 0) {", "if (!GUARDED || p0 != 0) {", f"{K}hidden_values {K}seen_infinities",
+        "attention: the second row of a lane is guarded by the first's weight", f"{CUDA}tile.cuh",
+        'if (!GUARDED || p1 != 0) {', 'if (!GUARDED || p0 != 0) {', f"{K}hidden_values {K}seen_infinities",
     ),
     Mutant(
-        "attention: infinities go by the column's bit", f"{CUDA}attention.cuh", "if (sees >> (c & 2) & 1) acc",
-        "if (sees >> c & 1) acc", f"{K}hidden_values {K}seen_infinities",
+        "attention: NaN becomes infinity", f"{CUDA}shape.cuh", ' | ((half & 0x7fffu) != all ? 0x400000u : 0u)', '',
+        f"{K}seen_infinities",
     ),
     Mutant(
-        "attention: NaN becomes infinity", f"{CUDA}attention.cuh", " | ((half & 0x7fffu) != all ? 0x400000u : 0u)",
-        "", f"{K}seen_infinities",
+        "attention: a sink of −inf counts", f"{CUDA}results.cuh", 'if (sink != minus_infinity()) {',
+        'if (sink == sink) {', f"{K}sinks_of_minus_infinity_are_no_sinks {K}all_rows_empty",
     ),
     Mutant(
-        "attention: a sink of −inf counts", f"{CUDA}attention.cuh", "if (sink != minus_infinity()) {",
-        "if (sink == sink) {", f"{K}sinks_of_minus_infinity_are_no_sinks {K}all_rows_empty",
-    ),
-    Mutant(
-        "attention: one group of copies too few is waited for", f"{CUDA}attention.cuh",
-        "ptx::copy_wait(a.ring - 2, Site::tile_landed);", "ptx::copy_wait(a.ring - 1, Site::tile_landed);", FAULTS,
+        "attention: one group of copies too few is waited for", f"{CUDA}stream.cuh",
+        'ptx::copy_wait(a.ring - 2, Site::tile_landed);', 'ptx::copy_wait(a.ring - 1, Site::tile_landed);', FAULTS,
     ),
     Mutant(
         "attention: queries are not waited for", f"{CUDA}attention.cuh",
@@ -158,7 +154,7 @@ MUTANTS = [
         FAULTS,
     ),
     Mutant(
-        "attention: addresses of one block too few are prepared", f"{CUDA}attention.cuh",
-        "const int prepared = (a.ring + 1) / 2;", "const int prepared = a.ring / 2;", f"{K}rings {FAULTS}",
+        "attention: addresses of one block too few are prepared", f"{CUDA}stream.cuh",
+        'const int prepared = (a.ring + 1) / 2;', 'const int prepared = a.ring / 2;', f"{K}rings {FAULTS}",
     ),
 ]  # fmt: skip

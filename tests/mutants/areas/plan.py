@@ -25,7 +25,7 @@ MUTANTS = [
     ),
     Mutant(
         "tables: pages are told apart without their column", f"{PLAN}contexts.cpp",
-        "columns + column]) << 32 | static_cast<u64>(column);", "columns + column]) << 32;", TESTS,
+        '|| (*id >= 0 && all[static_cast<size_t>(*id)].column != column))', ')', TESTS,
     ),
     Mutant(
         "tables: a page is seen whole by all once somebody sees it whole", f"{PLAN}contexts.cpp",
@@ -34,17 +34,17 @@ MUTANTS = [
     ),
     Mutant(
         "tables: the first query of several stands one too late", f"{PLAN}contexts.cpp",
-        "push_back(lengths[b] - queries[b] + j);", "push_back(lengths[b] - queries[b] + j + (queries[b] > 1));",
-        TESTS,
+        'push_back(t.lengths[b] - t.queries[b] + j);',
+        'push_back(t.lengths[b] - t.queries[b] + j + (t.queries[b] > 1));', TESTS,
     ),
     Mutant(
-        "slack of a tail is one place short", f"{PLAN}ranges.cpp", "ranges.kv_total += slack;",
-        "ranges.kv_total += slack > 0 ? slack - 1 : 0;", TESTS,
+        "slack of a tail is one place short", f"{PLAN}ranges.cpp", 'strips.store(slices, tail ? slack : 0, tail)',
+        'strips.store(slices, tail && slack ? slack - 1 : 0, tail)', TESTS,
     ),
     Mutant(
         "an absorbed run's tokens are not stored in context order", f"{PLAN}ranges.cpp",
-        "    for (i32 i = c.piece_ptr[b]; i < c.piece_ptr[b + 1]; ++i) {\n      const i32 run",
-        "    for (i32 i = c.piece_ptr[b + 1] - 1; i >= c.piece_ptr[b]; --i) {\n      const i32 run", TESTS,
+        '      for (i32 i = c.piece_ptr[b]; i < c.piece_ptr[b + 1]; ++i) {\n        const i32 run',
+        '      for (i32 i = c.piece_ptr[b + 1] - 1; i >= c.piece_ptr[b]; --i) {\n        const i32 run', TESTS,
     ),
     Mutant(
         "a row sees the token behind it", f"{PLAN}items.cpp", "hidden.tokens[*h].after <= behind) --limit;",
@@ -60,8 +60,8 @@ MUTANTS = [
     ),
     Mutant(
         "the last token's position stands for the highest", f"{PLAN}items.cpp",
-        "item.kv_pos_max = *std::max_element(kv_pos + begin, kv_pos + begin + item.kv_len);",
-        "item.kv_pos_max = kv_pos[begin + item.kv_len - 1];", TESTS,
+        'item.kv_pos_max = item.kv_len == end - begin ? range->max_position',
+        'item.kv_pos_max = item.kv_len <= end - begin ? range->max_position', TESTS,
     ),
     Mutant(
         "a query row is taken for the output row of its number", f"{PLAN}items.cpp",
@@ -86,16 +86,16 @@ MUTANTS = [
     ),
     Mutant(
         "a plan is advanced though a branch moved on without it", f"{PLAN}live_plan.cpp",
-        "step.lengths[b] != lengths_[b] + 1 || ", "", f"{TESTS} tests/kv/test_cache.py",
+        ' || step.lengths[b] != lengths_[b] + 1) return false;', ') return false;',
+        f"{TESTS} tests/kv/test_cache.py",
     ),
     Mutant(
         "a plan is advanced though positions fall", f"{PLAN}live_plan.cpp",
-        "    if (step.positions[b] < base[data_.begin[kRowPositions] + static_cast<i64>(b)]) return false;\n", "",
-        TESTS,
+        '    if (position < row_positions[b]) return false;\n', '', TESTS,
     ),
     Mutant(
-        "a plan is advanced one step too far", f"{PLAN}live_plan.cpp", "kKvLen] >= tail_capacity_[b])",
-        "kKvLen] > tail_capacity_[b])", TESTS,
+        "a plan is advanced one step too far", f"{PLAN}live_plan.cpp", 'if (item[kKvLen] >= tails_.capacity[b] ||',
+        'if (item[kKvLen] > tails_.capacity[b] ||', TESTS,
     ),
     Mutant(
         "a plan of one way to cut is advanced for another", f"{PLAN}live_plan.cpp", "!(params == params_) || ", "",

@@ -58,8 +58,8 @@ MUTANTS = [
         "delta.top_logprobs[i][: op.topk]", "delta.top_logprobs[i]", TESTS,
     ),
     Mutant(
-        "greedy decoding sends a seed", f"{REMOTE}dialects.py", 'if sampling.get("temperature"):', "if sampling:",
-        TESTS, equivalent="at temperature 0 a server draws nothing, whatever the seed",
+        "greedy decoding sends a seed", f"{REMOTE}dialects.py", 'if asked.sampling.get("temperature"):',
+        "if asked.sampling:", TESTS, equivalent="at temperature 0 a server draws nothing, whatever the seed",
     ),
     Mutant(
         "a tokenizer that gives more ids at the end is the same", f"{REMOTE}server.py", "if list(theirs) != ours:",

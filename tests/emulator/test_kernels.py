@@ -13,9 +13,11 @@ import os
 import kernel_bodies as bodies
 import kernel_extremes as extremes
 import kit
+import numpy as np
 import pytest
 import torch
 from kernel_bodies import DTYPES, OPTIONS, with_sinks
+from strip_kit import lay_out, tokens
 from triton_cases import check, random_case
 
 # 40 and 72 are padded; groups of 7 and 5 leave lanes idle, 20 and 71 rows take several warps or passes
@@ -114,13 +116,16 @@ def test_window_never_reads_what_nobody_sees(ran, dtype):
 
 def test_slots_that_slid_out_of_every_window_are_not_looked_up(ran):
     """They may have been given away, and the numbers in their places may be anything: here, no memory at all."""
-    case, window, hidden = random_case(21, rows=5, segments=2, max_len=200, head_dim=32), 30, 0
+    case, window, hidden, ranges = random_case(21, rows=5, segments=2, max_len=200, head_dim=32), 30, 0, []
     a = case.arrays
     for begin, length, *_, row_pos_min, _ in a.items.tolist():
-        gone = row_pos_min - a.kv_positions[begin : begin + length] >= window
-        a.kv_slots[begin : begin + length][gone] = 10**7
+        slots, positions = tokens(a, begin, length)
+        gone = row_pos_min - positions >= window
+        ranges.append((np.where(gone, 10**7, slots).astype(np.int32), positions))
         hidden += int(gone.sum())
     assert hidden > 20
+    a.kv_strips, a.kv_spelled, begins = lay_out(ranges, a.strip, np.random.default_rng(0))
+    a.items[:, 0] = torch.tensor(begins, dtype=torch.int32)
     got, options = ran(case, window=window)
     check(case, got, **options)
 

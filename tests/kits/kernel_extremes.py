@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from kernel_bodies import Run
-from strip_kit import tokens
+from strip_kit import lay_out, tokens
 from triton_cases import Case, check, dense, relative_error
 
 FAR = 2**31
@@ -197,13 +197,18 @@ def blind_tiles(run: Run, case: Case) -> None:
     a.row_positions = torch.from_numpy(case.row_positions)
     for third in range(3):
         for blind in (600, 100):  # seen by every other row; by none
-            place = {}
+            place, ranges = {}, []
             for i, (begin, length, at, count, *_) in enumerate(items):
-                positions = [blind if 3 * n // length == third else 800 for n in range(length)]
-                a.kv_positions[begin : begin + length] = torch.tensor(positions, dtype=torch.int32)
-                place |= dict(zip(a.kv_slots[begin : begin + length].tolist(), positions, strict=True))
-                a.items[i, 5] = max(positions)
+                slots = tokens(a, begin, length)[0]
+                positions = np.array([blind if 3 * n // length == third else 800 for n in range(length)], np.int32)
+                place |= dict(zip(slots.tolist(), positions.tolist(), strict=True))
+                ranges.append((slots, positions))
+                a.items[i, 5] = int(positions.max())
                 a.items[i, 6] = min(case.row_positions[row] for row in a.rows[at : at + count].tolist())
+            used = SimpleNamespace(**vars(a))
+            used.kv_strips, used.kv_spelled, begins = lay_out(ranges, a.strip, np.random.default_rng(third))
+            used.items = torch.cat([torch.tensor(begins, dtype=torch.int32)[:, None], a.items[:, 1:]], 1).contiguous()
+            case.arrays = used
             case.context = [(slots, np.array([place[s] for s in slots.tolist()])) for slots, _ in case.context]
             gone = [s for s, position in place.items() if position == 100]
             keep = [(pool, pool.clone()) for pool in (case.k_pages, case.v_pages)]
@@ -235,13 +240,15 @@ def late_maxima(run: Run, case: Case) -> None:
         def ints(values: Any) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int32)
 
-        limits = [0 if i == empty else each for i in range(count)]
+        limits, strip = [0 if i == empty else each for i in range(count)], min(16, page_size & -page_size)
+        ranges = [(slots[i * each : (i + 1) * each], np.zeros(each, np.int32)) for i in range(count)]
+        kv_strips, kv_spelled, begins = lay_out(ranges, strip, np.random.default_rng(top))
         keys = k.clone()
         for slot in range(top * each, top * each + each):
             keys[slot // page_size, slot % page_size, :, 0] = 1200  # times 0.25: e^300 is beyond float32
         arrays = SimpleNamespace(
-            items=ints([[i * each, each, i, 1, int(i == empty), 0, 0, 0] for i in range(count)]),
-            kv_slots=ints(slots), kv_positions=torch.zeros(len(slots), dtype=torch.int32), rows=ints([0] * count),
+            items=ints([[begins[i], each, i, 1, int(i == empty), 0, 0, 0] for i in range(count)]),
+            kv_strips=kv_strips, kv_spelled=kv_spelled, strip=strip, rows=ints([0] * count),
             limits=ints(limits), dest=ints(range(count)), row_positions=ints([0]), merge_rows=ints([0]),
             merge_ptr=ints([0, count]), num_items=count, num_partials=count, num_merge=1, tile_rows=1, num_wide=0,
         )  # fmt: skip

@@ -72,11 +72,11 @@ MUTANTS = [
     Mutant(
         "a position table's offset is counted for it", f"{HF}positions.py",
         "limit = size - int(places[0]) + self.near", "limit = size + int(places[0]) - self.near",
-        "tests/engine/test_engine_limits.py",
+        "tests/hf/test_positions.py",
     ),
     Mutant(
         "of several position tables the longest counts", f"{HF}positions.py", "else min(self.limit, limit)",
-        "else max(self.limit, limit)", "tests/engine/test_engine_limits.py",
+        "else max(self.limit, limit)", "tests/hf/test_positions.py",
     ),
     Mutant(
         "a sequence of just the limit is long", f"{HF}rope.py", "return length > self.limit",

@@ -41,7 +41,7 @@ class Problem:
             self.strategy = Watching(number)
         # How requests come: in one call, in a second one that finds what the first has left, or one after another
         # beside some that are aborted; and who guesses their tokens.
-        self.coming = "call" if plain else more.choice(["call", "call", "again", "arrivals"])
+        self.coming = "call" if plain else more.choice(["call", "call", "call", "again", "arrivals"])
         self.draft = None if plain else more.choice([None, None, "ngram", "siblings"])
         self.budget = rng.choice([None, 3, 12, 30]) if self.races else None
         self.most, self.eos = rng.choice([6, 20, 200]), rng.choice([None, [3, 80]])

@@ -32,7 +32,7 @@ def renew(built: bool) -> None:
     # Compiled once, and valid for as long as a source is the same to the byte: a mistake is undone within a second.
     for folder in ("python", "tests/kits"):
         compileall.compile_dir(COPY / folder, quiet=2, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
-    if built or (COPY / "build" / "dev").exists():
+    if built:
         build()
         return
     for module in _modules():

@@ -283,6 +283,21 @@ def test_write_kv(device, heads, dim, page_size, dtype):
     bodies.write_kv(writing(device), heads, dim, page_size, dtype, "cpu")
 
 
+def test_rows_without_a_slot_among_many_of_one_thread(device):
+    """More rows than threads: those that only fill up a captured graph are passed over, and the thread goes on."""
+    rows = 40_000
+    k, v = torch.randn(2, rows, 1, 2, generator=torch.Generator().manual_seed(1))
+    pools = torch.zeros(2, rows // 16, 16, 1, 2)
+    slots = torch.randperm(rows, generator=torch.Generator().manual_seed(2)).int()
+    slots[::3] = -1
+    writing(device)(k, v, pools[0], pools[1], slots)
+    kept = slots >= 0
+    for pool, new in zip(pools.view(2, rows, 1, 2), (k, v), strict=True):
+        want = torch.zeros_like(new)
+        want[slots[kept].long()] = new[kept]
+        assert torch.equal(pool, want)
+
+
 def test_writes_beyond_32_bits(device, tmp_path):
     extremes.writes_beyond_32_bits(writing(device), tmp_path)
 

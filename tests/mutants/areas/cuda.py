@@ -44,7 +44,7 @@ MUTANTS = [
     ),
     Mutant(
         "write: a row without a slot ends all that its thread has to do", f"{CUDA}pages.cuh",
-        "if (slot < 0) continue;", "if (slot < 0) return;", f"{K}write_kv",
+        "if (slot < 0) continue;", "if (slot < 0) return;", f"{K}rows_without_a_slot_among_many_of_one_thread",
     ),
     Mutant(
         "advance: the latest position of an item is its last", f"{CUDA}pages.cuh",

@@ -182,7 +182,7 @@ def check_sound(done: list[tuple[Mutant, dict[str, Any]]], results: dict[str, An
 def main(
     only: Annotated[str, typer.Option(help="Only those whose name or file holds this.")] = "",
     area: Annotated[str, typer.Option(help="Only one list: " + ", ".join(AREAS))] = "",
-    resume: Annotated[bool, typer.Option(help="Leave out those that have an outcome already.")] = False,
+    resume: Annotated[bool, typer.Option(help="Leave out those that were noticed before.")] = False,
     limit: Annotated[int, typer.Option(help="Run at most so many.")] = 0,
     sample: Annotated[int, typer.Option(help="So many of the day, of those that are cheap and were noticed.")] = 0,
     summary: Annotated[bool, typer.Option(help="Run nothing; write outcome.json.")] = False,
@@ -205,7 +205,7 @@ def main(
             mutants = sample_of(mutants, sample)
             run(mutants, results, 0, False, console)
         else:
-            left = {m: a for m, a in mutants.items() if not (resume and has_outcome(m, a, results))}
+            left = {m: a for m, a in mutants.items() if not (resume and is_settled(m, a, results))}
             run(left, results, limit, True, console)
     fates = [results[key]["outcome"] if (key := key_of(m, a)) in results else "not run" for m, a in mutants.items()]
     for mutant, fate in zip(mutants, fates, strict=True):
@@ -215,8 +215,9 @@ def main(
     sys.exit(int("SURVIVED" in fates))
 
 
-def has_outcome(mutant: Mutant, area: str, results: dict[str, Any]) -> bool:
-    return results.get(key_of(mutant, area), {}).get("entry") == list(mutant)
+def is_settled(mutant: Mutant, area: str, results: dict[str, Any]) -> bool:
+    found = results.get(key_of(mutant, area), {})
+    return found.get("entry") == list(mutant) and found["outcome"] != "SURVIVED"
 
 
 def sample_of(mutants: dict[Mutant, str], count: int) -> dict[Mutant, str]:

@@ -32,8 +32,8 @@ soak: $(VENV)/.model  ## clients that misbehave at random against the server, fo
 test-servers: $(VENV)/.model  ## a real vLLM, in an environment of its own (3.5 GB): remote engines, our attention in it
 	$(BIN)/python tests/remote/servers.py
 
-mutants: $(VENV)/.model  ## small mistakes put into a copy of the code: do the tests notice? (ONLY=word: some of them)
-	$(BIN)/python tests/mutants/run.py $(ONLY)
+mutants: $(VENV)/.model  ## small mistakes put into a copy of the code: do the tests notice? (AREA=plan, ONLY=word: some)
+	$(BIN)/python tests/mutants/run.py --resume $(if $(AREA),--area $(AREA)) $(if $(ONLY),--only $(ONLY))
 
 bench: $(VENV)/.model  ## the whole benchmark table, peers and floor in the same run
 	$(BIN)/python -m benchmarks all

@@ -62,10 +62,12 @@ std::vector<const Kernels*> compiled() {
   std::vector<const Kernels*> all;
 #ifdef ANABRANCH_X86
   all.push_back(&kernels_wide());  // what only newer processors run: for tests, hence the least preferred
+#endif
+#if defined(ANABRANCH_X86) && !defined(ANABRANCH_FEW_CPU_VARIANTS)
   all.push_back(&kernels_wide_amx());
 #endif
   all.push_back(&kernels_plain());
-#ifdef ANABRANCH_X86
+#if defined(ANABRANCH_X86) && !defined(ANABRANCH_FEW_CPU_VARIANTS)
   all.push_back(&kernels_avx2());
   all.push_back(&kernels_avx512());
 #ifdef ANABRANCH_AVX512BF16

@@ -50,16 +50,18 @@ def attention(
     grid: int = 0,
     lse: bool = True,
     partials: tuple[torch.Tensor, torch.Tensor] | None = None,
+    outputs: tuple[torch.Tensor, torch.Tensor] | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse of a case; both, and the partials (where memory for them is not given), begin as NaN."""
+    """out and lse of a case; both, and the partials, begin as NaN where memory for them is not given."""
     o = NO_OPTIONS | options
     a: SimpleNamespace = case.arrays
     rows, num_q_heads, head_dim = case.q.shape
     num_kv_heads = case.k_pages.shape[2]
     nan = float("nan")
-    out = torch.full((rows, num_q_heads, head_dim), nan, dtype=case.q.dtype)
-    found = torch.full((rows, num_q_heads), nan)
+    out, found = outputs or (
+        torch.full((rows, num_q_heads, head_dim), nan, dtype=case.q.dtype), torch.full((rows, num_q_heads), nan)
+    )  # fmt: skip
     part_acc, part_ml = partials or (
         torch.full((a.num_partials, num_q_heads, head_dim), nan),
         torch.full((a.num_partials, num_q_heads, 2), nan),

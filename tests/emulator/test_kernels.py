@@ -13,9 +13,11 @@ import os
 import kernel_bodies as bodies
 import kernel_extremes as extremes
 import kit
+import numpy as np
 import pytest
 import torch
 from kernel_bodies import DTYPES, OPTIONS, with_sinks
+from strip_kit import lay_out, tokens
 from triton_cases import check, random_case
 
 # 40 and 72 are padded; groups of 7 and 5 leave lanes idle, 20 and 71 rows take several warps or passes
@@ -110,6 +112,22 @@ def test_a_grid_larger_than_the_work(ran):
 def test_window_never_reads_what_nobody_sees(ran, dtype):
     case = random_case(21, rows=5, segments=2, max_len=200, head_dim=32, dtype=dtype)
     bodies.window_never_reads_what_nobody_sees(ran, case)
+
+
+def test_slots_that_slid_out_of_every_window_are_not_looked_up(ran):
+    """They may have been given away, and the numbers in their places may be anything: here, no memory at all."""
+    case, window, hidden, ranges = random_case(21, rows=5, segments=2, max_len=200, head_dim=32), 30, 0, []
+    a = case.arrays
+    for begin, length, *_, row_pos_min, _ in a.items.tolist():
+        slots, positions = tokens(a, begin, length)
+        gone = row_pos_min - positions >= window
+        ranges.append((np.where(gone, 10**7, slots).astype(np.int32), positions))
+        hidden += int(gone.sum())
+    assert hidden > 20
+    a.kv_strips, a.kv_spelled, begins = lay_out(ranges, a.strip, np.random.default_rng(0))
+    a.items[:, 0] = torch.tensor(begins, dtype=torch.int32)
+    got, options = ran(case, window=window)
+    check(case, got, **options)
 
 
 def test_a_window_skips_tiles(device):
@@ -220,6 +238,28 @@ def test_partials_beyond_32_bits(device, tmp_path):
     extremes.partials_beyond_32_bits(with_sparse_partials, case)
 
 
+def test_rows_beyond_32_bits(device, tmp_path):
+    case = random_case(62, rows=4, segments=2, max_len=20, head_dim=256, dtype=torch.float16)
+
+    def with_sparse_outputs(case):
+        def sparse(name, shape, dtype):
+            return extremes.sparse(tmp_path, f"{name}{shape[0]}", math.prod(shape), dtype).view(shape)
+
+        out, lse = sparse("out", case.q.shape, case.q.dtype), sparse("lse", case.q.shape[:2], torch.float32)
+        return kit.attention(device, case, outputs=(out, lse)), kit.NO_OPTIONS
+
+    extremes.rows_beyond_32_bits(with_sparse_outputs, case, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blind_tiles(ran, dtype):
+    extremes.blind_tiles(ran, long_case(dtype, max_len=700, tile_rows=6))
+
+
+def test_late_maxima(ran):
+    extremes.late_maxima(ran, random_case(64, head_dim=32))
+
+
 def writing(device):
     """``write_kv`` as the shared tests call it."""
 
@@ -241,6 +281,21 @@ def writing(device):
 @pytest.mark.parametrize("heads,dim,page_size", [(2, 64, 16), (3, 80, 7), (5, 33, 4), (1, 2, 4)])
 def test_write_kv(device, heads, dim, page_size, dtype):
     bodies.write_kv(writing(device), heads, dim, page_size, dtype, "cpu")
+
+
+def test_rows_without_a_slot_among_many_of_one_thread(device):
+    """More rows than threads: those that only fill up a captured graph are passed over, and the thread goes on."""
+    rows = 40_000
+    k, v = torch.randn(2, rows, 1, 2, generator=torch.Generator().manual_seed(1))
+    pools = torch.zeros(2, rows // 16, 16, 1, 2)
+    slots = torch.randperm(rows, generator=torch.Generator().manual_seed(2)).int()
+    slots[torch.rand(rows, generator=torch.Generator().manual_seed(3)) < 0.3] = -1
+    writing(device)(k, v, pools[0], pools[1], slots)
+    kept = slots >= 0
+    for pool, new in zip(pools.view(2, rows, 1, 2), (k, v), strict=True):
+        want = torch.zeros_like(new)
+        want[slots[kept].long()] = new[kept]
+        assert torch.equal(pool, want)
 
 
 def test_writes_beyond_32_bits(device, tmp_path):

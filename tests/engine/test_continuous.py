@@ -384,7 +384,7 @@ def test_ctrl_c_in_a_step_leaves_the_others_whole(where):
         other = engine.add(PROMPT, Nested(), **options)
         extra = {}
         if where == "forward":
-            engine.model.model.layers[1].register_forward_hook(interrupt)
+            engine.model.model.layers[moment % 2].register_forward_hook(interrupt)  # the last has written by then
         elif where == "processor":
             extra = dict(logits_processor=[interrupt])
         else:
@@ -400,6 +400,28 @@ def test_ctrl_c_in_a_step_leaves_the_others_whole(where):
         with pytest.raises(KeyboardInterrupt):
             engine.generate([1, 2, 3], **(FREE | extra))
         assert other.result().tree == expected.tree, moment
+        assert_nothing_held(engine)
+
+
+def test_ctrl_c_between_the_tokens_of_two_threads_draws_none_anew():
+    """Tokens of a step that were drawn and not yet given are drawn by the same uniforms in the next."""
+    options = dict(do_sample=True, temperature=1.3, top_k=0, seed=4, **FREE)
+    expected = make_engine().generate(PROMPT, Nested(), logits_processor=[lambda ids, scores: scores], **options)
+    for moment in range(7, 22, 2):
+        calls = [0]
+
+        def interrupt(ids, scores, calls=calls, moment=moment):
+            calls[0] += 1
+            if calls[0] == moment:
+                raise KeyboardInterrupt
+            return scores
+
+        engine = make_engine()
+        handle = engine.add(PROMPT, Nested(), logits_processor=[interrupt], **options)
+        with pytest.raises(KeyboardInterrupt):
+            while engine.step():
+                pass
+        assert handle.result().tree == expected.tree, moment
         assert_nothing_held(engine)
 
 

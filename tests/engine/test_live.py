@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 from engine_kit import assert_nothing_held
 from live_kit import Recorder, dense, engine
+from programs_of_threads import Watching
 
 import anabranch as ab
 from anabranch.records.result import Node
@@ -121,4 +122,19 @@ def test_every_row_saw_what_the_tree_tells(seed):
         short = engine(num_pages=28, max_rows=eng.max_rows)
         many = short.generate([[1, 2, 3, 4, 5, 6, 7]] * 4, strategy=strategy, do_sample=True, seed=[seed] * 4)
         assert all(other.tree == result.tree for other in many)
+        assert_nothing_held(short)
+
+
+@pytest.mark.parametrize("program", [1, 5, 16, 17])
+def test_turns_are_the_same_however_long_a_fork_takes_to_come(program):
+    """Threads that are to see forks wait for them: these come when their parent is in the cache, which takes a step or,
+    where pages are short, many."""
+    draw = random.Random(program)
+    prompts = [[draw.randrange(97) for _ in range(draw.randint(4, 14))] for _ in range(5)]
+    options = dict(strategy=Watching(program), seed=[1, 2, 3, 4, 5], eos_token_id=None, max_new_tokens=20)
+    expected = engine(num_pages=3000, page_size=1).generate(prompts, do_sample=False, **options)
+    for pages in (80, 60):
+        short = engine(num_pages=pages, page_size=1, max_rows=64)
+        results = short.generate(prompts, do_sample=False, **options)
+        assert [r.tree for r in results] == [r.tree for r in expected]
         assert_nothing_held(short)

@@ -1,6 +1,7 @@
-"""The engine against a naive second one (naive_engine.py): random programs give the same tree, tokens and metrics.
+"""The engine against a naive second one (naive_engine.py): random programs give the same tree, tokens and metrics,
+in whatever way requests come, whatever earlier ones have left in the prefix cache, and whoever guesses their tokens.
 
-pytest tests/test_naive_engine.py -m slow            # 100,000 of them
+pytest tests/engine/test_naive_engine.py -m slow            # 100,000 of them
 """
 
 from __future__ import annotations
@@ -8,112 +9,19 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable
-from functools import cache
 
 import pytest
-import torch
-from engine_kit import SIZES, Nested, assert_nothing_held
+from engine_kit import Nested, assert_nothing_held
 from naive_engine import Run
-from programs_of_threads import Everything
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from naive_problems import PIECES, assert_same, assert_same_story, make, tokenizer
+from programs_of_threads import Everything, Watching
 
 import anabranch as ab
-from anabranch.engine import Discard, Finish, Fork, Join, Token
+from anabranch.engine import Finish
 from anabranch.strategies import Aspects, Sequential
 
 SHORT, LONG = 1000, 10**5
 SHOWN = (9, 11)  # found a mistake once
-
-LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 \n.,:;é漢"
-PIECES = [*LETTERS, *(a + b for a in "aeiou" for b in "bcdnst "), "  "][:97]
-
-
-@cache
-def tokenizer() -> PreTrainedTokenizerFast:
-    """97 pieces, some of several characters; a text's characters are its tokens."""
-    inner = Tokenizer(models.WordLevel(vocab={piece: i for i, piece in enumerate(PIECES)}, unk_token=PIECES[0]))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    inner.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=inner)
-
-
-@cache
-def make(attention: str) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    small = dict(vocab_size=97, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1)
-    config = LlamaConfig(**SIZES | small | dict(bos_token_id=None, eos_token_id=None, pad_token_id=None))
-    return LlamaForCausalLM._from_config(config, attn_implementation=attention).eval()
-
-
-def per_token(runs, nodes) -> list[tuple]:
-    """(kind, source, token, position) of each token of some runs; of a spliced run, the source's own runs tell."""
-    found = []
-    for run in runs:
-        inner = per_token(nodes[run.source].runs, nodes) if run.spliced else []
-        at = [p for *_, p in inner] or range(run.position, run.position + len(run.token_ids))
-        assert run.position == at[0]
-        found += [(run.kind, run.source, token, p) for token, p in zip(run.token_ids, at, strict=False)]
-    return found
-
-
-def assert_same(result: ab.Result, naive: Run, limited: bool = False) -> None:
-    """Tree, tokens, positions, fates, text, answers, scores and metrics of the engine are the naive one's; `limited`:
-    threads had to wait for one another's turn, which the naive account knows nothing of."""
-    logprobs = naive.check()
-    threads = {thread.id: thread for thread in naive.threads}
-    nodes = {node.id: node for node in result.tree.walk()}
-    for node in nodes.values():
-        thread = threads.pop(node.id)
-        own = thread._context[thread._shared :]
-        mine = [(k, s, naive.ids[i], naive.positions[i]) for i, (k, s, _) in zip(own, thread._labels, strict=True)]
-        ours = per_token(node.runs, nodes)
-        assert [(k, t, p) for k, _, t, p in ours] == [(k, t, p) for k, _, t, p in mine], node.id
-        # (What an adopted child had joined keeps the name of whoever wrote it.)
-        assert all(a == b or a.startswith(f"{b}.") for (_, a, *_), (_, b, *_) in zip(ours, mine, strict=True))
-        gone = Counter((kind, naive.ids[i]) for kind, _, i in thread._forgotten)
-        assert Counter((run.kind, t) for run in node.forgotten for t in run.token_ids) == gone, node.id
-        start = naive.positions[own[0]] if own else thread._position
-        assert (node.start, node.stop, node.forked_at) == (start, thread._position, thread._shared), node.id
-        assert (node.role, node.fate, node.text) == (thread.role, thread.fate, thread.text), node.id
-        assert node.ended == (thread.ended.reason if thread.ended else None), node.id
-        assert node.token_ids == thread.token_ids, node.id
-        assert [kid.id for kid in node.children] == [kid.id for block in thread._blocks for kid in block], node.id
-        told = [p for run in node.runs for p in run.logprobs or [None] * len(run.token_ids)]
-        for i, logprob, (kind, *_) in zip(own, told, ours, strict=True):
-            assert (logprob is not None) == (kind != "joined" and i in logprobs), node.id
-            assert logprob is None or logprob == pytest.approx(logprobs[i], abs=1e-3), node.id
-    assert all(not t._born or t.parent.fate == "killed" for t in threads.values())  # never in the tree
-    assert result.token_ids == naive.trunk.token_ids and result.text == naive.trunk.text
-    assert result.answers == naive.main.value and sorted(result.malformed) == sorted(naive.malformed)
-
-    metrics, total = result.metrics, naive.sampled + naive.inserted
-    blocks = sorted(len(block) for thread in naive.threads for block in thread._blocks if thread.id in nodes)
-    assert (metrics.sampled_tokens, metrics.inserted_tokens) == (naive.sampled, naive.inserted)
-    assert (metrics.total_tokens, metrics.prompt_tokens) == (total, len(naive.prompt))
-    assert (metrics.num_forks, metrics.num_threads) == (len(blocks), sum(blocks))
-    assert sorted(metrics.threads_per_block) == blocks and metrics.trigger_rate == (len(blocks) > 0)
-    assert metrics.format_correctness == (not naive.malformed)
-    assert metrics.parallel_ratio == pytest.approx((total - naive.in_trunk) / total if total else 0)
-    assert naive.seen <= metrics.longest_context <= naive.longest_context
-    assert metrics.critical_path_tokens == naive.critical or (limited and metrics.critical_path_tokens > naive.critical)
-
-
-def assert_same_story(told: list, result: ab.Result, naive: Run) -> None:
-    """What a stream told of one prompt is what happened."""
-    for thread in naive.threads:
-        tokens = [t for e in told if isinstance(e, Token) and e.thread == thread.id for t in e.token_ids]
-        assert tokens == thread._written, thread.id
-    ends = {thread.id: thread.fate for thread in naive.threads[1:]}
-    assert {e.thread: e.reason for e in told if isinstance(e, Discard)} == {
-        name: fate for name, fate in ends.items() if fate != "joined"
-    }
-    assert {kid for e in told if isinstance(e, Join) for kid in e.children} == {
-        k for k, f in ends.items() if f == "joined"
-    }
-    assert {kid for e in told if isinstance(e, Fork) for kid in e.children} == {n.id for n in result.tree.walk()} - {
-        "0"
-    }
 
 
 class Problem:
@@ -125,35 +33,66 @@ class Problem:
         self.prompts = [[rng.randrange(97) for _ in range(rng.randint(1, 12))] for _ in range(many)]
         self.seeds = [rng.randrange(99) for _ in self.prompts]
         self.races = rng.random() < 0.25  # one thread at a time, so that everything that races has one outcome
-        self.strategy = Everything(number, races=self.races)
+        more = self.more = random.Random(f"{number}/more")
+        plain = number in SHOWN  # as they were when they did
+        self.strategy = Everything(number, races=self.races, sees=0.0 if plain else more.choice([0.0, 0.4]))
+        self.live = not plain and not self.races and more.random() < 0.15
+        if self.live:
+            self.strategy = Watching(number)
+        # How requests come: in one call, in a second one that finds what the first has left, or one after another
+        # beside some that are aborted; and who guesses their tokens.
+        self.coming = "call" if plain else more.choice(["call", "call", "call", "again", "arrivals"])
+        self.draft = None if plain else more.choice([None, None, "ngram", "siblings"])
         self.budget = rng.choice([None, 3, 12, 30]) if self.races else None
         self.most, self.eos = rng.choice([6, 20, 200]), rng.choice([None, [3, 80]])
         self.size, self.stream = rng.choice([1, 2, 3, 4, 8, 32]), rng.random() < 0.3
         self.limit = rng.choice([None, None, 1, 2, 5]) if not self.races else None
         self.pages = rng.choice([20, 60, 150, 4000]) * (1 + many // 8) // self.size + rng.randint(3, 8)
         self.rows = rng.choice([3, 16, 64, 512, 512])
+        if self.live:  # a turn of more tokens than rows would take several
+            self.rows, self.limit = max(64, self.rows), None
 
     def run(self) -> tuple[list[ab.Result], list, int]:
         """The engine's results, what its stream told, and how often it needed more pages."""
         options = dict(max_new_tokens=self.most, max_total_tokens=self.budget, eos_token_id=self.eos, logprobs=True)
         strategy = Sequential(self.strategy) if self.races else self.strategy
+        if self.draft is not None:
+            strategy = ab.DraftTree(strategy, draft=self.draft, length=self.more.randint(1, 6), width=2)
         for grown in range(10):
             engine = ab.Engine(make("anabranch"), tokenizer(), num_pages=self.pages << grown, page_size=self.size,
                                max_rows=self.rows, max_threads=self.limit)  # fmt: skip
-            call = engine.stream if self.stream else engine.generate
             try:
-                told = call(self.prompts, strategy=strategy, seed=self.seeds, do_sample=False, **options)
-                told = list(told)
+                return *self.ask(engine, dict(strategy=strategy, do_sample=False, **options)), grown
             except ValueError as error:
                 assert "num_pages" in str(error), error
-            else:
-                break
             finally:
                 assert_nothing_held(engine)
+        raise AssertionError("no number of pages is enough")
+
+    def ask(self, engine: ab.Engine, options: dict) -> tuple[list[ab.Result], list]:
+        if self.coming == "arrivals":
+            return self.added(engine, options), []
+        if self.coming == "again":
+            engine.generate(self.prompts, seed=self.seeds, **options)
         if not self.stream:
-            return told, [], grown
+            return engine.generate(self.prompts, seed=self.seeds, **options), []
+        told = list(engine.stream(self.prompts, seed=self.seeds, **options))
         ends = {e.prompt: e.result for e in told if isinstance(e, Finish)}
-        return [ends[i] for i in range(len(self.prompts))], told, grown
+        return [ends[i] for i in range(len(self.prompts))], told
+
+    def added(self, engine: ab.Engine, options: dict) -> list[ab.Result]:
+        """Requests that come while others are under way; strangers among them, which leave before their end."""
+        handles, strangers = [], []
+        while engine.step() or len(handles) < len(self.prompts):
+            for _ in range(self.more.choice([0, 0, 1, 3])):
+                if len(handles) < len(self.prompts):
+                    at, priority = len(handles), self.more.choice([0, 0, 1, -1])
+                    handles.append(engine.add(self.prompts[at], seed=self.seeds[at], priority=priority, **options))
+            if self.more.random() < 0.1:
+                strangers.append(engine.add(self.more.choice(self.prompts), seed=1, **options))
+            if strangers and self.more.random() < 0.2:
+                strangers.pop(self.more.randrange(len(strangers))).abort()
+        return [handle.result() for handle in handles]
 
     def compare(self, seen: Counter) -> None:
         results, told, grown = self.run()
@@ -165,6 +104,11 @@ class Problem:
             assert_same(result, naive, self.limit is not None)
             if told:
                 assert_same_story([e for e in told if e.prompt == i], result, naive)
+            seen["live"] += self.live
+            seen["sees"] += any(node.sees for node in result.tree.walk())
+            seen["accepted"] += result.metrics.accepted_tokens > 0
+            seen["found"] += result.metrics.cached_tokens > 0
+            seen[self.coming] += 1
             seen["pre-empted"] += result.metrics.preemptions > 0
             seen["killed"] += any(node.ended == "killed" for node in result.tree.walk())
             seen["budget"] += any(node.ended == "budget" for node in result.tree.walk())
@@ -190,6 +134,7 @@ def assert_all_seen(seen: Counter, programs: int) -> None:
     """Everything that there is to compare did occur, again and again."""
     wanted = ["insert", "sample", "fork", "spawn", "truncate", "kill killed", "kill discarded", "join concat"]
     wanted += ["join reprefill", "join summary", "pre-empted", "killed", "budget"]
+    wanted += ["sees", "accepted", "found", "again", "arrivals", "live"]
     assert seen["programs"] >= programs and min(seen[name] for name in wanted) >= programs // 50, seen
     assert seen["stream"] > 0 < seen["grown"], seen
 

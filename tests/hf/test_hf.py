@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 import anabranch as ab
 from anabranch import hf
+from anabranch.hf.checks import window_of
 from anabranch.hf.mask import DeferredMask, mask
 
 
@@ -199,6 +201,26 @@ def test_deferred_mask_is_an_ordinary_tensor_to_others():
     assert torch.equal(torch.where(made, 1.0, 0.0)[0, 0], band.float())
     with pytest.raises(ValueError, match="serves only forwards with tree_step"):
         DeferredMask((1, 1, 4, 4), "cpu", None, None).resolve()
+
+
+def test_the_window_of_a_layer_as_its_mask_tells_it():
+    """Where another mask stands in for the model's own, a layer of full attention needs no probe, others do. What is
+    local in another way than the model says is no window: chunks, and windows of another size."""
+    config = SimpleNamespace(sliding_window=4, layer_types=["full_attention", "sliding_attention"])
+    full, sliding = nn.Module(), nn.Module()
+    for at, layer in enumerate((full, sliding)):
+        layer.config, layer.layer_idx = config, at
+    stand_in = DeferredMask((1, 1, 6, 6), "cpu", None, None)
+    own = mask(1, 6, 6, device="cpu", local_size=4, mask_function=lambda b, h, q, k: (k <= q) & (k > q - 4))
+    assert window_of(full, stand_in, {}) is None
+    assert window_of(sliding, stand_in, {"sliding_window": 4}) == window_of(sliding, own, {}) == 4
+    with pytest.raises(hf.UnsupportedModel, match=r"call anabranch\.hf\.describe"):
+        window_of(sliding, stand_in, {})
+    with pytest.raises(hf.UnsupportedModel, match="local to 4 tokens"):
+        window_of(sliding, own, {"sliding_window": 8})
+    config.attention_chunk_size = 4
+    with pytest.raises(hf.UnsupportedModel, match="local to 4 tokens"):
+        window_of(sliding, own, {})
 
 
 def test_tree_backend_without_tree_step_is_refused(models):

@@ -306,23 +306,16 @@ def test_partials_beyond_32_bits(tmp_path, monkeypatch):
 
 @on_the_cpu
 def test_rows_beyond_32_bits(tmp_path, monkeypatch):
-    """Queries, outputs and log-sum-exps of rows so far behind that their elements lie past 2^31."""
-    case = make_case(62, rows=4, segments=2, max_len=20, head_dim=256, dtype=torch.float16)
-    (want, want_lse), _ = run(case)
-
     def sparse(shape, dtype, device):
         return extremes.sparse(tmp_path, f"{len(list(tmp_path.iterdir()))}", math.prod(shape), dtype).view(shape)
 
     monkeypatch.setattr(launch.torch, "empty", sparse)
-    heads, a = case.q.shape[1], case.arrays
-    begin = extremes.FAR // (heads * 256) + 3
-    q = sparse((begin + 4, heads, 256), torch.float16, None)
-    q[begin:] = case.q
-    positions = torch.zeros(begin + 4, dtype=torch.int32)
-    positions[begin:] = a.row_positions
-    case.q, a.rows, a.merge_rows, a.row_positions = q, a.rows + begin, a.merge_rows + begin, positions
-    (out, lse), _ = run(case)
-    assert torch.equal(out[begin:], want) and torch.equal(lse[begin:], want_lse)
+    case = make_case(62, rows=4, segments=2, max_len=20, head_dim=256, dtype=torch.float16)
+    extremes.rows_beyond_32_bits(run, case, tmp_path)
+
+
+def test_blind_tiles():
+    extremes.blind_tiles(run, make_case(63, rows=6, segments=2, max_len=700, head_dim=32, group=1, num_kv_heads=1))
 
 
 def merging(acc, m, l, rows, ptr, sinks):  # noqa: E741

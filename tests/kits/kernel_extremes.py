@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from kernel_bodies import Run
-from strip_kit import tokens
+from strip_kit import lay_out, tokens
 from triton_cases import Case, check, dense, relative_error
 
 FAR = 2**31
@@ -165,7 +165,97 @@ def partials_beyond_32_bits(run: Run, case: Case) -> None:
     assert torch.equal(out, want) and torch.equal(lse, want_lse)
 
 
+def rows_beyond_32_bits(run: Run, case: Case, folder: Path) -> None:
+    """Queries, outputs and log-sum-exps of rows so far behind that their elements lie past 2^31.
+
+    ``run`` must take memory for the outputs that costs nothing where it is not touched.
+    """
+    (want, want_lse), _ = run(case)
+    rows, heads, dim = case.q.shape
+    a, begin = case.arrays, FAR // (heads * dim) + 3
+    q = sparse(folder, "queries", (begin + rows) * heads * dim, case.q.dtype).view(begin + rows, heads, dim)
+    q[begin:] = case.q
+    positions = torch.zeros(begin + rows, dtype=torch.int32)
+    positions[begin:] = a.row_positions
+    moved = SimpleNamespace(**vars(a))
+    moved.rows, moved.merge_rows, moved.row_positions = a.rows + begin, a.merge_rows + begin, positions
+    case.q, case.arrays = q, moved
+    (out, lse), _ = run(case)
+    assert torch.equal(out[begin:], want) and torch.equal(lse[begin:], want_lse)
+
+
+# ------------------------------------------------------------------------------------------------ blind tiles
+
+
+def blind_tiles(run: Run, case: Case) -> None:
+    """A third of each item, the first, the middle or the last, of which some rows see nothing, or none does: positions
+    do not rise along a run where siblings were joined. ``case`` has items of several tiles of tokens."""
+    a, window, page_size = case.arrays, 300, case.k_pages.shape[1]
+    items = a.items.tolist()
+    assert max(length for _, length, *_ in items) > 3 * 96, "no item has a whole tile in each of its thirds"
+    case.row_positions = np.where(np.arange(case.q.shape[0]) % 2, 500, 1000).astype(np.int32)
+    a.row_positions = torch.from_numpy(case.row_positions)
+    for third in range(3):
+        for blind in (600, 100):  # seen by every other row; by none
+            place, ranges = {}, []
+            for i, (begin, length, at, count, *_) in enumerate(items):
+                slots = tokens(a, begin, length)[0]
+                positions = np.array([blind if 3 * n // length == third else 800 for n in range(length)], np.int32)
+                place |= dict(zip(slots.tolist(), positions.tolist(), strict=True))
+                ranges.append((slots, positions))
+                a.items[i, 5] = int(positions.max())
+                a.items[i, 6] = min(case.row_positions[row] for row in a.rows[at : at + count].tolist())
+            used = SimpleNamespace(**vars(a))
+            used.kv_strips, used.kv_spelled, begins = lay_out(ranges, a.strip, np.random.default_rng(third))
+            used.items = torch.cat([torch.tensor(begins, dtype=torch.int32)[:, None], a.items[:, 1:]], 1).contiguous()
+            case.arrays = used
+            case.context = [(slots, np.array([place[s] for s in slots.tolist()])) for slots, _ in case.context]
+            gone = [s for s, position in place.items() if position == 100]
+            keep = [(pool, pool.clone()) for pool in (case.k_pages, case.v_pages)]
+            for pool, _ in keep:  # what nobody sees may be gone
+                for slot in gone:
+                    pool[slot // page_size, slot % page_size] = math.nan
+            got, options = run(case, window=window)
+            check(case, got, **options)
+            for pool, before in keep:
+                pool.copy_(before)
+
+
 # ------------------------------------------------------------------------------------------------ late maxima
+
+
+def late_maxima(run: Run, case: Case) -> None:
+    """A row of 70 items: the highest score, far above all others, in the first, a middle or the last of them, and
+    nothing visible in another one; through the attention and the merge. ``case`` is replaced but for its sizes."""
+    count, each, heads, dim = 70, 3, *case.q.shape[1:]
+    slots = np.arange(count * each, dtype=np.int32)
+    page_size, num_kv_heads = case.k_pages.shape[1:3]
+    shape = (-(-len(slots) // page_size), page_size, num_kv_heads, dim)
+    gen = torch.Generator().manual_seed(8)
+    k, v = (torch.randn(shape, generator=gen).to(case.q.dtype) for _ in range(2))
+    q = torch.zeros(1, heads, dim, dtype=case.q.dtype)
+    q[..., 0] = 1.0
+    for top, empty in ((0, 69), (34, 0), (69, 34)):
+
+        def ints(values: Any) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32)
+
+        limits, strip = [0 if i == empty else each for i in range(count)], min(16, page_size & -page_size)
+        ranges = [(slots[i * each : (i + 1) * each], np.zeros(each, np.int32)) for i in range(count)]
+        kv_strips, kv_spelled, begins = lay_out(ranges, strip, np.random.default_rng(top))
+        keys = k.clone()
+        for slot in range(top * each, top * each + each):
+            keys[slot // page_size, slot % page_size, :, 0] = 1200  # times 0.25: e^300 is beyond float32
+        arrays = SimpleNamespace(
+            items=ints([[begins[i], each, i, 1, int(i == empty), 0, 0, 0] for i in range(count)]),
+            kv_strips=kv_strips, kv_spelled=kv_spelled, strip=strip, rows=ints([0] * count),
+            limits=ints(limits), dest=ints(range(count)), row_positions=ints([0]), merge_rows=ints([0]),
+            merge_ptr=ints([0, count]), num_items=count, num_partials=count, num_merge=1, tile_rows=1, num_wide=0,
+        )  # fmt: skip
+        seen = np.concatenate([slots[: empty * each], slots[(empty + 1) * each :]])
+        one = Case(q, keys, v, arrays, [(seen, np.zeros(len(seen), np.int32))], np.zeros(1, np.int32))
+        got, options = run(one)
+        check(one, got, **options)
 
 
 def merges_of_many_partials(merged: Callable[..., Any], dim: int) -> None:

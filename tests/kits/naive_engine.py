@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from inspect import isgenerator
+from itertools import takewhile
 from math import inf
 
 import torch
@@ -29,9 +30,10 @@ class Run:
     """One prompt's answer; `main`, `trunk`, `threads` and the record of tokens are there when it is made."""
 
     def __init__(self, model, prompt, strategy, seed=0, *, pieces=None, eos=(), max_new_tokens=256, follow=None,
-                 max_total_tokens=None, do_sample=False):  # fmt: skip
+                 max_total_tokens=None, do_sample=False, draws=True):  # fmt: skip
         self.model, self.prompt, self.seed, self.pieces, self.eos = model, prompt, seed, pieces, set(eos)
         self.most, self.budget, self.do_sample = max_new_tokens, max_total_tokens or inf, do_sample
+        self.draws = draws  # False: who is followed draws by streams of its own, so any token may be drawn
         self.ids, self.positions, self.sees = [], [], []  # the record: of each token
         self.chosen, self.scored = [], []  # (token's number, whose scores, uniform, temperature); (number, whose)
         self.events = [(0, ())]  # (tokens, numbers of the events that it had to wait for)
@@ -39,6 +41,7 @@ class Run:
             self.longest_context
         ) = 0
         self.threads, self.tasks, self.malformed = [], [], []
+        self.live, self.live_turn = [], 0  # threads that see one another advance in turns, together
         self.following = None
         if follow is not None:
             logs = {
@@ -89,7 +92,7 @@ class Run:
             thread._labels.append((kind, source, header))
             self.ids.append(token)
             self.positions.append(thread._position)
-            self.sees.append(tuple(thread._context))
+            self.sees.append(tuple(thread._context) if thread._turns is None else None)  # None: until its turn
             thread._position += 1
         thread._written += ids if kind != "joined" else []
         self.longest_context = max(self.longest_context, thread.length)
@@ -103,7 +106,7 @@ class Run:
         size = len(self.ids)
         mask = torch.full((size, size), torch.finfo(torch.float32).min)
         for row, seen in enumerate(self.sees):
-            mask[row, list(seen)] = 0
+            mask[row, list(seen or ())] = 0  # (nobody looks at what a live thread wrote and never computed)
         ids, positions = torch.tensor([self.ids]), torch.tensor([self.positions])
         with torch.inference_mode():
             return self.model(input_ids=ids, position_ids=positions, attention_mask=mask[None, None]).logits[0].float()
@@ -111,7 +114,7 @@ class Run:
     def before(self, thread):
         """Whose scores are a thread's next token's: of the last token, when it saw all of the context."""
         last = thread._context[-1]
-        if self.sees[last] != tuple(thread._context):
+        if thread._turns is None and self.sees[last] != tuple(thread._context):
             raise ValueError(f"thread {thread.id} has nothing to go on from")
         return last
 
@@ -119,6 +122,8 @@ class Run:
         """Whether scores `row` give `token` by the rules, give or take some rounding."""
         if uniform is None:
             return bool(row[token] >= row.max() - tolerance)
+        if not self.draws:
+            return True
         cdf = torch.softmax(row / temperature, -1).double().cumsum(-1)
         return bool((cdf[token - 1] if token else 0.0) - tolerance <= uniform <= cdf[token] + tolerance)
 
@@ -198,21 +203,35 @@ class Run:
         moved = False
         while self.resume() or any([self.settle(thread) for thread in list(self.threads)]):
             moved = True
-        line = [t for t in self.threads if t._queue and t._born and not self.waits(t._queue[0])]
+        line = [t for t in self.threads if t._queue and t._born and t._queue[0].do == "decode"]
+        later = [t for t in line if t._turns is not None and self.sees[t._context[-1]] is None]
+        line = [t for t in line if t not in later]
+        if later and not line:
+            self.take_turn()
+            return True
         if not line or (self.main.done and not self.trunk._queue):
             assert moved or self.main.done, "nothing is left to do, but the strategy still waits"
             return moved
-        self.token(min(line, key=lambda t: (*t.path, inf)))
+        chosen = min(line, key=lambda t: (*t.path, inf))
+        for thread in [chosen] if chosen._turns is None else [t for t in line if t._turns is not None]:
+            if thread.alive:
+                self.token(thread)  # of those that advance together, all
         return True
 
     def waits(self, op):
+        if op.do == "fork":
+            return any(not s._born or (s._queue if n is None else len(s._own) < n) for s, n in op.sees)
         return op.do == "join" and any(kid._queue or not kid._born for kid in op.kids if kid.alive)
+
+    def next(self, thread):
+        """The op that a thread may do now: the first, or a fork right behind forks that wait for what they see."""
+        forks = takewhile(lambda op: op.do == "fork", thread._queue)
+        return next((op for op in forks if not self.waits(op)), thread._queue[0])
 
     def settle(self, thread):
         """Do the first op of a thread's queue unless it needs a token or other threads first; whether it was done."""
-        if not thread._queue or not thread._born or self.waits(thread._queue[0]):
+        if not thread._queue or not thread._born or self.waits(op := self.next(thread)):
             return False
-        op = thread._queue[0]
         if op.do != "decode" or op.limit is None:
             thread._at = self.event(thread._at, op.issued)
         if op.do == "decode":
@@ -224,7 +243,7 @@ class Run:
             self.end(op, "length" if op.limit <= 0 else "budget")
             return True
         getattr(self, f"do_{op.do}")(thread, op)
-        thread._queue.popleft()
+        thread._queue.remove(op)
         op.finish(self, op.value, thread._at)
         self.drained(thread)
         return True
@@ -276,6 +295,44 @@ class Run:
         elif not op.done and self.sampled >= self.budget:
             self.end(op, "budget")
 
+    # -------------------------------------------------------------------------------------------- live sharing
+
+    def see(self, thread, others, same_step):
+        for one in (thread, *others):
+            if one._turns is None:
+                one._turns, one._turn_at = [0] * len(one._own), one._at
+                self.live.append(one)
+        thread._views.append((len(thread._turns), others, same_step))
+
+    def take_turn(self):
+        """Each computes what it has written since the last turn, and sees what its view shows by then."""
+        self.live_turn += 1
+        members = [t for t in self.live if t.alive and t._born]
+        before, new = {t: t._at for t in members}, {t: range(len(t._turns), len(t._own)) for t in members}
+        for thread in members:
+            thread._turns += [self.live_turn] * len(new[thread])
+        for thread in members:
+            for n in new[thread]:
+                seen = dict.fromkeys(thread._context[: thread._shared + n + 1])
+                for other, last in self.in_view(thread, n):
+                    own = other._own
+                    seen |= dict.fromkeys(own[i] for i, turn in enumerate(other._turns) if turn <= last)
+                self.sees[thread._own[n]] = tuple(seen)
+            if new[thread]:
+                for other, last in self.in_view(thread, new[thread][-1]):
+                    at = before[other] if last == self.live_turn else other._turn_at
+                    thread._at = self.event(thread._at, at)
+        for thread, at in before.items():
+            thread._turn_at = at
+
+    def in_view(self, thread, number):
+        """Whom an own token of this turn sees, and up to which turn."""
+        view = next((view for view in reversed(thread._views) if view[0] <= number), (0, (), "none"))
+        for other in view[1]:
+            if other.alive and other._born:
+                same = view[2] == "all" or (view[2] == "before" and other.path < thread.path)
+                yield other, self.live_turn if same else self.live_turn - 1
+
     # -------------------------------------------------------------------------------------------- each op
 
     def do_insert(self, thread, op):
@@ -292,12 +349,21 @@ class Run:
             self.seen = max(self.seen, thread.length - 1)  # what the last one leads to need not be known
 
     def do_fork(self, thread, op):
-        thread._blocks.append(op.kids)
+        at = len(thread._blocks)
+        while op.sees and at and (last := thread._blocks[at - 1][0])._parent_length == thread.length:
+            if last.path < op.kids[0].path:
+                break
+            at -= 1  # asked for later, and done before
+        thread._blocks.insert(at, op.kids)
         thread._turn, op.value = None, op.kids
+        seen = [number for other, n in op.sees for number in other._own[:n]]
+        others = [other for other, _ in op.sees]
         for kid in op.kids:
-            kid._context, kid._shared = list(thread._context), thread.length
-            kid._position = kid._start = thread._position
-            kid._at, kid._sampled, kid._born = thread._at, thread._sampled, True
+            kid._context, kid._forked = [*thread._context, *seen], thread.length
+            kid._shared, kid._parent_length = kid.length, thread.length
+            kid._position = kid._start = max(thread._position, *(self.positions[i] + 1 for i in seen), 0)
+            kid._at = self.event(thread._at, *(other._at for other in others)) if others else thread._at
+            kid._sampled, kid._born = max([thread._sampled, *(other._sampled for other in others)]), True
 
     def do_truncate(self, thread, op):
         self.cut(thread, op.length)
@@ -314,6 +380,7 @@ class Run:
                     self.kill(child, "killed")
             own, labels = kid._context[kid._shared + kid._prompt :], kid._labels[kid._prompt :]
             follows = kid.role == "fork" and thread._context == kid._context[: kid._shared]
+            follows = follows and thread._turns is None and kid._turns is None
             if op.mode == "concat" or (op.mode == "reprefill" and i == 0 and follows and header is None):
                 thread._context += own
                 self.longest_context = max(self.longest_context, thread.length)
@@ -340,6 +407,10 @@ class Run:
         if not thread.alive:
             return
         thread._at = self.event(thread._at, self.now)
+        for op in thread.parent._queue if thread.parent is not None else ():
+            if op.do == "fork" and any(other is thread for other, _ in op.sees):  # does without it, from now on
+                op.sees = [(other, n) for other, n in op.sees if other is not thread]
+                op.issued = self.event(op.issued, thread._at)
         for kid in [kid for block in thread._blocks for kid in block]:
             self.kill(kid, fate)
         queue, thread._queue = list(thread._queue), deque()

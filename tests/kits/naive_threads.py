@@ -45,13 +45,18 @@ class Thread:
         self.id, self.alive, self.ended, self.fate = ".".join(map(str, path)), True, None, None
         self._queue, self._waiting, self._next_child, self._born = deque(), [], 0, role != "fork"
         self._context, self._labels, self._forgotten = [], [], []  # labels: of its own tokens, (kind, source, header)
-        self._shared = self._prompt = self._position = self._start = self._sampled = self._at = 0
+        self._parent_length = 0  # when it came to be
+        # Of a thread that sees others while they write, or is seen: the turn in which each own token was computed, as
+        # far as that has been; (own token from which on, whom, of the same turn) of each `see`; the event at its turn.
+        self._turns, self._views, self._turn_at = None, [], 0
+        self._shared = self._forked = self._prompt = self._position = self._start = self._sampled = self._at = 0
         self._blocks, self._turn, self._written = [], None, []  # written: ids that were sampled or given
         stream = np.random.SeedSequence(entropy=run.seed, spawn_key=path)
         self._stream = np.random.Generator(np.random.PCG64(stream))
         run.threads.append(self)
 
     length = property(lambda self: len(self._context))
+    _own = property(lambda self: self._context[self._shared :])
     context = property(lambda self: tuple(self._run.ids[i] for i in self._context))
     token_ids = property(lambda self: self.context[self._shared + self._prompt :])
     text = property(lambda self: self._run.text(self.token_ids))
@@ -80,18 +85,21 @@ class Thread:
     def score(self, text_or_ids):
         return self._op("score", ids=self._tokens(text_or_ids))
 
-    def fork(self, headers):
+    def fork(self, headers, *, sees=()):
         heads = [None] * headers if isinstance(headers, int) else list(headers)
         kids = [self._child("fork") for _ in heads]
-        self._op("fork", kids=list(kids))
+        self._op("fork", kids=list(kids), sees=[s if isinstance(s, tuple) else (s, None) for s in sees])
         for kid, head in zip(kids, heads, strict=True):
             if head:
                 kid._op("insert", ids=self._tokens(head), kind="inserted", header=True)
         return kids
 
+    def see(self, others, *, same_step="all"):
+        self._run.see(self, [others] if isinstance(others, Thread) else list(others), same_step)
+
     def spawn(self, prompt):
         kid = self._child("fresh")
-        kid._at, kid._sampled = self._run.now, self._sampled
+        kid._at, kid._sampled, kid._parent_length = self._run.now, self._sampled, self.length
         if self._turn != self._run.turn:  # fresh threads of one turn of the strategy are one block
             self._blocks.append([])
             self._turn = self._run.turn

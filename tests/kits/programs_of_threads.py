@@ -50,16 +50,19 @@ class Everything(Strategy):
     """A random program of all that a thread can be asked, in odd orders: much of it is queued, and waited for later.
 
     Whatever order the threads run in, the tokens are the same, unless `races`: then who is done first, and who is
-    killed in mid-decode, depends on that order (which `Sequential` settles).
+    killed in mid-decode, depends on that order (which `Sequential` settles). `sees`: how often children of one parent
+    are followed by some that see them.
     """
 
     program: int
     vocabulary: int = 97
     races: bool = False
+    sees: float = 0.0
+    splices: bool = True  # whether joins may splice KV, which a server cannot
 
     def run(self, trunk):
         rng = random.Random(f"{self.program}/{trunk.context[0]}")
-        worker = _Worker(rng, self.vocabulary, self.races)
+        worker = _Worker(rng, self)
         yield from worker.work(trunk, rng, 0)
         yield trunk
         if rng.random() < 0.8:
@@ -69,9 +72,53 @@ class Everything(Strategy):
         return [op.value for op in worker.asked]
 
 
+@dataclass(frozen=True)
+class Watching(Strategy):
+    """A random program of threads that see one another while they write: forks, spawned ones, perhaps the trunk."""
+
+    program: int
+    vocabulary: int = 97
+
+    def run(self, trunk):
+        draw = random.Random(f"{self.program}/{trunk.context[0]}")
+        ids = lambda least, most: [draw.randrange(self.vocabulary) for _ in range(draw.randint(least, most))]  # noqa: E731
+        sampled = lambda: {"do_sample": True, "top_k": 0} if draw.random() < 0.5 else {}  # noqa: E731
+        asked = [trunk.decode(draw.randint(1, 3))]
+        yield trunk
+        kids = trunk.fork([ids(1, 3) for _ in range(draw.randint(1, 3))])
+        fresh = [trunk.spawn(ids(1, 9)) for _ in range(draw.randint(0, 2))]
+        if draw.random() < 0.5:
+            yield [*kids, *fresh]  # what they begin with is computed plainly
+        threads = [*kids, *fresh, *([trunk] if draw.random() < 0.5 else [])]
+        for often in (1.0, 0.5, 0.3):
+            for thread in threads:
+                others = [t for t in threads if t is not thread]
+                if others and draw.random() < often:
+                    seen = draw.sample(others, draw.randint(1, len(others)))
+                    thread.see(seen, same_step=draw.choice(["all", "before", "none"]))
+            some = draw.sample(threads, draw.randint(1, len(threads)))
+            asked += [thread.decode(draw.randint(1, 5), sampling=sampled()) for thread in some]
+            yield some
+            if draw.random() < 0.4:
+                draw.choice(threads).insert(ids(1, 2))
+            if draw.random() < 0.2 and len(threads) > 2:
+                gone = draw.choice([t for t in threads if t is not trunk])
+                threads.remove(gone)
+                gone.kill()
+        kids = [t for t in threads if t is not trunk]
+        yield kids
+        if kids:
+            trunk.join(kids, draw.choice(["reprefill", "discard"]))
+        trunk.insert(ids(1, 2))
+        asked.append(trunk.decode(2))
+        yield trunk
+        return [op.value for op in asked]
+
+
 class _Worker:
-    def __init__(self, rng, vocabulary, races):
-        self.vocabulary, self.races = vocabulary, races
+    def __init__(self, rng, how):
+        self.how, self.vocabulary, self.races = how, how.vocabulary, how.races
+        self.sights = random.Random(f"{how.program}/sights") if how.sees else None
         self.asked = []  # the decodes of the strategy's own generator, in order
 
     def ids(self, rng, least=0, most=3):
@@ -120,22 +167,35 @@ class _Worker:
         else:
             headers = [rng.choice([None, [], self.ids(rng, 1)]) for _ in range(rng.randint(1, 4))]
             kids = thread.fork(len(headers) if rng.random() < 0.2 else headers)
-        tasks = []
+        tasks, busy = [], []
         for kid in kids:
             if rng.random() < 0.05:
                 self.queued(kid, rng)
                 kid.kill()  # before it has begun
             elif depth < 2 and rng.random() < 0.5:
                 inner = random.Random(rng.random())
-                tasks.append(thread.start(_Worker(inner, self.vocabulary, self.races).work(kid, inner, depth + 1)))
+                tasks.append(thread.start(_Worker(inner, self.how).work(kid, inner, depth + 1)))
+                busy.append(kid)
             else:
                 self.queued(kid, rng)
+        kids += self.onlookers(thread, [kid for kid in kids if kid not in busy])
         for _ in range(rng.randint(0, 2)):
             yield from self.go_on(thread, rng, depth)
         if rng.random() < 0.15 and not tasks:
             gone = yield kids.pop(rng.randrange(len(kids)))
             gone.kill()
         yield from self.take_back(thread, kids, tasks, rng)
+
+    def onlookers(self, thread, others):
+        """Forks that see some of those before them, which are never cut back: all they write, or its beginning."""
+        draw, others = self.sights, [kid for kid in others if kid.alive and kid.role == "fork"]
+        if draw is None or not others or draw.random() > self.how.sees:
+            return []
+        seen = draw.sample(others, draw.randint(1, len(others)))
+        kids = thread.fork([self.ids(draw, 1) for _ in range(draw.randint(1, 2))], sees=seen)
+        for kid in kids:
+            self.queued(kid, draw)
+        return kids
 
     def mortals(self, thread, rng):
         """Children that end themselves in mid-decode while a join waits for them, or just before."""
@@ -151,6 +211,7 @@ class _Worker:
             yield kids
             kids = [kid for kid in kids if kid.alive] or thread.fork(1)
         mode = rng.choice(["concat", "reprefill", "summary"])
+        mode = mode if self.how.splices else mode.replace("concat", "reprefill")
         thread.join(kids, mode, **({"text": self.ids(rng)} if mode == "summary" else {}))
         thread.insert(self.ids(rng, 1))
 
@@ -164,7 +225,8 @@ class _Worker:
         kids.pop(rng.randrange(len(kids))).kill()
         if rng.random() < 0.5:
             yield first(*kids)
-        thread.join(kids, rng.choice(["concat", "reprefill", "discard"]))
+        mode = rng.choice(["concat", "reprefill", "discard"])
+        thread.join(kids, mode if self.how.splices else mode.replace("concat", "reprefill"))
         thread.insert(self.ids(rng, 1))
 
     def go_on(self, thread, rng, depth):
@@ -190,7 +252,7 @@ class _Worker:
         if not kids:
             return
         mode = rng.choice(["concat", "concat", "reprefill", "reprefill", "summary", "discard"])
-        if any(kid.role == "fresh" for kid in kids) and mode == "concat":
+        if mode == "concat" and (not self.how.splices or any(kid.role == "fresh" for kid in kids)):
             mode = "reprefill"
         options = {}
         if mode == "summary":

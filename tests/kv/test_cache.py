@@ -314,6 +314,8 @@ def test_steps_that_make_no_sense() -> None:
     unchanged(cache, ValueError, "negative", lambda: cache.step({trunk: 1}, {trunk: torch.tensor([-1])}))
     unchanged(cache, ValueError, "integers", lambda: cache.step({trunk: 1}, {trunk: torch.tensor([1.0])}))
     unchanged(cache, ValueError, "2\\^31", lambda: cache.step({trunk: 1}, {trunk: torch.tensor([2**31])}))
+    unchanged(cache, ValueError, "2\\^31", lambda: cache.step({trunk: 1}, {trunk: torch.tensor([2**31 - 1])}))
+    unchanged(cache, ValueError, "2\\^31", lambda: cache.step({trunk: 2}, {trunk: torch.tensor([2**31 - 1, 4])}))
     unchanged(
         cache,
         ValueError,
@@ -323,6 +325,13 @@ def test_steps_that_make_no_sense() -> None:
     unchanged(cache, ValueError, "from 0 to 0", lambda: cache.truncate(trunk, 1))
     unchanged(cache, ValueError, "length", lambda: cache.truncate(trunk, -1))
     unchanged(cache, ValueError, "n must be", lambda: cache.fork(trunk, 0))
+
+
+def test_the_last_position_there_is() -> None:
+    cache, trunk = make()
+    cache.step({trunk: 2}, {trunk: torch.tensor([2**31 - 2, 7])})
+    cache.step({trunk: 1})  # goes on from 7
+    assert cache.positions(trunk).tolist() == [2**31 - 2, 7, 8]
 
 
 def test_writes_that_do_not_fit() -> None:

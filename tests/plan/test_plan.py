@@ -99,6 +99,20 @@ def test_sharing_is_read_once() -> None:
     assert [i[1] for i in split.items.tolist() if i[3] == 16] == [256] * 4
 
 
+@pytest.mark.parametrize("leaves,group,length", [(2, 1, 4), (3, 2, 6), (5, 4, 10)])
+def test_a_run_is_read_again_where_that_costs_no_more_than_its_partials(leaves: int, group: int, length: int) -> None:
+    """2 bytes an element: 4 · length · (leaves − 1) read once more against 8 · rows · group written and read."""
+    for extra, absorbed in ((0, 1), (1, 0)):
+        twins = Twins(page_size=1, heads=1, dim=8)
+        trunk = twins.branch()
+        twins.step({0: length + extra})
+        twins.fork(trunk, leaves)
+        step = twins.step({i: 1 for i in range(1, leaves + 1)})[0]
+        arrays = step.plan.arrays(group, TileConfig(64, 256, 1, 1, 2))
+        assert arrays.num_absorbed == absorbed
+        assert arrays.kv_tokens == (length + extra) * (leaves if absorbed else 1) + leaves
+
+
 def test_private_history_is_one_run() -> None:
     """What only one branch sees is merged, however often it was forked and joined."""
     twins = Twins(page_size=4, heads=1, dim=8)

@@ -101,6 +101,16 @@ def test_every_instruction_set_draws_the_same(isa):
         assert torch.equal(tokens[told], warped(x, *cut, uniform)[told]) and told.float().mean() > 0.4
 
 
+def test_a_draw_is_exact_over_a_large_vocabulary():
+    """Each of 300,000 equal tokens is drawn by its own stretch of [0, 1); in single precision some are mistaken."""
+    size = 300_000
+    tokens = torch.arange(0, size, 997)
+    for inside in (1e-3, 0.999):
+        uniform = (tokens.double() + inside) / size
+        found = torch.cat([_draw(torch.zeros(1, size), u[None]) for u in uniform])
+        assert torch.equal(found, tokens)
+
+
 def test_equal_scores_at_the_edge_of_the_nucleus():
     """Which of several equals torch's sort keeps is open: the kernel answers where all of them give the same token."""
     x = torch.full((1, 1000), -9.0)

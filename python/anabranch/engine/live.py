@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from anabranch.engine.thread_kv import EngineThread, PrefillChunk, ThreadKV
 from anabranch.kv.views import Read
 from anabranch.records.result import Sight
+from anabranch.strategies.api.ops import ForkOp, InsertOp, TruncateOp
 from anabranch.threads.live import Turns, View, sees_same_turn, shared, visible
 
 Entry = tuple[ThreadKV, PrefillChunk, int]
@@ -67,7 +68,7 @@ class LiveGroup:
         closed = {thread for thread in everybody if thread.kv.branch is None}  # forks of those that come first
         for thread in self.unknown:
             raise ValueError(f"trace: thread {thread.id} saw threads that came to be later; it cannot be replayed")
-        if not closed and self._settled(members):
+        if not closed and self._settled(members) and not any(map(_comes_soon, self.threads)):
             self._next_turn(members, max_rows)
         left = {thread: self._uncached(thread) for thread in members}
         counts = dict.fromkeys(members, 0)
@@ -176,3 +177,19 @@ class LiveGroup:
             return []
         others = (other for other in self.members() if other is not thread)
         return [other for other in others if any(thread in view.others for view in other.turns.views)]
+
+
+def _comes_soon(thread: EngineThread) -> bool:
+    """Whether a thread is to come to be, by a fork that nothing but its parent's KV holds up: however many steps that
+    takes (it may have to be computed again), the group's next turn is its first."""
+    parent = thread.parent
+    if not thread.alive or thread.born or parent is None or parent.live is not None:
+        return False
+    if not parent.born:
+        return _comes_soon(parent)
+    for op in parent.queue:
+        if isinstance(op, ForkOp) and thread.handle in op.children:
+            return not op.sees
+        if not isinstance(op, (ForkOp, InsertOp, TruncateOp)):
+            return False
+    return False

@@ -37,6 +37,7 @@ class RemoteScore(HostOp[ScoreOp]):
         )
         position = thread.position
         thread.append(op.token_ids, op.kind, logprobs=list(logprobs))
+        host.longest_context = max(host.longest_context, thread.length)  # the server has read all of it
         if op.kind == "sampled":
             host.count_sampled(thread, len(op.token_ids))
         else:

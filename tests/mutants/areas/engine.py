@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from run import Mutant
+from entry import Mutant
 
 ENGINE = "python/anabranch/engine/"
 THREADS = "python/anabranch/threads/"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from run import Mutant
+from entry import Mutant
 
 ENGINE = "python/anabranch/engine/"
 SERVE = "tests/engine/test_continuous.py::test_"
@@ -24,7 +24,7 @@ MUTANTS = [
     ),
     Mutant(
         "a uniform is drawn again when its token is chosen again", f"{ENGINE}stepper.py",
-        "if running.drawn is None:", "if True:", f"{SERVE}ctrl_c_in_a_step_leaves_the_others_whole",
+        "if running.drawn is None:", "if True:", f"{SERVE}ctrl_c_between_the_tokens_of_two_threads_draws_none_anew",
     ),
     Mutant(
         "rows of an interrupted forward stay", f"{ENGINE}stepper.py",

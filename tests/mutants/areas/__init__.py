@@ -1,0 +1,1 @@
+"""Lists of small mistakes, one file an area."""

@@ -143,9 +143,8 @@ def table_costs(batch: int, tokens: int, rounds: int) -> Iterator[dict[str, obje
     title = f"plan of {batch} block tables of {tokens:,} tokens without sharing"
     kv = made[0].arrays(Q_HEADS // KV_HEADS, cut).kv
     assert kv is not None
-    yield _entry(
-        f"tables{batch}", title, fresh, f"{kv.numel() * 4 / 1e6:.2f} MB of tokens", bytes_of_tokens=kv.numel() * 4
-    )
+    nbytes = kv.numel() * 4
+    yield _entry(f"tables{batch}", title, fresh, f"{nbytes / 1e6:.2f} MB of tokens", bytes_of_tokens=nbytes)
     grown = [once(lambda n=n: plan(tokens + n)) for n in range(1, rounds + 1)]
     yield _entry(f"tables{batch}_grown", f"{title}, one token more each", grown)
 

@@ -122,14 +122,21 @@ def compile_unit(source: str, arch: int, defines: tuple[str, ...] = ()) -> list[
         rows of kernel, dtype, head_dim, arch, registers, stack_bytes, spill_bytes, and counts of INSTRUCTIONS.
     """
     with compiled(source, arch, defines) as (rows, text):
-        for part in re.split(r"Function : ", text)[1:]:
-            counts = {name: len(re.findall(pattern, part)) for name, pattern in INSTRUCTIONS.items()}
-            for row in rows:
-                if row["symbol"] == part.split()[0]:
-                    row.update(counts)
-    for row in rows:
-        del row["symbol"]
-    return rows
+        return counted(rows, text)
+
+
+def counted(rows: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Rows of `compiled` with counts of INSTRUCTIONS in the place of symbols."""
+    found = {part.split()[0]: part for part in re.split(r"Function : ", text)[1:]}
+    counts = [
+        {name: len(re.findall(pattern, found[row["symbol"]])) for name, pattern in INSTRUCTIONS.items()}
+        if row["symbol"] in found
+        else {}
+        for row in rows
+    ]
+    return [
+        {k: v for k, v in row.items() if k != "symbol"} | count for row, count in zip(rows, counts, strict=True)
+    ]
 
 
 def occupancy(registers: int, shared: int, arch: int) -> int:

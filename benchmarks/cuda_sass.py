@@ -99,16 +99,23 @@ def compile_rows(
     if resources.disassembler() is None:
         raise RuntimeError("cuobjdump was not found; it comes with the CUDA toolkit and in Triton's wheel")
     defines = (f"ANABRANCH_ONE_HEAD_DIM={head_dims[0]}",) if len(head_dims) == 1 else ()
-    rows: list[dict[str, Any]] = []
     with resources.compiled(resources.SOURCES[dtype], arch, defines, root) as (kernels, dump):
-        code = functions(dump)
-        for kernel in kernels:
-            known = {name: kernel[name] for name in ("kernel", "dtype", "head_dim", "arch", "registers", "spill_bytes")}
-            found = code[kernel["symbol"]]
-            if kernel["kernel"] == "attention" and kernel["head_dim"] in head_dims:
-                rows += [known | row for row in attention_rows(found)]
-            elif kernel["kernel"].startswith("merge"):
-                rows.append(known | merge_row(found))
+        return rows_of(kernels, dump, head_dims)
+
+
+def rows_of(
+    kernels: list[dict[str, Any]], dump: str, head_dims: Sequence[int] = HEAD_DIMS
+) -> list[dict[str, Any]]:
+    """Rows of what `cuda_resources.compiled` gives."""
+    code = functions(dump)
+    rows: list[dict[str, Any]] = []
+    for kernel in kernels:
+        known = {name: kernel[name] for name in ("kernel", "dtype", "head_dim", "arch", "registers", "spill_bytes")}
+        found = code[kernel["symbol"]]
+        if kernel["kernel"] == "attention" and kernel["head_dim"] in head_dims:
+            rows += [known | row for row in attention_rows(found)]
+        elif kernel["kernel"].startswith("merge"):
+            rows.append(known | merge_row(found))
     return rows
 
 
@@ -122,15 +129,19 @@ def table(
     jobs = [(dtype, arch, root, dims) for arch in archs for dtype in dtypes for dims in wanted]
     with ThreadPoolExecutor(processes) as pool:
         rows = [row for found in pool.map(lambda job: compile_rows(*job), jobs) for row in found]
-    unique = {tuple(row[name] for name in KEY): row for row in rows}
-    found = list(unique.values())
+    found = list({tuple(row[name] for name in KEY): row for row in rows}.values())
     if root == ROOT:
-        resources.with_layouts([row for row in found if row["kernel"] == "attention"])
-        for row in found:
-            if "shared_bytes" in row:
-                held = row["blocks"] * (row["shared_bytes"] + resources.RESERVED)
-                row["shared_held"] = round(held / resources.LIMITS[row["arch"]][1], 3)
-    return sorted(found, key=lambda r: (r["kernel"], r["dtype"], r["head_dim"], r["arch"], -r.get("products", 0), r["part"]))
+        with_shared(found)
+    return sorted(found, key=lambda r: (r["kernel"], r["dtype"], r["head_dim"], r["arch"], -r.get("products", 0)))
+
+
+def with_shared(rows: list[dict[str, Any]]) -> None:
+    """Adds the ring, the blocks a multiprocessor and the share of its shared memory that they hold, as launched."""
+    resources.with_layouts([row for row in rows if row["kernel"] == "attention"])
+    for row in rows:
+        if "shared_bytes" in row:
+            held = row["blocks"] * (row["shared_bytes"] + resources.RESERVED)
+            row["shared_held"] = round(held / resources.LIMITS[row["arch"]][1], 3)
 
 
 def sources_of(commit: str, folder: Path) -> Path:

@@ -73,24 +73,4 @@ ANABRANCH_DEVICE float tanh_of(float x) {
   return x < 0 ? -y : y;
 }
 
-// Exponents of all ones, twice (of two 16-bit elements).
-ANABRANCH_DEVICE constexpr u32 exponents(bf16) { return 0x7f807f80u; }
-ANABRANCH_DEVICE constexpr u32 exponents(f16) { return 0x7c007c00u; }
-
-// Puts 0 in the place of infinities and NaN; not 0 where there were some.
-template <class T>
-ANABRANCH_DEVICE u32 without_infinities(T, u32& pair) {
-  constexpr u32 all = exponents(T{});
-  const u32 top = ((pair & all) + (all & (~all << 1))) & 0x80008000u;  // the lowest bit of the exponents carries up
-  pair &= ~((top >> 15) * 0xffffu);
-  return top;
-}
-// 0 for what is finite.
-template <class T>
-ANABRANCH_DEVICE float infinity_of(T, u32 half) {
-  constexpr u32 all = exponents(T{}) & 0xffffu;
-  if ((half & all) != all) return 0;
-  return ptx::number((half & 0x8000u) << 16 | 0x7f800000u | ((half & 0x7fffu) != all ? 0x400000u : 0u));
-}
-
 }  // namespace anabranch::cuda

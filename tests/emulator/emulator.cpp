@@ -564,6 +564,13 @@ uint32_t pack_f16(float low, float high) {
   return round(low) | round(high) << 16;
 }
 
+float widen(uint16_t bits, bool bfloat) { return element(bits, bfloat); }
+uint32_t plus_zero_times(uint32_t sum, uint32_t x, uint32_t exponent) {
+  for (int half = 0; half < 32; half += 16)
+    if ((x >> half & exponent) == exponent) sum |= 0x7fffu << half;
+  return sum;
+}
+
 float exp2(float x) { return std::exp2(x); }
 float log2(float x) { return std::log2(x); }
 

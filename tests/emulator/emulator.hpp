@@ -71,6 +71,8 @@ void copy_commit();
 void copy_wait(int pending, int site);
 uint32_t pack_bf16(float low, float high);
 uint32_t pack_f16(float low, float high);
+float widen(uint16_t bits, bool bfloat);
+uint32_t plus_zero_times(uint32_t sum, uint32_t x, uint32_t exponent);  // of two elements; exponent: its bits of one
 float exp2(float x);
 float log2(float x);
 

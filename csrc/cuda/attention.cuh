@@ -116,7 +116,7 @@ ANABRANCH_DEVICE void copy_queries(const Attention& a, const Pass& pass, char* q
   using S = Shape<T, D>;
   const int column = ptx::thread() % S::kLanes, used = a.head_dim / S::kGranule;
   ANABRANCH_NO_UNROLL
-  for (int r = ptx::thread() / S::kLanes; r < pass.warps_m * 16; r += kThreads / S::kLanes) {
+  for (int r = S::first_row(ptx::thread(), 1); r < pass.warps_m * 16; r += kThreads / S::kLanes) {
     const T* from = static_cast<const T*>(a.q);
     const bool there = r < pass.rows;
     if (there) {

@@ -43,11 +43,11 @@ struct Shape {
   static constexpr int kTokens = kBlock * kLanes / kThreads;
   static_assert(kGranules % kLanes == 0 && kTokens >= 1 && kTokens * kThreads == kBlock * kLanes, "an uneven share");
 
-  // The first token of a thread. Eight neighbouring threads write to shared memory at once: with kLanes tokens between
-  // theirs they meet all banks.
-  static ANABRANCH_BOTH constexpr int first_token(int thread) {
-    const int group = thread / kLanes, within = group % (8 / kTokens);
-    return group / (8 / kTokens) * 8 + within % (8 / kLanes) * kLanes + within / (8 / kLanes) * kTokens;
+  // The first of the `rows` rows of a thread. Eight neighbouring threads write to shared memory at once: with kLanes rows
+  // between theirs they meet all banks.
+  static ANABRANCH_BOTH constexpr int first_row(int thread, int rows) {
+    const int group = thread / kLanes, within = group % (8 / rows);
+    return group / (8 / rows) * 8 + within % (8 / kLanes) * kLanes + within / (8 / kLanes) * rows;
   }
 
   // Shared memory: [ring | queries], over it the results of the warps; then what must outlive neither.

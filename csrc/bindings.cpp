@@ -9,6 +9,7 @@
 
 #include "plan/branch_plan.hpp"
 #include "plan/plan.hpp"
+#include "plan/table_plans.hpp"
 #include "tree/tree.hpp"
 
 namespace py = pybind11;
@@ -65,10 +66,12 @@ struct PlanResult {
   PlanData data;
   i64 build;
 
-  py::array_t<i32> buffer() const {
-    auto* kept = new std::shared_ptr<i32[]>(data.buffer);
+  py::array_t<i32> kv() const { return view(data.kv, data.begin[kItems]); }
+  py::array_t<i32> work() const { return view(data.work, data.begin[kSections] - data.begin[kItems]); }
+  static py::array_t<i32> view(const std::shared_ptr<i32[]>& buffer, i64 size) {
+    auto* kept = new std::shared_ptr<i32[]>(buffer);
     py::capsule owner(kept, [](void* p) { delete static_cast<std::shared_ptr<i32[]>*>(p); });
-    return py::array_t<i32>({static_cast<py::ssize_t>(data.begin[kSections])}, {sizeof(i32)}, data.buffer.get(), owner);
+    return py::array_t<i32>({static_cast<py::ssize_t>(size)}, {sizeof(i32)}, buffer.get(), owner);
   }
   std::vector<i64> begin() const { return {data.begin, data.begin + kSections + 1}; }
 };
@@ -293,8 +296,10 @@ py::tuple flat(const Contexts& c) {
   for (size_t b = 0; b + 1 < c.piece_ptr.size(); ++b) {
     for (i32 i = c.piece_ptr[b]; i < c.piece_ptr[b + 1]; ++i) {
       const Contexts::Piece& p = c.pieces[c.piece_ids[i]];
-      slots.insert(slots.end(), p.slots, p.slots + p.length);
-      positions.insert(positions.end(), p.positions, p.positions + p.length);
+      const size_t at = slots.size();
+      slots.resize(at + static_cast<size_t>(p.length));
+      positions.resize(slots.size());
+      spell(p, c.page_size, slots.data() + at, positions.data() + at);
     }
     ptr.push_back(static_cast<i64>(slots.size()));
   }
@@ -302,23 +307,54 @@ py::tuple flat(const Contexts& c) {
                         array_of(std::vector<i32>(c.row_ptr)), array_of(std::vector<i64>(c.row_positions)));
 }
 
-// A plan over a user's own block tables.
+// Plans over a user's own block tables.
 class BlockTables {
  public:
   BlockTables(const py::array_t<i32, py::array::c_style>& tables, const py::array_t<i64, py::array::c_style>& lengths,
-         const py::array_t<i64, py::array::c_style>& queries, i32 page_size)
-      : paged_(contexts_of_tables(tables.data(), tables.shape(0), tables.shape(1), lengths.data(), queries.data(),
-                                  page_size)) {}
-  PlanResult plan(const PlanParams& params) const {
-    return {Planner::build(paged_.contexts, params, 0, nullptr, nullptr), ++builds_};
+              const py::array_t<i64, py::array::c_style>& queries, i32 page_size)
+      : plans_(packed(tables, lengths, queries, page_size)) {}
+
+  // Made of those of an earlier step, if these are the same sequences grown longer.
+  bool follow(const BlockTables& before) {
+    if (!before.plans_.grow_into(plans_.tables())) return false;
+    plans_.follow(before.plans_);
+    return true;
   }
-  py::tuple contexts() const { return flat(paged_.contexts); }
-  i32 max_page() const { return paged_.max_page; }
-  i64 unique_tokens() const { return static_cast<i64>(paged_.slots.size()); }
+  PlanResult plan(const PlanParams& params) { return {plans_.plan(params), 0}; }
+  py::object appended(const PlanParams& params) const {
+    const auto* changes = plans_.appended(params);
+    if (changes == nullptr) return py::none();
+    py::array_t<i32> out({static_cast<py::ssize_t>(changes->size()), static_cast<py::ssize_t>(3)});
+    static_assert(sizeof(TablePlans::Appended) == 3 * sizeof(i32));
+    std::copy_n(reinterpret_cast<const i32*>(changes->data()), changes->size() * 3, out.mutable_data());
+    return out;
+  }
+  py::tuple contexts() { return flat(plans_.contexts()); }
+  i32 max_page() const { return plans_.tables().max_page; }
+  i64 unique_tokens() {
+    i64 tokens = 0;
+    for (const Contexts::Piece& piece : plans_.contexts().pieces) tokens += piece.length;
+    return tokens;
+  }
 
  private:
-  PagedContexts paged_;
-  mutable i64 builds_ = 0;
+  static Tables packed(const py::array_t<i32, py::array::c_style>& tables,
+                       const py::array_t<i64, py::array::c_style>& lengths,
+                       const py::array_t<i64, py::array::c_style>& queries, i32 page_size) {
+    Tables t;
+    t.page_size = page_size;
+    t.lengths.assign(lengths.data(), lengths.data() + lengths.size());
+    t.queries.assign(queries.data(), queries.data() + queries.size());
+    t.begin.push_back(0);
+    for (const i64 length : t.lengths) t.begin.push_back(t.begin.back() + (length + page_size - 1) / page_size);
+    t.pages.resize(static_cast<size_t>(t.begin.back()));
+    for (i64 b = 0; b < t.batch(); ++b)
+      std::copy_n(tables.data() + b * tables.shape(1), t.begin[b + 1] - t.begin[b], t.pages.data() + t.begin[b]);
+    for (const i32 page : t.pages) t.max_page = std::max(t.max_page, page);
+    return t;
+  }
+
+  TablePlans plans_;
 };
 
 // Tiles [n, 4] and pieces [m, 8] of a branch mask, for kernels that read them as tables.
@@ -403,7 +439,9 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<PlanResult>(m, "PlanResult")
       .def_readonly("build", &PlanResult::build)
-      .def_property_readonly("buffer", &PlanResult::buffer)
+      .def_property_readonly("kv", &PlanResult::kv)
+      .def_property_readonly("work", &PlanResult::work)
+      .def_property_readonly("strip", [](const PlanResult& r) { return r.data.strip; })
       .def_property_readonly("begin", &PlanResult::begin)
       .def_property_readonly("num_items", [](const PlanResult& r) { return r.data.num_items; })
       .def_property_readonly("num_partials", [](const PlanResult& r) { return r.data.num_partials; })
@@ -421,7 +459,9 @@ PYBIND11_MODULE(_core, m) {
   py::class_<BlockTables>(m, "BlockTables")
       .def(py::init<const py::array_t<i32, py::array::c_style>&, const py::array_t<i64, py::array::c_style>&,
                     const py::array_t<i64, py::array::c_style>&, i32>())
+      .def("follow", &BlockTables::follow)
       .def("plan", &BlockTables::plan)
+      .def("appended", &BlockTables::appended)
       .def("contexts", &BlockTables::contexts)
       .def_property_readonly("max_page", &BlockTables::max_page)
       .def_property_readonly("unique_tokens", &BlockTables::unique_tokens);

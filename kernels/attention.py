@@ -18,7 +18,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import SCAN, any_nan, infinities, load_rows, store_rows, tanh, without_infinities
+from .primitives import (
+    SCAN,
+    any_nan,
+    infinities,
+    load_rows,
+    load_tokens,
+    store_rows,
+    tanh,
+    without_infinities,
+)
 from .quantise import AS_THEY_ARE, dequantised
 
 NARROW = tl.constexpr(16)  # packed rows of the smaller tile: the fewest that a tensor core multiplies
@@ -28,8 +37,8 @@ GUARD_N = tl.constexpr(16)  # tokens a step where infinities are kept from rows 
 # up, in the middle of a run, and would not be any faster (every read starts at some item's own offset).
 PLAN_ARRAYS = [
     "items_ptr",
-    "kv_slots_ptr",
-    "kv_positions_ptr",
+    "kv_strips_ptr",
+    "kv_spelled_ptr",
     "rows_ptr",
     "limits_ptr",
     "dest_ptr",
@@ -44,8 +53,9 @@ def _sum_tokens(
     q1,
     k_base,
     v_base,
-    kv_slots_ptr,  # of the item, like the next
-    kv_positions_ptr,
+    kv_strips_ptr,  # of the item
+    kv_spelled_ptr,
+    place,  # of the item's first token in its first strip
     first,
     end,
     limit,
@@ -62,6 +72,7 @@ def _sum_tokens(
     D0: tl.constexpr,
     D1: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    STRIP_SHIFT: tl.constexpr,
     KV_ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -88,12 +99,12 @@ def _sum_tokens(
     # A block's slots are fetched one block ahead. Were they loaded in the iteration that uses them, the compiler would
     # see a load behind a load and halve the number of K and V blocks it keeps in flight.
     n = begin + tl.arange(0, BLOCK_N)
-    slot = tl.load(kv_slots_ptr + n, mask=(n >= first) & (n < end), other=0)
+    slot = load_tokens(kv_strips_ptr, kv_spelled_ptr, place + n, (n >= first) & (n < end), 0, STRIP_SHIFT)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
         keep = (n >= first) & (n < end)
         next_n = n + BLOCK_N
-        next_slot = tl.load(kv_slots_ptr + next_n, mask=next_n < end, other=0)
+        next_slot = load_tokens(kv_strips_ptr, kv_spelled_ptr, place + next_n, next_n < end, 0, STRIP_SHIFT)
         page = (slot // PAGE_SIZE).to(tl.int64)
         offset = (slot % PAGE_SIZE).to(tl.int64)
         k_at = tl.multiple_of(page * stride_k_page + offset * stride_k_slot, [KV_ALIGN])
@@ -118,7 +129,7 @@ def _sum_tokens(
             s = softcap * tanh(s / softcap)
         visible = n[None, :] < limit[:, None]
         if HAS_WINDOW:
-            kv_pos = tl.load(kv_positions_ptr + n, mask=keep, other=0)
+            kv_pos = load_tokens(kv_strips_ptr, kv_spelled_ptr, place + n, keep, 1, STRIP_SHIFT)
             visible = visible & (row_pos[:, None] - kv_pos[None, :] < window)
         s = tl.where(visible, s, float("-inf"))
 
@@ -164,6 +175,7 @@ def _attend(
     D0: tl.constexpr,
     D1: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    STRIP_SHIFT: tl.constexpr,
     Q_ALIGN: tl.constexpr,
     KV_ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -182,7 +194,7 @@ def _attend(
     once more, guarded.
     """
     (
-        q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_acc_ptr, part_ml_ptr, item_ptr, kv_slots_ptr, kv_positions_ptr,
+        q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_acc_ptr, part_ml_ptr, item_ptr, kv_strips_ptr, kv_spelled_ptr,
         rows_ptr, limits_ptr, dest_ptr, row_positions_ptr, sinks_ptr, k_scales_ptr, v_scales_ptr,
     ) = pointers  # fmt: skip
     (
@@ -190,7 +202,9 @@ def _attend(
         stride_v_head, stride_ks_page, stride_ks_slot, stride_ks_head, stride_vs_page, stride_vs_slot, stride_vs_head,
     ) = strides  # fmt: skip
     kv_head, num_kv_heads, scale, softcap, window = numbers
-    kv_begin = tl.load(item_ptr).to(tl.int64)
+    kv_begin = tl.load(item_ptr)
+    kv_strips_ptr += (kv_begin >> STRIP_SHIFT).to(tl.int64) * 2
+    place = kv_begin & ((1 << STRIP_SHIFT) - 1)
     kv_len = tl.load(item_ptr + 1)
     row_begin = tl.load(item_ptr + 2)
     packed = tl.load(item_ptr + 3) * GROUP
@@ -228,13 +242,13 @@ def _attend(
         if row_pos_min - kv_pos_max >= window:
             end = 0
         # What the item's earliest row cannot see, none can. The first and last visible token bound the main loop; a
-        # test inside it would keep the compiler from pipelining the gathers. Positions cost 4 bytes a token,
-        # K and V hundreds.
+        # test inside it would keep the compiler from pipelining the gathers. Positions cost 8 bytes a strip, K and V
+        # hundreds a token.
         first = end
         last = 0
         for start in range(0, end, SCAN):
             n = start + tl.arange(0, SCAN)
-            pos = tl.load(kv_positions_ptr + kv_begin + n, mask=n < end, other=0)
+            pos = load_tokens(kv_strips_ptr, kv_spelled_ptr, place + n, n < end, 1, STRIP_SHIFT)
             seen = (n < end) & (row_pos_min - pos < window)
             first = tl.minimum(first, tl.min(tl.where(seen, n, end), axis=0))
             last = tl.maximum(last, tl.max(tl.where(seen, n + 1, 0), axis=0))
@@ -247,9 +261,9 @@ def _attend(
         stride_ks_page, stride_ks_slot, stride_vs_page, stride_vs_slot,
     )  # fmt: skip
     m, l, acc0, acc1 = _sum_tokens(  # noqa: E741
-        q0, q1, k_base, v_base, kv_slots_ptr + kv_begin, kv_positions_ptr + kv_begin, first, end, limit, row_pos,
+        q0, q1, k_base, v_base, kv_strips_ptr, kv_spelled_ptr, place, first, end, limit, row_pos,
         scale, softcap, window, stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, factors,
-        HEAD_DIM, D0, D1, PAGE_SIZE, KV_ALIGN, BLOCK_M, BLOCK_N, STAGES, HAS_SOFTCAP, HAS_WINDOW, UPCAST, STORED,
+        HEAD_DIM, D0, D1, PAGE_SIZE, STRIP_SHIFT, KV_ALIGN, BLOCK_M, BLOCK_N, STAGES, HAS_SOFTCAP, HAS_WINDOW, UPCAST, STORED,
         GUARDED,
     )  # fmt: skip
     poisoned = False
@@ -328,8 +342,8 @@ def tree_attention_kernel(
     part_acc_ptr,  # float32 [partials, Hq, D], contiguous
     part_ml_ptr,  # float32 [partials, Hq, 2], contiguous: m, l
     items_ptr,  # int32 [num_items, 8]
-    kv_slots_ptr,
-    kv_positions_ptr,
+    kv_strips_ptr,  # int32 [strips, 2]
+    kv_spelled_ptr,  # int32 [·, 2]
     rows_ptr,
     limits_ptr,
     dest_ptr,
@@ -362,6 +376,7 @@ def tree_attention_kernel(
     D0: tl.constexpr,  # head_dim is D0 + D1 columns, both powers of two, so that 80 costs 64 + 16 and not 128;
     D1: tl.constexpr,  # the last columns of D1 are padding where HEAD_DIM < D0 + D1; 0: one part is enough
     PAGE_SIZE: tl.constexpr,
+    STRIP_SHIFT: tl.constexpr,  # log2 of the tokens of a strip
     Q_ALIGN: tl.constexpr,  # a power of two that divides every stride of q, in elements
     KV_ALIGN: tl.constexpr,  # likewise, of k and v
     WIDE: tl.constexpr,  # packed rows of the larger tile
@@ -376,7 +391,7 @@ def tree_attention_kernel(
     UPCAST: tl.constexpr,  # interpreter only: its bfloat16 arithmetic is wrong, so compute in float32 there
     STORED: tl.constexpr,  # what is in the pages: see quantise.py
 ):
-    # Heads of an item are neighbours: they read the same slots, rows and limits while these are in L2.
+    # Heads of an item are neighbours: they read the same strips, rows and limits while these are in L2.
     item = tl.program_id(0) // num_kv_heads
     kv_head = tl.program_id(0) % num_kv_heads
     tile_begin = tl.program_id(1) * WIDE
@@ -389,7 +404,7 @@ def tree_attention_kernel(
     if tile_begin >= packed:
         return
     pointers = (
-        q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_acc_ptr, part_ml_ptr, item_ptr, kv_slots_ptr, kv_positions_ptr,
+        q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_acc_ptr, part_ml_ptr, item_ptr, kv_strips_ptr, kv_spelled_ptr,
         rows_ptr, limits_ptr, dest_ptr, row_positions_ptr, sinks_ptr, k_scales_ptr, v_scales_ptr,
     )  # fmt: skip
     strides = (
@@ -399,12 +414,12 @@ def tree_attention_kernel(
     numbers = (kv_head, num_kv_heads, scale, softcap, window)
     if packed <= NARROW:
         poisoned = _attend(
-            pointers, strides, numbers, tile_begin, GROUP, HEAD_DIM, D0, D1, PAGE_SIZE, Q_ALIGN, KV_ALIGN,
+            pointers, strides, numbers, tile_begin, GROUP, HEAD_DIM, D0, D1, PAGE_SIZE, STRIP_SHIFT, Q_ALIGN, KV_ALIGN,
             NARROW, NARROW_N, NARROW_STAGES, HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST, STORED, False,
         )  # fmt: skip
     else:
         poisoned = _attend(
-            pointers, strides, numbers, tile_begin, GROUP, HEAD_DIM, D0, D1, PAGE_SIZE, Q_ALIGN, KV_ALIGN,
+            pointers, strides, numbers, tile_begin, GROUP, HEAD_DIM, D0, D1, PAGE_SIZE, STRIP_SHIFT, Q_ALIGN, KV_ALIGN,
             WIDE, WIDE_N, WIDE_STAGES, HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST, STORED, False,
         )  # fmt: skip
     # A token that a row does not see has weight 0, and 0 · NaN is NaN: where the tokens of other rows hold infinities
@@ -415,6 +430,6 @@ def tree_attention_kernel(
         tile_end = tl.minimum(packed, tile_begin + WIDE)
         for begin in tl.range(tile_begin, tile_end, NARROW, num_stages=1):
             _attend(
-                pointers, strides, numbers, begin, GROUP, HEAD_DIM, D0, D1, PAGE_SIZE, Q_ALIGN, KV_ALIGN,
+                pointers, strides, numbers, begin, GROUP, HEAD_DIM, D0, D1, PAGE_SIZE, STRIP_SHIFT, Q_ALIGN, KV_ALIGN,
                 NARROW, GUARD_N, 1, HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST, STORED, True,
             )  # fmt: skip

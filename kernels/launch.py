@@ -116,7 +116,7 @@ def attention(
             tiles = triton.cdiv(min(arrays.tile_rows, queries) * group, config.wide)
             tree_attention_kernel[(arrays.num_items * num_kv_heads, tiles)](
                 q, _bytes(k_pages), _bytes(v_pages), out, lse, part_acc, part_ml,
-                arrays.items, arrays.kv_slots, arrays.kv_positions, arrays.rows, arrays.limits, arrays.dest,
+                arrays.items, arrays.kv_strips, arrays.kv_spelled, arrays.rows, arrays.limits, arrays.dest,
                 arrays.row_positions, lse if sinks is None else sinks, arrays.items if counts is None else counts,
                 k_scales, v_scales,
                 arrays.num_items, num_kv_heads, float(scale), float(softcap or 0.0), int(window or 0),
@@ -125,6 +125,7 @@ def attention(
                 v_pages.stride(0), v_pages.stride(1), v_pages.stride(2),
                 *scale_strides,
                 GROUP=group, HEAD_DIM=head_dim, D0=d0, D1=d1, PAGE_SIZE=page_size,
+                STRIP_SHIFT=arrays.strip.bit_length() - 1,
                 Q_ALIGN=stride_alignment(q), KV_ALIGN=stride_alignment(k_pages, v_pages),
                 WIDE=config.wide, WIDE_N=config.wide_n, WIDE_STAGES=config.wide_stages,
                 NARROW_N=config.narrow_n, NARROW_STAGES=config.narrow_stages,

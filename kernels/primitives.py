@@ -1,4 +1,5 @@
-"""What the attention kernels are made of: rows in and out, tanh, and sums that keep infinities where they are seen."""
+"""What the attention kernels are made of: tokens of a plan, rows in and out, tanh, and sums that keep infinities where
+they are seen."""
 
 from __future__ import annotations
 
@@ -29,6 +30,22 @@ def load_rows(ptr, offsets, d, keep, HEAD_DIM: tl.constexpr, PADDED: tl.constexp
     if UPCAST:
         x = x.to(tl.float32)
     return x
+
+
+@triton.jit
+def load_tokens(strips_ptr, spelled_ptr, place, keep, PART: tl.constexpr, STRIP_SHIFT: tl.constexpr):
+    """The slots (PART 0) or positions (PART 1; 0 where not kept) of tokens at ``place`` [N] of a plan's strips."""
+    at = place & ((1 << STRIP_SHIFT) - 1)
+    strip = (place >> STRIP_SHIFT) * 2
+    entry = tl.load(strips_ptr + strip, mask=keep, other=0)
+    if PART == 0:
+        token = entry + at
+    else:
+        token = tl.where(keep, tl.load(strips_ptr + strip + 1, mask=keep, other=0) + at, 0)
+    if STRIP_SHIFT > 0:  # strips of one token are never spelled out
+        spelled = keep & (entry < 0)
+        token = tl.where(spelled, tl.load(spelled_ptr + (~entry + at) * 2 + PART, mask=spelled, other=0), token)
+    return token
 
 
 @triton.jit

@@ -178,7 +178,7 @@ def _attention(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
     d0, d1 = column_split(v.head_dim)
     config = attention_config(v.head_dim, DTYPES[v.dtype], v.capability)
     constants = dict(
-        GROUP=4, HEAD_DIM=v.head_dim, D0=d0, D1=d1, PAGE_SIZE=16,
+        GROUP=4, HEAD_DIM=v.head_dim, D0=d0, D1=d1, PAGE_SIZE=16, STRIP_SHIFT=4,
         Q_ALIGN=_alignment(v.head_dim), KV_ALIGN=_alignment(v.head_dim),
         WIDE=config.wide, WIDE_N=config.wide_n, WIDE_STAGES=config.wide_stages,
         NARROW_N=config.narrow_n, NARROW_STAGES=config.narrow_stages,

@@ -25,6 +25,7 @@ struct Rows {
 // A tile's K and V.
 struct Span {
   int begin, n;
+  int32_t slots[SPAN];
   Rows rows[2 * GROUPS];  // of K, then of V
 };
 
@@ -33,7 +34,7 @@ struct AmxScratch {
   pair* q;       // panels [D / 2][PANEL rows], the last one perhaps of SIDE rows
   pair *v, *p;   // registers [D / SIDE][BLOCKS], [PANEL / SIDE][BLOCKS]
   float *s, *o, *m, *l, *alpha;
-  int32_t *limit, *position;
+  int32_t *limit, *position, *positions;  // positions: of a tile's tokens
   bf16 *copies, *zeros;  // of rows that have no data, [2 · SPAN, dv]; [dv]
   Span *here, *next;
 
@@ -51,6 +52,7 @@ struct AmxScratch {
     alpha = take.take<float>(rows);
     limit = take.take<int32_t>(rows);
     position = take.take<int32_t>(rows);
+    positions = take.take<int32_t>(SPAN);
     copies = take.take<bf16>(size_t(2 * SPAN) * dv);
     zeros = take.take<bf16>(size_t(dv));
     here = take.take<Span>(1);
@@ -79,8 +81,9 @@ ANABRANCH_INLINE void locate(const Attention& a, const Unit& u, int begin, Span&
   const int n = smaller(SPAN, u.n - begin);  // not above zero behind the last one
   span.begin = begin;
   span.n = n > 0 ? n : 0;
+  u.slots(begin, span.n, span.slots);
   for (int g = 0; g * SIDE < n; ++g) {
-    const int32_t* slots = u.slots + begin + g * SIDE;
+    const int32_t* slots = span.slots + g * SIDE;
     const bool whole = a.head_dim % DEPTH == 0 && (g + 1) * SIDE <= n && side_by_side(a, slots);
     span.rows[g] = {whole ? at<bf16>(a.k, a, u.head, slots[0]) : nullptr, a.k.slot};
     span.rows[GROUPS + g] = {whole ? at<bf16>(a.v, a, u.head, slots[0]) : nullptr, a.v.slot};
@@ -100,7 +103,7 @@ ANABRANCH_INLINE void gather(const Attention& a, const Unit& u, int groups, cons
           bf16* to = w.copies + int64_t(half * SPAN + j) * w.dv;
           const int real = j < span.n ? d : 0;
           if (real)
-            memcpy(static_cast<void*>(to), at<bf16>(half ? a.v : a.k, a, u.head, u.slots[span.begin + j]),
+            memcpy(static_cast<void*>(to), at<bf16>(half ? a.v : a.k, a, u.head, span.slots[j]),
                    size_t(d) * sizeof(bf16));
           memset(static_cast<void*>(to + real), 0, size_t(w.dv - real) * sizeof(bf16));
         }
@@ -125,7 +128,7 @@ struct SpanFetcher {
       const int token = value ? at - span.n : at;
       const Rows& rows = span.rows[(value ? GROUPS : 0) + token / SIDE];
       fetch(rows.data ? rows.data + token % SIDE * rows.stride
-                      : cpu::at<bf16>(value ? a.v : a.k, a, u.head, u.slots[span.begin + token]),
+                      : cpu::at<bf16>(value ? a.v : a.k, a, u.head, span.slots[token]),
             bytes);
     }
   }
@@ -331,7 +334,7 @@ void amx_panel(const Attention& a, const Unit& u, const Tile& tile, const AmxScr
   float factor = query_factor(a), *o = w.o + int64_t(row) * w.dv, *alpha = w.alpha + row;
   amx_scores<NV>(w.q + int64_t(row) * w.dv / 2, w.dv, k, n, w.s);
   if (a.softcap > 0 || tile.cut()) {
-    cap_and_mask<NV>(a, u, tile, w, row, n, w.s, factor);
+    cap_and_mask<NV>(a, tile, w, row, n, w.s, factor);
     factor = 1;
   }
   amx_soften<NV>(w.s, n, factor, w.m + row, w.l + row, alpha, w.p, fetcher);
@@ -349,7 +352,7 @@ void amx_unit(const Attention& a, const Unit& u, void* base) {
   for (int begin = 0; begin < u.n; begin += SPAN) {
     std::swap(w.here, w.next);
     locate(a, u, begin + SPAN, *w.next);
-    const Tile tile(a, u, begin, w.here->n);
+    const Tile tile(a, u, begin, w.here->n, w.positions);
     if (tile.hidden) continue;
     SpanFetcher fetcher(a, u, *w.next, w.rows / SIDE * (round_up(tile.n, DEPTH) / DEPTH) * (SIDE / FETCH_STEP));
     gather(a, u, round_up(tile.n, 4 * SIDE) / SIDE, w, *w.here);  // what a step of amx_scores takes

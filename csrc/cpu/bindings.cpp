@@ -45,7 +45,7 @@ int log2_or_minus_one(int n) {
 }
 
 void py_attention(int type, int head_dim, int num_q_heads, int num_kv_heads, int page_size, const Strided3& q,
-                  const Paged& k, const Paged& v, const std::array<int64_t, 9>& plan, int num_items, int num_merge,
+                  const Paged& k, const Paged& v, const std::array<int64_t, 10>& plan, int num_items, int num_merge,
                   float scale, float softcap, int64_t window, int64_t sinks, int64_t out, int64_t lse, int threads,
                   const Quantised& quantised) {
   Attention a{};
@@ -62,9 +62,10 @@ void py_attention(int type, int head_dim, int num_q_heads, int num_kv_heads, int
   a.v = pool(v, quantised, 5);
   a.page_size = page_size;
   a.page_shift = log2_or_minus_one(page_size);
-  const int32_t** arrays[] = {&a.items, &a.kv_slots,      &a.kv_positions, &a.rows,     &a.limits,
-                              &a.dest,  &a.row_positions, &a.merge_rows,   &a.merge_ptr};
-  for (size_t i = 0; i < plan.size(); ++i) *arrays[i] = pointer<int32_t>(plan[i]);
+  const int32_t** arrays[] = {&a.items, &a.kv_strips,     &a.kv_spelled, &a.rows,     &a.limits,
+                              &a.dest,  &a.row_positions, &a.merge_rows, &a.merge_ptr};
+  for (size_t i = 0; i < std::size(arrays); ++i) *arrays[i] = pointer<int32_t>(plan[i]);
+  a.strip_shift = log2_or_minus_one(int(plan.back()));
   a.num_items = num_items;
   a.num_merge = num_merge;
   a.scale = scale;
@@ -100,10 +101,19 @@ void py_copy(int64_t data, int64_t planes, int64_t heads, const std::array<int64
 
 void py_linear(int type, int64_t rows, int64_t n, int64_t k, int64_t x, int64_t x_row, int64_t w, int64_t w_row,
                int64_t bias, int64_t out, int threads) {
-  Linear l{Type(type), rows, n, k, pointer<void>(x), pointer<void>(w), pointer<void>(bias), pointer<void>(out),
-           x_row, w_row, n, nullptr};
   py::gil_scoped_release release;
-  linear(l, threads);
+  linear({{Type(type), rows, n, k, pointer<void>(x), pointer<void>(w), pointer<void>(bias), pointer<void>(out), x_row,
+           w_row, n, nullptr}}, threads);
+}
+
+void py_linear_of_one(int type, int64_t rows, int64_t k, int64_t x, int64_t x_row,
+                      const std::vector<std::array<int64_t, 5>>& layers, int threads) {
+  std::vector<Linear> all;
+  for (const auto& [n, w, w_row, bias, out] : layers)
+    all.push_back({Type(type), rows, n, k, pointer<void>(x), pointer<void>(w), pointer<void>(bias), pointer<void>(out),
+                   x_row, w_row, n, nullptr});
+  py::gil_scoped_release release;
+  linear(all, threads);
 }
 
 Scores scores(int type, const std::array<int64_t, 4>& x) {
@@ -237,7 +247,7 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("num_kv_heads"), py::arg("page_size"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("plan"),
         py::arg("num_items"), py::arg("num_merge"), py::arg("scale"), py::arg("softcap"), py::arg("window"),
         py::arg("sinks"), py::arg("out"), py::arg("lse"), py::arg("threads"), py::arg("quantised") = NOT_QUANTISED,
-        "softcap 0 and window −1 mean off; sinks and lse may be 0; type 0 float32, 1 bfloat16, 2 float16. quantised: −1, or "
+        "plan: addresses of its nine arrays, tokens of a strip. softcap 0 and window −1 mean off; sinks and lse may be 0; type 0 float32, 1 bfloat16, 2 float16. quantised: −1, or "
         "0 int8, 1 float8 e4m3; then for K and for V: address and strides (page, slot, head) of the float32 factors.");
   m.def("write_kv", &py_write, py::arg("type"), py::arg("head_dim"), py::arg("num_kv_heads"), py::arg("page_size"),
         py::arg("k"), py::arg("v"), py::arg("k_pages"), py::arg("v_pages"), py::arg("slots"), py::arg("rows"),
@@ -250,6 +260,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("linear", &py_linear, py::arg("type"), py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("x"),
         py::arg("x_row"), py::arg("w"), py::arg("w_row"), py::arg("bias"), py::arg("out"), py::arg("threads"),
         "out [rows, n] contiguous = x [rows, k] times w [n, k] transposed, plus bias [n] (0: none).");
+  m.def("linear_of_one", &py_linear_of_one, py::arg("type"), py::arg("rows"), py::arg("k"), py::arg("x"),
+        py::arg("x_row"), py::arg("layers"), py::arg("threads"),
+        "Several layers of one x in one parallel region; layers: (n, w, w_row, bias, out) of each, as for linear.");
   m.def("branch_forward", &py_branch_forward, py::arg("type"), py::arg("shape"), py::arg("qkv"), py::arg("mask"),
         py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("sinks"), py::arg("out"), py::arg("lse"),
         py::arg("threads"), "shape: head_dim, query heads, KV heads; mask: starts, row_ptr, cols, positions, segments.");

@@ -33,7 +33,8 @@ struct Attention {
   Pool k, v;
   int page_size, page_shift;  // page_shift = log2(page_size), or −1 when it is no power of two
   // The plan, int32 as in docs/kernel_contract.md.
-  const int32_t *items, *kv_slots, *kv_positions, *rows, *limits, *dest, *row_positions, *merge_rows, *merge_ptr;
+  const int32_t *items, *kv_strips, *kv_spelled, *rows, *limits, *dest, *row_positions, *merge_rows, *merge_ptr;
+  int strip_shift;  // log2 of the tokens of a strip
   int num_items, num_merge;
   float scale;         // natural units
   float softcap;       // 0: off

@@ -10,6 +10,8 @@
 // its sum is not, so the LSE is float32's.
 #pragma once
 
+#include <utility>
+
 #include "cpu/unit.hpp"
 
 namespace anabranch::cpu {
@@ -31,7 +33,8 @@ struct PackedScratch {
   E *q, *v;
   float *k, *s, *o, *m, *l, *alpha;
   int32_t *limit, *position;
-  const void **here, **next;  // the K rows of a tile, then its V rows
+  int32_t *slots, *coming, *positions;  // of a tile's tokens, of the next one's; the tile's positions
+  const void **here, **next;            // the K rows of a tile, then its V rows
 
   PackedScratch(void* base, int packed, int d, size_t* bytes = nullptr) {
     Scratch take(base);
@@ -47,6 +50,9 @@ struct PackedScratch {
     alpha = take.take<float>(rows);
     limit = take.take<int32_t>(rows);
     position = take.take<int32_t>(rows);
+    slots = take.take<int32_t>(TILE);
+    coming = take.take<int32_t>(TILE);
+    positions = take.take<int32_t>(TILE);
     here = take.take<const void*>(2 * TILE);
     next = take.take<const void*>(2 * TILE);
     if (bytes) *bytes = size_t(take.next - static_cast<char*>(base));
@@ -119,15 +125,14 @@ void scores(const E* q, int d, const void* const* k, int n, float* s, Fetcher& f
 
 // `w`: whatever has the rows' limit and position.
 template <int NV, class Rows>
-void cap_and_mask(const Attention& a, const Unit& u, const Tile& tile, const Rows& w, int row, int n, float* s,
+void cap_and_mask(const Attention& a, const Tile& tile, const Rows& w, int row, int n, float* s,
                   float factor = 1) {
-  const int32_t* positions = u.positions + tile.begin;
   for (int j = 0; j < n; ++j)
     for (int i = 0; i < NV; ++i) {
       vf x = load(s + (j * NV + i) * W) * factor;
       if (a.softcap > 0) x = tanh_(x) * a.softcap;
       if (tile.limited) x = splat(int32_t(tile.begin + j)) < load(w.limit + row + i * W) ? x : splat(-INF);
-      if (tile.windowed) x = load(w.position + row + i * W) - positions[j] < a.window ? x : splat(-INF);
+      if (tile.windowed) x = load(w.position + row + i * W) - tile.positions[j] < a.window ? x : splat(-INF);
       store(s + (j * NV + i) * W, x);
     }
 }
@@ -327,9 +332,10 @@ void packed_unit(const Attention& a, const Unit& u, void* base) {
   const auto locate = [&](int begin, const void** rows) {  // returns the end of the pointers that are rows
     int n = smaller(TILE, u.n - begin);
     if (n <= 0) return 0;
+    u.slots(begin, n, w.coming);
     for (int j = 0; j < n; ++j) {
-      rows[j] = at<S>(a.k, a, u.head, u.slots[begin + j]);
-      rows[TILE + j] = at<S>(a.v, a, u.head, u.slots[begin + j]);
+      rows[j] = at<S>(a.k, a, u.head, w.coming[j]);
+      rows[TILE + j] = at<S>(a.v, a, u.head, w.coming[j]);
     }
     for (int j = n; j < TILE; ++j) rows[j] = rows[0];  // surplus keys of the last block
     return TILE + n;
@@ -342,8 +348,9 @@ void packed_unit(const Attention& a, const Unit& u, void* base) {
     const void** spent = w.here;
     w.here = w.next;
     w.next = spent;
+    std::swap(w.slots, w.coming);
     const int coming = locate(begin + TILE, w.next);
-    Tile tile(a, u, begin, smaller(TILE, u.n - begin));
+    Tile tile(a, u, begin, smaller(TILE, u.n - begin), w.positions);
     if (tile.hidden) continue;
     Fetcher fetcher(w.next, coming, d * int(sizeof(S)), steps);
     const auto value = [&](int j) { return static_cast<const S*>(w.here[TILE + j]); };
@@ -352,7 +359,7 @@ void packed_unit(const Attention& a, const Unit& u, void* base) {
         pack_value(value(j), j + 1 < tile.n ? value(j + 1) : nullptr, d, w.dv, j / 2, w.v);
     } else {
       for (int j = 0; j < tile.n; ++j) {
-        const int32_t slot = u.slots[begin + j];
+        const int32_t slot = w.slots[j];
         if constexpr (sizeof(S) < sizeof(float))
           copy_row(static_cast<const S*>(w.here[j]), d, w.k + int64_t(j) * d, scale_at<S>(a.k, a, u.head, slot));
         pack_value(value(j), d, w.dv, j, w.v, scale_at<S>(a.v, a, u.head, slot));
@@ -373,11 +380,11 @@ void packed_unit(const Attention& a, const Unit& u, void* base) {
       const E* p;
       if (width == PANEL) {
         scores<2>(q, d, w.here, n, w.s, fetcher, factor);
-        if (a.softcap > 0 || tile.cut()) cap_and_mask<2>(a, u, tile, w, row, n, w.s);
+        if (a.softcap > 0 || tile.cut()) cap_and_mask<2>(a, tile, w, row, n, w.s);
         p = soften<2, E>(w.s, n, w.m + row, w.l + row, w.alpha + row);
       } else {
         scores<1>(q, d, w.here, n, w.s, fetcher, factor);
-        if (a.softcap > 0 || tile.cut()) cap_and_mask<1>(a, u, tile, w, row, n, w.s);
+        if (a.softcap > 0 || tile.cut()) cap_and_mask<1>(a, tile, w, row, n, w.s);
         p = soften<1, E>(w.s, n, w.m + row, w.l + row, w.alpha + row);
       }
       float* o = w.o + int64_t(row) * w.dv;

@@ -132,7 +132,7 @@ float soften_row(const Attention& a, const Unit& u, const Tile& tile, int packed
   if (tile.windowed) {
     int position = a.row_positions[u.rows[r]];
     for (int j = 0; j < tile.n; ++j)
-      if (position - u.positions[tile.begin + j] >= a.window) s[j] = -INF;
+      if (position - tile.positions[j] >= a.window) s[j] = -INF;
   }
   vf tops = splat(*m);
   for (int j = 0; j < end; j += W) tops = larger(tops, load(s + j));
@@ -232,18 +232,24 @@ void stream_unit(const Attention& a, Unit& u, int head_end, void* scratch) {
   // One block of up to four rows, or two of nearly equal size.
   const int cut = rows <= STREAM_BLOCK ? rows : (rows + 1) / 2;
   const StreamSteps<S, E> head = steps_for<S, E>(cut, true), tail = steps_for<S, E>(rows > cut ? rows - cut : 1, false);
+  int32_t slots[2 * STREAM_TILE], positions[STREAM_TILE];
   const auto locate = [&](int begin, int half) {  // past the last token: any valid address, for prefetches and blocks
     const int n = smaller(STREAM_TILE, u.n - begin);
-    for (int j = 0; j < STREAM_TILE; ++j) {
-      const int32_t slot = u.slots[n <= 0 ? 0 : j < n ? begin + j : begin];
-      w.k[half + j] = at<S>(a.k, a, first, slot);
-      w.v[half + j] = at<S>(a.v, a, first, slot);
+    if (n > 0) u.slots(begin, n, slots + half);
+    for (int j = 0; j < n; ++j) {
+      w.k[half + j] = at<S>(a.k, a, first, slots[half + j]);
+      w.v[half + j] = at<S>(a.v, a, first, slots[half + j]);
+    }
+    const int valid = n > 0 ? half : STREAM_TILE - half;
+    for (int j = n > 0 ? n : 0; j < STREAM_TILE; ++j) {
+      w.k[half + j] = w.k[valid];
+      w.v[half + j] = w.v[valid];
     }
   };
   if (u.n > 0) locate(0, 0);
   int half = 0;
   for (int begin = 0; begin < u.n; begin += STREAM_TILE, half = STREAM_TILE - half) {
-    const Tile tile(a, u, begin, smaller(STREAM_TILE, u.n - begin));
+    const Tile tile(a, u, begin, smaller(STREAM_TILE, u.n - begin), positions);
     locate(begin + STREAM_TILE, STREAM_TILE - half);
     if (tile.hidden) continue;
     for (int h = 0; h < heads; ++h) {
@@ -273,8 +279,8 @@ void stream_unit(const Attention& a, Unit& u, int head_end, void* scratch) {
       float k_scale[STREAM_TILE] = {}, v_scale[STREAM_TILE] = {};
       if constexpr (QUANTISED<S>)
         for (int j = 0; j < tile.n; ++j) {
-          k_scale[j] = scale_at<S>(a.k, a, first + h, u.slots[begin + j]);
-          v_scale[j] = scale_at<S>(a.v, a, first + h, u.slots[begin + j]);
+          k_scale[j] = scale_at<S>(a.k, a, first + h, slots[half + j]);
+          v_scale[j] = scale_at<S>(a.v, a, first + h, slots[half + j]);
         }
       const E* q = w.q + h * (each / STEP<E>);
       float *o = w.o + h * each, *m = w.m + h * STREAM_ROWS, *l = w.l + h * STREAM_ROWS, alpha[STREAM_ROWS];

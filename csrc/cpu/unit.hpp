@@ -18,7 +18,8 @@ ANABRANCH_INLINE int64_t smaller(int64_t a, int64_t b) { return b < a ? b : a; }
 
 // One (item × KV head): the tokens [0, n) that some row sees, and packed rows r · group + g.
 struct Unit {
-  const int32_t *slots, *positions, *rows, *limits, *dest;
+  const int32_t *strips, *spelled, *rows, *limits, *dest;
+  int shift, first;  // log2 of the tokens of a strip; the first token's place in `strips`
   int n, row_count, packed, head;
   int least;  // tokens that every row sees (of those inside the window)
   bool masked;
@@ -26,8 +27,10 @@ struct Unit {
 
   Unit(const Attention& a, int item, int kv_head) {
     const int32_t* it = a.items + 8 * int64_t(item);
-    slots = a.kv_slots + it[0];
-    positions = a.kv_positions + it[0];
+    shift = a.strip_shift;
+    strips = a.kv_strips + 2 * int64_t(it[0] >> shift);
+    first = it[0] & ((1 << shift) - 1);
+    spelled = a.kv_spelled;
     n = it[1];
     rows = a.rows + it[2];
     limits = a.limits + it[2];
@@ -56,6 +59,33 @@ struct Unit {
       if (int64_t(it[6]) - it[5] >= a.window) n = 0;
     }
   }
+
+  // Of tokens [begin, begin + count); there may be none.
+  void slots(int begin, int count, int32_t* to) const { tell<0>(begin, count, to); }
+  void positions(int begin, int count, int32_t* to) const { tell<1>(begin, count, to); }
+
+ private:
+  template <int PART>
+  void tell(int begin, int count, int32_t* to) const {
+    if (shift == 0) {
+      for (int j = 0; j < count; ++j) to[j] = strips[2 * int64_t(begin + j) + PART];
+      return;
+    }
+    const int size = 1 << shift;
+    for (int64_t place = int64_t(first) + begin; count > 0;) {
+      const int32_t* entry = strips + 2 * (place >> shift);
+      const int at = int(place & (size - 1)), n = smaller(count, size - at);
+      if (entry[0] >= 0) {
+        for (int j = 0; j < n; ++j) to[j] = entry[PART] + at + j;
+      } else {
+        const int32_t* token = spelled + 2 * (~int64_t(entry[0]) + at) + PART;
+        for (int j = 0; j < n; ++j) to[j] = token[2 * j];
+      }
+      to += n;
+      place += n;
+      count -= n;
+    }
+  }
 };
 
 // How a tile of tokens [begin, begin + n) stands to the unit's rows.
@@ -63,14 +93,17 @@ struct Tile {
   int begin, n;
   bool limited, windowed;  // some row is cut by its limit, by the window
   bool hidden;             // no row sees any of it
+  const int32_t* positions;  // of its tokens, with a window only
 
-  Tile(const Attention& a, const Unit& u, int first, int count) : begin(first), n(count) {
+  // room: for `count` positions
+  Tile(const Attention& a, const Unit& u, int first, int count, int32_t* room) : begin(first), n(count), positions(room) {
     limited = u.masked && first + count > u.least;
     windowed = hidden = false;
     if (!a.windowed) return;
-    int lo = u.positions[first], hi = lo;
+    u.positions(first, count, room);
+    int lo = room[0], hi = lo;
     for (int j = 1; j < count; ++j) {
-      int p = u.positions[first + j];
+      int p = room[j];
       lo = smaller(lo, p);
       if (p > hi) hi = p;
     }

@@ -75,7 +75,7 @@ ANABRANCH_DEVICE Range range_of(const Attention& a, const Pass& pass, Int2* ends
     first = end;
     if (seen.z - seen.y < a.window)
       for (int n = thread; n < end; n += kThreads)
-        if (seen.z - ptx::load(a.kv_positions + kv.x + n) < a.window) {
+        if (seen.z - token_at(a, static_cast<u32>(kv.x + n)).y < a.window) {
           first = smaller(first, n);
           last = n + 1;
         }
@@ -150,8 +150,8 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
   const bool working = STEPS < 4 || warp < pass.warps_m;  // three warps of rows leave the fourth idle
   const int first_block = range.first / S::kBlock;
   const int tiles = sight.end > range.first ? 2 * ((sight.end + S::kBlock - 1) / S::kBlock - first_block) : 0;
-  Stream<T, D> stream{a,         memory,      places, positions,     a.kv_slots + pass.kv.x,
-                      pass.head, first_block, sight.end, pass.seen.z, tiles, 0, 0, {}};
+  Stream<T, D> stream{a, memory, places, positions, static_cast<u32>(pass.kv.x), pass.head, first_block, sight.end,
+                      pass.seen.z, tiles, 0, 0, {}};
   if (tiles > 0) stream.prepare();
   ptx::sync_block(Site::places_visible);
   if (thread == 0) pass.keep(kept);

@@ -42,7 +42,7 @@ const Device& device_at(int index) {
 }
 
 void py_attention(int type, int head_dim, int num_q_heads, int num_kv_heads, int page_size, const Strided& q,
-                  const Paged& k, const Paged& v, const std::array<int64_t, 10>& plan, int num_items, int num_merge,
+                  const Paged& k, const Paged& v, const std::array<int64_t, 11>& plan, int num_items, int num_merge,
                   float scale, float softcap, int64_t window, int64_t sinks, int64_t out, int64_t lse,
                   const std::array<int64_t, 2>& partials, int device, int64_t stream, int ring, int grid) {
   Attention a{};
@@ -55,9 +55,11 @@ void py_attention(int type, int head_dim, int num_q_heads, int num_kv_heads, int
   a.lse = pointer<float>(lse);
   a.part_acc = pointer<float>(partials[0]);
   a.part_ml = pointer<float>(partials[1]);
-  const int32_t** arrays[] = {&a.items, &a.kv_slots,      &a.kv_positions, &a.rows,      &a.limits,
-                              &a.dest,  &a.row_positions, &a.merge_rows,   &a.merge_ptr, &a.counts};
-  for (size_t i = 0; i < plan.size(); ++i) *arrays[i] = pointer<int32_t>(plan[i]);
+  const int32_t** arrays[] = {&a.items, &a.kv_strips,     &a.kv_spelled, &a.rows,     &a.limits,
+                              &a.dest,  &a.row_positions, &a.merge_rows, &a.merge_ptr};
+  for (size_t i = 0; i < std::size(arrays); ++i) *arrays[i] = pointer<int32_t>(plan[i]);
+  a.strip_shift = log2_or_minus_one(int(plan[9]));
+  a.counts = pointer<int32_t>(plan[10]);
   a.num_items = num_items;
   a.num_merge = num_merge;
   a.num_q_heads = num_q_heads;
@@ -89,11 +91,11 @@ void py_copy(int type, int head_dim, int64_t pool, const std::array<int64_t, 4>&
   copy_pages(c, head_dim, element_bytes(type), device_at(device), pointer<void>(stream));
 }
 
-void py_advance(const std::array<int64_t, 5>& arrays, int64_t tails, int64_t slots, int64_t positions, int branches,
+void py_advance(const std::array<int64_t, 5>& arrays, int strip, int64_t tails, int64_t slots, int64_t positions, int branches,
                 int device, int64_t stream) {
   const auto array = [&](int i) { return pointer<int32_t>(arrays[i]); };
   const Advance a{array(0),  array(1), array(2), array(3), array(4), pointer<int64_t>(tails), pointer<int32_t>(slots),
-                  pointer<int64_t>(positions), branches};
+                  pointer<int64_t>(positions), branches, log2_or_minus_one(strip)};
   advance(a, device_at(device), pointer<void>(stream));
 }
 
@@ -120,7 +122,8 @@ PYBIND11_MODULE(ANABRANCH_CUDA_MODULE, m) {
         py::arg("num_items"), py::arg("num_merge"), py::arg("scale"), py::arg("softcap"), py::arg("window"),
         py::arg("sinks"), py::arg("out"), py::arg("lse"), py::arg("partials"), py::arg("device"), py::arg("stream"),
         py::arg("ring") = 0, py::arg("grid") = 0,
-        "softcap 0 and window −1 mean off; sinks, lse and the last of the plan (counts) may be 0; type 0 float32, "
+        "plan: addresses of its nine arrays, tokens of a strip, address of counts. softcap 0 and window −1 mean off; sinks, "
+        "lse and counts may be 0; type 0 float32, "
         "1 bfloat16, 2 float16.");
   m.def("write_kv", &py_write, py::arg("type"), py::arg("head_dim"), py::arg("num_kv_heads"), py::arg("page_size"),
         py::arg("k"), py::arg("v"), py::arg("k_pages"), py::arg("v_pages"), py::arg("slots"), py::arg("rows"),
@@ -128,9 +131,10 @@ PYBIND11_MODULE(ANABRANCH_CUDA_MODULE, m) {
   m.def("copy_pages", &py_copy, py::arg("type"), py::arg("head_dim"), py::arg("pool"), py::arg("strides"),
         py::arg("planes"), py::arg("heads"), py::arg("copies"), py::arg("count"), py::arg("device"), py::arg("stream"),
         "strides: plane, page, head, token, in elements; copies: int32 [3, count] on the device.");
-  m.def("advance", &py_advance, py::arg("arrays"), py::arg("tails"), py::arg("slots"), py::arg("positions"),
+  m.def("advance", &py_advance, py::arg("arrays"), py::arg("strip"), py::arg("tails"), py::arg("slots"), py::arg("positions"),
         py::arg("branches"), py::arg("device"), py::arg("stream"),
-        "arrays: items, kv_slots, kv_positions, limits, row_positions of a plan; one token more for every tail.");
+        "arrays: items, kv_strips, kv_spelled, limits, row_positions of a plan; strip: tokens of a strip. One token more for "
+        "every tail.");
   m.def("packed_rows", [](int type, int head_dim) { return packed_rows(Type(type), head_dim); }, py::arg("type"),
         py::arg("head_dim"), "Packed query rows a pass: a plan's tile.");
   m.def(

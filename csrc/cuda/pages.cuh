@@ -54,8 +54,15 @@ void advance_kernel(const Advance a) {
     i32* const item = a.items + 8 * ptx::load(a.tails + b);
     const i32 begin = ptx::load(item), length = ptx::load(item + 1), row = ptx::load(item + 2);
     const i32 position = static_cast<i32>(ptx::load(a.positions + b)), latest = ptx::load(item + 5);
-    ptx::store(a.kv_slots + begin + length, ptx::load(a.slots + b));
-    ptx::store(a.kv_positions + begin + length, position);
+    const i32 place = begin + length, within = place & ((1 << a.strip_shift) - 1);
+    Int2* const strip = reinterpret_cast<Int2*>(a.kv_strips) + (place >> a.strip_shift);
+    const Int2 token{ptx::load(a.slots + b), position};
+    if (within == 0) {
+      ptx::store(strip, token);
+    } else {
+      const i32 entry = ptx::load(strip).x;  // not below 0: the token lies side by side with the one before
+      if (entry < 0) ptx::store(reinterpret_cast<Int2*>(a.kv_spelled) + (~entry + within), token);
+    }
     ptx::store(a.limits + row, length + 1);
     ptx::store(a.row_positions + b, position);
     ptx::store(item + 1, length + 1);

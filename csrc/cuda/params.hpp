@@ -26,9 +26,10 @@ struct Attention {
   float* lse;       // [rows, num_q_heads] or null
   float* part_acc;  // [partials, num_q_heads, D]
   float* part_ml;   // [partials, num_q_heads, 2]: m (in units of log 2) and l
-  const int32_t *items, *kv_slots, *kv_positions, *rows, *limits, *dest, *row_positions, *merge_rows, *merge_ptr;
+  const int32_t *items, *kv_strips, *kv_spelled, *rows, *limits, *dest, *row_positions, *merge_rows, *merge_ptr;
   const int32_t* counts;  // [num_items, num_partials, num_merge] on the device, or null: then the two below are true
   int num_items, num_merge;  // with `counts`: capacities
+  int strip_shift;           // log2 of the tokens of a strip
   int num_q_heads, num_kv_heads, group, head_dim;
   int page_size, page_shift;  // page_shift = log2(page_size), or −1 when it is no power of two
   float scale, softcap;       // softcap 0: off
@@ -56,11 +57,11 @@ struct CopyPages {  // pool [planes, pages, heads, page_size, D], byte strides
 
 // One decode step of a plan whose topology stays: every branch's next token goes behind the last one of its tail.
 struct Advance {
-  int32_t *items, *kv_slots, *kv_positions, *limits, *row_positions;
+  int32_t *items, *kv_strips, *kv_spelled, *limits, *row_positions;
   const int64_t* tails;      // [branches]: the item that each one's context ends with
   const int32_t* slots;      // [branches]
   const int64_t* positions;  // [branches]
-  int branches;
+  int branches, strip_shift;
 };
 
 // The machine, as far as a launch depends on it.

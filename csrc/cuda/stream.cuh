@@ -8,6 +8,14 @@
 
 namespace anabranch::cuda {
 
+// Slot and position of the token at a place of the plan's strips (csrc/plan/strips.hpp).
+ANABRANCH_DEVICE Int2 token_at(const Attention& a, u32 place) {
+  const i32 within = static_cast<i32>(place & ((1u << a.strip_shift) - 1));
+  const Int2 strip = ptx::load(reinterpret_cast<const Int2*>(a.kv_strips) + (place >> a.strip_shift));
+  if (strip.x < 0) return ptx::load(reinterpret_cast<const Int2*>(a.kv_spelled) + (~strip.x + within));
+  return Int2{strip.x + within, strip.y + within};
+}
+
 template <class T, int D>
 struct Stream {
   using S = Shape<T, D>;
@@ -15,7 +23,7 @@ struct Stream {
   char* ring;
   Int2* places;           // [kAhead][K, V][kBlock]: a token's address, low half first; −1: no token there, zeros instead
   i32* positions;         // [kAhead][kBlock]
-  const i32* slots;       // of the item
+  u32 kv_begin;           // where the item begins in the strips
   int head, first_block, end, row_pos_min;
   int tiles;              // of the pass: two a block
   int tile, out_slot;     // the round, and where in the ring it is read
@@ -36,9 +44,10 @@ struct Stream {
     if (!kAllFetch && ptx::thread() >= 2 * S::kBlock) return e;
     const int n = (first_block + block) * S::kBlock + (ptx::thread() & (S::kBlock - 1));
     const int there = smaller(n, end - 1);
-    e.slot = ptx::load(slots + there);
+    const Int2 token = token_at(a, kv_begin + static_cast<u32>(there));
+    e.slot = token.x;
     if (a.windowed) {
-      e.position = ptx::load(a.kv_positions + (slots - a.kv_slots) + there);
+      e.position = token.y;
       if (row_pos_min - e.position >= a.window) e.slot = -1;  // nobody sees it, and it may be gone
     }
     if (n >= end) e.slot = -1;

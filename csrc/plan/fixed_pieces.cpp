@@ -24,6 +24,7 @@ u64 hash_of(const i32* slots, i64 n, u64 seed) {
 FixedContexts fixed_pieces(const Contexts& c, i32 grain) {
   const i32 batch = static_cast<i32>(c.row_ptr.size()) - 1;
   FixedContexts out;
+  out.contexts.page_size = c.page_size;
   out.contexts.row_ptr = c.row_ptr;
   out.contexts.row_positions = c.row_positions;
   out.contexts.row_of = c.row_of;
@@ -43,8 +44,7 @@ FixedContexts fixed_pieces(const Contexts& c, i32 grain) {
     i64 at = begin[b];
     for (i32 i = c.piece_ptr[b]; at < begin[b + 1] && i < c.piece_ptr[b + 1]; ++i) {
       const Contexts::Piece& piece = c.pieces[c.piece_ids[i]];
-      std::copy_n(piece.slots, piece.length, out.slots.data() + at);
-      std::copy_n(piece.positions, piece.length, out.positions.data() + at);
+      spell(piece, c.page_size, out.slots.data() + at, out.positions.data() + at);
       at += piece.length;
     }
     longest = std::max(longest, begin[b + 1] - begin[b]);
@@ -67,7 +67,7 @@ FixedContexts fixed_pieces(const Contexts& c, i32 grain) {
       }
       if (id < 0) {
         id = static_cast<i32>(out.contexts.pieces.size());
-        out.contexts.pieces.push_back({slots, out.positions.data() + begin[b] + from, length});
+        out.contexts.pieces.push_back({length, slots, out.positions.data() + begin[b] + from});
         found.emplace(hash, id);
       }
       ids[b].push_back(id);

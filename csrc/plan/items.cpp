@@ -63,7 +63,7 @@ void limits_of_rows(const Contexts& c, const Runs& runs, const Absorbed& absorbe
 }  // namespace
 
 Items make_items(const Contexts& c, const Runs& runs, const Absorbed& absorbed, const Ranges& ranges,
-                 const PlanParams& p, const i32* kv_positions) {
+                 const PlanParams& p, const std::vector<Stored>& stored, const Strips& strips) {
   const HiddenTokens hidden = find_hidden(c, runs, absorbed);
   Items out;
   out.items.reserve(ranges.most_items);
@@ -77,12 +77,12 @@ Items make_items(const Contexts& c, const Runs& runs, const Absorbed& absorbed, 
     if (absorbed.absorbed[r]) continue;
     limits_of_rows(c, runs, absorbed, hidden, r, flat_rows, flat_limits);
     const i64 total = static_cast<i64>(flat_rows.size());
-    for (i64 begin = 0; begin < absorbed.length[r]; begin += ranges.split[r]) {
+    const Stored* range = stored.data() + ranges.first[r];
+    for (i64 begin = 0; begin < absorbed.length[r]; begin += ranges.split[r], ++range) {
       const i64 end = std::min(begin + ranges.split[r], absorbed.length[r]);
-      const i32* kv_pos = kv_positions + ranges.begin[r];
       for (i64 t = 0; t < total; t += ranges.tile_rows) {
         Item item{};
-        item.kv_begin = ranges.begin[r] + begin;
+        item.kv_begin = range->place;
         item.row_begin = static_cast<i32>(out.rows.size());
         item.row_pos_min = std::numeric_limits<i32>::max();
         i32 least = std::numeric_limits<i32>::max();
@@ -99,7 +99,9 @@ Items make_items(const Contexts& c, const Runs& runs, const Absorbed& absorbed, 
         item.row_count = static_cast<i32>(out.rows.size()) - item.row_begin;
         if (item.row_count == 0) continue;
         item.masked = least < item.kv_len;
-        item.kv_pos_max = *std::max_element(kv_pos + begin, kv_pos + begin + item.kv_len);
+        item.kv_pos_max = item.kv_len == end - begin ? range->max_position
+                                                     : max_position(strips.entries(), strips.tokens(), strips.size(),
+                                                                    item.kv_begin, item.kv_len);
         item.cost = static_cast<i64>(item.kv_len) * (8 + static_cast<i64>(item.row_count) * p.group);
         if (runs.is_terminal[r] && total == 1 && end == absorbed.length[r])
           out.tails[*runs.visitors.first(r)] = static_cast<i32>(out.items.size());

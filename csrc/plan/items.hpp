@@ -19,7 +19,7 @@ struct Items {
 };
 
 Items make_items(const Contexts& contexts, const Runs& runs, const Absorbed& absorbed, const Ranges& ranges,
-                 const PlanParams& params, const i32* kv_positions);
+                 const PlanParams& params, const std::vector<Stored>& stored, const Strips& strips);
 
 // A row with one partial is written out directly; the partials of any other row are neighbours.
 struct Destinations {

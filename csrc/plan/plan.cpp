@@ -1,4 +1,4 @@
-// Contexts → runs → absorb → ranges → items, and all of it into one buffer.
+// Contexts → runs → absorb → ranges → strips and items, and all of it into two buffers.
 #include "plan/plan.hpp"
 
 #include <algorithm>
@@ -8,25 +8,19 @@
 
 namespace anabranch {
 
-PlanData Planner::build(const Contexts& given, const PlanParams& p, i32 slack, std::vector<i32>* tail_items,
-                        std::vector<i32>* tail_capacity) {
+PlanData Planner::build(const Contexts& given, const PlanParams& p, Tails* tails) {
   const FixedContexts recut = p.fixed ? fixed_pieces(given, p.chunk) : FixedContexts();
   const Contexts& c = p.fixed ? recut.contexts : given;
   const i32 batch = c.batch(), num_rows = c.row_ptr.back();
   const Runs runs = make_runs(c, !p.fixed);
   const Absorbed absorbed = absorb(runs, p);
-  const Ranges ranges = make_ranges(runs, absorbed, p, slack);
+  const Ranges ranges = make_ranges(runs, absorbed, p);
+  const i32 slack = tails == nullptr ? 0 : kSlack;
+  Strips strips(c.page_size, ranges.count, ranges.kv_tokens + static_cast<i64>(batch) * slack);
+  const std::vector<Stored> stored = store_tokens(c, runs, absorbed, ranges, slack, strips);
 
   PlanData out;
-  const auto aligned = [](i64 n) { return (n + 3) / 4 * 4; };  // 16 bytes
-  const i64 capacity = 2 * aligned(ranges.kv_total) + aligned(ranges.most_items * kItemFields) +
-                       3 * aligned(ranges.most_entries) + 2 * aligned(num_rows) + aligned(num_rows + 1);
-  out.buffer = std::shared_ptr<i32[]>(new i32[capacity]);
-  i32* const base = out.buffer.get();
-  i32* const kv_slots = base;
-  i32* const kv_positions = base + aligned(ranges.kv_total);
-  store_tokens(c, runs, absorbed, ranges, kv_slots, kv_positions);
-  const Items made = make_items(c, runs, absorbed, ranges, p, kv_positions);
+  const Items made = make_items(c, runs, absorbed, ranges, p, stored, strips);
   const std::vector<Item>& items = made.items;
   const Destinations to = make_destinations(c, made);
 
@@ -39,19 +33,19 @@ PlanData Planner::build(const Contexts& given, const PlanParams& p, i32 slack, s
     return wide(a) != wide(b) ? wide(a) : items[a].cost > items[b].cost;
   });
   for (size_t i = 0; i < order.size(); ++i) place[order[i]] = static_cast<i32>(i);
-  if (tail_items != nullptr) {
-    tail_items->assign(batch, -1);
-    tail_capacity->assign(batch, 0);
+  if (tails != nullptr) {
+    tails->items.assign(batch, -1);
+    tails->capacity.assign(batch, 0);
     for (i32 b = 0; b < batch; ++b) {
       if (made.tails[b] < 0) continue;
-      (*tail_items)[b] = place[made.tails[b]];
+      tails->items[b] = place[made.tails[b]];
       const i32 end = items[made.tails[b]].kv_len + slack;
-      (*tail_capacity)[b] = p.fixed ? std::min(end, p.chunk) : end;
+      tails->capacity[b] = p.fixed ? std::min(end, p.chunk) : end;
     }
   }
 
-  const i64 sizes[kSections] = {ranges.kv_total,
-                                ranges.kv_total,
+  const i64 sizes[kSections] = {strips.tokens_at(),
+                                strips.end() - strips.tokens_at(),
                                 static_cast<i64>(items.size()) * kItemFields,
                                 static_cast<i64>(made.rows.size()),
                                 static_cast<i64>(made.rows.size()),
@@ -60,10 +54,13 @@ PlanData Planner::build(const Contexts& given, const PlanParams& p, i32 slack, s
                                 static_cast<i64>(to.merge_rows.size()),
                                 static_cast<i64>(to.merge_ptr.size())};
   out.begin[0] = 0;
-  for (int s = 0; s < kSections; ++s) out.begin[s + 1] = out.begin[s] + aligned(sizes[s]);
+  for (int s = 0; s < kSections; ++s) out.begin[s + 1] = out.begin[s] + (sizes[s] + 3) / 4 * 4;  // 16 bytes
+  out.kv = strips.buffer();
+  out.strip = strips.size();
+  out.work = std::shared_ptr<i32[]>(new i32[static_cast<size_t>(out.begin[kSections] - out.begin[kItems])]);
   for (size_t i = 0; i < order.size(); ++i) {
     const Item& item = items[order[i]];
-    i32* field = base + out.begin[kItems] + static_cast<i64>(i) * kItemFields;
+    i32* field = out.section(kItems) + static_cast<i64>(i) * kItemFields;
     field[kKvBegin] = static_cast<i32>(item.kv_begin);
     field[kKvLen] = item.kv_len;
     field[kRowBegin] = item.row_begin;
@@ -73,13 +70,13 @@ PlanData Planner::build(const Contexts& given, const PlanParams& p, i32 slack, s
     field[kRowPosMin] = item.row_pos_min;
     field[kRowPosMin + 1] = 0;
   }
-  std::copy(made.rows.begin(), made.rows.end(), base + out.begin[kRows]);
-  std::copy(made.limits.begin(), made.limits.end(), base + out.begin[kLimits]);
-  std::copy(to.dest.begin(), to.dest.end(), base + out.begin[kDest]);
+  std::copy(made.rows.begin(), made.rows.end(), out.section(kRows));
+  std::copy(made.limits.begin(), made.limits.end(), out.section(kLimits));
+  std::copy(to.dest.begin(), to.dest.end(), out.section(kDest));
   for (i32 row = 0; row < num_rows; ++row)
-    base[out.begin[kRowPositions] + row] = static_cast<i32>(c.row_positions[row]);
-  std::copy(to.merge_rows.begin(), to.merge_rows.end(), base + out.begin[kMergeRows]);
-  std::copy(to.merge_ptr.begin(), to.merge_ptr.end(), base + out.begin[kMergePtr]);
+    out.section(kRowPositions)[row] = static_cast<i32>(c.row_positions[row]);
+  std::copy(to.merge_rows.begin(), to.merge_rows.end(), out.section(kMergeRows));
+  std::copy(to.merge_ptr.begin(), to.merge_ptr.end(), out.section(kMergePtr));
   out.num_items = static_cast<i64>(items.size());
   out.num_partials = to.num_partials;
   out.num_merge = static_cast<i64>(to.merge_rows.size());

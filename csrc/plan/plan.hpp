@@ -2,8 +2,10 @@
 //
 // Pieces with the same visitors are put into one *run*, wherever they stand in the contexts: fewer, longer runs make
 // fewer partial results. A run keeps its tokens in context order, so that what a row must not see yet is a suffix. It is
-// cut into items: a tile of the rows that see it × a range of its tokens. Linear in pieces listed + tokens + rows of
-// all runs.
+// cut into items: a tile of the rows that see it × a range of its tokens. Linear in pieces listed + pages + rows of
+// all runs. (A tree's spans know each token's slot and position, which are read once.)
+//
+// The tokens of an item lie in strips (strips.hpp): a page's tokens that lie side by side take one entry.
 //
 // The layout of the arrays is the contract in docs/kernel_contract.md.
 #pragma once
@@ -26,11 +28,15 @@ namespace anabranch {
 // Order matters for what a row must not see yet. A context of one row sees all of itself, so its order is free: views
 // (csrc/plan/views.cpp) are contexts of one row.
 struct Contexts {
+  // Tokens that are seen together. Either the slot and the position of each are given, or pages: token i lies in page
+  // pages[(offset + i) / page_size], and its position is `position` + i.
   struct Piece {
-    const i32* slots;
-    const i32* positions;
     i32 length;
+    const i32 *slots, *positions;
+    const i32* pages = nullptr;
+    i32 offset = 0, position = 0;
   };
+  i32 page_size = 1;
   std::vector<Piece> pieces;
   std::vector<i32> piece_ptr;    // [B + 1]
   std::vector<i32> piece_ids;    // piece_ids[piece_ptr[b] : piece_ptr[b+1]] in context order
@@ -61,6 +67,9 @@ struct PlanParams {
   }
 };
 
+// Slots and positions of a piece's tokens, one by one.
+void spell(const Contexts::Piece& piece, i32 page_size, i32* slots, i32* positions);
+
 // The same contexts, cut at multiples of `grain` tokens; pieces are in the order of those borders.
 struct FixedContexts {
   Contexts contexts;
@@ -69,17 +78,26 @@ struct FixedContexts {
 FixedContexts fixed_pieces(const Contexts& contexts, i32 grain);
 
 struct PlanData {
-  std::shared_ptr<i32[]> buffer;  // not initialised where nothing is written
-  i64 begin[kSections + 1];  // section s is buffer[begin[s] : begin[s + 1]]
+  std::shared_ptr<i32[]> kv, work;  // sections before kItems, and the others; not initialised where nothing is written
+  i64 begin[kSections + 1];  // where each section begins, were `work` behind `kv`
+  i32 strip = 1;             // tokens of a strip
+  i32* section(Section s) const { return s < kItems ? kv.get() + begin[s] : work.get() + begin[s] - begin[kItems]; }
   i64 num_items = 0, num_partials = 0, num_merge = 0, tile_rows = 0, num_runs = 0, num_absorbed = 0, kv_tokens = 0,
       num_rows = 0, num_wide = 0;
 };
 
+constexpr i32 kSlack = 64;  // tokens that a tail may grow by in place
+
+// Where each context's next token goes in a plan.
+struct Tails {
+  std::vector<i32> items;     // −1 where there is none
+  std::vector<i32> capacity;  // the kv_len up to which the item may grow in place
+};
+
 class Planner {
  public:
-  // `slack`: free places behind the tokens of single-row tails, so that `advance` can append.
-  static PlanData build(const Contexts& contexts, const PlanParams& params, i32 slack, std::vector<i32>* tail_items,
-                        std::vector<i32>* tail_capacity);
+  // Free places are left behind the tokens of single-row tails, so that tokens can be appended.
+  static PlanData build(const Contexts& contexts, const PlanParams& params, Tails* tails);
 };
 
 // A plan that is kept while the topology stays: each further decode step appends one token to each tail.
@@ -98,21 +116,21 @@ class LivePlan {
   std::vector<i32> branches_;
   std::vector<i64> lengths_;
   i64 topology_ = -1;
-  std::vector<i32> tail_items_;     // the item each branch's next token goes to; −1 where there is none
-  std::vector<i32> tail_capacity_;  // the kv_len up to which it may grow in place
+  Tails tails_;
 };
 
 Contexts contexts_of(const Tree& tree, const StepState& step);
 Contexts contexts_of_views(const Tree& tree, const StepState& step);  // of a step with `read_ptr`
 
-// Contexts of a user's own page pool. Sharing is found from the tables: the same page in the same column is one piece.
-struct PagedContexts {
-  Contexts contexts;
-  std::vector<i32> slots, positions;  // what the pieces point into
-  i32 max_page = -1;
+// Sequences in a user's own page pool, their pages one after another.
+struct Tables {
+  std::vector<i32> pages;
+  std::vector<i64> begin;  // [batch + 1]: sequence b has pages[begin[b] : begin[b + 1]]
+  std::vector<i64> lengths, queries;  // [batch], tokens and query rows
+  i32 page_size = 1, max_page = -1;
+  i64 batch() const { return static_cast<i64>(lengths.size()); }
 };
-// tables: [batch, columns]; lengths, queries: [batch]. Entries are checked by the caller.
-PagedContexts contexts_of_tables(const i32* tables, i64 batch, i64 columns, const i64* lengths, const i64* queries,
-                                 i32 page_size);
+// Sharing is found from the tables: the same page in the same column is the same tokens. The pieces point into them.
+Contexts contexts_of_tables(const Tables& tables);
 
 }  // namespace anabranch

@@ -44,7 +44,7 @@ class Pieces {
       first_[s] = {static_cast<i32>(pieces.size()), static_cast<i32>(list.size())};
       i32 from = 0;
       for (i32 to : list) {
-        pieces.push_back({span.slots.data() + from, span.positions.data() + from, to - from});
+        pieces.push_back({to - from, span.slots.data() + from, span.positions.data() + from});
         from = to;
       }
     }
@@ -89,6 +89,7 @@ Contexts contexts_of_views(const Tree& tree, const StepState& step) {
     pieces.border(read.branch, read.stop);
   }
   Contexts c;
+  c.page_size = tree.page_size();
   pieces.cut(c.pieces);
 
   c.piece_ptr.push_back(0);

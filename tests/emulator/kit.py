@@ -66,7 +66,7 @@ def attention(
     )
     sinks = None if o["sinks"] is None else o["sinks"].float().contiguous()
     counts = getattr(a, "counts", None)
-    names = ("items", "kv_slots", "kv_positions", "rows", "limits", "dest", "row_positions", "merge_rows", "merge_ptr")
+    names = ("items", "kv_strips", "kv_spelled", "rows", "limits", "dest", "row_positions", "merge_rows", "merge_ptr")
     plan = {name: getattr(a, name).contiguous() for name in names}
     with memory(
         device, q=case.q, k_pages=case.k_pages, v_pages=case.v_pages, sinks=sinks, counts=counts, out_=out, lse_=found,
@@ -77,7 +77,7 @@ def attention(
             (case.q.data_ptr(), *case.q.stride()[:2]),
             (case.k_pages.data_ptr(), *case.k_pages.stride()[:3]),
             (case.v_pages.data_ptr(), *case.v_pages.stride()[:3]),
-            (*(x.data_ptr() for x in plan.values()), 0 if counts is None else counts.data_ptr()),
+            (*(x.data_ptr() for x in plan.values()), a.strip, 0 if counts is None else counts.data_ptr()),
             a.num_items, a.num_merge, o["scale"], o["softcap"] or 0.0, -1 if o["window"] is None else o["window"],
             0 if sinks is None else sinks.data_ptr(), out.data_ptr(), found.data_ptr() if lse else 0,
             (part_acc.data_ptr(), part_ml.data_ptr()), 0, 0, ring, grid,

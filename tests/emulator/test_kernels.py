@@ -157,7 +157,7 @@ def merging(device, dim):
         with kit.memory(device, rows=rows, ptr=ptr, ml=ml, acc=acc, sinks=sinks, out_=out, lse_=lse):
             device.attention(
                 0, dim, heads, heads, 16, (0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0),
-                (*[0] * 7, rows.data_ptr(), ptr.data_ptr(), 0), 0, len(rows), 1.0, 0.0, -1,
+                (*[0] * 7, rows.data_ptr(), ptr.data_ptr(), 1, 0), 0, len(rows), 1.0, 0.0, -1,
                 0 if sinks is None else sinks.data_ptr(), out.data_ptr(), lse.data_ptr(),
                 (acc.data_ptr(), ml.data_ptr()), 0, 0,
             )  # fmt: skip
@@ -196,7 +196,7 @@ def test_a_warp_and_a_block_merge_alike(device, dim, partials):
         with kit.memory(device, rows=numbers, ptr=ptr, acc=copies[0], ml=copies[1], out_=out, lse_=lse):
             device.attention(
                 0, dim, heads, heads, 16, (0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0),
-                (*[0] * 7, numbers.data_ptr(), ptr.data_ptr(), 0), 0, rows, 1.0, 0.0, -1, 0, out.data_ptr(),
+                (*[0] * 7, numbers.data_ptr(), ptr.data_ptr(), 1, 0), 0, rows, 1.0, 0.0, -1, 0, out.data_ptr(),
                 lse.data_ptr(), (copies[0].data_ptr(), copies[1].data_ptr()), 0, 0,
             )  # fmt: skip
         assert device.statistics()["blocks"] == (2 if rows == 1 else 7)
@@ -275,7 +275,7 @@ def test_copies_beyond_32_bits(device, tmp_path):
 
 def test_a_slot_outside_the_pool_traps(device):
     case = random_case(3, head_dim=32)
-    case.arrays.kv_slots[5] = case.k_pages.shape[0] * case.k_pages.shape[1] + 40
+    case.arrays.kv_strips[0, 0] = case.k_pages.shape[0] * case.k_pages.shape[1] + 40
     with pytest.raises(
         device.Trap, match=r"block \d, thread \d+: read of 16 bytes at 0x\w+ is outside every allocation"
     ):
@@ -287,7 +287,7 @@ def test_what_the_launcher_refuses(device, options):
     o = dict(type=1, head_dim=64, ring=0) | options
     with pytest.raises(ValueError, match=next(iter(options))):
         device.attention(
-            o["type"], o["head_dim"], 1, 1, 16, (0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0), (0,) * 10, 1, 0, 1.0, 0.0, -1,
+            o["type"], o["head_dim"], 1, 1, 16, (0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0), (0,) * 9 + (1, 0), 1, 0, 1.0, 0.0, -1,
             0, 0,
             0, (0, 0), 0, 0, o["ring"],
         )  # fmt: skip

@@ -95,12 +95,13 @@ def flat(name: str) -> Callable[[Problem], Ready]:
             raise Unfit("more than 2^31 tokens in all sequences together")
 
         def plan() -> FlatPlan:
-            # Pages of its own for every sequence, as far as the planner knows; then each slot's true place.
+            # Pages of its own for every sequence, as far as the planner knows; then each strip's true place.
             alone = torch.arange(p.tables.numel(), dtype=torch.int32).view(p.tables.shape)
             made = ab.Plan.from_block_tables(alone, p.lengths, p.page_size, p.queries).arrays(p.group, tile_config)
-            slots = made.kv_slots.long().clamp(0, p.tables.numel() * p.page_size - 1)
-            true = p.tables.flatten()[slots // p.page_size] * p.page_size + slots % p.page_size
-            arrays = replace(made, kv_slots=true.int())
+            strips = made.kv_strips.clone()
+            slots = strips[:, 0].long().clamp(0, p.tables.numel() * p.page_size - 1)
+            strips[:, 0] = (p.tables.flatten()[slots // p.page_size] * p.page_size + slots % p.page_size).int()
+            arrays = replace(made, kv_strips=strips)
             moved = {n: x.to(p.device) for n, x in vars(arrays).items() if isinstance(x, torch.Tensor)}
             return FlatPlan(replace(arrays, **moved), len(p.q))
 

@@ -3,6 +3,7 @@ an independent reading of it, which shares nothing with the planner."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from strip_kit import lay_out
 
 from anabranch import _cpu
 from anabranch.backends import cpu
@@ -60,6 +62,9 @@ def make_case(rng, num_rows, lengths, tile_rows, num_slots, page_size=1) -> Case
     pages = rng.permutation(num_slots // page_size)
     slots = (pages[:, None] * page_size + np.arange(page_size)).reshape(-1)[:total]
     positions = rng.integers(0, 200, total)
+    for at, n in zip(np.cumsum([0, *lengths]), lengths, strict=False):  # every other one as in a branch: one by one
+        if n % 2:
+            positions[at : at + n] = positions[at] + np.arange(n)
     row_positions = rng.integers(100, 220, num_rows)
     visible = np.zeros((num_rows, total), dtype=bool)
     items, rows, limits, lone = [], [], [], []
@@ -101,9 +106,15 @@ def make_case(rng, num_rows, lengths, tile_rows, num_slots, page_size=1) -> Case
     def ints(x):
         return torch.tensor(np.asarray(x, dtype=np.int32))
 
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    strip = min(16, page_size & -page_size)
+    ranges = [(slots[a:b], positions[a:b]) for a, b in itertools.pairwise(starts)]
+    kv_strips, kv_spelled, begins = lay_out(ranges, strip, np.random.default_rng(0))
+    for item in items:
+        item[0] = begins[starts.tolist().index(item[0])]
     arrays = PlanArrays(
         items=ints([items[i] for i in order]).reshape(-1, 8),
-        kv_slots=ints(slots), kv_positions=ints(positions), rows=ints(rows), limits=ints(limits), dest=ints(dest),
+        kv_strips=kv_strips, kv_spelled=kv_spelled, strip=strip, rows=ints(rows), limits=ints(limits), dest=ints(dest),
         row_positions=ints(row_positions), merge_rows=ints(merge_rows), merge_ptr=ints(merge_ptr),
         num_items=len(items), num_partials=merge_ptr[-1], num_merge=len(merge_rows), tile_rows=tile_rows,
         num_runs=len(lengths), num_absorbed=0, kv_tokens=total,
@@ -345,7 +356,7 @@ def test_rounding_to_nearest_even_over_all_magnitudes(isa, dtype):
     def plan(kv_len, slots):
         items[:, 1] = kv_len
         fields = vars(case.arrays_) | {
-            "items": items, "kv_slots": slots, "kv_positions": ints, "rows": ints, "limits": ints * 0 + kv_len,
+            "items": items, "kv_strips": torch.stack([slots, ints], 1), "strip": 1, "rows": ints, "limits": ints * 0 + kv_len,
             "dest": ints * 0 - 1, "row_positions": ints, "merge_rows": ints[:0], "merge_ptr": ints[:1] * 0,
             "num_items": n, "num_merge": 0,
         }  # fmt: skip

@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 GROUPS = [1, 3, 7, 20, 71]
 PLAN_ARRAYS = (
-    "items", "kv_slots", "kv_positions", "rows", "limits", "dest", "row_positions", "merge_rows", "merge_ptr",
+    "items", "kv_strips", "kv_spelled", "rows", "limits", "dest", "row_positions", "merge_rows", "merge_ptr",
 )  # fmt: skip
 Run = Callable[..., tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]]
 
@@ -149,10 +149,9 @@ def offsets_beyond_32_bits(run: Run, case: Case, folder: Path) -> None:
     place = {page: at for at, page in enumerate(order)}
     for page in used:
         moved[place[page]] = case.k_pages[page]
-    slots = case.arrays.kv_slots.tolist()
-    case.arrays.kv_slots = torch.tensor(
-        [place[s // page_size] * page_size + s % page_size for s in slots], dtype=torch.int32, device=device
-    )
+    for entries in (case.arrays.kv_strips, case.arrays.kv_spelled):
+        moved_to = [s if s < 0 else place[s // page_size] * page_size + s % page_size for s in entries[:, 0].tolist()]
+        entries[:, 0] = torch.tensor(moved_to, dtype=torch.int32)
     case.k_pages = case.v_pages = moved
     (out, lse), _ = run(case)
     assert torch.equal(lse, want_lse) and torch.equal(out, want)

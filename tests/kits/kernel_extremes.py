@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from kernel_bodies import Run
+from strip_kit import tokens
 from triton_cases import Case, check, dense, relative_error
 
 FAR = 2**31
@@ -30,7 +31,7 @@ def hidden_from_some(case: Case, window: int | None) -> tuple[list[int], np.ndar
     every = range(case.q.shape[0])
     by = [set(seen_slots(case, row, window).tolist()) for row in every]
     items = [
-        (set(case.arrays.kv_slots[begin : begin + n].tolist()), set(case.arrays.rows[at : at + count].tolist()))
+        (set(tokens(case.arrays, begin, n)[0].tolist()), set(case.arrays.rows[at : at + count].tolist()))
         for begin, n, at, count, *_ in case.arrays.items.tolist()
     ]
     gen, best = np.random.default_rng(0), (0, [0], set())

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from strip_kit import tokens
 
 import anabranch as ab
 from anabranch.plan.arrays import PlanArrays
 from anabranch.plan.plan import Plan
 from anabranch.plan.tile_config import TileConfig
 
-PAGE_SIZES = (1, 2, 3, 4, 5, 7, 8, 16, 32)
+PAGE_SIZES = (1, 2, 3, 4, 5, 7, 8, 12, 16, 24, 32, 48, 128)
 GROUPS = (1, 2, 3, 4, 7, 8, 16)
 TILE_CONFIGS = [
     TileConfig(64, 256, 1), TileConfig(16, 8, 64, 2, 2), TileConfig(1, 1, 1000, 1, 4), TileConfig(128, 32, 7, 3, 2),
@@ -109,18 +110,19 @@ def check(arrays: PlanArrays, seen: Sequence[tuple[np.ndarray, np.ndarray]]) -> 
     """Every row meets every token (slot and position) that it sees exactly once, and every result has its place."""
     num_rows = len(seen)
     rows, limits, dest = arrays.rows.tolist(), arrays.limits.tolist(), arrays.dest.tolist()
-    row_positions, kv_positions = arrays.row_positions.tolist(), arrays.kv_positions.numpy()
-    tokens = arrays.kv_slots.numpy().astype(np.int64) << 32 | kv_positions
+    row_positions = arrays.row_positions.tolist()
     met: list[list[np.ndarray]] = [[] for _ in range(num_rows)]
     places: list[list[int]] = [[] for _ in range(num_rows)]
     for begin, length, row_begin, row_count, masked, kv_pos_max, row_pos_min, _ in arrays.items.tolist():
         listed = slice(row_begin, row_begin + row_count)
         least, most = min(limits[listed]), max(limits[listed])
         assert 0 < row_count <= arrays.tile_rows and 0 < least and most == length and (masked != 0) == (least < length)
-        assert kv_pos_max == kv_positions[begin : begin + length].max()
+        slots, positions = tokens(arrays, begin, length)
+        assert kv_pos_max == positions.max()
+        item = slots.astype(np.int64) << 32 | positions
         assert row_pos_min <= min(row_positions[row] for row in rows[listed])
         for row, limit, place in zip(rows[listed], limits[listed], dest[listed], strict=True):
-            met[row].append(tokens[begin : begin + limit])
+            met[row].append(item[:limit])
             places[row].append(place)
     for row, (slots, positions) in enumerate(seen):
         expected = np.sort(np.asarray(slots, np.int64) << 32 | positions)

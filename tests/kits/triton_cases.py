@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from strip_kit import lay_out
 
 
 @dataclass
@@ -80,16 +81,15 @@ def random_case(
     for row, start in zip(merge_rows, merge_ptr[:-1], strict=True):
         partial |= {(item, row): int(start) + j for j, item in enumerate(holders[row])}
 
-    table, kv_slots, kv_positions, item_rows, limits, dest = [], [], [], [], [], []
+    table, ranges, item_rows, limits, dest = [], [], [], [], []
     for i, (segment, begin, end, who) in enumerate(items):
         seen = [min(max(sees[row][segment] - begin, 0), end - begin) for row in who]
         masked = int(any(n < end - begin for n in seen))
         pos = positions[segment][begin:end]
         table.append(
-            [len(kv_slots), end - begin, len(item_rows), len(who), masked, pos.max(), row_positions[who].min(), 0]
+            [0, end - begin, len(item_rows), len(who), masked, pos.max(), row_positions[who].min(), 0]
         )
-        kv_slots.extend(slots[segment][begin:end])
-        kv_positions.extend(pos)
+        ranges.append((slots[segment][begin:end], pos))
         item_rows.extend(who)
         limits.extend(seen if masked else [-(10**9)] * len(who))  # unread when not masked
         dest.extend(partial.get((i, row), -1) for row in who)
@@ -97,8 +97,12 @@ def random_case(
     def tensor(values, shape=(-1,)):
         return torch.from_numpy(np.asarray(values, dtype=np.int32).reshape(shape)).to(device)
 
+    strip = min(16, page_size & -page_size)
+    kv_strips, kv_spelled, begins = lay_out(ranges, strip, np.random.default_rng(seed))
+    for item, begin in zip(table, begins, strict=True):
+        item[0] = begin
     arrays = SimpleNamespace(
-        items=tensor(table, (-1, 8)), kv_slots=tensor(kv_slots), kv_positions=tensor(kv_positions),
+        items=tensor(table, (-1, 8)), kv_strips=kv_strips.to(device), kv_spelled=kv_spelled.to(device), strip=strip,
         rows=tensor(item_rows), limits=tensor(limits), dest=tensor(dest), row_positions=tensor(row_positions),
         merge_rows=tensor(merge_rows), merge_ptr=tensor(merge_ptr),
         num_items=len(items), num_partials=len(partial), num_merge=len(merge_rows), tile_rows=tile_rows,

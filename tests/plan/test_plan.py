@@ -19,7 +19,7 @@ def check(twins: Twins, step: ab.Step, arrays: PlanArrays) -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_random_programs(seed: int) -> None:
-    twins = Twins(seed=seed, page_size=(1, 3, 4, 16)[seed % 4], heads=1, dim=8, num_pages=3000)
+    twins = Twins(seed=seed, page_size=(1, 3, 4, 16, 128)[seed % 5], heads=1, dim=8, num_pages=3000)
     for _ in range(60):
         twins.random_change(max_rows=30)
     for group in (1, 3, 8):

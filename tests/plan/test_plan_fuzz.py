@@ -92,7 +92,7 @@ def test_arrays_of_a_hundred_thousand_batches() -> None:
 
 def random_tree_step(r: random.Random, max_rows: int, **shape: int) -> tuple[Twins, tuple]:
     """A step of several rows, and changes since that leave it valid but split and share its spans anew."""
-    twins = Twins(seed=r.randrange(2**32), page_size=r.choice((1, 2, 3, 4, 8, 16)), num_pages=2000, **shape)
+    twins = Twins(seed=r.randrange(2**32), page_size=r.choice((1, 2, 3, 4, 8, 16, 48, 128)), num_pages=2000, **shape)
     for _ in range(r.randint(5, 40)):
         twins.random_change(max_rows=max_rows)
     step = twins.random_step(max_rows)

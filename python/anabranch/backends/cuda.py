@@ -280,10 +280,11 @@ def advance(arrays: PlanArrays, tails: Tensor, slots: Tensor, positions: Tensor)
 
     tails int64 [rows] (items), slots int32 [rows], positions int64 [rows], all on the arrays' device.
     """
-    sections = (arrays.items, arrays.kv_slots, arrays.kv_positions, arrays.limits, arrays.row_positions)
+    sections = (arrays.items, arrays.kv_strips, arrays.kv_spelled, arrays.limits, arrays.row_positions)
     with _current(slots.device):
         _module().advance(
             tuple(map(address, sections)),
+            arrays.strip,
             address(tails),
             address(slots),
             address(positions),

@@ -79,7 +79,7 @@ def attention(
         strided(q),
         strided(k_pages),
         strided(v_pages),
-        arrays.addresses + tuple(map(address, sections)) if sections else arrays.addresses,
+        (*arrays.addresses, arrays.strip, *map(address, sections)),
         arrays.num_items,
         arrays.num_merge,
         *numbers(scale, softcap, window),

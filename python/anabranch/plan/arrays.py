@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anabranch import _core
-from anabranch.plan.layout import ITEM_FIELDS, SECTIONS
+from anabranch.plan.layout import ITEM_FIELDS, SECTIONS, WORK
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,15 @@ class PlanArrays:
     """Work items as int32 tensors on one device. See docs/kernel_contract.md for every field."""
 
     items: Tensor  # [num_items, ITEM_FIELDS]
-    kv_slots: Tensor
-    kv_positions: Tensor
+    kv_strips: Tensor  # [strips, 2]
+    kv_spelled: Tensor  # [·, 2]
     rows: Tensor
     limits: Tensor
     dest: Tensor
     row_positions: Tensor  # [num_rows]
     merge_rows: Tensor  # [num_merge]
     merge_ptr: Tensor  # [num_merge + 1]
+    strip: int  # tokens a strip, a power of two
     num_items: int
     num_partials: int
     num_merge: int
@@ -36,6 +37,7 @@ class PlanArrays:
     num_wide: int | None = (
         None  # items[:num_wide] pack more query vectors than TileConfig.narrow, the rest at most that
     )
+    kv: Tensor | None = None  # int32, what kv_strips and kv_spelled are views of
 
     @property
     def num_rows(self) -> int:
@@ -47,7 +49,7 @@ class PlanArrays:
         return tuple(
             x.data_ptr()
             for x in (
-                self.items, self.kv_slots, self.kv_positions, self.rows, self.limits, self.dest, self.row_positions,
+                self.items, self.kv_strips, self.kv_spelled, self.rows, self.limits, self.dest, self.row_positions,
                 self.merge_rows, self.merge_ptr,
             )
         )  # fmt: skip
@@ -71,27 +73,41 @@ class FlatContexts:
 
 
 def section(result: _core.PlanResult, name: str) -> np.ndarray:
-    """One section of the planner's buffer, a view: int32, flat (items: [num_items, ITEM_FIELDS])."""
+    """One section of the planner's buffers, a view: int32, flat (items: [num_items, ITEM_FIELDS])."""
     index = SECTIONS.index(name)
     begin = result.begin
-    values = result.buffer[begin[index] : begin[index + 1]]
+    offset = begin[WORK] if index >= WORK else 0
+    buffer = result.work if index >= WORK else result.kv
+    values = buffer[begin[index] - offset : begin[index + 1] - offset]
     return values[: result.num_items * ITEM_FIELDS].reshape(-1, ITEM_FIELDS) if name == "items" else values
 
 
-def split_buffer(result: _core.PlanResult, device: torch.device, copy: bool = False) -> PlanArrays:
-    """Views into the planner's one int32 buffer, or into a copy of it: on another device, or where ``copy`` asks."""
-    data, begin = torch.from_numpy(result.buffer), result.begin
-    if device.type != "cpu":
-        data = data.to(device, non_blocking=True)
-    elif copy:
-        data = data.clone()
-    parts = {name: data[begin[i] : begin[i + 1]] for i, name in enumerate(SECTIONS)}
+def split_buffers(
+    result: _core.PlanResult, device: torch.device, copy: bool = False, kv: Tensor | None = None
+) -> PlanArrays:
+    """Views into the planner's two int32 buffers, or into copies of them: on another device, or where ``copy`` asks.
+
+    kv: the first buffer where it is on the device already.
+    """
+
+    def moved(buffer: np.ndarray) -> Tensor:
+        if device.type != "cpu":
+            return upload(buffer, device)
+        return torch.from_numpy(buffer).clone() if copy else torch.from_numpy(buffer)
+
+    kv = moved(result.kv) if kv is None else kv
+    work, begin = moved(result.work), result.begin
+    parts = {name: kv[begin[i] : begin[i + 1]].view(-1, 2) for i, name in enumerate(SECTIONS[:WORK])}
+    for i, name in enumerate(SECTIONS[WORK:], WORK):
+        parts[name] = work[begin[i] - begin[WORK] : begin[i + 1] - begin[WORK]]
     parts["items"] = parts["items"][: result.num_items * ITEM_FIELDS].view(-1, ITEM_FIELDS)
     parts["row_positions"] = parts["row_positions"][: result.num_rows]
     parts["merge_rows"] = parts["merge_rows"][: result.num_merge]
     parts["merge_ptr"] = parts["merge_ptr"][: result.num_merge + 1]
     return PlanArrays(
         **parts,
+        kv=kv,
+        strip=result.strip,
         num_items=result.num_items,
         num_partials=result.num_partials,
         num_merge=result.num_merge,
@@ -101,6 +117,17 @@ def split_buffer(result: _core.PlanResult, device: torch.device, copy: bool = Fa
         kv_tokens=result.kv_tokens,
         num_wide=result.num_wide,
     )
+
+
+def append_tokens(kv: Tensor, changed: Tensor) -> None:
+    """Entries of a plan's strips that the planner has appended, put into the copy of them on a device.
+
+    Args:
+        kv: ``PlanArrays.kv``.
+        changed: int32 [n, 3]: which entry, its slot, its position.
+    """
+    at, entries = changed.split((1, 2), dim=1)
+    kv.view(-1, 2).index_put_((at[:, 0].long(),), entries)
 
 
 def staged(array: np.ndarray, device: torch.device) -> Tensor:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-#: Sections of the planner's int32 buffer, in order.
-SECTIONS = ("kv_slots", "kv_positions", "items", "rows", "limits", "dest", "row_positions", "merge_rows", "merge_ptr")
+#: Sections of the planner's two int32 buffers, in order: the first two are one, the others (``WORK``) the other.
+SECTIONS = ("kv_strips", "kv_spelled", "items", "rows", "limits", "dest", "row_positions", "merge_rows", "merge_ptr")
+WORK = SECTIONS.index("items")
 
 
 class ItemField(IntEnum):

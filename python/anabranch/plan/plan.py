@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from anabranch import _core
 from anabranch._check import index_of, told
-from anabranch.plan.arrays import FlatContexts, capturing, split_buffer
+from anabranch.plan.arrays import FlatContexts, append_tokens, capturing, split_buffers, upload
 from anabranch.plan.tile_config import core_params
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ class Plan:
         device: where the arrays go.
         step: gives the Step that the plan belongs to; None for a plan of the user's own, and once the step is gone.
         batch_invariant: a row's attention is to be the same, bit for bit, whatever rows are beside it.
+
+    >>> plan = ab.Plan.from_block_tables(torch.tensor([[0, 1], [0, 2]]), lengths=[20, 17], page_size=16)
+    >>> plan.num_rows, plan.unique_tokens
+    (2, 21)
     """
 
     batch_invariant = False
@@ -109,6 +114,9 @@ class Plan:
         Sequences whose tables name the same page in the same column share the work for it, wherever that is: common
         prefixes, trees of them, or pages that meet again after a fork. Nothing is copied from the tables' KV.
 
+        A loop may simply make a plan a step: where the sequences are those of a plan that is still alive, each longer
+        by a few tokens or none, the new one is that plan advanced, not made from nothing. The earlier one stays valid.
+
         Args:
             block_tables: [batch, max_pages], integers, any device. Row b lists the pages of sequence b; entries behind
                 its length are not read (−1 is a common filler).
@@ -138,6 +146,11 @@ def _ints(name: str, value: Tensor | Sequence[int] | np.ndarray, ndim: int) -> n
     if array.ndim != ndim:
         raise ValueError(f"{name}: expected {ndim} dimension{'s' * (ndim > 1)}, got shape {list(array.shape)}")
     return array
+
+
+# The newest plans over block tables: what a loop's next plan may be made of. Weak: they live as long as who made them
+# keeps them.
+_recent: deque[weakref.ref[TablePlan]] = deque(maxlen=8)
 
 
 class TablePlan(Plan):
@@ -177,20 +190,45 @@ class TablePlan(Plan):
             raise ValueError(
                 f"lengths[{i}]: must be from 0 to {columns} pages × {page_size} = {columns * page_size}, got {held[i]}"
             )
-        used = np.arange(columns)[None, :] * page_size < held[:, None]
-        outside = (tables < 0) | (tables.astype(np.int64) * page_size + page_size > 2**31 - 1)
-        if (used & outside).any():
-            i, j = map(int, np.argwhere(used & outside)[0])
-            most = (2**31 - 1) // page_size - 1
-            raise ValueError(
-                f"block_tables[{i}, {j}]: page {tables[i, j]} is inside lengths[{i}] but out of range; pages count "
-                f"from 0 to {most}, since slots (page × {page_size} + offset) are 32-bit numbers"
-            )
+        most = (2**31 - 1) // page_size - 1
+        tables = tables[:, : -(-int(held.max()) // page_size)]  # what is not read may be long
+        if tables.size and (tables.min() < 0 or tables.max() > most):
+            used = np.arange(tables.shape[1])[None, :] * page_size < held[:, None]
+            outside = np.argwhere(used & ((tables < 0) | (tables > most)))
+            if outside.size:
+                i, j = map(int, outside[0])
+                raise ValueError(
+                    f"block_tables[{i}, {j}]: page {tables[i, j]} is inside lengths[{i}] but out of range; pages count "
+                    f"from 0 to {most}, since slots (page × {page_size} + offset) are 32-bit numbers"
+                )
         device = block_tables.device if isinstance(block_tables, Tensor) else torch.device("cpu")
         super().__init__(int(queries.sum()), device)
         self.page_size = page_size
+        self._given_on = device
         self._tables = _core.BlockTables(np.ascontiguousarray(tables, dtype=np.int32), held, queries, page_size)
         self._arrays: dict[tuple[int, TileConfig], PlanArrays] = {}
+        for before in [plan for ref in _recent if (plan := ref()) is not None]:
+            if before._given_on == device and self._tables.follow(before._tables):
+                self._follow(before)
+                break
+        _recent.appendleft(weakref.ref(self))
+
+    def _follow(self, before: TablePlan) -> None:
+        """Take over the arrays of an earlier plan: the planner has advanced them, and the device has most of them."""
+        self.device = before.device
+        if capturing(self.device):
+            return
+        for key, earlier in before._arrays.items():
+            params = core_params(*key)
+            changed = self._tables.appended(params)
+            if changed is None:
+                continue
+            kv = None
+            if self.device.type != "cpu":
+                kv = earlier.kv
+                assert kv is not None
+                append_tokens(kv, upload(changed, self.device))  # behind what the earlier plan reads
+            self._arrays[key] = split_buffers(self._tables.plan(params), self.device, kv=kv)
 
     def arrays(self, group: int, tile_config: TileConfig) -> PlanArrays:
         key = (group, tile_config)
@@ -200,7 +238,7 @@ class TablePlan(Plan):
                     "plan: it is not on the GPU yet, and a captured CUDA graph cannot bring it there; run one call "
                     "with this plan before the capture"
                 )
-            self._arrays[key] = split_buffer(self._tables.plan(core_params(group, tile_config)), self.device)
+            self._arrays[key] = split_buffers(self._tables.plan(core_params(group, tile_config)), self.device)
         return self._arrays[key]
 
     def contexts(self) -> FlatContexts:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anabranch import _core
 from anabranch.errors import TopologyChanged
-from anabranch.plan.arrays import PlanArrays, capturing, split_buffer, upload
+from anabranch.plan.arrays import PlanArrays, capturing, split_buffers, upload
 from anabranch.plan.resident import AdvanceKernel, ResidentPlan
 from anabranch.plan.tile_config import TileConfig, core_params
 
@@ -40,7 +40,7 @@ class Planner:
         self.device = device
         self.advance_kernel = advance_kernel
         self._plan = plan
-        #: arrays are views of the planner's buffer; False: resident, as on a GPU (tests set it to try that on a CPU)
+        #: arrays are views of the planner's buffers; False: resident, as on a GPU (tests set it to try that on a CPU)
         self.on_host = device.type == "cpu"
         self._params: dict[PlanKey, _core.PlanParams] = {}
         self._wrapped: dict[PlanKey, tuple[int, PlanArrays]] = {}  # on the host: (build, arrays)
@@ -65,7 +65,7 @@ class Planner:
         if self.on_host:
             build, arrays = self._wrapped.get(key, (-1, None))
             if arrays is None or build != result.build:
-                arrays = split_buffer(result, self.device)
+                arrays = split_buffers(result, self.device)
                 self._wrapped[key] = (result.build, arrays)
             return arrays  # else advanced in place: the same memory, already wrapped
         resident = self._resident.get(key)

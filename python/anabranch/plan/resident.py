@@ -1,7 +1,7 @@
 """The arrays of a kept plan on a device, advanced there.
 
 Between two topology changes a decode step appends one token to each branch's tail, and nothing else changes in the
-plan. The planner does that on the host, in place; uploading its whole buffer in every step would cost more than the
+plan. The planner does that on the host, in place; uploading its buffers in every step would cost more than the
 step's kernels on a large tree. So the device makes the same change from what a step uploads anyway, its slots and
 positions: no transfer, no allocation, no change of address or shape, no waiting. A captured CUDA graph needs all of
 that.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from anabranch import _core
-from anabranch.plan.arrays import PlanArrays, section, split_buffer, upload
+from anabranch.plan.arrays import PlanArrays, section, split_buffers, upload
 from anabranch.plan.layout import ItemField
 
 #: ``advance(arrays, tails, slots, positions)`` of a backend
@@ -35,8 +35,8 @@ class ResidentPlan:
         self.build = result.build
         # Made in inference mode they could be advanced in inference mode only.
         with torch.inference_mode(False):
-            self.arrays: PlanArrays = split_buffer(result, device, copy=True)
-        # The planner's own buffer, which it advances in place; and how long its items were when this was made.
+            self.arrays: PlanArrays = split_buffers(result, device, copy=True)
+        # The planner's own buffers, which it advances in place; and how long its items were when this was made.
         self._host_items = section(result, "items")
         self._host_lengths = self._host_items[:, ItemField.KV_LEN].copy()
         self._host_rows = section(result, "rows")
@@ -75,9 +75,15 @@ def advance(arrays: PlanArrays, tails: Tensor, slots: Tensor, positions: Tensor)
     """
     items = arrays.items[tails]  # [rows, ITEM_FIELDS]
     positions = positions.to(torch.int32)
-    at = (items[:, ItemField.KV_BEGIN] + items[:, ItemField.KV_LEN]).long()
-    arrays.kv_slots.index_put_((at,), slots)
-    arrays.kv_positions.index_put_((at,), positions)
+    place = (items[:, ItemField.KV_BEGIN] + items[:, ItemField.KV_LEN]).long()
+    strip, at = place // arrays.strip, place % arrays.strip
+    entry = arrays.kv_strips[strip]  # [rows, 2]
+    token = torch.stack((slots, positions), 1)
+    # A strip that begins; one that spells out its tokens; else the token lies side by side with the one before it, and
+    # goes where nobody reads.
+    arrays.kv_strips.index_put_((strip,), torch.where((at == 0)[:, None], token, entry))
+    spelled = (at != 0) & (entry[:, 0] < 0)
+    arrays.kv_spelled.index_put_((torch.where(spelled, ~entry[:, 0].long() + at, 0),), token)
     items[:, ItemField.KV_LEN] += 1
     items[:, ItemField.KV_POS_MAX] = torch.maximum(items[:, ItemField.KV_POS_MAX], positions)
     items[:, ItemField.ROW_POS_MIN] = positions

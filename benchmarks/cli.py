@@ -31,6 +31,7 @@ app = typer.Typer(
 [bold]e2e[/bold]        SmolLM2: 16 branches through our engine, through model.generate and, optionally, through vLLM
 [bold]host[/bold]       what a fork, a step and a plan cost; what a cache holds
 [bold]linear[/bold]     what Engine(batch_invariant=True) costs: linear layers and forwards of 1 to 512 rows
+[bold]step[/bold]       where a decode step of 1, 16 and 64 rows spends its time, eager and compiled, beside the floor
 [bold]drafts[/bold]     speculative decoding: steps and seconds of the adapted models' answers with drafts and without
 [bold]serve[/bold]      Poisson arrivals: throughput, time to the first token and between tokens, p50 and p99
 [bold]branch[/bold]     training: attention under a branch mask, forward + backward; masked SDPA, FlexAttention
@@ -177,14 +178,16 @@ def _run_e2e(
     rounds: int,
     only: str,
     patience: float = 600.0,
+    branches: list[int] | None = None,
 ) -> None:
     from . import e2e
 
     names = [d.value for d in dtypes] if dtypes else ["bfloat16", "float32"]
     with console.status("loading the model") as status:
         for entry in e2e.run(
-            quick=quick, dtypes=names, peer=peer, rounds=rounds, only=only, patience=patience, report=status.update
-        ):
+            quick=quick, dtypes=names, peer=peer, rounds=rounds, only=only, patience=patience,
+            branches=branches or (16, 1), report=status.update,
+        ):  # fmt: skip
             store.put("e2e", ("contender", "prompt", "dtype", "n"), entry)
             console.print(report.e2e_line(entry))
     console.print(report.e2e_table(store.data))
@@ -253,6 +256,30 @@ def linear_command(
     _finish(store, None)
 
 
+@app.command("step")
+def step_command(
+    quick: Quick = False,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.bfloat16,
+    rounds: Rounds = 5,
+    threads: Threads = None, clock: ClockOption = "wall", json: Json = None,
+) -> None:  # fmt: skip
+    """Where a decode step goes: plan, linear layers, attention, sampling, the rest; by rows, beside the floor."""
+    from . import step
+
+    store = _start(threads, json, clock)
+    with console.status("measuring the floor") as status:
+        floor = Floor().measure((getattr(torch, dtype.value),), tries=3 if quick else 10)
+        store.set("floor", floor.as_dict())
+        for entry in step.run(quick, dtype.value, min(rounds, 2) if quick else rounds, floor, status.update):
+            store.put("step", ("contender", "rows", "dtype"), entry)
+            if "left_out" in entry:
+                console.print(
+                    f"{entry['rows']} rows, {entry['contender']}: left out, {entry['left_out']}", markup=False
+                )
+    console.print(report.step_table(store.data))
+    _finish(store, None)
+
+
 @app.command("kv_formats")
 def kv_formats_command(quick: Quick = False, json: Json = None) -> None:
     """Accuracy of K and V kept as int8 and fp8: SmolLM2's perplexity, the adapted model's answers. Not timed."""
@@ -287,17 +314,22 @@ def cuda_sass_command(
     if cuda_resources.nvcc() is None:
         raise typer.BadParameter("nothing compiled: nvcc was not found; put it on PATH or name it in CUDACXX")
     options: dict[str, Any] = dict(
-        dtypes=dtype or cuda_sass.DTYPES, archs=arch or cuda_resources.ARCHS, head_dims=head_dim or cuda_sass.HEAD_DIMS,
+        dtypes=dtype or cuda_sass.DTYPES, archs=arch or cuda_resources.ARCHS, head_dims=head_dim,
         processes=processes,
     )  # fmt: skip
     for name, given, known in (("dtype", dtype, cuda_sass.DTYPES), ("head-dim", head_dim, cuda_sass.HEAD_DIMS)):
         for value in given or ():
             if value not in known:
-                raise typer.BadParameter(f"{value!r}: expected one of {', '.join(map(str, known))}", param_hint=f"--{name}")
+                raise typer.BadParameter(
+                    f"{value!r}: expected one of {', '.join(map(str, known))}", param_hint=f"--{name}"
+                )
     if save and (arch or dtype or head_dim):
-        raise typer.BadParameter("the committed table has every variant: leave --arch, --dtype, --head-dim out")
-    rows = cuda_sass.table(**options)
+        raise typer.BadParameter("the committed tables have every variant: leave --arch, --dtype, --head-dim out")
+    found = cuda_sass.units(**options)
+    rows = cuda_sass.table(found)
     if save:
+        found += cuda_sass.units(("",), options["archs"], processes=processes)
+        cuda_resources.save(cuda_resources.with_layouts([row for unit in found for row in unit.kernels]))
         cuda_sass.save(rows)
     print(cuda_sass.markdown(rows, cuda_resources.version()))
     if against is not None:
@@ -380,10 +412,13 @@ def e2e_command(
     patience: Annotated[
         float, typer.Option(help="Leave a contender out where its prefill alone would take more seconds than this.")
     ] = 600.0,
+    branches: Annotated[
+        list[int] | None, typer.Option("--branches", min=1, help="May be repeated. Default: 16 and 1.")
+    ] = None,
 ) -> None:  # fmt: skip
     """A real model: our engine, model.generate and, with --peer, vLLM on the same prompts."""
     store = _start(threads, json, clock)
-    _run_e2e(store, quick, dtype, peer, rounds, only, patience)
+    _run_e2e(store, quick, dtype, peer, rounds, only, patience, branches)
     _finish(store, plot)
 
 

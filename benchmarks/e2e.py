@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from .timing import clock_name, now
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 TITLES = {
     "anabranch": "anabranch",
+    "anabranch_compiled": "anabranch, compiled",
     "generate": "Transformers generate",
     "generate_reused": "generate, prefill once and copy its cache",
     "vllm": "vLLM, CPU build",
@@ -93,29 +94,44 @@ class Bench:
 
     def __init__(self, dtype: str, new_tokens: int) -> None:
         self.dtype, self.new_tokens = dtype, new_tokens
-        self.phases: dict[str, float] = {}  # wall seconds of our last call by phase, as the engine's metrics tell them
+        # wall seconds of the last call of each of ours by phase, as the engine's metrics tell them
+        self.phases: dict[str, dict[str, float]] = {}
         kind = getattr(torch, dtype)
         model, self.tokenizer = ab.models.load("smollm2", dtype=kind)
-        self.engine = ab.Engine(model, self.tokenizer)
+        self.engine = ab.Engine(model, self.tokenizer, compile=False)
+        self.compiled: ab.Engine | str  # or the reason why there is none
+        try:
+            self.compiled = ab.Engine(model, self.tokenizer, compile=True)
+        except ValueError as error:
+            self.compiled = str(error)
         self.plain, _ = ab.models.load("smollm2", dtype=kind, attn_implementation="sdpa")
 
     def exactly(self, count: int) -> dict[str, int]:
         return {"min_new_tokens": count, "max_new_tokens": count}
 
     def ours(self, prompt: Prompt, n: int) -> Measured:
+        return self._ours("anabranch", self.engine, prompt, n)
+
+    def ours_compiled(self, prompt: Prompt, n: int) -> Measured:
+        assert isinstance(self.compiled, ab.Engine)
+        if not self.compiled.compiled:  # that happens behind an engine's first steps; they are not timed
+            self.compiled.generate(prompt.ids[:8], do_sample=False, **self.exactly(8))
+        return self._ours("anabranch_compiled", self.compiled, prompt, n)
+
+    def _ours(self, name: str, engine: ab.Engine, prompt: Prompt, n: int) -> Measured:
         # No clock among the processors: the engine runs a caller's own for one branch at a time, and tells its phases.
         def call(_: LogitsProcessorList) -> int:
             options = self.exactly(self.new_tokens)
             if n == 1:
-                result = self.engine.generate(prompt.ids, do_sample=False, **options)
+                result = engine.generate(prompt.ids, do_sample=False, **options)
             else:
                 strategy = ab.SelfConsistency(n=n, temperature=1.0, top_p=1.0, top_k=0)
-                result = self.engine.generate(prompt.ids, strategy=strategy, **options)
-            self.phases = {k: round(v, 4) for k, v in result.metrics.seconds.items()}
+                result = engine.generate(prompt.ids, strategy=strategy, **options)
+            self.phases[name] = {k: round(v, 4) for k, v in result.metrics.seconds.items()}
             return result.metrics.sampled_tokens
 
         timed = _timed(call, n * self.new_tokens)
-        return Measured(self.phases["prefill"], timed.total)
+        return Measured(self.phases[name]["prefill"], timed.total)
 
     def generate(self, prompt: Prompt, n: int) -> Measured:
         ids = torch.tensor([prompt.ids])
@@ -182,6 +198,7 @@ def run(
     rounds: int,
     only: str = "",
     patience: float = 600.0,
+    branches: Sequence[int] = (16, 1),
     report: Callable[[str], None] = lambda _: None,
 ) -> Iterator[dict[str, object]]:
     """Every contender on every prompt, interleaved; one dict a line of the table.
@@ -190,13 +207,14 @@ def run(
         peer: the Python of an environment with vLLM, or None.
         rounds: calls of each contender; a single one where a call takes over a quarter of `patience`.
         only: the name of a prompt ("short" or "long"); empty for both.
+        branches: numbers of branches, each a line of the table.
         patience: seconds that one call may take by the estimate; above, the contender is left out with the reason.
     """
     new_tokens = 16 if quick else 60
     for dtype in dtypes:
         report(f"loading the model in {dtype}")
         bench = Bench(dtype, new_tokens)
-        cases = [(p, n) for p in prompts(bench.tokenizer, quick) if only in ("", p.name) for n in (16, 1)]
+        cases = [(p, n) for p in prompts(bench.tokenizer, quick) if only in ("", p.name) for n in branches]
         price = bench.seconds_a_token()
         for prompt, n in cases:
             yield from _case(bench, prompt, n, rounds, price, patience, report)
@@ -206,17 +224,21 @@ def run(
 
 
 def _case(bench: Bench, prompt: Prompt, n: int, rounds: int, price: float, patience: float, report):
-    contenders = {"anabranch": bench.ours, "generate": bench.generate}
+    contenders = {"anabranch": bench.ours, "anabranch_compiled": bench.ours_compiled, "generate": bench.generate}
     if n > 1:
         contenders["generate_reused"] = bench.generate_reused
-    prefilled = {"anabranch": len(prompt.ids), "generate": n * len(prompt.ids), "generate_reused": len(prompt.ids)}
+    once = len(prompt.ids)
+    prefilled = {"anabranch": once, "anabranch_compiled": once, "generate": n * once, "generate_reused": once}
     ready, left = {}, []
     for name, call in contenders.items():
+        why = bench.compiled if name == "anabranch_compiled" and isinstance(bench.compiled, str) else ""
         estimate = price * prefilled[name]
         if estimate > patience:
+            why = f"prefill alone would take about {estimate:.0f} s here"
+        if why:
             left.append({
                 "contender": name, "title": TITLES[name], "prompt": prompt.name, "prompt_tokens": len(prompt.ids),
-                "n": n, "dtype": bench.dtype, "left_out": f"prefill alone would take about {estimate:.0f} s here",
+                "n": n, "dtype": bench.dtype, "left_out": why,
             })  # fmt: skip
         else:
             ready[name] = call
@@ -236,7 +258,7 @@ def _case(bench: Bench, prompt: Prompt, n: int, rounds: int, price: float, patie
             runs[name].append(call(prompt, n))
     for name in ready:
         entry = bench.entry(name, prompt, n, runs[name])
-        yield {**entry, "phases_wall_seconds": bench.phases} if name == "anabranch" else entry
+        yield {**entry, "phases_wall_seconds": bench.phases[name]} if name in bench.phases else entry
     yield from left
 
 

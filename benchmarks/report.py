@@ -252,6 +252,23 @@ def e2e_table(data: dict[str, Any]) -> Table:
 
 
 # -- Markdown ---------------------------------------------------------------------------------------------------------
+STEP_PARTS = ("linear", "attention", "other", "plan", "strategy", "sampling")
+
+
+def step_table(data: dict[str, Any]) -> Table:
+    """A decode step by rows: all of it, how many times the floor that is, and its parts."""
+    table = Table(title="A decode step", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("rows", "dtype", "forward", "step", "× floor", *STEP_PARTS):
+        table.add_column(name, justify="left" if name in ("dtype", "forward") else "right")
+    for e in sorted(data.get("step", []), key=lambda e: (e["dtype"], e["rows"], e["contender"])):
+        if "left_out" in e:
+            continue
+        how = e["contender"] if e["compiled"] == (e["contender"] == "compiled") else f"{e['contender']} (ran eagerly)"
+        parts = (micro(e[f"{part}_us"]) for part in STEP_PARTS)
+        table.add_row(str(e["rows"]), e["dtype"], how, micro(e["all_us"]), f"{e['of_floor']:.2f}", *parts)
+    return table
+
+
 def serve_table(data: dict[str, Any]) -> Table:
     """Who serves how fast: throughput, waiting for the first token and between tokens."""
     table = Table(box=SIMPLE_HEAD, title="serving, Poisson arrivals")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import anabranch as ab
-from benchmarks import attention, branch, host, plots, report, serve
+from benchmarks import attention, branch, host, plots, report, serve, step
 from benchmarks.contenders import ALL, Unfit
 from benchmarks.floor import Floor
 from benchmarks.shapes import Case, all_cases, chunk, draft, levels
@@ -154,13 +154,32 @@ def test_branch_subtrees() -> None:
             assert int((ends - index).sum()) == case.pairs
 
 
-def test_serving() -> None:
-    """Everybody writes all tokens of all requests, and the table tells of each."""
+def small_model():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     small = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     config = LlamaConfig(**small, num_key_value_heads=2, eos_token_id=1, pad_token_id=0)
-    model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    return LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+
+
+def test_a_step_taken_apart(monkeypatch) -> None:
+    """Every part has a time, and what cannot be had is left out with the reason."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    bench = step.Bench(small_model(), [3, 4, 5, 6], 4)
+    entries = list(step.steps_of(bench, (1, 3), 1, Floor(copy=1e9, fma=1e10)))
+    assert [(e["contender"], e["rows"]) for e in entries] == [(c, n) for n in (1, 3) for c in ("eager", "compiled")]
+    for e in entries:
+        if e["contender"] == "compiled":
+            assert "no C++ compiler" in e["left_out"]
+            continue
+        assert e["of_floor"] > 1 and e["all_us"] >= e["decode_us"]
+        assert min(e["linear_us"], e["attention_us"], e["sampling_us"]) > 0
+    assert report.step_table({"step": entries}).row_count == 2
+
+
+def test_serving() -> None:
+    """Everybody writes all tokens of all requests, and the table tells of each."""
+    model = small_model()
     texts = [[5] * 20 + [i] for i in range(2, 6)]
     data: dict = {"serve": []}
     for branches in (1, 2):

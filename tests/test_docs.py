@@ -32,9 +32,7 @@ def test_named_paths_and_links_exist(page: Path) -> None:
     assert not missing, f"{name_of(page)} names what is not there: {missing}"
 
 
-@pytest.mark.parametrize(
-    "page", ["start", "guides/own_loop", "guides/own_pages", "guides/writing_a_strategy", "guides/own_strategy"]
-)
+@pytest.mark.parametrize("page", ["start", "guides/own_loop", "guides/own_pages", "guides/writing_a_strategy"])
 def test_code_of_a_page_runs(page: str, tmp_path: Path) -> None:
     """With a tiny random model where the page loads one."""
     make_model("llama").save_pretrained(tmp_path)

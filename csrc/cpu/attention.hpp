@@ -35,8 +35,8 @@ bool large_pages(void* data, int64_t bytes);
 void branch_forward(Branch& b, const BranchMaskView& mask, int threads);
 void branch_backward(Branch& b, const BranchMaskView& mask, int threads);
 
-// l.wide is set here.
-void linear(Linear& l, int threads);
+// Of one x: type, rows, k, x and x_row are the same for all layers; wide is set here.
+void linear(const std::vector<Linear>& layers, int threads);
 
 // Of each row of scores: the best one (NaN where a score is NaN) and the first token that has it.
 void score_best(const Scores& s, float* best, int64_t* token, int threads);

@@ -101,10 +101,19 @@ void py_copy(int64_t data, int64_t planes, int64_t heads, const std::array<int64
 
 void py_linear(int type, int64_t rows, int64_t n, int64_t k, int64_t x, int64_t x_row, int64_t w, int64_t w_row,
                int64_t bias, int64_t out, int threads) {
-  Linear l{Type(type), rows, n, k, pointer<void>(x), pointer<void>(w), pointer<void>(bias), pointer<void>(out),
-           x_row, w_row, n, nullptr};
   py::gil_scoped_release release;
-  linear(l, threads);
+  linear({{Type(type), rows, n, k, pointer<void>(x), pointer<void>(w), pointer<void>(bias), pointer<void>(out), x_row,
+           w_row, n, nullptr}}, threads);
+}
+
+void py_linear_of_one(int type, int64_t rows, int64_t k, int64_t x, int64_t x_row,
+                      const std::vector<std::array<int64_t, 5>>& layers, int threads) {
+  std::vector<Linear> all;
+  for (const auto& [n, w, w_row, bias, out] : layers)
+    all.push_back({Type(type), rows, n, k, pointer<void>(x), pointer<void>(w), pointer<void>(bias), pointer<void>(out),
+                   x_row, w_row, n, nullptr});
+  py::gil_scoped_release release;
+  linear(all, threads);
 }
 
 Scores scores(int type, const std::array<int64_t, 4>& x) {
@@ -251,6 +260,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("linear", &py_linear, py::arg("type"), py::arg("rows"), py::arg("n"), py::arg("k"), py::arg("x"),
         py::arg("x_row"), py::arg("w"), py::arg("w_row"), py::arg("bias"), py::arg("out"), py::arg("threads"),
         "out [rows, n] contiguous = x [rows, k] times w [n, k] transposed, plus bias [n] (0: none).");
+  m.def("linear_of_one", &py_linear_of_one, py::arg("type"), py::arg("rows"), py::arg("k"), py::arg("x"),
+        py::arg("x_row"), py::arg("layers"), py::arg("threads"),
+        "Several layers of one x in one parallel region; layers: (n, w, w_row, bias, out) of each, as for linear.");
   m.def("branch_forward", &py_branch_forward, py::arg("type"), py::arg("shape"), py::arg("qkv"), py::arg("mask"),
         py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("sinks"), py::arg("out"), py::arg("lse"),
         py::arg("threads"), "shape: head_dim, query heads, KV heads; mask: starts, row_ptr, cols, positions, segments.");

@@ -11,25 +11,35 @@ constexpr int64_t BLOCK = 96;             // output columns handed to a thread a
 
 }  // namespace
 
-void linear(Linear& all, int threads) {
+void linear(const std::vector<Linear>& layers, int threads) {
+  if (layers.empty()) return;
   const Kernels& kernels = active();
-  const int64_t parts = (all.rows + MOST_ROWS - 1) / MOST_ROWS, most = parts ? (all.rows + parts - 1) / parts : 0;
-  if (most * all.n * all.k < SERIAL_WORK) threads = 1;
-  const size_t line = 64, wide = (kernels.linear_wide(most, all.k) * 4 + line - 1) / line * line;
+  const Linear& any = layers[0];  // rows of x, their packed form and the scratch are the same for all
+  const int64_t parts = (any.rows + MOST_ROWS - 1) / MOST_ROWS, most = parts ? (any.rows + parts - 1) / parts : 0;
+  std::vector<int64_t> ends;  // of each layer's output columns, one layer behind the other
+  for (const Linear& l : layers) ends.push_back((ends.empty() ? 0 : ends.back()) + l.n);
+  if (most * ends.back() * any.k < SERIAL_WORK) threads = 1;
+  const size_t line = 64, wide = (kernels.linear_wide(most, any.k) * 4 + line - 1) / line * line;
   const size_t each = (kernels.linear_scratch(most) + line - 1) / line * line;
   Lease space;
   space->reserve(wide + each * size_t(threads));
   char* scratch = space->data + wide;
   for (int64_t p = 0; p < parts; ++p) {
-    const int64_t begin = all.rows * p / parts, end = all.rows * (p + 1) / parts, size = int64_t(size_of(all.type));
-    Linear l = all;
-    l.rows = end - begin;
-    l.x = static_cast<const char*>(all.x) + begin * all.x_row * size;
-    l.out = static_cast<char*>(all.out) + begin * all.out_row * size;
-    l.wide = reinterpret_cast<float*>(space->data);
-    kernels.linear_pack(l);
-    for_each(threads, l.n, threads == 1 ? std::max<int64_t>(l.n, 1) : BLOCK, [&](int thread, int64_t from, int64_t to) {
-      kernels.linear(l, from, to, scratch + each * size_t(thread));
+    const int64_t begin = any.rows * p / parts, end = any.rows * (p + 1) / parts, size = int64_t(size_of(any.type));
+    std::vector<Linear> some = layers;
+    for (Linear& l : some) {
+      l.rows = end - begin;
+      l.x = static_cast<const char*>(l.x) + begin * l.x_row * size;
+      l.out = static_cast<char*>(l.out) + begin * l.out_row * size;
+      l.wide = reinterpret_cast<float*>(space->data);
+    }
+    kernels.linear_pack(some[0]);
+    const int64_t block = threads == 1 ? std::max<int64_t>(ends.back(), 1) : BLOCK;
+    for_each(threads, ends.back(), block, [&](int thread, int64_t from, int64_t to) {
+      for (size_t i = 0; i < some.size(); ++i) {
+        const int64_t start = ends[i] - some[i].n, first = std::max(from, start), last = std::min(to, ends[i]);
+        if (first < last) kernels.linear(some[i], first - start, last - start, scratch + each * size_t(thread));
+      }
     });
   }
 }

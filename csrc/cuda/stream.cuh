@@ -69,7 +69,7 @@ struct Stream {
   // Starts the copies of a tile (even: K, odd: V of block tile / 2).
   ANABRANCH_DEVICE void issue(int which_tile, int slot) const {
     if (which_tile < tiles) {
-      const int token = S::first_token(ptx::thread()), column = ptx::thread() & (S::kLanes - 1);
+      const int token = S::first_row(ptx::thread(), S::kTokens), column = ptx::thread() & (S::kLanes - 1);
       const Int2* from = places + (which_tile & (2 * kAhead - 1)) * S::kBlock + token;
       char* const to = ring + slot * S::kTile + token * S::kPitch + column * 16;
       Int2 place[S::kTokens];

@@ -6,12 +6,25 @@ bools, and no floats, whole or not: they are mistakes more often than numbers.
 
 from __future__ import annotations
 
+import difflib
 import operator
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from math import isfinite
 from typing import Any
 
-__all__ = ["index_of", "indices", "layer_of", "number", "shape_of", "told", "whole", "whole_fields"]
+__all__ = [
+    "index_of",
+    "indices",
+    "layer_of",
+    "nearest",
+    "number",
+    "plain_name",
+    "shape_of",
+    "told",
+    "whole",
+    "whole_fields",
+]
 
 
 def index_of(value: Any) -> int | None:
@@ -24,6 +37,21 @@ def index_of(value: Any) -> int | None:
         return operator.index(value)
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: tensors without data
         return None
+
+
+def plain_name(name: str) -> str:
+    """A name without what people vary in it: case, spaces, hyphens and underscores."""
+    return re.sub(r"[-_\s]", "", name).lower()
+
+
+def nearest(name: str, known: Sequence[str], n: int = 3) -> list[str]:
+    """At most `n` of the `known` names that look like `name`, the nearest first; [] where none does.
+
+    >>> nearest("selfconsistancy", ["aspects", "self-consistency"])
+    ['self-consistency']
+    """
+    by_plain = {plain_name(k): k for k in known}
+    return [by_plain[k] for k in difflib.get_close_matches(plain_name(name), by_plain, n=n, cutoff=0.5)]
 
 
 def whole(value: Any, name: str, least: int | None = 0, most: int | None = None, hint: str = "") -> int:

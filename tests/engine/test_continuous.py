@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -663,3 +664,20 @@ def test_a_soak():
 def test_a_long_soak():
     seen = total([soak(number, 100) for number in range(100, 200)])
     assert min(seen.values()) > 50, seen
+
+
+@pytest.mark.slow
+def test_an_hour_of_soaks():
+    """Memory stays flat. ANABRANCH_SOAK_SECONDS: another time than an hour."""
+    resource = pytest.importorskip("resource", reason="peak memory is read through the resource module of Unix")
+    seconds = float(os.environ.get("ANABRANCH_SOAK_SECONDS", "3600"))
+    begin, number, early = time.monotonic(), 1000, 0
+    seen: list[dict[str, int]] = []
+    while (spent := time.monotonic() - begin) < seconds:
+        seen.append(soak(number, 400))
+        number += 1
+        if spent < seconds / 4:
+            early = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - early
+    print(f"{len(seen)} engines, {400 * len(seen)} requests, {spent:.0f} s: {total(seen)}; + {grown / 1024:.1f} MiB")
+    assert grown < 32 * 1024  # KiB

@@ -33,6 +33,7 @@ class Faults:
     missing: tuple[str, ...] = ()
     shift_tokens: int = 0
     delay: float = 0.0
+    together: int = 0  # no stream goes on until so many have run at once
 
 
 @dataclass
@@ -159,6 +160,9 @@ class Handler(BaseHTTPRequestHandler):
         generator = torch.Generator().manual_seed(payload.get("seed", 0))
         usage = {"prompt_tokens": count, "prompt_tokens_details": {"cached_tokens": count // 4 * 4}}
         reason, stop = "length", None
+        end = time.monotonic() + 60
+        while state.most_running < faults.together and time.monotonic() < end:
+            time.sleep(0.001)
         for i in range(most):
             if faults.delay:
                 time.sleep(faults.delay)

@@ -87,7 +87,7 @@ def test_threads_run_at_once_and_sequential_ones_do_not(parts):
     model, tokenizer = parts
     for strategy, most in ((ab.SelfConsistency(4, vote=None), 4), (ab.Sequential(ab.SelfConsistency(4, vote=None)), 1)):
         with completions_server(model, tokenizer) as (url, state), ab.RemoteEngine(url, tokenizer) as engine:
-            state.faults.delay = 0.02
+            state.faults.together = most
             engine.generate("p", strategy=strategy, max_new_tokens=8)
             assert state.most_running == most
 
@@ -186,7 +186,7 @@ def test_what_a_server_does_wrong_is_said(parts, faults, options, message):
         engine.connection.backoff = 0.01
         with engine, pytest.raises(ab.RemoteError, match=message):
             engine.generate("one river", strategy=ab.SelfConsistency(2, vote=None), max_new_tokens=30)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while state.running and time.monotonic() < deadline:
             time.sleep(0.01)
         assert state.running == 0  # whatever else was under way has been ended there
@@ -210,7 +210,7 @@ def test_leaving_a_stream_and_aborting_end_the_work_on_the_server(parts):
         timer.start()
         result = engine.generate("p", max_new_tokens=400, eos_token_id=-1)
         assert result.tree.fate == "killed" and 0 < len(result.token_ids) < 400
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while state.running and time.monotonic() < deadline:
             time.sleep(0.01)
         assert state.running == 0

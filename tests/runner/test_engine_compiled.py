@@ -23,6 +23,7 @@ from anabranch.hf import tree as hf_tree
 from anabranch.runner import compiled, tracing
 from anabranch.runner.compiled import CompiledForward
 from anabranch.runner.linear import linear_context
+from anabranch.runner.tracing import use_own_linear
 
 pytestmark = pytest.mark.compiled
 
@@ -175,17 +176,22 @@ def test_no_recompilation_while_rows_and_trees_change(family, steps, compiler):
 
 
 def test_linear_layers_of_a_graph_run_our_kernel(compiler):
-    """Seven a layer and the head, in either graph; none of torch's is left where ours takes any number of rows."""
+    """Per layer q, k and v as one op, gate and up as one, two others; and the head. None of torch's is left where ours
+    takes any number of rows."""
     answer(compiled_engine(own_linear=True))
     for graph in compiler:
         targets = [node.target for node in graph.graph.nodes]
-        assert targets.count(torch.ops.anabranch.linear_rows.default) == 2 * 7 + 1
+        together = [n for n in graph.graph.nodes if n.target is torch.ops.anabranch.linear_rows_of_one.default]
+        assert sorted(len(node.args[1]) for node in together) == [2, 2, 3, 3]
+        assert targets.count(torch.ops.anabranch.linear_rows.default) == 2 * 2 + 1
         assert torch._C._nn.linear not in targets
     compiler.clear()
     answer(compiled_engine(own_linear=False))
     assert compiler
     for graph in compiler:
-        assert torch.ops.anabranch.linear_rows.default not in [node.target for node in graph.graph.nodes]
+        targets = [node.target for node in graph.graph.nodes]
+        assert torch.ops.anabranch.linear_rows.default not in targets
+        assert torch.ops.anabranch.linear_rows_of_one.default not in targets
 
 
 def test_opcheck_of_the_linear_op():
@@ -194,6 +200,31 @@ def test_opcheck_of_the_linear_op():
         torch.library.opcheck(torch.ops.anabranch.linear_rows.default, (x, weight, bias, most))
         got = torch.ops.anabranch.linear_rows(x, weight, None, most)
         torch.testing.assert_close(got, nn.functional.linear(x, weight))
+
+
+def test_opcheck_of_linear_layers_of_one_input():
+    x, weights, biases = torch.randn(2, 3, 16), [torch.randn(n, 16) for n in (8, 1, 5)], [None, torch.randn(1), None]
+    for most in (0, 1 << 40):
+        torch.library.opcheck(torch.ops.anabranch.linear_rows_of_one.default, (x, weights, biases, most))
+        got = torch.ops.anabranch.linear_rows_of_one(x, weights, biases, most)
+        for part, weight, bias in zip(got, weights, biases, strict=True):
+            torch.testing.assert_close(part, nn.functional.linear(x, weight, bias))
+
+
+def test_weights_made_in_the_graph_are_not_joined():
+    """A weight that a layer computes is not there yet where the first layer of its input stands."""
+
+    def function(x, w):
+        return torch._C._nn.linear(x, w), torch._C._nn.linear(x, w + 1)
+
+    graph = torch.fx.symbolic_trace(function)
+    x, w = torch.randn(3, 16), torch.randn(8, 16)
+    for node in graph.graph.nodes:
+        if node.op != "output":
+            node.meta["example_value"] = x if node.name == "x" else w
+    assert use_own_linear(graph, True) == 2
+    for got, want in zip(graph(x, w), function(x, w), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 # ------------------------------------------------------------------------------------------------ when

@@ -17,6 +17,7 @@ from torch import nn
 
 import anabranch as ab
 from anabranch import _cpu
+from anabranch.runner import tracing  # noqa: F401  (defines the ops)
 from anabranch.runner.linear import OwnLinear, linear, linear_context, rows_for, serves, takes
 
 ISAS = _cpu.info()["runnable"]
@@ -118,6 +119,26 @@ def test_rows_are_independent(isa, rng):
             torch.set_num_threads(threads)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    m=st.sampled_from([1, 3, 4, 5, 33, 300]),
+    ns=st.lists(st.integers(1, 130), min_size=1, max_size=4),
+    k=st.integers(0, 70),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(ISAS),
+)
+def test_layers_of_one_input_come_out_as_alone(m, ns, k, dtype, isa):
+    """To the bit: sharing a parallel region changes no sum."""
+    _cpu.use(isa)
+    rng = torch.Generator().manual_seed(m * 1000 + k)
+    x = draw(rng, m, k, dtype=dtype)
+    weights = [draw(rng, n, k, dtype=dtype) for n in ns]
+    biases = [draw(rng, n, dtype=dtype) if n % 2 else None for n in ns]
+    together = torch.ops.anabranch.linear_rows_of_one(x, weights, biases, 1 << 40)
+    for got, weight, bias in zip(together, weights, biases, strict=True):
+        assert torch.equal(got, linear(x, weight, bias))
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_and_inf_go_where_they_belong(isa, dtype, rng):
@@ -156,6 +177,7 @@ def test_weight_at_the_end_of_a_mapping():
     code = """
 import ctypes, mmap, sys, torch
 from anabranch import _cpu
+from anabranch.runner import tracing  # noqa: F401  (defines the ops)
 from anabranch.runner.linear import linear
 libc = ctypes.CDLL(None, use_errno=True)
 page = mmap.PAGESIZE

@@ -442,7 +442,7 @@ MISUSE = [
     (lambda trunk: trunk.join(trunk.fork(2), "summary"), "summary takes text"),
     (lambda trunk: trunk.join(trunk.fork(1) * 2), "given twice"),
     (lambda trunk: trunk.join(trunk.fork(2), headers=[None, None]), "headers=.*mode 'reprefill' takes one for each"),
-    (lambda trunk: trunk.join(trunk.fork(2), "reprefill", headers=["x"]), "one for each of the 2 kids"),
+    (lambda trunk: trunk.join(trunk.fork(2), "reprefill", headers=["x"]), "one for each of the 2 children"),
     (lambda trunk: trunk.decode(stats="entropy"), "stats='entropy'"),
     (lambda trunk: trunk.join(trunk.spawn("x")), "context of its own"),
     (lambda trunk: trunk.fork(2)[0].join(trunk.fork(1)), "is not a child of"),

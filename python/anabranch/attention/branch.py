@@ -56,6 +56,11 @@ def branch_attention(
     Raises:
         TypeError, ValueError: a mask, shape, dtype, device or option that does not fit; nothing was computed.
         BackendUnavailable: the backend asked for cannot run here.
+
+    >>> mask = ab.BranchMask.from_context([2, 1, 1], [[], [0], [0]])   # a prompt of two tokens, two answers of one
+    >>> q, k, v = torch.randn(4, 8, 64), torch.randn(4, 2, 64), torch.randn(4, 2, 64)
+    >>> ab.branch_attention(q, k, v, mask).shape
+    torch.Size([4, 8, 64])
     """
     if not isinstance(mask, BranchMask):
         raise TypeError(f"mask: expected a BranchMask (BranchMask.from_tree, from_context), got {type(mask).__name__}")

@@ -47,6 +47,10 @@ class BranchMask:
             ``cols[row_ptr[s]:row_ptr[s + 1]]``: intervals [begin, end), sorted, disjoint, merged, all before
             ``starts[s]``.
         positions: int64 [T], each token's logical position: what the model's ``position_ids`` should be.
+
+    >>> mask = ab.BranchMask.from_context([2, 2, 2, 1], [[], [0], [0], [0, 1, 2]])
+    >>> mask.num_tokens, mask.positions.tolist()
+    (7, [0, 1, 2, 3, 2, 3, 4])
     """
 
     def __init__(self, starts: Tensor, row_ptr: Tensor, cols: Tensor, positions: Tensor) -> None:

@@ -65,6 +65,14 @@ def tree_attention(
     Raises:
         ValueError: a shape, dtype, device, layer or option that does not fit; nothing was computed.
         DeadBranch, ValueError: the step is stale because one of its branches moved on.
+
+    >>> cache = ab.TreeCache(num_layers=1, num_kv_heads=2, head_dim=64, num_pages=16)
+    >>> trunk = cache.branch()
+    >>> step = cache.step({trunk: 3})
+    >>> cache.write(0, torch.randn(3, 2, 64), torch.randn(3, 2, 64), step)
+    >>> out, lse = ab.tree_attention(torch.randn(3, 8, 64), cache, 0, step, return_lse=True)
+    >>> out.shape, lse.shape
+    (torch.Size([3, 8, 64]), torch.Size([3, 8]))
     """
     made_by = getattr(step, "cache", None)
     if made_by is None:
@@ -111,6 +119,12 @@ def paged_tree_attention(
 
     Raises:
         ValueError: a shape, dtype, device or option that does not fit.
+
+    >>> tables = torch.tensor([[0, 1], [0, 2]])                      # two sequences that share their first page
+    >>> plan = ab.Plan.from_block_tables(tables, lengths=[20, 17], page_size=16)
+    >>> k_pages, v_pages = torch.randn(2, 3, 16, 2, 64)
+    >>> ab.paged_tree_attention(torch.randn(2, 8, 64), k_pages, v_pages, plan).shape
+    torch.Size([2, 8, 64])
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan (Plan.from_block_tables), got {type(plan).__name__}")

@@ -35,11 +35,12 @@ class KVFormat:
         dtype: of an element in a page.
         largest: what a vector's largest element becomes; None: elements are kept as they are.
 
-    Example::
-
-        fmt = ab.KVFormat.of("int8", torch.bfloat16)
-        payload, scales = fmt.quantise(k)           # k [..., head_dim] → int8 [..., head_dim], float32 [...]
-        close = fmt.dequantise(payload, scales)     # float32; within scales / 2 of k
+    >>> fmt = ab.KVFormat.of("int8", torch.bfloat16)
+    >>> k = torch.randn(20, 2, 64).bfloat16()
+    >>> payload, scales = fmt.quantise(k)            # k [..., head_dim] → int8 [..., head_dim], float32 [...]
+    >>> close = fmt.dequantise(payload, scales)      # float32; within scales / 2 of k
+    >>> bool(((close - k).abs() <= scales[..., None] * 0.5001).all())
+    True
     """
 
     name: str

@@ -43,7 +43,7 @@ class Engine:
     max_threads: most threads, of all requests, that decode at a time; more wait for their turn, which changes no token.
         None: as many as fit the pages.
     own_linear: on a CPU, linear layers run through a kernel of ours while the engine's forwards last (see
-        engine/linear.py); True or False decide, None: where it pays.
+        `anabranch.runner.linear`); True or False decide, None: where it pays.
     cuda_graphs: a decode step whose tree is that of the steps before is one CUDA graph replay (see `DecodeGraph`).
         None: on a CUDA device with a backend that allows it ("triton", "cuda"). True asks for it, and raises ValueError
         elsewhere. A model whose forward cannot be captured runs without, and a warning says so.

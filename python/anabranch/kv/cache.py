@@ -40,6 +40,13 @@ class Usage:
         pages_copied: shared tail pages copied since the cache was made (each for all layers, K and V).
         pages_kept: of the free ones, those whose tokens can still be forked from. Tokens of kept branches alone count
             in none of the above.
+
+    >>> cache = ab.TreeCache(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=8, page_size=4)
+    >>> trunk = cache.branch()
+    >>> step = cache.step({trunk: 4})
+    >>> children = cache.fork(trunk, 3)
+    >>> cache.usage().tokens_logical, cache.usage().tokens_physical
+    (16, 4)
     """
 
     pages_total: int
@@ -52,16 +59,6 @@ class Usage:
 
 class TreeCache:
     """A paged, copy-on-write KV cache for branches that fork and join.
-
-    Example::
-
-        cache = ab.TreeCache(num_layers=2, num_kv_heads=2, head_dim=64, num_pages=256)
-        trunk = cache.branch()
-        step = cache.step({trunk: 20})                      # 20 new rows
-        cache.write(0, k, v, step)                          # k, v: [20, 2, 64]
-        out = ab.tree_attention(q, cache, 0, step)          # q: [20, heads, 64]
-        kids = cache.fork(trunk, 4)                         # nothing is copied
-        step = cache.step({kid: 1 for kid in kids})         # one row each; the shared tail page is copied, once a kid
 
     Args:
         num_layers, num_kv_heads, head_dim: the model's.
@@ -78,6 +75,15 @@ class TreeCache:
             positions); only rows that read other branches under a position offset (`Read`) need it.
 
     Not safe for use by several threads at once.
+
+    >>> cache = ab.TreeCache(num_layers=1, num_kv_heads=2, head_dim=64, num_pages=256)
+    >>> trunk = cache.branch()
+    >>> step = cache.step({trunk: 20})                        # 20 new rows
+    >>> k, v = torch.randn(2, 20, 2, 64)
+    >>> cache.write(0, k, v, step)
+    >>> out = ab.tree_attention(torch.randn(20, 8, 64), cache, 0, step)
+    >>> children = cache.fork(trunk, 4)                       # nothing is copied
+    >>> step = cache.step(dict.fromkeys(children, 1))         # a row each; the tail page is copied once per child
     """
 
     def __init__(

@@ -188,6 +188,12 @@ class Step:
         position_ids: int64 [rows], on the cache's device.
         branches: the branches, in row order.
         handle: names the step's plan to the torch op.
+
+    >>> cache = ab.TreeCache(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=8)
+    >>> a, b = cache.branch(), cache.branch()
+    >>> step = cache.step({a: 3, b: 2})
+    >>> step.num_rows, step.rows[b], step.position_ids.tolist()
+    (5, slice(3, 5, None), [0, 1, 2, 0, 1])
     """
 
     def __init__(

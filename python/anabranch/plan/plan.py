@@ -56,6 +56,10 @@ class Plan:
         device: where the arrays go.
         step: gives the Step that the plan belongs to; None for a plan of the user's own, and once the step is gone.
         batch_invariant: a row's attention is to be the same, bit for bit, whatever rows are beside it.
+
+    >>> plan = ab.Plan.from_block_tables(torch.tensor([[0, 1], [0, 2]]), lengths=[20, 17], page_size=16)
+    >>> plan.num_rows, plan.unique_tokens
+    (2, 21)
     """
 
     batch_invariant = False

@@ -100,6 +100,10 @@ class Result:
     ``token_ids``: what the trunk holds after all joins, prompt excluded; ``text``: the same as it reads behind the
     prompt (so the first word keeps its space), a final EOS left out (None without a tokenizer).
     ``answers``: what the strategy's run() returned, e.g. each branch's answer of a vote.
+
+    >>> result = engine.generate(prompt, strategy=ab.SelfConsistency(n=4), max_new_tokens=16)
+    >>> result.metrics.num_threads, len(result.answers)
+    (4, 4)
     """
 
     text: str | None

@@ -27,6 +27,29 @@ class Delta:
     cached_tokens: int | None = None
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """What one request samples: tokens behind a prompt.
+
+    Attributes:
+        model: its name on the server.
+        prompt: token ids.
+        max_tokens: most tokens.
+        stop_ids: token ids that end it.
+        sampling: fields of the request that say how (temperature, top_p, …).
+        seed: of the server's generator.
+        top: log-probabilities of so many of the likeliest tokens; None: none.
+    """
+
+    model: str
+    prompt: Sequence[int]
+    max_tokens: int
+    stop_ids: Sequence[int]
+    sampling: dict[str, Any]
+    seed: int
+    top: int | None = None
+
+
 class Dialect:
     """vLLM's and SGLang's: OpenAI's completions, with token ids both ways."""
 
@@ -39,34 +62,25 @@ class Dialect:
     def path(self, base: str, root: str) -> str:
         return f"{base}/completions"
 
-    def decode(
-        self,
-        model: str,
-        prompt: Sequence[int],
-        max_tokens: int,
-        stop_ids: Sequence[int],
-        sampling: dict[str, Any],
-        seed: int,
-        top: int | None,
-    ) -> dict[str, Any]:
-        """The request of one decode; `top`: log-probabilities of so many of the likeliest tokens, None: none."""
+    def decode(self, asked: Sampled) -> dict[str, Any]:
+        """The body of the request."""
         payload: dict[str, Any] = {
-            "model": model,
-            "prompt": list(prompt),
-            "max_tokens": max_tokens,
+            "model": asked.model,
+            "prompt": list(asked.prompt),
+            "max_tokens": asked.max_tokens,
             "stream": True,
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
             "skip_special_tokens": False,
             # All that ends a decode is a stop id, EOS among them: so the server hands out the token that ended it.
             "ignore_eos": True,
-            "stop_token_ids": sorted(stop_ids),
-            **sampling,
+            "stop_token_ids": sorted(asked.stop_ids),
+            **asked.sampling,
         }
-        if sampling.get("temperature"):
-            payload["seed"] = seed
-        if top is not None:
-            payload["logprobs"] = max(top, 1)
+        if asked.sampling.get("temperature"):
+            payload["seed"] = asked.seed
+        if asked.top is not None:
+            payload["logprobs"] = max(asked.top, 1)
         return payload
 
     def delta(self, event: dict[str, Any]) -> Delta:
@@ -106,8 +120,8 @@ class VLLM(Dialect):
 class SGLang(Dialect):
     name = "sglang"
 
-    def decode(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {**super().decode(*args, **kwargs), "no_stop_trim": True}
+    def decode(self, asked: Sampled) -> dict[str, Any]:
+        return {**super().decode(asked), "no_stop_trim": True}
 
     def score(self, model: str, prompt: Sequence[int]) -> dict[str, Any]:
         return {
@@ -132,25 +146,17 @@ class LlamaCpp(Dialect):
     def path(self, base: str, root: str) -> str:
         return f"{root}/completion"
 
-    def decode(
-        self,
-        model: str,
-        prompt: Sequence[int],
-        max_tokens: int,
-        stop_ids: Sequence[int],
-        sampling: dict[str, Any],
-        seed: int,
-        top: int | None,
-    ) -> dict[str, Any]:
-        own = dict(sampling)
+    def decode(self, asked: Sampled) -> dict[str, Any]:
+        own = dict(asked.sampling)
         if "repetition_penalty" in own:
             own |= {"repeat_penalty": own.pop("repetition_penalty"), "repeat_last_n": -1}
         payload = {
-            "prompt": list(prompt), "n_predict": max_tokens, "stream": True, "return_tokens": True,
-            "cache_prompt": True, "seed": seed, "min_p": 0.0, "repeat_penalty": 1.0, "top_k": 0, "top_p": 1.0, **own,
+            "prompt": list(asked.prompt), "n_predict": asked.max_tokens, "stream": True, "return_tokens": True,
+            "cache_prompt": True, "seed": asked.seed, "min_p": 0.0, "repeat_penalty": 1.0, "top_k": 0, "top_p": 1.0,
+            **own,
         }  # fmt: skip
-        if top is not None:
-            payload |= {"n_probs": max(top, 1), "post_sampling_probs": False}
+        if asked.top is not None:
+            payload |= {"n_probs": max(asked.top, 1), "post_sampling_probs": False}
         return payload
 
     def delta(self, event: dict[str, Any]) -> Delta:

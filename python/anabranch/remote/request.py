@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from anabranch.errors import RemoteError
 from anabranch.remote import options
-from anabranch.remote.dialects import Delta
+from anabranch.remote.dialects import Delta, Sampled
 from anabranch.remote.score import RemoteScore
 from anabranch.strategies.api.ops import Decode, Ended, ForkOp, JoinOp, Op, ScoreOp, SkipOp, TokenStats
 from anabranch.threads.books import Books
@@ -143,7 +143,7 @@ class RemoteRequest(Books[RemoteThread]):
         decode, server = thread.running, self.engine.server
         top = None if op.topk is None and not self.logprobs else (op.topk or 0)
         words = np.random.SeedSequence(entropy=self.seed, spawn_key=(*thread.path, thread.length))
-        payload = server.dialect.decode(
+        asked = Sampled(
             server.model,
             thread.context,
             decode.limit - len(op.token_ids),
@@ -152,6 +152,7 @@ class RemoteRequest(Books[RemoteThread]):
             int(words.generate_state(1)[0]) & 0x7FFFFFFF,
             top,
         )
+        payload = server.dialect.decode(asked)
         work.future = self.engine.spawn(self._stream(thread, op, work, payload, thread.length))
 
     async def _stream(

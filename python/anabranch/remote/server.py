@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
+from anabranch._check import nearest
 from anabranch.errors import RemoteError
 from anabranch.remote.dialects import VLLM, Dialect, LlamaCpp, SGLang
 from anabranch.remote.http import Connection
@@ -62,7 +62,7 @@ def _model(listed: list[dict[str, Any]], wanted: str | None) -> dict[str, Any]:
             raise RemoteError(f"model: the server has {len(listed)} models; pass model= one of {', '.join(names)}")
         return listed[0]
     if wanted not in names:
-        near = difflib.get_close_matches(wanted, names, 3) or names[:5]
+        near = nearest(wanted, names) or names[:5]
         raise RemoteError(f"model={wanted!r}: the server has no such model; the nearest are {', '.join(near)}")
     return listed[names.index(wanted)]
 

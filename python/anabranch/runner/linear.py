@@ -10,7 +10,7 @@ products torch's own are several times slower than float32; ``csrc/cpu/linear.hp
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from math import inf
@@ -153,18 +153,11 @@ def _told(x: Any) -> str:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     n, k = weight.shape
-    shape = x.shape[:-1]
-    if k and x.is_contiguous():  # the usual case, without the cost of a view
-        rows, x_row = x.numel() // k, k
-    else:
-        x = x.reshape(shape.numel(), k)
-        if k > 1 and x.stride(1) != 1:
-            x = x.contiguous()
-        rows, x_row = x.shape[0], x.stride(0)
+    x, rows, x_row = _rows_of(x, k)
     if bias is not None:
         bias = bias.contiguous()
-    out = torch.empty((*shape, n), dtype=x.dtype, device=x.device)
-    _kernel()(
+    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    _kernels().linear(
         TYPES[x.dtype],
         rows,
         n,
@@ -180,11 +173,38 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+def _linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """`_linear` for several layers of one x, in one parallel region: no output element differs."""
+    k = weights[0].shape[1]
+    x, rows, x_row = _rows_of(x, k)
+    shape, layers, out = x.shape[:-1], [], []
+    for weight, bias in zip(weights, biases, strict=True):
+        if bias is not None:
+            bias = bias.contiguous()
+        y = torch.empty((*shape, weight.shape[0]), dtype=x.dtype, device=x.device)
+        at = 0 if bias is None else bias.data_ptr()
+        layers.append((weight.shape[0], weight.data_ptr(), weight.stride(0), at, y.data_ptr()))
+        out.append(y)
+    _kernels().linear_of_one(TYPES[x.dtype], rows, k, x.data_ptr(), x_row, layers, threads.count())
+    return out
+
+
+def _rows_of(x: Tensor, k: int) -> tuple[Tensor, int, int]:
+    """x with its last dimension contiguous, how many rows of k elements it has, and the stride between them."""
+    if k and x.is_contiguous():  # the usual case, without the cost of a view
+        return x, x.numel() // k, k
+    rows = x.shape[:-1].numel()
+    flat = x.reshape(rows, k)
+    if k > 1 and flat.stride(1) != 1:
+        flat = flat.contiguous()
+    return flat.view(x.shape) if flat.is_contiguous() else x, rows, flat.stride(0)
+
+
 @cache
-def _kernel() -> Callable[..., None]:
+def _kernels() -> Any:
     from anabranch import _cpu
 
-    return _cpu.linear
+    return _cpu
 
 
 def is_compiled(model: nn.Module) -> bool:

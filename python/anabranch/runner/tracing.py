@@ -8,6 +8,7 @@ of a step its handle alone, so plans and slots are data). Its linear layers then
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import shlex
 import shutil
@@ -23,7 +24,7 @@ from anabranch._cache_folder import cache_folder
 from anabranch.backends.threads import torch_on_all
 from anabranch.kv.step import Step
 from anabranch.ops.tree import _lib
-from anabranch.runner.linear import _linear, rows_for, takes
+from anabranch.runner.linear import _linear, _linears, rows_for, takes
 
 __all__ = ["Graphs", "compiler_problem", "cxx"]
 
@@ -62,10 +63,29 @@ torch.library.register_fake(
 )
 
 
+_lib.define("linear_rows_of_one(Tensor x, Tensor[] weights, Tensor?[] biases, int most_rows) -> Tensor[]")
+
+
+def _linear_rows_of_one(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], most_rows: int) -> list[Tensor]:
+    pairs = list(zip(weights, biases, strict=True))
+    if x.numel() <= most_rows * weights[0].shape[1] and all(takes(x, weight, bias) for weight, bias in pairs):
+        return _linears(x, weights, biases)
+    with torch_on_all():
+        return [torch.nn.functional.linear(x, weight, bias) for weight, bias in pairs]
+
+
+_lib.impl("linear_rows_of_one", _linear_rows_of_one, "CPU")
+torch.library.register_fake(
+    "anabranch::linear_rows_of_one",
+    lambda x, weights, biases, most_rows: [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights],
+    lib=_lib,
+)
+
+
 def use_own_linear(graph: torch.fx.GraphModule, setting: bool | None) -> int:
     """Replace the linear layers of a graph by our op where `rows_for` says that our kernel is to have some of their
-    calls; how many."""
-    replaced = 0
+    calls; how many. Layers of one input (q, k and v; gate and up) become one op."""
+    alike: dict[tuple[Any, ...], list[torch.fx.Node]] = {}
     for node in graph.graph.nodes:
         if node.op != "call_function" or node.target is not torch._C._nn.linear or node.kwargs:
             continue
@@ -74,12 +94,30 @@ def use_own_linear(graph: torch.fx.GraphModule, setting: bool | None) -> int:
         if not isinstance(w, Tensor) or not isinstance(x, Tensor) or x.dtype != w.dtype or w.dim() != 2:
             continue
         most = rows_for(w.device, w.dtype, setting)
-        if most:
-            node.target = torch.ops.anabranch.linear_rows.default
-            node.args = (node.args[0], weight, bias, int(min(most, _ANY)))
-            replaced += 1
+        if not most:
+            continue
+        node.target = torch.ops.anabranch.linear_rows.default
+        node.args = (node.args[0], weight, bias, int(min(most, _ANY)))
+        given = all(part is None or part.op in ("placeholder", "get_attr") for part in (weight, bias))
+        alike.setdefault((node.args[0], node.args[3], "" if given else node), []).append(node)
+    for nodes in alike.values():
+        if len(nodes) > 1:
+            _join(graph, nodes)
     graph.recompile()
-    return replaced
+    return sum(map(len, alike.values()))
+
+
+def _join(graph: torch.fx.GraphModule, nodes: list[torch.fx.Node]) -> None:
+    """Replace calls of ``linear_rows`` with one x, whose weights are inputs of the graph, by one call."""
+    x, most = nodes[0].args[0], nodes[0].args[3]
+    with graph.graph.inserting_before(nodes[0]):
+        weights, biases = ([node.args[i] for node in nodes] for i in (1, 2))
+        every = graph.graph.call_function(torch.ops.anabranch.linear_rows_of_one.default, (x, weights, biases, most))
+        parts = [graph.graph.call_function(operator.getitem, (every, i)) for i in range(len(nodes))]
+    for node, part in zip(nodes, parts, strict=True):
+        part.meta = dict(node.meta)
+        node.replace_all_uses_with(part)
+        graph.graph.erase_node(node)
 
 
 # ------------------------------------------------------------------------------------------------ graphs

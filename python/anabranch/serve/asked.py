@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from anabranch._check import nearest, plain_name
 from anabranch.serve.errors import Refused
 from anabranch.serve.protocol import Chat, Completion, Options
 from anabranch.serve.settings import Settings
@@ -103,16 +103,16 @@ def _template(request: Chat) -> dict[str, Any]:
 def strategy_of(name: str, options: Mapping[str, Any], allowed: Sequence[str] | None) -> Strategy:
     """A strategy by name, its options as JSON. Nothing a client sends is imported or run as a pattern."""
     names = [n for n in registry.names() if allowed is None or n in allowed]
-    wanted = next((n for n in names if _key(n) == _key(name)), None)
+    wanted = next((n for n in names if plain_name(n) == plain_name(name)), None)
     if wanted is None:
-        near = difflib.get_close_matches(name, names, 3) or names
+        near = nearest(name, names) or names
         raise Refused(400, f"strategy {name!r} is unknown here; the nearest are {', '.join(near)}", "strategy")
     make: Any = registry.find(wanted)
     known = {f.name: f for f in dataclasses.fields(make) if f.init} if dataclasses.is_dataclass(make) else {}
     values: dict[str, Any] = {}
     for key, value in options.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, 3) or sorted(known)
+            near = nearest(key, list(known)) or sorted(known)
             raise Refused(400, f"strategy {wanted} has no option {key!r}; the nearest are {', '.join(near) or 'none'}",
                           "strategy_options")  # fmt: skip
         values[key] = _value(wanted, key, value, allowed)
@@ -131,7 +131,3 @@ def _value(strategy: str, key: str, value: Any, allowed: Sequence[str] | None) -
     if key == "strategy" and isinstance(value, str):
         return strategy_of(value, {}, allowed)
     return tuple(value) if isinstance(value, list) else value
-
-
-def _key(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "")

@@ -26,6 +26,8 @@ class Sequential(Strategy):
     that have something to do, only the first in order (children before their parent) moves.
     A thread sees what it saw before, so a tag-driven model's threads stay blind to those already written; a model that
     writes its whole format in one go, later threads in sight of the earlier ones, is ``strategy=None``.
+
+    >>> engine.generate(prompt, strategy=ab.Sequential(ab.Aspects(aspect_tokens=32)), max_new_tokens=128).text
     """
 
     strategy: Strategy

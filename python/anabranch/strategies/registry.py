@@ -10,7 +10,6 @@ and one around another as ``sequential(threadweaver)``.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import re
 import typing
@@ -18,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from anabranch._check import nearest, plain_name
 from anabranch.strategies.about import ABOUT, About
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.option_values import import_object, kind_name, read, split
@@ -79,8 +79,10 @@ def register(name: str, make: Callable[..., Strategy]) -> None:
     Raises:
         ValueError: the name is taken or empty.
     """
-    if not _key(name) or _key(name) in _table():
-        raise ValueError(f"name={name!r}: {'empty' if not _key(name) else 'taken'}; pass another name for the strategy")
+    if not plain_name(name) or plain_name(name) in _table():
+        raise ValueError(
+            f"name={name!r}: {'empty' if not plain_name(name) else 'taken'}; pass another name for the strategy"
+        )
     if not callable(make):
         raise TypeError(f"make={make!r}; pass a Strategy subclass or a function that returns a Strategy")
     _registered[name] = make
@@ -123,7 +125,7 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Strategy:
     kinds, known = _kinds(make), _fields(make)
     values = {}
     for given, value in (options or {}).items():
-        field = next((f for f in known if _key(f) == _key(given)), None)
+        field = next((f for f in known if plain_name(f) == plain_name(given)), None)
         if field is None:
             raise ValueError(
                 f"strategy {name!r} has no option {given!r}; {_nearest(given, list(known)) or 'it takes none'}"
@@ -225,10 +227,6 @@ def describe(name: str) -> StrategyInfo:
 # ------------------------------------------------------------------------------------------------ names
 
 
-def _key(name: str) -> str:
-    return re.sub(r"[-_\s]", "", name).lower()
-
-
 def _kebab(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
 
@@ -245,15 +243,15 @@ def _table() -> dict[str, tuple[str, Callable[..., Strategy]]]:
         if any(required and field == "tags" for field, required in _fields(found).items()):
             continue  # Tagged: a format to be filled in, no strategy yet
         about = ABOUT.get(exported)
-        table[_key(exported)] = ((about and about.name) or _kebab(exported), found)
+        table[plain_name(exported)] = ((about and about.name) or _kebab(exported), found)
     for name, make in _registered.items():
-        table[_key(name)] = (name, make)
+        table[plain_name(name)] = (name, make)
     return table
 
 
 def _lookup(name: str) -> tuple[str, Callable[..., Strategy]]:
     table = _table()
-    key = _key(ALIASES.get(_key(name), name))
+    key = plain_name(ALIASES.get(plain_name(name), name))
     if key not in table:
         raise ValueError(f"no strategy {name!r}; {_nearest(name, [n for n, _ in table.values()])}")
     return table[key]
@@ -261,9 +259,7 @@ def _lookup(name: str) -> tuple[str, Callable[..., Strategy]]:
 
 def _nearest(name: str, known: Sequence[str]) -> str:
     """The nearest of `known` names; all of them where none is near."""
-    by_key = {_key(k): k for k in known}
-    close = [by_key[k] for k in difflib.get_close_matches(_key(name), by_key, n=3, cutoff=0.55)]
-    if close:
+    if close := nearest(name, known):
         return f"did you mean {' or '.join(close)}? All: {', '.join(sorted(known))}"
     return f"expected one of {', '.join(sorted(known))}" if known else ""
 

@@ -27,7 +27,7 @@ class JoinMode:
     def check_headers(self, headers: Any, count: int) -> None:
         """ValueError unless ``headers`` of `Thread.join` goes with this mode and its `count` children."""
         if headers is not None:
-            raise ValueError(f"join: headers={headers!r}; mode 'reprefill' takes one for each of the {count} kids")
+            raise ValueError(f"join: headers={headers!r}; mode 'reprefill' takes one for each of the {count} children")
 
     def check_child(self, index: int, role: str) -> None:
         """ValueError for a child that cannot come back this way; `role`: "fork" or "fresh"."""

@@ -16,6 +16,13 @@ class Strategy:
     finished when run() has returned and the trunk has done all that was queued on it; what other threads are at by then
     is discarded (with ``drains``, once they have done all that was queued on them). `Thread.malformed` counts model
     output that broke the strategy's format.
+
+    >>> class Twice(ab.Strategy):
+    ...     def run(self, trunk):
+    ...         children = trunk.fork(2)
+    ...         yield [child.decode(8) for child in children]
+    ...         return [child.text for child in children]
+    >>> engine.generate(prompt, strategy=Twice()).answers
     """
 
     needs: Sequence[str] = ()  # what it asks of a host besides tokens in and out ("concat joins", "entropy"): see docs

@@ -42,6 +42,8 @@ class APR(Strategy):
     state was never written ends the answer, as it does in the released code, and counts as malformed.
 
     The authors' cost of an answer is its longest single context: ``metrics.longest_context``.
+
+    >>> engine.generate(ab.APR.prompt(27, [22, 26, 31, 53]), strategy=ab.APR(depth=2), max_new_tokens=256).answers
     """
 
     depth: int = 1

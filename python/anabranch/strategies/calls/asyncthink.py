@@ -45,6 +45,8 @@ class AsyncThink(Strategy):
 
     The authors' concurrency, the mean number of active workers over the critical path, is
     ``metrics.parallel_ratio * metrics.token_speedup``.
+
+    >>> engine.generate(prompt, strategy=ab.AsyncThink(workers=2, worker_tokens=64), max_new_tokens=128).text
     """
 
     workers: int = 4

@@ -41,6 +41,8 @@ class LeaP(Strategy):
     vote: how an answer is read, as in `SelfConsistency`.
 
     A summary that is cut by its limit is closed with ``... </summarize>``, and counted as malformed.
+
+    >>> engine.generate(prompt, strategy=ab.LeaP(paths=3, turns=2, turn_tokens=32, summary_tokens=16)).answers
     """
 
     paths: int = 4

@@ -36,6 +36,8 @@ class PaCoRe(Strategy):
     shuffle_seed: of the order of the references: by length, then shuffled, as in the released code.
 
     An empty reference is left out, and counted as malformed. A round without any asks the question again.
+
+    >>> engine.generate(prompt, strategy=ab.PaCoRe(rounds=(4, 2), answer_tokens=64), max_new_tokens=64).text
     """
 
     rounds: tuple[int, ...] = (4,)

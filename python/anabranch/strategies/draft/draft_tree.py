@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
-from anabranch._check import told, whole_fields
+from anabranch._check import nearest, told, whole_fields
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
 from anabranch.strategies.plain import Plain
@@ -24,10 +23,6 @@ class DraftTree(Strategy):
     the next scores are there already, and no forward is needed. So greedy and sampled output are those of plain
     decoding, and logits processors, stops, ``until``, budgets, statistics and events see one token after another.
 
-    Example::
-
-        engine.generate(prompt, strategy=ab.DraftTree(ab.ThreadWeaver(), draft="siblings"))
-
     strategy: what to run; None decodes plainly.
     draft: who guesses. "ngram": what followed the thread's last tokens earlier in its own context (prompt lookup);
         "siblings": the same, over what all threads of the answer have written, finished ones included; a small Hugging
@@ -42,6 +37,8 @@ class DraftTree(Strategy):
     ``result.metrics.draft_tokens`` counts guessed tokens that were verified, ``accepted_tokens`` those that came true.
 
     Raises ValueError for an unknown draft, and when generating for a model with another vocabulary or device.
+
+    >>> engine.generate(prompt, strategy=ab.DraftTree(ab.ThreadWeaver(), draft="siblings"), max_new_tokens=64).text
     """
 
     strategy: Strategy | None = None
@@ -63,7 +60,7 @@ class DraftTree(Strategy):
             raise ValueError(f"DraftTree: in_step={told(self.in_step)}; pass True or False")
         if isinstance(self.draft, str):
             if self.draft not in DRAFTS:
-                near = get_close_matches(self.draft, DRAFTS, 1, 0.3)
+                near = nearest(self.draft, DRAFTS, 1)
                 raise ValueError(
                     f"DraftTree: draft={self.draft!r} is unknown; "
                     + (f"did you mean {near[0]!r}? " if near else "")

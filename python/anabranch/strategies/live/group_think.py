@@ -32,6 +32,8 @@ class GroupThink(Strategy):
         many requests); "none": a token is seen from the next step on. A training mask can show the last two.
     conclusion: text behind all of them, from which the trunk goes on; None: it ends there.
     stop: text that ends a worker.
+
+    >>> engine.generate(prompt, strategy=ab.GroupThink(workers=3, tokens=32)).text
     """
 
     workers: int = 4

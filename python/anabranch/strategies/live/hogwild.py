@@ -33,6 +33,8 @@ class Hogwild(Strategy):
         asked for when none was found; 0: do not ask.
     step_ends: characters one of which stands before the separator that ends a step. suppress: texts of single tokens
         that no worker may sample; EOS is never sampled either unless `may_end`.
+
+    >>> engine.generate(prompt, strategy=ab.Hogwild(workers=2, tokens=64, check_every=32)).text
     """
 
     workers: int = 2

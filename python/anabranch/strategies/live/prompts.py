@@ -43,6 +43,8 @@ class HogwildPrompts:
     unfinished step. history: in front of the first step; in_progress: in front of what others are writing; in_front:
     in front of a worker's own.
     check: text inserted into a new step every so often. finisher: asks for the answer when the budget is used up.
+
+    >>> engine.generate(prompt, strategy=ab.Hogwild(workers=2, tokens=64, prompts=ab.HogwildPrompts())).text
     """
 
     rules: str = RULES

@@ -23,6 +23,8 @@ class Aspects(Strategy):
     token after the join must be computed with all children in sight.
     after: text that ends the introduction; aspect_stop: text that ends a child. White space and EOS
     at a child's end are dropped.
+
+    >>> engine.generate("Is the sea salty?", strategy=ab.Aspects(aspect_tokens=32), max_new_tokens=128).text
     """
 
     headers: tuple[str, ...] = ("\n\nOn the one hand,", "\n\nOn the other hand,", "\n\nFor example,")

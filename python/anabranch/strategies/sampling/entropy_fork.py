@@ -37,6 +37,8 @@ class EntropyFork(Strategy):
     look_ahead: not to the end, only for so many tokens; then the likeliest branch becomes the trunk's, which may fork
         again, `max_forks` times in all. No vote then, and no answers.
     temperature: of the branches; None leaves the generation config's own.
+
+    >>> engine.generate(prompt, strategy=ab.EntropyFork(threshold=1.5, n=4), max_new_tokens=64).metrics.num_threads
     """
 
     threshold: float | None = 2.0

@@ -41,6 +41,8 @@ class SelfConsistency(Strategy):
     early_stop: stop as soon as no branch still writing can change which answer wins; those are killed, their pages are
     free at once, and their answers are None. The winning answer is the same as without. (Which branches were cut
     depends on who was done first, so on page shortages as well.)
+
+    >>> engine.generate(prompt, strategy=ab.SelfConsistency(n=8, vote="number"), max_new_tokens=64).answers
     """
 
     n: int = 8

@@ -40,6 +40,8 @@ class SkeletonOfThought(Strategy):
     skeleton_request, point_request: what is asked; ``{question}``, ``{least}``, ``{most}`` and ``{question}``,
         ``{skeleton}``, ``{number}``, ``{point}`` are filled in. The model goes on from "1." and from "{number}.
         {point}:" respectively.
+
+    >>> engine.generate(prompt, strategy=ab.SkeletonOfThought(skeleton_tokens=48, point_tokens=32)).text
     """
 
     least: int = 3

@@ -33,6 +33,8 @@ class DeepConf(Strategy):
     measure: what a trace weighs: "lowest" group (the only one online), or offline also "mean", "tail" (its last group),
         "bottom" (mean of the lowest tenth of its groups).
     vote: what an answer is, as for `SelfConsistency`. temperature, top_p, top_k, max_new_tokens: of a trace.
+
+    >>> engine.generate(prompt, strategy=ab.DeepConf(n=8, warmup=2, keep=0.9, window=16), max_new_tokens=64).answers
     """
 
     n: int = 16

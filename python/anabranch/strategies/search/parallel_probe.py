@@ -29,6 +29,8 @@ class ParallelProbe(Strategy):
     The trunk becomes the first branch that gave the winning answer; one that had not come to its end is ended with the
     probe and its answer. ``result.answers``: each branch's last answer, in order. The defaults are the released
     code's, save `n` (there 64).
+
+    >>> engine.generate(prompt, strategy=ab.ParallelProbe(n=4, every=16, probe_tokens=4), max_new_tokens=64).answers
     """
 
     n: int = 16

@@ -29,6 +29,8 @@ class PruneRefork(Strategy):
     scorer: how good a branch is: "confidence" (DeepConf's) or "logprob" of its last `every` tokens, or a function of
         all it wrote, as for `BestOfN`.
     temperature, top_p, top_k: of the branches.
+
+    >>> engine.generate(prompt, strategy=ab.PruneRefork(n=8, every=16, swap=4), max_new_tokens=64).text
     """
 
     n: int = 32

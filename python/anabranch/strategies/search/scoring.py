@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
+from anabranch._check import nearest
 from anabranch.strategies.api.ops import Ended, TokenStats
 
 Scorer = Callable[..., float] | str
@@ -33,7 +33,7 @@ class ScorerFailed(ValueError):
 def one_of(who: str, field: str, value: Any, names: Sequence[str], more: str = "") -> None:
     """ValueError for a name that is none of `names`, with the nearest of them; `more`: what else may be passed."""
     if value not in names:
-        near = get_close_matches(str(value), names, 1)
+        near = nearest(str(value), names, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"{who}: {field}={value!r}; {hint}pass one of {', '.join(map(repr, names))}{more}")
 

@@ -33,6 +33,8 @@ class SlimSC(Strategy):
         encoder; its thresholds are of that scale.)
     warmup: thoughts a chain may have before any is compared. vote: as for `SelfConsistency`.
     thought_tokens: most tokens of a thought; None: no limit but the answer's own.
+
+    >>> engine.generate(prompt, strategy=ab.SlimSC(n=4, threshold=0.8, boundary="."), max_new_tokens=64).answers
     """
 
     n: int = 8

@@ -26,6 +26,8 @@ class StepBeamSearch(Strategy):
         the mean over the whole text.
     max_steps: at most so many steps; None: to the end. step_tokens: most tokens of a step.
     temperature, top_p, top_k: of the steps.
+
+    >>> engine.generate(prompt, strategy=ab.StepBeamSearch(width=2, samples=3, step_tokens=16), max_new_tokens=64).text
     """
 
     width: int = 4

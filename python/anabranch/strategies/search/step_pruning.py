@@ -27,6 +27,9 @@ class STEP(Strategy):
     scorer: a function of the hidden state, a tuple of floats: what the language head reads. Usually a small trained
         head, such as the released one.
     stop, step_tokens: a step ends with one of these texts, or after so many tokens.
+
+    >>> longest = ab.STEP(scorer=lambda hidden: sum(x * x for x in hidden), n=4, step_tokens=16)
+    >>> engine.generate(prompt, strategy=longest, max_new_tokens=64).text
     """
 
     scorer: Callable[[tuple[float, ...]], float]

@@ -29,6 +29,8 @@ class TreeOfThoughts(Strategy):
         a name, as for `BestOfN`.
     thought_tokens, stop: a thought is over after so many tokens, or with one of these texts.
     temperature, top_p, top_k: of the proposals.
+
+    >>> engine.generate(prompt, strategy=ab.TreeOfThoughts(depth=2, propose=2, thought_tokens=16)).text
     """
 
     depth: int = 3

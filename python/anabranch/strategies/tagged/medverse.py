@@ -47,6 +47,8 @@ class MedVerse(Strategy):
     What breaks the format is counted (``result.malformed``) and repaired: a step that comes twice is dropped; a
     dependency on itself, on a step that the plan lacks, or one that closes a circle is left out; a plan without steps,
     or without ``<Plan>``, is plain text; a step that ends without ``</Step>`` is closed.
+
+    >>> engine.generate(prompt, strategy=ab.MedVerse(step_tokens=64), max_new_tokens=256).text
     """
 
     tags: tuple[str, ...] = (

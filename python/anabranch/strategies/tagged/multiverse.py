@@ -37,6 +37,8 @@ class Multiverse(Tagged):
 
     released: what else its engine does, by the way it works: one newline in front of all paths, not one each, and one
         more token sampled behind each ``</Path>`` that stays.
+
+    >>> engine.generate(prompt, strategy=ab.Multiverse(), max_new_tokens=256).text
     """
 
     tags: tuple[str, ...] = (

@@ -41,6 +41,8 @@ class NPR(Tagged):
         base + 1, the takeaway right behind the furthest ``</step>``.
     repetition_penalty: inside a step; it counts the step's whole context, as GenerationConfig's does. 1.0: none.
     nested: whether a step may hold a guideline of its own, as the engine allows and training does not.
+
+    >>> engine.generate(prompt, strategy=ab.NPR(), max_new_tokens=256).text
     """
 
     tags: tuple[str, ...] = (

@@ -36,6 +36,8 @@ class ParallelR1(Strategy):
     An EOS in a path or a summary is replaced by its closing tag, which is appended where a limit ended it. Both are
     counted as malformed, as are tags out of place, which are plain text. A summary that the answer's limit leaves no
     token for stays open, and the answer ends there.
+
+    >>> engine.generate(prompt, strategy=ab.ParallelR1(paths=2, path_tokens=64), max_new_tokens=256).text
     """
 
     paths: int = 2

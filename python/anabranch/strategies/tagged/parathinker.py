@@ -31,6 +31,8 @@ class ParaThinker(Strategy):
     In a path another path's ``<thinkj>``, or ``<summary>``, becomes ``<think1>`` and the path goes on; what
     else would end it (``</thinkj>``, ``</think>``, ``</summary>``, EOS) becomes its own ``</thinki>``. What would end
     the summary becomes ``</summary>``. All of that is counted as malformed.
+
+    >>> engine.generate(prompt, strategy=ab.ParaThinker(paths=3, path_tokens=32, biased=False), max_new_tokens=128).text
     """
 
     paths: int = 4

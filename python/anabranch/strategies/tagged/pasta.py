@@ -38,6 +38,8 @@ class PASTA(Strategy):
     What breaks the format is counted (``result.malformed``) and repaired: a length that is no number is none; a thread
     that ends without ``</async>`` is closed; a ``<sync/>`` with nothing to wait for is plain text; promises still open
     at the end are waited for and their texts appended.
+
+    >>> engine.generate(prompt, strategy=ab.PASTA(async_tokens=64), max_new_tokens=256).text
     """
 
     promise: str = r"<promise\b[^<>]*/>"

@@ -54,6 +54,8 @@ class SPRINT(Strategy):
     Counted as malformed: a ``</prompt_i.j>`` without its beginning and an id given twice in a stage (both plain text),
     a ``</Plan_i>`` without its beginning, a stage that is never closed, an execution that ends without its tag (it is
     closed).
+
+    >>> engine.generate(prompt, strategy=ab.SPRINT(execution_tokens=64), max_new_tokens=256).text
     """
 
     execution_tokens: int | None = None

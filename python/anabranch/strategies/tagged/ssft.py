@@ -23,6 +23,8 @@ class SSFT(Strategy):
     paths: how many, ``<think1>`` … ``<think6>`` as trained. path_tokens: most tokens sampled in a path; None leaves the
     answer's own limit. vote: how an answer is read, as in `SelfConsistency`; the most frequent wins, the earlier path
     among equals. A path that ends without an answer is counted as malformed.
+
+    >>> engine.generate(prompt, strategy=ab.SSFT(paths=4, path_tokens=64)).answers
     """
 
     paths: int = 6

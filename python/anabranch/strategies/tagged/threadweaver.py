@@ -58,6 +58,8 @@ class ThreadWeaver(Tagged):
 
     ``ab.Sequential(ab.ThreadWeaver())`` writes the same tokens with one thread at a time, each as blind to its siblings
     as before. A model that writes it all in one go, later threads in sight of the earlier ones, is ``strategy=None``.
+
+    >>> engine.generate(prompt, strategy=ab.ThreadWeaver(), max_new_tokens=256).text
     """
 
     tags: tuple[str, ...] = _PLAIN["tags"]

@@ -126,7 +126,7 @@ def replay_cost(branches: int, rounds: int) -> dict[str, object]:
 
 
 def table_costs(batch: int, tokens: int, rounds: int) -> Iterator[dict[str, object]]:
-    """Plans over block tables without sharing: made from nothing, and of the plan before while the sequences only grow."""
+    """Plans over block tables without sharing: made from nothing, and of the plan before, grown."""
     cut = tile_config()
     columns = -(-(tokens + rounds) // 16)
     tables = torch.randperm(batch * columns, dtype=torch.int32).view(batch, columns)

@@ -13,7 +13,7 @@ ANABRANCH_DEVICE Int2 strip_at(const Attention& a, u32 place) {
   return ptx::load(reinterpret_cast<const Int2*>(a.kv_strips) + (place >> a.strip_shift));
 }
 ANABRANCH_DEVICE Int2 token_of(const Attention& a, const Int2& strip, u32 place) {
-  const i32 within = static_cast<i32>(place & ((1u << a.strip_shift) - 1));
+  const i32 within = static_cast<i32>(place & a.strip_mask);
   if (strip.x < 0) return ptx::load(reinterpret_cast<const Int2*>(a.kv_spelled) + (~strip.x + within));
   return Int2{strip.x + within, strip.y + within};
 }

@@ -316,7 +316,7 @@ def cuda_sass_command(
     if cuda_resources.nvcc() is None:
         raise typer.BadParameter("nothing compiled: nvcc was not found; put it on PATH or name it in CUDACXX")
     options: dict[str, Any] = dict(
-        dtypes=dtype or cuda_sass.DTYPES, archs=arch or cuda_resources.ARCHS, head_dims=head_dim or cuda_sass.HEAD_DIMS,
+        dtypes=dtype or cuda_sass.DTYPES, archs=arch or cuda_resources.ARCHS, head_dims=head_dim,
         processes=processes,
     )  # fmt: skip
     for name, given, known in (("dtype", dtype, cuda_sass.DTYPES), ("head-dim", head_dim, cuda_sass.HEAD_DIMS)):
@@ -326,9 +326,12 @@ def cuda_sass_command(
                     f"{value!r}: expected one of {', '.join(map(str, known))}", param_hint=f"--{name}"
                 )
     if save and (arch or dtype or head_dim):
-        raise typer.BadParameter("the committed table has every variant: leave --arch, --dtype, --head-dim out")
-    rows = cuda_sass.table(**options)
+        raise typer.BadParameter("the committed tables have every variant: leave --arch, --dtype, --head-dim out")
+    found = cuda_sass.units(**options)
+    rows = cuda_sass.table(found)
     if save:
+        found += cuda_sass.units(("",), options["archs"], processes=processes)
+        cuda_resources.save(cuda_resources.with_layouts([row for unit in found for row in unit.kernels]))
         cuda_sass.save(rows)
     print(cuda_sass.markdown(rows, cuda_resources.version()))
     if against is not None:

@@ -81,8 +81,8 @@ def kernel_of(symbol: str) -> dict[str, Any]:
 def compiled(
     source: str, arch: int, defines: Sequence[str] = (), root: Path = ROOT
 ) -> Iterator[tuple[list[dict[str, Any]], str]]:
-    """One source file on one architecture: a row for each kernel (see `compile_unit`, with its symbol), and the machine code as
-    text, empty where there is no disassembler.
+    """One source file on one architecture: a row for each kernel (see `compile_unit`, with its symbol), and the machine
+    code as text, empty where there is no disassembler.
 
     Raises:
         RuntimeError: there is no nvcc, or it refuses the source.
@@ -124,14 +124,19 @@ def compile_unit(source: str, arch: int, defines: tuple[str, ...] = ()) -> list[
         rows of kernel, dtype, head_dim, arch, registers, stack_bytes, spill_bytes, and counts of INSTRUCTIONS.
     """
     with compiled(source, arch, defines) as (rows, text):
-        for part in re.split(r"Function : ", text)[1:]:
-            counts = {name: len(re.findall(pattern, part)) for name, pattern in INSTRUCTIONS.items()}
-            for row in rows:
-                if row["symbol"] == part.split()[0]:
-                    row.update(counts)
-    for row in rows:
-        del row["symbol"]
-    return rows
+        return counted(rows, text)
+
+
+def counted(rows: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Rows of `compiled` with counts of INSTRUCTIONS in the place of symbols."""
+    found = {part.split()[0]: part for part in re.split(r"Function : ", text)[1:]}
+    counts = [
+        {name: len(re.findall(pattern, found[row["symbol"]])) for name, pattern in INSTRUCTIONS.items()}
+        if row["symbol"] in found
+        else {}
+        for row in rows
+    ]
+    return [{k: v for k, v in row.items() if k != "symbol"} | count for row, count in zip(rows, counts, strict=True)]
 
 
 def occupancy(registers: int, shared: int, arch: int) -> int:
@@ -201,6 +206,12 @@ def version() -> str:
     return f"nvcc {found.group(2).lstrip('V')}" if found else "nvcc"
 
 
+def save(rows: list[dict[str, Any]], folder: Path = ROOT / "benchmarks" / "results") -> None:
+    """The table and its document."""
+    (folder / "cuda_resources.json").write_text(json.dumps({"made_with": version(), "kernels": rows}, indent=1) + "\n")
+    (folder / "cuda_resources.md").write_text(markdown(rows, version()))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHS))
@@ -214,10 +225,7 @@ def main() -> int:
     with ThreadPoolExecutor(args.processes) as pool:
         rows = [row for found in pool.map(lambda job: compile_unit(*job), jobs) for row in found]
     rows = with_layouts(rows)
-    (args.out / "cuda_resources.json").write_text(
-        json.dumps({"made_with": version(), "kernels": rows}, indent=1) + "\n"
-    )
-    (args.out / "cuda_resources.md").write_text(markdown(rows, version()))
+    save(rows, args.out)
     print(markdown(rows, version()))
     return int(any(row["spill_bytes"] for row in rows))
 

@@ -1,23 +1,26 @@
-"""What the machine code of the CUDA kernels promises, on GPUs that need not be there: ``python -m benchmarks cuda-sass``.
+"""What the machine code of the CUDA kernels promises, without a GPU: ``python -m benchmarks cuda-sass``.
 
 The cubins of nvcc carry the compiler's own schedule: how many cycles a warp waits at least after each instruction
 (`benchmarks.sass`). From it, for every variant and architecture: the issue cycles of one tile's path through the inner
-loop, of the copies in it and the instructions one copy costs, how many matrix instructions stand in one basic block (only
-those overlap with each other's loads), how many loads the merge has on their way, and how much of a multiprocessor's shared
-memory its resident blocks hold. **All of it is read or predicted; nothing is run and nothing is measured.**
+loop, of the copies in it and the instructions one copy costs, how many matrix instructions stand in one basic block
+(only those overlap with each other's loads), how many loads the merge has on their way, and how much of a
+multiprocessor's shared memory its resident blocks hold. **All of it is read or predicted; nothing is run or measured.**
 
-``--save`` writes benchmarks/results/cuda_sass.json and .md; ``--against`` compares with a file of that kind or
-with a commit, whose sources are compiled the same way.
+``--save`` writes benchmarks/results/cuda_sass.json and .md, and from the same compilation the table of resources
+(`benchmarks.cuda_resources`); ``--against`` compares with a file of this kind or with a commit, whose sources are
+compiled the same way.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -45,8 +48,8 @@ FIGURES = {
 def attention_rows(code: list[Instruction]) -> list[dict[str, Any]]:
     """One row for each inner loop of an attention kernel, the one of most products first.
 
-    An inner loop holds products (HMMA, or FFMA for float32) and copies; where it holds several, it is the path of most work
-    through one turn of it: one block of tokens of K and of V. ``part`` is the loop's number of products.
+    An inner loop holds products (HMMA, or FFMA for float32) and copies. What is counted is the path of most work
+    through one turn of it: one block of tokens of K and of V. ``part`` is the path's number of products.
     """
     blocks = blocks_of(code)
     loops = loops_of(blocks)
@@ -88,51 +91,78 @@ def merge_row(code: list[Instruction]) -> dict[str, Any]:
     return dict(part="", loads_in_flight=max(block.count("LDG") for block in blocks_of(code)))
 
 
-def compile_rows(
-    dtype: str, arch: int, root: Path = ROOT, head_dims: Sequence[int] = HEAD_DIMS
-) -> list[dict[str, Any]]:
-    """Rows of one element type's kernels on one architecture, from the sources under ``root``.
+@dataclass
+class Unit:
+    """One source file compiled for one architecture: rows for the table of resources and rows for this one."""
+
+    kernels: list[dict[str, Any]]
+    loops: list[dict[str, Any]]
+
+
+def compile_unit(dtype: str, arch: int, root: Path = ROOT, head_dim: int | None = None) -> Unit:
+    """The kernels of one element type ("": the small ones) on one architecture, of every head_dim or of one.
+
+    Units are kept in ``build/cuda_tables`` under a hash of their sources, compiler and flags, so that a run that was
+    cut short goes on where it was.
 
     Raises:
         RuntimeError: nvcc or cuobjdump is missing, or the sources do not compile.
     """
     if resources.disassembler() is None:
         raise RuntimeError("cuobjdump was not found; it comes with the CUDA toolkit and in Triton's wheel")
-    defines = (f"ANABRANCH_ONE_HEAD_DIM={head_dims[0]}",) if len(head_dims) == 1 else ()
-    rows: list[dict[str, Any]] = []
+    defines = () if head_dim is None else (f"ANABRANCH_ONE_HEAD_DIM={head_dim}",)
+    digest = hashlib.sha256(repr((resources.SOURCES[dtype], arch, defines, resources.version())).encode())
+    for path in sorted((root / "csrc" / "cuda").iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    kept = ROOT / "build" / "cuda_tables" / f"{digest.hexdigest()[:24]}.json"
+    if kept.exists():
+        return Unit(**json.loads(kept.read_text()))
     with resources.compiled(resources.SOURCES[dtype], arch, defines, root) as (kernels, dump):
-        code = functions(dump)
-        for kernel in kernels:
-            known = {name: kernel[name] for name in ("kernel", "dtype", "head_dim", "arch", "registers", "spill_bytes")}
-            found = code[kernel["symbol"]]
-            if kernel["kernel"] == "attention" and kernel["head_dim"] in head_dims:
-                rows += [known | row for row in attention_rows(found)]
-            elif kernel["kernel"].startswith("merge"):
-                rows.append(known | merge_row(found))
+        unit = Unit(resources.counted(kernels, dump), loop_rows(kernels, dump))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(asdict(unit)))
+    return unit
+
+
+def loop_rows(kernels: list[dict[str, Any]], dump: str) -> list[dict[str, Any]]:
+    """This table's rows of what `cuda_resources.compiled` gives."""
+    code = functions(dump)
+    rows: list[dict[str, Any]] = []
+    for kernel in kernels:
+        known = {name: kernel[name] for name in ("kernel", "dtype", "head_dim", "arch", "registers", "spill_bytes")}
+        found = code[kernel["symbol"]]
+        if kernel["kernel"] == "attention":
+            rows += [known | row for row in attention_rows(found)]
+        elif kernel["kernel"].startswith("merge"):
+            rows.append(known | merge_row(found))
     return rows
 
 
-def table(
-    dtypes: Iterable[str] = DTYPES, archs: Iterable[int] = resources.ARCHS, head_dims: Sequence[int] = HEAD_DIMS,
+def units(
+    dtypes: Iterable[str] = DTYPES, archs: Iterable[int] = resources.ARCHS, head_dims: Sequence[int] | None = None,
     root: Path = ROOT, processes: int = 1,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """All rows, in a fixed order; with the ring and the blocks a multiprocessor that this checkout's launcher would choose."""
-    # One head_dim a compilation where few are wanted; all of a type at once otherwise.
-    wanted = [(d,) for d in head_dims] if len(head_dims) <= 2 else [tuple(head_dims)]
-    jobs = [(dtype, arch, root, dims) for arch in archs for dtype in dtypes for dims in wanted]
+) -> list[Unit]:  # fmt: skip
+    """All of these compiled; head_dims None: every one, a source file at a time, which is less work than one by one."""
+    jobs = [(dtype, arch, root, dim) for arch in archs for dtype in dtypes for dim in head_dims or (None,)]
     with ThreadPoolExecutor(processes) as pool:
-        rows = [row for found in pool.map(lambda job: compile_rows(*job), jobs) for row in found]
-    unique = {tuple(row[name] for name in KEY): row for row in rows}
-    found = list(unique.values())
-    if root == ROOT:
-        resources.with_layouts([row for row in found if row["kernel"] == "attention"])
-        for row in found:
-            if "shared_bytes" in row:
-                held = row["blocks"] * (row["shared_bytes"] + resources.RESERVED)
-                row["shared_held"] = round(held / resources.LIMITS[row["arch"]][1], 3)
-    return sorted(
-        found, key=lambda r: (r["kernel"], r["dtype"], r["head_dim"], r["arch"], -r.get("products", 0), r["part"])
-    )
+        return list(pool.map(lambda job: compile_unit(*job), jobs))
+
+
+def table(found: Iterable[Unit], layouts: bool = True) -> list[dict[str, Any]]:
+    """Rows of units in a fixed order; ``layouts``: with the ring and blocks that this checkout would choose."""
+    rows = list({tuple(row[name] for name in KEY): row for unit in found for row in unit.loops}.values())
+    if layouts:
+        with_shared(rows)
+    return sorted(rows, key=lambda r: (r["kernel"], r["dtype"], r["head_dim"], r["arch"], -r.get("products", 0)))
+
+
+def with_shared(rows: list[dict[str, Any]]) -> None:
+    """Adds the ring, the blocks a multiprocessor and the share of its shared memory that they hold, as launched."""
+    resources.with_layouts([row for row in rows if row["kernel"] == "attention"])
+    for row in rows:
+        if "shared_bytes" in row:
+            held = row["blocks"] * (row["shared_bytes"] + resources.RESERVED)
+            row["shared_held"] = round(held / resources.LIMITS[row["arch"]][1], 3)
 
 
 def sources_of(commit: str, folder: Path) -> Path:
@@ -150,7 +180,7 @@ def other_table(against: str, **options: Any) -> list[dict[str, Any]]:
     if Path(against).is_file():
         return json.loads(Path(against).read_text())["kernels"]
     with tempfile.TemporaryDirectory() as folder:
-        return table(root=sources_of(against, Path(folder)), **options)
+        return table(units(root=sources_of(against, Path(folder)), **options), layouts=False)
 
 
 def worse(now: list[dict[str, Any]], then: list[dict[str, Any]], same_compiler: bool = True) -> list[str]:
@@ -183,12 +213,13 @@ def markdown(rows: list[dict[str, Any]], made_with: str) -> str:
     archs = sorted({row["arch"] for row in rows})
     lines = [
         "# CUDA kernels: what their machine code promises", "",
-        f"Made by `python -m benchmarks cuda-sass --save` with {made_with}. **Read from compiled code, never measured:** no GPU "
-        "was at hand. Issue cycles are sums of the compiler's stall counts, a floor of what one warp takes for one block of "
-        "64 tokens (32 for fp32) of K and V.", "",
-        "A cell: cycles of the whole path, of its copies, instructions a copy (16 bytes a thread), products in the largest basic "
-        "block; registers, tiles in the ring, blocks a multiprocessor and the share of its shared memory that they hold.", "",
-        "| kernel | dtype | head_dim | products a block of tokens and warp | " + " | ".join(f"sm_{a}" for a in archs) + " |",
+        f"Made by `python -m benchmarks cuda-sass --save` with {made_with}. **Read from compiled code, never "
+        "measured:** no GPU was at hand. Issue cycles are sums of the compiler's stall counts, a floor of what a warp "
+        "takes for one block of 64 tokens (32 for fp32) of K and V.", "",
+        "A cell: cycles of the whole path, of its copies, instructions a copy (16 bytes a thread), products in the "
+        "largest basic block; registers, tiles in the ring, blocks a multiprocessor and the share of its shared memory "
+        "that they hold. Loops inside the path (float32 has some) count once.", "",
+        "| kernel | dtype | head_dim | products a turn | " + " | ".join(f"sm_{a}" for a in archs) + " |",
         "|---|---|---|---|" + "---|" * len(archs),
     ]  # fmt: skip
     seen: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
@@ -215,7 +246,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def save(rows: list[dict[str, Any]], path: Path = TABLE) -> None:
-    """The table and its document."""
+    """The table and its document. A table of some types and architectures says so by what is in it."""
     head, tail = json.dumps({"made_with": resources.version()})[:-1], "\n]}\n"
     path.write_text(head + ', "kernels": [\n' + ",\n".join(json.dumps(row) for row in rows) + tail)
     path.with_suffix(".md").write_text(markdown(rows, resources.version()))

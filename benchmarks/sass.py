@@ -1,13 +1,14 @@
 """Machine code of NVIDIA GPUs as ``cuobjdump -sass`` prints it: instructions, their stall counts, basic blocks, loops.
 
-An instruction is 128 bits, printed as two words. Bits 105–108 are its stall count: the cycles a warp waits at least before it
-issues its next instruction. Their sum over the instructions of a path is a floor of the path's issue cycles for one
-warp; what it waits for memory, for other pipelines or for other warps comes on top.
+An instruction is 128 bits, printed as two words. Bits 105–108 are its stall count: the cycles a warp waits at least
+before it issues its next instruction. Their sum over the instructions of a path is a floor of the path's issue cycles
+for one warp; what it waits for memory, for other pipelines or for other warps comes on top.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ def functions(text: str) -> dict[str, list[Instruction]]:
     for part in re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]:
         lines = part.splitlines()
         code: list[Instruction] = []
-        for line, after in zip(lines, lines[1:], strict=False):
+        for line, after in itertools.pairwise(lines):
             first, second = LINE.match(line), SECOND.match(after)
             if first is None or second is None:
                 continue

@@ -22,10 +22,12 @@ from .primitives import (
     SCAN,
     any_nan,
     infinities,
+    load_positions,
     load_rows,
-    load_tokens,
+    load_strips,
     store_rows,
     tanh,
+    tokens_of,
     without_infinities,
 )
 from .quantise import AS_THEY_ARE, dequantised
@@ -104,15 +106,20 @@ def _sum_tokens(
     # Block boundaries stay where they are without the window: which rows share an item must not change a sum.
     # Tokens before the first visible one are masked out of the block like those past the end: they may be gone.
     begin = first // BLOCK_N * BLOCK_N
-    # A block's slots are fetched one block ahead. Were they loaded in the iteration that uses them, the compiler would
-    # see a load behind a load and halve the number of K and V blocks it keeps in flight.
+    # A block's slots are there one block ahead, the strips that they come from two. Were one loaded in the iteration
+    # that uses it, the compiler would see a load behind a load and halve the K and V blocks it keeps in flight.
     n = begin + tl.arange(0, BLOCK_N)
-    slot = load_tokens(kv_strips_ptr, kv_spelled_ptr, place + n, (n >= first) & (n < end), 0, STRIP_SHIFT)
+    keep = (n >= first) & (n < end)
+    strip = load_strips(kv_strips_ptr, place + n, keep, 0, STRIP_SHIFT)
+    slot = tokens_of(strip, strip, kv_spelled_ptr, place + n, keep, 0, STRIP_SHIFT)
+    strip = load_strips(kv_strips_ptr, place + n + BLOCK_N, n + BLOCK_N < end, 0, STRIP_SHIFT)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
         keep = (n >= first) & (n < end)
         next_n = n + BLOCK_N
-        next_slot = load_tokens(kv_strips_ptr, kv_spelled_ptr, place + next_n, next_n < end, 0, STRIP_SHIFT)
+        after = next_n + BLOCK_N
+        next_slot = tokens_of(strip, strip, kv_spelled_ptr, place + next_n, next_n < end, 0, STRIP_SHIFT)
+        strip = load_strips(kv_strips_ptr, place + after, after < end, 0, STRIP_SHIFT)
         page = (slot // PAGE_SIZE).to(tl.int64)
         offset = (slot % PAGE_SIZE).to(tl.int64)
         k_at = tl.multiple_of(page * stride_k_page + offset * stride_k_slot, [KV_ALIGN])
@@ -138,7 +145,7 @@ def _sum_tokens(
             s = softcap * tanh(s / softcap)
         visible = n[None, :] < limit[:, None]
         if HAS_WINDOW:
-            kv_pos = load_tokens(kv_strips_ptr, kv_spelled_ptr, place + n, keep, 1, STRIP_SHIFT)
+            kv_pos = load_positions(kv_strips_ptr, kv_spelled_ptr, place + n, keep, STRIP_SHIFT)
             visible = visible & (row_pos[:, None] - kv_pos[None, :] < window)
         s = tl.where(visible, s, float("-inf"))
 
@@ -264,7 +271,7 @@ def _attend(
         last = 0
         for start in range(0, end, SCAN):
             n = start + tl.arange(0, SCAN)
-            pos = load_tokens(kv_strips_ptr, kv_spelled_ptr, place + n, n < end, 1, STRIP_SHIFT)
+            pos = load_positions(kv_strips_ptr, kv_spelled_ptr, place + n, n < end, STRIP_SHIFT)
             seen = (n < end) & (row_pos_min - pos < window)
             first = tl.minimum(first, tl.min(tl.where(seen, n, end), axis=0))
             last = tl.maximum(last, tl.max(tl.where(seen, n + 1, 0), axis=0))

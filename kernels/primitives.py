@@ -33,19 +33,30 @@ def load_rows(ptr, offsets, d, keep, HEAD_DIM: tl.constexpr, PADDED: tl.constexp
 
 
 @triton.jit
-def load_tokens(strips_ptr, spelled_ptr, place, keep, PART: tl.constexpr, STRIP_SHIFT: tl.constexpr):
-    """The slots (PART 0) or positions (PART 1; 0 where not kept) of tokens at ``place`` [N] of a plan's strips."""
+def load_strips(strips_ptr, place, keep, PART: tl.constexpr, STRIP_SHIFT: tl.constexpr):
+    """The slots (PART 0) or positions (PART 1) of the strips that hold these places [N] of a plan."""
+    return tl.load(strips_ptr + (place >> STRIP_SHIFT) * 2 + PART, mask=keep, other=0)
+
+
+@triton.jit
+def tokens_of(slot, entry, spelled_ptr, place, keep, PART: tl.constexpr, STRIP_SHIFT: tl.constexpr):
+    """The slots or positions of tokens, from their strips' slots and `entry`, of the PART; 0 for positions not kept."""
     at = place & ((1 << STRIP_SHIFT) - 1)
-    strip = (place >> STRIP_SHIFT) * 2
-    entry = tl.load(strips_ptr + strip, mask=keep, other=0)
-    if PART == 0:
-        token = entry + at
-    else:
-        token = tl.where(keep, tl.load(strips_ptr + strip + 1, mask=keep, other=0) + at, 0)
+    token = entry + at
     if STRIP_SHIFT > 0:  # strips of one token are never spelled out
-        spelled = keep & (entry < 0)
-        token = tl.where(spelled, tl.load(spelled_ptr + (~entry + at) * 2 + PART, mask=spelled, other=0), token)
+        spelled = keep & (slot < 0)
+        token = tl.where(spelled, tl.load(spelled_ptr + (~slot + at) * 2 + PART, mask=spelled, other=0), token)
+    if PART == 1:
+        token = tl.where(keep, token, 0)
     return token
+
+
+@triton.jit
+def load_positions(strips_ptr, spelled_ptr, place, keep, STRIP_SHIFT: tl.constexpr):
+    """The positions of tokens at these places; 0 where not kept."""
+    slot = load_strips(strips_ptr, place, keep, 0, STRIP_SHIFT)
+    entry = load_strips(strips_ptr, place, keep, 1, STRIP_SHIFT)
+    return tokens_of(slot, entry, spelled_ptr, place, keep, 1, STRIP_SHIFT)
 
 
 @triton.jit

@@ -75,7 +75,7 @@ ANABRANCH_DEVICE Range range_of(const Attention& a, const Pass& pass, Int2* ends
     first = end;
     if (seen.z - seen.y < a.window)
       for (int n = thread; n < end; n += kThreads)
-        if (seen.z - token_at(a, static_cast<u32>(kv.x + n)).y < a.window) {
+        if (seen.z - position_at(a, static_cast<u32>(kv.x + n)) < a.window) {
           first = smaller(first, n);
           last = n + 1;
         }
@@ -116,7 +116,7 @@ ANABRANCH_DEVICE void copy_queries(const Attention& a, const Pass& pass, char* q
   using S = Shape<T, D>;
   const int column = ptx::thread() % S::kLanes, used = a.head_dim / S::kGranule;
   ANABRANCH_NO_UNROLL
-  for (int r = ptx::thread() / S::kLanes; r < pass.warps_m * 16; r += kThreads / S::kLanes) {
+  for (int r = S::first_row(ptx::thread(), 1); r < pass.warps_m * 16; r += kThreads / S::kLanes) {
     const T* from = static_cast<const T*>(a.q);
     const bool there = r < pass.rows;
     if (there) {
@@ -187,17 +187,16 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
       }
       const char* values = stream.template next<false>();
       if (!working) continue;
-      if (!hidden) {
-        tile.template add_values<false>(values);
-        continue;
-      }
-      [[maybe_unused]] const bool infinities = tile.template add_values<true>(values);
       if constexpr (S::kHalf) {
-        if (!infinities) continue;
-        if (a.windowed)
-          tile.template add_infinities<true>(values, sight, begin, at);
+        if (hidden && tile.holds_infinities(values))
+          tile.add_seen_values(values, sight, a.windowed, begin, at);
         else
-          tile.template add_infinities<false>(values, sight, begin, at);
+          tile.template add_values<false>(values);
+      } else {
+        if (hidden)
+          tile.template add_values<true>(values);
+        else
+          tile.template add_values<false>(values);
       }
     }
   } else {

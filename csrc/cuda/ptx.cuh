@@ -106,6 +106,10 @@ ANABRANCH_DEVICE void mma(f16, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1)
 }
 ANABRANCH_DEVICE u32 pack(bf16, float low, float high) { return emulator::pack_bf16(low, high); }
 ANABRANCH_DEVICE u32 pack(f16, float low, float high) { return emulator::pack_f16(low, high); }
+ANABRANCH_DEVICE float widen(bf16, u32 x) { return emulator::widen(static_cast<uint16_t>(x), true); }
+ANABRANCH_DEVICE float widen(f16, u32 x) { return emulator::widen(static_cast<uint16_t>(x), false); }
+ANABRANCH_DEVICE u32 plus_zero_times(bf16, u32 sum, u32 x) { return emulator::plus_zero_times(sum, x, 0x7f80); }
+ANABRANCH_DEVICE u32 plus_zero_times(f16, u32 sum, u32 x) { return emulator::plus_zero_times(sum, x, 0x7c00); }
 
 ANABRANCH_DEVICE void copy_async(void* shared, const void* global, int bytes) {
   emulator::copy_async(shared, global, bytes);
@@ -194,6 +198,25 @@ ANABRANCH_DEVICE u32 pack(bf16, float low, float high) {
 ANABRANCH_DEVICE u32 pack(f16, float low, float high) {
   u32 d;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+
+// The element in the lower half.
+ANABRANCH_DEVICE float widen(bf16, u32 x) { return __uint_as_float(x << 16); }
+ANABRANCH_DEVICE float widen(f16, u32 x) {
+  float d;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"(static_cast<uint16_t>(x)));
+  return d;
+}
+// sum + 0 · x of two elements each: NaN where x is one or infinite.
+ANABRANCH_DEVICE u32 plus_zero_times(bf16, u32 sum, u32 x) {
+  u32 d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(x), "r"(0), "r"(sum));
+  return d;
+}
+ANABRANCH_DEVICE u32 plus_zero_times(f16, u32 sum, u32 x) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(x), "r"(0), "r"(sum));
   return d;
 }
 

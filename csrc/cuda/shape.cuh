@@ -43,11 +43,11 @@ struct Shape {
   static constexpr int kTokens = kBlock * kLanes / kThreads;
   static_assert(kGranules % kLanes == 0 && kTokens >= 1 && kTokens * kThreads == kBlock * kLanes, "an uneven share");
 
-  // The first token of a thread. Eight neighbouring threads write to shared memory at once: with kLanes tokens between
-  // theirs they meet all banks.
-  static ANABRANCH_BOTH constexpr int first_token(int thread) {
-    const int group = thread / kLanes, within = group % (8 / kTokens);
-    return group / (8 / kTokens) * 8 + within % (8 / kLanes) * kLanes + within / (8 / kLanes) * kTokens;
+  // The first of the `rows` rows of a thread. Eight neighbouring threads write to shared memory at once: with kLanes rows
+  // between theirs they meet all banks.
+  static ANABRANCH_BOTH constexpr int first_row(int thread, int rows) {
+    const int group = thread / kLanes, within = group % (8 / rows);
+    return group / (8 / rows) * 8 + within % (8 / kLanes) * kLanes + within / (8 / kLanes) * rows;
   }
 
   // Shared memory: [ring | queries], over it the results of the warps; then what must outlive neither.
@@ -71,26 +71,6 @@ ANABRANCH_DEVICE float tanh_of(float x) {
   const float e = ptx::exp2(-2.0f * kLog2e * (x < 0 ? -x : x));
   const float y = (1.0f - e) / (1.0f + e);
   return x < 0 ? -y : y;
-}
-
-// Exponents of all ones, twice (of two 16-bit elements).
-ANABRANCH_DEVICE constexpr u32 exponents(bf16) { return 0x7f807f80u; }
-ANABRANCH_DEVICE constexpr u32 exponents(f16) { return 0x7c007c00u; }
-
-// Puts 0 in the place of infinities and NaN; not 0 where there were some.
-template <class T>
-ANABRANCH_DEVICE u32 without_infinities(T, u32& pair) {
-  constexpr u32 all = exponents(T{});
-  const u32 top = ((pair & all) + (all & (~all << 1))) & 0x80008000u;  // the lowest bit of the exponents carries up
-  pair &= ~((top >> 15) * 0xffffu);
-  return top;
-}
-// 0 for what is finite.
-template <class T>
-ANABRANCH_DEVICE float infinity_of(T, u32 half) {
-  constexpr u32 all = exponents(T{}) & 0xffffu;
-  if ((half & all) != all) return 0;
-  return ptx::number((half & 0x8000u) << 16 | 0x7f800000u | ((half & 0x7fffu) != all ? 0x400000u : 0u));
 }
 
 }  // namespace anabranch::cuda

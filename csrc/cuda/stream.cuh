@@ -8,13 +8,17 @@
 
 namespace anabranch::cuda {
 
-// Slot and position of the token at a place of the plan's strips (csrc/plan/strips.hpp).
-ANABRANCH_DEVICE Int2 token_at(const Attention& a, u32 place) {
-  const i32 within = static_cast<i32>(place & ((1u << a.strip_shift) - 1));
-  const Int2 strip = ptx::load(reinterpret_cast<const Int2*>(a.kv_strips) + (place >> a.strip_shift));
+// Slot and position of a token: of the strip that holds its place, and of the place in it (csrc/plan/strips.hpp).
+ANABRANCH_DEVICE Int2 strip_at(const Attention& a, u32 place) {
+  return ptx::load(reinterpret_cast<const Int2*>(a.kv_strips) + (place >> a.strip_shift));
+}
+ANABRANCH_DEVICE Int2 token_of(const Attention& a, const Int2& strip, u32 place) {
+  const i32 within = static_cast<i32>(place & a.strip_mask);
   if (strip.x < 0) return ptx::load(reinterpret_cast<const Int2*>(a.kv_spelled) + (~strip.x + within));
   return Int2{strip.x + within, strip.y + within};
 }
+
+ANABRANCH_DEVICE i32 position_at(const Attention& a, u32 place) { return token_of(a, strip_at(a, place), place).y; }
 
 template <class T, int D>
 struct Stream {
@@ -27,9 +31,7 @@ struct Stream {
   int head, first_block, end, row_pos_min;
   int tiles;              // of the pass: two a block
   int tile, out_slot;     // the round, and where in the ring it is read
-  struct Entry {
-    i32 slot, position;
-  } ahead;                // this thread's token of the next block to be published
+  Int2 ahead;             // the strip of this thread's token of the next block to be published
 
   // Threads 0 … kBlock − 1 work out where a block's K lies, the next kBlock where V does; float32 needs no more.
   static constexpr bool kAllFetch = 2 * S::kBlock == kThreads;
@@ -38,38 +40,35 @@ struct Stream {
     return (block & (kAhead - 1)) * 2 * S::kBlock + ptx::thread();
   }
 
-  // This thread's token of a block.
-  ANABRANCH_DEVICE Entry fetch(int block) const {
-    Entry e{-1, 0};
-    if (!kAllFetch && ptx::thread() >= 2 * S::kBlock) return e;
-    const int n = (first_block + block) * S::kBlock + (ptx::thread() & (S::kBlock - 1));
-    const int there = smaller(n, end - 1);
-    const Int2 token = token_at(a, kv_begin + static_cast<u32>(there));
-    e.slot = token.x;
-    if (a.windowed) {
-      e.position = token.y;
-      if (row_pos_min - e.position >= a.window) e.slot = -1;  // nobody sees it, and it may be gone
-    }
-    if (n >= end) e.slot = -1;
-    return e;
+  // The strip of this thread's token of a block; what comes of it waits until it is published.
+  ANABRANCH_DEVICE Int2 fetch(int block) const {
+    if (!kAllFetch && ptx::thread() >= 2 * S::kBlock) return Int2{-1, 0};
+    return strip_at(a, kv_begin + static_cast<u32>(smaller(place(block), end - 1)));
   }
-  ANABRANCH_DEVICE void publish(int block, const Entry& e) const {
+  // Where in the item this thread's token of a block is. Blocks are whole strips: its place in its strip is ever the same.
+  ANABRANCH_DEVICE int place(int block) const {
+    return (first_block + block) * S::kBlock + (ptx::thread() & (S::kBlock - 1));
+  }
+  ANABRANCH_DEVICE void publish(int block, const Int2& strip) const {
     if (!kAllFetch && ptx::thread() >= 2 * S::kBlock) return;
     const bool is_v = ptx::thread() >= S::kBlock;
-    const u32 slot = static_cast<u32>(e.slot);
+    const Int2 token = token_of(a, strip, kv_begin + static_cast<u32>(ptx::thread() & (S::kBlock - 1)));
+    bool there = place(block) < end;
+    if (a.windowed) there = there && row_pos_min - token.y < a.window;  // else nobody sees it, and it may be gone
+    const u32 slot = static_cast<u32>(token.x);
     const u32 page = a.page_shift >= 0 ? slot >> a.page_shift : slot / static_cast<u32>(a.page_size);
     const u32 within = slot - page * static_cast<u32>(a.page_size);
     const Pages& pages = is_v ? a.v : a.k;
-    i64 place = reinterpret_cast<i64>(pages.data) + page * pages.page + within * pages.slot + head * pages.head;
-    if (e.slot < 0) place = -1;
-    ptx::store(places + entry(block), Int2{static_cast<i32>(place), static_cast<i32>(place >> 32)});
-    if (a.windowed && !is_v) ptx::store(positions + (block & (kAhead - 1)) * S::kBlock + ptx::thread(), e.position);
+    i64 address = reinterpret_cast<i64>(pages.data) + page * pages.page + within * pages.slot + head * pages.head;
+    if (!there) address = -1;
+    ptx::store(places + entry(block), Int2{static_cast<i32>(address), static_cast<i32>(address >> 32)});
+    if (a.windowed && !is_v) ptx::store(positions + (block & (kAhead - 1)) * S::kBlock + ptx::thread(), token.y);
   }
 
   // Starts the copies of a tile (even: K, odd: V of block tile / 2).
   ANABRANCH_DEVICE void issue(int which_tile, int slot) const {
     if (which_tile < tiles) {
-      const int token = S::first_token(ptx::thread()), column = ptx::thread() & (S::kLanes - 1);
+      const int token = S::first_row(ptx::thread(), S::kTokens), column = ptx::thread() & (S::kLanes - 1);
       const Int2* from = places + (which_tile & (2 * kAhead - 1)) * S::kBlock + token;
       char* const to = ring + slot * S::kTile + token * S::kPitch + column * 16;
       Int2 place[S::kTokens];
@@ -99,7 +98,7 @@ struct Stream {
   // Before the first round: the addresses of the first blocks, as many as the ring takes tiles of.
   ANABRANCH_DEVICE void prepare() {
     constexpr int most = (kMaxRing + 1) / 2;
-    Entry entries[most];
+    Int2 entries[most];
     const int prepared = (a.ring + 1) / 2;
     ANABRANCH_UNROLL
     for (int b = 0; b < most; ++b)

@@ -13,9 +13,8 @@ struct Sight {
   int least;        // limit of the warp's rows
   int window;
 
-  template <bool WINDOWED>
-  ANABRANCH_DEVICE bool sees(int row, int token, int token_position) const {
-    return token < limit[row] && (!WINDOWED || position[row] - token_position < window);
+  ANABRANCH_DEVICE bool sees(bool windowed, int row, int token, int token_position) const {
+    return token < limit[row] && (!windowed || position[row] - token_position < window);
   }
 };
 
@@ -121,7 +120,7 @@ struct Tile {
       ANABRANCH_UNROLL
       for (int c = 0; c < 4; ++c) {
         const int token = block + key + 8 * i + (c & 1);
-        const bool visible = sight.sees<WINDOWED>(c >> 1, token, c & 1 ? at.y : at.x);
+        const bool visible = sight.sees(WINDOWED, c >> 1, token, c & 1 ? at.y : at.x);
         s[i][c] = visible ? s[i][c] : minus_infinity();
         if constexpr (WINDOWED) hidden |= !visible & (token < sight.end);
       }
@@ -170,12 +169,9 @@ struct Tile {
     }
   }
 
-  // A token that a row does not see has probability 0, and 0 · NaN is NaN: guarded, infinities and NaN are left out of
-  // the tensor cores' product; returns whether there were some in what this warp multiplied. FMAs leave out what has
-  // probability 0.
+  // GUARDED, for FMAs: they leave out what has probability 0, for 0 · NaN is NaN. Tensor cores cannot; see below.
   template <bool GUARDED>
-  ANABRANCH_DEVICE bool add_values(const char* values) {
-    [[maybe_unused]] u32 odd = 0;
+  ANABRANCH_DEVICE void add_values(const char* values) {
     const int lane = ptx::thread() & 31;
     if constexpr (S::kHalf) {
       const char* value = values + (first_key + down(lane)) * S::kPitch + down_right(lane);
@@ -185,10 +181,6 @@ struct Tile {
         for (int i = 0; i < D / 16; ++i) {
           u32 b[4];
           ptx::ldmatrix_x4_trans(b, value + step * 16 * S::kPitch + i * 32);
-          if constexpr (GUARDED) {
-            ANABRANCH_UNROLL
-            for (int k = 0; k < 4; ++k) odd |= without_infinities(T{}, b[k]);
-          }
           ptx::mma(T{}, acc[2 * i], p[step], b[0], b[1]);
           ptx::mma(T{}, acc[2 * i + 1], p[step], b[2], b[3]);
         }
@@ -217,27 +209,52 @@ struct Tile {
         }
       }
     }
-    if constexpr (GUARDED && S::kHalf) return ptx::any(odd != 0);
-    return false;
   }
 
-  // Gives the infinities and NaN that were left out to the rows that see them.
-  template <bool WINDOWED>
-  ANABRANCH_DEVICE void add_infinities(const char* values, const Sight& sight, int block, const i32* positions) {
+  // Of 16-bit types: whether this warp's tokens of a tile of V hold infinities or NaN, which a product with probability 0
+  // would give to rows that do not see them.
+  ANABRANCH_DEVICE bool holds_infinities(const char* values) const {
+    u32 zeros = 0;  // sums of x · 0: NaN for those alone
+    ANABRANCH_UNROLL_BY_4
+    for (int at = ptx::thread() & 31; at < STEPS * S::kKeys * S::kGranules; at += 32) {
+      const char* from = values + (first_key + at / S::kGranules) * S::kPitch + at % S::kGranules * 16;
+      const Int4 x = ptx::load(reinterpret_cast<const Int4*>(from));
+      zeros = ptx::plus_zero_times(T{}, zeros, static_cast<u32>(x.x));
+      zeros = ptx::plus_zero_times(T{}, zeros, static_cast<u32>(x.y));
+      zeros = ptx::plus_zero_times(T{}, zeros, static_cast<u32>(x.z));
+      zeros = ptx::plus_zero_times(T{}, zeros, static_cast<u32>(x.w));
+    }
+    return ptx::any((zeros & 0x7fff7fffu) != 0);
+  }
+  // What add_values adds, token by token, for such tiles: a row gets the infinities that it sees and no others.
+  ANABRANCH_DEVICE void add_seen_values(const char* values, const Sight& sight, bool windowed, int block,
+                                        const i32* positions) {
     const int lane = ptx::thread() & 31;
-    const char* value = values + first_key * S::kPitch + (lane & 3) * 2 * sizeof(T);
-    ANABRANCH_NO_UNROLL
-    for (int key = first_key; key < first_key + STEPS * S::kKeys; ++key, value += S::kPitch) {
-      int at = 0;
-      if constexpr (WINDOWED) at = ptx::load(positions + key);
-      ANABRANCH_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        if (!sight.sees<WINDOWED>(r, block + key, at)) continue;
+    ANABRANCH_UNROLL
+    for (int i = 0; i < kScores; ++i) {
+      ANABRANCH_NO_UNROLL
+      for (int key = 0; key < 8; ++key) {
+        const int token = first_key + 8 * i + key, holder = (lane & ~3) | (key >> 1), shift = (key & 1) * 16;
+        const int at = windowed ? ptx::load(positions + token) : 0;
+        float weight[2];
+        bool sees[2];
         ANABRANCH_UNROLL
-        for (int i = 0; i < D / 8; ++i) {
-          const u32 pair = ptx::load(reinterpret_cast<const u32*>(value + i * 16));
-          acc[i][2 * r] += infinity_of(T{}, pair & 0xffff);
-          acc[i][2 * r + 1] += infinity_of(T{}, pair >> 16);
+        for (int r = 0; r < 2; ++r) {
+          weight[r] = ptx::widen(T{}, ptx::shuffle(p[i / 2][i % 2 * 2 + r], holder) >> shift);
+          sees[r] = sight.sees(windowed, r, block + token, at);
+        }
+        const char* value = values + token * S::kPitch + (lane & 3) * 4;
+        ANABRANCH_UNROLL
+        for (int c = 0; c < D / 8; ++c) {
+          const u32 pair = ptx::load(reinterpret_cast<const u32*>(value + c * 16));
+          ANABRANCH_UNROLL
+          for (int e = 0; e < 2; ++e) {
+            const float x = ptx::widen(T{}, pair >> (16 * e));
+            const bool finite = x - x == 0;
+            ANABRANCH_UNROLL
+            for (int r = 0; r < 2; ++r)
+              if (sees[r]) acc[c][2 * r + e] += finite ? weight[r] * x : x;
+          }
         }
       }
     }

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <set>
 
 #include "fiber.hpp"
 
@@ -75,6 +76,12 @@ struct Copy {
 
 enum class State { ready, warp, barrier, done };
 
+// A warp's asynchronous copy, as its lanes come to it.
+struct WarpCopy {
+  uintptr_t to[kLanes], from[kLanes];  // from: 0 where nothing is read
+  int arrived = 0;
+};
+
 struct Thread {
   Fiber fiber;
   int id = 0;
@@ -82,13 +89,14 @@ struct Thread {
   int site = 0;
   Frame* frame = nullptr;
   std::vector<Copy> copies;
-  int64_t committed = 0;
+  int64_t committed = 0, copied = 0;
   char* stack = nullptr;
 };
 
 struct Warp {
   int ready[kLanes];
   int num_ready = 0, arrived = 0, size = 0;
+  std::map<int64_t, WarpCopy> copies;  // by number, until all lanes have come
 };
 
 struct Allocation {
@@ -113,6 +121,7 @@ struct Device {
   Thread* current = nullptr;
   Fiber main;
   int block = 0, num_blocks = 0, num_done = 0, at_barrier = 0, running_warp = 0;
+  int64_t in_flight = 0;  // bytes
   bool failed = false;
   std::string failure;
   const std::function<void()>* body = nullptr;
@@ -128,7 +137,41 @@ void make_ready(Thread& t) {
   w.ready[w.num_ready++] = t.id;
 }
 
+// Passes over the banks: eight lanes of 16 bytes at a time, each of which covers four banks of one of eight groups.
+int wavefronts(const uintptr_t (&at)[kLanes]) {
+  int all = 0;
+  for (int first = 0; first < kLanes; first += 8) {
+    std::set<uintptr_t> of_group[8];
+    size_t most = 1;
+    for (int i = first; i < first + 8; ++i) {
+      auto& group = of_group[at[i] / 16 % 8];
+      group.insert(at[i]);
+      most = std::max(most, group.size());
+    }
+    all += static_cast<int>(most);
+  }
+  return all;
+}
+
+void count_copy(Thread& t, const void* to, const void* from, int bytes) {
+  Warp& w = device.warps[t.id / kLanes];
+  const int64_t number = t.copied++;
+  WarpCopy& copy = w.copies[number];
+  copy.to[t.id % kLanes] = reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(device.shared);
+  copy.from[t.id % kLanes] = bytes > 0 ? reinterpret_cast<uintptr_t>(from) : 0;
+  if (++copy.arrived < kLanes) return;
+  std::set<uintptr_t> sectors;
+  for (uintptr_t address : copy.from)
+    if (address != 0) sectors.insert(address / 32);
+  Statistics& s = device.statistics;
+  ++s.copy_instructions;
+  s.copy_wavefronts += wavefronts(copy.to);
+  s.copy_sectors += static_cast<int64_t>(sectors.size());
+  w.copies.erase(number);
+}
+
 void land(const Copy& c) {
+  device.in_flight -= c.bytes;
   if (c.bytes > 0) memcpy(c.to, c.from, c.bytes);
   memset(c.to + c.bytes, 0, 16 - c.bytes);
 }
@@ -222,10 +265,11 @@ void run_block() {
   memset(d.shared, 0xff, d.shared_bytes);  // NaN in all float types
   for (Warp& w : d.warps) w = Warp{};
   d.num_done = d.at_barrier = 0;
+  d.in_flight = 0;
   d.failed = false;
   for (Thread& t : d.threads) {
     t.copies.clear();
-    t.committed = 0;
+    t.committed = t.copied = 0;
     t.frame = nullptr;
     ++d.warps[t.id / kLanes].size;
     memcpy(t.stack, &kCanary, sizeof kCanary);
@@ -282,7 +326,12 @@ void execute(Frame* const (&f)[kLanes]) {
       return;
     }
     case Kind::ldmatrix:
-    case Kind::ldmatrix_trans:
+    case Kind::ldmatrix_trans: {
+      uintptr_t rows[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        rows[i] = reinterpret_cast<uintptr_t>(f[i]->address) - reinterpret_cast<uintptr_t>(device.shared);
+      ++device.statistics.ldmatrix;
+      device.statistics.ldmatrix_wavefronts += wavefronts(rows);
       for (int i = 0; i < kLanes; ++i)
         for (int matrix = 0; matrix < 4; ++matrix) {
           uint16_t pair[2];
@@ -294,6 +343,7 @@ void execute(Frame* const (&f)[kLanes]) {
           memcpy(&f[i]->out[matrix], pair, 4);
         }
       return;
+    }
     case Kind::mma_bf16:
     case Kind::mma_f16: {
       ++device.statistics.mma;
@@ -513,6 +563,9 @@ void copy_async(void* to, const void* from, int bytes) {
   if (bytes > 0) check(from, static_cast<size_t>(bytes), 16, false);
   ++device.statistics.copies;
   Thread& self = *device.current;
+  count_copy(self, to, from, bytes);
+  device.in_flight += bytes;
+  device.statistics.most_in_flight = std::max(device.statistics.most_in_flight, device.in_flight);
   const Copy copy{static_cast<char*>(to), static_cast<const char*>(from), bytes, self.committed};
   if (device.config.landing == Landing::at_once) {
     land(copy);
@@ -562,6 +615,13 @@ uint32_t pack_f16(float low, float high) {
     return sign | static_cast<uint32_t>(steps + (exponent + 14) * 1024);
   };
   return round(low) | round(high) << 16;
+}
+
+float widen(uint16_t bits, bool bfloat) { return element(bits, bfloat); }
+uint32_t plus_zero_times(uint32_t sum, uint32_t x, uint32_t exponent) {
+  for (int half = 0; half < 32; half += 16)
+    if ((x >> half & exponent) == exponent) sum |= 0x7fffu << half;
+  return sum;
 }
 
 float exp2(float x) { return std::exp2(x); }

@@ -37,6 +37,11 @@ struct Config {
 struct Statistics {
   int64_t launches = 0, blocks = 0, switches = 0, mma = 0, copies = 0;
   std::vector<int64_t> sites;  // how many threads passed each
+  // Asynchronous copies by warps: the nth one of each lane is taken for one instruction. Wavefronts: passes over the 32
+  // banks that its writes to shared memory take (4 at least); sectors: of 32 bytes of global memory that it touches.
+  int64_t copy_instructions = 0, copy_wavefronts = 0, copy_sectors = 0;
+  int64_t ldmatrix = 0, ldmatrix_wavefronts = 0;
+  int64_t most_in_flight = 0;  // bytes of copies of one block that had not landed; what it allows where they land late
 };
 
 void configure(const Config& config);
@@ -71,6 +76,8 @@ void copy_commit();
 void copy_wait(int pending, int site);
 uint32_t pack_bf16(float low, float high);
 uint32_t pack_f16(float low, float high);
+float widen(uint16_t bits, bool bfloat);
+uint32_t plus_zero_times(uint32_t sum, uint32_t x, uint32_t exponent);  // of two elements; exponent: its bits of one
 float exp2(float x);
 float log2(float x);
 

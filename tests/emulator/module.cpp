@@ -49,6 +49,12 @@ void bind_emulator(py::module_& m) {
     d["switches"] = s.switches;
     d["mma"] = s.mma;
     d["copies"] = s.copies;
+    d["copy_instructions"] = s.copy_instructions;
+    d["copy_wavefronts"] = s.copy_wavefronts;
+    d["copy_sectors"] = s.copy_sectors;
+    d["ldmatrix"] = s.ldmatrix;
+    d["ldmatrix_wavefronts"] = s.ldmatrix_wavefronts;
+    d["most_in_flight"] = s.most_in_flight;
     d["sites"] = s.sites;
     return d;
   });

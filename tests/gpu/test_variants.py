@@ -59,7 +59,7 @@ def test_a_long_chain_of_partials():
     n = len(items)
     case.arrays = SimpleNamespace(
         items=ints(items), kv_strips=ints(list(zip(order.tolist(), range(tokens), strict=True))),
-        kv_spelled=ints([[0, 0]]), strip=1,
+        kv_spelled=ints([[0, 0]]), strip=1, counts=None,
         rows=ints([0] * n), limits=ints([0] * n), dest=ints(list(range(n))), row_positions=ints([tokens]),
         merge_rows=ints([0]), merge_ptr=ints([0, n]), num_items=n, num_partials=n, num_merge=1, tile_rows=32,
     )  # fmt: skip

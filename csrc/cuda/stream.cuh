@@ -8,13 +8,16 @@
 
 namespace anabranch::cuda {
 
-// Slot and position of the token at a place of the plan's strips (csrc/plan/strips.hpp).
-ANABRANCH_DEVICE Int2 token_at(const Attention& a, u32 place) {
+// The strip that holds a place of the plan (csrc/plan/strips.hpp), and from it that token's slot and position.
+ANABRANCH_DEVICE Int2 strip_at(const Attention& a, u32 place) {
+  return ptx::load(reinterpret_cast<const Int2*>(a.kv_strips) + (place >> a.strip_shift));
+}
+ANABRANCH_DEVICE Int2 token_of(const Attention& a, const Int2& strip, u32 place) {
   const i32 within = static_cast<i32>(place & ((1u << a.strip_shift) - 1));
-  const Int2 strip = ptx::load(reinterpret_cast<const Int2*>(a.kv_strips) + (place >> a.strip_shift));
   if (strip.x < 0) return ptx::load(reinterpret_cast<const Int2*>(a.kv_spelled) + (~strip.x + within));
   return Int2{strip.x + within, strip.y + within};
 }
+ANABRANCH_DEVICE Int2 token_at(const Attention& a, u32 place) { return token_of(a, strip_at(a, place), place); }
 
 template <class T, int D>
 struct Stream {
@@ -27,9 +30,9 @@ struct Stream {
   int head, first_block, end, row_pos_min;
   int tiles;              // of the pass: two a block
   int tile, out_slot;     // the round, and where in the ring it is read
-  struct Entry {
-    i32 slot, position;
-  } ahead;                // this thread's token of the next block to be published
+  // This thread's token of the next block to be published, and the strip of the one after that. Each is loaded a block
+  // before it is looked at, so that nothing waits for a load.
+  Int2 token, strip;
 
   // Threads 0 … kBlock − 1 work out where a block's K lies, the next kBlock where V does; float32 needs no more.
   static constexpr bool kAllFetch = 2 * S::kBlock == kThreads;
@@ -38,32 +41,29 @@ struct Stream {
     return (block & (kAhead - 1)) * 2 * S::kBlock + ptx::thread();
   }
 
-  // This thread's token of a block.
-  ANABRANCH_DEVICE Entry fetch(int block) const {
-    Entry e{-1, 0};
-    if (!kAllFetch && ptx::thread() >= 2 * S::kBlock) return e;
-    const int n = (first_block + block) * S::kBlock + (ptx::thread() & (S::kBlock - 1));
-    const int there = smaller(n, end - 1);
-    const Int2 token = token_at(a, kv_begin + static_cast<u32>(there));
-    e.slot = token.x;
-    if (a.windowed) {
-      e.position = token.y;
-      if (row_pos_min - e.position >= a.window) e.slot = -1;  // nobody sees it, and it may be gone
-    }
-    if (n >= end) e.slot = -1;
-    return e;
+  // This thread's token of a block, counted from the item's first; those past the end are taken for the last.
+  ANABRANCH_DEVICE int number(int block) const {
+    return (first_block + block) * S::kBlock + (ptx::thread() & (S::kBlock - 1));
   }
-  ANABRANCH_DEVICE void publish(int block, const Entry& e) const {
+  ANABRANCH_DEVICE u32 place_of(int block) const { return kv_begin + static_cast<u32>(smaller(number(block), end - 1)); }
+  ANABRANCH_DEVICE Int2 fetch(int block) const {
+    if (!kAllFetch && ptx::thread() >= 2 * S::kBlock) return Int2{0, 0};
+    return strip_at(a, place_of(block));
+  }
+  ANABRANCH_DEVICE Int2 spell(int block, const Int2& of) const { return token_of(a, of, place_of(block)); }
+  ANABRANCH_DEVICE void publish(int block, const Int2& which) const {
     if (!kAllFetch && ptx::thread() >= 2 * S::kBlock) return;
     const bool is_v = ptx::thread() >= S::kBlock;
-    const u32 slot = static_cast<u32>(e.slot);
+    // What nobody sees may be gone.
+    const bool there = number(block) < end && !(a.windowed && row_pos_min - which.y >= a.window);
+    const u32 slot = static_cast<u32>(which.x);
     const u32 page = a.page_shift >= 0 ? slot >> a.page_shift : slot / static_cast<u32>(a.page_size);
     const u32 within = slot - page * static_cast<u32>(a.page_size);
     const Pages& pages = is_v ? a.v : a.k;
     i64 place = reinterpret_cast<i64>(pages.data) + page * pages.page + within * pages.slot + head * pages.head;
-    if (e.slot < 0) place = -1;
+    if (!there) place = -1;
     ptx::store(places + entry(block), Int2{static_cast<i32>(place), static_cast<i32>(place >> 32)});
-    if (a.windowed && !is_v) ptx::store(positions + (block & (kAhead - 1)) * S::kBlock + ptx::thread(), e.position);
+    if (a.windowed && !is_v) ptx::store(positions + (block & (kAhead - 1)) * S::kBlock + ptx::thread(), which.y);
   }
 
   // Starts the copies of a tile (even: K, odd: V of block tile / 2).
@@ -99,15 +99,20 @@ struct Stream {
   // Before the first round: the addresses of the first blocks, as many as the ring takes tiles of.
   ANABRANCH_DEVICE void prepare() {
     constexpr int most = (kMaxRing + 1) / 2;
-    Entry entries[most];
+    Int2 ahead[most];
     const int prepared = (a.ring + 1) / 2;
     ANABRANCH_UNROLL
     for (int b = 0; b < most; ++b)
-      if (b < prepared) entries[b] = fetch(b);
+      if (b < prepared) ahead[b] = fetch(b);
+    token = fetch(prepared);
+    strip = fetch(prepared + 1);
     ANABRANCH_UNROLL
     for (int b = 0; b < most; ++b)
-      if (b < prepared) publish(b, entries[b]);
-    ahead = fetch(prepared);
+      if (b < prepared) ahead[b] = spell(b, ahead[b]);
+    token = spell(prepared, token);
+    ANABRANCH_UNROLL
+    for (int b = 0; b < most; ++b)
+      if (b < prepared) publish(b, ahead[b]);
   }
   ANABRANCH_DEVICE void fill() const {
     ANABRANCH_NO_UNROLL
@@ -122,8 +127,9 @@ struct Stream {
     ptx::sync_block(Site::tile_visible);
     if constexpr (KEYS) {
       const int block = (tile + a.ring + 1) / 2;
-      publish(block, ahead);
-      ahead = fetch(block + 1);
+      publish(block, token);
+      token = spell(block + 1, strip);
+      strip = fetch(block + 2);
     }
     issue(tile + a.ring - 1, out_slot == 0 ? a.ring - 1 : out_slot - 1);
     ++tile;

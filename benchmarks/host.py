@@ -125,6 +125,30 @@ def replay_cost(branches: int, rounds: int) -> dict[str, object]:
     return _entry(f"replay{branches}", f"replayed step of {branches} branches, without the replay", seconds, more)
 
 
+def table_costs(batch: int, tokens: int, rounds: int) -> Iterator[dict[str, object]]:
+    """Plans over block tables without sharing: made from nothing, and of the plan before, grown."""
+    cut = tile_config()
+    columns = -(-(tokens + rounds) // 16)
+    tables = torch.randperm(batch * columns, dtype=torch.int32).view(batch, columns)
+    made: list[ab.Plan] = []
+
+    def plan(length: int) -> None:
+        made[:] = [ab.Plan.from_block_tables(tables, torch.full((batch,), length), 16)]
+        made[0].arrays(Q_HEADS // KV_HEADS, cut)
+
+    fresh = []
+    for _ in range(rounds):
+        made.clear()
+        fresh.append(once(lambda: plan(tokens)))
+    title = f"plan of {batch} block tables of {tokens:,} tokens without sharing"
+    kv = made[0].arrays(Q_HEADS // KV_HEADS, cut).kv
+    assert kv is not None
+    nbytes = kv.numel() * 4
+    yield _entry(f"tables{batch}", title, fresh, f"{nbytes / 1e6:.2f} MB of tokens", bytes_of_tokens=nbytes)
+    grown = [once(lambda n=n: plan(tokens + n)) for n in range(1, rounds + 1)]
+    yield _entry(f"tables{batch}_grown", f"{title}, one token more each", grown)
+
+
 def memory_held(branches: int, prefix: int, suffix: int) -> dict[str, object]:
     """Tokens and pages that N branches of S tokens on a prefix of P hold; the ideal is P + N·S tokens."""
     wood = forest(prefix, branches, suffix)
@@ -158,6 +182,8 @@ def run(quick: bool = False, report: Callable[[str], None] = lambda _: None) -> 
     for branches in (16, 64, 1000):
         report(f"steps of {branches}")
         yield from step_costs(branches, rounds)
+    report("block tables")
+    yield from table_costs(256, 4096, rounds)
     report("replayed steps of 64")
     yield replay_cost(64, min(rounds, 50))  # a plan is made anew after some 64 steps
     report("memory")

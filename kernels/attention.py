@@ -263,8 +263,8 @@ def _attend(
     m, l, acc0, acc1 = _sum_tokens(  # noqa: E741
         q0, q1, k_base, v_base, kv_strips_ptr, kv_spelled_ptr, place, first, end, limit, row_pos,
         scale, softcap, window, stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, factors,
-        HEAD_DIM, D0, D1, PAGE_SIZE, STRIP_SHIFT, KV_ALIGN, BLOCK_M, BLOCK_N, STAGES, HAS_SOFTCAP, HAS_WINDOW, UPCAST, STORED,
-        GUARDED,
+        HEAD_DIM, D0, D1, PAGE_SIZE, STRIP_SHIFT, KV_ALIGN, BLOCK_M, BLOCK_N, STAGES, HAS_SOFTCAP, HAS_WINDOW, UPCAST,
+        STORED, GUARDED,
     )  # fmt: skip
     poisoned = False
     if not GUARDED:

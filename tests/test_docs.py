@@ -44,7 +44,7 @@ def test_code_of_a_page_runs(page: str, tmp_path: Path) -> None:
     if page == "guides/own_loop":
         assert names["trunk"].length == 37 + 4 * 32 and not names["children"][0].alive
     if page == "guides/own_pages":
-        assert names["out"].shape == (2, 8, 64) and names["plan"].unique_tokens == 48 + 2 + 7
+        assert names["out"].shape == (2, 8, 64) and names["plan"].unique_tokens == 48 + 7 + 12
 
 
 def test_pictures_are_those_of_the_script() -> None:

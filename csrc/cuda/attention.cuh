@@ -75,7 +75,7 @@ ANABRANCH_DEVICE Range range_of(const Attention& a, const Pass& pass, Int2* ends
     first = end;
     if (seen.z - seen.y < a.window)
       for (int n = thread; n < end; n += kThreads)
-        if (seen.z - token_at(a, static_cast<u32>(kv.x + n)).y < a.window) {
+        if (seen.z - position_at(a, static_cast<u32>(kv.x + n)) < a.window) {
           first = smaller(first, n);
           last = n + 1;
         }

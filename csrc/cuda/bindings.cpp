@@ -59,6 +59,7 @@ void py_attention(int type, int head_dim, int num_q_heads, int num_kv_heads, int
                               &a.dest,  &a.row_positions, &a.merge_rows, &a.merge_ptr};
   for (size_t i = 0; i < std::size(arrays); ++i) *arrays[i] = pointer<int32_t>(plan[i]);
   a.strip_shift = log2_or_minus_one(int(plan[9]));
+  a.strip_mask = uint32_t(plan[9] - 1);
   a.counts = pointer<int32_t>(plan[10]);
   a.num_items = num_items;
   a.num_merge = num_merge;

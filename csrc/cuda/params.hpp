@@ -30,6 +30,7 @@ struct Attention {
   const int32_t* counts;  // [num_items, num_partials, num_merge] on the device, or null: then the two below are true
   int num_items, num_merge;  // with `counts`: capacities
   int strip_shift;           // log2 of the tokens of a strip
+  uint32_t strip_mask;       // those tokens − 1
   int num_q_heads, num_kv_heads, group, head_dim;
   int page_size, page_shift;  // page_shift = log2(page_size), or −1 when it is no power of two
   float scale, softcap;       // softcap 0: off

@@ -8,16 +8,17 @@
 
 namespace anabranch::cuda {
 
-// The strip that holds a place of the plan (csrc/plan/strips.hpp), and from it that token's slot and position.
+// Slot and position of a token: of the strip that holds its place, and of the place in it (csrc/plan/strips.hpp).
 ANABRANCH_DEVICE Int2 strip_at(const Attention& a, u32 place) {
   return ptx::load(reinterpret_cast<const Int2*>(a.kv_strips) + (place >> a.strip_shift));
 }
 ANABRANCH_DEVICE Int2 token_of(const Attention& a, const Int2& strip, u32 place) {
-  const i32 within = static_cast<i32>(place & ((1u << a.strip_shift) - 1));
+  const i32 within = static_cast<i32>(place & a.strip_mask);
   if (strip.x < 0) return ptx::load(reinterpret_cast<const Int2*>(a.kv_spelled) + (~strip.x + within));
   return Int2{strip.x + within, strip.y + within};
 }
-ANABRANCH_DEVICE Int2 token_at(const Attention& a, u32 place) { return token_of(a, strip_at(a, place), place); }
+
+ANABRANCH_DEVICE i32 position_at(const Attention& a, u32 place) { return token_of(a, strip_at(a, place), place).y; }
 
 template <class T, int D>
 struct Stream {
@@ -41,16 +42,18 @@ struct Stream {
     return (block & (kAhead - 1)) * 2 * S::kBlock + ptx::thread();
   }
 
-  // This thread's token of a block, counted from the item's first; those past the end are taken for the last.
+  // This thread's token of a block, counted from the item's first. Past the end: the strip is the last one.
   ANABRANCH_DEVICE int number(int block) const {
     return (first_block + block) * S::kBlock + (ptx::thread() & (S::kBlock - 1));
   }
-  ANABRANCH_DEVICE u32 place_of(int block) const { return kv_begin + static_cast<u32>(smaller(number(block), end - 1)); }
   ANABRANCH_DEVICE Int2 fetch(int block) const {
     if (!kAllFetch && ptx::thread() >= 2 * S::kBlock) return Int2{0, 0};
-    return strip_at(a, place_of(block));
+    return strip_at(a, kv_begin + static_cast<u32>(smaller(number(block), end - 1)));
   }
-  ANABRANCH_DEVICE Int2 spell(int block, const Int2& of) const { return token_of(a, of, place_of(block)); }
+  // Blocks are whole strips: a thread's place in its strip is ever the same.
+  ANABRANCH_DEVICE Int2 spell(const Int2& of) const {
+    return token_of(a, of, kv_begin + static_cast<u32>(ptx::thread() & (S::kBlock - 1)));
+  }
   ANABRANCH_DEVICE void publish(int block, const Int2& which) const {
     if (!kAllFetch && ptx::thread() >= 2 * S::kBlock) return;
     const bool is_v = ptx::thread() >= S::kBlock;
@@ -108,8 +111,8 @@ struct Stream {
     strip = fetch(prepared + 1);
     ANABRANCH_UNROLL
     for (int b = 0; b < most; ++b)
-      if (b < prepared) ahead[b] = spell(b, ahead[b]);
-    token = spell(prepared, token);
+      if (b < prepared) ahead[b] = spell(ahead[b]);
+    token = spell(token);
     ANABRANCH_UNROLL
     for (int b = 0; b < most; ++b)
       if (b < prepared) publish(b, ahead[b]);
@@ -128,7 +131,7 @@ struct Stream {
     if constexpr (KEYS) {
       const int block = (tile + a.ring + 1) / 2;
       publish(block, token);
-      token = spell(block + 1, strip);
+      token = spell(strip);
       strip = fetch(block + 2);
     }
     issue(tile + a.ring - 1, out_slot == 0 ? a.ring - 1 : out_slot - 1);

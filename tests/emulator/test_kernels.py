@@ -287,8 +287,8 @@ def test_what_the_launcher_refuses(device, options):
     o = dict(type=1, head_dim=64, ring=0) | options
     with pytest.raises(ValueError, match=next(iter(options))):
         device.attention(
-            o["type"], o["head_dim"], 1, 1, 16, (0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0), (0,) * 9 + (1, 0), 1, 0, 1.0, 0.0, -1,
-            0, 0,
+            o["type"], o["head_dim"], 1, 1, 16, (0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0), (*[0] * 9, 1, 0), 1, 0, 1.0,
+            0.0, -1, 0, 0,
             0, (0, 0), 0, 0, o["ring"],
         )  # fmt: skip
 

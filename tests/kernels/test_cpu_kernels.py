@@ -356,9 +356,9 @@ def test_rounding_to_nearest_even_over_all_magnitudes(isa, dtype):
     def plan(kv_len, slots):
         items[:, 1] = kv_len
         fields = vars(case.arrays_) | {
-            "items": items, "kv_strips": torch.stack([slots, ints], 1), "strip": 1, "rows": ints, "limits": ints * 0 + kv_len,
-            "dest": ints * 0 - 1, "row_positions": ints, "merge_rows": ints[:0], "merge_ptr": ints[:1] * 0,
-            "num_items": n, "num_merge": 0,
+            "items": items, "kv_strips": torch.stack([slots, ints], 1), "strip": 1, "rows": ints,
+            "limits": ints * 0 + kv_len, "dest": ints * 0 - 1, "row_positions": ints, "merge_rows": ints[:0],
+            "merge_ptr": ints[:1] * 0, "num_items": n, "num_merge": 0,
         }  # fmt: skip
         return Case(PlanArrays(**fields), case.visible, case.slots, case.positions, ints.numpy(), [])
 

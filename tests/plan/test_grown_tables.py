@@ -1,4 +1,4 @@
-"""Plans over block tables that grow from step to step: made of the plan before, and the same as plans made from nothing."""
+"""Plans over block tables that grow from step to step: made of the plan before, right like those made from nothing."""
 
 from __future__ import annotations
 

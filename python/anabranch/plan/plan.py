@@ -115,7 +115,8 @@ class Plan:
         prefixes, trees of them, or pages that meet again after a fork. Nothing is copied from the tables' KV.
 
         A loop may simply make a plan a step: where the sequences are those of a plan that is still alive, each longer
-        by a few tokens or none, the new one is that plan advanced, not made from nothing. The earlier one stays valid.
+        by a few tokens or none, the new one is that plan advanced, not made from nothing. Its results are the same, up
+        to rounding; the earlier one stays valid.
 
         Args:
             block_tables: [batch, max_pages], integers, any device. Row b lists the pages of sequence b; entries behind

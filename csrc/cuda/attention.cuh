@@ -151,7 +151,7 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
   const int first_block = range.first / S::kBlock;
   const int tiles = sight.end > range.first ? 2 * ((sight.end + S::kBlock - 1) / S::kBlock - first_block) : 0;
   Stream<T, D> stream{a, memory, places, positions, static_cast<u32>(pass.kv.x), pass.head, first_block, sight.end,
-                      pass.seen.z, tiles, 0, 0, {}};
+                      pass.seen.z, tiles, 0, 0, {}, {}};
   if (tiles > 0) stream.prepare();
   ptx::sync_block(Site::places_visible);
   if (thread == 0) pass.keep(kept);

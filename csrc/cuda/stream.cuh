@@ -31,7 +31,9 @@ struct Stream {
   int head, first_block, end, row_pos_min;
   int tiles;              // of the pass: two a block
   int tile, out_slot;     // the round, and where in the ring it is read
-  Int2 ahead;             // the strip of this thread's token of the next block to be published
+  // This thread's token of the next block to be published, and the strip of the one after that. Each is loaded a block
+  // before it is looked at, so that nothing waits for a load.
+  Int2 token, strip;
 
   // Threads 0 … kBlock − 1 work out where a block's K lies, the next kBlock where V does; float32 needs no more.
   static constexpr bool kAllFetch = 2 * S::kBlock == kThreads;
@@ -40,29 +42,31 @@ struct Stream {
     return (block & (kAhead - 1)) * 2 * S::kBlock + ptx::thread();
   }
 
-  // The strip of this thread's token of a block; what comes of it waits until it is published.
-  ANABRANCH_DEVICE Int2 fetch(int block) const {
-    if (!kAllFetch && ptx::thread() >= 2 * S::kBlock) return Int2{-1, 0};
-    return strip_at(a, kv_begin + static_cast<u32>(smaller(place(block), end - 1)));
-  }
-  // Where in the item this thread's token of a block is. Blocks are whole strips: its place in its strip is ever the same.
-  ANABRANCH_DEVICE int place(int block) const {
+  // This thread's token of a block, counted from the item's first. Past the end: the strip is the last one.
+  ANABRANCH_DEVICE int number(int block) const {
     return (first_block + block) * S::kBlock + (ptx::thread() & (S::kBlock - 1));
   }
-  ANABRANCH_DEVICE void publish(int block, const Int2& strip) const {
+  ANABRANCH_DEVICE Int2 fetch(int block) const {
+    if (!kAllFetch && ptx::thread() >= 2 * S::kBlock) return Int2{0, 0};
+    return strip_at(a, kv_begin + static_cast<u32>(smaller(number(block), end - 1)));
+  }
+  // Blocks are whole strips: a thread's place in its strip is ever the same.
+  ANABRANCH_DEVICE Int2 spell(const Int2& of) const {
+    return token_of(a, of, kv_begin + static_cast<u32>(ptx::thread() & (S::kBlock - 1)));
+  }
+  ANABRANCH_DEVICE void publish(int block, const Int2& which) const {
     if (!kAllFetch && ptx::thread() >= 2 * S::kBlock) return;
     const bool is_v = ptx::thread() >= S::kBlock;
-    const Int2 token = token_of(a, strip, kv_begin + static_cast<u32>(ptx::thread() & (S::kBlock - 1)));
-    bool there = place(block) < end;
-    if (a.windowed) there = there && row_pos_min - token.y < a.window;  // else nobody sees it, and it may be gone
-    const u32 slot = static_cast<u32>(token.x);
+    // What nobody sees may be gone.
+    const bool there = number(block) < end && !(a.windowed && row_pos_min - which.y >= a.window);
+    const u32 slot = static_cast<u32>(which.x);
     const u32 page = a.page_shift >= 0 ? slot >> a.page_shift : slot / static_cast<u32>(a.page_size);
     const u32 within = slot - page * static_cast<u32>(a.page_size);
     const Pages& pages = is_v ? a.v : a.k;
-    i64 address = reinterpret_cast<i64>(pages.data) + page * pages.page + within * pages.slot + head * pages.head;
-    if (!there) address = -1;
-    ptx::store(places + entry(block), Int2{static_cast<i32>(address), static_cast<i32>(address >> 32)});
-    if (a.windowed && !is_v) ptx::store(positions + (block & (kAhead - 1)) * S::kBlock + ptx::thread(), token.y);
+    i64 place = reinterpret_cast<i64>(pages.data) + page * pages.page + within * pages.slot + head * pages.head;
+    if (!there) place = -1;
+    ptx::store(places + entry(block), Int2{static_cast<i32>(place), static_cast<i32>(place >> 32)});
+    if (a.windowed && !is_v) ptx::store(positions + (block & (kAhead - 1)) * S::kBlock + ptx::thread(), which.y);
   }
 
   // Starts the copies of a tile (even: K, odd: V of block tile / 2).
@@ -98,15 +102,20 @@ struct Stream {
   // Before the first round: the addresses of the first blocks, as many as the ring takes tiles of.
   ANABRANCH_DEVICE void prepare() {
     constexpr int most = (kMaxRing + 1) / 2;
-    Int2 entries[most];
+    Int2 ahead[most];
     const int prepared = (a.ring + 1) / 2;
     ANABRANCH_UNROLL
     for (int b = 0; b < most; ++b)
-      if (b < prepared) entries[b] = fetch(b);
+      if (b < prepared) ahead[b] = fetch(b);
+    token = fetch(prepared);
+    strip = fetch(prepared + 1);
     ANABRANCH_UNROLL
     for (int b = 0; b < most; ++b)
-      if (b < prepared) publish(b, entries[b]);
-    ahead = fetch(prepared);
+      if (b < prepared) ahead[b] = spell(ahead[b]);
+    token = spell(token);
+    ANABRANCH_UNROLL
+    for (int b = 0; b < most; ++b)
+      if (b < prepared) publish(b, ahead[b]);
   }
   ANABRANCH_DEVICE void fill() const {
     ANABRANCH_NO_UNROLL
@@ -121,8 +130,9 @@ struct Stream {
     ptx::sync_block(Site::tile_visible);
     if constexpr (KEYS) {
       const int block = (tile + a.ring + 1) / 2;
-      publish(block, ahead);
-      ahead = fetch(block + 1);
+      publish(block, token);
+      token = spell(strip);
+      strip = fetch(block + 2);
     }
     issue(tile + a.ring - 1, out_slot == 0 ? a.ring - 1 : out_slot - 1);
     ++tile;

@@ -1,6 +1,7 @@
 """The CUDA kernels compiled by nvcc for GPUs that need not be there, against the committed table of what they take.
 
-``python -m benchmarks.cuda_resources`` compiles every variant for every architecture and writes that table.
+``python -m benchmarks cuda-sass --save`` compiles every variant for every architecture and writes that table (and the
+one of test_cuda_sass.py); ``python -m benchmarks.cuda_resources`` that table alone.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ def test_names():
     name = "_ZN9anabranch4cuda16attention_kernelINS0_4bf16ELi128EEEvNS0_9AttentionE"
     assert resources.kernel_of(name) == dict(kernel="attention", dtype="bf16", head_dim=128)
     assert resources.kernel_of(name.replace("NS0_4bf16E", "f"))["dtype"] == "fp32"
-    assert resources.kernel_of("_ZN9anabranch4cuda12merge_kernelINS0_3f16EEEvNS0_9AttentionE")["dtype"] == "fp16"
+    merge = resources.kernel_of("_ZN9anabranch4cuda12merge_kernelINS0_3f16ELi1EEEvNS0_9AttentionE")
+    assert merge == dict(kernel="merge", dtype="fp16", head_dim=0)
+    wide = resources.kernel_of("_ZN9anabranch4cuda12merge_kernelIfLi4EEEvNS0_9AttentionE")
+    assert wide == dict(kernel="merge_wide", dtype="fp32", head_dim=0)
     wide = "_ZN9anabranch4cuda15write_kv_kernelINS0_52_GLOBAL__N__8Vector16EEEvNS0_7WriteKvE"
     assert resources.kernel_of(wide)["dtype"] == "16 bytes"
     assert resources.kernel_of("_ZN9anabranch4cuda17copy_pages_kernelItEEvNS0_9CopyPagesE")["dtype"] == "2 bytes"

@@ -262,7 +262,9 @@ def _check_out(out: Any, q: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
     """Raise ValueError unless the result can be written into `out`, q being as it should."""
     shape = [*q.shape[:2], v_pages.shape[3]]
     if not isinstance(out, Tensor) or list(out.shape) != shape:
-        raise ValueError(f"out: expected a tensor of shape {shape} ([rows, num_q_heads, v_head_dim]), got {shape_of(out)}")
+        raise ValueError(
+            f"out: expected a tensor of shape {shape} ([rows, num_q_heads, v_head_dim]), got {shape_of(out)}"
+        )
     if out.dtype != q.dtype or out.device != q.device:
         raise ValueError(f"out: expected {q.dtype} on {q.device} like q, got {out.dtype} on {out.device}")
     if not out.is_contiguous():

@@ -5,8 +5,8 @@ graph does the rest: it appends the tokens to the plan on the device, runs every
 always are. A fork, a join, an end or a plan that is full changes the plan's numbers too: they are sent to the same
 places (`PaddedPlan`). Nothing in a graph depends on the host, so nothing waits.
 
-A graph has as many rows as `row_bucket` says; what a step does not use of them fills up: no slot to write to, nothing to
-attend to. Another capture is made for another bucket, and for all of them once a plan outgrows its memory.
+A graph has as many rows as `row_bucket` says; what a step does not use of them fills up: no slot to write to, nothing
+to attend to. Another capture is made for another bucket, and for all of them once a plan outgrows its memory.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CAPACITY = 64  # rows
 
 
 def row_bucket(rows: int) -> int:
-    """Rows of the graph that runs a step of so many. Up to 64, a decode step waits for its weights, not for its rows."""
+    """Rows of the graph that runs a step of so many. Up to 64, a decode step waits for its weights, not its rows."""
     return next((bucket for bucket in (1, 16, CAPACITY) if rows <= bucket), -(-rows // CAPACITY) * CAPACITY)
 
 
@@ -264,8 +264,8 @@ class DecodeGraph:
     # ---------------------------------------------------------------------------------------- captured
 
     def _prepare(self, step: Step, rows: int) -> None:
-        """Bring the plans that graphs read to where the step's graph expects them; where one has no room, all graphs are
-        forgotten, and it gets more."""
+        """Bring the plans that graphs read to where the step's graph expects them; where one has no room, all graphs
+        are forgotten, and it gets more."""
         results = {key: step.plan.result(key) for key in self._keys}
         for key, result in results.items():
             plan = self._plans.get(key)

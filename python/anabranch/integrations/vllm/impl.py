@@ -65,11 +65,7 @@ class TreeAttentionImpl(AttentionImpl):
         if kv_cache.numel() == 0 or count == 0:
             return
         k_pages, v_pages = pages_of(kv_cache, self.head_size)
-        key, value = key[:count], value[:count]
-        if slot_mapping.device.type == "cpu" and slot_mapping.min().item() < 0:  # kernels of GPUs skip them themselves
-            real = slot_mapping >= 0
-            key, value, slot_mapping = key[real], value[real], slot_mapping[real]
-        self._write(key, value, k_pages, v_pages, slot_mapping.to(torch.int32))
+        self._write(key[:count], value[:count], k_pages, v_pages, slot_mapping.to(torch.int32))
 
     def forward(
         self,

@@ -59,8 +59,7 @@ MUTANTS = [
     Mutant(
         "the mean of the k likeliest takes as many as the most that anybody asked for", SAMPLING,
         "float(best[at, : asked[i]].mean())", "float(best[at].mean())",
-        "tests/strategies/test_rule_strategies.py tests/strategies/test_strategies.py " "
-        ""tests/strategies/test_search.py",
+        "tests/strategies/test_rule_strategies.py tests/strategies/test_search.py",
     ),
     Mutant(
         "a stop string may end in the text in front", TOKENS, "text.find(s, max(0, len(tail) - len(s) + 1)) >= 0",

@@ -39,7 +39,7 @@ def test_the_summary_is_of_these_lists() -> None:
     """Nineteen in twenty of those that change anything were noticed when they were last run."""
     found = json.loads((FOLDER / "outcome.json").read_text(encoding="utf-8"))
     killed, survived = found["all"]["killed"], found["all"]["survived"]
-    assert killed == len(found["killed"]) >= 100 and killed >= 0.95 * (killed + survived)
+    assert killed == len(found["killed"]) >= 60 and killed >= 0.95 * (killed + survived)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="mutants run in forks of one process")

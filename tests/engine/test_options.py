@@ -307,3 +307,11 @@ def test_all_that_continues_a_prompt_counts_from_it(name, pages):
         for context, written in result.answers:
             assert written == generated(make_model(), len(PROMPT), context, len(written), **COUNTING[name])
             assert written[-1] == EOS or len(written) in (3, 4, 5)
+
+
+def test_min_new_tokens_keeps_an_end_away_for_just_so_many():
+    plain = make_engine().generate([5, 6, 7], eos_token_id=None, max_new_tokens=12, do_sample=False).token_ids
+    at = next(i for i in range(3, 12) if plain[i] not in plain[:i])
+    options = dict(eos_token_id=plain[at], max_new_tokens=12, do_sample=False)
+    assert make_engine().generate([5, 6, 7], min_new_tokens=at, **options).token_ids == plain[: at + 1]
+    assert make_engine().generate([5, 6, 7], min_new_tokens=at + 1, **options).token_ids[at] != plain[at]

@@ -25,12 +25,14 @@ MUTANTS = [
     ),
     Mutant(
         "a draw is cumulated in single precision", SAMPLING, "cumsum(-1, dtype=torch.float64)",
-        "cumsum(-1, dtype=torch.float32).double()", f"{OPTIONS} {SCORES}",
+        "cumsum(-1, dtype=torch.float32).double()",
+        "tests/runner/test_scores.py::test_a_draw_is_exact_over_a_large_vocabulary",
     ),
     Mutant(
         "min_new_tokens holds for a token longer", SAMPLING,
         "short = length - p.prompt_length_to_skip < p.min_new_tokens",
-        "short = length - p.prompt_length_to_skip <= p.min_new_tokens", OPTIONS,
+        "short = length - p.prompt_length_to_skip <= p.min_new_tokens",
+        "tests/engine/test_options.py::test_min_new_tokens_keeps_an_end_away_for_just_so_many",
     ),
     Mutant(
         "min_length counts from the prompt", SAMPLING, "length < p.min_length else ()",
@@ -57,8 +59,7 @@ MUTANTS = [
     Mutant(
         "the mean of the k likeliest takes as many as the most that anybody asked for", SAMPLING,
         "float(best[at, : asked[i]].mean())", "float(best[at].mean())",
-        "tests/strategies/test_rule_strategies.py tests/strategies/test_strategies.py "
-        "tests/strategies/test_search.py",
+        "tests/strategies/test_rule_strategies.py tests/strategies/test_search.py",
     ),
     Mutant(
         "a stop string may end in the text in front", TOKENS, "text.find(s, max(0, len(tail) - len(s) + 1)) >= 0",

@@ -43,17 +43,16 @@ MUTANTS = [
     ),
     Mutant(
         "log-probabilities may be fewer than tokens", TRACE, 'if len(values) != len(data["token_ids"]):',
-        'if len(values) > len(data["token_ids"]):', RECORDS,
+        'if len(values) > len(data["token_ids"]):', "tests/records/test_trace.py::test_a_wrong_field_is_named",
     ),
     Mutant(
         "tokens of a node are not compared with its runs", TRACE, "if held != list(node.token_ids):",
-        "if len(held) != len(node.token_ids):", RECORDS,
+        "if len(held) != len(node.token_ids):", "tests/records/test_trace.py::test_a_wrong_field_is_named",
     ),
     Mutant(
         "answers count alike, however long", "python/anabranch/records/metrics.py",
         "sum(m.parallel_ratio * m.total_tokens for m in all_metrics) / total if total else 0.0",
-        "sum(m.parallel_ratio for m in all_metrics) / n",
-        "tests/records/test_metrics.py",
+        "sum(m.parallel_ratio for m in all_metrics) / n", "tests/records/test_metrics.py",
     ),
     Mutant(
         "peaks of a call are those of its last answer", "python/anabranch/records/metrics.py",
@@ -63,7 +62,6 @@ MUTANTS = [
     Mutant(
         "a speedup without a critical path is 0", "python/anabranch/records/metrics.py",
         "        token_speedup=total / critical if critical else 1.0,\n",
-        "        token_speedup=total / critical if critical else 0.0,\n",
-        "tests/records/test_metrics.py",
+        "        token_speedup=total / critical if critical else 0.0,\n", "tests/records/test_metrics.py",
     ),
 ]  # fmt: skip

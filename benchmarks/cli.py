@@ -320,7 +320,9 @@ def cuda_sass_command(
     for name, given, known in (("dtype", dtype, cuda_sass.DTYPES), ("head-dim", head_dim, cuda_sass.HEAD_DIMS)):
         for value in given or ():
             if value not in known:
-                raise typer.BadParameter(f"{value!r}: expected one of {', '.join(map(str, known))}", param_hint=f"--{name}")
+                raise typer.BadParameter(
+                    f"{value!r}: expected one of {', '.join(map(str, known))}", param_hint=f"--{name}"
+                )
     if save and (arch or dtype or head_dim):
         raise typer.BadParameter("the committed table has every variant: leave --arch, --dtype, --head-dim out")
     rows = cuda_sass.table(**options)

@@ -71,7 +71,9 @@ def kernel_of(symbol: str) -> dict[str, Any]:
     dtype = "bf16" if "bf16" in arguments else "fp16" if "f16" in arguments else "fp32"
     number = re.search(r"Li(\d+)", arguments)
     if name == "merge":  # by one warp for each row and head, or by a block's
-        return dict(kernel="merge" if number is None or number.group(1) == "1" else "merge_wide", dtype=dtype, head_dim=0)
+        return dict(
+            kernel="merge" if number is None or number.group(1) == "1" else "merge_wide", dtype=dtype, head_dim=0
+        )
     return dict(kernel=name, dtype=dtype, head_dim=int(number.group(1)) if number else 0)
 
 

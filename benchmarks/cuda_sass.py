@@ -130,7 +130,9 @@ def table(
             if "shared_bytes" in row:
                 held = row["blocks"] * (row["shared_bytes"] + resources.RESERVED)
                 row["shared_held"] = round(held / resources.LIMITS[row["arch"]][1], 3)
-    return sorted(found, key=lambda r: (r["kernel"], r["dtype"], r["head_dim"], r["arch"], -r.get("products", 0), r["part"]))
+    return sorted(
+        found, key=lambda r: (r["kernel"], r["dtype"], r["head_dim"], r["arch"], -r.get("products", 0), r["part"])
+    )
 
 
 def sources_of(commit: str, folder: Path) -> Path:

@@ -64,7 +64,7 @@ struct Step {
 // so the buffer of an earlier result shows the later state.
 struct PlanResult {
   PlanData data;
-  i64 build;
+  i64 build, advances;
 
   py::array_t<i32> kv() const { return view(data.kv, data.begin[kItems]); }
   py::array_t<i32> work() const { return view(data.work, data.begin[kSections] - data.begin[kItems]); }
@@ -264,14 +264,14 @@ class Cache {
     LivePlan* slot = nullptr;
     for (LivePlan& live : live_)
       if (live.params() == params) slot = &live;
-    if (slot != nullptr && slot->advance(step.state, params)) return {slot->data(), slot->build};
+    if (slot != nullptr && slot->advance(step.state, params)) return {slot->data(), slot->build, slot->advances};
     if (slot == nullptr) {  // a few are kept, one a (backend, head shape)
       if (live_.size() == kKept) live_.pop_front();
       slot = &live_.emplace_back();
     }
     slot->rebuild(*tree_, step.state, params);
     slot->build = ++builds_;  // never used before: callers know by it which arrays they already hold
-    return {slot->data(), slot->build};
+    return {slot->data(), slot->build, slot->advances};
   }
 
   py::tuple stats() const {
@@ -320,7 +320,7 @@ class BlockTables {
     plans_.follow(before.plans_);
     return true;
   }
-  PlanResult plan(const PlanParams& params) { return {plans_.plan(params), 0}; }
+  PlanResult plan(const PlanParams& params) { return {plans_.plan(params), 0, 0}; }
   py::object appended(const PlanParams& params) const {
     const auto* changes = plans_.appended(params);
     if (changes == nullptr) return py::none();
@@ -439,6 +439,7 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<PlanResult>(m, "PlanResult")
       .def_readonly("build", &PlanResult::build)
+      .def_readonly("advances", &PlanResult::advances)
       .def_property_readonly("kv", &PlanResult::kv)
       .def_property_readonly("work", &PlanResult::work)
       .def_property_readonly("strip", [](const PlanResult& r) { return r.data.strip; })

@@ -104,7 +104,7 @@ def attention(
     lse = torch.empty((rows, num_q_heads), dtype=torch.float32, device=q.device)
     part_acc = torch.empty((arrays.num_partials, num_q_heads, head_dim), dtype=torch.float32, device=q.device)
     part_ml = torch.empty((arrays.num_partials, num_q_heads, 2), dtype=torch.float32, device=q.device)
-    counts = getattr(arrays, "counts", None)
+    counts = arrays.counts
     k_scales, v_scales = (lse, lse) if kv_scales is None else kv_scales
     scale_strides = (0,) * 6 if kv_scales is None else (*k_scales.stride(), *v_scales.stride())
 

@@ -172,6 +172,7 @@ void write(const Write& k, const Write& v, int64_t rows, int threads) {
   for_each(threads, rows, threads == 1 ? std::max<int64_t>(rows, 1) : 16, [&](int, int64_t begin, int64_t end) {
     for (const Write* w : {&k, &v}) {
       for (int64_t r = begin; r < end; ++r) {
+        if (w->slots[r] < 0) continue;  // rows that only fill up a captured graph
         if (w->stored != Stored::as_is) {
           for (int h = 0; h < w->num_kv_heads; ++h) kernels.quantise(*w, r, h);
           continue;

@@ -51,7 +51,9 @@ void copy_pages_kernel(const CopyPages c) {
 ANABRANCH_KERNEL(kThreads, 4)
 void advance_kernel(const Advance a) {
   for (int b = ptx::block() * kThreads + ptx::thread(); b < a.branches; b += ptx::blocks() * kThreads) {
-    i32* const item = a.items + 8 * ptx::load(a.tails + b);
+    const auto tail = ptx::load(a.tails + b);
+    if (tail < 0) continue;  // a row that only fills up a captured graph
+    i32* const item = a.items + 8 * tail;
     const i32 begin = ptx::load(item), length = ptx::load(item + 1), row = ptx::load(item + 2);
     const i32 position = static_cast<i32>(ptx::load(a.positions + b)), latest = ptx::load(item + 5);
     const i32 place = begin + length, within = place & ((1 << a.strip_shift) - 1);

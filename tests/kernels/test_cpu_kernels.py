@@ -18,7 +18,8 @@ import torch
 from strip_kit import lay_out
 
 from anabranch import _cpu
-from anabranch.backends import cpu
+from anabranch.backends import cpu, reference
+from anabranch.backends.formats import KVScales
 from anabranch.plan.arrays import PlanArrays
 from anabranch.plan.tile_config import TileConfig
 
@@ -450,6 +451,22 @@ def test_write_kv(dtype, layout, rows):
     want_k[index // 7, index % 7], want_v[index // 7, index % 7] = new_k, new_v
     cpu.write_kv(new_k, new_v, k, v, slots)
     assert torch.equal(k, want_k) and torch.equal(v, want_v)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_rows_without_a_slot_are_not_written(quantised):
+    """Those that only fill up a captured graph, by the CPU's kernels and by the reference."""
+    k, v = torch.randn(2, 5, 2, 16, generator=torch.Generator().manual_seed(0))
+    slots = torch.tensor([-1, 9, -1, 3, -1], dtype=torch.int32)
+    found = []
+    for backend in (cpu, reference):
+        pages = [torch.zeros(3, 4, 2, 16, dtype=torch.int8 if quantised else torch.float32) for _ in range(2)]
+        scales = [torch.zeros(3, 4, 2) for _ in range(2)] if quantised else []
+        backend.write_kv(k, v, *pages, slots, KVScales(*scales) if quantised else None)
+        found.append([*pages, *scales])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.reshape(12, -1).float().abs().sum(1).nonzero().flatten().tolist() == [3, 9]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -86,9 +86,7 @@ def random_case(
         seen = [min(max(sees[row][segment] - begin, 0), end - begin) for row in who]
         masked = int(any(n < end - begin for n in seen))
         pos = positions[segment][begin:end]
-        table.append(
-            [0, end - begin, len(item_rows), len(who), masked, pos.max(), row_positions[who].min(), 0]
-        )
+        table.append([0, end - begin, len(item_rows), len(who), masked, pos.max(), row_positions[who].min(), 0])
         ranges.append((slots[segment][begin:end], pos))
         item_rows.extend(who)
         limits.extend(seen if masked else [-(10**9)] * len(who))  # unread when not masked

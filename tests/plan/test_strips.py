@@ -40,7 +40,9 @@ def test_a_page_takes_one_entry() -> None:
     slots, positions = tokens(arrays, begin, length)
     row = int(positions[0]) // 16
     sequence = int(arrays.rows[arrays.items[7, 2]])
-    assert slots.tolist() == [int(page) * 16 + i for page in tables[sequence, row : row + length // 16] for i in range(16)]
+    assert slots.tolist() == [
+        int(page) * 16 + i for page in tables[sequence, row : row + length // 16] for i in range(16)
+    ]
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)

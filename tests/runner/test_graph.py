@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from graph_kit import HostWork, TapeCapture, as_on_a_device, counted_reads
 import anabranch as ab
 from anabranch.errors import TopologyChanged
 from anabranch.plan import planner
+from anabranch.runner import graph
 from anabranch.runner.eager import forward
 from anabranch.runner.graph import DecodeGraph
 from anabranch.strategies import Sequential
@@ -33,13 +35,13 @@ class Loop:
 
     decode_backend = "auto"
 
-    def __init__(self, after=2, kids=3, prompt=21, **options):
+    def __init__(self, after=2, kids=3, prompt=21, backend="auto", **options):
         self.model = make_model()
         ab.hf.enable(self.model)
         self.caches = [ab.TreeCache.for_model(self.model, num_pages=200, page_size=4) for _ in range(2)]
         as_on_a_device(self.caches[0])
         self.capture = TapeCapture(**options)
-        self.decode = DecodeGraph(self.model, self.caches[0], after=after, capture=self.capture)
+        self.decode = DecodeGraph(self.model, self.caches[0], backend, after=after, capture=self.capture)
         self.branches = [[cache.branch()] for cache in self.caches]
         self.ids = torch.arange(3, 3 + prompt)
         self.step([prompt])
@@ -64,7 +66,9 @@ class Loop:
         ids = torch.as_tensor(ids)
         with torch.no_grad():
             want = forward(self.model, ids, steps[1], self.decode_backend, keep=steps[1].last_rows)
-        assert torch.equal(got, want)
+        torch.testing.assert_close(
+            got, want, atol=2e-5, rtol=2e-5
+        )  # a graph has more rows, and products of other shapes
         self.ids = got.argmax(-1)
         self.used = steps[0]
         return got
@@ -82,7 +86,7 @@ def test_a_steady_topology_is_captured_once_and_replayed(after):
     assert (loop.decode.captures, loop.decode.replays) == (1, 12 - after)
     for a, b in zip(*loop.branches, strict=True):
         for ours, theirs in zip(loop.caches[0].read(a, 1), loop.caches[1].read(b, 1), strict=True):
-            assert torch.equal(ours, theirs)
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
 def test_ids_come_as_a_list_too():
@@ -92,7 +96,7 @@ def test_ids_come_as_a_list_too():
     assert loop.capture.replays == 3
 
 
-def test_a_changed_topology_is_noticed_and_captured_anew():
+def test_a_topology_that_changes_is_replayed_too():
     loop = Loop()
     for _ in range(4):
         loop.step()
@@ -101,28 +105,29 @@ def test_a_changed_topology_is_noticed_and_captured_anew():
     loop.ids = torch.tensor([5, 6, 7, 8, 9])
     for _ in range(4):
         loop.step()
-    assert (loop.capture.captures, loop.capture.replays) == (2, 4)
+    assert (loop.capture.captures, loop.capture.replays) == (1, 6)
     for cache, branches in zip(loop.caches, loop.branches, strict=True):  # as many rows, another tree
         cache.release(branches.pop())
         branches += cache.fork(branches[0], 1)
     for _ in range(3):
         loop.step()
-    assert (loop.capture.captures, loop.capture.replays) == (3, 5)
+    assert (loop.capture.captures, loop.capture.replays) == (1, 9)
     loop.step(counts=[1, 2, 1, 1, 1], ids=torch.arange(6))  # not a decode step
+    assert (loop.capture.captures, loop.capture.replays) == (1, 9)
     loop.step()
-    assert (loop.capture.captures, loop.capture.replays) == (3, 5)
+    assert (loop.capture.captures, loop.capture.replays) == (1, 10)
     for branches in loop.branches:  # the same branches in another order
         branches.reverse()
     for _ in range(3):
         loop.step()
-    assert (loop.capture.captures, loop.capture.replays) == (4, 6)
+    assert (loop.capture.captures, loop.capture.replays) == (1, 13)
 
 
-def test_a_plan_that_is_full_is_made_anew():
+def test_a_plan_that_is_full_is_sent_anew():
     loop = Loop()
     for _ in range(75):  # a plan lasts some 64 steps
         loop.step()
-    assert loop.capture.captures == 2 and loop.capture.replays >= 70
+    assert (loop.capture.captures, loop.capture.replays) == (1, 73)
 
 
 def test_steps_between_replays_that_do_not_go_through_it():
@@ -143,10 +148,10 @@ def test_steps_between_replays_that_do_not_go_through_it():
 def test_a_step_whose_forward_asks_for_no_plan():
     """The planner has gone on all the same; the device's arrays must be where it is when they are next used."""
     loop = Loop(after=5)
-    for backend in ("auto", "auto", "reference", "auto", "reference", "auto", "auto", "auto"):
+    for backend in ("auto", "auto", "reference", "auto", "reference", "auto", "auto", "auto", "auto"):
         loop.decode.backend = loop.decode_backend = backend
         loop.step()
-    assert loop.capture.replays == 3
+    assert loop.capture.replays == 2
 
 
 def test_attention_after_a_replay_sees_the_arrays_as_they_are():
@@ -166,9 +171,12 @@ def test_nothing_is_waited_for_moved_or_allocated_between_two_steps(monkeypatch)
         loop.step()
     cache, branches = loop.caches[0], loop.branches[0]
     addresses = set()
+    result = ("aten.slice.Tensor", [(16, 260)])  # a view, as the first one below
     expected = [
+        ("aten.slice.Tensor", [(16,)]),
         ("aten.copy_.default", [(3,), (3,)]),
-        ("aten.copy_.default", [(2, 3), (2, 3)]),
+        ("aten.copy_.default", [(2, 16), (2, 16)]),
+        result,
     ]
     for i in range(8):
         step = cache.step({b: 1 for b in branches})
@@ -176,7 +184,7 @@ def test_nothing_is_waited_for_moved_or_allocated_between_two_steps(monkeypatch)
         with counted_reads(loop.capture, monkeypatch) as reads, HostWork(loop.capture) as work:
             ids = [1, 2, 3] if i % 2 else loop.ids
             logits = loop.decode(ids, step)
-            assert work.take() == (expected if i % 2 == 0 else [("aten.copy_.default", [(3, 3), (3, 3)])])
+            assert work.take() == (expected if i % 2 == 0 else [("aten.copy_.default", [(3, 16), (3, 16)]), result])
         assert reads == [] and loop.capture.replays == before + 1
         addresses.add((logits.data_ptr(), logits.shape, logits.stride()))
     assert len(addresses) == 1
@@ -194,23 +202,24 @@ def test_the_counters_count(monkeypatch):
     assert "aten.ones.default" in names and "aten.sum.default" in names
 
 
-def test_buffers_have_capacity_and_stay():
+def test_a_graph_for_each_bucket_of_rows():
     loop = Loop(kids=3)
-    for _ in range(3):
-        loop.step()
-    buffer = loop.decode._buffer
-    assert buffer.numel() == 3 * 64 and loop.decode._slots.numel() == 64
-    loop.fork(0, 40)
-    loop.ids = torch.arange(43)
-    for _ in range(3):
-        loop.step()
-    assert loop.decode._buffer is buffer and loop.capture.captures == 2
-    assert loop.decode._inputs.all.data_ptr() == buffer.data_ptr()
-    loop.fork(0, 40)
-    loop.ids = torch.arange(83)
-    for _ in range(3):
-        loop.step()
-    assert loop.decode._buffer.numel() == 3 * 128 and loop.capture.captures == 3
+    for n in (0, 40, 40):
+        if n:
+            loop.fork(0, n)
+        for _ in range(3):
+            loop.step(ids=torch.arange(len(loop.branches[0])))
+    assert loop.capture.captures == 3 and sorted(loop.decode._inputs) == [16, 64, 128]
+    replays = loop.capture.replays
+    while len(loop.branches[0]) > 1:
+        for cache, branches in zip(loop.caches, loop.branches, strict=True):
+            while len(branches) > 1 and len(branches) not in (64, 16):
+                cache.release(branches.pop())
+        loop.step(ids=torch.arange(len(loop.branches[0])))
+        for cache, branches in zip(loop.caches, loop.branches, strict=True):
+            if len(branches) > 1:
+                cache.release(branches.pop())
+    assert loop.capture.replays > replays
 
 
 def test_what_is_recorded_has_the_steps_own_numbers():
@@ -219,17 +228,19 @@ def test_what_is_recorded_has_the_steps_own_numbers():
 
     class Look(TapeCapture):
         def __call__(self, forward):
-            seen.append(loop.decode._inputs.all.clone())
+            seen.append(loop.decode._inputs[graph.row_bucket(len(loop.ids))].all.clone())
             return super().__call__(forward)
 
     loop.decode._capture = Look()
-    for kids in (2, 5):
+    for kids in (20, 50):
         for _ in range(3):
             ids = loop.ids.clone()
             loop.step()
-        assert torch.equal(seen.pop()[0], ids) and not seen
-        _, positions, slots = loop.decode._inputs.all.tolist()
-        assert positions == loop.used.position_ids.tolist() and slots == loop.used.plan.slots.tolist()
+        rows = len(ids)
+        assert torch.equal(seen.pop()[0, :rows], ids) and not seen
+        _, positions, slots = loop.decode._inputs[graph.row_bucket(rows)].all.tolist()
+        assert positions[:rows] == loop.used.position_ids.tolist() and slots[:rows] == loop.used.plan.slots.tolist()
+        assert set(positions[rows:]) == {0} and set(slots[rows:]) == {-1}
         loop.fork(0, kids)
         loop.ids = torch.arange(len(loop.branches[0]))
 
@@ -316,7 +327,7 @@ def test_an_error_in_a_replay_leaves_the_plan_right():
         raise RuntimeError("CUDA error")
 
     steps = [c.step({b: 1 for b in branches}) for c, branches in zip(loop.caches, loop.branches, strict=True)]
-    loop.decode._graph.replay = fail
+    loop.decode._graphs[16].replay = fail
     with pytest.raises(RuntimeError, match="CUDA error"):
         loop.decode(loop.ids, steps[0])
     for layer in range(2):  # K and V of the lost step from somewhere else
@@ -355,7 +366,7 @@ def test_a_topology_change_inside_a_capture(monkeypatch):
         fresh = cache.step({b: 1 for b in loop.branches[0]})
         assert fresh.position_ids.shape == fresh.slots.shape
         loop.capture.active = True
-        fresh.plan.arrays(*next(iter(step.plan.builds())))
+        fresh.plan.arrays(*next(iter(step.plan.keys())))
 
 
 @pytest.mark.parametrize(
@@ -417,7 +428,7 @@ def test_the_same_tokens_with_and_without(family, case):
         got = engine.generate(prompts, strategy=strategy, seed=3, **options)
         assert [r.tree for r in got] == [r.tree for r in want]
         assert_nothing_held(engine)
-    assert capture.replays > 5 and capture.captures > 1
+    assert capture.replays > 5 and capture.captures
 
 
 def test_searches_beside_replays():
@@ -533,3 +544,88 @@ def test_a_models_new_weights_serve_the_next_call():
     other.model.lm_head.weight = torch.nn.Parameter(fresh)
     assert engine.generate(PROMPT, **options).token_ids == other.generate(PROMPT, **options).token_ids
     assert capture.captures == 2
+
+
+# ------------------------------------------------------------------------------------------------ graphs that last
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_topologies_are_replayed_right(seed):
+    """Forks, joins, cuts, ends, prefills, branches that pause: the eager twin's scores in every step."""
+    rng = random.Random(seed)
+    loop = Loop(kids=rng.randint(1, 4))
+    for _ in range(60):
+        branches = loop.branches[0]
+        what = rng.random()
+        at = rng.randrange(len(branches))
+        if what < 0.15 and len(branches) < 24:
+            loop.fork(at, rng.randint(1, 3))
+        elif what < 0.25 and len(branches) > 1:
+            for cache, found in zip(loop.caches, loop.branches, strict=True):
+                cache.release(found.pop(at))
+        elif what < 0.32 and branches[at].length > 4:
+            for cache, found in zip(loop.caches, loop.branches, strict=True):
+                cache.truncate(found[at], found[at].length - 2)
+        elif what < 0.4:
+            n = rng.randint(1, 2)
+            for cache, found in zip(loop.caches, loop.branches, strict=True):
+                children = cache.fork(found[at], n)
+                step = cache.step(dict.fromkeys(children, 1))
+                for layer in range(2):
+                    torch.manual_seed(layer)
+                    k = torch.randn(n, cache.num_kv_heads, cache.head_dim)
+                    cache.write(layer, k, k, step)
+                cache.join(found[at], children)
+        elif what < 0.5:
+            counts = [rng.randint(1, 3) for _ in branches]
+            loop.step(counts, torch.randint(3, 250, (sum(counts),)))
+            continue
+        whole = loop.branches
+        if what > 0.85 and len(branches) > 1:  # some pause
+            keep = sorted(rng.sample(range(len(branches)), rng.randint(1, len(branches) - 1)))
+            loop.branches = [[found[i] for i in keep] for found in whole]
+        loop.step(ids=torch.randint(3, 250, (len(loop.branches[0]),)))
+        loop.branches = whole
+    assert loop.capture.replays > 20 and loop.capture.captures <= 3
+
+
+def test_kernels_of_triton_read_the_counts():
+    loop = Loop(backend="triton", kids=2, prompt=5)
+    for i in range(6):
+        if i == 3:
+            loop.fork(1, 2)
+        loop.step(ids=torch.arange(3, 3 + len(loop.branches[0])))
+    assert (loop.capture.captures, loop.capture.replays) == (1, 4)
+
+
+def test_a_model_that_changed_between_two_calls_is_captured_anew():
+    engine, capture = captured_engine()
+    for change in (lambda: None, lambda: setattr(engine.model.lm_head.weight, "data", engine.model.lm_head.weight * 2)):
+        change()
+        before = capture.captures
+        options = dict(max_new_tokens=12, eos_token_id=None)
+        eager = make_engine()
+        eager.model.load_state_dict(engine.model.state_dict())
+        assert engine.generate(PROMPT, **options).tree == eager.generate(PROMPT, **options).tree
+        assert capture.captures == (1 if not before else 1 + (capture.captures > before))
+    assert capture.captures == 2
+
+
+def test_captures_of_a_forking_generation():
+    """Three at most where a thousand tokens fork, join and end all the time."""
+
+    class Forking(ab.Strategy):
+        def run(self, trunk):
+            for n in (2, 5, 3, 7, 4, 6, 8, 3, 7, 5):
+                children = trunk.fork([[3 + i] for i in range(n)])
+                yield [child.decode(4 + 5 * i) for i, child in enumerate(children)]
+                trunk.join(children)
+                trunk.insert([9])
+                yield trunk.decode(6)
+
+    options = dict(strategy=Forking(), max_new_tokens=2000, eos_token_id=None)
+    engine, capture = captured_engine(num_pages=2000)
+    got, want = engine.generate(PROMPT, **options), make_engine(num_pages=2000).generate(PROMPT, **options)
+    assert got.tree == want.tree
+    tokens = got.metrics.sampled_tokens
+    assert tokens > 800 and capture.captures <= 3 and capture.replays > 0.9 * (got.metrics.steps - 20)

@@ -104,7 +104,7 @@ class Backend(Protocol):
         kv_scales: KVScales | None = None,
     ) -> None:
         """k, v [rows, Hkv, D] into slots int32 [rows] of the pages, in place; quantised where there are ``kv_scales``,
-        whose factors are written too."""
+        whose factors are written too. A row with a slot below 0 is skipped."""
 
     def copy_pages(self, pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor, scales: Tensor | None = None) -> None:
         """Pages ``src`` to ``dst`` in every plane, the first ``filled[i]`` slots of each, one call for all.

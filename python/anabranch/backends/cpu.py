@@ -8,6 +8,7 @@ Arguments are checked already.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -156,8 +157,12 @@ def attention(
     num_q_heads, num_kv_heads = q.shape[1], k_pages.shape[2]
     count = threads.count()
     config = _tile_config(num_kv_heads, q.dtype.itemsize, plan.batch_invariant, count)
+    arrays = plan.arrays(num_q_heads // num_kv_heads, config)
+    if arrays.counts is not None:  # a padded plan: here the device's numbers are at hand
+        num_items, _, num_merge = arrays.counts.tolist()
+        arrays = replace(arrays, num_items=num_items, num_merge=num_merge)
     return native.attention(
-        _cpu.attention, rows(q), k_pages, v_pages, plan.arrays(num_q_heads // num_kv_heads, config), count,
+        _cpu.attention, rows(q), k_pages, v_pages, arrays, count,
         _quantised(k_pages, kv_scales),
         scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse, num_rows=plan.num_rows,
     )  # fmt: skip

@@ -247,7 +247,7 @@ def run(
         return native.attention(
             _module().attention, q, k_pages, v_pages, arrays,
             (address(part_acc), address(part_ml)), _index(device), _stream(device),
-            sections=(getattr(arrays, "counts", None),), **options,
+            sections=(arrays.counts,), **options,
         )  # fmt: skip
 
 

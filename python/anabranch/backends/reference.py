@@ -164,6 +164,9 @@ def _attend_queries(
 def write_kv(
     k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, kv_scales: KVScales | None = None
 ) -> None:
+    if bool((slots < 0).any()):
+        kept = slots >= 0
+        k, v, slots = k[kept], v[kept], slots[kept]
     page, offset = slots.long() // k_pages.shape[1], slots.long() % k_pages.shape[1]
     for x, pages, scales in ((k, k_pages, kv_scales and kv_scales.k), (v, v_pages, kv_scales and kv_scales.v)):
         if scales is not None:

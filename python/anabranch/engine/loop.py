@@ -160,7 +160,7 @@ class Loop:
                 if not self.active:
                     self.stepper.drafting.close()
                     if self.engine.graphs is not None:
-                        self.engine.graphs.drop()  # the model may change before the next call
+                        self.engine.graphs.rest()
         for call in dict.fromkeys(self.calls.get(request) for request in list(self.active)):
             if call is not None:
                 call.tell()

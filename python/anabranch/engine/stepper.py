@@ -154,11 +154,10 @@ class Stepper:
             next_logits.note_hidden(found, heads, type(engine.model).__name__)
             return scores
         if graphs is not None and rows == list(range(len(step.branches))) and len(rows) == step.num_rows:
-            # A replay writes over the scores of the one before. It has rows for the same branches and no other, so all
-            # who held those have gone on by a token; whoever forks or ends changes the topology, and with it the graph.
             with torch_on_one(serves(engine.linear, step.num_rows)), engine.linear:
                 replayed: torch.Tensor = graphs(ids, step)
-            return replayed
+            # The next replay writes over them, and a thread that pauses holds its own until it goes on.
+            return replayed.clone()
         keep = torch.tensor(rows or [0], device=device)
         run = engine.compiled.eager if hooked else engine.compiled
         computed: torch.Tensor = run(engine.model, torch.tensor(ids, device=device), step, keep)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -58,24 +58,23 @@ class StepPlan(Plan):
         return found
 
     def result(self, key: PlanKey) -> _core.PlanResult:
-        """What the planner says for this step; asked once. Whoever asks must see that the arrays follow (`follow`)."""
+        """What the planner says for this step; asked once."""
         found = self._results.get(key)
         if found is None:
             found = self._results[key] = self._planner.result(self._core, key)
         return found
 
-    def builds(self) -> dict[PlanKey, int]:
-        """The planner's number of each plan that was asked for: the same as the last step's while topology stays."""
-        return {key: result.build for key, result in self._results.items()}
+    def keys(self) -> Iterable[PlanKey]:
+        """The plans that were asked for."""
+        return self._results.keys()
 
-    def follow(self) -> None:
-        """Bring the device's arrays to the planner's state."""
-        for key in self._results:
-            self.arrays(*key)
+    @property
+    def turned(self) -> bool:
+        """Whether rows read other branches (`Read`): their plan is of this step alone."""
+        return self._core.queries() is not None
 
-    def replayed(self, arrays: Mapping[PlanKey, PlanArrays]) -> None:
-        """A captured graph has written K and V of all layers and has advanced these arrays."""
-        self._arrays.update(arrays)
+    def replayed(self) -> None:
+        """A captured graph has written K and V of all layers."""
         self._written.update(range(self._num_layers))
 
     def _places(self) -> tuple[Tensor, Tensor]:
@@ -217,8 +216,11 @@ class Step:
         self._last_rows: Tensor | None = None
 
     def with_plan(self, plan: Plan) -> Step:
-        """The same rows under another plan: what a captured forward is given, whose plan reads fixed memory."""
-        return Step(self.cache, self._core, self.branches, plan)
+        """A step of another plan's rows, at least this one's: what a captured forward is given, whose plan reads fixed
+        memory."""
+        step = Step(self.cache, self._core, self.branches, plan)
+        step.num_rows = plan.num_rows
+        return step
 
     @property
     def position_ids(self) -> Tensor:

@@ -38,6 +38,9 @@ class PlanArrays:
         None  # items[:num_wide] pack more query vectors than TileConfig.narrow, the rest at most that
     )
     kv: Tensor | None = None  # int32, what kv_strips and kv_spelled are views of
+    counts: Tensor | None = (
+        None  # int32 [3] on the device: num_items, num_partials, num_merge; those above are capacities
+    )
 
     @property
     def num_rows(self) -> int:

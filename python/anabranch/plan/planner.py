@@ -54,7 +54,7 @@ class Planner:
         return self._plan(step, params)
 
     def arrays(self, result: _core.PlanResult, key: PlanKey, places: Callable[[], tuple[Tensor, Tensor]]) -> PlanArrays:
-        """The arrays of a result on the device; call it for every result, in the order of the steps.
+        """The arrays of a result, the planner's latest, on the device: there already, a step behind, or sent anew.
 
         Args:
             places: gives the step's slots (int32 [rows]) and positions (int64 [rows]) on the device.
@@ -69,8 +69,11 @@ class Planner:
                 self._wrapped[key] = (result.build, arrays)
             return arrays  # else advanced in place: the same memory, already wrapped
         resident = self._resident.get(key)
-        if resident is not None and resident.build == result.build:
+        at = None if resident is None or resident.build != result.build else result.advances - resident.advances
+        if resident is not None and at == 1:
             resident.advance(*places(), self.advance_kernel)
+        elif resident is not None and at == 0:
+            return resident.arrays
         else:
             if capturing(self.device):
                 raise TopologyChanged(
@@ -79,10 +82,6 @@ class Planner:
                 )
             resident = self._resident[key] = ResidentPlan(result, self.device)
         return resident.arrays
-
-    def resident(self, key: PlanKey) -> ResidentPlan:
-        """The plan that the device holds for `key`."""
-        return self._resident[key]
 
     def forget_device(self) -> None:
         """Upload the next arrays anew: the device may be behind the planner (a step failed half way)."""

@@ -28,11 +28,12 @@ class ResidentPlan:
 
     Attributes:
         build: the planner's number for this build; another one means another topology, and other arrays.
+        advances: the planner's count of advances that the device stands at.
         arrays: on the device; advanced in place.
     """
 
     def __init__(self, result: _core.PlanResult, device: torch.device) -> None:
-        self.build = result.build
+        self.build, self.advances = result.build, result.advances
         # Made in inference mode they could be advanced in inference mode only.
         with torch.inference_mode(False):
             self.arrays: PlanArrays = split_buffers(result, device, copy=True)
@@ -53,16 +54,25 @@ class ResidentPlan:
         if self._tails is None:
             self._tails = self._find_tails(slots.device)
         (kernel or advance)(self.arrays, self._tails, slots, positions)
+        self.advances += 1
 
     def _find_tails(self, device: torch.device) -> Tensor:
-        """int64 [rows]: the item that each row's new token went to, seen from what the planner's first step changed."""
-        grown = np.flatnonzero(self._host_items[:, ItemField.KV_LEN] != self._host_lengths)
-        rows = self._host_rows[self._host_items[grown, ItemField.ROW_BEGIN]]
-        tails = np.full(self.arrays.num_rows, -1, dtype=np.int64)
-        tails[rows] = grown
-        if (tails < 0).any() or grown.size != tails.size:
-            raise RuntimeError("a plan was advanced that has no tail for every row; report this, with the tree")
-        return upload(tails, device)
+        return upload(tails_of(self._host_items, self._host_rows, self._host_lengths, self.arrays.num_rows), device)
+
+
+def tails_of(items: np.ndarray, rows: np.ndarray, lengths: np.ndarray, num_rows: int) -> np.ndarray:
+    """int64 [num_rows]: the item that each row's new token went to, seen from what the planner's first step changed.
+
+    Args:
+        items, rows: the planner's own buffers, a step after they were built.
+        lengths: of the items' tokens, a step before.
+    """
+    grown = np.flatnonzero(items[:, ItemField.KV_LEN] != lengths)
+    tails = np.full(num_rows, -1, dtype=np.int64)
+    tails[rows[items[grown, ItemField.ROW_BEGIN]]] = grown
+    if (tails < 0).any() or grown.size != tails.size:
+        raise RuntimeError("a plan was advanced that has no tail for every row; report this, with the tree")
+    return tails
 
 
 def advance(arrays: PlanArrays, tails: Tensor, slots: Tensor, positions: Tensor) -> None:
@@ -70,23 +80,28 @@ def advance(arrays: PlanArrays, tails: Tensor, slots: Tensor, positions: Tensor)
 
     Args:
         arrays: advanced in place.
-        tails: int64 [rows], the item that ends each row's context; that item has this row alone.
+        tails: int64 [rows], the item that ends each row's context; that item has this row alone. −1: a row that gets no
+            token (`PaddedPlan`); what is written for it goes to the last item, strip and limit, which only padded
+            arrays have to spare.
         slots, positions: int32 and int64 [rows].
     """
+    live = tails >= 0
+    tails = torch.where(live, tails, arrays.items.shape[0] - 1)
     items = arrays.items[tails]  # [rows, ITEM_FIELDS]
     positions = positions.to(torch.int32)
     place = (items[:, ItemField.KV_BEGIN] + items[:, ItemField.KV_LEN]).long()
-    strip, at = place // arrays.strip, place % arrays.strip
+    strip, at = torch.where(live, place // arrays.strip, arrays.kv_strips.shape[0] - 1), place % arrays.strip
     entry = arrays.kv_strips[strip]  # [rows, 2]
     token = torch.stack((slots, positions), 1)
     # A strip that begins; one that spells out its tokens; else the token lies side by side with the one before it, and
     # goes where nobody reads.
     arrays.kv_strips.index_put_((strip,), torch.where((at == 0)[:, None], token, entry))
-    spelled = (at != 0) & (entry[:, 0] < 0)
+    spelled = live & (at != 0) & (entry[:, 0] < 0)
     arrays.kv_spelled.index_put_((torch.where(spelled, ~entry[:, 0].long() + at, 0),), token)
     items[:, ItemField.KV_LEN] += 1
     items[:, ItemField.KV_POS_MAX] = torch.maximum(items[:, ItemField.KV_POS_MAX], positions)
     items[:, ItemField.ROW_POS_MIN] = positions
-    arrays.limits.index_put_((items[:, ItemField.ROW_BEGIN].long(),), items[:, ItemField.KV_LEN])
+    limit = torch.where(live, items[:, ItemField.ROW_BEGIN].long(), arrays.limits.shape[0] - 1)
+    arrays.limits.index_put_((limit,), items[:, ItemField.KV_LEN])
     arrays.row_positions.copy_(positions)
     arrays.items.index_put_((tails,), items)

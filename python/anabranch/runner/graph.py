@@ -1,15 +1,20 @@
-"""Decode steps as one replay: a model's forward over a tree, captured as a CUDA graph while the topology stays.
+"""Decode steps as one replay: a model's forward over a tree, captured as a CUDA graph for all topologies that fit.
 
-Between two topology changes (fork, join, an end, a plan that is full) a decode step changes a few numbers: token ids,
-positions, slots. They are copied into buffers that never move, and one graph does the rest: it advances the plan on the
-device (resident.py), runs every layer, and leaves the scores where they always are. Nothing in it depends on the host,
-so nothing waits. With another topology come other arrays, and another capture once it has lasted a few steps.
+A decode step changes a few numbers: token ids, positions, slots. They are copied into buffers that never move, and one
+graph does the rest: it appends the tokens to the plan on the device, runs every layer, and leaves the scores where they
+always are. A fork, a join, an end or a plan that is full changes the plan's numbers too: they are sent to the same
+places (`PaddedPlan`). Nothing in a graph depends on the host, so nothing waits.
+
+A graph has as many rows as `row_bucket` says; what a step does not use of them fills up: no slot to write to, nothing to
+attend to. Another capture is made for another bucket, and for all of them once a plan outgrows its memory.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,18 +26,25 @@ from anabranch.errors import TopologyChanged
 from anabranch.kv.cache import TreeCache
 from anabranch.kv.step import Step
 from anabranch.plan.arrays import FlatContexts, PlanArrays, staged, upload
+from anabranch.plan.padded import PaddedPlan
 from anabranch.plan.plan import Plan
-from anabranch.plan.resident import ResidentPlan
+from anabranch.plan.planner import PlanKey
+from anabranch.plan.resident import advance
 from anabranch.plan.tile_config import TileConfig
 from anabranch.runner.capture import CudaCapture
 from anabranch.runner.eager import forward
-from anabranch.runner.model_state import forward_hooks
+from anabranch.runner.model_state import ModelState, forward_hooks
 
 if TYPE_CHECKING:
     from anabranch.runner.capture import Capture
 
 
-CAPACITY = 64  # rows that the input buffers hold at first
+CAPACITY = 64  # rows
+
+
+def row_bucket(rows: int) -> int:
+    """Rows of the graph that runs a step of so many. Up to 64, a decode step waits for its weights, not for its rows."""
+    return next((bucket for bucket in (1, 16, CAPACITY) if rows <= bucket), -(-rows // CAPACITY) * CAPACITY)
 
 
 def unfit(cache: TreeCache, backend: str = "auto") -> str | None:
@@ -48,21 +60,27 @@ def unfit(cache: TreeCache, backend: str = "auto") -> str | None:
     return None
 
 
+def _places(model: torch.nn.Module) -> list[int]:
+    """Where the model's numbers lie."""
+    return [x.data_ptr() for x in chain(model.parameters(), model.buffers())]
+
+
 class _FixedPlan(Plan):
     """What a captured forward reads instead of a step's plan: the same memory, whatever step it stands for."""
 
-    def __init__(self, rows: int, slots: Tensor, positions: Tensor, kept: dict[tuple[int, TileConfig], ResidentPlan]):
+    def __init__(self, rows: int, slots: Tensor, positions: Tensor, plans: Mapping[PlanKey, PaddedPlan]) -> None:
         super().__init__(rows, slots.device)
-        self.slots, self.positions, self.kept = slots, positions, kept
+        self.slots, self.positions = slots, positions
+        self.padded = {key: plan.arrays(rows) for key, plan in plans.items()}
 
     def arrays(self, group: int, tile_config: TileConfig) -> PlanArrays:
-        kept = self.kept.get((group, tile_config))
-        if kept is None:
+        arrays = self.padded.get((group, tile_config))
+        if arrays is None:
             raise TopologyChanged(
                 "step: the forward asks for a plan in a capture that it did not ask for in the steps before; "
                 "let it do the same in every step, or call DecodeGraph.drop() after changing the model"
             )
-        return kept.arrays
+        return arrays
 
     def contexts(self) -> FlatContexts:
         raise RuntimeError("the reference backend works on the host and cannot be captured; use 'triton' or 'cuda'")
@@ -72,9 +90,8 @@ class _FixedPlan(Plan):
 
 
 class _Inputs(NamedTuple):
-    """Views of the input buffers for so many rows; where what a graph reads is put."""
+    """Where what a graph reads is put: memory that stays, and views of it."""
 
-    rows: int
     all: Tensor  # int64 [3, rows]: ids, positions, slots
     ids: Tensor
     positions: Tensor
@@ -82,17 +99,22 @@ class _Inputs(NamedTuple):
     places: Tensor  # [2, rows]: positions, slots
     slots: Tensor  # int32 [rows], made of wide_slots in the graph
 
+    @classmethod
+    def of(cls, rows: int, device: torch.device) -> _Inputs:
+        every = torch.zeros(3, rows, dtype=torch.int64, device=device)
+        slots = torch.zeros(rows, dtype=torch.int32, device=device)
+        return cls(every, every[0], every[1], every[2], every[1:], slots)
+
 
 class _Graph:
-    """One capture: how to replay it, where the scores are."""
+    """One capture: how to replay it, where the scores are; the step that its forward was given stays alive with it."""
 
     def __init__(self, step: Step, replay: Callable[[], None], scores: Tensor) -> None:
         self.step, self.replay, self.scores = step, replay, scores
-        self.arrays = {key: kept.arrays for key, kept in step.plan.kept.items()}
 
 
 class DecodeGraph:
-    """Runs a model's steps over a tree; decode steps of a topology that stays become one CUDA graph replay each.
+    """Runs a model's steps over a tree; decode steps become one CUDA graph replay each, whatever forks, joins and ends.
 
     Example::
 
@@ -107,12 +129,12 @@ class DecodeGraph:
         model: a decoder with ``attn_implementation="anabranch"``, in eval mode.
         cache: its cache; on a CUDA device.
         backend: "auto", "triton" or "cuda".
-        after: decode steps of a topology that run as usual before it is captured (at least 2: the first makes the
-            plan, the second finds where it grows). A capture costs about as much as two steps.
+        after: decode steps that run as usual before one is captured, of each number of rows that graphs are made for
+            (1, 16, 64, and multiples of 64; at least 2). A capture costs about as much as two steps.
         capture: how to capture; None: `CudaCapture`.
 
     Attributes:
-        scores: what the last capture's replays write to; None while there is none.
+        scores: what the last replay wrote to; None while there was none.
         captures, replays: how many there have been.
 
     A forward that cannot be captured (it waits for the device, or branches on what it computed) stays as it is, and a
@@ -144,24 +166,33 @@ class DecodeGraph:
         self.model, self.cache, self.backend, self.after = model, cache, backend, after
         self.captures = self.replays = 0
         self._capture = capture
-        self._graph: _Graph | None = None
-        self._builds: dict[tuple[int, TileConfig], int] = {}  # of the last step
-        self._seen = 0  # steps in a row that had them
+        self._graphs: dict[int, _Graph] = {}  # by rows
+        self._plans: dict[PlanKey, PaddedPlan] = {}  # what they read
+        self._last: _Graph | None = None
+        self._seen: Counter[int] = Counter()  # decode steps that ran as usual, by the rows that their graph would have
+        self._keys: frozenset[PlanKey] = frozenset()  # the plans that they asked for
         self._hooks: list[Any] | None = None
+        self._model: tuple[ModelState, list[int]] | None = None  # as the graphs know it
+        self._rested = False
         self._watched = False
         self._off = False
         self._said: set[str] = set()
-        self._buffer: Tensor | None = None
-        self._slots: Tensor | None = None
-        self._inputs: _Inputs | None = None
+        self._inputs: dict[int, _Inputs] = {}  # by rows
 
     @property
     def scores(self) -> Tensor | None:
-        return None if self._graph is None else self._graph.scores
+        return None if self._last is None else self._last.scores
 
     def drop(self) -> None:
-        """Forget the graph; the next ones are captured anew."""
-        self._graph, self._builds, self._seen, self._hooks = None, {}, 0, None
+        """Forget all graphs; the next ones are captured anew."""
+        self._graphs.clear()
+        self._plans.clear()
+        self._seen.clear()
+        self._last, self._keys, self._hooks, self._model = None, frozenset(), None, None
+
+    def rest(self) -> None:
+        """The model may change before the next step: its modules, parameters and where they lie are compared then."""
+        self._rested = True
 
     def __call__(self, ids: Tensor | Sequence[int], step: Step) -> Tensor:
         """One step.
@@ -182,53 +213,64 @@ class DecodeGraph:
             with torch.inference_mode():
                 return self._run(given, step)
         except BaseException:
-            self.drop()
-            self.cache.planner.forget_device()  # the planner may be a step ahead of it
+            self.drop()  # the planner may be a step ahead of the device
             raise
 
     def _run(self, ids: Tensor | np.ndarray, step: Step) -> Tensor:
-        decoding = step.num_rows == len(step.branches)
-        if decoding and self._steady(step):
-            if self._seen >= self.after and self._may_capture():
-                # Before a capture too: who records by running must find places that exist, not an earlier graph's.
-                self._fill(ids, step)
-                if self._graph is None:
-                    self._graph = self._capture_forward(step)
-                if self._graph is not None:
-                    return self._replay(self._graph, step)
-        else:
-            self.drop()
-        step.plan.follow()  # the device goes where the planner went above
-        return self._as_usual(ids, step, decoding)
+        if self._rested and self._model is not None:
+            state, places = self._model
+            if not state.same(self.model) or _places(self.model) != places:
+                self.drop()
+        self._rested = False
+        if step.num_rows != len(step.branches) or step.plan.turned:
+            return self._as_usual(ids, step, None if step.num_rows == len(step.branches) else step.last_rows)
+        rows = row_bucket(step.num_rows)
+        if self._keys and (rows in self._graphs or self._seen[rows] >= self.after) and self._may_capture():
+            self._prepare(step, rows)
+            # Before a capture too: who records by running must find places that exist, not an earlier step's.
+            self._fill(ids, step, rows)
+            if rows not in self._graphs:
+                self._capture_forward(step, rows)
+            if rows in self._graphs:
+                return self._replay(self._graphs[rows], step)
+        return self._decode_as_usual(ids, step, rows)
 
     # ---------------------------------------------------------------------------------------- as usual
 
-    def _as_usual(self, ids: Tensor | np.ndarray, step: Step, decoding: bool) -> Tensor:
-        device = self.cache.device
-        on_device = upload(ids, device) if isinstance(ids, np.ndarray) else ids.long()
-        keep = None if decoding else step.last_rows
-        if not decoding:
-            return forward(self.model, on_device, step, self.backend, keep)
-        if self._watched or self._seen != self.after - 1 or self._off:
-            scores = forward(self.model, on_device, step, self.backend)
+    def _as_usual(self, ids: Tensor | np.ndarray, step: Step, keep: Tensor | None) -> Tensor:
+        on_device = upload(ids, self.cache.device) if isinstance(ids, np.ndarray) else ids.long()
+        return forward(self.model, on_device, step, self.backend, keep)
+
+    def _decode_as_usual(self, ids: Tensor | np.ndarray, step: Step, rows: int) -> Tensor:
+        if self._watched or self._off or self._seen[rows] != self.after - 1:
+            scores = self._as_usual(ids, step, None)
         else:
             with self._capture.watch() as found:
-                scores = forward(self.model, on_device, step, self.backend)
+                scores = self._as_usual(ids, step, None)
             self._watched = True
             if found:
                 self._give_up(found[0])
-        builds = step.plan.builds()
-        self._seen = self._seen + 1 if builds == self._builds else 1
-        self._builds = builds
+        keys = frozenset(step.plan.keys())
+        if keys and keys != self._keys:  # a model that asks for other plans than before
+            self.drop()
+            self._keys = keys
+        self._seen[rows] += bool(keys)
         return scores
 
-    def _steady(self, step: Step) -> bool:
-        """Whether this step only makes its branches longer: the last step's arrays, advanced by a token each."""
-        if self._off or not self._builds:
-            return False
-        return all(step.plan.result(key).build == build for key, build in self._builds.items())
-
     # ---------------------------------------------------------------------------------------- captured
+
+    def _prepare(self, step: Step, rows: int) -> None:
+        """Bring the plans that graphs read to where the step's graph expects them; where one has no room, all graphs are
+        forgotten, and it gets more."""
+        results = {key: step.plan.result(key) for key in self._keys}
+        for key, result in results.items():
+            plan = self._plans.get(key)
+            if plan is None or not plan.fits(result):
+                self._graphs.clear()
+                most = max(CAPACITY, rows, 0 if plan is None else plan.rows)
+                self._plans[key] = PaddedPlan(result, most, self.cache.device)
+        for key, result in results.items():
+            self._plans[key].follow(result, rows)
 
     def _may_capture(self) -> bool:
         if self._off or getattr(self.model, "training", False):
@@ -243,21 +285,20 @@ class DecodeGraph:
             return False
         return True
 
-    def _capture_forward(self, step: Step) -> _Graph | None:
+    def _capture_forward(self, step: Step, rows: int) -> None:
         """Record what this step would do; nothing runs."""
         self._hooks = forward_hooks(self.model)
         if any(self._hooks):
-            return None  # on modules that are new: said in the next step
-        cache, inputs = self.cache, self._inputs
-        assert inputs is not None  # filled
-        kept = {key: cache.planner.resident(key) for key in self._builds}
-        kernel = cache.planner.advance_kernel
-        fixed = step.with_plan(_FixedPlan(inputs.rows, inputs.slots, inputs.positions, kept))
+            return  # on modules that are new: said in the next step
+        inputs, kernel = self._inputs[rows], self.cache.planner.advance_kernel
+        plan = _FixedPlan(rows, inputs.slots, inputs.positions, self._plans)
+        fixed = step.with_plan(plan)
+        tails = {key: padded.tails[:rows] for key, padded in self._plans.items()}
 
         def record() -> Tensor:
             inputs.slots.copy_(inputs.wide_slots)
-            for plan in kept.values():
-                plan.advance(inputs.slots, inputs.positions, kernel)
+            for key, arrays in plan.padded.items():
+                (kernel or advance)(arrays, tails[key], inputs.slots, inputs.positions)
             return forward(self.model, inputs.ids, fixed, self.backend)
 
         try:
@@ -266,37 +307,36 @@ class DecodeGraph:
             raise
         except Exception as error:
             self._give_up(": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]]))
-            return None
+            return
         self.captures += 1
-        return _Graph(fixed, replay, scores)
+        if self._model is None:
+            self._model = ModelState(self.model), _places(self.model)
+        self._graphs[rows] = _Graph(fixed, replay, scores)
 
     def _replay(self, graph: _Graph, step: Step) -> Tensor:
         graph.replay()
-        step.plan.replayed(graph.arrays)
+        step.plan.replayed()
         self.replays += 1
-        return graph.scores
+        self._last = graph
+        return graph.scores[: step.num_rows]
 
-    def _fill(self, ids: Tensor | np.ndarray, step: Step) -> None:
-        """The step's numbers, to where a graph reads them: one transfer, or two if the ids are on the device."""
-        if self._inputs is None or self._inputs.rows != step.num_rows:
-            self._inputs = self._views(step.num_rows)
-        rows: tuple[np.ndarray, ...] = step.plan.host_rows()
+    def _fill(self, ids: Tensor | np.ndarray, step: Step, rows: int) -> None:
+        """The step's numbers, to where a graph of `rows` rows reads them: one transfer, or two if the ids are on the
+        device. Rows that fill up have position 0, no slot, and the id of a step before."""
+        inputs = self._inputs.get(rows)
+        if inputs is None:
+            inputs = self._inputs[rows] = _Inputs.of(rows, self.cache.device)
+        values = np.zeros((3, rows), dtype=np.int64)
+        values[1, : step.num_rows], values[2, : step.num_rows] = step.plan.host_rows()
+        values[2, step.num_rows :] = -1
+        where = inputs.all
         if isinstance(ids, np.ndarray):
-            where, rows = self._inputs.all, (ids, *rows)
+            values[0, : step.num_rows] = ids
         else:
-            where = self._inputs.places
-            self._inputs.ids.copy_(ids)
+            where, values = inputs.places, values[1:]
+            inputs.ids[: step.num_rows].copy_(ids)
         # Memory that is new each time: none is used again before it has left.
-        where.copy_(staged(np.array(rows, dtype=np.int64), where.device), non_blocking=True)
-
-    def _views(self, rows: int) -> _Inputs:
-        if self._buffer is None or self._buffer.numel() < 3 * rows:
-            capacity = max(CAPACITY, 1 << (rows - 1).bit_length())
-            self._buffer = torch.zeros(3 * capacity, dtype=torch.int64, device=self.cache.device)
-            self._slots = torch.zeros(capacity, dtype=torch.int32, device=self.cache.device)
-        assert self._slots is not None
-        every = self._buffer[: 3 * rows].view(3, rows)
-        return _Inputs(rows, every, every[0], every[1], every[2], every[1:], self._slots[:rows])
+        where.copy_(staged(values, where.device), non_blocking=True)
 
     # ---------------------------------------------------------------------------------------- checks and words
 

@@ -421,7 +421,7 @@ def test_tables_that_do_not_fit() -> None:
         "k_pages: 2 pages, but.*page 2": lambda: ab.paged_tree_attention(
             torch.zeros(2, 1, 32), pages[:2], pages[:2], make(tables, [8, 8], 4)
         ),
-        "v_pages: expected k_pages' shape": lambda: ab.paged_tree_attention(
+        "v_pages: expected shape .* like k_pages": lambda: ab.paged_tree_attention(
             torch.zeros(2, 1, 32), pages, pages[:2], make(tables, [8, 8], 4)
         ),
         "k_pages: the last dimension must have stride 1": lambda: ab.paged_tree_attention(

@@ -36,8 +36,9 @@ def test_what_auto_prefers_on_each_device() -> None:
 
 
 def test_a_backend_without_branch_attention_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anabranch.ops import branch
+    from anabranch.backends import registry
 
-    monkeypatch.setattr(branch.backends, "choose", lambda *args: backends.get("cuda"))
-    with pytest.raises(ValueError, match="'cuda': has no branch attention; pass backend='auto', 'reference' or 'cpu'"):
-        branch._choose("cuda", torch.zeros(1, 1, 1))
+    monkeypatch.setattr(registry, "unavailable", lambda name: None)  # as on a machine with a GPU
+    message = "'cuda': has no branch attention; pass backend='auto', 'reference' or 'cpu' or 'triton'"
+    with pytest.raises(ValueError, match=message):
+        backends.choose("cuda", torch.device("cuda"), torch.float32, 16, branch=True)

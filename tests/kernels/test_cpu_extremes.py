@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from types import SimpleNamespace
 
 import kernel_extremes as extremes
@@ -30,7 +30,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def run(case, **options):
     used = OPTIONS | with_sinks(options, case)
-    parts = {f.name: getattr(case.arrays, f.name, 0) for f in fields(PlanArrays) if f.init}
+    missing = {f.name: 0 if f.default is MISSING else None for f in fields(PlanArrays) if f.init}
+    parts = {name: getattr(case.arrays, name, value) for name, value in missing.items()}
     arrays = PlanArrays(**parts)
     plan = SimpleNamespace(arrays=lambda group, tile_config: arrays, num_rows=len(case.q), batch_invariant=False)
     return cpu.attention(case.q, case.k_pages, case.v_pages, plan, return_lse=True, **used), used

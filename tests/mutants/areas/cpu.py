@@ -42,8 +42,8 @@ MUTANTS = [
         f"{OPTIONS} {TESTS}::test_hostile_scores",
     ),
     Mutant(
-        "unit: where a partial lies in 32 bits", f"{CPU}unit.hpp", "memcpy(a.part_acc + p * a.head_dim, acc,",
-        "memcpy(a.part_acc + int32_t(p * a.head_dim), acc,", FAR,
+        "unit: where a partial lies in 32 bits", f"{CPU}unit.hpp", "memcpy(a.part_acc + p * a.v_dim, acc,",
+        "memcpy(a.part_acc + int32_t(p * a.v_dim), acc,", FAR,
     ),
     Mutant(
         "stream: surplus scores become −softcap", f"{CPU}stream.hpp",

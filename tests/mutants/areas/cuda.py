@@ -115,7 +115,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention: tokens that nobody sees are read", f"{CUDA}stream.cuh",
-        '      if (row_pos_min - e.position >= a.window) e.slot = -1;  // nobody sees it, and it may be gone\n', '',
+        'number(block) < end && !(a.windowed && row_pos_min - which.y >= a.window);', 'number(block) < end;',
         f"{K}slots_that_slid_out_of_every_window_are_not_looked_up",
     ),
     Mutant(
@@ -137,7 +137,8 @@ MUTANTS = [
         'if (!GUARDED || p1 != 0) {', 'if (!GUARDED || p0 != 0) {', f"{K}hidden_values {K}seen_infinities",
     ),
     Mutant(
-        "attention: NaN becomes infinity", f"{CUDA}shape.cuh", ' | ((half & 0x7fffu) != all ? 0x400000u : 0u)', '',
+        "attention: infinities in every fourth word of V are overlooked", f"{CUDA}tile.cuh",
+        'zeros = ptx::plus_zero_times(T{}, zeros, static_cast<u32>(x.w));', '',
         f"{K}seen_infinities",
     ),
     Mutant(

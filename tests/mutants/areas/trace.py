@@ -6,19 +6,21 @@ from entry import Mutant
 
 ROWS, TRACE = "python/anabranch/records/trace_rows.py", "python/anabranch/records/trace.py"
 TESTS = "tests/training/test_training.py tests/training/test_training_parity.py"
+HISTORY = "python/anabranch/records/history.py"
 RECORDS = "tests/records/test_trace.py"
 
 MUTANTS = [
     Mutant(
         "what a join brought back is learnt again", ROWS,
-        'loss = written if kind != "joined" or self.flat_loss else False', "loss = written", TESTS,
+        'written if kind != "joined" or self.flat_loss else False', "written", TESTS,
     ),
     Mutant(
-        "runs of a cut come out backwards", ROWS, "cuts[-1].insert(0, run)", "cuts[-1].append(run)", TESTS,
+        "stages between cuts come out backwards", HISTORY, "found.insert(0, Stage(held, cut.begin, cut.logged))",
+        "found.append(Stage(held, cut.begin, cut.logged))", TESTS,
     ),
     Mutant(
-        "of several cuts the first is undone first", ROWS, "for cut in reversed(_cuts(node.forgotten)):",
-        "for cut in _cuts(node.forgotten):", TESTS,
+        "of several cuts the first is undone first", HISTORY, "for piece in reversed(node.forgotten):",
+        "for piece in node.forgotten:", TESTS,
     ),
     Mutant(
         "log-probabilities of a split run begin anew", ROWS, "logprobs[at : at + len(self.rows.ids[segment])]",
@@ -26,7 +28,7 @@ MUTANTS = [
     ),
     Mutant(
         "a thread sees the whole of a sibling of which it saw a part", ROWS,
-        "self._prefix(segment, min(left, len(self.rows.ids[segment])))", "segment",
+        "self._prefix(segment, min(count, len(self.rows.ids[segment])))", "segment",
         f"{TESTS} tests/engine/test_sight_and_places.py",
     ),
     Mutant(

@@ -79,8 +79,9 @@ MUTANTS = [
         "begin = first // BLOCK_N * BLOCK_N", "begin = first", f"{K}the_same_bits_whoever_else_is_in_the_batch",
     ),
     Mutant(
-        "attention: slots that nobody sees are read", "kernels/attention.py", "keep = (n >= first) & (n < end)",
-        "keep = n < end", f"{K}window_never_reads_what_nobody_sees",
+        "attention: slots that nobody sees are read", "kernels/attention.py",
+        "keep = (n >= first) & (n < end)\n        next_n", "keep = n < end\n        next_n",
+        f"{K}window_never_reads_what_nobody_sees",
         equivalent="such tokens get weight 0, by the guarded sum; their slots are memory still",
     ),
     Mutant(

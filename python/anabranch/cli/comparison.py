@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anabranch._check import nearest
 from anabranch.cli.common import USAGE, Mistake, load_model, load_tokenizer
 from anabranch.viz.console import consoles, machine_note, plain_terminal
 
@@ -158,13 +159,11 @@ def _parts(option: str, text: str | None) -> tuple[str, ...]:
 
 def _models(given: tuple[str, ...], preset: Preset) -> tuple[str, ...]:
     """Those asked for, checked; or the preset's that are on this machine."""
-    import difflib
-
     from anabranch import models
 
     for name in given:
         if name not in models.names() and not (Path(name).expanduser() / "config.json").is_file():
-            close = difflib.get_close_matches(name, models.names(), n=2, cutoff=0.5)
+            close = nearest(name, models.names(), 2)
             near = f"did you mean {' or '.join(close)}? " if close else ""
             known = ", ".join(models.names())
             raise Mistake(f"--models: no model {name!r}; {near}Known: {known}, or a Transformers folder", USAGE)

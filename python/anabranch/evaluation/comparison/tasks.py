@@ -8,7 +8,6 @@ many words that have nothing to do with them.
 from __future__ import annotations
 
 import ast
-import difflib
 import random
 import re
 from dataclasses import dataclass, field, fields
@@ -16,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from anabranch._check import nearest
 from anabranch.answers import final_answer, is_right
 from anabranch.evaluation.comparison.buried import BillsTask, BuriedTask, WhereaboutsTask
 from anabranch.evaluation.comparison.items import Item
@@ -170,7 +170,7 @@ def find_task(text: str) -> Task:
 
         known = sorted(DATASETS)
     if name not in known:
-        close = difflib.get_close_matches(name, [*OURS, "buried", *known], n=3, cutoff=0.5)
+        close = nearest(name, [*OURS, "buried", *known])
         near = f"did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(f"no task {match[1]!r}; {near}Tasks: {', '.join(task_names())}, or a .jsonl file")
     if not installed:

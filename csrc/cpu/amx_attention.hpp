@@ -226,7 +226,7 @@ ANABRANCH_INLINE void amx_scores(const pair* q, int dk, const Rows* k, int n, fl
 
 // Online softmax of a panel, as in packed.hpp; its scores times `factor`. P goes into registers' shape, zeros past n.
 template <int NV>
-ANABRANCH_INLINE void amx_soften(float* s, int n, float factor, float* m, float* l, float* alpha, pair* p,
+ANABRANCH_INLINE void amx_online_softmax(float* s, int n, float factor, float* m, float* l, float* alpha, pair* p,
                                  SpanFetcher& fetcher) {
   vf old[NV], top[NV], base[NV], total[NV];
   for (int i = 0; i < NV; ++i) top[i] = old[i] = load(m + i * W);
@@ -342,7 +342,7 @@ void amx_panel(const Attention& a, const Unit& u, const Tile& tile, const AmxScr
     cap_and_mask<NV>(a, tile, w, row, n, w.s, factor);
     factor = 1;
   }
-  amx_soften<NV>(w.s, n, factor, w.m + row, w.l + row, alpha, w.p, fetcher);
+  amx_online_softmax<NV>(w.s, n, factor, w.m + row, w.l + row, alpha, w.p, fetcher);
   if (exact) amx_weigh_visible(w.p, v, rows, n, o, w.dv, alpha);
   else amx_weigh<NV>(w.p, w.v, n, o, w.dv, alpha);
 }

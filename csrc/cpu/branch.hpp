@@ -285,7 +285,7 @@ void branch_forward_unit(const Branch& a, int tile, int kv_head, int chunk, void
       scores<2>(w.qt + int64_t(lane) * d, d, w.from, n, w.s, fetch.rows);
       if (a.softcap > 0) branch_cap(a.softcap, n, w.s);
       if (c.parted || c.windowed || w.column[n - 1] > r.token(lane)) branch_mask(a, c, w, lane, n, w.s);
-      soften<2>(w.s, n, w.m + lane, w.l + lane, w.alpha + lane);
+      online_softmax<2>(w.s, n, w.m + lane, w.l + lane, w.alpha + lane);
       float* o = w.o + int64_t(lane) * w.dv;
       if (exact) {
         weigh_visible(real, w.s, PANEL, w.kp, n, o, w.dv, w.alpha + lane);

@@ -140,7 +140,7 @@ void cap_and_mask(const Attention& a, const Tile& tile, const Rows& w, int row, 
 // Online softmax of a panel: S becomes P = e^(S − m); m and l move on; alpha = what the past is to be scaled by.
 // Pairs of tokens take the places of the first half.
 template <int NV, class E = float>
-E* soften(float* s, int n, float* m, float* l, float* alpha) {
+E* online_softmax(float* s, int n, float* m, float* l, float* alpha) {
   E* p = reinterpret_cast<E*>(s);
   vf old[NV], top[NV], base[NV], total[NV];
   for (int i = 0; i < NV; ++i) top[i] = old[i] = load(m + i * W);
@@ -382,11 +382,11 @@ void packed_unit(const Attention& a, const Unit& u, void* base) {
       if (width == PANEL) {
         scores<2>(q, d, w.here, n, w.s, fetcher, factor);
         if (a.softcap > 0 || tile.cut()) cap_and_mask<2>(a, tile, w, row, n, w.s);
-        p = soften<2, E>(w.s, n, w.m + row, w.l + row, w.alpha + row);
+        p = online_softmax<2, E>(w.s, n, w.m + row, w.l + row, w.alpha + row);
       } else {
         scores<1>(q, d, w.here, n, w.s, fetcher, factor);
         if (a.softcap > 0 || tile.cut()) cap_and_mask<1>(a, tile, w, row, n, w.s);
-        p = soften<1, E>(w.s, n, w.m + row, w.l + row, w.alpha + row);
+        p = online_softmax<1, E>(w.s, n, w.m + row, w.l + row, w.alpha + row);
       }
       float* o = w.o + int64_t(row) * w.dv;
       if (exact) {

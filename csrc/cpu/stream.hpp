@@ -120,7 +120,7 @@ ANABRANCH_INLINE void put_weights(pair* p, vf x) {
 
 // Softcap, visibility and the online softmax of one row's scores, which become weights in place; returns alpha.
 template <class E>
-float soften_row(const Attention& a, const Unit& u, const Tile& tile, int packed, float* s, float* m, float* l) {
+float online_softmax_row(const Attention& a, const Unit& u, const Tile& tile, int packed, float* s, float* m, float* l) {
   const int end = round_up(tile.n, W), r = packed / a.group;
   E* p = reinterpret_cast<E*>(s);
   for (int j = tile.n; j < end; ++j) s[j] = -INF;
@@ -293,7 +293,7 @@ void stream_unit(const Attention& a, Unit& u, int head_end, void* scratch) {
       for (int r = 0; r < rows; ++r) {
         float* s = w.s + r * STREAM_TILE;
         if constexpr (QUANTISED<S>) scale_scores(k_scale, s);
-        alpha[r] = soften_row<E>(a, u, tile, r, s, m + r, l + r);
+        alpha[r] = online_softmax_row<E>(a, u, tile, r, s, m + r, l + r);
         if constexpr (QUANTISED<S>) scale_weights(v_scale, s);
       }
       const E* p = reinterpret_cast<const E*>(w.s);

@@ -183,7 +183,7 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
           hidden = tile.template mask<true>(s, sight, begin, at);
         else if (begin + S::kBlock > sight.least)
           hidden = tile.template mask<false>(s, sight, begin, at);
-        tile.soften(s);
+        tile.online_softmax(s);
       }
       const char* values = stream.template next<false>();
       if (!working) continue;
@@ -233,7 +233,7 @@ void attention_kernel(const Attention a) {
   const u32 heads = static_cast<u32>(a.num_kv_heads);
   const u32 units = static_cast<u32>(a.counts == nullptr ? a.num_items : ptx::load(a.counts)) * heads;
   Int2* const ends = reinterpret_cast<Int2*>(ptx::shared_memory() + S::shared_bytes(a.ring) - kWarps * 8);
-  // Back and forth over the sorted units: the block that had the dearest of one round has the cheapest of the next.
+  // Back and forth over the sorted units: the block that had the costliest of one round has the cheapest of the next.
   Pass pass{};
   for (; static_cast<u32>(pass.round()) * ptx::blocks() < units; ++pass.round()) {
     const u32 place = pass.round() & 1 ? ptx::blocks() - 1 - ptx::block() : ptx::block();

@@ -130,7 +130,7 @@ struct Tile {
   }
 
   // Scores in units of log 2 → p, m, l; what was summed before is brought to the new maximum.
-  ANABRANCH_DEVICE void soften(Scores& s) {
+  ANABRANCH_DEVICE void online_softmax(Scores& s) {
     float top[2] = {m[0], m[1]}, reference[2], alpha[2];
     ANABRANCH_UNROLL
     for (int i = 0; i < kScores; ++i)

@@ -24,7 +24,7 @@ from anabranch.serve.answers import Follower, finish_reason, logprobs_of, text_o
 from anabranch.serve.asked import Asked, asked
 from anabranch.serve.errors import Refused
 from anabranch.serve.guard import Guard
-from anabranch.serve.live import Live
+from anabranch.serve.live import EventFeed
 from anabranch.serve.metrics import Metrics
 from anabranch.serve.protocol import Chat, Completion, Tokenize
 from anabranch.serve.settings import Settings
@@ -38,7 +38,7 @@ class Server:
 
     def __init__(self, engine: Any, settings: Settings):
         self.engine, self.settings = engine, settings
-        self.metrics, self.live = Metrics(), Live()
+        self.metrics, self.live = Metrics(), EventFeed()
         self.under_way = self.threads = 0  # prompts, and their threads
         self.open = False
         self.born = int(time.time())

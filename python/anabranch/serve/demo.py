@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
 
-from anabranch.serve.live import Live
+from anabranch.serve.live import EventFeed
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Show:
 
     def __init__(self, engine: Any, shown: Sequence[Shown], failed: Callable[[str], None]):
         self.engine, self.shown, self.failed = engine, shown, failed
-        self.live = Live()
+        self.live = EventFeed()
         self._round = 0
         self._task: asyncio.Task[None] | None = None
 

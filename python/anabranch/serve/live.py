@@ -12,7 +12,7 @@ from anabranch.records import events
 _KEPT = 4096  # events that a slow page may be behind; then it misses some
 
 
-class Live:
+class EventFeed:
     """Hands events to watchers; costs nothing while there are none."""
 
     def __init__(self) -> None:

@@ -4,6 +4,10 @@ It follows the cuda backend's kernels: every (item × KV head) is a unit; reside
 first, back and forth (csrc/cuda/attention.cuh); a unit waits for memory once and then streams. Nothing here was fitted
 to a measurement, because there is none yet: predictions are for comparing shapes, chunks and splits, and are never
 shown as measurements. ``anabranch bench --predict`` prints them.
+
+The GPU backends take their chunk and their split from it (``cut_for``): from the device's name and its number of
+multiprocessors, once a head shape, so the same for every call on a device. A GPU that is not in ``KNOWN`` gets the
+defaults; a chunk given to a backend's ``tile_config`` goes before both.
 """
 
 from __future__ import annotations

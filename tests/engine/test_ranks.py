@@ -166,7 +166,7 @@ def test_the_server_shares_a_model_out(tmp_path: Path) -> None:
     with log.open("w") as file:
         server = subprocess.Popen(
             [sys.executable, "-m", "anabranch", *command, "--name", "tiny", "--dtype", "float32"],
-            env={**os.environ, "PYTHONPATH": str(PROGRAM.parents[2] / "python")}, stdout=file, stderr=file,
+            env={**os.environ, "PYTHONPATH": str(Path(ab.__file__).parents[1])}, stdout=file, stderr=file,
         )  # fmt: skip
     try:
         address = f"http://127.0.0.1:{port}"

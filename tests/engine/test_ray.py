@@ -30,7 +30,7 @@ def example():
     sys.modules["ray_engines"] = module
     spec.loader.exec_module(module)
     os.environ.setdefault("RAY_worker_niceness", "0")  # not behind every other program of a busy machine
-    paths = os.pathsep.join(map(str, (ROOT / "examples", ROOT / "tests" / "kits", ROOT / "python")))
+    paths = os.pathsep.join(map(str, (ROOT / "examples", ROOT / "tests" / "kits", Path(ab.__file__).parents[1])))
     ray.init(
         num_cpus=2, include_dashboard=False, log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},

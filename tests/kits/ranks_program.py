@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "python")]
+    sys.path.insert(0, str(Path(__file__).parent))
     warnings.simplefilter("ignore", FutureWarning)
 
 import torch

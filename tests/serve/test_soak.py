@@ -20,7 +20,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     root = Path(__file__).resolve().parents[2]
-    sys.path[:0] = [str(root / "tests" / "kits"), str(root / "tests" / "serve"), str(root / "python")]
+    sys.path[:0] = [str(root / "tests" / "kits"), str(root / "tests" / "serve")]
 
 import httpx
 import pytest

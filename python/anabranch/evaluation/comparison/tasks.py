@@ -173,12 +173,13 @@ def find_task(text: str) -> Task:
         close = nearest(name, [*OURS, "buried", *known])
         near = f"did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(f"no task {match[1]!r}; {near}Tasks: {', '.join(task_names())}, or a .jsonl file")
+    options = _options(text, inside)
     if not installed:
         raise ValueError(
             f"task {name!r} is one of reasoning-gym, which is not installed: pip install 'anabranch[compare]' (or "
             f"pip install reasoning-gym); {' and '.join(OURS)} and .jsonl files need nothing"
         )
-    return GymTask(name, _options(text, inside))
+    return GymTask(name, options)
 
 
 def _ours(text: str, name: str, options: dict[str, Any]) -> Task:

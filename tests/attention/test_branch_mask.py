@@ -211,3 +211,20 @@ def test_combs_and_chains(count):
     assert torch.equal(chain.dense(), torch.ones(2 * count, 2 * count).tril().bool())
     comb = BranchMask.from_tree([1] * (2 * count), [-1 if k == 0 else k - 2 + k % 2 for k in range(2 * count)])
     check_intervals(comb)
+
+
+def test_intervals_of_ones_own_are_checked():
+    """Two tokens a segment; segment 2 begins at 4. Whole earlier segments, sorted, disjoint, merged, or an error."""
+    positions = torch.tensor([0, 1, 2, 3, 4, 5])
+
+    def mask(*cols):
+        return BranchMask.from_intervals([0, 2, 4, 6], [0, 0, 0, len(cols)], list(cols), positions)
+
+    for good in ([], [(0, 2)], [(2, 4)], [(0, 4)]):
+        sees = {column for begin, end in good for column in range(begin, end)}
+        assert mask(*good).dense()[4].nonzero().flatten().tolist() == sorted(sees | {4})
+    touching, own, cut_end, cut_begin = [(0, 2), (2, 4)], [(0, 6)], [(0, 3)], [(1, 4)]
+    unsorted, twice, empty, negative = [(2, 4), (0, 2)], [(0, 2), (0, 2)], [(2, 2)], [(-2, 2)]
+    for bad in (touching, own, cut_end, cut_begin, unsorted, twice, empty, negative, [(4, 6)], [(2, 6)]):
+        with pytest.raises(ValueError, match="cols: segment 2 has interval"):
+            mask(*bad)

@@ -278,6 +278,32 @@ def test_chains_that_repeat_another_are_pruned():
     assert sum(answer is not None for answer in alike.answers) == 1
 
 
+class Chain:
+    def __init__(self):
+        self.alive = True
+
+    def kill(self):
+        self.alive = False
+
+
+@pytest.mark.parametrize(
+    "thoughts,writing,killed,why",
+    [
+        ([["x"], ["x"]], [0, 1], 1, "of two that are as diverse the later one goes"),
+        ([["x", "x"], ["y", "x"]], [0], 0, "the chain whose own thoughts are more alike goes"),
+        ([["y", "x"], ["x", "x"]], [0, 1], 1, "whichever of the two wrote"),
+        ([["x"], ["x"]], [0], 0, "a chain that has come to its end keeps its vote: the one that writes goes"),
+        ([["x", "z"], ["y", "x"]], [0], None, "only the newest thought is compared"),
+    ],
+)
+def test_which_of_two_chains_goes(thoughts, writing, killed, why):
+    """A thought that is just as alike as the threshold says counts."""
+    strategy = ab.SlimSC(n=2, similarity=lambda a, b: 0.7 if a == b else 0.1, threshold=0.7, vote="number")
+    chains = [Chain(), Chain()]
+    strategy._drop_alike(chains, thoughts, writing)
+    assert [chain.alive for chain in chains] == [killed != 0, killed != 1], why
+
+
 def test_likeness_of_letters():
     assert letters_alike("So x = 3.", "so  X = 3.") == pytest.approx(1.0)
     assert letters_alike("abc", "xyz") == 0 and letters_alike("", "") == 1 and letters_alike("", "a") == 0

@@ -50,6 +50,18 @@ LINES = [
 ]
 
 
+def test_the_call_that_was_just_closed_is_the_one_that_goes():
+    """A block that was opened before, and never closed, is text like any other."""
+    begun = "<Calling Sub Searches>\nNot yet.\n"
+    lines = [
+        (PROMPT, EXPLORE + begun + CALL),
+        *LINES[1:3],
+        (PROMPT + EXPLORE + begun + AFTER, LAST + "<eos>"),
+    ]
+    result, _ = play(ab.APR(), PROMPT, *lines)
+    assert result.text == EXPLORE + begun + AFTER + LAST and result.malformed == ()
+
+
 def test_the_parent_is_rewritten_by_what_its_children_found():
     result, compared = play(ab.APR(), PROMPT, *LINES)
     # Token for token: the calling block is gone, what stood before it is not.

@@ -30,18 +30,20 @@ def size(text: str) -> int:
     return len(STAGE.ids(text))
 
 
-def play(head: str, says: dict[str, str], sees: dict[str, str], end: str = "So.</Conclusion><eos>", **options):
+def play(
+    head: str, says: dict[str, str], sees: dict[str, str], end: str = "So.</Conclusion><eos>", prompt="q", **options
+):
     """A plan worked off: what each step says (its </Step> added), and which steps it sees, in the plan's order."""
     whole = {name: header(name) + text + "</Step>" for name, text in says.items()}
-    begin = "q" + head + "\n<Execution>\n"
-    lines = [("q", head)]
+    begin = prompt + head + "\n<Execution>\n"
+    lines = [(prompt, head)]
     for name, text in says.items():
         seen = "".join(whole[other] for other in sees.get(name, ""))
         lines.append((begin + seen + header(name), text + "</Step>"))
     joined = head + "\n<Execution>\n" + "".join(whole.values()) + "</Execution>\n<Conclusion>\n"
-    lines.append(("q" + joined, end))
+    lines.append((prompt + joined, end))
     strategy = options.pop("strategy", ab.MedVerse())
-    result = STAGE.play("q", *lines, strategy=strategy, **options)
+    result = STAGE.play(prompt, *lines, strategy=strategy, **options)
     assert result.token_ids == STAGE.ids(joined + end)
     return result, whole, size(begin)
 
@@ -64,6 +66,12 @@ def test_a_graph_is_worked_off_and_nothing_is_computed_twice():
     conclusion = next(run for run in result.tree.runs if run.kind == "inserted" and run.position > base)
     assert conclusion.position == max(kid.stop for kid in result.tree.children)
     assert result.metrics.rows == 1 + result.metrics.total_tokens - 1
+
+
+def test_a_plan_in_the_prompt_is_not_the_one_just_written():
+    example = plan(s7="", s8="7") + "\nNow yours.\n"
+    result, _, _ = play(plan(s1="", s2="1"), {"1": "one", "2": "two"}, {"2": "1"}, prompt=example)
+    assert result.malformed == () and len(result.tree.children) == 2
 
 
 def test_a_step_starts_as_soon_as_its_own_dependencies_are_done():

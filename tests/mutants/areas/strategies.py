@@ -64,7 +64,8 @@ MUTANTS = [
     Mutant(
         "a doubt in the lead looks at the entropy's threshold", f"{S}sampling/entropy_fork.py",
         "self.margin is not None and last.margin < self.margin",
-        "self.margin is not None and last.margin > self.margin", RULES,
+        "self.margin is not None and last.margin > self.margin",
+        "tests/strategies/test_search.py::test_the_entropy_fork_by_margin",
     ),
     Mutant(
         "a chain at its end is killed", f"{S}search/slim_sc.py", "if worse in writing:  # a chain",

@@ -66,7 +66,8 @@ bool TablePlans::advance(Kept& plan, const Tables& before) const {
 const PlanData& TablePlans::plan(const PlanParams& params) {
   for (const Kept& kept : kept_)
     if (kept.params == params) return kept.data;
-  Kept made{params};
+  Kept made;
+  made.params = params;
   made.newest = std::make_shared<i64>(0);
   made.data = Planner::build(contexts(), params, &made.tails);
   kept_.push_back(std::move(made));

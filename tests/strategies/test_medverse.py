@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import formats_kit
 import pytest
 from engine_kit import byte_tokenizer, make_engine
 from malformed_kit import Habits, assert_same_everywhere, assert_survives
@@ -175,13 +176,7 @@ HABITS = Habits(
         "</Plan>",
         outlines((1, "")),
     ],
-    {
-        "q": ["<Plan>"],
-        "\n": ["a", "b"],
-        "a": ["a", "</Step>", "<Plan>"],
-        "b": ["</Step>", "b"],
-        "</Conclusion>": ["a", "<Plan>"],
-    },
+    formats_kit.MEDVERSE.usual,
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import formats_kit
 import pytest
 from engine_kit import byte_tokenizer, make_engine
 from malformed_kit import Habits, assert_same_everywhere, assert_survives, bad_outlines
@@ -198,16 +199,7 @@ HABITS = Habits(
     ab.Multiverse().tags,
     ["<Goal>"],
     bad_outlines("<Outline>{id}: a</Outline>", "</Goal>"),
-    {
-        "q": ["<Parallel>"],
-        "<Parallel>": ["<Goal>"],
-        ":": ["a", "b"],
-        "a": ["a", "</Path>", "<Parallel>"],
-        "b": ["</Path>"],
-        "\n": ["a", "</Conclusion>"],
-        "</Conclusion>": ["</Parallel>"],
-        "</Parallel>": ["a", "<Parallel>"],
-    },
+    formats_kit.MULTIVERSE,
 )
 
 

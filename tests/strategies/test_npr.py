@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import formats_kit
 import pytest
 from engine_kit import byte_tokenizer, make_engine
 from malformed_kit import Habits, assert_same_everywhere, assert_survives, bad_outlines
@@ -237,15 +238,7 @@ HABITS = Habits(
     ab.NPR().tags,
     ["<guideline>"],
     bad_outlines("<plan>{id}: a</plan>", "</guideline>"),
-    {
-        "q": ["<guideline>"],
-        ":": ["a", "b"],
-        "a": ["a", "</step>", "<guideline>"],
-        "b": ["</step>"],
-        "</step>": ["\n"],
-        "\n": ["a", "</takeaway>"],
-        "</takeaway>": ["a", "<guideline>"],
-    },
+    formats_kit.NPR,
 )
 SMALL = ab.NPR(min_left=5, reserve=4)
 

@@ -92,7 +92,7 @@ class Backend(Protocol):
             v_pages: [pages, page_size, Hkv, E], likewise; E = D unless ``split_head_dims``.
             plan: ``plan.arrays(Hq // Hkv, tile_config)`` are its work items.
             kv_scales: the factors of quantised pages, None for others.
-            out: where the result goes: [plan.num_rows, Hq, D] in q's dtype, contiguous, no memory of q's or the
+            out: where the result goes: [plan.num_rows, Hq, E] in q's dtype, contiguous, no memory of q's or the
                 pages'. None: a new tensor.
 
         Returns:

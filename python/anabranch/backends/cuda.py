@@ -238,6 +238,9 @@ def run(
     capacities and the true numbers are read on the device, which is what a captured graph needs: the grid follows from
     the capacities alone.
     """
+    if out is not None and out.data_ptr() % 16:  # the kernels store 16 bytes at a time: these need a copy
+        result, lse = run(q, k_pages, v_pages, arrays, **options)
+        return out.copy_(result), lse
     num_q_heads, head_dim = q.shape[1:]
     device = q.device
     if q.stride(2) != 1 or not _aligned(q, 2):
@@ -248,9 +251,6 @@ def run(
     _check_pages("v_pages", v_pages)
     part_acc = torch.empty((arrays.num_partials, num_q_heads, head_dim), dtype=torch.float32, device=device)
     part_ml = torch.empty((arrays.num_partials, num_q_heads, 2), dtype=torch.float32, device=device)
-    if out is not None and out.data_ptr() % 16:  # the kernels store 16 bytes at a time: these need a copy
-        result, lse = run(q, k_pages, v_pages, arrays, **options)
-        return out.copy_(result), lse
     with _current(device):
         return native.attention(
             _module().attention, q, k_pages, v_pages, arrays,

@@ -98,7 +98,8 @@ def _refuses(
         have = f"head_dim {v_head_dim} for V beside {head_dim} for K" if v_head_dim else "V as a part of K's rows"
         return f"has no kernels for {have}; pass backend='auto' or {able}"
     if kv_dtype in (None, dtype) or kv_dtype in backend.kv_dtypes:
-        return backend.refuses(device, dtype, widest) or backend.refuses(device, dtype, head_dim)
+        reason = backend.refuses(device, dtype, widest)
+        return reason if widest == head_dim else reason or backend.refuses(device, dtype, head_dim)
     able = with_trait(lambda other: kv_dtype in other.kv_dtypes)
     kept = str(kv_dtype).removeprefix("torch.")
     return (

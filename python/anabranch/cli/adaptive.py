@@ -184,9 +184,9 @@ def _engine(name: str, dtype: str) -> tuple[Any, str]:
 
 
 def _asked(tokenizer: Any, case: Case) -> Any:
-    from anabranch.text.prompts import takes_chats
+    from anabranch.text.prompts import as_message, takes_chats
 
-    return [{"role": "user", "content": case.prompt}] if takes_chats(tokenizer) else case.prompt
+    return as_message(case.prompt, takes_chats(tokenizer))
 
 
 def _strategy(sequential: bool) -> Any:

@@ -27,7 +27,7 @@ from typing import Any
 
 from anabranch.answers import final_answer, is_right, require
 from anabranch.strategies import Sequential, Strategy
-from anabranch.text.prompts import takes_chats
+from anabranch.text.prompts import as_message, takes_chats
 
 __all__ = ["MODES", "Problem", "evaluate", "final_answer", "is_right", "read_problems", "wilson"]
 
@@ -151,10 +151,7 @@ def evaluate(
     good = check or (lambda problem, text: is_right(text, problem.answer))
     how = {"do_sample": False, "max_new_tokens": max_new_tokens, "seed": seed, **(sampling or {})}
     use_chat = takes_chats(engine.tokenizer) if chat is None else chat
-    prompts = [
-        [{"role": "user", "content": p.prompt}] if use_chat and isinstance(p.prompt, str) else p.prompt
-        for p in problems
-    ]
+    prompts = [as_message(p.prompt, use_chat) for p in problems]
     strategies = {"forked": strategy, "plain": None}
     if strategy is not None:
         strategies["sequential"] = Sequential(strategy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -37,7 +38,7 @@ class StepPlan(Plan):
         """rotary: of each layer; needed where rows read under position offsets."""
         super().__init__(core.num_rows, planner.device)
         self._rotary = rotary
-        self._queries: tuple[Tensor, Tensor] | None = None  # row, offset
+        self._queries: tuple[Tensor, Tensor] | None = None  # row, offset, on the device
         self._tables: dict[Rotary, tuple[Tensor, Tensor]] = {}
         self._turns = bool(rotary)
         self.batch_invariant = batch_invariant
@@ -68,10 +69,15 @@ class StepPlan(Plan):
         """The plans that were asked for."""
         return self._results.keys()
 
+    @cached_property
+    def _query_rows(self) -> tuple[Any, Any] | None:
+        """Row and offset of each query row, NumPy arrays; None where the rows themselves are the queries."""
+        return self._core.queries() if self._turns else None
+
     @property
     def turned(self) -> bool:
-        """Whether rows read other branches (`Read`): their plan is of this step alone."""
-        return self._core.queries() is not None
+        """Whether rows read other branches under a position offset (`Read`)."""
+        return self._query_rows is not None
 
     def replayed(self) -> None:
         """A captured graph has written K and V of all layers."""
@@ -81,18 +87,14 @@ class StepPlan(Plan):
         return self.slots, self.positions
 
     def contexts(self) -> FlatContexts:
-        queries = self._core.queries() if self._turns else None
+        queries = self._query_rows
         return FlatContexts(*self._core.contexts(), None if queries is None else queries[0])
 
     def queries(self, q: Tensor, layer: int) -> Tensor:
-        if not self._turns:
+        if self._query_rows is None:
             return q
         if self._queries is None:
-            found = self._core.queries()
-            if found is None:
-                self._turns = False
-                return q
-            rows, offsets = (self._planner.upload(x) for x in found)
+            rows, offsets = (self._planner.upload(x) for x in self._query_rows)
             self._queries = rows.long(), offsets
         rows, offsets = self._queries
         rotary = self._rotary[layer]

@@ -42,9 +42,8 @@ class PaddedPlan:
     """
 
     def __init__(self, result: _core.PlanResult, rows: int, device: torch.device) -> None:
-        self.rows, self.device = rows, device
+        self.rows = rows
         self._build, self._advances = -1, -1
-        self._strip, self._tile_rows = result.strip, result.tile_rows
         sizes = {name: max(ROOM * _entries(result, name), LEAST) for name in SECTIONS}
         sizes["items"] = max(LAUNCH_ROOM * result.num_items, LEAST_LAUNCHED)
         # Every row may be merged, those that fill up included.
@@ -65,8 +64,7 @@ class PaddedPlan:
             num_merge=rows, tile_rows=result.tile_rows, num_runs=0, num_absorbed=0, kv_tokens=0, counts=self._counts,
         )  # fmt: skip
         self._host_items = self._host_rows = self._host_lengths = np.zeros(0, dtype=np.int32)
-        self._host_tails: np.ndarray | None = None
-        self._appends = False
+        self._appends = False  # whether `tails` are those of the plan that is here
 
     def arrays(self, rows: int) -> PlanArrays:
         """What a forward of so many rows reads; the same memory each time."""
@@ -74,7 +72,8 @@ class PaddedPlan:
 
     def fits(self, result: _core.PlanResult) -> bool:
         """Whether a plan has room here."""
-        if result.strip != self._strip or result.tile_rows != self._tile_rows or result.num_rows > self.rows:
+        held = self._arrays
+        if result.strip != held.strip or result.tile_rows != held.tile_rows or result.num_rows > self.rows:
             return False
         return result.num_partials <= self._most_partials and all(
             _entries(result, name) <= self._most[name] for name in SECTIONS if name not in _BY_ROW
@@ -88,18 +87,13 @@ class PaddedPlan:
             rows: of the graph, at least the plan's.
         """
         if (result.build, result.advances) == (self._build, self._advances + 1):
-            if self._host_tails is None:
-                self._host_tails = tails_of(self._host_items, self._host_rows, self._host_lengths, result.num_rows)
             if not self._appends:
-                self._put(self.tails[: result.num_rows], self._host_tails)
+                tails = tails_of(self._host_items, self._host_rows, self._host_lengths, result.num_rows)
+                self._put(self.tails[: result.num_rows], tails)
                 self._appends = True
         else:
             self._send(result, rows)
         self._build, self._advances = result.build, result.advances
-
-    def forget(self) -> None:
-        """What is on the device is not known: the next plan is sent anew."""
-        self._build = -1
 
     def _send(self, result: _core.PlanResult, rows: int) -> None:
         filling = rows - result.num_rows
@@ -110,14 +104,14 @@ class PaddedPlan:
             elif name == "merge_rows":  # rows that fill up have no partials, and so a result: 0
                 values = np.concatenate((values[: result.num_merge], np.arange(result.num_rows, rows, dtype=np.int32)))
             elif name == "merge_ptr":
-                values = values[: result.num_merge + 1] if result.num_merge else np.zeros(1, dtype=np.int32)
+                values = values[: result.num_merge + 1]
                 values = np.concatenate((values, np.full(filling, values[-1], dtype=np.int32)))
             to = getattr(self._arrays, name).view(-1)
             self._put(to[: values.size], values.reshape(-1))
         counts = (result.num_items, result.num_partials, result.num_merge + filling)
         self._put(self._counts, np.array(counts, dtype=np.int32))
         self.tails.fill_(-1)
-        self._appends, self._host_tails = False, None
+        self._appends = False
         self._host_items, self._host_rows = section(result, "items"), section(result, "rows")
         self._host_lengths = self._host_items[:, ItemField.KV_LEN].copy()
 

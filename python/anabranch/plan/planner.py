@@ -83,10 +83,6 @@ class Planner:
             resident = self._resident[key] = ResidentPlan(result, self.device)
         return resident.arrays
 
-    def forget_device(self) -> None:
-        """Upload the next arrays anew: the device may be behind the planner (a step failed half way)."""
-        self._resident.clear()
-
     def upload(self, array: np.ndarray) -> Tensor:
         """Numbers of a step on the device.
 

@@ -209,18 +209,7 @@ class _Writer:
             ids = list(self.rows.ids[segment])
             if not left or left[: len(ids)] != ids[: len(left)]:
                 break
-            if len(left) < len(ids):  # cut back since: a copy of what is left of the segment
-                rows, n = self.rows, len(left)
-                segment = rows.add(
-                    left,
-                    rows.sees[segment],
-                    rows.first[segment],
-                    rows.written[segment][:n],
-                    False,
-                    rows.threads[segment],
-                    rows.kv_segments[segment],
-                )
-            found.append(segment)
+            found.append(self._prefix(segment, min(len(left), len(ids))))
             left = left[len(ids) :]
         return found if not left else None
 

@@ -9,7 +9,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request, Response, Security
@@ -25,6 +24,7 @@ from anabranch.serve.asked import Asked, asked
 from anabranch.serve.errors import Refused
 from anabranch.serve.guard import Guard
 from anabranch.serve.live import EventFeed
+from anabranch.serve.live import page as live_page
 from anabranch.serve.metrics import Metrics
 from anabranch.serve.protocol import Chat, Completion, Tokenize
 from anabranch.serve.settings import Settings
@@ -312,7 +312,7 @@ def create_app(engine: Any, settings: Settings) -> FastAPI:
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> str:
-        return (files("anabranch.serve") / "page.html").read_text(encoding="utf-8")
+        return live_page()
 
     return app
 

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
 
 from anabranch.serve.live import EventFeed
+from anabranch.serve.live import page as live_page
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,6 @@ def create_demo(engine: Any, shown: Sequence[Shown], failed: Callable[[str], Non
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> str:
-        return (files("anabranch.serve") / "page.html").read_text(encoding="utf-8")
+        return live_page()
 
     return app

@@ -5,9 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from importlib.resources import files
 from typing import Any
 
 from anabranch.records import events
+
+
+def page() -> str:
+    """The page that shows them, HTML."""
+    return (files("anabranch.serve") / "page.html").read_text(encoding="utf-8")
+
 
 _KEPT = 4096  # events that a slow page may be behind; then it misses some
 

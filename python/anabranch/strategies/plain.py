@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from anabranch._check import told
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
 
@@ -46,6 +47,18 @@ class Sequential(Strategy):
 
     def run(self, trunk: Thread) -> Generator[Any, Any, Any]:
         return (yield from self.strategy.run(trunk))
+
+
+def inner_of(who: str, strategy: Strategy | None) -> Strategy:
+    """The strategy that writes the answer: `strategy`, or plain decoding for None."""
+    if strategy is None:
+        return Plain()
+    if not isinstance(strategy, Strategy):
+        raise TypeError(
+            f"{who}: strategy={told(strategy)} is not a Strategy; pass an instance such as ab.ThreadWeaver(), or None "
+            "for plain decoding"
+        )
+    return strategy
 
 
 def layers(strategy: Any) -> Iterator[Any]:

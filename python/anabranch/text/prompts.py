@@ -74,6 +74,11 @@ def takes_chats(tokenizer: Any) -> bool:
     )
 
 
+def as_message(prompt: Any, chat: bool) -> Any:
+    """A text as a chat of one message where `chat` says so; a prompt of another kind as it is."""
+    return [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
+
+
 def check_template(options: Any) -> dict[str, Any]:
     """``chat_template_kwargs`` as a dict; ValueError for what is none, or holds what a template does not decide."""
     if options is None:

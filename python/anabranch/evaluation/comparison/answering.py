@@ -12,7 +12,7 @@ from anabranch.errors import RemoteError
 from anabranch.evaluation.comparison.items import Item
 from anabranch.evaluation.comparison.store import Key, Row
 from anabranch.strategies import Plain, Strategy
-from anabranch.text.prompts import takes_chats
+from anabranch.text.prompts import as_message, takes_chats
 
 __all__ = ["Window", "prompt_hash"]
 
@@ -47,9 +47,7 @@ class Window:
 
     def begin(self, key: Key, item: Item, strategy: Strategy) -> None:
         """Ask one more problem."""
-        asked = (
-            [{"role": "user", "content": item.prompt}] if self._chats and isinstance(item.prompt, str) else item.prompt
-        )
+        asked = as_message(item.prompt, self._chats)
         seed = int.from_bytes(hashlib.sha256(f"{key.seed}/{key.problem}".encode()).digest()[:4], "big")
         options = {
             "strategy": None if isinstance(strategy, Plain) else strategy, "seed": seed,
@@ -61,10 +59,8 @@ class Window:
             else:
                 self._rows.append(_judged(key, item, self.engine.generate(asked, **options)))
         except Exception as error:
-            if isinstance(error, RemoteError):
-                self.engine.generate(
-                    asked, max_new_tokens=1
-                )  # raises again where the server is gone: no problem's fault
+            if isinstance(error, RemoteError):  # raises again where the server is gone: no problem's fault
+                self.engine.generate(asked, max_new_tokens=1)
             self._rows.append(_failed(key, item, error))
 
     def finished(self, all_of_them: bool = False) -> Iterator[Row]:

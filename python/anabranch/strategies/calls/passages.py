@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Generator, Sequence
+from typing import Any
 
+from anabranch.strategies.api.asking import ask
 from anabranch.strategies.api.strategy import Strategy
-from anabranch.strategies.plain import Plain
+from anabranch.strategies.api.thread import Thread
 
 # A sentence with the white space behind it. Too many cuts (behind an abbreviation) do no harm: passages are put
 # together from sentences, and what is kept is put together from passages.
@@ -54,13 +57,21 @@ def check_question(who: str, question: str | None) -> None:
         raise ValueError(f"{who}: question={question!r} is no regular expression ({error})") from None
 
 
-def inner_of(who: str, strategy: Strategy | None) -> Strategy:
-    """The strategy that writes the answer: `strategy`, or plain decoding for None."""
-    if strategy is None:
-        return Plain()
-    if not isinstance(strategy, Strategy):
-        raise TypeError(
-            f"{who}: strategy={strategy!r} is not a Strategy; pass an instance such as ab.ThreadWeaver(), or None for "
-            "plain decoding"
-        )
-    return strategy
+class OverPassages(Strategy):
+    """What strategies that read a long prompt passage by passage share: another one writes the answer, in a context of
+    its own."""
+
+    strategy: Strategy | None
+
+    @property
+    def needs(self) -> Sequence[str]:  # type: ignore[override]
+        assert self.strategy is not None
+        return self.strategy.needs
+
+    def _answer(self, trunk: Thread, prompt: str) -> Generator[Any, Any, None]:
+        """Answer `prompt` in a new context, and bring the answer back."""
+        assert self.strategy is not None
+        answer = trunk.spawn(ask(trunk, prompt))
+        yield answer
+        yield from self.strategy.run(answer)
+        yield trunk.join(answer, "reprefill")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ from anabranch._check import whole_fields
 from anabranch.strategies.api.asking import ask, check_fills, fill, question_of
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
-from anabranch.strategies.calls.passages import check_question, inner_of, take_apart
+from anabranch.strategies.calls.passages import OverPassages, check_question, take_apart
+from anabranch.strategies.plain import inner_of
 
 REQUEST = (
     "Question: {question}\n\nNotes so far: {summary}\n\nThe text goes on: {passage}\n\nThe question will be answered "
@@ -21,7 +22,7 @@ FINAL = "{summary}\n\n{question}"
 
 
 @dataclass(frozen=True)
-class RunningSummary(Strategy):
+class RunningSummary(OverPassages):
     """Read the prompt one passage after another, each in a new context that holds the summary so far; answer from it.
 
     Each passage is discarded once the model has written the summary anew. No context holds more than the summary, one
@@ -61,13 +62,7 @@ class RunningSummary(Strategy):
         check_fills(self, "final", ("summary", "question"))
         check_question("RunningSummary", self.question)
 
-    @property
-    def needs(self) -> Sequence[str]:  # type: ignore[override]
-        assert self.strategy is not None
-        return self.strategy.needs
-
     def run(self, trunk: Thread) -> Generator[Any, Any, list[str]]:
-        assert self.strategy is not None
         passages, question = take_apart(question_of(trunk, "RunningSummary"), self.passage_words, self.question)
         summaries: list[str] = []
         for passage in passages:
@@ -81,8 +76,5 @@ class RunningSummary(Strategy):
             summaries.append(summary)
             trunk.join(reader, "discard")
         asked = fill(self.final, question=question, summary=summaries[-1]) if summaries else question
-        answer = trunk.spawn(ask(trunk, asked))
-        yield answer
-        yield from self.strategy.run(answer)
-        yield trunk.join(answer, "reprefill")
+        yield from self._answer(trunk, asked)
         return summaries

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 from anabranch._check import number, whole_fields
-from anabranch.strategies.api.asking import ask, question_of
+from anabranch.strategies.api.asking import question_of
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
-from anabranch.strategies.calls.passages import check_question, inner_of, take_apart
+from anabranch.strategies.calls.passages import OverPassages, check_question, take_apart
+from anabranch.strategies.plain import inner_of
 
 
 @dataclass(frozen=True)
-class SelectPassages(Strategy):
+class SelectPassages(OverPassages):
     """Fork a thread for each passage of the prompt, keep the passages that the question needs, answer from those.
 
     A thread sees one passage and nothing else. It is not asked to write: what counts is how much likelier the question
@@ -49,13 +50,7 @@ class SelectPassages(Strategy):
             raise ValueError(f"SelectPassages: keep={self.keep!r}; pass a share from 0 to 1")
         check_question("SelectPassages", self.question)
 
-    @property
-    def needs(self) -> Sequence[str]:  # type: ignore[override]
-        assert self.strategy is not None
-        return self.strategy.needs
-
     def run(self, trunk: Thread) -> Generator[Any, Any, list[str]]:
-        assert self.strategy is not None
         passages, question = take_apart(question_of(trunk, "SelectPassages"), self.passage_words, self.question)
         kept = passages
         if len(passages) > 1:
@@ -64,10 +59,7 @@ class SelectPassages(Strategy):
             trunk.join(readers, "discard")
             alone, *behind = map(sum, found)
             kept = self._kept(passages, [likelihood - alone for likelihood in behind])
-        answer = trunk.spawn(ask(trunk, "".join(kept) + question))
-        yield answer
-        yield from self.strategy.run(answer)
-        yield trunk.join(answer, "reprefill")
+        yield from self._answer(trunk, "".join(kept) + question)
         return kept
 
     def _kept(self, passages: list[str], gains: list[float]) -> list[str]:

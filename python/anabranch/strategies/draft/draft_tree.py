@@ -9,7 +9,7 @@ from typing import Any
 from anabranch._check import nearest, told, whole_fields
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
-from anabranch.strategies.plain import Plain
+from anabranch.strategies.plain import inner_of
 
 DRAFTS = ("ngram", "siblings")
 
@@ -48,13 +48,7 @@ class DraftTree(Strategy):
     in_step: bool = False
 
     def __post_init__(self) -> None:
-        if self.strategy is None:
-            object.__setattr__(self, "strategy", Plain())
-        if not isinstance(self.strategy, Strategy):
-            raise TypeError(
-                f"DraftTree: strategy={told(self.strategy)} is not a Strategy; pass an instance such as "
-                "ab.ThreadWeaver(), or None for plain decoding"
-            )
+        object.__setattr__(self, "strategy", inner_of("DraftTree", self.strategy))
         whole_fields(self, ("length", "width"))
         if not isinstance(self.in_step, bool):
             raise ValueError(f"DraftTree: in_step={told(self.in_step)}; pass True or False")

@@ -87,7 +87,9 @@ class TreeAttentionImpl(AttentionImpl):
             attn_metadata: None while vLLM tries out how much memory a step takes.
         """
         if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("--attention-backend CUSTOM (anabranch): outputs are not quantised; choose another")
+            raise NotImplementedError(
+                "--attention-backend CUSTOM (anabranch): outputs are not quantised; choose another"
+            )
         if attn_metadata is None or attn_metadata.plan is None:
             return output.fill_(0)
         plan = attn_metadata.plan

@@ -1,0 +1,87 @@
+"""Commands that measure engines under load: arrivals, fleets, vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from .. import report
+from .app import app
+from .options import ClockOption, Dtype, Dtypes, Json, Plot, Quick, Rounds, Threads, console, finish, start
+
+
+@app.command("serve")
+def serve_command(
+    quick: Quick = False,
+    rate: Annotated[list[float] | None, typer.Option(help="Requests a second; may be repeated.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each load.")] = 32,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.bfloat16,
+    threads: Threads = None, json: Json = None,
+) -> None:  # fmt: skip
+    """Requests that arrive at random: our engine with and without its prefix cache, and model.generate."""
+    from .. import serve
+
+    store = start(threads, json)
+    with console.status("serving") as status:
+        count = min(requests, 8) if quick else requests
+        for entry in serve.run(quick, dtype.value, rate or ([1.0] if quick else [0.5, 2.0]), count, status.update):
+            store.put("serve", ("contender", "answers", "rate", "dtype", "requests"), entry)
+    console.print(report.serve_table(store.data))
+    finish(store, None)
+
+
+@app.command("fleet")
+def fleet_command(
+    replicas: Annotated[int, typer.Option(min=2, help="Simulated replicas.")] = 4,
+    requests: Annotated[int, typer.Option(min=2, help="Of the run on two real engines.")] = 24,
+    branches: Annotated[int, typer.Option(min=1, help="Of each request.")] = 4,
+    tokens: Annotated[int, typer.Option(min=2, help="Of each branch.")] = 24,
+    shared: Annotated[int, typer.Option(min=1, help="Tokens that prompts of a group begin with.")] = 256,
+    pages: Annotated[int, typer.Option(min=1, help="Of each replica, 16 tokens each.")] = 2048,
+    model: Annotated[str, typer.Option(help="A model by name.")] = "smollm2",
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
+    threads: Threads = None, clock: ClockOption = "wall", json: Json = None, plot: Plot = None,
+) -> None:  # fmt: skip
+    """A simulation from measured costs of steps: branches held, routing by prefix, where forks stop to pay."""
+    import anabranch as ab
+
+    from .. import fleet, fleet_real
+
+    store = start(threads, json, clock)
+    with console.status("loading the model") as status:
+        loaded, tokenizer = ab.models.load(model, dtype=getattr(torch, dtype.value))
+        engines = [ab.Engine(loaded, tokenizer, num_pages=pages, compile=False) for _ in range(2)]
+        load = fleet.Load(1.0, requests, shared=shared, branches=branches, new=tokens)
+        store.set("fleet", {"model": model, **fleet_real.run(engines, load, replicas, status.update)})
+    console.print(report.fleet_table(store.data), soft_wrap=True)
+    finish(store, plot)
+
+
+@app.command("vllm-backend")
+def vllm_backend_command(
+    python: Annotated[Path, typer.Option(help="The Python of an environment with vLLM.", exists=True)],
+    quick: Quick = False,
+    case: Annotated[list[str] | None, typer.Option(help="May be repeated; default: all.")] = None,
+    dtype: Dtypes = None, rounds: Rounds = 5,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens a block of vLLM's cache.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 48, threads: Threads = None, clock: ClockOption = "wall",
+    json: Json = None,
+) -> None:  # fmt: skip
+    """vLLM with our attention backend and with its own, in turns: tokens a second while decoding."""
+    from .. import vllm_backend
+
+    for name in case or ():
+        if name not in vllm_backend.CASES:
+            known = ", ".join(vllm_backend.CASES)
+            raise typer.BadParameter(f"{name!r}: expected one of {known}", param_hint="--case")
+    store = start(threads, json, clock)
+    for entry in vllm_backend.run(
+        python, [d.value for d in dtype or [Dtype.float32, Dtype.bfloat16]], case, block_size, new_tokens, rounds,
+        torch.get_num_threads(), quick, clock,
+    ):  # fmt: skip
+        store.put("vllm_backend", ("case", "dtype", "block_size", "threads"), entry)
+        console.print(vllm_backend.line(entry))
+    finish(store, None)

@@ -14,8 +14,10 @@ namespace {
 
 template <class E>
 constexpr int64_t CHANNELS = W * STEP<E>;  // of a vector
+// Weight rows beside R rows of x: as many sums as fit the registers beside R vectors of x and one of weights, but rows
+// that stand alone wait for memory, and W streams of it are enough.
 template <int R>
-constexpr int ACROSS = R == 1 ? W : R == 2 ? W / 2 : W / 4;  // weight rows beside R rows of x: W sums at most
+constexpr int ACROSS = R == 1 ? W : R == 2 ? W / 2 : 2 * LONG / R;
 
 // A line more than needed: rows a power of two apart would share the sets of the cache.
 template <class T, class E>
@@ -38,13 +40,13 @@ ANABRANCH_INLINE vf rounded_to(float, vf x) { return x; }
 ANABRANCH_INLINE vh rounded_to(bf16, vf x) { return to_nearest(x); }
 
 // out[r][b] = x_r · w_b for R rows of x and ACROSS<R> of the weights, of which `count` are real. Fetches F rows of the
-// weights that come next.
-template <class T, class E, int R, int F>
+// weights that come later. REST: k is no multiple of a vector's channels.
+template <class T, class E, int R, int F, bool REST>
 ANABRANCH_INLINE void row_block(const T* x, int64_t stride, const T* const* w, int64_t k, const T* const* next,
                                 const T* bias, int count, T* out, int64_t out_row) {
-  constexpr int NB = ACROSS<R>;
-  vf acc[W] = {};
-  const int64_t whole = k / CHANNELS<E> * CHANNELS<E>;
+  constexpr int NB = ACROSS<R>, GROUPS = (R * NB + W - 1) / W;
+  vf acc[GROUPS * W] = {};
+  const int64_t whole = REST ? k / CHANNELS<E> * CHANNELS<E> : k;
   for (int64_t c = 0; c < whole; c += CHANNELS<E>) {
     decltype(load_as<E>(x)) v[R];
     for (int r = 0; r < R; ++r) v[r] = load_as<E>(x + r * stride + c);
@@ -56,19 +58,29 @@ ANABRANCH_INLINE void row_block(const T* x, int64_t stride, const T* const* w, i
       for (int r = 0; r < R; ++r) acc[r * NB + b] = multiply_add(v[r], y, acc[r * NB + b]);
     }
   }
-  if (whole < k)
+  if constexpr (REST)
+#pragma GCC unroll 16
     for (int b = 0; b < NB; ++b) {
       T rest[CHANNELS<E>] = {};
       memcpy(static_cast<void*>(rest), w[b] + whole, size_t(k - whole) * sizeof(T));
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
         acc[r * NB + b] = multiply_add(load_as<E>(x + r * stride + whole), load_as<E>(rest), acc[r * NB + b]);
     }
-  vf y = sums(acc);
-  if (bias)
-    for (int r = 0; r < R; ++r)
-      for (int b = 0; b < count; ++b) y[r * NB + b] += to_float(bias[b]);
-  const auto all = rounded_to(T{}, y);
-  const T* from = reinterpret_cast<const T*>(&all);
+  T all[GROUPS * W];
+#pragma GCC unroll 4
+  for (int g = 0; g < GROUPS; ++g) {
+    vf y = sums(acc + g * W);
+    if (bias) {
+      float add[W] = {};
+      for (int i = 0; i < W; ++i)
+        if ((g * W + i) % NB < count) add[i] = to_float(bias[(g * W + i) % NB]);
+      y += load(add);
+    }
+    const auto rounded = rounded_to(T{}, y);
+    memcpy(static_cast<void*>(all + g * W), &rounded, W * sizeof(T));
+  }
+  const T* from = all;
   for (int r = 0; r < R; ++r, from += NB, out += out_row) {
     if (count == NB) memcpy(static_cast<void*>(out), from, NB * sizeof(T));  // of a size that is known: no call
     else memcpy(static_cast<void*>(out), from, size_t(count) * sizeof(T));
@@ -79,15 +91,15 @@ template <class T, class E, int R>
 void row_columns(const Linear& l, int64_t begin, int64_t end) {
   constexpr int NB = ACROSS<R>;
   const int64_t stride = row_stride<T, E>(l.k), parts = (l.rows + R - 1) / R;
-  const int64_t each = (NB + parts - 1) / parts;  // of the next weights, fetched beside each part: evenly
+  const int64_t each = (NB + parts - 1) / parts;  // of weights to come, fetched beside each part: evenly
+  const int64_t ahead = R == 1 ? NB : 2 * NB;     // weight rows: a few hundred nanoseconds, what memory takes
+  const bool rest = l.k % CHANNELS<E> != 0;
   const T *x = reinterpret_cast<const T*>(l.wide), *bias = static_cast<const T*>(l.bias);
   const auto row = [&](int64_t n) { return static_cast<const T*>(l.w) + smaller(n, l.n - 1) * l.w_row; };
   for (int64_t n = begin; n < end; n += NB) {
-    const T *w[NB], *next[NB];
-    for (int b = 0; b < NB; ++b) {  // surplus rows: valid addresses, results never stored
-      w[b] = row(n + b);
-      next[b] = row(n + NB + b);
-    }
+    const T *w[NB], *next[2 * NB];
+    for (int b = 0; b < NB; ++b) w[b] = row(n + b);  // surplus rows: valid addresses, results never stored
+    for (int b = 0; b < 2 * NB; ++b) next[b] = row(n + ahead + b);
     const int count = int(smaller(int64_t(NB), end - n));
     const T* add = bias ? bias + n : nullptr;
     for (int64_t p = 0; p < parts; ++p) {
@@ -95,8 +107,13 @@ void row_columns(const Linear& l, int64_t begin, int64_t end) {
       const int64_t r = smaller(p * R, l.rows - R);
       T* out = static_cast<T*>(l.out) + r * l.out_row + n;
       const auto run = [&](auto some) {
-        row_block<T, E, R, decltype(some)::value>(x + r * stride, stride, w, l.k, next + p * each, add, count, out,
-                                                  l.out_row);
+        constexpr int F = decltype(some)::value;
+        const auto with = [&](auto odd) {
+          row_block<T, E, R, F, decltype(odd)::value>(x + r * stride, stride, w, l.k, next + p * each, add, count, out,
+                                                      l.out_row);
+        };
+        if (rest) with(std::true_type());
+        else with(std::false_type());
       };
       if (p * each >= NB) run(std::integral_constant<int, 0>());
       else if (each == 1) run(std::integral_constant<int, 1>());

@@ -67,7 +67,7 @@ class Loop:
         with torch.no_grad():
             want = forward(self.model, ids, steps[1], self.decode_backend, keep=steps[1].last_rows)
         torch.testing.assert_close(
-            got, want, atol=2e-5, rtol=2e-5
+            got, want, atol=5e-5, rtol=5e-5
         )  # a graph has more rows, and products of other shapes
         self.ids = got.argmax(-1)
         self.used = steps[0]

@@ -311,6 +311,8 @@ def test_choice(monkeypatch):
             _cpu.use(isa)
             few = {"avx512bf16": module.FEW_ROWS, "amx": module.AMX_ROWS}.get(isa, 0)
             assert rows_for("cpu", torch.bfloat16) == (few if native else inf if isa != "plain" else 0)
+            long = min(few, module.FEW_LONG_ROWS) if isa == "avx512bf16" else few
+            assert rows_for("cpu", torch.bfloat16, None, 4096) == (long if native else inf if isa != "plain" else 0)
             assert rows_for("cpu", torch.float16) == (0 if native or isa == "plain" else inf)
             assert rows_for("cpu", torch.float32) == (0 if isa == "plain" else module.FEW_ROWS)
         assert rows_for("cpu", torch.float16, True) == inf and rows_for("cpu", torch.float16, False) == 0
@@ -340,7 +342,9 @@ def test_more_rows_than_pay_are_left_to_torch(rng, monkeypatch):
     calls = []
     real = module._linear
     monkeypatch.setattr(module, "_linear", lambda *a: calls.append(a[0].shape) or real(*a))
-    monkeypatch.setattr(module, "rows_for", lambda device, dtype, setting: 6 if dtype == torch.bfloat16 else 0)
+    monkeypatch.setattr(
+        module, "rows_for", lambda device, dtype, setting, channels: 6 if dtype == torch.bfloat16 else 0
+    )
     layer, other = nn.Linear(40, 30, dtype=torch.bfloat16), nn.Linear(40, 30)
     with torch.inference_mode(), OwnLinear(nn.ModuleList([layer, other]), None):
         assert "forward" not in vars(other)

@@ -28,15 +28,20 @@ __all__ = ["OwnLinear", "linear", "linear_context", "rows_for", "serves", "takes
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, nn.Parameter)  # subclasses (quantised, fake, distributed) have a linear of their own
 _VARIABLE = "ANABRANCH_OWN_LINEAR"
-# Up to so many rows where torch's own product is good: on two cores of a Zen 4, layers of 576 to 4,096, torch takes 1.6
-# to 3.7 times as long for 1 to 4 rows, 1.3 to 2 times for 16, about the same for 64, and less for 256.
-FEW_ROWS = 48
+# Up to so many rows where torch's own product is good. On two cores of a Zen 5, layers of 576 to 4,096 channels, torch
+# takes in float32 1.8 to 3.2 times as long for 1 to 16 rows and 1.4 to 1.8 times for 64; in bfloat16 1.1 to 1.7 times
+# for 1 to 16 rows and about the same for 64.
+FEW_ROWS = 64
+# Longer rows of bfloat16 outgrow the first-level cache: from 4,096 channels torch is as fast at 16 rows, then faster.
+LONG_CHANNELS, FEW_LONG_ROWS = 2048, 16
 # The same for bfloat16 with AMX.
 AMX_ROWS = 96
 
 
-def rows_for(device: torch.device | str, dtype: torch.dtype, setting: bool | None = None) -> float:
+def rows_for(device: torch.device | str, dtype: torch.dtype, setting: bool | None = None, channels: int = 0) -> float:
     """The most rows of x with which layers of this device and dtype are to run through our kernel: 0 none, inf any.
+
+    channels: of x, where they are known.
 
     setting: True or False decide (True only where the kernel can run: CPU; float32, bfloat16 or float16). None: the
         environment variable ``ANABRANCH_OWN_LINEAR`` (0 or 1), else automatically: where the kernel has more than its
@@ -66,7 +71,11 @@ def rows_for(device: torch.device | str, dtype: torch.dtype, setting: bool | Non
         return inf
     if dtype != torch.bfloat16:
         return 0
-    return AMX_ROWS if isa == "amx" else FEW_ROWS if isa == "avx512bf16" and not _has_amx() else 0
+    if isa == "amx":
+        return AMX_ROWS
+    if isa != "avx512bf16" or _has_amx():
+        return 0
+    return FEW_LONG_ROWS if channels > LONG_CHANNELS else FEW_ROWS
 
 
 @cache
@@ -234,9 +243,9 @@ class OwnLinear:
         modules = list(model.modules())
         layers = [m for m in modules if type(m) is nn.Linear and type(m.weight) in _PLAIN]
         layers = [] if is_compiled(model) else layers
-        kinds = {(p.device, p.dtype) for p in model.parameters()}
-        most = {kind: rows_for(*kind, setting) for kind in kinds}  # of each kind once, not of each layer
-        rows = [most.get((m.weight.device, m.weight.dtype), 0) for m in layers]
+        kinds = [(m.weight.device, m.weight.dtype, m.in_features) for m in layers]
+        most = {kind: rows_for(kind[0], kind[1], setting, kind[2]) for kind in set(kinds)}  # not of each layer
+        rows = [most[kind] for kind in kinds]
         ours = {id(m) for m, few in zip(layers, rows, strict=True) if few}
         #: in a forward of at most so many rows, all matrix products that count are ours
         self.most_rows = 0 if _weights_beside(modules, ours) else min(filter(None, rows), default=0)

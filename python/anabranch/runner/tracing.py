@@ -93,7 +93,7 @@ def use_own_linear(graph: torch.fx.GraphModule, setting: bool | None) -> int:
         x, w = (part.meta.get("example_value") for part in (x, weight))
         if not isinstance(w, Tensor) or not isinstance(x, Tensor) or x.dtype != w.dtype or w.dim() != 2:
             continue
-        most = rows_for(w.device, w.dtype, setting)
+        most = rows_for(w.device, w.dtype, setting, w.shape[1])
         if not most:
             continue
         node.target = torch.ops.anabranch.linear_rows.default

@@ -105,7 +105,7 @@ void py_linear(int type, int64_t rows, int64_t n, int64_t k, int64_t x, int64_t 
                int64_t bias, int64_t out, int threads) {
   py::gil_scoped_release release;
   linear({{Type(type), rows, n, k, pointer<void>(x), pointer<void>(w), pointer<void>(bias), pointer<void>(out), x_row,
-           w_row, n, nullptr}}, threads);
+           w_row, n, nullptr, 0}}, threads);
 }
 
 void py_linear_of_one(int type, int64_t rows, int64_t k, int64_t x, int64_t x_row,
@@ -113,7 +113,7 @@ void py_linear_of_one(int type, int64_t rows, int64_t k, int64_t x, int64_t x_ro
   std::vector<Linear> all;
   for (const auto& [n, w, w_row, bias, out] : layers)
     all.push_back({Type(type), rows, n, k, pointer<void>(x), pointer<void>(w), pointer<void>(bias), pointer<void>(out),
-                   x_row, w_row, n, nullptr});
+                   x_row, w_row, n, nullptr, 0});
   py::gil_scoped_release release;
   linear(all, threads);
 }

@@ -66,6 +66,7 @@ struct Linear {
   void* out;
   int64_t x_row, w_row, out_row;
   float* wide;  // x as the kernel reads it, linear_wide(rows, k) floats; filled by linear_pack
+  int64_t hop;  // from the end of a call's columns to where the same thread is likely to go on
 };
 
 struct Strided {  // [tokens, heads, D], element strides; the last dimension is contiguous

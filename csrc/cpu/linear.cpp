@@ -28,6 +28,7 @@ void linear(const std::vector<Linear>& layers, int threads) {
     const int64_t begin = any.rows * p / parts, end = any.rows * (p + 1) / parts, size = int64_t(size_of(any.type));
     std::vector<Linear> some = layers;
     for (Linear& l : some) {
+      l.hop = (threads - 1) * BLOCK;  // where threads that are equally fast take blocks in turn
       l.rows = end - begin;
       l.x = static_cast<const char*>(l.x) + begin * l.x_row * size;
       l.out = static_cast<char*>(l.out) + begin * l.out_row * size;

@@ -99,7 +99,10 @@ void row_columns(const Linear& l, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; n += NB) {
     const T *w[NB], *next[2 * NB];
     for (int b = 0; b < NB; ++b) w[b] = row(n + b);  // surplus rows: valid addresses, results never stored
-    for (int b = 0; b < 2 * NB; ++b) next[b] = row(n + ahead + b);
+    for (int b = 0; b < 2 * NB; ++b) {
+      const int64_t later = n + ahead + b;
+      next[b] = row(later < end ? later : later + l.hop);
+    }
     const int count = int(smaller(int64_t(NB), end - n));
     const T* add = bias ? bias + n : nullptr;
     for (int64_t p = 0; p < parts; ++p) {

@@ -100,9 +100,10 @@ def replay_cost(branches: int, rounds: int) -> dict[str, object]:
     wood = forest(2048, branches, 2 * rounds + 16)
     wood.cache.planner.on_host = False  # plans are kept as on a GPU
 
-    def model(tree_step: ab.Step, **_: object) -> SimpleNamespace:
-        tree_step.plan.arrays(Q_HEADS // KV_HEADS, cut)
-        return SimpleNamespace(logits=torch.zeros(1, branches, 1))
+    class Model(torch.nn.Module):
+        def forward(self, tree_step: ab.Step, **_: object) -> SimpleNamespace:
+            tree_step.plan.arrays(Q_HEADS // KV_HEADS, cut)
+            return SimpleNamespace(logits=torch.zeros(1, branches, 1))
 
     class Nothing:
         @staticmethod
@@ -112,7 +113,7 @@ def replay_cost(branches: int, rounds: int) -> dict[str, object]:
         def __call__(self, forward: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
             return (lambda: None), torch.zeros(branches, 1)
 
-    decode = DecodeGraph(model, wood.cache, after=2, capture=Nothing())
+    decode = DecodeGraph(Model().eval(), wood.cache, after=2, capture=Nothing())
     ids = torch.zeros(branches, dtype=torch.int64)
 
     def step() -> None:

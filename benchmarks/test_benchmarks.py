@@ -197,3 +197,7 @@ def test_serving() -> None:
         assert 0 < e["first_p50"] <= e["first_p99"] <= e["seconds"] and 0 < e["gap_p50"] <= e["gap_p99"]
     assert report.serve_table(data).row_count == 4
     assert [serve.percentile([3.0, 1.0, 2.0], p) for p in (0.5, 0.99, 0.1)] == [2.0, 3.0, 1.0]
+
+
+def test_a_replayed_step_is_a_replay():
+    assert host.replay_cost(8, 4)["more"] == "4 of 4 steps were replays"

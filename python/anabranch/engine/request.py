@@ -132,6 +132,8 @@ class Request(Books[EngineThread]):
 
     def prepare(self, thread: EngineThread, what: str) -> None:
         """Have the next token's logits computed where they are missing."""
+        if thread.kv.has_logits:
+            return
         thread.kv.share_logits()
         if thread.kv.in_cache and not thread.kv.has_logits and not self.rewind(thread):
             raise ValueError(

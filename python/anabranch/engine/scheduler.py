@@ -105,12 +105,13 @@ class Scheduler:
         wanted: dict[EngineThread, None] = {}
         decoding = self.decoding[request]
         for thread in list(request.queued):
-            ops = next_ops(thread) if thread.born else []
-            ops = [op for op in ops if not request.ops[type(op)].decodes or thread in decoding]
-            ops = [op for op in ops if not request.ops[type(op)].waits_for_children(request, op)]
-            for need in (need for op in ops for need in request.ops[type(op)].needs(request, thread, op)):
-                self._needed.add(id(need.kv))
-                _bring(need, wanted)
+            for op in next_ops(thread) if thread.born else ():
+                kind = request.ops[type(op)]
+                if (kind.decodes and thread not in decoding) or kind.waits_for_children(request, op):
+                    continue
+                for need in kind.needs(request, thread, op):
+                    self._needed.add(id(need.kv))
+                    _bring(need, wanted)
         waiting = request in self._queueing or any(t.kv.ready for t in decoding)
         if not wanted and not waiting:
             raise RequestFailed(
@@ -129,16 +130,18 @@ class Scheduler:
         free = self.cache.usage().pages_free
         size = self.cache.page_size
         running = sum(kv.branch is not None for kv in wanted)
-        coming = {id(kv): kv for kv in wanted if kv.branch is not None and kv.pending > 1}
+        pending = {kv: kv.pending for kv in wanted}
+        coming = {id(kv): kv for kv in wanted if kv.branch is not None and pending[kv] > 1}
         entries: list[tuple[ThreadKV, PrefillChunk, int]] = []
         first_outside: ThreadKV | None = None  # the first that waits for room
         groups: set[Request] = set()
         # Longest unserved first: more threads than rows take turns.
         first, self._first = self._first, None
-        line = sorted(wanted, key=lambda w: (w is not first, w.pending > 1, w.last_step if w.pending <= 1 else 0))
+        line = sorted(wanted, key=lambda w: (w is not first, pending[w] > 1, w.last_step if pending[w] <= 1 else 0))
         # Threads that see one another need room for a whole turn: where it did not suffice, they are first in line.
-        line.sort(key=lambda w: w.thread.live is None or not w.thread.request.live.refused)
-        kept = int(self.max_rows > 1 and any(kv.pending > 1 for kv in wanted))  # rows for runs of tokens
+        if any(kv.thread.live is not None for kv in line):
+            line.sort(key=lambda w: w.thread.live is None or not w.thread.request.live.refused)
+        kept = int(self.max_rows > 1 and any(left > 1 for left in pending.values()))  # rows for runs of tokens
         for kv in self._of_one_rotation(line):
             if kv.thread.live is not None:
                 if kv.thread.request not in groups:
@@ -147,7 +150,7 @@ class Scheduler:
                     entries += rows
                     room -= sum(count for _, _, count in rows)
                 continue
-            if room <= (kept if kv.pending <= 1 else 0):
+            if room <= (kept if pending[kv] <= 1 else 0):
                 continue
             if kv.branch is None:
                 # One that is not in the cache enters when it fits beside those that are, and leaves each a page to
@@ -334,6 +337,10 @@ class Scheduler:
 def _bring(thread: EngineThread, wanted: dict[EngineThread, None]) -> None:
     """Add a thread, unless it is in the cache, behind what it cannot be without there: its parents, and siblings that
     it sees (computed for it alone, what they have in common with it would be there twice)."""
+    if thread.kv.branch is not None:
+        if not thread.kv.in_cache:
+            wanted[thread] = None
+        return
     left = [thread]
     while left:
         thread = left[-1]

@@ -117,6 +117,8 @@ class Stepper:
             kv.thread.request.longest_context = max(kv.thread.request.longest_context, length)
             kv.last_step = self.scheduler.steps
             chunk.done += n
+            if not kv.rebuilding and n - chunk.drafted <= 1:
+                continue  # one more token of a thread that is there: nothing to settle or to share
             with Touching(self.loop, kv.thread.request):
                 kv.settle()
                 if kv.in_cache and n - chunk.drafted > 1 and kv.thread.role != "fork":

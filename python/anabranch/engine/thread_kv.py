@@ -108,13 +108,17 @@ class ThreadKV:
     @property
     def pending(self) -> int:
         """Tokens whose KV is not in the cache (while it is being rebuilt: at most so many)."""
-        if self.branch is not None:
-            return max(self.thread.length - self.branch.length, int(self._rebuild is not None))
-        return self.thread.length - self.thread.forked_at  # a fork's parent holds the rest
+        thread, branch = self.thread, self.branch
+        length = len(thread.prefix) + len(thread.own)  # asked several times a step: no call
+        if branch is None:
+            return length - thread.forked_at  # a fork's parent holds the rest
+        left = length - branch.length
+        return left if left > 0 else int(self._rebuild is not None)
 
     @property
     def has_logits(self) -> bool:
-        return self.logits is not None and self.logits_at == self.thread.length
+        thread = self.thread
+        return self.logits is not None and self.logits_at == len(thread.prefix) + len(thread.own)
 
     @property
     def ready(self) -> bool:
@@ -129,7 +133,8 @@ class ThreadKV:
     @property
     def in_cache(self) -> bool:
         """All of it, ready to fork or be joined. (While its decode goes on there may be verified guesses behind it.)"""
-        return self.branch is not None and self._rebuild is None and self.branch.length >= self.thread.length
+        thread, branch = self.thread, self.branch
+        return branch is not None and self._rebuild is None and branch.length >= len(thread.prefix) + len(thread.own)
 
     @property
     def rebuilding(self) -> bool:

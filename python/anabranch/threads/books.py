@@ -256,7 +256,7 @@ class Books(Generic[State]):
         moved = any_moved = self.tasks.run_ready()
         while True:
             for thread in list(self.queued):
-                while thread.born and any(self._advance(thread, op) for op in next_ops(thread)):
+                while thread.born and self._advance(thread):
                     moved = True
                 if not thread.queue:
                     self.emptied(thread)
@@ -276,8 +276,12 @@ class Books(Generic[State]):
             threads = sorted(threads, key=lambda t: (*t.path, inf))[:1]
         return [t for t in threads if self.ops[type(t.queue[0])].decodes]
 
-    def _advance(self, thread: State, op: Op) -> bool:
-        return self.ops[type(op)].advance(self, thread, op)
+    def _advance(self, thread: State) -> bool:
+        """Carry out the first of a thread's next ops that can be; whether one was."""
+        for op in next_ops(thread):
+            if self.ops[type(op)].advance(self, thread, op):
+                return True
+        return False
 
     def emptied(self, thread: State) -> None:
         """A thread has nothing queued any more: whoever waits for that goes on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice, takewhile
+from itertools import takewhile
 from typing import Any, Generic, TypeVar
 
 from anabranch.strategies.api.ops import ForkOp, Op
@@ -13,7 +13,13 @@ AnyOp = TypeVar("AnyOp", bound=Op)
 def next_ops(thread: Any) -> list[Op]:
     """The queued ops of a thread that may be carried out now: the first, and any fork right behind other forks: all
     begin with the same context, and one that waits for siblings holds up no other."""
-    return list(takewhile(lambda op: isinstance(op, ForkOp), thread.queue)) or list(islice(thread.queue, 1))
+    queue = thread.queue
+    if not queue:
+        return []
+    first = queue[0]
+    if not isinstance(first, ForkOp):
+        return [first]
+    return list(takewhile(lambda op: isinstance(op, ForkOp), queue))
 
 
 class HostOp(Generic[AnyOp]):

@@ -148,15 +148,15 @@ class Cache {
     ids.reserve(rows.size());
     counts.reserve(rows.size());
     for (const auto& [key, value] : rows) {
-      if (!py::isinstance<Branch>(key))
+      // Each loaded once, by a caster of its own: this is done for every branch of every step.
+      py::detail::make_caster<Branch> branch;
+      py::detail::make_caster<i64> number;
+      if (!branch.load(key, false))
         throw py::type_error("step: the keys of rows must be branches, got " + py::repr(key).cast<std::string>());
-      const Branch& b = mine(key.cast<const Branch&>(), "step");
-      i64 count = 0;
-      try {
-        count = value.cast<i64>();
-      } catch (const py::cast_error&) {
+      if (!number.load(value, true))
         throw py::type_error("step: the number of rows must be an integer, got " + py::repr(value).cast<std::string>());
-      }
+      const Branch& b = mine(py::detail::cast_op<const Branch&>(branch), "step");
+      const i64 count = py::detail::cast_op<i64>(number);
       if (count < 1 || count > (1 << 30))
         throw py::value_error("step: rows for branch " + std::to_string(b.serial) + " must be at least 1, got " +
                               std::to_string(count) + "; leave the branch out of this step instead");

@@ -27,6 +27,12 @@ class StepPlan(Plan):
     """The plan of one step. Work items are cut when a kernel first asks; while the topology stays, the arrays of the
     last step are advanced in place instead."""
 
+    # What few steps are asked for, or are asked for once. (One step is made per decoded token.)
+    _queries: tuple[Tensor, Tensor] | None = None  # row, offset, on the device
+    _tables: dict[Rotary, tuple[Tensor, Tensor]] | None = None
+    _slots: Tensor | None = None
+    _positions: Tensor | None = None
+
     def __init__(
         self,
         planner: Planner,
@@ -38,8 +44,6 @@ class StepPlan(Plan):
         """rotary: of each layer; needed where rows read under position offsets."""
         super().__init__(core.num_rows, planner.device)
         self._rotary = rotary
-        self._queries: tuple[Tensor, Tensor] | None = None  # row, offset, on the device
-        self._tables: dict[Rotary, tuple[Tensor, Tensor]] = {}
         self._turns = bool(rotary)
         self.batch_invariant = batch_invariant
         self._planner = planner
@@ -47,8 +51,6 @@ class StepPlan(Plan):
         self._num_layers = num_layers
         self._results: dict[PlanKey, _core.PlanResult] = {}
         self._arrays: dict[PlanKey, PlanArrays] = {}
-        self._slots: Tensor | None = None
-        self._positions: Tensor | None = None
         self._written: set[int] = set()
 
     def arrays(self, group: int, tile_config: TileConfig) -> PlanArrays:
@@ -100,6 +102,8 @@ class StepPlan(Plan):
         rotary = self._rotary[layer]
         if rotary is None:
             return q[rows]  # a layer that knows no positions
+        if self._tables is None:
+            self._tables = {}
         if rotary not in self._tables:
             self._tables[rotary] = rotary.table(offsets)
         return rotate(q[rows], self._tables[rotary], rotary.interleaved, rotary.last)
@@ -197,6 +201,9 @@ class Step:
     (5, slice(3, 5, None), [0, 1, 2, 0, 1])
     """
 
+    _rows: Rows | None = None
+    _last_rows: Tensor | None = None
+
     def __init__(
         self,
         cache: TreeCache,
@@ -214,8 +221,6 @@ class Step:
         self.plan: Any = plan
         self.handle = self.plan.handle
         self._core = core
-        self._rows: Rows | None = None
-        self._last_rows: Tensor | None = None
 
     def with_plan(self, plan: Plan) -> Step:
         """A step of another plan's rows, at least this one's: what a captured forward is given, whose plan reads fixed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,15 +99,28 @@ def split_buffers(
             return upload(buffer, device)
         return torch.from_numpy(buffer).clone() if copy else torch.from_numpy(buffer)
 
-    kv = moved(result.kv) if kv is None else kv
-    work, begin = moved(result.work), result.begin
-    parts = {name: kv[begin[i] : begin[i + 1]].view(-1, 2) for i, name in enumerate(SECTIONS[:WORK])}
-    for i, name in enumerate(SECTIONS[WORK:], WORK):
-        parts[name] = work[begin[i] - begin[WORK] : begin[i + 1] - begin[WORK]]
-    parts["items"] = parts["items"][: result.num_items * ITEM_FIELDS].view(-1, ITEM_FIELDS)
-    parts["row_positions"] = parts["row_positions"][: result.num_rows]
-    parts["merge_rows"] = parts["merge_rows"][: result.num_merge]
-    parts["merge_ptr"] = parts["merge_ptr"][: result.num_merge + 1]
+    # On the host, NumPy's views: a tensor's take twice as long, and these are made whenever a topology changes.
+    on_host = device.type == "cpu" and not copy and kv is None
+    work: Any = result.work if on_host else moved(result.work)
+    tokens: Any = result.kv if on_host else moved(result.kv) if kv is None else kv
+    begin, first = result.begin, result.begin[WORK]
+    used = {
+        "items": result.num_items * ITEM_FIELDS,
+        "row_positions": result.num_rows,
+        "merge_rows": result.num_merge,
+        "merge_ptr": result.num_merge + 1,
+    }
+    parts: dict[str, Any] = {}
+    for i, name in enumerate(SECTIONS):
+        if i < WORK:
+            part = tokens[begin[i] : begin[i + 1]].reshape(-1, 2)
+        else:
+            start = begin[i] - first
+            part = work[start : start + used[name] if name in used else begin[i + 1] - first]
+        if name == "items":
+            part = part.reshape(-1, ITEM_FIELDS)
+        parts[name] = torch.from_numpy(part) if on_host else part
+    kv = torch.from_numpy(tokens) if on_host else tokens
     return PlanArrays(
         **parts,
         kv=kv,

@@ -63,15 +63,19 @@ class Plan:
     """
 
     batch_invariant = False
+    step: Callable[[], Any] = staticmethod(_no_step)
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
         self.num_rows = num_rows
         self.device = device
         number = next(_handles)
         # Not an inference tensor, even in inference mode: a compiled forward outside of it declares it as changed.
-        with torch.inference_mode(False):
-            self.handle = torch.from_numpy(np.array([number]))  # torch.tensor takes several times as long
-        self.step: Callable[[], Any] = _no_step
+        # (torch.tensor takes several times as long, and so does a context that changes nothing.)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                self.handle = torch.from_numpy(np.array([number]))
+        else:
+            self.handle = torch.from_numpy(np.array([number]))
         _plans[number] = self
 
     # -- what a kernel asks ------------------------------------------------------------------------------------------

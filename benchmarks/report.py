@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -255,17 +256,25 @@ def e2e_table(data: dict[str, Any]) -> Table:
 STEP_PARTS = ("linear", "attention", "other", "plan", "strategy", "sampling")
 
 
-def step_table(data: dict[str, Any]) -> Table:
-    """A decode step by rows: all of it, how many times the floor that is, and its parts."""
-    table = Table(title="A decode step", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("rows", "dtype", "forward", "step", "× floor", *STEP_PARTS):
-        table.add_column(name, justify="left" if name in ("dtype", "forward") else "right")
+STEP_HEAD = ("rows", "dtype", "forward", "step", "× floor", *STEP_PARTS)
+
+
+def _step_cells(data: dict[str, Any]) -> Iterator[list[str]]:
     for e in sorted(data.get("step", []), key=lambda e: (e["dtype"], e["rows"], e["contender"])):
         if "left_out" in e:
             continue
         how = e["contender"] if e["compiled"] == (e["contender"] == "compiled") else f"{e['contender']} (ran eagerly)"
         parts = (micro(e[f"{part}_us"]) for part in STEP_PARTS)
-        table.add_row(str(e["rows"]), e["dtype"], how, micro(e["all_us"]), f"{e['of_floor']:.2f}", *parts)
+        yield [str(e["rows"]), e["dtype"], how, micro(e["all_us"]), f"{e['of_floor']:.2f}", *parts]
+
+
+def step_table(data: dict[str, Any]) -> Table:
+    """A decode step by rows: all of it, how many times the floor that is, and its parts."""
+    table = Table(title="A decode step", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in STEP_HEAD:
+        table.add_column(name, justify="left" if name in ("dtype", "forward") else "right")
+    for cells in _step_cells(data):
+        table.add_row(*cells)
     return table
 
 
@@ -304,6 +313,8 @@ def markdown(data: dict[str, Any], full: bool = False) -> str:
         out += _attention_markdown(data, full)
     if data.get("e2e"):
         out += _e2e_markdown(data)
+    if data.get("step"):
+        out += _step_markdown(data)
     if data.get("host"):
         out += _host_markdown(data)
     if data.get("branch"):
@@ -314,7 +325,7 @@ def markdown(data: dict[str, Any], full: bool = False) -> str:
 def _where(data: dict[str, Any]) -> list[str]:
     m, f = data["machine"], data.get("floor")
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items() if v)
-    entries = [e for section in ("attention", "e2e", "host", "branch") for e in data.get(section, [])]
+    entries = [e for section in ("attention", "e2e", "step", "host", "branch") for e in data.get(section, [])]
     commits = sorted({e["commit"] for e in entries if e.get("commit")})
     loads = [e["load"] for e in entries if e.get("load") is not None]
     threads = f"{m['threads']} thread{'s' * (m['threads'] > 1)}"
@@ -427,6 +438,10 @@ def _e2e_markdown(data: dict[str, Any]) -> list[str]:
             )
         )
     return [*out, ""]
+
+
+def _step_markdown(data: dict[str, Any]) -> list[str]:
+    return ["A decode step of SmolLM2 by rows.", "", *_head(*STEP_HEAD), *(_row(*c) for c in _step_cells(data)), ""]
 
 
 def _host_markdown(data: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,8 @@ from ..contenders import ALL
 from ..store import Store
 from ..timing import CLOCKS, set_clock
 
-console = Console()
+# Where nobody looks on, tables get the room that they need.
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 class Dtype(str, Enum):

@@ -25,6 +25,7 @@ def contenders() -> dict[str, ab.Strategy]:
         "ngram": ab.DraftTree(weaver, "ngram"),
         "siblings": ab.DraftTree(weaver, "siblings"),
         "siblings, one path": ab.DraftTree(weaver, "siblings", width=1),
+        "siblings, rows free": ab.DraftTree(weaver, "siblings", row_cost=0),
     }
 
 

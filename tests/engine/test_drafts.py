@@ -23,7 +23,7 @@ from programs_of_threads import Anything, Everything
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import anabranch as ab
-from anabranch.engine.drafts import Draft, Pace
+from anabranch.engine.drafts import Ahead, Draft, Odds, Pace, least_chance
 from anabranch.strategies import EntropyFork, Plain, SelfConsistency, Sequential, Strategy, first
 
 PROMPT = [5, 6, 7, 8, 5, 6, 7, 8, 5, 6]
@@ -415,7 +415,7 @@ def test_wrappers():
 
 
 def test_draft_tree_merges_paths():
-    draft = Draft([[1, 2, 3], [1, 2, 4, 5], [1, 2], [], [1, 2, 3], [9]], 3, 3)
+    draft = Draft([[1, 2, 3], [1, 2, 4, 5], [1, 2], [], [1, 2, 3], [9]], [3, 3, 3])
     assert [(path, [node.depth for node in added]) for path, added in draft.paths] == [
         ([1, 2, 3], [1, 2, 3]),
         ([1, 2, 4], [3]),
@@ -445,3 +445,58 @@ def test_pace_backs_off_and_comes_back():
         pace.told(length, length)
         length = pace.next_length()
         assert length == expected
+
+
+def verified(odds, paths, lengths, tokens):
+    """Odds are told of a draft of `paths` behind which `tokens` were chosen."""
+    draft = Draft(paths, lengths)
+    ahead = Ahead(None, draft, draft.root)
+    for token in tokens:
+        node = ahead.node.children.get(token)
+        if node is None:
+            break
+        ahead.node, ahead.first = node, ahead.first + node.main
+    odds.told(ahead, ahead.node.depth < len(tokens))
+
+
+def test_guesses_worth_their_rows():
+    """The chance that a row needs, and which paths have it."""
+    assert least_chance(0, "cpu", 8) == least_chance(None, "cuda", 8) == 0
+    assert (
+        least_chance(0.25, "cuda", 4) == 0.5 and 0 < least_chance(None, "cpu", 1) < least_chance(None, "cpu", 16) < 0.5
+    )
+    assert Odds().lengths(5, 3, 0.0) == (5, 5, 5)  # rows are free
+    good, beside, bad = Odds(), Odds(), Odds()
+    for _ in range(40):
+        verified(good, [[1, 2, 3, 4], [5]], (4, 1), [1, 2, 3, 4])
+        verified(beside, [[1, 2, 3, 4], [5, 6, 7]], (4, 3), [5, 6, 7])
+        verified(bad, [[1, 2, 3, 4], [5]], (4, 1), [9])
+    assert good.lengths(4, 3, 0.1) == (4,)  # the other paths never came true
+    assert beside.lengths(4, 2, 0.1) == (1, 4)  # the second path came true whenever the first did not
+    asked = [bad.lengths(4, 3, 0.1) for _ in range(64)]
+    assert asked.count((1,)) == 4 and asked.count(()) == 60  # tried again at times
+    for _ in range(60):
+        verified(bad, [[1, 2]], (2,), [1, 2])
+    assert bad.lengths(2, 1, 0.1) == (2,)  # what was long ago counts little
+
+
+def test_rows_that_cost_are_left_out_and_no_token_changes():
+    class Wrong:
+        def propose(self, asks):
+            return [[[(ask.context[-1] + 1 + i) % 200 + 3] * 3 for i in range(4)] for ask in asks]
+
+        def close(self):
+            pass
+
+    rows = {}
+    for cost in (0, None, 0.5):
+        engine = make_engine()
+        strategy = ab.DraftTree(ab.SelfConsistency(4, vote=None), Wrong(), row_cost=cost)
+        result = engine.generate(PROMPT, strategy=strategy, seed=3, max_new_tokens=30, min_new_tokens=30)
+        plain = make_engine().generate(PROMPT, strategy=strategy.strategy, seed=3, max_new_tokens=30, min_new_tokens=30)
+        assert result.tree == plain.tree
+        rows[cost] = result.metrics.rows
+    assert rows[0] > rows[None] > rows[0.5]
+    for bad in (-1, "cheap", float("nan"), True):
+        with pytest.raises(ValueError, match="row_cost"):
+            ab.DraftTree(row_cost=bad)

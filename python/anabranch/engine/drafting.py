@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from anabranch import hf
-from anabranch.engine.drafts import Ahead, Ask, Draft, Pace, Proposer, proposer_for
+from anabranch.engine.drafts import Ahead, Ask, Draft, Odds, Pace, Proposer, least_chance, proposer_for
 from anabranch.engine.logits import Head
 from anabranch.engine.thread_kv import EngineThread, PrefillChunk, ThreadKV
 from anabranch.errors import OutOfPages
@@ -48,6 +48,7 @@ class Drafting:
         self._rope_rules = hf.describe(engine.model).rope_rules
         self._proposers: dict[Any, Proposer] = {}  # by draft: its name, or the id of a model or proposer
         self._paces: WeakKeyDictionary[EngineThread, Pace] = WeakKeyDictionary()
+        self._odds: WeakKeyDictionary[Request, Odds] = WeakKeyDictionary()
         self._held = False  # whether some thread that could be given a token waits for others of its request
         self._drafts: list[tuple[ThreadKV, Draft]] = []  # of the step under way
         self._sides: list[Branch] = []  # forks for their paths beside the first
@@ -117,8 +118,15 @@ class Drafting:
             for rule in self._rope_rules:  # which would rotate a longer sequence otherwise
                 while length > 0 and rule.is_long(thread.position + length) != rule.is_long(thread.position):
                     length -= 1
-            if length > 0:
-                yield Ask(thread, length, settings.width)
+            if length > 0 and (lengths := self._worth(thread.request, length, len(entries))):
+                yield Ask(thread, lengths)
+
+    def _worth(self, request: Request, length: int, rows: int) -> tuple[int, ...]:
+        """Tokens of each path of a draft that are worth their rows, beside so many threads' own."""
+        settings = request.draft
+        assert settings is not None
+        least = least_chance(settings.row_cost, self.cache.device.type, rows)
+        return self._odds.setdefault(request, Odds()).lengths(length, settings.width, least)
 
     def _pace(self, thread: EngineThread, most: int) -> Pace:
         if thread not in self._paces:
@@ -143,7 +151,7 @@ class Drafting:
                     f"{len(proposed)} threads where {len(group)} were asked about; return a list of paths for each"
                 )
             for ask, paths in zip(group, proposed, strict=True):
-                draft = Draft([_known(path, vocabulary) for path in paths], ask.length, ask.width)
+                draft = Draft([_known(path, vocabulary) for path in paths], ask.lengths)
                 draft.shorten(room)
                 if draft.paths:
                     drafts[ask.thread.kv] = draft
@@ -185,7 +193,7 @@ class Drafting:
     def keep(self, logits: torch.Tensor) -> None:
         """The step's logits are here: its threads stand at the roots of their drafts."""
         for kv, draft in self._drafts:
-            kv.ahead = Ahead(logits, draft.root, len(draft.paths[0][0]))
+            kv.ahead = Ahead(logits, draft, draft.root)
             kv.thread.request.spent.drafted += draft.size
         self.end_step()
 
@@ -208,10 +216,15 @@ class Drafting:
         if node is not None:
             thread.request.spent.accepted += 1
         if node is None or not thread.alive or thread.running.op.done:
-            self._paces[thread].told(ahead.longest, ahead.node.depth + (node is not None))
+            failed = node is None
+            if node is not None:
+                ahead.node, ahead.first = node, ahead.first + node.main
+            self._paces[thread].told(len(ahead.draft.paths[0][0]), ahead.node.depth)
+            if thread.request in self._odds:
+                self._odds[thread.request].told(ahead, failed)
             kv.ahead = None
         else:
-            ahead.node = node
+            ahead.node, ahead.first = node, ahead.first + node.main
             kv.logits, kv.logits_at = (ahead.logits, node.at), thread.length
             if node.main:
                 keep = None

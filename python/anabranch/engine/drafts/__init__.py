@@ -2,7 +2,11 @@
 
 from anabranch.engine.drafts.base import Ask, Path, Proposer
 from anabranch.engine.drafts.choose import check_draft, proposer_for
+from anabranch.engine.drafts.odds import Odds, least_chance
 from anabranch.engine.drafts.pace import Pace
 from anabranch.engine.drafts.tree import Ahead, Draft, DraftNode
 
-__all__ = ["Ahead", "Ask", "Draft", "DraftNode", "Pace", "Path", "Proposer", "check_draft", "proposer_for"]
+__all__ = [
+    "Ahead", "Ask", "Draft", "DraftNode", "Odds", "Pace", "Path", "Proposer", "check_draft", "least_chance",
+    "proposer_for",
+]  # fmt: skip

@@ -15,11 +15,23 @@ Path = Sequence[int]
 
 @dataclass(frozen=True, eq=False)
 class Ask:
-    """A guess is wanted of what `thread` is given next: up to `width` paths of up to `length` tokens."""
+    """A guess is wanted of what `thread` is given next: up to `width` paths of up to `length` tokens.
+
+    lengths: tokens of each path, at most; what a proposer gives beyond them is left out.
+    """
 
     thread: EngineThread
-    length: int
-    width: int
+    lengths: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest path, at most."""
+        return max(self.lengths)
+
+    @property
+    def width(self) -> int:
+        """Paths, at most."""
+        return len(self.lengths)
 
     @property
     def request(self) -> Request:

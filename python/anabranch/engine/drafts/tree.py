@@ -13,9 +13,14 @@ class DraftNode:
     """One guessed token; the root stands for the thread's last token."""
 
     depth: int = 0
-    main: bool = True  # on the first path, whose KV lies in the thread's own branch
+    path: int = 0  # the path that added it
     at: int = -1  # row of the step's scores that holds the next token's
     children: dict[int, DraftNode] = field(default_factory=dict)
+
+    @property
+    def main(self) -> bool:
+        """On the first path, whose KV lies in the thread's own branch."""
+        return self.path == 0
 
     def walk(self) -> Iterator[DraftNode]:
         """All nodes below this one."""
@@ -27,20 +32,20 @@ class DraftNode:
 class Draft:
     """A tree of guesses for one thread. What paths begin with alike is one node, so a token is verified once."""
 
-    def __init__(self, paths: Sequence[Sequence[int]], length: int, width: int):
-        """paths: token ids, the likeliest first; at most `width` of them, `length` tokens of each, are taken."""
+    def __init__(self, paths: Sequence[Sequence[int]], lengths: Sequence[int]):
+        """paths: token ids, the likeliest first; no more of them than `lengths`, tokens of each, are taken."""
         self.root = DraftNode()
         self.paths: list[tuple[list[int], list[DraftNode]]] = []  # tokens, and the nodes that the path was first to add
         for path in paths:
-            if len(self.paths) == width:
+            if len(self.paths) == len(lengths):
                 break
-            self._add([int(token) for token in path[:length]])
+            self._add([int(token) for token in path[: lengths[len(self.paths)]]])
 
     def _add(self, path: list[int]) -> None:
         node, added = self.root, []
         for token in path:
             if token not in node.children:
-                node.children[token] = DraftNode(node.depth + 1, main=not self.paths)
+                node.children[token] = DraftNode(node.depth + 1, len(self.paths))
                 added.append(node.children[token])
             node = node.children[token]
         if added:
@@ -77,9 +82,11 @@ class Draft:
 class Ahead:
     """A verified draft: a thread walks down its tree, a token at a time, as long as the tokens it is given are there.
 
-    `logits` are the step's [rows, vocabulary]; `node` is where the thread stands; `longest` tokens has the first path.
+    `logits` are the step's [rows, vocabulary]; `node` is where the thread stands; `first` tokens of the first path came
+    true.
     """
 
     logits: torch.Tensor
+    draft: Draft
     node: DraftNode
-    longest: int
+    first: int = 0

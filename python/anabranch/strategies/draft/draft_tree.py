@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from anabranch._check import nearest, told, whole_fields
+from anabranch._check import nearest, number, told, whole_fields
 from anabranch.strategies.api.strategy import Strategy
 from anabranch.strategies.api.thread import Thread
 from anabranch.strategies.plain import inner_of
@@ -28,8 +28,10 @@ class DraftTree(Strategy):
         "siblings": the same, over what all threads of the answer have written, finished ones included; a small Hugging
         Face model with the same vocabulary on the same device; or an object of one's own (`Proposer`).
     length: most tokens of a guess. Each thread is given fewer where few of its guesses come true, down to none.
-    width: most guesses of a thread that a step verifies side by side. More save steps, and cost rows: on a CPU, where a
-        step's time grows with its rows, 1 or 2 may be faster.
+    width: most guesses of a thread that a step verifies side by side.
+    row_cost: what a row more costs, as a part of the time of a step of one row. Guesses that come true too seldom to be
+        worth it, by what became of the answer's guesses so far, are left out. None: 1/32 on a CPU, 0 on a GPU, where a
+        few dozen rows cost next to nothing. 0: all guesses are verified, which saves the most steps.
     in_step: False: a thread whose guesses come true gets ahead of its siblings, as after a page shortage. True: all
         threads of the answer get their tokens in step, for strategies in which it matters who is done first; it saves
         fewer steps. Under ``max_total_tokens`` and where a strategy waits for the `first` of several it is always so.
@@ -46,10 +48,16 @@ class DraftTree(Strategy):
     length: int = 8
     width: int = 4
     in_step: bool = False
+    row_cost: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strategy", inner_of("DraftTree", self.strategy))
         whole_fields(self, ("length", "width"))
+        if self.row_cost is not None:
+            cost = number(self.row_cost, "DraftTree: row_cost", hint=" or None")
+            if cost < 0:
+                raise ValueError(f"DraftTree: row_cost={told(self.row_cost)}; pass a number of at least 0, or None")
+            object.__setattr__(self, "row_cost", cost)
         if not isinstance(self.in_step, bool):
             raise ValueError(f"DraftTree: in_step={told(self.in_step)}; pass True or False")
         if isinstance(self.draft, str):
@@ -69,6 +77,7 @@ class DraftTree(Strategy):
     def __repr__(self) -> str:
         draft = repr(self.draft) if isinstance(self.draft, str) else type(self.draft).__name__
         in_step = ", in_step=True" if self.in_step else ""
+        in_step += "" if self.row_cost is None else f", row_cost={self.row_cost:g}"
         return f"DraftTree({self.strategy!r}, draft={draft}, length={self.length}, width={self.width}{in_step})"
 
     @property

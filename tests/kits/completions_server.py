@@ -134,6 +134,7 @@ class Handler(BaseHTTPRequestHandler):
         with state.lock:
             state.running += 1
             state.most_running = max(state.most_running, state.running)
+        self.running = True
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
@@ -145,8 +146,14 @@ class Handler(BaseHTTPRequestHandler):
             state.given_up += 1
             self.close_connection = True
         finally:
-            with state.lock:
-                state.running -= 1
+            self.over()
+
+    def over(self):
+        """Running no longer: said before the client can know, who may then send its next request at once."""
+        if self.running:
+            self.running = False
+            with self.state.lock:
+                self.state.running -= 1
 
     def tokens(self, payload, state, faults):
         llama = self.path == "/completion"
@@ -177,6 +184,8 @@ class Handler(BaseHTTPRequestHandler):
                 reason = "stop"
                 break
             ids.append(token)
+            if i == most - 1 or token in stops:
+                self.over()
             if llama:
                 self.event({"content": "", "tokens": [token], "stop": False})
             else:
@@ -193,6 +202,7 @@ class Handler(BaseHTTPRequestHandler):
             if token in stops:
                 reason, stop = "stop", token
                 break
+        self.over()
         if llama:
             kind = "eos" if reason == "stop" else "limit"
             self.event({"content": "", "tokens": [], "stop": True, "stop_type": kind, "tokens_evaluated": count})

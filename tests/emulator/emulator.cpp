@@ -41,6 +41,7 @@ namespace {
 
 constexpr int kLanes = 32, kMaxThreads = 1024, kMaxSites = 64;
 constexpr size_t kStack = 96 * 1024;
+constexpr int kAllowedUnasked = 48 * 1024;  // bytes of shared memory
 constexpr uint64_t kCanary = 0x5ca1ab1e0ddba115ull;
 
 struct Random {
@@ -425,12 +426,18 @@ void forget_memory() {
   device.last_hit = 0;
 }
 
-void allow_shared(const void* function, int bytes) { device.allowed[function] = bytes; }
+void allow_shared(const void* function, int bytes) {
+  int& allowed = device.allowed.try_emplace(function, kAllowedUnasked).first->second;
+  if (bytes < allowed)
+    throw Trap("allow_shared: " + std::to_string(bytes) + " bytes, where the kernel was allowed " +
+               std::to_string(allowed) + ": another thread of the host may be about to launch it with as much");
+  allowed = bytes;
+}
 
 void launch(const void* function, int grid, int threads, size_t shared_bytes, const std::function<void()>& body) {
   Device& d = device;
   const auto known = d.allowed.find(function);
-  const int allowed = known == d.allowed.end() ? 48 * 1024 : known->second;
+  const int allowed = known == d.allowed.end() ? kAllowedUnasked : known->second;
   if (shared_bytes > size_t(allowed))
     throw Trap("launch: " + std::to_string(shared_bytes) + " bytes of shared memory, where the kernel is allowed " +
                std::to_string(allowed));

@@ -52,7 +52,8 @@ void reset_statistics();
 void register_memory(const void* begin, size_t bytes, bool writable, const std::string& name);
 void forget_memory();
 
-// cudaFuncSetAttribute: how much shared memory the launches of `function` may ask for from now on; 48 KB before.
+// cudaFuncSetAttribute: how much shared memory the launches of `function` may ask for from now on; 48 KB before. CUDA
+// would let it be lowered; here that is a Trap.
 void allow_shared(const void* function, int bytes);
 
 // Runs `body`, which is a call of `function`, once for each thread. Throws Trap, after which the device is ready for the

@@ -239,7 +239,7 @@ def test_partials_beyond_32_bits(device, tmp_path):
 
 
 def test_rows_beyond_32_bits(device, tmp_path):
-    case = random_case(62, rows=4, segments=2, max_len=20, head_dim=256, dtype=torch.float16)
+    case = random_case(65, rows=4, segments=2, max_len=20, head_dim=256, dtype=torch.float16)
 
     def with_sparse_outputs(case):
         def sparse(name, shape, dtype):
@@ -283,6 +283,11 @@ def test_write_kv(device, heads, dim, page_size, dtype):
     bodies.write_kv(writing(device), heads, dim, page_size, dtype, "cpu")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_write_kv_at_any_address(device, dtype):
+    bodies.write_kv_at_any_address(writing(device), dtype, "cpu")
+
+
 def test_rows_without_a_slot_among_many_of_one_thread(device):
     """More rows than threads: those that only fill up a captured graph are passed over, and the thread goes on."""
     rows = 40_000
@@ -322,6 +327,11 @@ def copying(device):
 def test_copy_pages(device, dim, dtype):
     bodies.copy_pages(copying(device), dim, dtype, "cpu")
     assert device.statistics()["launches"] == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_copy_pages_at_any_address(device, dtype):
+    bodies.copy_pages_at_any_address(copying(device), dtype, "cpu")
 
 
 def test_copies_beyond_32_bits(device, tmp_path):
@@ -386,6 +396,14 @@ def test_seen_infinities(ran, dtype, window):
     for i, shape in enumerate(HIDDEN):
         case = random_case(200 + i, dtype=dtype, **{"max_len": 100, "tile_rows": 6, **shape})
         extremes.seen_infinities(ran, case, window=window, sinks=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinities_in_one_column_of_values(ran, dtype):
+    """A tile is looked through whole before its values are multiplied: each of eight columns beside one another."""
+    for column in range(0, 24, 3):
+        case = random_case(200, dtype=dtype, head_dim=32, group=1, rows=9, segments=3, max_len=100, tile_rows=6)
+        extremes.seen_infinities(ran, case, column=column)
 
 
 @pytest.mark.slow

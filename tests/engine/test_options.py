@@ -16,7 +16,7 @@ from transformers.generation.stopping_criteria import ConfidenceCriteria, Stoppi
 
 import anabranch as ab
 from anabranch.engine import options
-from anabranch.engine.sampling import Sampler, random_stream
+from anabranch.engine.sampling import Sampler, random_stream, token_stats
 from anabranch.strategies import Strategy
 
 PROMPT = list(range(5, 15))
@@ -189,6 +189,38 @@ def test_a_draw_sees_every_tie_with_the_kth_score():
     assert alone == [255 + int(np.searchsorted((few / few[-1]).numpy(), d, side="right")) for d in draws]
 
 
+# ------------------------------------------------------------------------------------------- a caller's own warpers
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_a_nucleus_keeps_as_many_tokens_as_it_was_told_to(kept):
+    """However little their mass: a caller's warper may ask for several."""
+    nucleus = LogitsProcessorList([lp.TopPLogitsWarper(1e-3, min_tokens_to_keep=kept)])
+    sampler = Sampler(make_model(), None, GenerationConfig(do_sample=True, top_k=0), nucleus, StoppingCriteriaList())
+    row = torch.full((260,), -9.0)
+    row[[40, 90, 200]] = torch.tensor([1.0, 3.0, 2.0])
+    streams = [random_stream(3, (i,)) for i in range(64)]
+    found = sampler.choose(row.expand(64, -1).clone(), [list] * 64, [1] * 64, [1] * 64, streams)
+    assert set(found) == {*[90, 200, 40][:kept]}
+
+
+# ------------------------------------------------------------------------------------------- how sure the model was
+
+
+def test_statistics_of_a_model_that_rules_tokens_out():
+    """A score of −inf is a probability of 0, which adds nothing to an entropy; each row has its own k."""
+    logits = torch.full((4, 300), -torch.inf)
+    logits[:, [7, 20, 30, 299]] = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    nothing, one, two, three = token_stats(logits, [7, 20, 30, 299], [0, 1, 2, 3])
+    for stat, p in ((nothing, 0.4), (one, 0.3), (two, 0.2), (three, 0.1)):
+        assert stat.logprob == pytest.approx(np.log(p), abs=1e-5)
+    for stat, likeliest in ((one, [0.4]), (two, [0.4, 0.3]), (three, [0.4, 0.3, 0.2])):
+        assert stat.entropy == pytest.approx(-sum(p * np.log(p) for p in (0.4, 0.3, 0.2, 0.1)), abs=1e-5)
+        assert stat.topk_logprob == pytest.approx(np.mean(np.log(likeliest)), abs=1e-5)
+        assert stat.margin == pytest.approx(0.1, abs=1e-5)
+    assert np.isnan(nothing.entropy)
+
+
 # ------------------------------------------------------------------------------------------- whose prompt counts
 
 
@@ -309,9 +341,30 @@ def test_all_that_continues_a_prompt_counts_from_it(name, pages):
             assert written[-1] == EOS or len(written) in (3, 4, 5)
 
 
-def test_min_new_tokens_keeps_an_end_away_for_just_so_many():
+@pytest.mark.parametrize(("name", "prompt"), [("min_new_tokens", 0), ("min_length", 3)])
+def test_a_minimum_keeps_an_end_away_for_just_so_many(name, prompt):
     plain = make_engine().generate([5, 6, 7], eos_token_id=None, max_new_tokens=12, do_sample=False).token_ids
     at = next(i for i in range(3, 12) if plain[i] not in plain[:i])
     options = dict(eos_token_id=plain[at], max_new_tokens=12, do_sample=False)
-    assert make_engine().generate([5, 6, 7], min_new_tokens=at, **options).token_ids == plain[: at + 1]
-    assert make_engine().generate([5, 6, 7], min_new_tokens=at + 1, **options).token_ids[at] != plain[at]
+    assert make_engine().generate([5, 6, 7], **{name: prompt + at}, **options).token_ids == plain[: at + 1]
+    assert make_engine().generate([5, 6, 7], **{name: prompt + at + 1}, **options).token_ids[at] != plain[at]
+
+
+@dataclass(frozen=True)
+class SameLength(Strategy):
+    """A thread with a prompt of 5 tokens is as long as its trunk, whose own are 8, when both go on."""
+
+    def run(self, trunk):
+        kid = trunk.spawn([30, 31, 32, 33, 34])
+        begun = yield kid.decode(3)
+        rest = yield [trunk.decode(12), kid.decode(12)]
+        return [len(ended.token_ids) for ended in (begun, *rest)]
+
+
+def test_threads_of_one_length_count_each_from_its_own_prompt():
+    engine = make_engine(num_pages=64)
+    engine.model.lm_head.register_forward_hook(  # it would stop at once
+        lambda module, args, output: output + 50 * (torch.arange(output.shape[-1]) == EOS)
+    )
+    result = engine.generate(PROMPT[:8], SameLength(), max_new_tokens=30, min_new_tokens=6, do_sample=False)
+    assert result.answers == [3, 7, 4]  # 6 that do not end, and EOS

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hf_kit import VOCAB, assert_close, build
+from hf_kit import FAMILIES, VOCAB, assert_close, build
 from torch import nn
 
 import anabranch as ab
@@ -202,6 +202,24 @@ def test_branch_masks(kind):
             layout.logprobs(model)
 
 
+def test_a_sequence_reaches_as_far_as_what_it_sees():
+    """Positions may restart behind a long thread that is seen: alone, the whole of it is rotated as a long sequence."""
+    model, eager, ids = longrope(), longrope("eager"), tokens(SWITCH + 4)
+    positions = torch.tensor([*range(SWITCH + 2), 4, 5])
+
+    def row(*sees: list[int]) -> training.Layout:
+        mask = ab.BranchMask.from_context([SWITCH + 2, 2], sees, positions)
+        return training.Layout(ids, mask, torch.ones(len(ids), dtype=torch.bool))
+
+    with torch.no_grad():
+        every = torch.ones(1, len(ids), dtype=torch.long)
+        want = eager(torch.tensor([ids]), every, positions[None], use_cache=False).logits[0].log_softmax(-1)
+    want = want[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+    torch.testing.assert_close(row([], [0]).logprobs(model), want, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="segment 1 ends a sequence of 6 positions beside one of 42"):
+        row([], []).logprobs(model)
+
+
 def test_a_hand_made_cache_cannot_know():
     model = longrope()
     cache = ab.TreeCache(num_layers=3, num_kv_heads=2, head_dim=32, num_pages=16)
@@ -211,15 +229,16 @@ def test_a_hand_made_cache_cannot_know():
 
 
 class ByTheLongest(nn.Module):
-    """Rotary embeddings that no configuration tells of."""
+    """Rotary embeddings that no configuration tells of; `kind`: for these layers only, None for all."""
 
-    def __init__(self, inner: nn.Module, behind: bool) -> None:
+    def __init__(self, inner: nn.Module, behind: bool, kind: str | None = None) -> None:
         super().__init__()
-        self.inner, self.behind = inner, behind
+        self.inner, self.behind, self.kind = inner, behind, kind
 
-    def forward(self, x, position_ids):
+    def forward(self, x, position_ids, *kind):
         longest = position_ids.cummax(-1).values if self.behind else position_ids.max()
-        return self.inner(x, torch.where(longest > 100, position_ids * 2, position_ids))
+        far = (longest > 100) & (self.kind in (None, *kind))
+        return self.inner(x, torch.where(far, position_ids * 2, position_ids), *kind)
 
 
 @pytest.mark.parametrize("behind", [False, True], ids=["anywhere", "those before"])
@@ -227,6 +246,15 @@ def test_the_probe_finds_what_no_configuration_tells(behind):
     model = build("LlamaConfig")
     model.model.rotary_emb = ByTheLongest(model.model.rotary_emb, behind)
     with pytest.raises(hf.UnsupportedModel, match=r"rotates a row differently.*position 255.*whole forward"):
+        hf.describe(model)
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("sliding_attention", 0), ("full_attention", 1)])
+def test_the_probe_looks_at_the_rotation_of_each_kind_of_layer(kind, layer):
+    config_class, options = FAMILIES["gemma3"]
+    model = build(config_class, **options)
+    model.model.rotary_emb = ByTheLongest(model.model.rotary_emb, behind=False, kind=kind)
+    with pytest.raises(hf.UnsupportedModel, match=rf"rotates a row differently.*\(layer {layer}\)"):
         hf.describe(model)
 
 

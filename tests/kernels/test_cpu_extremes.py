@@ -80,5 +80,5 @@ def test_rows_beyond_32_bits(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cpu.torch, "empty", sparse)
     monkeypatch.setattr(cpu.torch, "empty_like", lambda x, **kwargs: sparse(x.shape, kwargs.get("dtype", x.dtype)))
-    case = random_case(62, rows=4, segments=2, max_len=20, head_dim=256, dtype=torch.float16)
+    case = random_case(65, rows=4, segments=2, max_len=20, head_dim=256, dtype=torch.float16)
     extremes.rows_beyond_32_bits(run, case, tmp_path)

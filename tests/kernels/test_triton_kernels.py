@@ -310,7 +310,7 @@ def test_rows_beyond_32_bits(tmp_path, monkeypatch):
         return extremes.sparse(tmp_path, f"{len(list(tmp_path.iterdir()))}", math.prod(shape), dtype).view(shape)
 
     monkeypatch.setattr(launch.torch, "empty", sparse)
-    case = make_case(62, rows=4, segments=2, max_len=20, head_dim=256, dtype=torch.float16)
+    case = make_case(65, rows=4, segments=2, max_len=20, head_dim=256, dtype=torch.float16)
     extremes.rows_beyond_32_bits(run, case, tmp_path)
 
 
@@ -350,6 +350,12 @@ def test_write_kv(heads, dim, page_size, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_copy_pages(dtype):
     bodies.copy_pages(launch.copy_pages, 96, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_writes_and_copies_at_any_address(dtype):
+    bodies.write_kv_at_any_address(launch.write_kv, dtype, DEVICE)
+    bodies.copy_pages_at_any_address(launch.copy_pages, dtype, DEVICE)
 
 
 def test_column_split():

@@ -226,6 +226,47 @@ def copy_pages(copy: Callable[..., None], dim: int, dtype: torch.dtype, device: 
     assert torch.equal(pool.view(torch.uint8), want.view(torch.uint8))
 
 
+def strided(shape: tuple[int, ...], odd: int | None, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Zeros of which the address and all strides but the last are multiples of 16 elements. odd: of this dimension the
+    stride is one element more; of −1, the address."""
+    strides = [1]
+    for size, dimension in zip(shape[:0:-1], range(len(shape) - 2, -1, -1), strict=True):
+        strides.insert(0, -(-size * strides[0] // 16) * 16 + int(dimension == odd))
+    storage = torch.zeros(shape[0] * strides[0] + 16, dtype=dtype, device=device)
+    return storage.as_strided(shape, strides, int(odd == -1))
+
+
+def write_kv_at_any_address(write: Callable[..., None], dtype: torch.dtype, device: str) -> None:
+    """Rows and pools of which one begins, or goes on, at an odd element, while all others would allow wide copies."""
+    gen = torch.Generator().manual_seed(9)
+    shapes = [(3, 2, 16)] * 2 + [(3, 4, 2, 16)] * 2  # k, v, k_pages, v_pages
+    slots = torch.tensor([9, 0, 6], dtype=torch.int32, device=device)
+    for which, shape in enumerate(shapes):
+        for odd in range(-1, len(shape) - 1):
+            tensors = [strided(s, odd if i == which else None, dtype, device) for i, s in enumerate(shapes)]
+            for rows, pool in zip(tensors[:2], tensors[2:], strict=True):
+                rows.copy_(torch.randn(rows.shape, generator=gen))
+                pool.copy_(torch.randn(pool.shape, generator=gen))
+            want = [pool.clone() for pool in tensors[2:]]
+            write(*tensors, slots)
+            for rows, pool, expected in zip(tensors[:2], tensors[2:], want, strict=True):
+                expected[slots.long() // 4, slots.long() % 4] = rows
+                assert torch.equal(pool, expected), (which, odd)
+
+
+def copy_pages_at_any_address(copy: Callable[..., None], dtype: torch.dtype, device: str) -> None:
+    """The same of a pool whose pages are copied."""
+    shape = (2, 3, 2, 4, 16)  # planes, pages, heads, tokens, head_dim
+    src, dst, filled = (torch.tensor([n], dtype=torch.int32) for n in (2, 1, 3))
+    for odd in range(-1, len(shape) - 1):
+        pool = strided(shape, odd, dtype, device)
+        pool.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(9)))
+        want = pool.clone()
+        want[:, 1, :, :3] = want[:, 2, :, :3]
+        copy(pool, src, dst, filled)
+        assert torch.equal(pool, want), odd
+
+
 # ------------------------------------------------------------------------------------------------ on a GPU
 
 

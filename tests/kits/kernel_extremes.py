@@ -63,15 +63,18 @@ def hidden_values(run: Run, case: Case, value: float, **options: Any) -> None:
     assert relative_error(out[kept], clean[kept].double()) <= bound
 
 
-def seen_infinities(run: Run, case: Case, **options: Any) -> None:
-    """Infinities and NaN in single elements of V reach the rows that see them, in their column, and nothing else."""
+def seen_infinities(run: Run, case: Case, column: int | None = None, **options: Any) -> None:
+    """Infinities and NaN in single elements of V reach the rows that see them, in their column, and nothing else.
+
+    column: of all of them; None: each in another.
+    """
     _, used = run(case, **options)
     kept, slots = hidden_from_some(case, used.get("window"))
     page_size, columns = case.v_pages.shape[1], case.v_pages.shape[3]
     gen = np.random.default_rng(0)
     for slot in slots.tolist():
-        column = int(gen.integers(0, columns))
-        case.v_pages[slot // page_size, slot % page_size, :, column] = [math.inf, -math.inf, math.nan][slot % 3]
+        at = int(gen.integers(0, columns)) if column is None else column
+        case.v_pages[slot // page_size, slot % page_size, :, at] = [math.inf, -math.inf, math.nan][slot % 3]
     (out, lse), _ = run(case, **options)
     want, _ = dense(case, **used)
     sees_some = [row for row in range(out.shape[0]) if np.isin(seen_slots(case, row, used.get("window")), slots).any()]
@@ -173,6 +176,9 @@ def rows_beyond_32_bits(run: Run, case: Case, folder: Path) -> None:
     (want, want_lse), _ = run(case)
     rows, heads, dim = case.q.shape
     a, begin = case.arrays, FAR // (heads * dim) + 3
+    assert a.num_merge and bool((a.dest < 0).any()), (
+        "some rows are merged, and some are written by the item they lie in"
+    )
     q = sparse(folder, "queries", (begin + rows) * heads * dim, case.q.dtype).view(begin + rows, heads, dim)
     q[begin:] = case.q
     positions = torch.zeros(begin + rows, dtype=torch.int32)

@@ -234,9 +234,12 @@ def test_layouts_pack_move_and_travel_as_plain_data():
     both = Layout.pack([one, two])
     assert torch.equal(both.mask.dense(), torch.block_diag(one.mask.dense().int(), two.mask.dense().int()).bool())
     assert both.labels.tolist() == [*one.labels.tolist(), *two.labels.tolist()]
+    # Each token is predicted by the row of its own part that predicted it there; nothing predicts a part's first token.
+    behind = [-1 if row < 0 else one.num_tokens + row for row in two.previous.tolist()]
+    assert both.previous.tolist() == [*one.previous.tolist(), *behind] and behind[0] == -1
     again = Layout.from_dict(both.as_dict())
     assert again.mask == both.mask
-    for name in ("input_ids", "labels", "written", "threads"):
+    for name in ("input_ids", "labels", "written", "threads", "previous"):
         assert torch.equal(getattr(again, name), getattr(both, name))
     assert both.to("cpu").mask is both.mask
     with pytest.raises(ValueError, match="cols: missing"):

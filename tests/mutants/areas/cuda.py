@@ -84,13 +84,14 @@ MUTANTS = [
     ),
     Mutant(
         "launch: copies are as wide as K allows", f"{CUDA}launch.cu",
-        "address(w.k_pages.data), address(w.v_pages.data),", "address(w.k_pages.data),", f"{K}write_kv {BACKEND}",
+        "address(w.k_pages.data), address(w.v_pages.data),", "address(w.k_pages.data),",
+        f"{K}write_kv_at_any_address",
     ),
     Mutant(
         "launch: the stride of V's heads is forgotten", f"{CUDA}launch.cu",
         "w.k_pages.head,\n                                   w.v_pages.page, w.v_pages.slot, w.v_pages.head});",
         "w.k_pages.head,\n                                   w.v_pages.page, w.v_pages.slot});",
-        f"{K}write_kv {BACKEND}",
+        f"{K}write_kv_at_any_address",
     ),
     Mutant(
         "attention: places of K and V in 32 bits", f"{CUDA}stream.cuh",
@@ -139,7 +140,7 @@ MUTANTS = [
     Mutant(
         "attention: infinities in every fourth word of V are overlooked", f"{CUDA}tile.cuh",
         'zeros = ptx::plus_zero_times(T{}, zeros, static_cast<u32>(x.w));', '',
-        f"{K}seen_infinities",
+        f"{K}infinities_in_one_column_of_values",
     ),
     Mutant(
         "attention: a sink of −inf counts", f"{CUDA}results.cuh", 'if (sink != minus_infinity()) {',

@@ -63,7 +63,8 @@ MUTANTS = [
     ),
     Mutant(
         "the probe looks at the first kind of layer alone", f"{HF}probe.py",
-        "firsts = frozenset(kinds.index(kind) for kind in kinds)", "firsts = frozenset({0})", f"{TESTS} {ROPE}",
+        "firsts = frozenset(kinds.index(kind) for kind in kinds)", "firsts = frozenset({0})",
+        f"{ROPE}::test_the_probe_looks_at_the_rotation_of_each_kind_of_layer",
     ),
     Mutant(
         "the probe leaves a model that was trained in evaluation", f"{HF}probe.py",

@@ -32,11 +32,11 @@ MUTANTS = [
         "min_new_tokens holds for a token longer", SAMPLING,
         "short = length - p.prompt_length_to_skip < p.min_new_tokens",
         "short = length - p.prompt_length_to_skip <= p.min_new_tokens",
-        "tests/engine/test_options.py::test_min_new_tokens_keeps_an_end_away_for_just_so_many",
+        "tests/engine/test_options.py::test_a_minimum_keeps_an_end_away_for_just_so_many",
     ),
     Mutant(
         "min_length counts from the prompt", SAMPLING, "length < p.min_length else ()",
-        "length <= p.min_length else ()", OPTIONS,
+        "length <= p.min_length else ()", f"{OPTIONS}::test_a_minimum_keeps_an_end_away_for_just_so_many",
     ),
     Mutant(
         "scores stay banned after the token is chosen", SAMPLING, "        logits[:, columns] = before\n",
@@ -44,22 +44,23 @@ MUTANTS = [
     ),
     Mutant(
         "processors of one prompt length serve all", SAMPLING, "(zip(lengths, prompt_lengths, strict=True)):",
-        "((n, prompt_lengths[0]) for n in lengths):", OPTIONS,
+        "((n, prompt_lengths[0]) for n in lengths):",
+        f"{OPTIONS}::test_threads_of_one_length_count_each_from_its_own_prompt",
     ),
     Mutant(
         "a nucleus that keeps two tokens at least is taken for a plain one", SAMPLING,
         "nucleus.filter_value != -inf or nucleus.min_tokens_to_keep != 1:", "nucleus.filter_value != -inf:",
-        f"{OPTIONS} {SCORES}",
+        f"{OPTIONS}::test_a_nucleus_keeps_as_many_tokens_as_it_was_told_to",
     ),
     Mutant(
         "an entropy of −inf scores is NaN", SAMPLING,
         "-torch.where(logp.isneginf(), 0.0, logp.exp() * logp).sum(-1)", "-(logp.exp() * logp).sum(-1)",
-        f"{OPTIONS} tests/strategies/test_rule_strategies.py tests/strategies/test_strategies.py",
+        f"{OPTIONS}::test_statistics_of_a_model_that_rules_tokens_out",
     ),
     Mutant(
         "the mean of the k likeliest takes as many as the most that anybody asked for", SAMPLING,
         "float(best[at, : asked[i]].mean())", "float(best[at].mean())",
-        "tests/strategies/test_rule_strategies.py tests/strategies/test_search.py",
+        f"{OPTIONS}::test_statistics_of_a_model_that_rules_tokens_out",
     ),
     Mutant(
         "a stop string may end in the text in front", TOKENS, "text.find(s, max(0, len(tail) - len(s) + 1)) >= 0",

@@ -159,7 +159,7 @@ def assert_survives(
     runs: int,
     seed: int = 0,
     batch: int = 50,
-    num_pages: int = 6000,
+    num_pages: int = 40_000,  # a join of a thousand threads needs all of them at once
     limits: Sequence[int] = (8, 20, 40, 90),
     prompt: str = "{:04d}q",
     **options,

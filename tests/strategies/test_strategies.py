@@ -241,7 +241,7 @@ def test_how_a_decode_ends():
 
 @pytest.mark.parametrize("first", range(5))
 def test_which_of_several_things_that_end_a_decode_at_once_is_named(first):
-    """A token that is a stop id and EOS as well was asked for as a stop; a limit is named where nothing else ends it."""
+    """A token that is a stop id and EOS as well is told as a stop; a limit is named where nothing else ends it."""
     written = run(lambda trunk: (yield trunk.decode(4))).token_ids
     assert written[3] not in written[:3]
     order = ["stop", "eos", "until", "length", "budget"]

@@ -101,7 +101,8 @@ MUTANTS = [
     Mutant(
         "a fresh thread begins at time 0", f"{THREADS}books.py",
         "thread.clock, thread.path_sampled = self.clock(), parent.path_sampled",
-        "thread.path_sampled = parent.path_sampled", BOTH,
+        "thread.path_sampled = parent.path_sampled",
+        "tests/engine/test_engine_order.py::test_who_sees_a_spawned_thread_waits_until_that_came_to_be",
     ),
     Mutant(
         "a prompt of a fresh thread is on the critical path", f"{THREADS}books.py",

@@ -334,6 +334,23 @@ def test_a_child_keeps_what_it_shares_while_its_parent_is_cut_and_writes_on():
     assert fitted > 5
 
 
+def test_a_fork_that_comes_back_begins_where_it_was_forked_though_its_parent_has_gone_on():
+    def program(trunk):
+        yield trunk.decode(2)
+        kids = trunk.fork([[20], [30], [40]])
+        trunk.insert([1, 2, 3])
+        yield [thread.decode(9) for thread in (trunk, *kids)]
+
+    expected, preempted = generate(program), 0
+    for pages in range(11, 16):
+        engine = make_engine(num_pages=pages, prefix_cache=False)
+        result = engine.generate(PROMPT, strategy=Does(program), seed=4, **FREE)
+        assert result.tree == expected.tree, pages
+        assert_nothing_held(engine)
+        preempted += result.metrics.preemptions
+    assert preempted > 5
+
+
 def test_pre_emption_takes_the_youngest_and_changes_no_token():
     prompts = [[i, *range(50, 60)] for i in range(6)]
     options = dict(strategy=SelfConsistency(3, max_new_tokens=12), seed=3, **FREE)

@@ -136,7 +136,9 @@ MUTANTS = [
     ),
     Mutant(
         "a fork opened late holds what its parent wrote since", f"{ENGINE}thread_kv.py",
-        "        cache.truncate(fork, length)", "        pass", NEAR,
+        "        cache.truncate(fork, length)", "        pass",
+        "tests/engine/test_engine_order.py::"
+        "test_a_fork_that_comes_back_begins_where_it_was_forked_though_its_parent_has_gone_on",
     ),
     Mutant(
         "logits outlive a cut", f"{ENGINE}request.py", "        kv.logits = None\n", "", BOTH,

@@ -367,9 +367,10 @@ def test_an_error_that_is_nobody_s_ends_all_and_not_the_engine(monkeypatch):
     assert_nothing_held(engine)
 
 
-@pytest.mark.parametrize("where", ["forward", "processor", "strategy"])
+@pytest.mark.parametrize("where", ["first layer", "last layer", "processor", "strategy"])
 def test_ctrl_c_in_a_step_leaves_the_others_whole(where):
-    """At any moment: rows that were reserved are given back, a uniform that was drawn is drawn once."""
+    """At any moment: rows that were reserved are given back, whether or not all layers have written theirs, and a
+    uniform that was drawn is drawn once."""
     options = dict(do_sample=True, temperature=1.3, top_k=0, seed=4, **FREE)
     expected = make_engine().generate(PROMPT, Nested(), **options)
     for moment in range(1, 9):
@@ -383,8 +384,8 @@ def test_ctrl_c_in_a_step_leaves_the_others_whole(where):
 
         other = engine.add(PROMPT, Nested(), **options)
         extra = {}
-        if where == "forward":
-            engine.model.model.layers[moment % 2].register_forward_hook(interrupt)  # the last has written by then
+        if "layer" in where:
+            engine.model.model.layers[where == "last layer"].register_forward_hook(interrupt)
         elif where == "processor":
             extra = dict(logits_processor=[interrupt])
         else:

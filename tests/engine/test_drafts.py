@@ -150,6 +150,25 @@ def test_no_pages_for_drafts(monkeypatch):
     assert_nothing_held(tight)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 11])
+@pytest.mark.parametrize("limit", ["of the decode", "max_new_tokens", "max_total_tokens"])
+def test_right_guesses_take_no_row_that_plain_decoding_does_not(limit, tokens, monkeypatch):
+    """The token that a limit ends with leads to nothing, so it is not guessed: nobody needs the scores behind it."""
+
+    class Limited(Strategy):
+        def run(self, trunk):
+            yield trunk.decode(tokens if limit == "of the decode" else None)
+
+    engine, known = make_engine(prefix_cache=False), Known()
+    options = {"max_new_tokens": 40} | ({} if limit == "of the decode" else {limit: tokens})
+    guesses = Guesses("right", known, VOCAB)
+    plain, with_drafts = compare(engine, Limited(), guesses, known, monkeypatch, eos_token_id=None, **options)
+    assert plain.metrics.sampled_tokens == tokens
+    assert with_drafts.metrics.rows == plain.metrics.rows == len(PROMPT) + tokens - 1
+    drafts = with_drafts.metrics  # of each step all tokens but the last were guessed
+    assert drafts.draft_tokens == drafts.accepted_tokens == tokens - drafts.steps and drafts.steps <= 2
+
+
 @pytest.mark.parametrize("budget", [1, 7, 23, 40])
 def test_budget_to_the_token(budget, monkeypatch):
     """A budget over all threads is spent in the same order: they stay in step."""

@@ -121,6 +121,27 @@ def test_a_header_that_is_partly_cut_is_replaced_as_far_as_it_is_there():
     assert generate(program).token_ids[:4] == (30, 60, 50, 51)
 
 
+def test_children_are_told_in_the_order_in_which_they_came_to_be():
+    """Forks wait for their parent's KV and spawned threads for nothing, in a replay as well."""
+
+    def program(trunk):
+        yield trunk.decode(2)
+        early = [trunk.spawn([60]), trunk.spawn([61])]
+        yield early
+        kids = trunk.fork([[20], [30]])
+        yield kids
+        late = trunk.spawn([62])
+        overtaken = trunk.fork(1)  # comes to be when the trunk's last token is computed
+        first = trunk.spawn([63])
+        inner = kids[1].fork([[70]])
+        yield inner
+        yield [thread.decode(2) for thread in (*early, *kids, late, *overtaken, first, kids[1].spawn([71]), *inner)]
+
+    result = generate(program)
+    assert [kid.id for kid in result.tree.children] == ["0.0", "0.1", "0.2", "0.3", "0.4", "0.6", "0.5"]
+    assert [kid.id for kid in result.tree.children[3].children] == ["0.3.0", "0.3.1"]
+
+
 # ------------------------------------------------------------------------------------------------ kills
 
 
@@ -224,6 +245,44 @@ def test_the_critical_path_is_the_longest_chain_of_what_waited_for_what(program,
     assert result.metrics.critical_path_tokens == tokens
 
 
+@pytest.mark.parametrize(
+    ("same_step", "reader", "number", "tokens"),
+    [
+        ("none", 0, 2, 3),  # its heading and its own two: of the other it has seen but the heading
+        ("none", 0, 3, 13),  # the other's heading, its first token, what it inserted then, and one behind that
+        ("all", 0, 2, 13),
+        ("before", 0, 2, 3),
+        ("before", 1, 2, 13),
+    ],
+)
+def test_who_sees_another_waits_for_what_it_sees_and_not_for_what_comes_after(same_step, reader, number, tokens):
+    def program(trunk):
+        kids = trunk.fork([[20], [30]])
+        other = kids[1 - reader]
+        kids[reader].see(other, same_step=same_step)
+        other.decode(1)
+        other.insert(list(range(40, 50)))
+        other.decode(9)
+        yield kids[reader].decode(number)
+
+    assert generate(program).metrics.critical_path_tokens == tokens
+
+
+@pytest.mark.parametrize(("number", "tokens"), [(1, 51), (2, 52)])
+def test_who_sees_a_spawned_thread_waits_until_that_came_to_be(number, tokens):
+    """The other's heading and 50 tokens; behind those the reader's second token, whose row sees a thread spawned then.
+    The first one's row was computed before, and that thread not at all: in a replay neither."""
+
+    def program(trunk):
+        reader, other = trunk.fork([[20], [30]])
+        decode = reader.decode(number)
+        yield other.insert(list(range(40, 90)))
+        reader.see(trunk.spawn([60, 61, 62]), same_step="none")
+        yield decode
+
+    assert generate(program).metrics.critical_path_tokens == tokens
+
+
 # ------------------------------------------------------------------------------------------------ seeds and pages
 
 
@@ -273,6 +332,23 @@ def test_a_child_keeps_what_it_shares_while_its_parent_is_cut_and_writes_on():
             fitted += 1
         assert_nothing_held(engine)
     assert fitted > 5
+
+
+def test_a_fork_that_comes_back_begins_where_it_was_forked_though_its_parent_has_gone_on():
+    def program(trunk):
+        yield trunk.decode(2)
+        kids = trunk.fork([[20], [30], [40]])
+        trunk.insert([1, 2, 3])
+        yield [thread.decode(9) for thread in (trunk, *kids)]
+
+    expected, preempted = generate(program), 0
+    for pages in range(11, 16):
+        engine = make_engine(num_pages=pages, prefix_cache=False)
+        result = engine.generate(PROMPT, strategy=Does(program), seed=4, **FREE)
+        assert result.tree == expected.tree, pages
+        assert_nothing_held(engine)
+        preempted += result.metrics.preemptions
+    assert preempted > 5
 
 
 def test_pre_emption_takes_the_youngest_and_changes_no_token():

@@ -95,6 +95,39 @@ def test_a_limit_of_its_own_and_stop_strings():
     assert list(stopped.token_ids) == [t for t in rows[0, 3:].tolist() if t != 256]
 
 
+@pytest.mark.parametrize(
+    ("search", "limit", "length"),
+    [
+        (dict(early_stopping=False), 12, 1),
+        (dict(early_stopping=True), 12, 1),
+        (dict(early_stopping="never"), 12, 8),
+        (dict(early_stopping="never"), 3, 1),
+        (dict(early_stopping="never", length_penalty=0.0), 12, 1),
+    ],
+)
+def test_never_stops_where_a_running_text_may_still_become_better(search, limit, length):
+    """At once two texts end, at −0.1 and −0.2, and one is left at −0.6. It costs nothing from there on, so at its
+    present length it is behind, but over 8 tokens it comes to −0.075: only by the longest it may get can that be told,
+    if texts are judged by their length at all."""
+    ends, long = (200, 201), 100
+
+    def scores_of(input_ids, scores):
+        out = torch.full_like(scores, -torch.inf)
+        for row, context in enumerate(input_ids.tolist()):
+            written = context[len(PROMPT) :]
+            if not written:
+                out[row, [*ends, long]] = torch.tensor([-0.1, -0.2, -0.6], dtype=scores.dtype)
+            else:
+                out[row, ends[0] if len(written) == 7 else long] = 0.0
+        return out
+
+    strategy = ab.BeamSearch(width=2, **search)
+    options = dict(max_new_tokens=limit, eos_token_id=list(ends), logits_processor=[scores_of])
+    engine = make_engine()
+    assert engine.generate(PROMPT, strategy=strategy, **options).token_ids == (*[long] * (length - 1), ends[0])
+    assert_nothing_held(engine)
+
+
 # ------------------------------------------------------------------------------------------------ groups
 
 

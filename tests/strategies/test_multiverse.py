@@ -185,6 +185,37 @@ def test_a_path_that_does_not_end_is_left_open_and_the_answer_goes_on():
     assert result.token_ids == STAGE.ids(joined + "c</Conclusion></Parallel><eos>")
 
 
+INNER = "in " + goal("1.1", "1.2")
+DEEP = {"1.1": "x", "1.2": "yyy"}
+
+
+@pytest.mark.parametrize("left", [0, 2])
+@pytest.mark.parametrize(
+    ("says", "inserted", "options"),
+    [
+        ("ab<Goal></Goal>", "", {}),
+        ("<Goal></Goal>ab<Goal></Goal>c", "", {}),
+        ("in " + goal("2"), "", {"max_depth": 0}),
+        (INNER, "".join(path(*p) for p in DEEP.items()) + "<Conclusion>\n", {}),
+    ],
+    ids=["a goal that fits no block", "two of them", "a fork that is refused", "a block of its own"],
+)
+def test_a_limit_of_a_thread_counts_all_that_it_samples(says, inserted, options, left):
+    """However often it stops on the way; what its own children sample is theirs."""
+    strategy = dataclasses.replace(ab.Multiverse(), thread_tokens=size(says) + left, **options)
+    head = goal("1")
+    own = "\n<Path>\n1:" + says + inserted + "vwxyz"[:left]
+    lines = [("p", head), ("p" + head + "\n<Path>\n1:", says + ("" if inserted else "vwxyz"))]
+    if inserted:
+        lines += [*block("p" + head + "\n<Path>\n1:" + says, DEEP), ("p" + head + own[: len(own) - left], "vwxyz")]
+    joined = head + own + "<Conclusion>\n"
+    result = play("p", *lines, ("p" + joined, "</Conclusion></Parallel><eos>"), strategy=strategy)
+    assert result.token_ids == STAGE.ids(joined + "</Conclusion></Parallel><eos>")
+    (kid,) = result.tree.children
+    assert kid.token_ids == STAGE.ids(own) and len(kid.children) == 2 * bool(inserted)
+    assert "thread 0.0: ended by length without </Path>; left open" in result.malformed
+
+
 def test_what_a_path_writes_of_other_tags_is_plain_text():
     head, said = goal("1"), "</Conclusion><Outline></Parallel>"
     joined = head + path("1", said) + "<Conclusion>\n"

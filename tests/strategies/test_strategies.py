@@ -239,6 +239,25 @@ def test_how_a_decode_ends():
     assert seen["none left"] == Ended("length", (), "")
 
 
+@pytest.mark.parametrize("first", range(5))
+def test_which_of_several_things_that_end_a_decode_at_once_is_named(first):
+    """A token that is a stop id and EOS as well is told as a stop; a limit is named where nothing else ends it."""
+    written = run(lambda trunk: (yield trunk.decode(4))).token_ids
+    assert written[3] not in written[:3]
+    order = ["stop", "eos", "until", "length", "budget"]
+    true, seen = order[first:], []
+
+    def body(trunk):
+        stop = written[3:] if "stop" in true else ()
+        until = (lambda d: len(d.token_ids) == 4) if "until" in true else None
+        seen.append((yield trunk.decode(4 if "length" in true else 9, stop=stop, until=until)))
+
+    run(body, eos_token_id=written[3] if "eos" in true else None, max_total_tokens=4)
+    (ended,) = seen
+    assert (ended.reason, ended.token_ids) == (order[first], written)
+    assert ended.stop == (written[3] if first == 0 else None)
+
+
 def test_stop_strings_match_what_this_decode_samples_across_tokens():
     plain = run(lambda trunk: (yield trunk.decode(30)))
     text = plain.text

@@ -144,6 +144,7 @@ class _Replay(Strategy):
         yield from player.play(trunk, self.tree)
         while not all(task.done for task in player.playing.values()):
             yield list(player.playing.values())
+        player.order_children(trunk)
 
 
 class _Player:
@@ -151,6 +152,7 @@ class _Player:
 
     def __init__(self, tree: Node):
         self.nodes = {node.id: node for node in tree.walk()}
+        self.seen = {name for node in tree.walk() for sight in node.sights for name in sight.others}
         self.threads: dict[str, Thread] = {}
         self.playing: dict[str, Any] = {}
         self.early: dict[str, str] = {}  # killed before they came to be → how
@@ -186,13 +188,20 @@ class _Player:
     def recall(self, thread: Thread) -> None:
         """Where a thread saw others, or was seen: when its tokens were computed, and what it saw."""
         node = self.nodes[thread.id]
-        if node.turns or node.sights:
+        if node.turns or node.sights or thread.id in self.seen:  # (who is seen may not have had a turn yet)
             state = _state(thread)
             state.request.live.recall(state, node.turns, node.sights)
+
+    def order_children(self, trunk: Thread) -> None:
+        """Threads that are spawned come to be at once, and may have passed forks that were there before them."""
+        for thread in (trunk, *self.threads.values()):
+            order = {child.id: i for i, child in enumerate(self.nodes[thread.id].children)}
+            _state(thread).blocks.sort(key=lambda block, order=order: order[block[1][0].id])  # type: ignore[misc]
 
     def _children(self, thread: Thread, action: Action) -> None:
         _state(thread).next_child = int(action.children[0].rpartition(".")[2])
         if action.do == "fork":
+            _state(thread).spawned_at = -1  # what is spawned behind it is a block of its own
             headers = action.headers
             sees = [(self.threads[name], count) for name, count in self.nodes[action.children[0]].sees]
             kids = thread.fork(list(headers), segments=action.segments or None, sees=sees, apart=action.length or 0)

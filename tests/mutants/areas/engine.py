@@ -101,7 +101,8 @@ MUTANTS = [
     Mutant(
         "a fresh thread begins at time 0", f"{THREADS}books.py",
         "thread.clock, thread.path_sampled = self.clock(), parent.path_sampled",
-        "thread.path_sampled = parent.path_sampled", BOTH,
+        "thread.path_sampled = parent.path_sampled",
+        "tests/engine/test_engine_order.py::test_who_sees_a_spawned_thread_waits_until_that_came_to_be",
     ),
     Mutant(
         "a prompt of a fresh thread is on the critical path", f"{THREADS}books.py",
@@ -122,7 +123,8 @@ MUTANTS = [
     ),
     Mutant(
         "an EOS before a stop id", f"{THREADS}ops/decode.py",
-        "    if token in op.stop_ids:\n", "    if token in op.stop_ids - sampler.eos_ids:\n", BOTH,
+        "    if token in op.stop_ids:\n", "    if token in op.stop_ids - sampler.eos_ids:\n",
+        "tests/strategies/test_strategies.py::test_which_of_several_things_that_end_a_decode_at_once_is_named",
     ),
     Mutant(
         "fresh threads of several turns are one block", f"{THREADS}books.py",
@@ -134,7 +136,9 @@ MUTANTS = [
     ),
     Mutant(
         "a fork opened late holds what its parent wrote since", f"{ENGINE}thread_kv.py",
-        "        cache.truncate(fork, length)", "        pass", NEAR,
+        "        cache.truncate(fork, length)", "        pass",
+        "tests/engine/test_engine_order.py::"
+        "test_a_fork_that_comes_back_begins_where_it_was_forked_though_its_parent_has_gone_on",
     ),
     Mutant(
         "logits outlive a cut", f"{ENGINE}request.py", "        kv.logits = None\n", "", BOTH,

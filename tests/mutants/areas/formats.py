@@ -7,6 +7,7 @@ from entry import Mutant
 FORMATS, PREFIX = "python/anabranch/backends/formats.py", "python/anabranch/kv/prefix.py"
 TESTS = "tests/kv/test_formats.py"
 KEPT = "tests/engine/test_prefix_cache.py"
+ALONE = "tests/kv/test_prefix.py"  # without a model
 
 MUTANTS = [
     Mutant(
@@ -29,7 +30,7 @@ MUTANTS = [
     ),
     Mutant(
         "a context at the limit is not kept", PREFIX, "if self.limit is not None and len(token_ids) > self.limit:",
-        "if self.limit is not None and len(token_ids) >= self.limit:", f"{KEPT} tests/hf/test_hf_rope.py",
+        "if self.limit is not None and len(token_ids) >= self.limit:", f"{ALONE} {KEPT} tests/hf/test_hf_rope.py",
     ),
     Mutant(
         "a page that is found in part is found", PREFIX,
@@ -43,7 +44,7 @@ MUTANTS = [
     Mutant(
         "a branch that is kept holds more than its tokens", PREFIX,
         "        if branch.length > len(token_ids):\n            self.cache.truncate(branch, len(token_ids))\n", "",
-        KEPT,
+        f"{ALONE} {KEPT}",
     ),
     Mutant(
         "what is found does not count as used", PREFIX,
@@ -51,7 +52,8 @@ MUTANTS = [
     ),
     Mutant(
         "what goes with the end of a context is a page short", PREFIX,
-        "length = (-(-leaf.end // size) - pages) * size", "length = (leaf.end // size - pages) * size", KEPT,
+        "length = (-(-leaf.end // size) - pages) * size", "length = (leaf.end // size - pages) * size",
+        f"{ALONE} {KEPT}",
     ),
     Mutant(
         "pages that are kept count as given up", PREFIX, "return usage.pages_free - usage.pages_kept",

@@ -8,6 +8,7 @@ THREADS, ENGINE = "python/anabranch/threads/live.py", "python/anabranch/engine/l
 DRAFTING, TREE = "python/anabranch/engine/drafting.py", "python/anabranch/engine/drafts/tree.py"
 LIVE = "tests/engine/test_live.py tests/strategies/test_group_think.py"
 DRAFTS = "tests/engine/test_drafts.py"
+WAITS = "tests/engine/test_engine_order.py::test_who_sees_another_waits_for_what_it_sees_and_not_for_what_comes_after"
 
 MUTANTS = [
     Mutant(
@@ -40,7 +41,7 @@ MUTANTS = [
     ),
     Mutant(
         "a turn's clock is the one after it", ENGINE, "thread.reach(clocks[other] if same else other.turns.clock)",
-        "thread.reach(clocks[other])", LIVE,
+        "thread.reach(clocks[other])", f"{LIVE} {WAITS}",
     ),
     Mutant(
         "more tokens than rows go to whoever is first", ENGINE, "else max_rows // len(new)", "else max_rows", LIVE,

@@ -16,7 +16,8 @@ MUTANTS = [
     ),
     Mutant(
         "decoding takes all rows", f"{ENGINE}scheduler.py",
-        "if room <= (kept if pending[kv] <= 1 else 0):", "if room <= 0:", f"{SERVE}decoding_leaves_a_row_for_prompts",
+        "if room <= (kept if pending[kv] <= 1 else 0):", "if room <= 0:",
+        f"{SERVE}decoding_leaves_a_row_for_prompts",
     ),
     Mutant(
         "priority counts for nothing", f"{ENGINE}loop.py",

@@ -82,10 +82,13 @@ MUTANTS = [
     Mutant(
         "an ended trace may win", f"{S}search/deep_conf.py", 'if name == best and ends[i].reason != "until"]',
         "if name == best]", SEARCH,
+        equivalent="it votes for nothing, so it could win only where nobody votes, as the surest of all; but it ended "
+        "below the bar, and some trace of the warm-up is at or above it",
     ),
     Mutant(
         "a thread's limit of a tagged format is counted from the block", f"{S}tagged/writer.py",
         "limits.append(self.form.thread_tokens - sampled)", "limits.append(self.form.thread_tokens)",
+        "tests/strategies/test_multiverse.py::test_a_limit_of_a_thread_counts_all_that_it_samples "
         "tests/strategies/test_threadweaver.py tests/strategies/test_parathinker.py",
     ),
     Mutant(

@@ -362,3 +362,19 @@ def test_pre_emption_takes_the_youngest_and_changes_no_token():
     # The first prompt is never held up: its steps are those it takes alone. Who came last is sent away first.
     assert results[0].metrics.preemptions == 0 and results[0].metrics.steps == expected[0].metrics.steps
     assert sum(r.metrics.steps for r in results) == 84 and sum(r.metrics.preemptions for r in results) == 22
+
+
+class GoneAtOnce(Strategy):
+    """A thread that is killed before its prompt is there."""
+
+    def run(self, trunk):
+        trunk.spawn([5, 6]).kill()
+        yield trunk.decode(4)
+
+
+def test_a_thread_that_is_killed_before_its_prompt_is_there_is_replayed():
+    engine = make_engine()
+    result = engine.generate([3, 1, 4], strategy=GoneAtOnce(), eos_token_id=None)
+    again = ab.replay(result, engine)
+    assert [node.fate for node in again.tree.walk()] == [node.fate for node in result.tree.walk()]
+    assert_nothing_held(engine)

@@ -207,7 +207,11 @@ class _Player:
             kids = thread.fork(list(headers), segments=action.segments or None, sees=sees, apart=action.length or 0)
         else:
             runs = self.nodes[action.children[0]].runs
-            headers, kids = [None], [thread.spawn(next(run.token_ids for run in runs if run.kind == "prompt"))]
+            prompt = next((run.token_ids for run in runs if run.kind == "prompt"), None)
+            if prompt is None:  # killed before its prompt was there: what the prompt was is not recorded
+                prompt = (0,)
+                self.early.setdefault(action.children[0], self.nodes[action.children[0]].fate or "killed")
+            headers, kids = [None], [thread.spawn(prompt)]
         for kid, header in zip(kids, headers, strict=True):
             self.threads[kid.id] = kid
             self.recall(kid)

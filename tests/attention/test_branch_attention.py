@@ -155,6 +155,26 @@ def test_a_bad_branch_leaves_the_others_alone(backend, value):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("length", [20, 200])
+def test_bad_tokens_leave_those_that_do_not_see_them_alone(backend, value, length):
+    """Hidden by the order of tokens alone in the first segment, and by the tree alone from the second, which comes
+    behind all of it; the third sees it."""
+    mask = BranchMask.from_context([length, 7, 9], [[], [], [0]])
+    half, second = length // 2, slice(length, length + 7)
+    for name in ("q", "k", "v", "grad"):
+        given = dict(zip(("q", "k", "v", "grad"), tensors(0, length + 16, 4, 2, 32, torch.float32), strict=True))
+        clean = computed(attend(backend), *given.values(), mask)
+        rows = name in ("q", "grad")
+        given[name][slice(0, half) if rows else slice(half, length)] = value
+        got = computed(attend(backend), *given.values(), mask)
+        for which, x, y in zip(("out", "dq", "dk", "dv"), got, clean, strict=True):
+            kept = slice(half, length) if rows else slice(0, half if which in ("out", "dq") else 0)
+            for part in (kept, second):
+                assert torch.allclose(x[part], y[part], rtol=1e-5, atol=1e-5), (name, which)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_extreme_scores(backend):
     mask = random_tree(2, longest=12)
     q, k, v, grad = tensors(0, mask.num_tokens, 2, 1, 32, torch.float32)

@@ -404,7 +404,7 @@ def test_backend_contract():
     assert lse is None and calls[0][0] == 2
 
 
-@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize("group", [1, 4, 7, 16])  # 16: items of one row hold just as many as a narrow tile
 def test_planner_parts_wide_and_narrow_items(group):
     """The package's planner puts the items of more than ``narrow`` packed rows first, each part by cost."""
     import anabranch as ab

@@ -131,6 +131,25 @@ def fill(cache: ab.TreeCache, step: ab.Step) -> None:
         cache.write(layer, kv[0], kv[1], step)
 
 
+def test_kept_pages_are_those_that_a_fork_takes() -> None:
+    """Each once, however many tokens and spans lie in it; not those that somebody else holds already."""
+    cache, kept = make(page_size=4)
+    fill(cache, cache.step({kept: 14}))
+    forks = cache.fork(kept, 4)
+    for fork, length in zip(forks, (3, 6, 7, 13), strict=True):  # the context is cut into spans there
+        cache.truncate(fork, length)
+    cache.keep(kept)
+    for held in (4, 2, 2, 1, 0):  # pages that the others hold
+        for length in range(15):
+            free, told = cache.usage().pages_free, cache.kept_pages(kept, length)
+            fork = cache.fork(kept, 1)[0]
+            cache.truncate(fork, length)
+            assert told == free - cache.usage().pages_free == max(0, (length + 3) // 4 - held)
+            cache.release(fork)
+        if forks:
+            cache.release(forks.pop())
+
+
 def test_fork_copies_nothing_and_the_last_holder_writes_in_place() -> None:
     cache, trunk = make()
     fill(cache, cache.step({trunk: 20}))

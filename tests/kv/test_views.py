@@ -79,6 +79,30 @@ def test_workers_that_see_one_another_read_everything_once() -> None:
     assert arrays.num_runs == 1 and arrays.kv_tokens == 9 + 3 + 1 + 2
 
 
+def test_a_token_that_is_read_twice_counts_once() -> None:
+    """Seen in one's own context, by an earlier read or under another offset already: the first time counts."""
+    problem = grown(0, page_size=3)  # the trunk's 9 tokens fill their pages, so no fork copies one
+    trunk, a, b, other, _ = problem.branches
+    for reads in (
+        [ab.Read(b, 0)],
+        [ab.Read(b, 0, None, 5)],
+        [ab.Read(other, 0, 4), ab.Read(other, 2)],
+        [ab.Read(other, 1, 4, 7), ab.Read(other, 0, None, -3), ab.Read(other)],
+        [ab.Read(trunk), ab.Read(b, 4), ab.Read(b, 8, 11, 2)],
+    ):
+        step = problem.cache.step({a: 2, b: 1}, views={a: reads})
+        problem.attend(step, {a: [reads] * 2}, "cpu", close(1e-5), ["cpu", "reference"])
+
+
+def test_rows_that_are_read_see_nothing_behind_them() -> None:
+    """A branch with several new tokens, which an earlier branch of the batch reads in front of what both share."""
+    problem = grown(0, page_size=3)
+    a, b = problem.branches[1:3]
+    for reads in ([ab.Read(b, 9)], [ab.Read(b, b.length + 5), ab.Read(b, 9, b.length + 5)]):
+        step = problem.cache.step({a: 1, b: 4}, views={a: reads})
+        problem.attend(step, {a: [reads]}, "cpu", close(1e-5), ["cpu", "reference"])
+
+
 def test_a_plan_of_views_is_never_advanced() -> None:
     """The next step of the same branches, without views, is planned anew."""
     problem = grown(1)

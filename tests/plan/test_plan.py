@@ -17,6 +17,15 @@ def check(twins: Twins, step: ab.Step, arrays: PlanArrays) -> None:
     check_arrays(arrays, seen_by_step(twins.cache, step))
 
 
+def sets_of_readers(cache: ab.TreeCache, step: ab.Step) -> int:
+    """How many different sets of a step's branches there are that see some token: tokens of one set are one run."""
+    readers: dict[int, list[int]] = {}
+    for i, branch in enumerate(step.branches):
+        for slot in cache._core.slots(branch).tolist():
+            readers.setdefault(slot, []).append(i)
+    return len(set(map(tuple, readers.values())))
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_random_programs(seed: int) -> None:
     twins = Twins(seed=seed, page_size=(1, 3, 4, 16, 128)[seed % 5], heads=1, dim=8, num_pages=3000)
@@ -27,15 +36,17 @@ def test_random_programs(seed: int) -> None:
             step = twins.random_step(max_rows=20)[0]
             arrays = step.plan.arrays(group, tile_config)
             check(twins, step, arrays)
+            assert arrays.num_runs == sets_of_readers(twins.cache, step)
             costs = [length * (8 + count * group) for _, length, _, count, *_ in arrays.items.tolist()]
             for part in (costs[: arrays.num_wide], costs[arrays.num_wide :]):
                 assert part == sorted(part, reverse=True)
 
 
+@pytest.mark.parametrize("page_size", [1, 4])  # pages of one token: the free places end where another range begins
 @pytest.mark.parametrize("tile_config", TILE_CONFIGS)
-def test_advanced_plans_stay_right(tile_config: TileConfig) -> None:
+def test_advanced_plans_stay_right(tile_config: TileConfig, page_size: int) -> None:
     """The same arrays, advanced in place over many steps, past page ends and the plan's slack."""
-    twins = Twins(page_size=4, heads=1, dim=8, num_pages=3000)
+    twins = Twins(page_size=page_size, heads=1, dim=8, num_pages=3000)
     trunk = twins.branch()
     twins.step({0: 37})
     twins.fork(trunk, 3)
@@ -44,6 +55,35 @@ def test_advanced_plans_stay_right(tile_config: TileConfig) -> None:
         check(twins, step, step.plan.arrays(2, tile_config))
     built, advanced = twins.cache.plan_stats()
     assert built <= 3 and advanced >= 87
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_a_page_that_came_without_the_plan_is_noticed(page_size: int) -> None:
+    """A branch takes a whole page alone: its next token begins a page, as it would have without."""
+    twins = Twins(page_size=page_size, heads=1, dim=8)
+    for i in range(2):
+        twins.branch()
+        twins.step({i: 7})
+    for _ in range(3):
+        step = twins.step({0: 1, 1: 1})[0]
+        check(twins, step, step.plan.arrays(1, TILE_CONFIGS[0]))
+        twins.step({0: page_size})
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_a_page_that_was_written_anew_is_noticed(page_size: int) -> None:
+    """A branch's last page is cut, taken by another and written again elsewhere: its length is what it was."""
+    twins = Twins(page_size=page_size, heads=1, dim=8)
+    for _ in range(3):
+        twins.branch()
+    twins.step({0: 7, 1: 7, 2: 8})
+    step = twins.step({0: 1, 1: 1})[0]
+    check(twins, step, step.plan.arrays(1, TILE_CONFIGS[0]))
+    twins.truncate(twins.pairs[0], 8 - page_size)
+    twins.step({2: page_size})
+    twins.step({0: page_size})
+    step = twins.step({0: 1, 1: 1})[0]
+    check(twins, step, step.plan.arrays(1, TILE_CONFIGS[0]))
 
 
 def test_positions_that_fall_are_noticed() -> None:

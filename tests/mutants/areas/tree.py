@@ -83,7 +83,8 @@ MUTANTS = [
     ),
     Mutant(
         "a kept page is counted once a token", TREE, "if (page != last && page_live_[page] == 0) ++found;",
-        "if (page_live_[page] == 0) ++found;", PREFIX,
+        "if (page_live_[page] == 0) ++found;",
+        f"{CACHE}::test_kept_pages_are_those_that_a_fork_takes",
     ),
     Mutant(
         "kept pages do not count as free", TREE, "static_cast<i64>(free_pages_.size()) + pages_kept_,",

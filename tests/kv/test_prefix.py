@@ -75,3 +75,27 @@ def test_a_shortage_takes_as_many_pages_as_are_missing(cache, prefixes, length, 
     assert cache.usage().pages_kept == 3 - missing
     assert found(cache, prefixes, tokens) == tokens[: min(length // SIZE, 3 - missing) * SIZE]
     cache.check()
+
+
+def test_work_on_the_heap_grows_with_what_is_kept_alone(monkeypatch):
+    """Contexts that are kept, and found again, one after another: each entry of the heap is looked at a few times."""
+    looked = 0
+    real = PrefixCache._stale
+
+    def counted(entry):
+        nonlocal looked
+        looked += 1
+        return real(entry)
+
+    monkeypatch.setattr(PrefixCache, "_stale", staticmethod(counted))
+    cache = ab.TreeCache(1, 1, 16, 4000, SIZE)
+    prefixes = PrefixCache(cache)
+    count = 3000
+    for i in range(count):
+        tokens = [i, 1, 2]
+        branch = cache.branch()
+        cache.step({branch: 3})
+        prefixes.keep(branch, tokens)
+        cache.release(prefixes.fork(tokens, 3))
+    assert cache.usage().pages_kept == count
+    assert looked < 10 * count

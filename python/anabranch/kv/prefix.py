@@ -15,6 +15,8 @@ from operator import eq
 from anabranch.kv.cache import TreeCache
 from anabranch.kv.step import Branch
 
+SWEEP = 1000  # entries of a heap that is too small to be tidied
+
 
 class _Node:
     """A run of tokens; ``end``: how many there are from the root to its last; ``branch``: a leaf's, of that length."""
@@ -55,6 +57,7 @@ class PrefixCache:
         self._clock = count(1)
         self._order = count()  # of equal ages in the heap
         self._leaves: list[tuple[int, int, _Node]] = []  # a heap by age; entries that no longer hold are passed over
+        self._sweep_at = SWEEP  # so many of them make it worth while to look for those
         cache.reclaim = self.reclaim
 
     # -- what is there -----------------------------------------------------------------------------------------------
@@ -188,9 +191,10 @@ class PrefixCache:
         above: _Node | None = node
         while above is not None:
             above.used, above = now, above.parent
-        if len(self._leaves) > 1000 and len(self._leaves) > 4 * sum(not self._stale(e) for e in self._leaves):
+        if len(self._leaves) > self._sweep_at:
             self._leaves = [entry for entry in self._leaves if not self._stale(entry)]
             heapq.heapify(self._leaves)
+            self._sweep_at = max(SWEEP, 4 * len(self._leaves))  # so that each entry is looked at a few times in all
 
     @staticmethod
     def _stale(entry: tuple[int, int, _Node]) -> bool:

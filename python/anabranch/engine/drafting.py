@@ -215,16 +215,12 @@ class Drafting:
         keep: int | None = thread.length - 1  # so much of the branch is right
         if node is not None:
             thread.request.spent.accepted += 1
+            ahead.node, ahead.first = node, ahead.first + node.main
         if node is None or not thread.alive or thread.running.op.done:
-            failed = node is None
-            if node is not None:
-                ahead.node, ahead.first = node, ahead.first + node.main
             self._paces[thread].told(len(ahead.draft.paths[0][0]), ahead.node.depth)
-            if thread.request in self._odds:
-                self._odds[thread.request].told(ahead, failed)
+            self._odds[thread.request].told(ahead, failed=node is None)
             kv.ahead = None
         else:
-            ahead.node, ahead.first = node, ahead.first + node.main
             kv.logits, kv.logits_at = (ahead.logits, node.at), thread.length
             if node.main:
                 keep = None

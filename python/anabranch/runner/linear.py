@@ -41,12 +41,11 @@ AMX_ROWS = 96
 def rows_for(device: torch.device | str, dtype: torch.dtype, setting: bool | None = None, channels: int = 0) -> float:
     """The most rows of x with which layers of this device and dtype are to run through our kernel: 0 none, inf any.
 
-    channels: of x, where they are known.
-
     setting: True or False decide (True only where the kernel can run: CPU; float32, bfloat16 or float16). None: the
         environment variable ``ANABRANCH_OWN_LINEAR`` (0 or 1), else automatically: where the kernel has more than its
         plain variant, any number if the CPU has no instructions for products of `dtype`, else few (none for float16,
         nor for bfloat16 where the CPU has AMX and the kernel was built or chosen without).
+    channels: of x; 0 where they are not known.
 
     Raises ValueError for another value of the variable, TypeError for another setting.
     """

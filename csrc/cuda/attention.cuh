@@ -172,7 +172,7 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
     ANABRANCH_NO_UNROLL
     while (stream.tile < tiles) {
       const int block = stream.tile / 2, begin = (first_block + block) * S::kBlock;
-      const i32* const at = positions + (block & (kAhead - 1)) * S::kBlock;
+      const i32* const at = positions + (block & (kAheadPositions - 1)) * S::kBlock;
       const char* keys = stream.template next<true>();
       bool hidden = false;  // some row of this warp does not see some token
       if (working) {

@@ -9,7 +9,7 @@ namespace anabranch::cuda {
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };  // as in anabranch._cpu
 
 constexpr int kThreads = 128;
-constexpr int kMaxRing = 6;
+constexpr int kMaxRing = 8;
 
 // One of K or V of a layer: strides of [page, slot in page, head, D], in elements for callers, in bytes for kernels; the
 // last dimension is contiguous, every token of a head begins at a multiple of 16 bytes.

@@ -235,13 +235,15 @@ ANABRANCH_DEVICE void copy_wait_for() {
 // Until at most `pending` (0 … kMaxRing − 1) groups of this thread's copies are still on their way. The instruction wants a
 // constant; two or three branches cost less than a jump through a table.
 ANABRANCH_DEVICE void copy_wait(int pending, Site) {
-  if (pending >= 3) {
+  if (pending >= 4) {
     if (pending == 4) return copy_wait_for<4>();
-    if (pending == 3) return copy_wait_for<3>();
-    return copy_wait_for<5>();
+    if (pending == 5) return copy_wait_for<5>();
+    if (pending == 6) return copy_wait_for<6>();
+    return copy_wait_for<7>();
   }
   if (pending == 1) return copy_wait_for<1>();
   if (pending == 2) return copy_wait_for<2>();
+  if (pending == 3) return copy_wait_for<3>();
   copy_wait_for<0>();
 }
 

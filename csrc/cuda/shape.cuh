@@ -9,7 +9,10 @@
 namespace anabranch::cuda {
 
 constexpr int kWarps = kThreads / 32;
-constexpr int kAhead = 4;  // blocks whose addresses and positions are kept: the one at hand and kMaxRing / 2 more
+// Blocks whose addresses are kept, from when they are published to when their copies begin: half a ring, as it is filled.
+// Positions are kept until their block has been computed: those of the block at hand besides.
+constexpr int kAhead = kMaxRing / 2, kAheadPositions = 2 * kAhead;
+static_assert(kMaxRing <= 8, "copy_wait knows no more groups");
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 ANABRANCH_DEVICE float minus_infinity() { return -INFINITY; }
@@ -33,7 +36,7 @@ struct Shape {
   static constexpr int kQueries = kKeepQ ? 0 : kRows * kPitch;
   static constexpr int kAccPitch = D + 8;  // floats
   static constexpr int kResults = kWarps * 16 * kAccPitch * 4;
-  static constexpr int kBlocks = D <= 64 ? 3 : 2;  // a multiprocessor: what the compiler may take registers for
+  static constexpr int kBlocks = D <= 32 ? 4 : D <= 64 ? 3 : 2;  // a multiprocessor: what the compiler may take registers for
   static_assert(D % 16 == 0 && kRows <= kBlock * 2 && kBlock == kWarps * kKeys, "a shape the kernel cannot lay out");
 
   // How a tile is copied: kLanes neighbouring threads take a token, so that they read whole lines; each the same kColumns
@@ -55,7 +58,7 @@ struct Shape {
     const int streamed = ring * kTile + kQueries;
     return streamed > kResults ? streamed : kResults;
   }
-  static constexpr int kPlaces = kAhead * 2 * kBlock * 8, kPositions = kAhead * kBlock * 4;
+  static constexpr int kPlaces = kAhead * 2 * kBlock * 8, kPositions = kAheadPositions * kBlock * 4;
   static constexpr int kStats = kWarps * 16 * 8, kKept = 3 * 16;
   static ANABRANCH_BOTH constexpr int shared_bytes(int ring) {
     return ring_bytes(ring) + kPlaces + kPositions + kStats + kKept + kWarps * 8;

@@ -26,7 +26,7 @@ struct Stream {
   const Attention& a;
   char* ring;
   Int2* places;           // [kAhead][K, V][kBlock]: a token's address, low half first; −1: no token there, zeros instead
-  i32* positions;         // [kAhead][kBlock]
+  i32* positions;         // [kAheadPositions][kBlock]
   u32 kv_begin;           // where the item begins in the strips
   int head, first_block, end, row_pos_min;
   int tiles;              // of the pass: two a block
@@ -37,7 +37,8 @@ struct Stream {
 
   // Threads 0 … kBlock − 1 work out where a block's K lies, the next kBlock where V does; float32 needs no more.
   static constexpr bool kAllFetch = 2 * S::kBlock == kThreads;
-  static_assert(2 * S::kBlock <= kThreads && (kAhead & (kAhead - 1)) == 0 && kAhead > (kMaxRing + 1) / 2, "ring");
+  static_assert(2 * S::kBlock <= kThreads && (kAhead & (kAhead - 1)) == 0 && kAhead >= (kMaxRing + 1) / 2, "ring");
+  static_assert((kAheadPositions & (kAheadPositions - 1)) == 0 && kAheadPositions > (kMaxRing + 1) / 2, "ring");
   static ANABRANCH_DEVICE int entry(int block) {
     return (block & (kAhead - 1)) * 2 * S::kBlock + ptx::thread();
   }
@@ -66,7 +67,7 @@ struct Stream {
     i64 place = reinterpret_cast<i64>(pages.data) + page * pages.page + within * pages.slot + head * pages.head;
     if (!there) place = -1;
     ptx::store(places + entry(block), Int2{static_cast<i32>(place), static_cast<i32>(place >> 32)});
-    if (a.windowed && !is_v) ptx::store(positions + (block & (kAhead - 1)) * S::kBlock + ptx::thread(), which.y);
+    if (a.windowed && !is_v) ptx::store(positions + (block & (kAheadPositions - 1)) * S::kBlock + ptx::thread(), which.y);
   }
 
   // Starts the copies of a tile (even: K, odd: V of block tile / 2).

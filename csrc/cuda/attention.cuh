@@ -135,12 +135,8 @@ ANABRANCH_DEVICE void copy_queries(const Attention& a, const Pass& pass, char* q
 template <class T, int D, int STEPS>
 ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range) {
   using S = Shape<T, D>;
-  char* const memory = ptx::shared_memory();
-  char* const behind = memory + S::ring_bytes(a.ring);
-  Int2* const places = reinterpret_cast<Int2*>(behind);
-  i32* const positions = reinterpret_cast<i32*>(behind + S::kPlaces);
-  Float2* const stats = reinterpret_cast<Float2*>(behind + S::kPlaces + S::kPositions);
-  Int4* const kept = reinterpret_cast<Int4*>(behind + S::kPlaces + S::kPositions + S::kStats);
+  typename S::Front& front = S::front();
+  char* const ring = ptx::shared_memory() + S::kRing;
   const int thread = ptx::thread(), lane = thread & 31, warp = thread / 32;
   constexpr int warps_n = STEPS == 1 ? 4 : STEPS == 2 ? 2 : 1;
   const Sight& sight = range.sight;
@@ -150,14 +146,14 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
   const bool working = STEPS < 4 || warp < pass.warps_m;  // three warps of rows leave the fourth idle
   const int first_block = range.first / S::kBlock;
   const int tiles = sight.end > range.first ? 2 * ((sight.end + S::kBlock - 1) / S::kBlock - first_block) : 0;
-  Stream<T, D> stream{a, memory, places, positions, static_cast<u32>(pass.kv.x), pass.head, first_block, sight.end,
-                      pass.seen.z, tiles, 0, 0, {}, {}};
+  Stream<T, D> stream{a, ring, static_cast<u32>(pass.kv.x), pass.head, first_block, sight.end, pass.seen.z,
+                      tiles, 0, 0, (a.ring - 1) * S::kTile, {}, {}};
   if (tiles > 0) stream.prepare();
   ptx::sync_block(Site::places_visible);
-  if (thread == 0) pass.keep(kept);
+  if (thread == 0) pass.keep(front.kept);
   if (tiles > 0) {
     // Queries: into the ring's last tile, from where they go to registers before that tile is needed, or to their own.
-    char* const queries = memory + (S::kKeepQ ? (a.ring - 1) * S::kTile : a.ring * S::kTile);
+    char* const queries = ring + (S::kKeepQ ? (a.ring - 1) * S::kTile : a.ring * S::kTile);
     copy_queries<T, D>(a, pass, queries);
     stream.fill();
     if constexpr (S::kKeepQ) {
@@ -172,7 +168,7 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
     ANABRANCH_NO_UNROLL
     while (stream.tile < tiles) {
       const int block = stream.tile / 2, begin = (first_block + block) * S::kBlock;
-      const i32* const at = positions + (block & (kAheadPositions - 1)) * S::kBlock;
+      const i32* const at = front.positions[block & (kAheadPositions - 1)];
       const char* keys = stream.template next<true>();
       bool hidden = false;  // some row of this warp does not see some token
       if (working) {
@@ -204,8 +200,8 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
   }
 
   ptx::sync_block(Site::ring_done);
-  pass.restore(kept);
-  float* const results = reinterpret_cast<float*>(memory);
+  pass.restore(front.kept);
+  float* const results = reinterpret_cast<float*>(ring);
   ANABRANCH_UNROLL
   for (int r = 0; r < 2; ++r) {
     tile.l[r] += ptx::shuffle_xor(tile.l[r], 1);
@@ -215,7 +211,7 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
     ANABRANCH_UNROLL
     for (int r = 0; r < 2; ++r) {
       const int at = warp * 16 + lane / 4 + 8 * r;
-      if ((lane & 3) == 0) ptx::store(stats + at, Float2{tile.m[r], tile.l[r]});
+      if ((lane & 3) == 0) ptx::store(front.stats + at, Float2{tile.m[r], tile.l[r]});
       ANABRANCH_UNROLL
       for (int i = 0; i < D / 8; ++i)
         ptx::store(reinterpret_cast<Float2*>(results + at * S::kAccPitch + i * 8 + 2 * (lane & 3)),
@@ -223,7 +219,7 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
     }
   }
   ptx::sync_block(Site::results_visible);
-  emit<T, D>(a, results, stats, pass.rows, pass.warps_m, warps_n, pass.kv.z, pass.packed_begin, pass.head);
+  emit<T, D>(a, results, front.stats, pass.rows, pass.warps_m, warps_n, pass.kv.z, pass.packed_begin, pass.head);
 }
 
 template <class T, int D>
@@ -232,7 +228,6 @@ void attention_kernel(const Attention a) {
   using S = Shape<T, D>;
   const u32 heads = static_cast<u32>(a.num_kv_heads);
   const u32 units = static_cast<u32>(a.counts == nullptr ? a.num_items : ptx::load(a.counts)) * heads;
-  Int2* const ends = reinterpret_cast<Int2*>(ptx::shared_memory() + S::shared_bytes(a.ring) - kWarps * 8);
   // Back and forth over the sorted units: the block that had the costliest of one round has the cheapest of the next.
   Pass pass{};
   for (; static_cast<u32>(pass.round()) * ptx::blocks() < units; ++pass.round()) {
@@ -244,7 +239,7 @@ void attention_kernel(const Attention a) {
     for (; pass.packed_begin < pass.packed(a); pass.packed_begin += S::kRows) {
       pass.rows = smaller(pass.packed(a) - pass.packed_begin, S::kRows);
       pass.warps_m = (pass.rows + 15) / 16;
-      const Range range = range_of<T, D>(a, pass, ends);
+      const Range range = range_of<T, D>(a, pass, S::front().ends);
       // The fewer warps the rows take, the more share the tokens of a tile.
       if (S::kMostSteps == 1 || pass.warps_m == 1)
         attend<T, D, 1>(a, pass, range);

@@ -53,16 +53,21 @@ struct Shape {
     return group / (8 / rows) * 8 + within % (8 / kLanes) * kLanes + within / (8 / kLanes) * rows;
   }
 
-  // Shared memory: [ring | queries], over it the results of the warps; then what must outlive neither.
-  static ANABRANCH_BOTH constexpr int ring_bytes(int ring) {
-    const int streamed = ring * kTile + kQueries;
-    return streamed > kResults ? streamed : kResults;
-  }
-  static constexpr int kPlaces = kAhead * 2 * kBlock * 8, kPositions = kAheadPositions * kBlock * 4;
-  static constexpr int kStats = kWarps * 16 * 8, kKept = 3 * 16;
+  // Shared memory begins with this, at addresses that the compiler knows; then come [ring | queries], over them the
+  // results of the warps.
+  struct Front {
+    Int2 places[kAhead][2][kBlock];           // of K and of V: a token's address; see Stream
+    i32 positions[kAheadPositions][kBlock];   // with a window
+    Float2 stats[kWarps * 16];                // m and l of the results
+    Int4 kept[3];                             // the pass, while its tiles are computed
+    Int2 ends[kWarps];                        // of each warp's visible tokens
+  };
+  static constexpr int kRing = (static_cast<int>(sizeof(Front)) + 127) / 128 * 128;
   static ANABRANCH_BOTH constexpr int shared_bytes(int ring) {
-    return ring_bytes(ring) + kPlaces + kPositions + kStats + kKept + kWarps * 8;
+    const int streamed = ring * kTile + kQueries;
+    return kRing + (streamed > kResults ? streamed : kResults);
   }
+  static ANABRANCH_DEVICE Front& front() { return *reinterpret_cast<Front*>(ptx::shared_memory()); }
 };
 
 // tanh to about 1e-7 of its value.

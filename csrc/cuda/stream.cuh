@@ -1,7 +1,8 @@
 // The tokens of one pass on their way into the ring, one group of asynchronous copies a tile: K₀ V₀ K₁ V₁ …
 //
 // Where a token lies is worked out once (slot → two addresses), some blocks ahead of its copies, so that no copy waits for
-// an address. A thread has the same tokens and columns of every tile, so its part of both addresses never changes.
+// an address. A thread has the same tokens and columns of every tile, so its part of both addresses never changes. The
+// address of a token is kept low half first; −1: no token there, zeros instead.
 #pragma once
 
 #include "cuda/shape.cuh"
@@ -25,12 +26,11 @@ struct Stream {
   using S = Shape<T, D>;
   const Attention& a;
   char* ring;
-  Int2* places;           // [kAhead][K, V][kBlock]: a token's address, low half first; −1: no token there, zeros instead
-  i32* positions;         // [kAheadPositions][kBlock]
   u32 kv_begin;           // where the item begins in the strips
   int head, first_block, end, row_pos_min;
   int tiles;              // of the pass: two a block
-  int tile, out_slot;     // the round, and where in the ring it is read
+  int tile;               // the round
+  int due, freed;         // where in the ring its tile is, and the one that is used up; bytes
   // This thread's token of the next block to be published, and the strip of the one after that. Each is loaded a block
   // before it is looked at, so that nothing waits for a load.
   Int2 token, strip;
@@ -66,16 +66,16 @@ struct Stream {
     const Pages& pages = is_v ? a.v : a.k;
     i64 place = reinterpret_cast<i64>(pages.data) + page * pages.page + within * pages.slot + head * pages.head;
     if (!there) place = -1;
-    ptx::store(places + entry(block), Int2{static_cast<i32>(place), static_cast<i32>(place >> 32)});
-    if (a.windowed && !is_v) ptx::store(positions + (block & (kAheadPositions - 1)) * S::kBlock + ptx::thread(), which.y);
+    ptx::store(&S::front().places[0][0][0] + entry(block), Int2{static_cast<i32>(place), static_cast<i32>(place >> 32)});
+    if (a.windowed && !is_v) ptx::store(S::front().positions[block & (kAheadPositions - 1)] + ptx::thread(), which.y);
   }
 
-  // Starts the copies of a tile (even: K, odd: V of block tile / 2).
-  ANABRANCH_DEVICE void issue(int which_tile, int slot) const {
+  // Starts the copies of a tile (even: K, odd: V of block tile / 2) to a place in the ring.
+  ANABRANCH_DEVICE void issue(int which_tile, int where) const {
     if (which_tile < tiles) {
       const int token = S::first_row(ptx::thread(), S::kTokens), column = ptx::thread() & (S::kLanes - 1);
-      const Int2* from = places + (which_tile & (2 * kAhead - 1)) * S::kBlock + token;
-      char* const to = ring + slot * S::kTile + token * S::kPitch + column * 16;
+      const Int2* from = &S::front().places[0][0][0] + (which_tile & (2 * kAhead - 1)) * S::kBlock + token;
+      char* const to = ring + where + token * S::kPitch + column * 16;
       Int2 place[S::kTokens];
       if constexpr (S::kTokens == 1) {
         place[0] = ptx::load(from);
@@ -90,7 +90,7 @@ struct Stream {
       const int used = a.head_dim / S::kGranule;
       ANABRANCH_UNROLL
       for (int i = 0; i < S::kTokens; ++i) {
-        const char* const at = ptx::pointer(place[i]) + column * 16;
+        const char* const at = ptx::pointer(place[i], static_cast<u32>(column));
         ANABRANCH_UNROLL
         for (int c = 0; c < S::kColumns; ++c)
           ptx::copy_async(to + i * S::kPitch + c * S::kLanes * 16, at + c * S::kLanes * 16,
@@ -120,11 +120,11 @@ struct Stream {
   }
   ANABRANCH_DEVICE void fill() const {
     ANABRANCH_NO_UNROLL
-    for (int t = 0; t < a.ring - 1; ++t) issue(t, t);
+    for (int t = 0; t < a.ring - 1; ++t) issue(t, t * S::kTile);
   }
 
-  // One round: the tile that is due has landed, for everybody, and the next one is on its way into the slot that the
-  // tile before this one has left. Addresses are published with K, a round or two before they are used.
+  // One round: the tile that is due has landed, for everybody, and the next one is on its way to where the tile before
+  // this one was. Addresses are published with K, a round or two before they are used.
   template <bool KEYS>
   ANABRANCH_DEVICE const char* next() {
     ptx::copy_wait(a.ring - 2, Site::tile_landed);
@@ -135,11 +135,11 @@ struct Stream {
       token = spell(strip);
       strip = fetch(block + 2);
     }
-    issue(tile + a.ring - 1, out_slot == 0 ? a.ring - 1 : out_slot - 1);
+    issue(tile + a.ring - 1, freed);
     ++tile;
-    const char* due = ring + out_slot * S::kTile;
-    out_slot = out_slot + 1 == a.ring ? 0 : out_slot + 1;
-    return due;
+    freed = due;
+    due = due == (a.ring - 1) * S::kTile ? 0 : due + S::kTile;
+    return ring + freed;
   }
 };
 

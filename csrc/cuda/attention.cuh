@@ -18,36 +18,6 @@
 
 namespace anabranch::cuda {
 
-// kRows packed rows at most, of one (item × KV head), from its first token to its last.
-struct Pass {
-  Int4 kv, seen;  // the item
-  int head, packed_begin, rows, warps_m;
-  // Of the block over the units; the item's last word is free for it.
-  ANABRANCH_DEVICE int& round() { return seen.w; }
-  ANABRANCH_DEVICE void load(const Attention& a, u32 item, int of_head) {
-    const Int4* const at = reinterpret_cast<const Int4*>(a.items) + 2 * static_cast<i64>(item);
-    const int kept = round();
-    kv = ptx::load(at);
-    seen = ptx::load(at + 1);
-    round() = kept;
-    head = of_head;
-    packed_begin = 0;
-  }
-  ANABRANCH_DEVICE int packed(const Attention& a) const { return kv.w * a.group; }
-  // Kept in shared memory while tiles are computed, which want the registers.
-  ANABRANCH_DEVICE void keep(Int4* at) const {
-    ptx::store(at, kv);
-    ptx::store(at + 1, seen);
-    ptx::store(at + 2, Int4{head, packed_begin, rows, warps_m});
-  }
-  ANABRANCH_DEVICE void restore(const Int4* at) {
-    kv = ptx::load(at);
-    seen = ptx::load(at + 1);
-    const Int4 rest = ptx::load(at + 2);
-    head = rest.x, packed_begin = rest.y, rows = rest.z, warps_m = rest.w;
-  }
-};
-
 // The item's tokens that the pass sees: [first, end), and what a lane's rows see of them.
 struct Range {
   int first;
@@ -55,7 +25,8 @@ struct Range {
 };
 
 template <class T, int D>
-ANABRANCH_DEVICE Range range_of(const Attention& a, const Pass& pass, Int2* ends) {
+ANABRANCH_DEVICE Range range_of(const Attention& a, const Pass& pass) {
+  auto& front = Shape<T, D>::front();
   const Int4 &kv = pass.kv, &seen = pass.seen;
   const int thread = ptx::thread(), lane = thread & 31, warp = thread / 32;
   const bool masked = seen.x != 0;
@@ -64,7 +35,7 @@ ANABRANCH_DEVICE Range range_of(const Attention& a, const Pass& pass, Int2* ends
     end = 0;
     const int last = (pass.packed_begin + pass.rows - 1) / a.group;
     for (int i = pass.packed_begin / a.group + lane; i <= last; i += 32)
-      end = larger(end, ptx::load(a.limits + kv.z + i));
+      end = larger(end, front.ahead.limit(a, pass, i));
     ANABRANCH_UNROLL
     for (int d = 16; d > 0; d >>= 1) end = larger(end, ptx::shuffle_xor(end, d));
   }
@@ -84,11 +55,11 @@ ANABRANCH_DEVICE Range range_of(const Attention& a, const Pass& pass, Int2* ends
       first = smaller(first, ptx::shuffle_xor(first, d));
       last = larger(last, ptx::shuffle_xor(last, d));
     }
-    if (lane == 0) ptx::store(ends + warp, Int2{first, last});
+    if (lane == 0) ptx::store(front.ends + warp, Int2{first, last});
     ptx::sync_block(Site::window_reduced);
     ANABRANCH_UNROLL
     for (int w = 0; w < kWarps; ++w) {
-      const Int2 other = ptx::load(ends + w);
+      const Int2 other = ptx::load(front.ends + w);
       first = smaller(first, other.x);
       last = larger(last, other.y);
     }
@@ -101,8 +72,8 @@ ANABRANCH_DEVICE Range range_of(const Attention& a, const Pass& pass, Int2* ends
     // A row past the last sees all: nobody asks it.
     const int r = pass.packed_begin + warp % pass.warps_m * 16 + lane / 4 + 8 * i;
     if (r >= pass.packed(a)) continue;
-    if (masked) sight.limit[i] = smaller(end, ptx::load(a.limits + kv.z + r / a.group));
-    if (a.windowed) sight.position[i] = ptx::load(a.row_positions + ptx::load(a.rows + kv.z + r / a.group));
+    if (masked) sight.limit[i] = smaller(end, front.ahead.limit(a, pass, r / a.group));
+    if (a.windowed) sight.position[i] = ptx::load(a.row_positions + front.ahead.row(a, pass, r / a.group));
   }
   sight.least = smaller(sight.limit[0], sight.limit[1]);
   ANABRANCH_UNROLL
@@ -121,7 +92,7 @@ ANABRANCH_DEVICE void copy_queries(const Attention& a, const Pass& pass, char* q
     const bool there = r < pass.rows;
     if (there) {
       const int packed = pass.packed_begin + r, row = packed / a.group;
-      from += ptx::load(a.rows + pass.kv.z + row) * a.q_row +
+      from += S::front().ahead.row(a, pass, row) * a.q_row +
               (pass.head * a.group + packed - row * a.group) * a.q_head + column * S::kGranule;
     }
     ANABRANCH_UNROLL
@@ -151,6 +122,7 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
   if (tiles > 0) stream.prepare();
   ptx::sync_block(Site::places_visible);
   if (thread == 0) pass.keep(front.kept);
+  if (pass.last(a, S::kRows)) front.ahead.look_ahead(a, pass.round());
   if (tiles > 0) {
     // Queries: into the ring's last tile, from where they go to registers before that tile is needed, or to their own.
     char* const queries = ring + (S::kKeepQ ? (a.ring - 1) * S::kTile : a.ring * S::kTile);
@@ -197,6 +169,8 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
     }
   } else {
     tile.clear();
+    ptx::copy_commit();
+    ptx::copy_wait(0, Site::ahead_landed);
   }
 
   ptx::sync_block(Site::ring_done);
@@ -219,27 +193,26 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
     }
   }
   ptx::sync_block(Site::results_visible);
-  emit<T, D>(a, results, front.stats, pass.rows, pass.warps_m, warps_n, pass.kv.z, pass.packed_begin, pass.head);
+  emit<T, D>(a, results, pass, warps_n);
 }
 
 template <class T, int D>
 ANABRANCH_KERNEL(kThreads, (Shape<T, D>::kBlocks))
 void attention_kernel(const Attention a) {
   using S = Shape<T, D>;
+  // Heads of an item are neighbours: they read the same slots and rows.
   const u32 heads = static_cast<u32>(a.num_kv_heads);
-  const u32 units = static_cast<u32>(a.counts == nullptr ? a.num_items : ptx::load(a.counts)) * heads;
-  // Back and forth over the sorted units: the block that had the costliest of one round has the cheapest of the next.
+  const Units units{static_cast<u32>(a.counts == nullptr ? a.num_items : ptx::load(a.counts)) * heads, heads};
+  if (units.at(0) >= units.count) return;
+  auto& ahead = S::front().ahead;
+  ahead.begin(a, units);
   Pass pass{};
-  for (; static_cast<u32>(pass.round()) * ptx::blocks() < units; ++pass.round()) {
-    const u32 place = pass.round() & 1 ? ptx::blocks() - 1 - ptx::block() : ptx::block();
-    const u32 unit = static_cast<u32>(pass.round()) * ptx::blocks() + place;
-    if (unit >= units) continue;
-    const u32 item = unit / heads;  // heads of an item are neighbours: they read the same slots and rows
-    pass.load(a, item, static_cast<int>(unit - item * heads));
+  for (u32 unit; (unit = units.at(pass.round())) < units.count; ++pass.round()) {
+    pass.load(ahead.items[pass.round() & 1], static_cast<int>(unit % heads));
     for (; pass.packed_begin < pass.packed(a); pass.packed_begin += S::kRows) {
       pass.rows = smaller(pass.packed(a) - pass.packed_begin, S::kRows);
       pass.warps_m = (pass.rows + 15) / 16;
-      const Range range = range_of<T, D>(a, pass, S::front().ends);
+      const Range range = range_of<T, D>(a, pass);
       // The fewer warps the rows take, the more share the tokens of a tile.
       if (S::kMostSteps == 1 || pass.warps_m == 1)
         attend<T, D, 1>(a, pass, range);

@@ -64,6 +64,8 @@ enum class Site : int {
   tile_visible,       // barrier: the tile of this round; everybody is done with the one before
   ring_done,          // barrier: the last tile is used, accumulators may overwrite the ring
   results_visible,    // barrier: all warps' accumulators
+  ahead_landed,       // wait: what was looked up for the first unit, or beside one without tokens
+  ahead_visible,      // barrier: the same
   count
 };
 
@@ -79,6 +81,7 @@ ANABRANCH_DEVICE char* shared_memory() { return emulator::shared_memory(); }
 template <class V>
 ANABRANCH_DEVICE V load(const V* p) {
   emulator::check(p, sizeof(V), alignof(V), false);
+  emulator::count_load(p);
   return *p;
 }
 template <class V>
@@ -114,6 +117,8 @@ ANABRANCH_DEVICE u32 plus_zero_times(f16, u32 sum, u32 x) { return emulator::plu
 ANABRANCH_DEVICE void copy_async(void* shared, const void* global, int bytes) {
   emulator::copy_async(shared, global, bytes);
 }
+ANABRANCH_DEVICE void copy_async_8(Int2* shared, const Int2* global) { emulator::copy_async(shared, global, 8, 8); }
+ANABRANCH_DEVICE void copy_async_4(i32* shared, const i32* global) { emulator::copy_async(shared, global, 4, 4); }
 ANABRANCH_DEVICE void copy_commit() { emulator::copy_commit(); }
 ANABRANCH_DEVICE void copy_wait(int pending, Site site) { emulator::copy_wait(pending, int(site)); }
 
@@ -226,6 +231,13 @@ ANABRANCH_DEVICE void copy_async(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(bytes)
                : "memory");
+}
+// Small ones, of numbers.
+ANABRANCH_DEVICE void copy_async_8(Int2* shared, const Int2* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+ANABRANCH_DEVICE void copy_async_4(i32* shared, const i32* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 ANABRANCH_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>

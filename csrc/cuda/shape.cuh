@@ -3,8 +3,7 @@
 
 #include <cmath>
 
-#include "cuda/params.hpp"
-#include "cuda/ptx.cuh"
+#include "cuda/ahead.cuh"
 
 namespace anabranch::cuda {
 
@@ -61,6 +60,7 @@ struct Shape {
     Float2 stats[kWarps * 16];                // m and l of the results
     Int4 kept[3];                             // the pass, while its tiles are computed
     Int2 ends[kWarps];                        // of each warp's visible tokens
+    Ahead<kRows> ahead;
   };
   static constexpr int kRing = (static_cast<int>(sizeof(Front)) + 127) / 128 * 128;
   static ANABRANCH_BOTH constexpr int shared_bytes(int ring) {

@@ -51,6 +51,12 @@ struct Stream {
     if (!kAllFetch && ptx::thread() >= 2 * S::kBlock) return Int2{0, 0};
     return strip_at(a, kv_begin + static_cast<u32>(smaller(number(block), end - 1)));
   }
+  // The same, of the first blocks, whose strips were looked up ahead.
+  ANABRANCH_DEVICE Int2 fetch_early(int block) const {
+    const u32 place = kv_begin + static_cast<u32>(smaller(number(block), end - 1));
+    const u32 entry = (place >> a.strip_shift) - (kv_begin >> a.strip_shift);
+    return entry < kStrips ? ptx::load(S::front().ahead.strips + entry) : fetch(block);
+  }
   // Blocks are whole strips: a thread's place in its strip is ever the same.
   ANABRANCH_DEVICE Int2 spell(const Int2& of) const {
     return token_of(a, of, kv_begin + static_cast<u32>(ptx::thread() & (S::kBlock - 1)));
@@ -107,9 +113,9 @@ struct Stream {
     const int prepared = (a.ring + 1) / 2;
     ANABRANCH_UNROLL
     for (int b = 0; b < most; ++b)
-      if (b < prepared) ahead[b] = fetch(b);
-    token = fetch(prepared);
-    strip = fetch(prepared + 1);
+      if (b < prepared) ahead[b] = fetch_early(b);
+    token = fetch_early(prepared);
+    strip = fetch_early(prepared + 1);
     ANABRANCH_UNROLL
     for (int b = 0; b < most; ++b)
       if (b < prepared) ahead[b] = spell(ahead[b]);

@@ -71,7 +71,7 @@ struct Frame {
 struct Copy {
   char* to;
   const char* from;
-  int bytes;
+  int bytes, width;
   int64_t group;
 };
 
@@ -91,6 +91,8 @@ struct Thread {
   Frame* frame = nullptr;
   std::vector<Copy> copies;
   int64_t committed = 0, copied = 0;
+  int passed = 0;     // the last site
+  int64_t loads = 0;  // of global memory, since then
   char* stack = nullptr;
 };
 
@@ -174,7 +176,7 @@ void count_copy(Thread& t, const void* to, const void* from, int bytes) {
 void land(const Copy& c) {
   device.in_flight -= c.bytes;
   if (c.bytes > 0) memcpy(c.to, c.from, c.bytes);
-  memset(c.to + c.bytes, 0, 16 - c.bytes);
+  memset(c.to + c.bytes, 0, c.width - c.bytes);
 }
 
 // Some copy of some thread arrives, in no order at all.
@@ -271,6 +273,8 @@ void run_block() {
   for (Thread& t : d.threads) {
     t.copies.clear();
     t.committed = t.copied = 0;
+    t.passed = 0;
+    t.loads = 0;
     t.frame = nullptr;
     ++d.warps[t.id / kLanes].size;
     memcpy(t.stack, &kCanary, sizeof kCanary);
@@ -406,6 +410,12 @@ void count(int site) {
   if (site <= 0 || site >= kMaxSites) return;
   if (device.statistics.sites.empty()) device.statistics.sites.assign(kMaxSites, 0);
   ++device.statistics.sites[site];
+  Thread& self = *device.current;
+  auto& most = device.statistics.loads;
+  if (most.empty()) most.assign(kMaxSites, 0);
+  most[self.passed] = std::max(most[self.passed], self.loads);
+  self.passed = site;
+  self.loads = 0;
 }
 
 }  // namespace
@@ -500,6 +510,11 @@ void check(const void* p, size_t bytes, size_t alignment, bool write) {
   if (write && !a->writable) trap(describe() + " changes " + a->name + ", which is read only");
 }
 
+void count_load(const void* p) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p), shared = reinterpret_cast<uintptr_t>(device.shared);
+  device.current->loads += at < shared || at >= shared + device.shared_bytes;
+}
+
 void sync_block(int site) {
   count(site);
   if (site != 0 && site == device.config.planted) return;
@@ -562,22 +577,24 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   memcpy(c, f.c, sizeof c);
 }
 
-void copy_async(void* to, const void* from, int bytes) {
+void copy_async(void* to, const void* from, int bytes, int width) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(to), shared = reinterpret_cast<uintptr_t>(device.shared);
-  if (at < shared || at + 16 > shared + device.shared_bytes) trap("an asynchronous copy to outside shared memory");
-  if (bytes < 0 || bytes > 16) trap("an asynchronous copy of " + std::to_string(bytes) + " bytes");
-  check(to, 16, 16, true);
-  if (bytes > 0) check(from, static_cast<size_t>(bytes), 16, false);
-  ++device.statistics.copies;
+  if (at < shared || at + width > shared + device.shared_bytes) trap("an asynchronous copy to outside shared memory");
+  if (bytes < 0 || bytes > width) trap("an asynchronous copy of " + std::to_string(bytes) + " bytes");
+  check(to, width, width, true);
+  if (bytes > 0) check(from, static_cast<size_t>(bytes), width, false);
   Thread& self = *device.current;
-  count_copy(self, to, from, bytes);
+  if (width == 16) {  // tiles and queries; small ones are numbers, of some lanes alone
+    ++device.statistics.copies;
+    count_copy(self, to, from, bytes);
+  }
   device.in_flight += bytes;
   device.statistics.most_in_flight = std::max(device.statistics.most_in_flight, device.in_flight);
-  const Copy copy{static_cast<char*>(to), static_cast<const char*>(from), bytes, self.committed};
+  const Copy copy{static_cast<char*>(to), static_cast<const char*>(from), bytes, width, self.committed};
   if (device.config.landing == Landing::at_once) {
     land(copy);
   } else {
-    memset(to, 0xff, 16);
+    memset(to, 0xff, width);
     self.copies.push_back(copy);
   }
 }

@@ -41,6 +41,7 @@ struct Statistics {
   // banks that its writes to shared memory take (4 at least); sectors: of 32 bytes of global memory that it touches.
   int64_t copy_instructions = 0, copy_wavefronts = 0, copy_sectors = 0;
   int64_t ldmatrix = 0, ldmatrix_wavefronts = 0;
+  std::vector<int64_t> loads;  // of global memory, that a thread made between passing a site and passing the next: at most
   int64_t most_in_flight = 0;  // bytes of copies of one block that had not landed; what it allows where they land late
 };
 
@@ -66,13 +67,14 @@ int block();
 int blocks();
 char* shared_memory();
 void check(const void* p, size_t bytes, size_t alignment, bool write);
+void count_load(const void* p);
 void sync_block(int site);
 float shuffle(float value, int lane);
 int shuffle(int value, int lane);
 bool any(bool value);
 void ldmatrix_x4(uint32_t (&d)[4], const void* row, bool transposed);
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bfloat);
-void copy_async(void* shared, const void* global, int bytes);
+void copy_async(void* shared, const void* global, int bytes, int width = 16);  // zeros from `bytes` on; width: 4, 8, 16
 void copy_commit();
 void copy_wait(int pending, int site);
 uint32_t pack_bf16(float low, float high);

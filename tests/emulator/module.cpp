@@ -56,6 +56,7 @@ void bind_emulator(py::module_& m) {
     d["ldmatrix_wavefronts"] = s.ldmatrix_wavefronts;
     d["most_in_flight"] = s.most_in_flight;
     d["sites"] = s.sites;
+    d["loads"] = s.loads;
     return d;
   });
   py::dict sites;
@@ -69,6 +70,8 @@ void bind_emulator(py::module_& m) {
   add("tile_visible", Site::tile_visible);
   add("ring_done", Site::ring_done);
   add("results_visible", Site::results_visible);
+  add("ahead_landed", Site::ahead_landed);
+  add("ahead_visible", Site::ahead_visible);
   if (int(py::len(sites)) != int(Site::count) - 1) throw std::logic_error("a site has no name");
   m.attr("SITES") = sites;
 }

@@ -111,8 +111,22 @@ MUTANTS = [
     ),
     Mutant(
         "attention: a query row in 32 bits", f"{CUDA}attention.cuh",
-        'from += ptx::load(a.rows + pass.kv.z + row) * a.q_row +',
-        'from += static_cast<i32>(ptx::load(a.rows + pass.kv.z + row) * a.q_row) +', f"{K}rows_beyond_32_bits",
+        'from += S::front().ahead.row(a, pass, row) * a.q_row +',
+        'from += static_cast<i32>(S::front().ahead.row(a, pass, row) * a.q_row) +', f"{K}rows_beyond_32_bits",
+    ),
+    Mutant(
+        "attention: what is looked up ahead is that of this unit", f"{CUDA}ahead.cuh", "copy_rest(a, round + 1);",
+        "copy_rest(a, round);", "tests/emulator/test_between_units.py",
+    ),
+    Mutant(
+        "attention: an item more is looked up than there is", f"{CUDA}ahead.cuh",
+        "if (word < 4 && unit < all.count)", "if (word < 4)", "tests/emulator/test_between_units.py",
+    ),
+    Mutant(
+        "attention: rows beyond those looked up are read from behind them", f"{CUDA}ahead.cuh",
+        "return i < ROWS ? ptx::load(rows[pass.round() & 1] + i) : ptx::load(a.rows + pass.kv.z + i);",
+        "return ptx::load(rows[pass.round() & 1] + i);",
+        "tests/emulator/test_between_units.py::test_items_of_more_rows_than_were_looked_up",
     ),
     Mutant(
         "attention: tokens that nobody sees are read", f"{CUDA}stream.cuh",

@@ -200,6 +200,7 @@ template <class T, int D>
 ANABRANCH_KERNEL(kThreads, (Shape<T, D>::kBlocks))
 void attention_kernel(const Attention a) {
   using S = Shape<T, D>;
+  ptx::allow_next_launch();
   // Heads of an item are neighbours: they read the same slots and rows.
   const u32 heads = static_cast<u32>(a.num_kv_heads);
   const Units units{static_cast<u32>(a.counts == nullptr ? a.num_items : ptx::load(a.counts)) * heads, heads};

@@ -50,6 +50,7 @@ int ring_for(const Device& device, int most) {
 
 #ifdef ANABRANCH_EMULATOR
 inline void check_launch() {}
+inline bool driver_launches_beside() { return true; }
 inline int current_device() { return 0; }
 inline void allow_shared(const void* function, int bytes) { emulator::allow_shared(function, bytes); }
 inline int resident_blocks(const void*, int shared, const Device& device) {
@@ -65,6 +66,37 @@ inline void check_cuda(cudaError_t error) {
   throw std::runtime_error(text);
 }
 inline void check_launch() { check_cuda(cudaGetLastError()); }
+
+// Whether a launch may begin before the one before it has ended, in streams and in captured graphs.
+inline bool driver_launches_beside() {
+#if CUDART_VERSION >= 12030
+  static const bool able = [] {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12030;
+  }();
+  return able;
+#else
+  return false;
+#endif
+}
+template <class P>
+void launch_beside(void (*function)(P), int grid, int threads, int shared, cudaStream_t stream, const P& params) {
+#if CUDART_VERSION >= 12030
+  cudaLaunchAttribute beside{};
+  beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  beside.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = stream;
+  config.attrs = &beside;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, function, params));
+#else
+  ANABRANCH_LAUNCH(function, grid, threads, shared, stream, params);
+#endif
+}
 inline int current_device() {
   int index = 0;
   check_cuda(cudaGetDevice(&index));
@@ -129,7 +161,11 @@ void attention_of(Attention a, const Device& device, const Layout& layout, void*
     const bool few = units <= most;
     const int grid = layout.grid != 0 ? layout.grid : few ? static_cast<int>(units) : grid_for((units + kWarps - 1) / kWarps, most);
     const auto function = few ? &merge_kernel<T, kWarps> : &merge_kernel<T, 1>;
-    ANABRANCH_LAUNCH(function, grid, kThreads, 0, stream, a);
+    // Its blocks come as those of the attention kernel end, so that nothing waits for a launch.
+    if (a.num_items > 0 && device.arch >= 90 && driver_launches_beside())
+      ANABRANCH_LAUNCH_BESIDE(function, grid, kThreads, 0, stream, a);
+    else
+      ANABRANCH_LAUNCH(function, grid, kThreads, 0, stream, a);
     check_launch();
   }
 }

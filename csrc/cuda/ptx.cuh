@@ -66,6 +66,7 @@ enum class Site : int {
   results_visible,    // barrier: all warps' accumulators
   ahead_landed,       // wait: what was looked up for the first unit, or beside one without tokens
   ahead_visible,      // barrier: the same
+  launch_before,      // wait: all that the launch before has written
   count
 };
 
@@ -121,6 +122,9 @@ ANABRANCH_DEVICE void copy_async_8(Int2* shared, const Int2* global) { emulator:
 ANABRANCH_DEVICE void copy_async_4(i32* shared, const i32* global) { emulator::copy_async(shared, global, 4, 4); }
 ANABRANCH_DEVICE void copy_commit() { emulator::copy_commit(); }
 ANABRANCH_DEVICE void copy_wait(int pending, Site site) { emulator::copy_wait(pending, int(site)); }
+
+ANABRANCH_DEVICE void allow_next_launch() { emulator::allow_next_launch(); }
+ANABRANCH_DEVICE void wait_for_launch_before(Site site) { emulator::wait_for_launch_before(int(site)); }
 
 ANABRANCH_DEVICE u32 bits(float x) {
   u32 d;
@@ -259,6 +263,20 @@ ANABRANCH_DEVICE void copy_wait(int pending, Site) {
   copy_wait_for<0>();
 }
 
+// The stream's next launch may begin, if it was started for that (launch_beside): its blocks come to where this one's are
+// done. It reads nothing that this one writes, and writes nothing, before it has waited; each of its threads waits, or
+// what comes after it might run beside this one.
+ANABRANCH_DEVICE void allow_next_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+ANABRANCH_DEVICE void wait_for_launch_before(Site) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 ANABRANCH_DEVICE u32 bits(float x) { return __float_as_uint(x); }
 ANABRANCH_DEVICE float number(u32 x) { return __uint_as_float(x); }
 
@@ -287,12 +305,18 @@ ANABRANCH_DEVICE const char* pointer(const Int2& halves, u32 sixteens) {
 }  // namespace ptx
 }  // namespace anabranch::cuda
 
-// The only way a kernel is started. `function` is a pointer to it, `params` its one argument.
+// The only ways a kernel is started. `function` is a pointer to it, `params` its one argument. BESIDE: it waits by itself
+// for the launch before it (wait_for_launch_before), and may begin earlier; see launch_beside.
 #ifdef ANABRANCH_EMULATOR
 #define ANABRANCH_LAUNCH(function, grid, threads, shared, stream, params) \
   (static_cast<void>(stream), emulator::launch(reinterpret_cast<const void*>(function), grid, threads, shared, \
                                                [&] { (function)(params); }))
+#define ANABRANCH_LAUNCH_BESIDE(function, grid, threads, shared, stream, params) \
+  (static_cast<void>(stream), emulator::launch(reinterpret_cast<const void*>(function), grid, threads, shared, \
+                                               [&] { (function)(params); }, true))
 #else
 #define ANABRANCH_LAUNCH(function, grid, threads, shared, stream, params) \
   (function)<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(params)
+#define ANABRANCH_LAUNCH_BESIDE(function, grid, threads, shared, stream, params) \
+  anabranch::cuda::launch_beside(function, grid, threads, shared, static_cast<cudaStream_t>(stream), params)
 #endif

@@ -91,6 +91,8 @@ struct Thread {
   Frame* frame = nullptr;
   std::vector<Copy> copies;
   int64_t committed = 0, copied = 0;
+  bool waited = true;  // for the launch before, beside which this one runs
+  bool allowed = false;  // the next launch to begin
   int passed = 0;     // the last site
   int64_t loads = 0;  // of global memory, since then
   char* stack = nullptr;
@@ -106,6 +108,7 @@ struct Allocation {
   uintptr_t begin, end;
   bool writable;
   std::string name;
+  bool written = false, pending = false;  // by this launch; by the one before, which this one may run beside
 };
 
 struct Device {
@@ -126,6 +129,8 @@ struct Device {
   int block = 0, num_blocks = 0, num_done = 0, at_barrier = 0, running_warp = 0;
   int64_t in_flight = 0;  // bytes
   bool failed = false;
+  bool allows = false, beside = false;  // the launch before: all its threads allowed the next one; this one runs beside it
+  int64_t allowing = 0;                 // threads of this launch that did
   std::string failure;
   const std::function<void()>* body = nullptr;
 };
@@ -233,6 +238,8 @@ void fiber_entry() {
   try {
     (*device.body)();
     if (!self.copies.empty()) trap("ends with asynchronous copies that it never waited for");
+    if (!self.waited) trap("ends without having waited for the launch before");
+    device.allowing += self.allowed;
   } catch (const std::exception& e) {
     if (!device.failed) device.failure = e.what();
     device.failed = true;
@@ -274,6 +281,8 @@ void run_block() {
     t.copies.clear();
     t.committed = t.copied = 0;
     t.passed = 0;
+    t.waited = !d.beside;
+    t.allowed = false;
     t.loads = 0;
     t.frame = nullptr;
     ++d.warps[t.id / kLanes].size;
@@ -428,7 +437,7 @@ void register_memory(const void* begin, size_t bytes, bool writable, const std::
   const uintptr_t at = reinterpret_cast<uintptr_t>(begin);
   auto& all = device.allocations;
   all.insert(std::upper_bound(all.begin(), all.end(), at, [](uintptr_t x, const Allocation& a) { return x < a.begin; }),
-             Allocation{at, at + bytes, writable, name});
+             Allocation{at, at + bytes, writable, name, false, false});
   device.last_hit = 0;
 }
 void forget_memory() {
@@ -444,7 +453,8 @@ void allow_shared(const void* function, int bytes) {
   allowed = bytes;
 }
 
-void launch(const void* function, int grid, int threads, size_t shared_bytes, const std::function<void()>& body) {
+void launch(const void* function, int grid, int threads, size_t shared_bytes, const std::function<void()>& body,
+            bool beside) {
   Device& d = device;
   const auto known = d.allowed.find(function);
   const int allowed = known == d.allowed.end() ? kAllowedUnasked : known->second;
@@ -468,6 +478,14 @@ void launch(const void* function, int grid, int threads, size_t shared_bytes, co
   d.random.state = d.config.seed * 0x9e3779b97f4a7c15ull + 1;
   d.num_blocks = grid;
   ++d.statistics.launches;
+  d.beside = beside && d.allows;
+  d.statistics.beside += d.beside;
+  d.allows = false;
+  d.allowing = 0;
+  for (Allocation& a : d.allocations) {
+    a.pending = d.beside && a.written;
+    a.written = false;
+  }
   std::vector<int> order(grid);
   for (int i = 0; i < grid; ++i) order[i] = i;
   for (int i = grid - 1; i > 0; --i) std::swap(order[i], order[d.random.below(static_cast<uint32_t>(i + 1))]);
@@ -475,6 +493,7 @@ void launch(const void* function, int grid, int threads, size_t shared_bytes, co
     d.block = b;
     run_block();
   }
+  d.allows = d.allowing == static_cast<int64_t>(grid) * threads;
 }
 
 int thread() { return device.current->id; }
@@ -508,6 +527,9 @@ void check(const void* p, size_t bytes, size_t alignment, bool write) {
     a = &all[device.last_hit];
   }
   if (write && !a->writable) trap(describe() + " changes " + a->name + ", which is read only");
+  if (!device.current->waited && (write || a->pending))
+    trap(describe() + " touches " + a->name + " before the launch before was waited for");
+  device.allocations[device.last_hit].written |= write;
 }
 
 void count_load(const void* p) {
@@ -614,6 +636,12 @@ void copy_wait(int pending, int site) {
       copies[kept++] = copies[i];
   }
   copies.resize(kept);
+}
+
+void allow_next_launch() { device.current->allowed = true; }
+void wait_for_launch_before(int site) {
+  count(site);
+  if (site == 0 || site != device.config.planted) device.current->waited = true;
 }
 
 uint32_t pack_bf16(float low, float high) {

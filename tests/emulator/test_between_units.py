@@ -36,7 +36,7 @@ def test_nothing_is_looked_up_between_two_units(device, head_dim, dtype):
 
 
 def test_items_of_more_rows_than_were_looked_up(device):
-    """Plans are cut for the kernel's own tile; with more rows an item takes several passes, and the rest is looked up late."""
+    """Plans are cut for the tile of the kernel; with more rows an item takes several passes, and some are looked up late."""
     case = random_case(10, rows=150, segments=3, max_len=130, tile_rows=120, head_dim=32, dtype=torch.float16)
     assert int(case.arrays.items[:, 3].max()) > 64
     for window in (None, 40):

@@ -63,7 +63,7 @@ struct Ahead {
   u32 units;
 
   ANABRANCH_DEVICE void copy_item(const Attention& a, const Units& all, int round) {
-    const int word = ptx::thread();  // of two
+    const int word = ptx::thread_anew();  // of two numbers
     const u32 unit = all.at(round);
     if (word < 4 && unit < all.count)
       ptx::copy_async_8(reinterpret_cast<Int2*>(items[round & 1]) + word,
@@ -72,7 +72,7 @@ struct Ahead {
   // The item of that round has landed, for everybody.
   ANABRANCH_DEVICE void copy_rest(const Attention& a, int round) {
     const Int4 kv = ptx::load(items[round & 1]);
-    const int entry = ptx::thread();
+    const int entry = ptx::thread_anew();
     if (entry < ROWS && entry < kv.w) {
       ptx::copy_async_4(rows[round & 1] + entry, a.rows + kv.z + entry);
       ptx::copy_async_4(dest[round & 1] + entry, a.dest + kv.z + entry);
@@ -102,7 +102,7 @@ struct Ahead {
   }
   static ANABRANCH_DEVICE void wait() {
     ptx::copy_commit();
-    ptx::copy_wait(0, Site::ahead_landed);
+    ptx::copy_wait<0>(0, Site::ahead_landed);
     ptx::sync_block(Site::ahead_visible);
   }
 

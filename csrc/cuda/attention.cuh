@@ -28,7 +28,7 @@ template <class T, int D>
 ANABRANCH_DEVICE Range range_of(const Attention& a, const Pass& pass) {
   auto& front = Shape<T, D>::front();
   const Int4 &kv = pass.kv, &seen = pass.seen;
-  const int thread = ptx::thread(), lane = thread & 31, warp = thread / 32;
+  const int thread = ptx::thread_anew(), lane = thread & 31, warp = thread / 32;
   const bool masked = seen.x != 0;
   int end = kv.y;
   if (masked) {
@@ -85,9 +85,9 @@ ANABRANCH_DEVICE Range range_of(const Attention& a, const Pass& pass) {
 template <class T, int D>
 ANABRANCH_DEVICE void copy_queries(const Attention& a, const Pass& pass, char* queries) {
   using S = Shape<T, D>;
-  const int column = ptx::thread() % S::kLanes, used = a.head_dim / S::kGranule;
+  const int thread = ptx::thread_anew(), column = thread % S::kLanes;
   ANABRANCH_NO_UNROLL
-  for (int r = S::first_row(ptx::thread(), 1); r < pass.warps_m * 16; r += kThreads / S::kLanes) {
+  for (int r = S::first_row(thread, 1); r < pass.warps_m * 16; r += kThreads / S::kLanes) {
     const T* from = static_cast<const T*>(a.q);
     const bool there = r < pass.rows;
     if (there) {
@@ -98,7 +98,7 @@ ANABRANCH_DEVICE void copy_queries(const Attention& a, const Pass& pass, char* q
     ANABRANCH_UNROLL
     for (int c = 0; c < S::kColumns; ++c)
       ptx::copy_async(queries + r * S::kPitch + (column + c * S::kLanes) * 16, from + c * S::kLanes * S::kGranule,
-                      there && column + c * S::kLanes < used ? 16 : 0);
+                      there && (column + c * S::kLanes) * 16 < a.row_bytes ? 16 : 0);
   }
   ptx::copy_commit();
 }
@@ -118,7 +118,7 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
   const int first_block = range.first / S::kBlock;
   const int tiles = sight.end > range.first ? 2 * ((sight.end + S::kBlock - 1) / S::kBlock - first_block) : 0;
   Stream<T, D> stream{a, ring, static_cast<u32>(pass.kv.x), pass.head, first_block, sight.end, pass.seen.z,
-                      tiles, 0, 0, (a.ring - 1) * S::kTile, {}, {}};
+                      tiles, ptx::in_register(a.head_dim / S::kGranule), 0, 0, {}, {}};
   if (tiles > 0) stream.prepare();
   ptx::sync_block(Site::places_visible);
   if (thread == 0) pass.keep(front.kept);
@@ -129,7 +129,7 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
     copy_queries<T, D>(a, pass, queries);
     stream.fill();
     if constexpr (S::kKeepQ) {
-      ptx::copy_wait(a.ring - 1, Site::queries_landed);
+      ptx::copy_wait<S::kUsualRing - 1>(a.ring - 1, Site::queries_landed);
       ptx::sync_block(Site::queries_visible);
       tile.load_queries(queries);
     }
@@ -170,11 +170,12 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
   } else {
     tile.clear();
     ptx::copy_commit();
-    ptx::copy_wait(0, Site::ahead_landed);
+    ptx::copy_wait<0>(0, Site::ahead_landed);
   }
 
   ptx::sync_block(Site::ring_done);
   pass.restore(front.kept);
+  if (pass.last(a, S::kRows)) fetch_next_to_cache<T, D>(a, pass.round());
   float* const results = reinterpret_cast<float*>(ring);
   ANABRANCH_UNROLL
   for (int r = 0; r < 2; ++r) {

@@ -19,7 +19,7 @@ void with_head_dim(int head_dim, const F& f) {
   using std::integral_constant;
 #ifdef ANABRANCH_ONE_HEAD_DIM  // a single variant, for those who look at its machine code
   return f(integral_constant<int, ANABRANCH_ONE_HEAD_DIM>{});
-#endif
+#else
   if (head_dim <= 32) return f(integral_constant<int, 32>{});
 #ifndef ANABRANCH_FEW_HEAD_DIMS
   if (head_dim <= 64) return f(integral_constant<int, 64>{});
@@ -30,9 +30,12 @@ void with_head_dim(int head_dim, const F& f) {
 #endif
   if (head_dim <= 256) return f(integral_constant<int, 256>{});
   throw std::invalid_argument("head_dim: at most 256, got " + std::to_string(head_dim));
+#endif
 }
 
 constexpr int kReserved = 1024;  // bytes of shared memory that the system takes of every block
+
+constexpr int kOnTheirWay = 40 * 1024;
 
 // Tiles in the ring. Streaming wants some 40 KB on its way to every multiprocessor all the time, and two or more blocks
 // there, so that one computes while another waits; a block has ring − 1 tiles on their way. `most`: the blocks that a
@@ -40,9 +43,10 @@ constexpr int kReserved = 1024;  // bytes of shared memory that the system takes
 template <class S>
 int ring_for(const Device& device, int most) {
   for (int blocks = std::clamp(most, 1, 4); blocks >= 1; --blocks)
-    for (int ring = kMaxRing; ring >= (blocks >= 3 ? 4 : blocks == 2 ? 3 : 2); --ring)
+    for (int ring = kMaxRing; ring >= (blocks == 1 ? 2 : 3); --ring)
       if (S::shared_bytes(ring) <= device.shared_block &&
-          blocks * (S::shared_bytes(ring) + kReserved) <= device.shared_multiprocessor)
+          blocks * (S::shared_bytes(ring) + kReserved) <= device.shared_multiprocessor &&
+          (blocks == 1 || blocks * (ring - 1) * S::kTile >= kOnTheirWay))
         return ring;
   throw std::runtime_error("this GPU's shared memory (" + std::to_string(device.shared_block) +
                            " bytes a block) is too small for the CUDA kernels; use backend='triton'");
@@ -142,6 +146,7 @@ void attention_of(Attention a, const Device& device, const Layout& layout, void*
   with_head_dim(a.head_dim, [&](auto columns) {
     constexpr int D = decltype(columns)::value;
     using S = Shape<T, D>;
+    a.row_bytes = a.head_dim * static_cast<int>(sizeof(T));
     if (a.num_items > 0) {
       a.ring = layout.ring != 0 ? layout.ring : ring_for<S>(device, blocks_per_multiprocessor<T, D>(0, device));
       if (a.ring < 2 || a.ring > kMaxRing)

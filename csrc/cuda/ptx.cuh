@@ -75,6 +75,8 @@ namespace ptx {
 #ifdef ANABRANCH_EMULATOR
 
 ANABRANCH_DEVICE int thread() { return emulator::thread(); }
+ANABRANCH_DEVICE int thread_anew() { return emulator::thread(); }
+ANABRANCH_DEVICE int in_register(int x) { return x; }
 ANABRANCH_DEVICE int block() { return emulator::block(); }
 ANABRANCH_DEVICE int blocks() { return emulator::blocks(); }
 ANABRANCH_DEVICE char* shared_memory() { return emulator::shared_memory(); }
@@ -121,6 +123,8 @@ ANABRANCH_DEVICE void copy_async(void* shared, const void* global, int bytes) {
 ANABRANCH_DEVICE void copy_async_8(Int2* shared, const Int2* global) { emulator::copy_async(shared, global, 8, 8); }
 ANABRANCH_DEVICE void copy_async_4(i32* shared, const i32* global) { emulator::copy_async(shared, global, 4, 4); }
 ANABRANCH_DEVICE void copy_commit() { emulator::copy_commit(); }
+ANABRANCH_DEVICE void fetch_to_cache(const char* global, int bytes) { emulator::fetch_to_cache(global, bytes); }
+template <int USUAL>
 ANABRANCH_DEVICE void copy_wait(int pending, Site site) { emulator::copy_wait(pending, int(site)); }
 
 ANABRANCH_DEVICE void allow_next_launch() { emulator::allow_next_launch(); }
@@ -143,6 +147,18 @@ ANABRANCH_DEVICE float log2(float x) { return emulator::log2(x); }
 #else
 
 ANABRANCH_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+// A number that the compiler keeps in a register, where it would make it again from a parameter each time.
+ANABRANCH_DEVICE int in_register(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+// thread(), for what happens once a unit: what follows from it is worked out there, not once a kernel and kept in registers
+// and predicates that the inner loops want.
+ANABRANCH_DEVICE int thread_anew() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
 ANABRANCH_DEVICE int block() { return static_cast<int>(blockIdx.x); }
 ANABRANCH_DEVICE int blocks() { return static_cast<int>(gridDim.x); }
 ANABRANCH_DEVICE char* shared_memory() {
@@ -236,6 +252,14 @@ ANABRANCH_DEVICE void copy_async(void* shared, const void* global, int bytes) {
                "r"(bytes)
                : "memory");
 }
+// Some bytes (a multiple of 16) to the second-level cache; nothing waits for it.
+ANABRANCH_DEVICE void fetch_to_cache(const char* global, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#else
+  for (int at = 0; at < bytes; at += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(global + at) : "memory");
+#endif
+}
 // Small ones, of numbers.
 ANABRANCH_DEVICE void copy_async_8(Int2* shared, const Int2* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(shared)), "l"(global) : "memory");
@@ -249,8 +273,10 @@ ANABRANCH_DEVICE void copy_wait_for() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 // Until at most `pending` (0 … kMaxRing − 1) groups of this thread's copies are still on their way. The instruction wants a
-// constant; two or three branches cost less than a jump through a table.
+// constant; a few branches cost less than a jump through a table, and the usual number (no other where it is 0) takes one.
+template <int USUAL>
 ANABRANCH_DEVICE void copy_wait(int pending, Site) {
+  if (USUAL == 0 || pending == USUAL) return copy_wait_for<USUAL>();
   if (pending >= 4) {
     if (pending == 4) return copy_wait_for<4>();
     if (pending == 5) return copy_wait_for<5>();
@@ -289,17 +315,11 @@ ANABRANCH_DEVICE float log2(float x) { return ::log2f(x); }
 
 #endif
 
-// An address in two halves, the low one first, and that many times 16 bytes on. By one instruction: an addition of 64
-// bits is two.
-ANABRANCH_DEVICE const char* pointer(const Int2& halves, u32 sixteens) {
-  const uint64_t at = static_cast<uint64_t>(static_cast<u32>(halves.y)) << 32 | static_cast<u32>(halves.x);
-#ifdef ANABRANCH_EMULATOR
-  return reinterpret_cast<const char*>(static_cast<uintptr_t>(at + 16ull * sixteens));
-#else
-  uint64_t sum;
-  asm("mad.wide.u32 %0, %1, 16, %2;" : "=l"(sum) : "r"(sixteens), "l"(at));
-  return reinterpret_cast<const char*>(sum);
-#endif
+ANABRANCH_DEVICE const char* pointer(i64 address) { return reinterpret_cast<const char*>(static_cast<uintptr_t>(address)); }
+// Of an address in two halves, the low one first.
+ANABRANCH_DEVICE const char* pointer(const Int2& halves) {
+  return reinterpret_cast<const char*>(static_cast<uintptr_t>(static_cast<uint64_t>(static_cast<u32>(halves.y)) << 32 |
+                                                              static_cast<u32>(halves.x)));
 }
 
 }  // namespace ptx

@@ -48,7 +48,7 @@ ANABRANCH_DEVICE void emit(const Attention& a, const float* results, const Pass&
   const Float2* const stats = front.stats;
   const int warps_m = pass.warps_m;
   ANABRANCH_NO_UNROLL
-  for (int e = ptx::thread(); e < pass.rows * (D / 4); e += kThreads) {
+  for (int e = ptx::thread_anew(); e < pass.rows * (D / 4); e += kThreads) {
     const int r = e / (D / 4), column = e % (D / 4) * 4;
     if (column >= a.head_dim) continue;
     float m = minus_infinity();

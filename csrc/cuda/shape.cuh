@@ -35,7 +35,8 @@ struct Shape {
   static constexpr int kQueries = kKeepQ ? 0 : kRows * kPitch;
   static constexpr int kAccPitch = D + 8;  // floats
   static constexpr int kResults = kWarps * 16 * kAccPitch * 4;
-  static constexpr int kBlocks = D <= 32 ? 4 : D <= 64 ? 3 : 2;  // a multiprocessor: what the compiler may take registers for
+  // A multiprocessor's: what the compiler may take registers for.
+  static constexpr int kBlocks = kHalf ? (D <= 64 ? 3 : 2) : (D <= 80 ? 4 : D <= 96 ? 3 : 2);
   static_assert(D % 16 == 0 && kRows <= kBlock * 2 && kBlock == kWarps * kKeys, "a shape the kernel cannot lay out");
 
   // How a tile is copied: kLanes neighbouring threads take a token, so that they read whole lines; each the same kColumns
@@ -67,6 +68,12 @@ struct Shape {
     const int streamed = ring * kTile + kQueries;
     return kRing + (streamed > kResults ? streamed : kResults);
   }
+  // What a launch chooses on most GPUs, see ring_for: those of sm_90 and sm_100. It is only looked for first.
+  static constexpr int kUsualRing = [] {
+    int ring = kMaxRing;
+    while (ring > 3 && kBlocks * (shared_bytes(ring) + 1024) > 228 * 1024) --ring;
+    return ring;
+  }();
   static ANABRANCH_DEVICE Front& front() { return *reinterpret_cast<Front*>(ptx::shared_memory()); }
 };
 

@@ -19,6 +19,12 @@ ANABRANCH_DEVICE Int2 token_of(const Attention& a, const Int2& strip, u32 place)
   return Int2{strip.x + within, strip.y + within};
 }
 
+ANABRANCH_DEVICE i64 address_of(const Attention& a, const Pages& pages, u32 slot, int head) {
+  const u32 page = a.page_shift >= 0 ? slot >> a.page_shift : slot / static_cast<u32>(a.page_size);
+  const u32 within = slot - page * static_cast<u32>(a.page_size);
+  return reinterpret_cast<i64>(pages.data) + page * pages.page + within * pages.slot + head * pages.head;
+}
+
 ANABRANCH_DEVICE i32 position_at(const Attention& a, u32 place) { return token_of(a, strip_at(a, place), place).y; }
 
 template <class T, int D>
@@ -29,8 +35,8 @@ struct Stream {
   u32 kv_begin;           // where the item begins in the strips
   int head, first_block, end, row_pos_min;
   int tiles;              // of the pass: two a block
-  int tile;               // the round
-  int due, freed;         // where in the ring its tile is, and the one that is used up; bytes
+  int granules;           // of a token of a head
+  int tile, out_slot;     // the round, and where in the ring it is read
   // This thread's token of the next block to be published, and the strip of the one after that. Each is loaded a block
   // before it is looked at, so that nothing waits for a load.
   Int2 token, strip;
@@ -66,22 +72,23 @@ struct Stream {
     const bool is_v = ptx::thread() >= S::kBlock;
     // What nobody sees may be gone.
     const bool there = number(block) < end && !(a.windowed && row_pos_min - which.y >= a.window);
-    const u32 slot = static_cast<u32>(which.x);
-    const u32 page = a.page_shift >= 0 ? slot >> a.page_shift : slot / static_cast<u32>(a.page_size);
-    const u32 within = slot - page * static_cast<u32>(a.page_size);
-    const Pages& pages = is_v ? a.v : a.k;
-    i64 place = reinterpret_cast<i64>(pages.data) + page * pages.page + within * pages.slot + head * pages.head;
+    i64 place = address_of(a, is_v ? a.v : a.k, static_cast<u32>(which.x), head);
     if (!there) place = -1;
     ptx::store(&S::front().places[0][0][0] + entry(block), Int2{static_cast<i32>(place), static_cast<i32>(place >> 32)});
     if (a.windowed && !is_v) ptx::store(S::front().positions[block & (kAheadPositions - 1)] + ptx::thread(), which.y);
   }
 
+  // Whether a token of a head has that many granules. What is asked of one column alone is best compared with a constant;
+  // of several, with a register: the compiler would keep a predicate each, and has none left for tokens.
+  ANABRANCH_DEVICE bool there(int granule) const {
+    return S::kColumns == 1 ? granule * 16 < a.row_bytes : granule < granules;
+  }
   // Starts the copies of a tile (even: K, odd: V of block tile / 2) to a place in the ring.
-  ANABRANCH_DEVICE void issue(int which_tile, int where) const {
+  ANABRANCH_DEVICE void issue(int which_tile, int slot) const {
     if (which_tile < tiles) {
       const int token = S::first_row(ptx::thread(), S::kTokens), column = ptx::thread() & (S::kLanes - 1);
       const Int2* from = &S::front().places[0][0][0] + (which_tile & (2 * kAhead - 1)) * S::kBlock + token;
-      char* const to = ring + where + token * S::kPitch + column * 16;
+      char* const to = ring + slot * S::kTile + token * S::kPitch + column * 16;
       Int2 place[S::kTokens];
       if constexpr (S::kTokens == 1) {
         place[0] = ptx::load(from);
@@ -93,14 +100,13 @@ struct Stream {
           place[i + 1] = Int2{two.z, two.w};
         }
       }
-      const int used = a.head_dim / S::kGranule;
       ANABRANCH_UNROLL
       for (int i = 0; i < S::kTokens; ++i) {
-        const char* const at = ptx::pointer(place[i], static_cast<u32>(column));
+        const char* const at = ptx::pointer(place[i]) + column * 16;
         ANABRANCH_UNROLL
         for (int c = 0; c < S::kColumns; ++c)
           ptx::copy_async(to + i * S::kPitch + c * S::kLanes * 16, at + c * S::kLanes * 16,
-                          place[i].y >= 0 && column + c * S::kLanes < used ? 16 : 0);
+                          place[i].y >= 0 && there(column + c * S::kLanes) ? 16 : 0);
       }
     }
     ptx::copy_commit();  // an empty group counts too, so that waits can count groups
@@ -126,14 +132,14 @@ struct Stream {
   }
   ANABRANCH_DEVICE void fill() const {
     ANABRANCH_NO_UNROLL
-    for (int t = 0; t < a.ring - 1; ++t) issue(t, t * S::kTile);
+    for (int t = 0; t < a.ring - 1; ++t) issue(t, t);
   }
 
   // One round: the tile that is due has landed, for everybody, and the next one is on its way to where the tile before
   // this one was. Addresses are published with K, a round or two before they are used.
   template <bool KEYS>
   ANABRANCH_DEVICE const char* next() {
-    ptx::copy_wait(a.ring - 2, Site::tile_landed);
+    ptx::copy_wait<S::kUsualRing - 2>(a.ring - 2, Site::tile_landed);
     ptx::sync_block(Site::tile_visible);
     if constexpr (KEYS) {
       const int block = (tile + a.ring + 1) / 2;
@@ -141,12 +147,39 @@ struct Stream {
       token = spell(strip);
       strip = fetch(block + 2);
     }
-    issue(tile + a.ring - 1, freed);
+    issue(tile + a.ring - 1, out_slot == 0 ? a.ring - 1 : out_slot - 1);
     ++tile;
-    freed = due;
-    due = due == (a.ring - 1) * S::kTile ? 0 : due + S::kTile;
-    return ring + freed;
+    const char* due = ring + out_slot * S::kTile;
+    out_slot = out_slot + 1 == a.ring ? 0 : out_slot + 1;
+    return due;
   }
 };
+
+// Brings the first tokens of the block's next unit to the second-level cache, as many as its ring will ask for at once:
+// on their way while results are written and the next pass is set up, which is when no tile is.
+template <class T, int D>
+ANABRANCH_DEVICE void fetch_next_to_cache(const Attention& a, int round) {
+  using S = Shape<T, D>;
+  auto& ahead = S::front().ahead;
+  const Units units{ptx::load(&ahead.units), static_cast<u32>(a.num_kv_heads)};
+  const u32 unit = units.at(round + 1);
+  const int thread = ptx::thread_anew();
+  if (unit >= units.count || thread >= 2 * S::kBlock) return;
+  const Int4 kv = ptx::load(ahead.items[(round + 1) & 1]), seen = ptx::load(ahead.items[(round + 1) & 1] + 1);
+  const Pages& pages = thread >= S::kBlock ? a.v : a.k;
+  const u32 begin = static_cast<u32>(kv.x);
+  ANABRANCH_NO_UNROLL
+  for (int block = 0; block < (a.ring + 1) / 2; ++block) {
+    const int number = block * S::kBlock + (thread & (S::kBlock - 1));
+    const u32 place = begin + static_cast<u32>(number), entry = (place >> a.strip_shift) - (begin >> a.strip_shift);
+    if (number >= kv.y || entry >= kStrips) return;
+    const Int2 strip = ptx::load(ahead.strips + entry);
+    const i32 within = static_cast<i32>(place & a.strip_mask);
+    // What nobody sees may be gone; what is spelled out would have to be looked up first.
+    if (strip.x < 0 || (a.windowed && seen.z - (strip.y + within) >= a.window)) continue;
+    ptx::fetch_to_cache(ptx::pointer(address_of(a, pages, static_cast<u32>(strip.x + within), static_cast<int>(unit % units.heads))),
+                        a.head_dim * static_cast<int>(sizeof(T)));
+  }
+}
 
 }  // namespace anabranch::cuda

@@ -621,6 +621,12 @@ void copy_async(void* to, const void* from, int bytes, int width) {
   }
 }
 
+void fetch_to_cache(const void* global, int bytes) {
+  if (bytes <= 0 || bytes % 16 != 0) trap("a fetch of " + std::to_string(bytes) + " bytes to the cache");
+  check(global, static_cast<size_t>(bytes), 16, false);
+  device.statistics.cached += bytes;
+}
+
 void copy_commit() { ++device.current->committed; }
 
 void copy_wait(int pending, int site) {

@@ -40,6 +40,7 @@ struct Statistics {
   // Asynchronous copies by warps: the nth one of each lane is taken for one instruction. Wavefronts: passes over the 32
   // banks that its writes to shared memory take (4 at least); sectors: of 32 bytes of global memory that it touches.
   int64_t copy_instructions = 0, copy_wavefronts = 0, copy_sectors = 0;
+  int64_t cached = 0;  // bytes that were brought to the second-level cache ahead of time
   int64_t beside = 0;  // launches that could begin before the one before had ended
   int64_t ldmatrix = 0, ldmatrix_wavefronts = 0;
   std::vector<int64_t> loads;  // of global memory, that a thread made between passing a site and passing the next: at most
@@ -80,6 +81,7 @@ void ldmatrix_x4(uint32_t (&d)[4], const void* row, bool transposed);
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bfloat);
 void copy_async(void* shared, const void* global, int bytes, int width = 16);  // zeros from `bytes` on; width: 4, 8, 16
 void copy_commit();
+void fetch_to_cache(const void* global, int bytes);
 void copy_wait(int pending, int site);
 void allow_next_launch();
 void wait_for_launch_before(int site);

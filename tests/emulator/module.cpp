@@ -50,6 +50,7 @@ void bind_emulator(py::module_& m) {
     d["mma"] = s.mma;
     d["copies"] = s.copies;
     d["beside"] = s.beside;
+    d["cached"] = s.cached;
     d["copy_instructions"] = s.copy_instructions;
     d["copy_wavefronts"] = s.copy_wavefronts;
     d["copy_sectors"] = s.copy_sectors;

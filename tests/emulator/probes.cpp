@@ -46,9 +46,9 @@ void copied(Probe p, bool wait) {  // data[0 : 4] through shared memory to data[
   if (!first()) return;
   ptx::copy_async(shared(), p.data, 16);
   ptx::copy_commit();
-  if (wait) ptx::copy_wait(0, Site::tile_landed);
+  if (wait) ptx::copy_wait<0>(0, Site::tile_landed);
   ptx::store(reinterpret_cast<Float4*>(p.data + 4), ptx::load(reinterpret_cast<const Float4*>(shared())));
-  ptx::copy_wait(0, Site::none);
+  ptx::copy_wait<0>(0, Site::none);
 }
 void never_waits(Probe p) {
   ptx::copy_async(shared() + 4 * ptx::thread(), p.data, 16);
@@ -60,10 +60,10 @@ void groups(Probe p) {  // two groups: the wait leaves the later one on its way
     ptx::copy_async(shared() + 4 * i, p.data + 4 * i, i == 0 ? 16 : 0);
     ptx::copy_commit();
   }
-  ptx::copy_wait(1, Site::tile_landed);
+  ptx::copy_wait<1>(1, Site::tile_landed);
   ptx::store(p.data + 8, ptx::load(shared()));
   ptx::store(p.data + 9, ptx::load(shared() + 4));
-  ptx::copy_wait(0, Site::none);
+  ptx::copy_wait<0>(0, Site::none);
   ptx::store(p.data + 10, ptx::load(shared() + 4));
 }
 void lost_thread(Probe) {

@@ -36,7 +36,7 @@ def test_nothing_is_looked_up_between_two_units(device, head_dim, dtype):
 
 
 def test_items_of_more_rows_than_were_looked_up(device):
-    """Plans are cut for the tile of the kernel; with more rows an item takes several passes, and some are looked up late."""
+    """Plans are cut for the kernel's tile; with more rows an item takes several passes, and some are looked up late."""
     case = random_case(10, rows=150, segments=3, max_len=130, tile_rows=120, head_dim=32, dtype=torch.float16)
     assert int(case.arrays.items[:, 3].max()) > 64
     for window in (None, 40):
@@ -65,3 +65,34 @@ def test_counts_that_end_in_every_round(device):
     short = np.array([0, case.arrays.num_partials, 0], np.int32)
     case.arrays.counts = torch.from_numpy(short)
     assert torch.isnan(kit.attention(device, case, grid=4)[0]).all()
+
+
+@pytest.mark.parametrize("ring", [3, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_next_units_first_tokens_are_on_their_way_to_the_cache(device, dtype, ring):
+    """As many as the ring takes, of every unit but a block's first, and nothing that is not the unit's."""
+    case = side_by_side(random_case(15, rows=9, segments=5, max_len=400, head_dim=64, dtype=dtype))
+    block, heads = (32 if dtype == torch.float32 else 64), 2
+    lengths = np.minimum(case.arrays.items[:, 1].numpy(), (ring + 1) // 2 * block).repeat(heads)
+    for grid in (1, 4):
+        device.configure(**kit.settings(ring))
+        device.reset_statistics()
+        check(case, kit.attention(device, case, grid=grid, ring=ring), **kit.NO_OPTIONS)
+        assert device.statistics()["cached"] == int(lengths[grid:].sum()) * 2 * 64 * dtype.itemsize
+
+
+def test_tokens_outside_of_every_window_are_not_fetched_to_the_cache(device):
+    """Their pages may be gone."""
+    case = side_by_side(random_case(16, rows=9, segments=5, max_len=400, head_dim=32, dtype=torch.bfloat16))
+    a = case.arrays
+    kit.attention(device, case, grid=1)
+    every = device.statistics()["cached"]
+    ranges = []
+    for begin, length, *_, row_pos_min, _ in a.items.tolist():
+        slots, positions = tokens(a, begin, length)
+        ranges.append((np.where(row_pos_min - positions >= 30, 16 * 10**6 + slots, slots).astype(np.int32), positions))
+    a.kv_strips, a.kv_spelled, begins = lay_out(ranges, a.strip)
+    a.items[:, 0] = torch.tensor(begins, dtype=torch.int32)
+    device.reset_statistics()
+    check(case, kit.attention(device, case, grid=1, window=30), **kit.NO_OPTIONS | dict(window=30))
+    assert device.statistics()["cached"] < every

@@ -1,4 +1,4 @@
-"""The merge begins beside the attention kernel (programmatic dependent launch), and waits by itself for what that writes."""
+"""The merge begins beside the attention kernel (programmatic dependent launch) and waits itself for its partials."""
 
 from __future__ import annotations
 

@@ -119,6 +119,19 @@ MUTANTS = [
         "copy_rest(a, round);", "tests/emulator/test_between_units.py",
     ),
     Mutant(
+        "merge: a partial is read before the attention kernel has ended", f"{CUDA}merge.cuh",
+        "  ptx::wait_for_launch_before(Site::launch_before);\n", "", "tests/emulator/test_dependent_launch.py",
+    ),
+    Mutant(
+        "attention: the merge begins when all has ended", f"{CUDA}attention.cuh", "  ptx::allow_next_launch();\n", "",
+        "tests/emulator/test_dependent_launch.py::test_the_merge_begins_beside_the_items",
+    ),
+    Mutant(
+        "attention: the next unit's tokens are fetched to the cache whether somebody sees them or not",
+        f"{CUDA}stream.cuh", "strip.x < 0 || (a.windowed && seen.z - (strip.y + within) >= a.window)", "strip.x < 0",
+        "tests/emulator/test_between_units.py::test_tokens_outside_of_every_window_are_not_fetched_to_the_cache",
+    ),
+    Mutant(
         "attention: an item more is looked up than there is", f"{CUDA}ahead.cuh",
         "if (word < 4 && unit < all.count)", "if (word < 4)", "tests/emulator/test_between_units.py",
     ),
@@ -162,12 +175,11 @@ MUTANTS = [
     ),
     Mutant(
         "attention: one group of copies too few is waited for", f"{CUDA}stream.cuh",
-        'ptx::copy_wait(a.ring - 2, Site::tile_landed);', 'ptx::copy_wait(a.ring - 1, Site::tile_landed);', FAULTS,
+        '(a.ring - 2, Site::tile_landed);', '(a.ring - 1, Site::tile_landed);', FAULTS,
     ),
     Mutant(
         "attention: queries are not waited for", f"{CUDA}attention.cuh",
-        "ptx::copy_wait(a.ring - 1, Site::queries_landed);", "ptx::copy_wait(a.ring, Site::queries_landed);",
-        FAULTS,
+        "(a.ring - 1, Site::queries_landed);", "(a.ring, Site::queries_landed);", FAULTS,
     ),
     Mutant(
         "attention: addresses of one block too few are prepared", f"{CUDA}stream.cuh",

@@ -129,7 +129,7 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
     copy_queries<T, D>(a, pass, queries);
     stream.fill();
     if constexpr (S::kKeepQ) {
-      ptx::copy_wait<S::kUsualRing - 1>(a.ring - 1, Site::queries_landed);
+      ptx::copy_wait<S::usual_ring() - 1>(a.ring - 1, Site::queries_landed);
       ptx::sync_block(Site::queries_visible);
       tile.load_queries(queries);
     }

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cuda/attention.cuh"
 #include "cuda/launch.hpp"
@@ -33,28 +34,17 @@ void with_head_dim(int head_dim, const F& f) {
 #endif
 }
 
-constexpr int kReserved = 1024;  // bytes of shared memory that the system takes of every block
-
-constexpr int kOnTheirWay = 40 * 1024;
-
-// Tiles in the ring. Streaming wants some 40 KB on its way to every multiprocessor all the time, and two or more blocks
-// there, so that one computes while another waits; a block has ring − 1 tiles on their way. `most`: the blocks that a
-// multiprocessor has registers for; to leave room for more would leave it unused.
 template <class S>
 int ring_for(const Device& device, int most) {
-  for (int blocks = std::clamp(most, 1, 4); blocks >= 1; --blocks)
-    for (int ring = kMaxRing; ring >= (blocks == 1 ? 2 : 3); --ring)
-      if (S::shared_bytes(ring) <= device.shared_block &&
-          blocks * (S::shared_bytes(ring) + kReserved) <= device.shared_multiprocessor &&
-          (blocks == 1 || blocks * (ring - 1) * S::kTile >= kOnTheirWay))
-        return ring;
+  const int ring = S::ring_for(device.shared_block, device.shared_multiprocessor, most);
+  if (ring != 0) return ring;
   throw std::runtime_error("this GPU's shared memory (" + std::to_string(device.shared_block) +
                            " bytes a block) is too small for the CUDA kernels; use backend='triton'");
 }
 
 #ifdef ANABRANCH_EMULATOR
 inline void check_launch() {}
-inline bool driver_launches_beside() { return true; }
+inline bool may_launch_beside(const void*, const Device& device) { return device.arch >= 90; }
 inline int current_device() { return 0; }
 inline void allow_shared(const void* function, int bytes) { emulator::allow_shared(function, bytes); }
 inline int resident_blocks(const void*, int shared, const Device& device) {
@@ -70,15 +60,29 @@ inline void check_cuda(cudaError_t error) {
   throw std::runtime_error(text);
 }
 inline void check_launch() { check_cuda(cudaGetLastError()); }
+inline int current_device() {
+  int index = 0;
+  check_cuda(cudaGetDevice(&index));
+  return index;
+}
 
-// Whether a launch may begin before the one before it has ended, in streams and in captured graphs.
-inline bool driver_launches_beside() {
+// Whether a kernel may be launched beside the one before it, in streams and in captured graphs: what the GPU and the driver
+// can, and whether what the GPU runs was compiled with the wait (code for sm_80 that the driver translates was not).
+inline bool may_launch_beside(const void* function, const Device& device) {
 #if CUDART_VERSION >= 12030
-  static const bool able = [] {
-    int version = 0;
-    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12030;
-  }();
-  return able;
+  if (device.arch < 90) return false;
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, bool> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [found, fresh] = known.try_emplace({current_device(), function}, false);
+  if (fresh) {
+    int driver = 0;
+    cudaFuncAttributes compiled{};
+    check_cuda(cudaDriverGetVersion(&driver));
+    check_cuda(cudaFuncGetAttributes(&compiled, function));
+    found->second = driver >= 12030 && compiled.ptxVersion >= 90;
+  }
+  return found->second;
 #else
   return false;
 #endif
@@ -100,11 +104,6 @@ void launch_beside(void (*function)(P), int grid, int threads, int shared, cudaS
 #else
   ANABRANCH_LAUNCH(function, grid, threads, shared, stream, params);
 #endif
-}
-inline int current_device() {
-  int index = 0;
-  check_cuda(cudaGetDevice(&index));
-  return index;
 }
 inline void allow_shared(const void* function, int bytes) {
   check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
@@ -167,7 +166,7 @@ void attention_of(Attention a, const Device& device, const Layout& layout, void*
     const int grid = layout.grid != 0 ? layout.grid : few ? static_cast<int>(units) : grid_for((units + kWarps - 1) / kWarps, most);
     const auto function = few ? &merge_kernel<T, kWarps> : &merge_kernel<T, 1>;
     // Its blocks come as those of the attention kernel end, so that nothing waits for a launch.
-    if (a.num_items > 0 && device.arch >= 90 && driver_launches_beside())
+    if (a.num_items > 0 && may_launch_beside(reinterpret_cast<const void*>(function), device))
       ANABRANCH_LAUNCH_BESIDE(function, grid, kThreads, 0, stream, a);
     else
       ANABRANCH_LAUNCH(function, grid, kThreads, 0, stream, a);

@@ -8,6 +8,7 @@
 namespace anabranch::cuda {
 
 constexpr int kWarps = kThreads / 32;
+constexpr int kReserved = 1024;  // bytes of shared memory that the system takes of every block
 // Blocks whose addresses are kept, from when they are published to when their copies begin: half a ring, as it is filled.
 // Positions are kept until their block has been computed: those of the block at hand besides.
 constexpr int kAhead = kMaxRing / 2, kAheadPositions = 2 * kAhead;
@@ -68,12 +69,21 @@ struct Shape {
     const int streamed = ring * kTile + kQueries;
     return kRing + (streamed > kResults ? streamed : kResults);
   }
-  // What a launch chooses on most GPUs, see ring_for: those of sm_90 and sm_100. It is only looked for first.
-  static constexpr int kUsualRing = [] {
-    int ring = kMaxRing;
-    while (ring > 3 && kBlocks * (shared_bytes(ring) + 1024) > 228 * 1024) --ring;
-    return ring;
-  }();
+
+  // Tiles in the ring. Streaming wants some 40 KB on its way to every multiprocessor all the time, and two or more blocks
+  // there, so that one computes while another waits; a block has ring − 1 tiles on their way. `most`: the blocks that a
+  // multiprocessor has registers for; to leave room for more would leave it unused. 0: not even one block fits.
+  static ANABRANCH_BOTH constexpr int ring_for(int shared_block, int shared_multiprocessor, int most) {
+    for (int blocks = most < 1 ? 1 : most > 4 ? 4 : most; blocks >= 1; --blocks)
+      for (int ring = kMaxRing; ring >= (blocks == 1 ? 2 : 3); --ring)
+        if (shared_bytes(ring) <= shared_block && blocks * (shared_bytes(ring) + kReserved) <= shared_multiprocessor &&
+            (blocks == 1 || blocks * (ring - 1) * kTile >= 40 * 1024))
+          return ring;
+    return 0;
+  }
+  // On sm_90 and sm_100; a wait for tiles looks for it first.
+  static ANABRANCH_BOTH constexpr int usual_ring() { return ring_for(227 * 1024, 228 * 1024, kBlocks); }
+
   static ANABRANCH_DEVICE Front& front() { return *reinterpret_cast<Front*>(ptx::shared_memory()); }
 };
 

@@ -45,6 +45,7 @@ struct Stream {
   static constexpr bool kAllFetch = 2 * S::kBlock == kThreads;
   static_assert(2 * S::kBlock <= kThreads && (kAhead & (kAhead - 1)) == 0 && kAhead >= (kMaxRing + 1) / 2, "ring");
   static_assert((kAheadPositions & (kAheadPositions - 1)) == 0 && kAheadPositions > (kMaxRing + 1) / 2, "ring");
+  static_assert(S::usual_ring() >= 3, "a wait for no groups at all would be the usual one");
   static ANABRANCH_DEVICE int entry(int block) {
     return (block & (kAhead - 1)) * 2 * S::kBlock + ptx::thread();
   }
@@ -139,7 +140,7 @@ struct Stream {
   // this one was. Addresses are published with K, a round or two before they are used.
   template <bool KEYS>
   ANABRANCH_DEVICE const char* next() {
-    ptx::copy_wait<S::kUsualRing - 2>(a.ring - 2, Site::tile_landed);
+    ptx::copy_wait<S::usual_ring() - 2>(a.ring - 2, Site::tile_landed);
     ptx::sync_block(Site::tile_visible);
     if constexpr (KEYS) {
       const int block = (tile + a.ring + 1) / 2;

@@ -108,9 +108,9 @@ _SM80 = _LARGE | {
     (256, 2): Config(32, 32, 4, 32, 4, 8),
     (64, 4): Config(32, 32, 3, 32, 3, 4),
 }
-# On sm_90 three programs of head_dim 64 share a multiprocessor if each keeps to a third of its registers, which they can
-# where scores need no more than a product; windows and softcaps would spill. These make up for their own registers and
-# shared memory by smaller blocks: at head_dim 128 a program would else have a multiprocessor alone.
+# On sm_90 three programs of head_dim 64 share a multiprocessor if each keeps to a third of its registers, which they do
+# where scores are no more than a product; windows and softcaps would spill. At head_dim 128 these take registers and
+# shared memory of their own: with larger blocks a program would have a multiprocessor alone.
 _SM90 = _LARGE | {(64, 2): replace(_LARGE[64, 2], max_registers=168)}
 _SM90_MORE = _LARGE | {(128, 2): Config(64, 32, 4, 64, 3, 4)}
 # On sm_100 blocks of 64 tokens spill under these wide tiles.

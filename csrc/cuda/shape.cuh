@@ -36,8 +36,13 @@ struct Shape {
   static constexpr int kQueries = kKeepQ ? 0 : kRows * kPitch;
   static constexpr int kAccPitch = D + 8;  // floats
   static constexpr int kResults = kWarps * 16 * kAccPitch * 4;
-  // A multiprocessor's: what the compiler may take registers for.
-  static constexpr int kBlocks = kHalf ? (D <= 64 ? 3 : 2) : (D <= 80 ? 4 : D <= 96 ? 3 : 2);
+  // A multiprocessor's: what the compiler may take registers for. The shared memory of sm_120 has room for two of 64 columns.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  static constexpr int kThree = 32;
+#else
+  static constexpr int kThree = 64;
+#endif
+  static constexpr int kBlocks = kHalf ? (D <= kThree ? 3 : 2) : (D <= 80 ? 4 : D <= 96 ? 3 : 2);
   static_assert(D % 16 == 0 && kRows <= kBlock * 2 && kBlock == kWarps * kKeys, "a shape the kernel cannot lay out");
 
   // How a tile is copied: kLanes neighbouring threads take a token, so that they read whole lines; each the same kColumns

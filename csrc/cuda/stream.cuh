@@ -113,23 +113,18 @@ struct Stream {
     ptx::copy_commit();  // an empty group counts too, so that waits can count groups
   }
 
-  // Before the first round: the addresses of the first blocks, as many as the ring takes tiles of.
+  // Before the first round: the addresses of the first blocks, as many as the ring takes tiles of. One after another: what
+  // is not at hand already (strips, or spelled out tokens) lies side by side, so the first one's load brings the others.
   ANABRANCH_DEVICE void prepare() {
-    constexpr int most = (kMaxRing + 1) / 2;
-    Int2 ahead[most];
     const int prepared = (a.ring + 1) / 2;
-    ANABRANCH_UNROLL
-    for (int b = 0; b < most; ++b)
-      if (b < prepared) ahead[b] = fetch_early(b);
-    token = fetch_early(prepared);
+    token = spell(fetch_early(0));
+    ANABRANCH_NO_UNROLL
+    for (int b = 0; b < prepared; ++b) {
+      const Int2 next = spell(fetch_early(b + 1));
+      publish(b, token);
+      token = next;
+    }
     strip = fetch_early(prepared + 1);
-    ANABRANCH_UNROLL
-    for (int b = 0; b < most; ++b)
-      if (b < prepared) ahead[b] = spell(ahead[b]);
-    token = spell(token);
-    ANABRANCH_UNROLL
-    for (int b = 0; b < most; ++b)
-      if (b < prepared) publish(b, ahead[b]);
   }
   ANABRANCH_DEVICE void fill() const {
     ANABRANCH_NO_UNROLL

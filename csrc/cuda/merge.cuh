@@ -23,7 +23,7 @@ ANABRANCH_DEVICE Float4 times(const Float4& v, float f) { return Float4{v.x * f,
 ANABRANCH_DEVICE float times(float v, float f) { return v * f; }
 
 template <class T, int WARPS>
-ANABRANCH_KERNEL(kThreads, 4)
+ANABRANCH_KERNEL(kThreads, (WARPS == 1 ? 6 : 4))
 void merge_kernel(const Attention a) {
   using M = MergeShape<WARPS>;
   using Columns = std::conditional_t<M::kColumns == 4, Float4, float>;

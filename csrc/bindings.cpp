@@ -357,6 +357,33 @@ class BlockTables {
   TablePlans plans_;
 };
 
+// The objects that dictionaries held when this was made. Compared in every step of a compiled model, where a look at
+// thousands of attributes from Python takes longer than a layer.
+class HeldValues {
+ public:
+  explicit HeldValues(std::vector<py::dict> dicts) : dicts_(std::move(dicts)) {
+    for (const py::dict& d : dicts_) {
+      for (const auto& [key, value] : d) values_.push_back(py::reinterpret_borrow<py::object>(value));
+      ends_.push_back(values_.size());
+    }
+  }
+  bool same() const {
+    size_t at = 0;
+    for (size_t i = 0; i < dicts_.size(); ++i) {
+      if (static_cast<size_t>(PyDict_GET_SIZE(dicts_[i].ptr())) != ends_[i] - at) return false;
+      Py_ssize_t place = 0;
+      for (PyObject *key, *value; PyDict_Next(dicts_[i].ptr(), &place, &key, &value); ++at)
+        if (value != values_[at].ptr()) return false;
+    }
+    return true;
+  }
+
+ private:
+  std::vector<py::dict> dicts_;
+  std::vector<py::object> values_;  // held, so that no other object takes an address
+  std::vector<size_t> ends_;
+};
+
 // Tiles [n, 4] and pieces [m, 8] of a branch mask, for kernels that read them as tables.
 py::tuple branch_tables(const py::array_t<i64, py::array::c_style>& starts,
                         const py::array_t<i32, py::array::c_style>& ptr,
@@ -400,6 +427,10 @@ PYBIND11_MODULE(_core, m) {
         return "Branch(" + std::to_string(b.serial) + ", length=" + std::to_string(s.length) +
                ", position=" + std::to_string(s.position) + ")";
       });
+
+  py::class_<HeldValues>(m, "HeldValues", "The objects that dictionaries held when this was made.")
+      .def(py::init<std::vector<py::dict>>(), py::arg("dicts"))
+      .def("same", &HeldValues::same, "Whether each still holds those very objects, in that order, and no more.");
 
   py::class_<Step>(m, "Step")
       .def_property_readonly("num_rows", [](const Step& s) { return s.state.slots.size(); })

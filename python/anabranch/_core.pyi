@@ -1,6 +1,7 @@
 """Types of the C++ module for type checkers; its documentation is in the public classes that use it."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +94,10 @@ class BlockTables:
     def max_page(self) -> int: ...
     @property
     def unique_tokens(self) -> int: ...
+
+class HeldValues:
+    def __init__(self, dicts: Sequence[dict[str, Any]]) -> None: ...
+    def same(self) -> bool: ...
 
 def branch_tables(
     starts: Longs, ptr: Ints, intervals: Ints, columns: bool, most: int, pad: int

@@ -21,6 +21,7 @@ from anabranch.plan.tile_config import TileConfig
 
 if TYPE_CHECKING:
     from anabranch.backends.base import MaskTensors
+    from anabranch.plan.arrays import PlanArrays
     from anabranch.plan.plan import Plan
 
 __all__ = [
@@ -133,7 +134,12 @@ def info() -> dict[str, Any]:
 _NOT_QUANTISED = (-1, *(0,) * 8)
 
 
-def _quantised(pages: Tensor, scales: KVScales | None) -> tuple[int, ...]:
+def plan_arrays(plan: Plan, group: int, num_kv_heads: int, dtype: torch.dtype) -> PlanArrays:
+    """A plan as the kernels of this moment's threads read it."""
+    return plan.arrays(group, _tile_config(num_kv_heads, dtype.itemsize, plan.batch_invariant, threads.count()))
+
+
+def quantised(pages: Tensor, scales: KVScales | None) -> tuple[int, ...]:
     """What the kernels are told of quantised pages: their type, addresses and strides of the factors."""
     if scales is None:
         return _NOT_QUANTISED
@@ -158,15 +164,13 @@ def attention(
     from anabranch import _cpu
 
     num_q_heads, num_kv_heads = q.shape[1], k_pages.shape[2]
-    count = threads.count()
-    config = _tile_config(num_kv_heads, q.dtype.itemsize, plan.batch_invariant, count)
-    arrays = plan.arrays(num_q_heads // num_kv_heads, config)
+    arrays = plan_arrays(plan, num_q_heads // num_kv_heads, num_kv_heads, q.dtype)
     if arrays.counts is not None:  # a padded plan: here the device's numbers are at hand
         num_items, _, num_merge = arrays.counts.tolist()
         arrays = replace(arrays, num_items=num_items, num_merge=num_merge)
     return native.attention(
-        _cpu.attention, rows(q), k_pages, v_pages, arrays, count,
-        v_pages.shape[3], _quantised(k_pages, kv_scales),
+        _cpu.attention, rows(q), k_pages, v_pages, arrays, threads.count(),
+        v_pages.shape[3], quantised(k_pages, kv_scales),
         scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse, num_rows=plan.num_rows,
         out=out,
     )  # fmt: skip
@@ -274,7 +278,7 @@ def write_kv(
         address(slots),
         num_rows,
         threads.count(),
-        _quantised(k_pages, kv_scales),
+        quantised(k_pages, kv_scales),
     )
 
 

@@ -132,7 +132,6 @@ def test_random_trees(compiled, graphs, kv_format):
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "gpt-oss", "deepseek-v3"])
 def test_families(family):
     """Biases, softcaps, windows and norms of heads are replayed; experts and latents are not, and run as they did."""
-    torch._dynamo.reset()
     config, options = hf_kit.FAMILIES[family]
     model = hf_kit.build(config, **options, **({} if "layer_types" in options else {"num_hidden_layers": 2}))
     graphs = compiled_graphs(model)
@@ -142,12 +141,11 @@ def test_families(family):
             got = graphs(model, *one)
         assert torch.equal(got, as_compiled(graphs, model, *other))
     dense = family in ("qwen2", "gemma2")
-    assert (graphs.recordings.replays > 5) == dense, graphs.recordings.problem
+    assert (graphs.recordings.replays >= 4) == dense, graphs.recordings.problem
 
 
 def test_bfloat16_in_an_engine():
     """Whole generations with and without, by the engine; `replays` counts what was replayed."""
-    torch._dynamo.reset()
     with torch.inference_mode(False):
         model = engine_kit.make_model().to(torch.bfloat16)
         found = []
@@ -201,7 +199,6 @@ def _epsilon(model):
 @pytest.mark.parametrize("change", [_scaling, _data, _in_place, _buffer, _epsilon])
 @pytest.mark.filterwarnings("ignore:anabranch. steps run eagerly")
 def test_a_model_that_changes(change):
-    torch._dynamo.reset()
     model, twin = (hf_kit.build("LlamaConfig", num_hidden_layers=2) for _ in range(2))
     forward = forward_of(SimpleNamespace(model=model))
     caches = [forward._cache, ab.TreeCache.for_model(twin, num_pages=128, page_size=4)]
@@ -223,7 +220,6 @@ def test_a_model_that_changes(change):
 
 
 def test_a_class_whose_forward_is_replaced(monkeypatch):
-    torch._dynamo.reset()
     model = hf_kit.build("LlamaConfig", num_hidden_layers=1)
     untouched = Untouched(model)
     assert untouched(model)

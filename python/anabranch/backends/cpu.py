@@ -283,11 +283,17 @@ def write_kv(
 
 
 def prepare_pool(pool: Tensor) -> bool:
-    """Asks the system to back a page pool with large pages (Linux's transparent ones), before it is written to. Steps
-    read all over it: with 4 KB pages, address translation takes some 4 % of the attention. Whether it will try."""
+    """`large_pages` for a page pool. Steps read all over it: with 4 KB pages, address translation takes some 4 % of the
+    attention."""
+    return large_pages(pool)
+
+
+def large_pages(memory: Tensor) -> bool:
+    """Asks the system to back a contiguous tensor with large pages (Linux's transparent ones), before it is written to.
+    Whether it will try."""
     from anabranch import _cpu
 
-    return _cpu.large_pages(address(pool), pool.numel() * pool.element_size())
+    return _cpu.large_pages(address(memory), memory.numel() * memory.element_size())
 
 
 def copy_pages(pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor, scales: Tensor | None = None) -> None:

@@ -17,14 +17,17 @@ from torch import nn
 import anabranch as ab
 from anabranch import _core, _cpu
 from anabranch.backends.threads import torch_on_one
-from anabranch.runner import recorded
+from anabranch.runner import recorded, recorder
+from anabranch.runner.arena import Arena
 from anabranch.runner.compiled import CompiledForward, _packed, _trial
 from anabranch.runner.linear import linear_context
 from anabranch.runner.model_state import Untouched
 from anabranch.runner.recorded import Recordings
+from anabranch.runner.recorder import Recorder
 from anabranch.runner.tracing import Graphs
 
 pytestmark = pytest.mark.compiled
+FAMILIES = ["qwen2", "gemma2", "gpt-oss", "deepseek-v3"]
 
 
 def compiled_graphs(model) -> Graphs:
@@ -41,6 +44,10 @@ def compiled_graphs(model) -> Graphs:
 def compiled():
     """A model and its compiled forward."""
     torch._dynamo.reset()
+    for config, options in (hf_kit.FAMILIES[family] for family in FAMILIES):
+        hf_kit.build(
+            config, **options
+        )  # Transformers notes classes as they come, and torch.compile's guards look there
     with torch.inference_mode():
         model = hf_kit.build("LlamaConfig", num_hidden_layers=2)
         yield SimpleNamespace(model=model, graphs=compiled_graphs(model))
@@ -129,7 +136,7 @@ def test_random_trees(compiled, graphs, kv_format):
     assert graphs.recordings.problem is None and graphs.recordings.replays > 40
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2", "gpt-oss", "deepseek-v3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_families(family):
     """Biases, softcaps, windows and norms of heads are replayed; experts and latents are not, and run as they did."""
     config, options = hf_kit.FAMILIES[family]
@@ -142,6 +149,20 @@ def test_families(family):
         assert torch.equal(got, as_compiled(graphs, model, *other))
     dense = family in ("qwen2", "gemma2")
     assert (graphs.recordings.replays >= 4) == dense, graphs.recordings.problem
+
+
+def test_a_number_that_was_another_in_a_model_of_the_class():
+    """Then torch.compile hands it over with each step, which a replay does not."""
+    model, other = (hf_kit.build("LlamaConfig", num_hidden_layers=1, rms_norm_eps=eps) for eps in (0.1, 0.3))
+    compiled_graphs(model)
+    graphs = compiled_graphs(other)
+    caches = [ab.TreeCache.for_model(other, num_pages=16, page_size=4) for _ in range(2)]
+    branches = [cache.branch() for cache in caches]
+    for _ in range(6):
+        given, same = (_packed(other, c, {b: 1}) for c, b in zip(caches, branches, strict=True))
+        with torch_on_one():
+            assert torch.equal(graphs(other, *given), as_compiled(graphs, other, *same))
+    assert graphs.recordings.replays == 4, graphs.recordings.problem
 
 
 def test_bfloat16_in_an_engine():
@@ -293,20 +314,11 @@ def steps_of(compiled, graphs, count=6):
 
 
 def test_steps_that_are_watched_run_as_they_were(compiled, graphs):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Watch(TorchDispatchMode):
-        seen = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            Watch.seen += 1
-            return func(*args, **(kwargs or {}))
-
     for _ in steps_of(compiled, graphs):
         pass
     replays = graphs.recordings.replays
     assert replays == 4
-    with Watch():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
         for _ in steps_of(compiled, graphs, 3):
             pass
     assert graphs.recordings.replays == replays
@@ -356,7 +368,7 @@ def test_a_token_that_the_model_does_not_have(compiled, graphs):
 
 def test_code_that_is_not_understood(compiled, graphs, monkeypatch):
     """Nothing is recorded, after a few attempts nothing is tried any more, and the scores are as they were."""
-    monkeypatch.setattr(recorded, "_GLOBALS", recorded._GLOBALS - {"reinterpret_tensor"})
+    monkeypatch.setattr(recorder, "_GLOBALS", recorder._GLOBALS - {"reinterpret_tensor"})
     monkeypatch.setattr(recorded, "_MOST_PROBLEMS", 1)
     for _, scores in steps_of(compiled, graphs):
         assert scores.isfinite().all()
@@ -367,7 +379,7 @@ def test_code_that_is_not_understood(compiled, graphs, monkeypatch):
 @pytest.mark.parametrize("lost", ["kernel", "linear", "tree"])
 def test_a_call_that_was_not_noted(compiled, graphs, monkeypatch, lost):
     """What is missing from a recording is found before it serves anybody, even where its result still lies there."""
-    note, dropped = recorded._Recorder._note, []
+    note, dropped = Recorder._note, []
 
     def forgetful(self, method, *args, **options):
         if method == lost and not dropped:
@@ -375,15 +387,20 @@ def test_a_call_that_was_not_noted(compiled, graphs, monkeypatch, lost):
         else:
             note(self, method, *args, **options)
 
-    monkeypatch.setattr(recorded._Recorder, "_note", forgetful)
+    monkeypatch.setattr(Recorder, "_note", forgetful)
     monkeypatch.setattr(recorded, "_MOST_PROBLEMS", 1)
-    cache = ab.TreeCache.for_model(compiled.model, num_pages=16, page_size=4)
-    branch = cache.branch()
+    caches = [ab.TreeCache.for_model(compiled.model, num_pages=16, page_size=4) for _ in range(2)]
+    branches = [cache.branch() for cache in caches]
     for _ in range(4):
+        given, same = (_packed(compiled.model, c, {b: 1}) for c, b in zip(caches, branches, strict=True))
         with torch_on_one():
-            graphs(compiled.model, *_packed(compiled.model, cache, {branch: 1}))
-    assert dropped and "other scores" in graphs.recordings.problem
+            got = graphs(compiled.model, *given)
+        assert torch.equal(got, as_compiled(graphs, compiled.model, *same))
+    assert dropped and "something else" in graphs.recordings.problem
     assert not graphs.recordings.replays
+    for layer in range(2):
+        for one, other in zip(*(c.read(b, layer) for c, b in zip(caches, branches, strict=True)), strict=True):
+            assert torch.equal(one, other), "the trial has left its own keys and values behind"
 
 
 def test_with_gradients_switched_on(compiled, graphs):
@@ -415,7 +432,7 @@ def test_kinds_of_steps_that_are_kept(compiled, graphs, monkeypatch):
 
 
 def test_blocks_are_used_again_once_nobody_has_them():
-    arena = recorded._Arena()
+    arena = Arena()
     one = arena.empty((3, 5), (5, 1), torch.float32)
     view = one[1:]
     assert one.data_ptr() % 64 == 0 and one.stride() == (5, 1)
@@ -429,6 +446,15 @@ def test_blocks_are_used_again_once_nobody_has_them():
     assert again.data_ptr() == place
     assert arena.block_of(again.data_ptr() + 4) is not None and arena.block_of(8) is None
     assert arena.empty((0, 4), (4, 1), torch.bfloat16).numel() == 0
+
+
+def test_blocks_that_wait_are_few():
+    arena = Arena(spare=2)
+    held = [arena.empty((5,), (1,), torch.float32) for _ in range(6)]
+    assert len(arena.blocks) == 6
+    del held[1:]
+    one = arena.empty((5,), (1,), torch.float32)
+    assert len(arena.blocks) == 3 and one.data_ptr() != held[0].data_ptr()
 
 
 def test_a_kernel_of_too_many_arguments():

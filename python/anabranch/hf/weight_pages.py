@@ -1,4 +1,4 @@
-"""Weights in memory of large pages. A decode step reads all of them, and with pages of 4 KB a good part of its time goes
+"""Weights in memory of large pages. A decode step reads all of them, and with pages of 4 KB much of its time goes
 into finding where they are.
 
 Weights that Transformers loads lie in the pages of their file. On two cores of a Zen 5, SmolLM2 in bfloat16, a compiled

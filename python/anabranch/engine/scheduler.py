@@ -35,6 +35,10 @@ class RequestFailed(Exception):
         self.request, self.error = request, error
 
 
+class NothingMoves(RuntimeError):
+    """A request can never go on: all that its strategy waits for waits for something that does not come."""
+
+
 class Scheduler:
     """Selects the rows of each step; `active`: the requests under way, in order, a list that the loop changes.
 
@@ -45,6 +49,7 @@ class Scheduler:
         self.cache, self.active, self.max_rows = cache, active, 1
         self.rope_rules: Sequence[RopeRule] = ()  # the model's
         self.steps = 0  # forwards so far
+        self.moves = 0  # how often else anything happened: a thread entered the cache, left it, was given a token
         self._limit: DecodeLimit | None = None
         self._first: ThreadKV | None = None  # for whom room was made: the next to enter the cache
         self.decoding: dict[Request, dict[EngineThread, None]] = {}  # who may be given a token in this step
@@ -116,7 +121,7 @@ class Scheduler:
         if not wanted and not waiting:
             raise RequestFailed(
                 request,
-                RuntimeError(
+                NothingMoves(
                     f"{type(request.strategy).__name__}: nothing is left to do, but run() still waits for "
                     f"{request.tasks.describe_wait()}; "
                     "was the thread it waits for killed, or does a join wait for a child that waits for its parent?"
@@ -163,7 +168,7 @@ class Scheduler:
                     continue
                 if not kv.may_open:
                     continue  # its parent comes first
-                if any(sibling.thread.alive for sibling in kv.absent):
+                if any(_there(sibling) for sibling in kv.absent):
                     continue  # and so do siblings that it sees; of those that are gone it computes what it saw again
                 donor = kv.donor(least=size)
                 if donor is not None and donor[0].held.length < donor[1]:
@@ -181,6 +186,7 @@ class Scheduler:
                     kv.open(self.cache, donor)
                 except ValueError as error:
                     raise RequestFailed(kv.thread.request, error) from error
+                self.moves += 1
                 if kv.in_cache:
                     continue
                 coming[id(kv)] = kv
@@ -198,10 +204,12 @@ class Scheduler:
         """Rows of threads that see one another: all of a turn, or none. free: pages that they may need, if limited."""
         members = [thread.kv for thread in request.live.members()]
         closed = [kv for kv in members if kv.branch is None and kv.may_open]  # others: what they continue comes first
+        closed = [kv for kv in closed if not any(map(_there, kv.absent))]
         if free is not None and closed and sum(self._pages(kv) + 1 for kv in closed) > free:
             return []
         for kv in closed:
             kv.open(self.cache)
+            self.moves += 1
         try:
             return request.live.entries(room, self.max_rows)
         except ValueError as error:  # more of them than rows; nobody else is to suffer for it
@@ -238,8 +246,7 @@ class Scheduler:
             oldest, youngest = (pick((kv for kv, _, _ in entries), key=_age) for pick in (min, max))
             victim = self._victim(oldest)
             if victim is not None:
-                victim.release(self.cache)
-                victim.thread.request.spent.preemptions += 1
+                self._push_out(victim)
                 entries = [e for e in entries if not _go_together(e[0], victim)]
                 if entries:
                     continue
@@ -253,23 +260,28 @@ class Scheduler:
             others = [w for w in wanted if w.branch is not None and (w.pinned or w.thread.age < stuck[0].thread.age)]
             others = [w for w in others if not any(_go_together(w, s) for s in stuck) and not w.in_cache]
             if not others and (leaving := self._giving_way(stuck)) is not None:
-                leaving.release(self.cache)
-                leaving.thread.request.spent.preemptions += 1
+                self._push_out(leaving)
                 others = [w for w in stuck if w.pinned]
                 stuck = [w for w in stuck if not w.pinned]
             if others:
-                entries = self._alone(min(others, key=_age))
+                moves = self.moves
+                entries = next(filter(None, map(self._alone, sorted(others, key=_age))), [])
                 if entries:
                     continue
-                return None, entries
+                if moves < self.moves:
+                    return None, []  # branches had to be opened
+                # None of them can go on now: threads that see one another, and wait for what one of `stuck` writes.
+                if (leaving := self._youngest(others)) is not None:
+                    self._first = min(stuck, key=_age)
+                    self._push_out(leaving)
+                    return None, []
             first = min(stuck, key=_age)
             outside = [w for w in wanted if w.branch is None and not _go_together(w, first)]
             # Of earlier requests alone: threads of one request that made room for one another could do so for ever.
             earlier = [w for w in outside if w.thread.request.order < first.thread.request.order]
             if earlier and (leaving := self._youngest(stuck)):
                 self._first = min(earlier, key=_age)  # waits outside for room: the next step begins with it
-                leaving.release(self.cache)
-                leaving.thread.request.spent.preemptions += 1
+                self._push_out(leaving)
                 return None, []
             kv, total, size = stuck[0], self.cache.num_pages, self.cache.page_size
             raise RequestFailed(
@@ -281,6 +293,12 @@ class Scheduler:
                     f"or use a shorter prompt, fewer threads or a smaller max_new_tokens ({shortage})"
                 ),
             )
+
+    def _push_out(self, kv: ThreadKV) -> None:
+        """Pre-empt a thread."""
+        kv.release(self.cache)
+        kv.thread.request.spent.preemptions += 1
+        self.moves += 1
 
     def _alone(self, kv: ThreadKV) -> list[tuple[ThreadKV, PrefillChunk, int]]:
         """Rows of a step for one thread, or for those that it must advance with."""
@@ -296,6 +314,7 @@ class Scheduler:
             for _, chunk, count in entries
             if chunk.branch.position != chunk.position + chunk.done
         }
+        positions.update({c.branch: torch.tensor(c.positions[:n], device="cpu") for _, c, n in entries if c.positions})
         views = {c.branch: c.reads[c.done : c.done + n] for _, c, n in entries if any(c.reads[c.done : c.done + n])}
         rows = {chunk.branch: count for _, chunk, count in entries}
         return self.cache.step(rows, positions or None, views or None)
@@ -346,7 +365,7 @@ def _bring(thread: EngineThread, wanted: dict[EngineThread, None]) -> None:
         thread = left[-1]
         before = []
         if thread.kv.branch is None and thread not in wanted:
-            before = [sibling.thread for sibling in thread.kv.absent if sibling.thread.alive]
+            before = [sibling.thread for sibling in thread.kv.absent if _there(sibling)]
             if not thread.kv.may_open:
                 assert thread.parent is not None
                 before.append(thread.parent)
@@ -357,6 +376,11 @@ def _bring(thread: EngineThread, wanted: dict[EngineThread, None]) -> None:
             left.pop()
             if not thread.kv.in_cache:
                 wanted[thread] = None
+
+
+def _there(kv: ThreadKV) -> bool:
+    """Whether what a thread holds comes from itself: it has not left, or not for good."""
+    return kv.thread.alive or kv.thread.lingers
 
 
 def _age(kv: ThreadKV) -> tuple[int, int, int]:

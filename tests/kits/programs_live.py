@@ -50,7 +50,7 @@ class _Sharing:
         self.threads += [trunk.spawn(self.ids(1, 9)) for _ in range(draw.randint(0, 2))]
         if self.chance(0.5):
             host = trunk.fork([self.ids(1, 2)])[0]
-            host.decode(draw.randint(1, 3))
+            yield host.decode(draw.randint(1, 3))  # when its forks come to be must not depend on others
             self.threads += host.fork([self.ids(1, 2) for _ in range(draw.randint(1, 2))])
             self.hosts.append(host)
         if self.chance(0.3):

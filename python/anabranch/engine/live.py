@@ -87,10 +87,10 @@ class LiveGroup:
                 found.append((kv, chunk, min(chunk.left, room)))
                 room -= found[-1][2]
         members = [thread for thread in members if not thread.kv.rebuilding]
-        if not (self.replays or len(members) < len(everybody) or any(map(_comes_soon, self.threads))):
-            living = [thread for thread in members if thread.alive]
-            if self._settled(living):
-                self._next_turn(living, max_rows)
+        # Whoever is needed still is so until the turns so far are computed again.
+        whole = len(members) == len(everybody) and all(thread.alive for thread in members)
+        if whole and not self.replays and self._settled(members) and not any(map(_comes_soon, self.threads)):
+            self._next_turn(members, max_rows)
         left = {thread: self._uncached(thread) for thread in members}
         ends = {thread: at for thread, (at, _) in left.items()}  # own tokens that are there with this forward
         waiting: set[EngineThread] = set()
@@ -233,11 +233,21 @@ class LiveGroup:
         return [other for other in others if any(thread in view.others for view in other.turns.views)]
 
     def have_seen(self, thread: EngineThread, own: int) -> list[EngineThread]:
-        """Those there that may have seen more of `thread` than its first `own` tokens (in a replay: that have)."""
-        readers = [reader for reader in self.readers(thread) if reader.born]
+        """Those alive that may have seen more of `thread` than its first `own` tokens (in a replay: that have)."""
+        readers = [reader for reader in self.readers(thread) if reader.born and reader.alive]
         if not self.replays:
             return readers
         return [reader for reader in readers if _see(reader, range(self._uncached(reader)[0]), thread, own)]
+
+    def have_gone(self, thread: EngineThread, own: int) -> list[EngineThread]:
+        """Those needed still, though they have left, that have or are to see more of `thread` than its first `own`."""
+        gone = [reader for reader in self.readers(thread) if not reader.alive]
+        return [reader for reader in gone if _see(reader, range(reader.turns.assigned), thread, own)]
+
+    def to_compute(self, thread: EngineThread) -> bool:
+        """Whether it wrote something in turns on record that is not in the cache."""
+        at, end = self._uncached(thread)
+        return at < end
 
     def needs(self, thread: EngineThread) -> bool:
         """Whether rows that saw a thread which leaves are to be computed, once more or, in a replay, at all."""

@@ -7,8 +7,11 @@ and of threads that saw one another, which tokens each row saw (`LiveGroup.recal
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from anabranch.engine.request import Request
@@ -124,7 +127,7 @@ class Player:
         self.playing[kid.id] = thread.start(self._play(kid, self.nodes[kid.id], header, born))
         if kid.id in self.early:
             _state(kid).request.end(_state(kid), self.early[kid.id])
-            self._end_of(kid.id).resolve(None, 0)
+            self._ended(kid.id)
 
     # ---------------------------------------------------------------------------------------- each entry
 
@@ -161,7 +164,7 @@ class Player:
         for name in action.children:
             if name in self.threads:
                 state.request.end(_state(self.threads[name]), fate)
-                self._end_of(name).resolve(None, 0)
+                self._ended(name)
             else:
                 self.early[name] = fate
 
@@ -169,7 +172,7 @@ class Player:
         children = [self.threads[name] for name in action.children]
         join = thread.join(children, **JOINS[action.mode or "concat"].arguments(action))
         for name in action.children:
-            join.when_done(lambda name=name: self._end_of(name).resolve(None, 0))  # type: ignore[misc]
+            join.when_done(partial(self._ended, name))
         return join
 
     @staticmethod
@@ -186,6 +189,10 @@ class Player:
         """Done when so many entries of a thread's log are."""
         return self._marks.setdefault((name, logged), Awaitable())
 
+    def _ended(self, name: str) -> None:
+        for node in self.nodes[name].walk():
+            self._end_of(node.id).resolve(None, 0)
+
     def _end_of(self, name: str) -> Awaitable:
         """Done when a thread has been joined or killed."""
         return self._gone.setdefault(name, Awaitable())
@@ -199,6 +206,10 @@ class Player:
         for name, count, logged in self._seers.get(node.id, ()):
             if logged <= entry and count > own:
                 yield name
+        if turns := node.log[entry].turns:
+            for name in self.live - {node.id}:
+                if any(seen > own for part in self._parts(name) for seen in _seen(part, name, node.id, turns)):
+                    yield name
 
     # ---------------------------------------------------------------------------------------- live, and the order
 
@@ -261,6 +272,24 @@ def _live_threads(tree: Node) -> set[str]:
             found.add(node.id)
         found.update(name for sight in sights for name in sight.others)  # who is seen may not have had a turn yet
     return found
+
+
+def _seen(part: Node | Action, reader: str, name: str, turns: Sequence[tuple[int, int]]) -> Iterator[int]:
+    """How many own tokens of thread `name`, which were computed in these turns, each turn of a reader saw."""
+    ends = list(accumulate(count for _, count in turns))
+    at = 0
+    for turn, count in part.turns:
+        sight = next((sight for sight in reversed(part.sights) if sight.begin <= at), None)
+        at += count
+        if sight is None or name not in sight.others or not turn or turn > turns[-1][0]:
+            continue
+        same = sight.same_step == "all" or (sight.same_step == "before" and _path(name) < _path(reader))
+        found = bisect_right([t for t, _ in turns], turn if same else turn - 1)
+        yield ends[found - 1] if found else 0
+
+
+def _path(name: str) -> tuple[int, ...]:
+    return tuple(map(int, name.split(".")))
 
 
 def _seers(tree: Node) -> dict[str, list[tuple[str, int, int]]]:

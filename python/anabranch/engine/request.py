@@ -129,7 +129,8 @@ class Request(Books[EngineThread]):
             return [thread]  # a child that is not in the cache takes what it shares from here, before that is cut
         if not thread.kv.opened and thread.splits_joined(length):
             return [thread]  # half of what a child wrote cannot be computed again
-        return []
+        # Nor could those that have left and are needed still, if what they saw had gone.
+        return [t for t in self.live.have_gone(thread, length - len(thread.prefix)) if self.live.to_compute(t)]
 
     def forget(self, thread: EngineThread, length: int) -> None:
         if thread.live is not None:
@@ -139,6 +140,8 @@ class Request(Books[EngineThread]):
                     f"truncate: thread {readers[0].id} has seen what would go of thread {thread.id} (its own tokens "
                     f"from {own} on); cut it before the next token is computed, or end those that see it first"
                 )
+            for reader in self.live.have_gone(thread, own):
+                reader.kv.pinned = True
             thread.turns.cut(own)
         kv = thread.kv
         for child in thread.forks_beyond(length):

@@ -317,10 +317,10 @@ class ThreadKV:
         # What a thread wrote that sees others, or is seen, is computed by turns (live.py).
         left = thread.length if thread.live is None else thread.turns.until(0)
         for segment in list(thread.segments):
-            left -= len(segment.token_ids)
+            if left <= 0:
+                break
             if segment.spliced is None:
-                ids, at = list(segment.token_ids), 0
-                ids = ids[: len(ids) + left] if left < 0 else ids
+                ids, at = list(segment.token_ids)[:left], 0
                 while at < len(ids):
                     cuts = [k.forked_at - branch.length for k in waiting.values() if k.forked_at > branch.length]
                     size = min([len(ids) - at, *cuts])
@@ -338,6 +338,7 @@ class ThreadKV:
                 cache.join(branch, [anchor], mode="concat")
                 self._scratch.remove(anchor)
                 anchor_here()
+            left -= len(segment.token_ids)
 
     # ---------------------------------------------------------------------------------------- leaving the cache
 

@@ -27,6 +27,9 @@ from anabranch.threads.ops import next_ops
 WORTH_WAITING = 64  # tokens that another request is computing just now: who needs them too waits for it
 
 
+Entry = tuple[ThreadKV, PrefillChunk, int]
+
+
 class RequestFailed(Exception):
     """`request` cannot go on, because of `error`; the others can."""
 
@@ -129,7 +132,7 @@ class Scheduler:
             )
         return [t.kv for t in wanted]
 
-    def choose(self, wanted: list[ThreadKV]) -> list[tuple[ThreadKV, PrefillChunk, int]]:
+    def choose(self, wanted: list[ThreadKV]) -> list[Entry]:
         """Rows of the next step: every thread that goes on by a token, then longer runs in order, in chunks."""
         room = self.max_rows
         free = self.cache.usage().pages_free
@@ -137,7 +140,7 @@ class Scheduler:
         running = sum(kv.branch is not None for kv in wanted)
         pending = {kv: kv.pending for kv in wanted}
         coming = {id(kv): kv for kv in wanted if kv.branch is not None and pending[kv] > 1}
-        entries: list[tuple[ThreadKV, PrefillChunk, int]] = []
+        entries: list[Entry] = []
         first_outside: ThreadKV | None = None  # the first that waits for room
         groups: set[Request] = set()
         # Longest unserved first: more threads than rows take turns.
@@ -151,7 +154,8 @@ class Scheduler:
             if kv.thread.live is not None:
                 if kv.thread.request not in groups:
                     groups.add(kv.thread.request)
-                    rows = self._group_rows(kv.thread.request, room, free - running if entries else None)
+                    taken = running + sum(n // size for _, _, n in entries)
+                    rows = self._group_rows(kv.thread.request, room, free - taken if entries else None)
                     entries += rows
                     room -= sum(count for _, _, count in rows)
                 continue
@@ -198,9 +202,7 @@ class Scheduler:
             room -= count
         return entries
 
-    def _group_rows(
-        self, request: Request, room: int, free: int | None = None
-    ) -> list[tuple[ThreadKV, PrefillChunk, int]]:
+    def _group_rows(self, request: Request, room: int, free: int | None = None) -> list[Entry]:
         """Rows of threads that see one another: all of a turn, or none. free: pages that they may need, if limited."""
         members = [thread.kv for thread in request.live.members()]
         closed = [kv for kv in members if kv.branch is None and kv.may_open]  # others: what they continue comes first
@@ -224,9 +226,7 @@ class Scheduler:
         first = sides[id(min(wanted, key=lambda kv: kv.last_step))]
         return [kv for kv in wanted if sides[id(kv)] == first]
 
-    def reserve(
-        self, entries: list[tuple[ThreadKV, PrefillChunk, int]], wanted: list[ThreadKV]
-    ) -> tuple[Step | None, list[tuple[ThreadKV, PrefillChunk, int]]]:
+    def reserve(self, entries: list[Entry], wanted: list[ThreadKV]) -> tuple[Step | None, list[Entry]]:
         """Reserve the rows in the cache; in a page shortage make room: what is idle goes first, then the youngest."""
         if not entries:
             return None, entries  # only branches had to be opened
@@ -271,10 +271,8 @@ class Scheduler:
                 if moves < self.moves:
                     return None, []  # branches had to be opened
                 # None of them can go on now: threads that see one another, and wait for what one of `stuck` writes.
-                if (leaving := self._youngest(others)) is not None:
-                    self._first = min(stuck, key=_age)
-                    self._push_out(leaving)
-                    return None, []
+                if (found := self._past(min(stuck, key=_age), others)) is not None:
+                    return found
             first = min(stuck, key=_age)
             outside = [w for w in wanted if w.branch is None and not _go_together(w, first)]
             # Of earlier requests alone: threads of one request that made room for one another could do so for ever.
@@ -294,20 +292,35 @@ class Scheduler:
                 ),
             )
 
+    def _past(self, kv: ThreadKV, others: list[ThreadKV]) -> tuple[Step, list[Entry]] | None:
+        """Rows for one thread at the expense of older ones that wait for it; None where that is not room enough."""
+        entries = self._alone(kv)
+        while entries:
+            try:
+                step = self.step(entries)
+            except OutOfPages:
+                if (leaving := self._youngest(others)) is None:
+                    return None
+                self._push_out(leaving)
+            else:
+                self._first = kv
+                return step, entries
+        return None
+
     def _push_out(self, kv: ThreadKV) -> None:
         """Pre-empt a thread."""
         kv.release(self.cache)
         kv.thread.request.spent.preemptions += 1
         self.moves += 1
 
-    def _alone(self, kv: ThreadKV) -> list[tuple[ThreadKV, PrefillChunk, int]]:
+    def _alone(self, kv: ThreadKV) -> list[Entry]:
         """Rows of a step for one thread, or for those that it must advance with."""
         if kv.thread.live is not None:
             return self._group_rows(kv.thread.request, self.max_rows)
         chunk = kv.next_chunk()
         return [(kv, chunk, min(chunk.left, self.max_rows))]
 
-    def step(self, entries: list[tuple[ThreadKV, PrefillChunk, int]]) -> Step:
+    def step(self, entries: list[Entry]) -> Step:
         """Reserve the rows in the cache; `OutOfPages` when there are too few pages for them."""
         positions = {
             chunk.branch: torch.arange(chunk.position + chunk.done, chunk.position + chunk.done + count, device="cpu")

@@ -75,9 +75,10 @@ class LiveGroup:
 
     # ---------------------------------------------------------------------------------------- one forward
 
-    def entries(self, room: int, max_rows: int) -> list[Entry]:
+    def entries(self, room: int, max_rows: int, asked: bool = True) -> list[Entry]:
         """The rows that the group has in the next forward, at most `room`: whole turns, in their order; none where not
-        even one turn fits. (In a replay a turn may take several forwards: what it has written is there all at once.)"""
+        even one turn fits. asked: whether there may be a new turn, behind those so far. (In a replay a turn may take
+        several forwards: what it has written is there all at once.)"""
         everybody = self.members()
         members = [thread for thread in everybody if thread.kv.branch is not None]  # others: forks of those
         found: list[Entry] = []
@@ -89,7 +90,7 @@ class LiveGroup:
         members = [thread for thread in members if not thread.kv.rebuilding]
         # Whoever is needed still is so until the turns so far are computed again.
         whole = len(members) == len(everybody) and all(thread.alive for thread in members)
-        if whole and not self.replays and self._settled(members) and not any(map(_comes_soon, self.threads)):
+        if asked and whole and not self.replays and self._settled(members) and not any(map(_comes_soon, self.threads)):
             self._next_turn(members, max_rows)
         left = {thread: self._uncached(thread) for thread in members}
         ends = {thread: at for thread, (at, _) in left.items()}  # own tokens that are there with this forward
@@ -268,7 +269,7 @@ def _see(reader: EngineThread, numbers: range, thread: EngineThread, more_than: 
     for number in numbers:
         turn, view = live.of(number), live.view_at(number)
         if turn and view is not None and thread in view.others:
-            if visible(view, reader, thread, turn) > more_than:  # type: ignore[arg-type]
+            if visible(view, reader, thread, turn) > more_than:
                 return True
     return False
 

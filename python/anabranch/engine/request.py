@@ -125,7 +125,7 @@ class Request(Books[EngineThread]):
         thread.kv.take_over(child.kv, self.cache)  # its branch and its logits, so not a row is computed
 
     def cut_needs(self, thread: EngineThread, length: int) -> list[EngineThread]:
-        if any(child.kv.branch is None for child in thread.forks_beyond(length)):
+        if any(child.kv.branch is None and not child.kv.may_open for child in thread.forks_beyond(length)):
             return [thread]  # a child that is not in the cache takes what it shares from here, before that is cut
         if not thread.kv.opened and thread.splits_joined(length):
             return [thread]  # half of what a child wrote cannot be computed again

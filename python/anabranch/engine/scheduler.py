@@ -213,7 +213,8 @@ class Scheduler:
             kv.open(self.cache)
             self.moves += 1
         try:
-            return request.live.entries(room, self.max_rows)
+            # As what a fork continues it may be brought back; a turn of its own it has when something is asked of it.
+            return request.live.entries(room, self.max_rows, asked=any(id(kv) in self._needed for kv in members))
         except ValueError as error:  # more of them than rows; nobody else is to suffer for it
             raise RequestFailed(request, error) from error
 

@@ -11,7 +11,7 @@ run of tokens where one waits, so that threads which go on by a token never hold
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -55,6 +55,11 @@ class Scheduler:
         self.moves = 0  # how often else anything happened: a thread entered the cache, left it, was given a token
         self._limit: DecodeLimit | None = None
         self._first: ThreadKV | None = None  # for whom room was made: the next to enter the cache
+        self._urgent: ThreadKV | None = None  # whom all others make room for, until it has got on
+        self._urgent_was: tuple[bool, int, int] | None = None  # how it stood
+        self._ahead: set[int] = set()  # ids of it and of what it continues
+        self._tried: set[ThreadKV] = set()  # who was urgent since anybody got on
+        self._tried_at: list[tuple[int, int, int]] = []  # what all had done then
         self.decoding: dict[Request, dict[EngineThread, None]] = {}  # who may be given a token in this step
         self._queueing: set[Request] = set()  # requests of which some thread waits for its turn to decode
         self._needed: set[int] = set()  # ids of the ThreadKVs that the first op of some queue needs in the cache
@@ -145,7 +150,11 @@ class Scheduler:
         groups: set[Request] = set()
         # Longest unserved first: more threads than rows take turns.
         first, self._first = self._first, None
-        line = sorted(wanted, key=lambda w: (w is not first, pending[w] > 1, w.last_step if pending[w] <= 1 else 0))
+        if self._urgent is not None and self._urgent_was != _stands(self._urgent):
+            self._urgent = None  # it has got on
+        self._ahead = set(map(id, _with_parents(self._urgent)))
+        ahead = {id(first), *self._ahead}
+        line = sorted(wanted, key=lambda w: (id(w) not in ahead, pending[w] > 1, w.last_step if pending[w] <= 1 else 0))
         # Threads that see one another need room for a whole turn: where it did not suffice, they are first in line.
         if any(kv.thread.live is not None for kv in line):
             line.sort(key=lambda w: w.thread.live is None or not w.thread.request.live.refused)
@@ -244,7 +253,7 @@ class Scheduler:
                     raise RequestFailed(blamed, error) from error
                 entries = alone
                 continue
-            oldest, youngest = (pick((kv for kv, _, _ in entries), key=_age) for pick in (min, max))
+            oldest, youngest = (pick((kv for kv, _, _ in entries), key=self._rank) for pick in (min, max))
             victim = self._victim(oldest)
             if victim is not None:
                 self._push_out(victim)
@@ -282,7 +291,9 @@ class Scheduler:
                 self._first = min(earlier, key=_age)  # waits outside for room: the next step begins with it
                 self._push_out(leaving)
                 return None, []
-            kv, total, size = stuck[0], self.cache.num_pages, self.cache.page_size
+            if self._make_urgent(wanted):
+                return None, []
+            kv, total, size = self._too_large(stuck), self.cache.num_pages, self.cache.page_size
             raise RequestFailed(
                 kv.thread.request,
                 ValueError(
@@ -292,6 +303,34 @@ class Scheduler:
                     f"or use a shorter prompt, fewer threads or a smaller max_new_tokens ({shortage})"
                 ),
             )
+
+    def _make_urgent(self, wanted: list[ThreadKV]) -> bool:
+        """When nobody gets on by the order of their ages: let one of those that wait go before all others, each once
+        until somebody has got on. (Who has begun in which order depends on who else is there, so it may be that the
+        room there is goes to threads that wait for one that is outside.)"""
+        done = [(r.sampled, r.inserted, sum(len(t.log) for t in r.threads)) for r in self.active]
+        if done != self._tried_at:
+            self._tried_at = done
+            self._tried.clear()
+        line = [w for w in wanted if id(w) in self._needed and w.thread.live is None and w not in self._tried]
+        self._urgent = min(line, key=_age, default=None)
+        if self._urgent is None:
+            return False
+        self._tried.add(self._urgent)
+        self._urgent_was = _stands(self._urgent)
+        self.moves += 1
+        return True
+
+    def _rank(self, kv: ThreadKV) -> tuple[bool, int, int, int]:
+        """Who goes before whom in a shortage."""
+        return (id(kv) not in self._ahead, *kv.thread.age)
+
+    def _too_large(self, stuck: list[ThreadKV]) -> ThreadKV:
+        """Whom to tell that there are too few pages: of the youngest request with pages that nobody else can have, so
+        that the others get on."""
+        holds = [t.kv for r in self.active for t in r.threads if t.kv.branch is not None and t.kv.pinned]
+        last = max((*stuck, *holds), key=lambda kv: kv.thread.request.order).thread.request
+        return next((kv for kv in (*stuck, *holds) if kv.thread.request is last), stuck[0])
 
     def _past(self, kv: ThreadKV, others: list[ThreadKV]) -> tuple[Step, list[Entry]] | None:
         """Rows for one thread at the expense of older ones that wait for it; None where that is not room enough."""
@@ -352,12 +391,9 @@ class Scheduler:
             for thread in request.threads:
                 kv = thread.kv
                 idle = id(kv) not in self._needed
-                if (
-                    kv.branch is None
-                    or _go_together(kv, oldest)
-                    or kv.pinned
-                    or not (idle or kv.thread.age > oldest.thread.age)
-                ):
+                if kv.branch is None or _go_together(kv, oldest) or kv.pinned or id(kv) in self._ahead:
+                    continue
+                if not (idle or kv.thread.age > oldest.thread.age or id(oldest) in self._ahead):
                     continue
                 if _built_on(thread):
                     continue
@@ -395,6 +431,20 @@ def _bring(thread: EngineThread, wanted: dict[EngineThread, None]) -> None:
 def _there(kv: ThreadKV) -> bool:
     """Whether what a thread holds comes from itself: it has not left, or not for good."""
     return kv.thread.alive or kv.thread.lingers
+
+
+def _with_parents(kv: ThreadKV | None) -> Iterator[ThreadKV]:
+    """A thread and what it continues, and that continues, and so on."""
+    thread = None if kv is None else kv.thread
+    while thread is not None:
+        yield thread.kv
+        thread = thread.parent if thread.role == "fork" else None
+
+
+def _stands(kv: ThreadKV) -> tuple[bool, int, int]:
+    """Whether a thread is there, how much it has done, and has to do."""
+    thread = kv.thread
+    return thread.alive, len(thread.own) + len(thread.log), len(thread.queue)
 
 
 def _age(kv: ThreadKV) -> tuple[int, int, int]:

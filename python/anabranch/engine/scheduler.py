@@ -267,6 +267,8 @@ class Scheduler:
             # One that had no turn in this step may be older; one that cannot leave will give its pages back at its end.
             # (Any other would be pushed out again in the next step, and so on for ever.)
             stuck.append(oldest)
+            if id(oldest) in self._ahead:  # not even all the room there is was enough
+                self._urgent, self._ahead = None, set()
             others = [w for w in wanted if w.branch is not None and (w.pinned or w.thread.age < stuck[0].thread.age)]
             others = [w for w in others if not any(_go_together(w, s) for s in stuck) and not w.in_cache]
             if not others and (leaving := self._giving_way(stuck)) is not None:

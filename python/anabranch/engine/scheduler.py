@@ -271,6 +271,8 @@ class Scheduler:
                 self._urgent, self._ahead = None, set()
             others = [w for w in wanted if w.branch is not None and (w.pinned or w.thread.age < stuck[0].thread.age)]
             others = [w for w in others if not any(_go_together(w, s) for s in stuck) and not w.in_cache]
+            if not others and any(w.in_cache for w in wanted):
+                return None, []  # one has come back without a row: it goes on first, and may make room
             if not others and (leaving := self._giving_way(stuck)) is not None:
                 self._push_out(leaving)
                 others = [w for w in stuck if w.pinned]

@@ -10,6 +10,7 @@ OPTIONS = f"{TESTS}::test_options {TESTS}::test_long_runs_of_whole_pages"
 HIDDEN = f"{TESTS}::test_what_a_row_does_not_see_cannot_reach_it {TESTS}::test_nan_in_visible_keys_is_not_hidden"
 FUZZ = "tests/plan/test_plan_fuzz.py::test_known_batches tests/plan/test_plan_fuzz.py::test_random_batches"
 FAR = "tests/kernels/test_cpu_offsets.py"
+PARTIALS = "tests/kernels/test_cpu_extremes.py::test_partials_beyond_32_bits"
 SCORES = "tests/runner/test_scores.py"
 BRANCH = "tests/attention/test_branch_attention.py"
 ALONE = f"{BRANCH}::test_bad_tokens_leave_those_that_do_not_see_them_alone"
@@ -44,7 +45,7 @@ MUTANTS = [
     ),
     Mutant(
         "unit: where a partial lies in 32 bits", f"{CPU}unit.hpp", "memcpy(a.part_acc + p * a.v_dim, acc,",
-        "memcpy(a.part_acc + int32_t(p * a.v_dim), acc,", FAR,
+        "memcpy(a.part_acc + int32_t(p * a.v_dim), acc,", PARTIALS,
     ),
     Mutant(
         "stream: surplus scores become −softcap", f"{CPU}stream.hpp",
@@ -107,7 +108,7 @@ MUTANTS = [
     ),
     Mutant(
         "merge: where partials lie in 32 bits", f"{CPU}kernels.cpp", "const float* from = a.part_acc + at * d;",
-        "const float* from = a.part_acc + int32_t(at * d);", FAR,
+        "const float* from = a.part_acc + int32_t(at * d);", PARTIALS,
     ),
     Mutant(
         "write: places in 32 bits", f"{CPU}attention.cpp", "(page * w->dst.page + offset * w->dst.slot) * size;",

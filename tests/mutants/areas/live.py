@@ -28,6 +28,7 @@ MUTANTS = [
     Mutant(
         "a cut at a turn's end takes the turn with it", THREADS, "self._ends and self._ends[-1] > length:",
         "self._ends and self._ends[-1] >= length:", LIVE,
+        equivalent="ends rise, so of a turn that ends just there the end is set to what it is, and no turn goes",
     ),
     Mutant(
         "what an ancestor wrote is read twice", THREADS,

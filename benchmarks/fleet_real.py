@@ -19,7 +19,7 @@ from .timing import now
 
 def fit(
     engine: ab.Engine,
-    rows: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+    rows: Sequence[int] = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512),
     branches: Sequence[int] = (1, 4, 16, 64),
     contexts: Sequence[int] = (16, 256, 1024),
     repeat: int = 5,
@@ -36,11 +36,15 @@ def fit(
             handle.result()
         curve.append((count, statistics.median(taken)))
     measured: list[tuple[int, float, float, float]] = []  # branches, tokens, pairs, seconds
+    forks: list[tuple[int, float]] = []
     for context in contexts:
         for count in (b for b in branches if b <= engine.max_rows):
             handle = engine.add(_ids(rng, context), _branching(count), **_exactly(repeat + 3))
+            last = 0.0
             while len(handle.so_far) < 2 and not handle.done:
-                engine.step()
+                last = _step(engine)
+            if count > 1:  # the last one gave the branches their first tokens, from the prompt's scores
+                forks.append((count, last))
             taken = [_step(engine) for _ in range(repeat)]
             handle.result()
             own = 1 + repeat / 2
@@ -49,21 +53,27 @@ def fit(
     bare = Cost(*zip(*curve, strict=True), 0.0, 0.0, 0.0)  # type: ignore[arg-type]
     terms = np.array([(1.0, *m[:3]) for m in measured])
     rest = np.array([m[3] - bare(m[0], 0, 0, 0) for m in measured])
-    found = _no_less_than_0(terms, rest)
-    cost = replace(bare, decode=found[0], per_branch=found[1], per_token=found[2], per_pair=found[3])
+    # What a step of as many decoding rows takes less than a prompt's is what the prompt's beginning takes.
+    less, per_branch, per_token, per_pair = _no_less_than_0(terms, rest)
+    cost = replace(bare, per_branch=per_branch, per_token=per_token, per_pair=per_pair, begin=max(0.0, -less))
+    if forks:
+        fork, per_fork = _no_less_than_0(
+            np.array([(1.0, count) for count, _ in forks]), np.array([s for _, s in forks])
+        )
+        cost = replace(cost, fork=max(0.0, fork), per_fork=per_fork)
     errors = [abs(cost(m[0], *m[:3]) - m[3]) / m[3] for m in measured]
     return replace(cost, error=statistics.median(errors))
 
 
 def _no_less_than_0(terms: np.ndarray, values: np.ndarray) -> list[float]:
-    """Least squares; what would be negative is left out, the most negative first. (The first may be.)"""
+    """Least squares; what would be negative is left out, the most negative first."""
     there = list(range(terms.shape[1]))
-    while True:
+    while there:
         found = np.linalg.lstsq(terms[:, there], values, rcond=None)[0]
-        worst = min(range(len(there)), key=lambda i: found[i] if there[i] else math.inf)
-        if not there[worst] or found[worst] >= 0:
+        if min(found) >= 0:
             return [float(found[there.index(i)]) if i in there else 0.0 for i in range(terms.shape[1])]
-        del there[worst]
+        del there[int(np.argmin(found))]
+    return [0.0] * terms.shape[1]
 
 
 def _ids(rng: random.Random, count: int) -> list[int]:

@@ -226,15 +226,18 @@ def _serving(data: dict[str, Any], plt):
     for j, name in enumerate(names):
         found = [(keys.index((e["dtype"], e["answers"], e["rate"])), e) for e in entries if e["contender"] == name]
         ys = [i + (j - (len(names) - 1) / 2) * height for i, _ in found]
-        more = {"height": 0.9 * height, "color": SERVE_COLOURS[name]}
-        axes[0].barh(ys, [e["tokens_per_s"] for _, e in found], label=found[0][1]["title"], **more)
+        colour, rates = SERVE_COLOURS[name], [e["tokens_per_s"] for _, e in found]
+        axes[0].barh(ys, rates, height=0.9 * height, color=colour, label=found[0][1]["title"])
         for axis, what in ((axes[1], "first"), (axes[2], "gap")):
             half, most = ([1e3 * e[f"{what}_{p}"] for _, e in found] for p in ("p50", "p99"))
-            axis.barh(ys, most, alpha=0.45, **more)
-            axis.barh(ys, half, **more)
+            axis.hlines(ys, half, most, colors=colour, linewidth=3)
+            axis.scatter(half, ys, s=46, color=colour, zorder=3)
+            axis.scatter(most, ys, s=90, color=colour, marker="|", linewidth=2)
     axes[0].set(xlabel="tokens a second", title="throughput")
-    axes[1].set(xlabel="ms, p50 and (pale) p99", title="to the first token", xscale="log")
-    axes[2].set(xlabel="ms, p50 and (pale) p99", title="between two tokens", xscale="log")
+    for axis, title in ((axes[1], "to the first token"), (axes[2], "between two tokens")):
+        axis.set(xlabel="ms, from p50 (dot) to p99 (log scale)", title=title, xscale="log")
+        for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            which(plt.FuncFormatter(lambda v, _: f"{v:g}" if f"{v:.0e}"[0] in "125" else ""))
     for axis in axes:
         axis.grid(axis="x", color="#dee2e6", linewidth=0.6)
         axis.set_axisbelow(True)

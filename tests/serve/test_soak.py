@@ -219,7 +219,7 @@ class Soak:
 
 def soak(run: LongRun, part: float, seed: int = 0, at_once: int = 6) -> dict:
     """Run it, in parts of so many seconds; what happened."""
-    engine = make_async(num_pages=300)
+    engine = make_async(num_pages=300, compile=False)  # a compiler at work would hold everybody up meanwhile
     plain = make_engine(tokenizer=byte_tokenizer())
     with serving(engine, api_keys=("right",), max_body=1_000_000, max_requests=60) as (address, app):
 

@@ -1,8 +1,8 @@
 """Threads on a server that runs already, beside the same threads one after another: wall seconds of both, in turns.
 
 The adapted model answers problems with `ThreadWeaver` through a `RemoteEngine`, greedy: the same tokens either way, so
-what differs is who waits for whom. A first run of each problem is not counted: it tells whether the model forks, and
-puts the prompts into the server's prefix cache for both.
+what differs is who waits for whom. Who is first changes with every problem and round, since the second one finds the
+prompt in the server's prefix cache. Problems that the model does not answer by threads do not count.
 """
 
 from __future__ import annotations
@@ -28,19 +28,23 @@ def run(
 ) -> dict[str, Any]:
     """The first `count` problems that the model answers by threads, `rounds` times each way; one line of results."""
     problems: list[dict[str, Any]] = []
-    for prompt in _prompts():
+    engine.generate("Hello", max_new_tokens=4)  # a connection is there, and the server has computed something
+    for number, prompt in enumerate(_prompts()):
         if len(problems) == count:
             break
-        first = _timed(engine, "threads", prompt, new_tokens)
-        if first["result"].metrics.num_forks:
-            problems.append(_problem(engine, prompt, rounds, new_tokens))
-            report(line(problems[-1]))
+        found = _problem(engine, prompt, rounds, new_tokens, number)
+        if found["forks"]:
+            problems.append(found)
+            report(line(found))
     return {"strategy": "threadweaver", "new_tokens": new_tokens, **summary(problems)}
 
 
 def _prompts() -> Iterator[list[dict[str, str]]]:
+    """Problems that have parts."""
     for text in PROBLEMS.read_text(encoding="utf-8").splitlines():
-        yield [{"role": "user", "content": json.loads(text)["prompt"]}]
+        problem = json.loads(text)
+        if problem["threads"] > 1:
+            yield [{"role": "user", "content": problem["prompt"]}]
 
 
 def _timed(engine: ab.RemoteEngine, way: str, prompt: list[dict[str, str]], new_tokens: int) -> dict[str, Any]:
@@ -49,21 +53,23 @@ def _timed(engine: ab.RemoteEngine, way: str, prompt: list[dict[str, str]], new_
     return {"seconds": time.perf_counter() - begin, "result": result}
 
 
-def _problem(engine: ab.RemoteEngine, prompt: list[dict[str, str]], rounds: int, new_tokens: int) -> dict[str, Any]:
+def _problem(
+    engine: ab.RemoteEngine, prompt: list[dict[str, str]], rounds: int, new_tokens: int, number: int
+) -> dict[str, Any]:
     """Both ways in turns, who is first by turns as well."""
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     results: dict[str, Any] = {}
     for turn in range(rounds):
-        for way in WAYS if turn % 2 == 0 else reversed(WAYS):
+        for way in WAYS if (turn + number) % 2 == 0 else reversed(WAYS):
             found = _timed(engine, way, prompt, new_tokens)
             seconds[way].append(round(found["seconds"], 4))
             results[way] = found["result"]
     tokens = {way: [node.token_ids for node in result.tree.walk()] for way, result in results.items()}
     metrics = results["threads"].metrics
     return {
-        "threads": metrics.num_threads, "tokens": metrics.sampled_tokens, "critical": metrics.critical_path_tokens,
-        "same_tokens": tokens["threads"] == tokens["sequential"], "seconds": seconds,
-        "ratio": round(statistics.median(s / t for t, s in zip(*seconds.values(), strict=True)), 3),
+        "forks": metrics.num_forks, "threads": metrics.num_threads, "tokens": metrics.sampled_tokens,
+        "critical": metrics.critical_path_tokens, "same_tokens": tokens["threads"] == tokens["sequential"],
+        "seconds": seconds, "ratio": round(statistics.median(s / t for t, s in zip(*seconds.values(), strict=True)), 3),
     }  # fmt: skip
 
 

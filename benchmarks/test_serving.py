@@ -155,7 +155,7 @@ def test_threads_beside_the_same_threads_one_after_another(monkeypatch: pytest.M
     """Tokens are compared; problems that are not answered by threads do not count."""
 
     problems = tmp_path / "problems.jsonl"
-    problems.write_text("".join(json.dumps({"prompt": "x" * n}) + "\n" for n in range(1, 6)))
+    problems.write_text("".join(json.dumps({"prompt": "x" * n, "threads": n}) + "\n" for n in range(1, 6)))
     monkeypatch.setattr(remote, "PROBLEMS", problems)
     monkeypatch.setattr(remote, "WAYS", {"threads": Nested, "sequential": lambda: ab.Sequential(Nested())})
     engine = make_engine(tokenizer=byte_tokenizer())

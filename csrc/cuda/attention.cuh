@@ -18,36 +18,6 @@
 
 namespace anabranch::cuda {
 
-// kRows packed rows at most, of one (item × KV head), from its first token to its last.
-struct Pass {
-  Int4 kv, seen;  // the item
-  int head, packed_begin, rows, warps_m;
-  // Of the block over the units; the item's last word is free for it.
-  ANABRANCH_DEVICE int& round() { return seen.w; }
-  ANABRANCH_DEVICE void load(const Attention& a, u32 item, int of_head) {
-    const Int4* const at = reinterpret_cast<const Int4*>(a.items) + 2 * static_cast<i64>(item);
-    const int kept = round();
-    kv = ptx::load(at);
-    seen = ptx::load(at + 1);
-    round() = kept;
-    head = of_head;
-    packed_begin = 0;
-  }
-  ANABRANCH_DEVICE int packed(const Attention& a) const { return kv.w * a.group; }
-  // Kept in shared memory while tiles are computed, which want the registers.
-  ANABRANCH_DEVICE void keep(Int4* at) const {
-    ptx::store(at, kv);
-    ptx::store(at + 1, seen);
-    ptx::store(at + 2, Int4{head, packed_begin, rows, warps_m});
-  }
-  ANABRANCH_DEVICE void restore(const Int4* at) {
-    kv = ptx::load(at);
-    seen = ptx::load(at + 1);
-    const Int4 rest = ptx::load(at + 2);
-    head = rest.x, packed_begin = rest.y, rows = rest.z, warps_m = rest.w;
-  }
-};
-
 // The item's tokens that the pass sees: [first, end), and what a lane's rows see of them.
 struct Range {
   int first;
@@ -55,16 +25,17 @@ struct Range {
 };
 
 template <class T, int D>
-ANABRANCH_DEVICE Range range_of(const Attention& a, const Pass& pass, Int2* ends) {
+ANABRANCH_DEVICE Range range_of(const Attention& a, const Pass& pass) {
+  auto& front = Shape<T, D>::front();
   const Int4 &kv = pass.kv, &seen = pass.seen;
-  const int thread = ptx::thread(), lane = thread & 31, warp = thread / 32;
+  const int thread = ptx::thread_anew(), lane = thread & 31, warp = thread / 32;
   const bool masked = seen.x != 0;
   int end = kv.y;
   if (masked) {
     end = 0;
     const int last = (pass.packed_begin + pass.rows - 1) / a.group;
     for (int i = pass.packed_begin / a.group + lane; i <= last; i += 32)
-      end = larger(end, ptx::load(a.limits + kv.z + i));
+      end = larger(end, front.ahead.limit(a, pass, i));
     ANABRANCH_UNROLL
     for (int d = 16; d > 0; d >>= 1) end = larger(end, ptx::shuffle_xor(end, d));
   }
@@ -84,11 +55,11 @@ ANABRANCH_DEVICE Range range_of(const Attention& a, const Pass& pass, Int2* ends
       first = smaller(first, ptx::shuffle_xor(first, d));
       last = larger(last, ptx::shuffle_xor(last, d));
     }
-    if (lane == 0) ptx::store(ends + warp, Int2{first, last});
+    if (lane == 0) ptx::store(front.ends + warp, Int2{first, last});
     ptx::sync_block(Site::window_reduced);
     ANABRANCH_UNROLL
     for (int w = 0; w < kWarps; ++w) {
-      const Int2 other = ptx::load(ends + w);
+      const Int2 other = ptx::load(front.ends + w);
       first = smaller(first, other.x);
       last = larger(last, other.y);
     }
@@ -101,8 +72,8 @@ ANABRANCH_DEVICE Range range_of(const Attention& a, const Pass& pass, Int2* ends
     // A row past the last sees all: nobody asks it.
     const int r = pass.packed_begin + warp % pass.warps_m * 16 + lane / 4 + 8 * i;
     if (r >= pass.packed(a)) continue;
-    if (masked) sight.limit[i] = smaller(end, ptx::load(a.limits + kv.z + r / a.group));
-    if (a.windowed) sight.position[i] = ptx::load(a.row_positions + ptx::load(a.rows + kv.z + r / a.group));
+    if (masked) sight.limit[i] = smaller(end, front.ahead.limit(a, pass, r / a.group));
+    if (a.windowed) sight.position[i] = ptx::load(a.row_positions + front.ahead.row(a, pass, r / a.group));
   }
   sight.least = smaller(sight.limit[0], sight.limit[1]);
   ANABRANCH_UNROLL
@@ -114,20 +85,20 @@ ANABRANCH_DEVICE Range range_of(const Attention& a, const Pass& pass, Int2* ends
 template <class T, int D>
 ANABRANCH_DEVICE void copy_queries(const Attention& a, const Pass& pass, char* queries) {
   using S = Shape<T, D>;
-  const int column = ptx::thread() % S::kLanes, used = a.head_dim / S::kGranule;
+  const int thread = ptx::thread_anew(), column = thread % S::kLanes;
   ANABRANCH_NO_UNROLL
-  for (int r = S::first_row(ptx::thread(), 1); r < pass.warps_m * 16; r += kThreads / S::kLanes) {
+  for (int r = S::first_row(thread, 1); r < pass.warps_m * 16; r += kThreads / S::kLanes) {
     const T* from = static_cast<const T*>(a.q);
     const bool there = r < pass.rows;
     if (there) {
       const int packed = pass.packed_begin + r, row = packed / a.group;
-      from += ptx::load(a.rows + pass.kv.z + row) * a.q_row +
+      from += S::front().ahead.row(a, pass, row) * a.q_row +
               (pass.head * a.group + packed - row * a.group) * a.q_head + column * S::kGranule;
     }
     ANABRANCH_UNROLL
     for (int c = 0; c < S::kColumns; ++c)
       ptx::copy_async(queries + r * S::kPitch + (column + c * S::kLanes) * 16, from + c * S::kLanes * S::kGranule,
-                      there && column + c * S::kLanes < used ? 16 : 0);
+                      there && (column + c * S::kLanes) * 16 < a.row_bytes ? 16 : 0);
   }
   ptx::copy_commit();
 }
@@ -135,12 +106,8 @@ ANABRANCH_DEVICE void copy_queries(const Attention& a, const Pass& pass, char* q
 template <class T, int D, int STEPS>
 ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range) {
   using S = Shape<T, D>;
-  char* const memory = ptx::shared_memory();
-  char* const behind = memory + S::ring_bytes(a.ring);
-  Int2* const places = reinterpret_cast<Int2*>(behind);
-  i32* const positions = reinterpret_cast<i32*>(behind + S::kPlaces);
-  Float2* const stats = reinterpret_cast<Float2*>(behind + S::kPlaces + S::kPositions);
-  Int4* const kept = reinterpret_cast<Int4*>(behind + S::kPlaces + S::kPositions + S::kStats);
+  typename S::Front& front = S::front();
+  char* const ring = ptx::shared_memory() + S::kRing;
   const int thread = ptx::thread(), lane = thread & 31, warp = thread / 32;
   constexpr int warps_n = STEPS == 1 ? 4 : STEPS == 2 ? 2 : 1;
   const Sight& sight = range.sight;
@@ -150,18 +117,19 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
   const bool working = STEPS < 4 || warp < pass.warps_m;  // three warps of rows leave the fourth idle
   const int first_block = range.first / S::kBlock;
   const int tiles = sight.end > range.first ? 2 * ((sight.end + S::kBlock - 1) / S::kBlock - first_block) : 0;
-  Stream<T, D> stream{a, memory, places, positions, static_cast<u32>(pass.kv.x), pass.head, first_block, sight.end,
-                      pass.seen.z, tiles, 0, 0, {}, {}};
+  Stream<T, D> stream{a, ring, static_cast<u32>(pass.kv.x), pass.head, first_block, sight.end, pass.seen.z,
+                      tiles, ptx::in_register(a.head_dim / S::kGranule), 0, 0, {}, {}};
   if (tiles > 0) stream.prepare();
   ptx::sync_block(Site::places_visible);
-  if (thread == 0) pass.keep(kept);
+  if (thread == 0) pass.keep(front.kept);
+  if (pass.last(a, S::kRows)) front.ahead.look_ahead(a, pass.round());
   if (tiles > 0) {
     // Queries: into the ring's last tile, from where they go to registers before that tile is needed, or to their own.
-    char* const queries = memory + (S::kKeepQ ? (a.ring - 1) * S::kTile : a.ring * S::kTile);
+    char* const queries = ring + (S::kKeepQ ? (a.ring - 1) * S::kTile : a.ring * S::kTile);
     copy_queries<T, D>(a, pass, queries);
     stream.fill();
     if constexpr (S::kKeepQ) {
-      ptx::copy_wait(a.ring - 1, Site::queries_landed);
+      ptx::copy_wait<S::usual_ring() - 1>(a.ring - 1, Site::queries_landed);
       ptx::sync_block(Site::queries_visible);
       tile.load_queries(queries);
     }
@@ -172,7 +140,7 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
     ANABRANCH_NO_UNROLL
     while (stream.tile < tiles) {
       const int block = stream.tile / 2, begin = (first_block + block) * S::kBlock;
-      const i32* const at = positions + (block & (kAhead - 1)) * S::kBlock;
+      const i32* const at = front.positions[block & (kAheadPositions - 1)];
       const char* keys = stream.template next<true>();
       bool hidden = false;  // some row of this warp does not see some token
       if (working) {
@@ -201,11 +169,14 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
     }
   } else {
     tile.clear();
+    ptx::copy_commit();
+    ptx::copy_wait<0>(0, Site::ahead_landed);
   }
 
   ptx::sync_block(Site::ring_done);
-  pass.restore(kept);
-  float* const results = reinterpret_cast<float*>(memory);
+  pass.restore(front.kept);
+  if (pass.last(a, S::kRows)) fetch_next_to_cache<T, D>(a, pass.round());
+  float* const results = reinterpret_cast<float*>(ring);
   ANABRANCH_UNROLL
   for (int r = 0; r < 2; ++r) {
     tile.l[r] += ptx::shuffle_xor(tile.l[r], 1);
@@ -215,7 +186,7 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
     ANABRANCH_UNROLL
     for (int r = 0; r < 2; ++r) {
       const int at = warp * 16 + lane / 4 + 8 * r;
-      if ((lane & 3) == 0) ptx::store(stats + at, Float2{tile.m[r], tile.l[r]});
+      if ((lane & 3) == 0) ptx::store(front.stats + at, Float2{tile.m[r], tile.l[r]});
       ANABRANCH_UNROLL
       for (int i = 0; i < D / 8; ++i)
         ptx::store(reinterpret_cast<Float2*>(results + at * S::kAccPitch + i * 8 + 2 * (lane & 3)),
@@ -223,28 +194,27 @@ ANABRANCH_DEVICE void attend(const Attention& a, Pass& pass, const Range& range)
     }
   }
   ptx::sync_block(Site::results_visible);
-  emit<T, D>(a, results, stats, pass.rows, pass.warps_m, warps_n, pass.kv.z, pass.packed_begin, pass.head);
+  emit<T, D>(a, results, pass, warps_n);
 }
 
 template <class T, int D>
 ANABRANCH_KERNEL(kThreads, (Shape<T, D>::kBlocks))
 void attention_kernel(const Attention a) {
   using S = Shape<T, D>;
+  ptx::allow_next_launch();
+  // Heads of an item are neighbours: they read the same slots and rows.
   const u32 heads = static_cast<u32>(a.num_kv_heads);
-  const u32 units = static_cast<u32>(a.counts == nullptr ? a.num_items : ptx::load(a.counts)) * heads;
-  Int2* const ends = reinterpret_cast<Int2*>(ptx::shared_memory() + S::shared_bytes(a.ring) - kWarps * 8);
-  // Back and forth over the sorted units: the block that had the costliest of one round has the cheapest of the next.
+  const Units units{static_cast<u32>(a.counts == nullptr ? a.num_items : ptx::load(a.counts)) * heads, heads};
+  if (units.at(0) >= units.count) return;
+  auto& ahead = S::front().ahead;
+  ahead.begin(a, units);
   Pass pass{};
-  for (; static_cast<u32>(pass.round()) * ptx::blocks() < units; ++pass.round()) {
-    const u32 place = pass.round() & 1 ? ptx::blocks() - 1 - ptx::block() : ptx::block();
-    const u32 unit = static_cast<u32>(pass.round()) * ptx::blocks() + place;
-    if (unit >= units) continue;
-    const u32 item = unit / heads;  // heads of an item are neighbours: they read the same slots and rows
-    pass.load(a, item, static_cast<int>(unit - item * heads));
+  for (u32 unit; (unit = units.at(pass.round())) < units.count; ++pass.round()) {
+    pass.load(ahead.items[pass.round() & 1], static_cast<int>(unit % heads));
     for (; pass.packed_begin < pass.packed(a); pass.packed_begin += S::kRows) {
       pass.rows = smaller(pass.packed(a) - pass.packed_begin, S::kRows);
       pass.warps_m = (pass.rows + 15) / 16;
-      const Range range = range_of<T, D>(a, pass, ends);
+      const Range range = range_of<T, D>(a, pass);
       // The fewer warps the rows take, the more share the tokens of a tile.
       if (S::kMostSteps == 1 || pass.warps_m == 1)
         attend<T, D, 1>(a, pass, range);

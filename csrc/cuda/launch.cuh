@@ -6,6 +6,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cuda/attention.cuh"
 #include "cuda/launch.hpp"
@@ -19,7 +20,7 @@ void with_head_dim(int head_dim, const F& f) {
   using std::integral_constant;
 #ifdef ANABRANCH_ONE_HEAD_DIM  // a single variant, for those who look at its machine code
   return f(integral_constant<int, ANABRANCH_ONE_HEAD_DIM>{});
-#endif
+#else
   if (head_dim <= 32) return f(integral_constant<int, 32>{});
 #ifndef ANABRANCH_FEW_HEAD_DIMS
   if (head_dim <= 64) return f(integral_constant<int, 64>{});
@@ -30,26 +31,20 @@ void with_head_dim(int head_dim, const F& f) {
 #endif
   if (head_dim <= 256) return f(integral_constant<int, 256>{});
   throw std::invalid_argument("head_dim: at most 256, got " + std::to_string(head_dim));
+#endif
 }
 
-constexpr int kReserved = 1024;  // bytes of shared memory that the system takes of every block
-
-// Tiles in the ring. Streaming wants some 40 KB on its way to every multiprocessor all the time, and two or more blocks
-// there, so that one computes while another waits; a block has ring − 1 tiles on their way. `most`: the blocks that a
-// multiprocessor has registers for; to leave room for more would leave it unused.
 template <class S>
 int ring_for(const Device& device, int most) {
-  for (int blocks = std::clamp(most, 1, 4); blocks >= 1; --blocks)
-    for (int ring = kMaxRing; ring >= (blocks >= 3 ? 4 : blocks == 2 ? 3 : 2); --ring)
-      if (S::shared_bytes(ring) <= device.shared_block &&
-          blocks * (S::shared_bytes(ring) + kReserved) <= device.shared_multiprocessor)
-        return ring;
+  const int ring = S::ring_for(device.shared_block, device.shared_multiprocessor, most);
+  if (ring != 0) return ring;
   throw std::runtime_error("this GPU's shared memory (" + std::to_string(device.shared_block) +
                            " bytes a block) is too small for the CUDA kernels; use backend='triton'");
 }
 
 #ifdef ANABRANCH_EMULATOR
 inline void check_launch() {}
+inline bool may_launch_beside(const void*, const Device& device) { return device.arch >= 90; }
 inline int current_device() { return 0; }
 inline void allow_shared(const void* function, int bytes) { emulator::allow_shared(function, bytes); }
 inline int resident_blocks(const void*, int shared, const Device& device) {
@@ -69,6 +64,46 @@ inline int current_device() {
   int index = 0;
   check_cuda(cudaGetDevice(&index));
   return index;
+}
+
+// Whether a kernel may be launched beside the one before it, in streams and in captured graphs: what the GPU and the driver
+// can, and whether what the GPU runs was compiled with the wait (code for sm_80 that the driver translates was not).
+inline bool may_launch_beside(const void* function, const Device& device) {
+#if CUDART_VERSION >= 12030
+  if (device.arch < 90) return false;
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, bool> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [found, fresh] = known.try_emplace({current_device(), function}, false);
+  if (fresh) {
+    int driver = 0;
+    cudaFuncAttributes compiled{};
+    check_cuda(cudaDriverGetVersion(&driver));
+    check_cuda(cudaFuncGetAttributes(&compiled, function));
+    found->second = driver >= 12030 && compiled.ptxVersion >= 90;
+  }
+  return found->second;
+#else
+  return false;
+#endif
+}
+template <class P>
+void launch_beside(void (*function)(P), int grid, int threads, int shared, cudaStream_t stream, const P& params) {
+#if CUDART_VERSION >= 12030
+  cudaLaunchAttribute beside{};
+  beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  beside.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = stream;
+  config.attrs = &beside;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, function, params));
+#else
+  ANABRANCH_LAUNCH(function, grid, threads, shared, stream, params);
+#endif
 }
 inline void allow_shared(const void* function, int bytes) {
   check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
@@ -110,6 +145,7 @@ void attention_of(Attention a, const Device& device, const Layout& layout, void*
   with_head_dim(a.head_dim, [&](auto columns) {
     constexpr int D = decltype(columns)::value;
     using S = Shape<T, D>;
+    a.row_bytes = a.head_dim * static_cast<int>(sizeof(T));
     if (a.num_items > 0) {
       a.ring = layout.ring != 0 ? layout.ring : ring_for<S>(device, blocks_per_multiprocessor<T, D>(0, device));
       if (a.ring < 2 || a.ring > kMaxRing)
@@ -129,7 +165,11 @@ void attention_of(Attention a, const Device& device, const Layout& layout, void*
     const bool few = units <= most;
     const int grid = layout.grid != 0 ? layout.grid : few ? static_cast<int>(units) : grid_for((units + kWarps - 1) / kWarps, most);
     const auto function = few ? &merge_kernel<T, kWarps> : &merge_kernel<T, 1>;
-    ANABRANCH_LAUNCH(function, grid, kThreads, 0, stream, a);
+    // Its blocks come as those of the attention kernel end, so that nothing waits for a launch.
+    if (a.num_items > 0 && may_launch_beside(reinterpret_cast<const void*>(function), device))
+      ANABRANCH_LAUNCH_BESIDE(function, grid, kThreads, 0, stream, a);
+    else
+      ANABRANCH_LAUNCH(function, grid, kThreads, 0, stream, a);
     check_launch();
   }
 }

@@ -32,10 +32,21 @@ void merge_kernel(const Attention a) {
   const u32 units = static_cast<u32>(a.counts == nullptr ? a.num_merge : ptx::load(a.counts + 2)) * heads;
   const Float2* const stats = reinterpret_cast<const Float2*>(a.part_ml);
   const u32 first = static_cast<u32>(ptx::block()) * per_block + ptx::thread() / (32 * WARPS);
-  for (u32 unit = first; unit < units; unit += static_cast<u32>(ptx::blocks()) * per_block) {
-    const int i = static_cast<int>(unit / heads), q_head = static_cast<int>(unit % heads);
-    const int begin = ptx::load(a.merge_ptr + i), end = ptx::load(a.merge_ptr + i + 1);
-    const i64 row = static_cast<i64>(ptx::load(a.merge_rows + i)) * a.num_q_heads + q_head;
+  // What the plan says of a unit is looked up a unit ahead, of the first one while the attention kernel still runs.
+  struct Where {
+    int begin, end, row;
+  };
+  const auto look_up = [&](u32 unit) {
+    if (unit >= units) return Where{0, 0, 0};
+    const int i = static_cast<int>(unit / heads);
+    return Where{ptx::load(a.merge_ptr + i), ptx::load(a.merge_ptr + i + 1), ptx::load(a.merge_rows + i)};
+  };
+  Where next = look_up(first);
+  ptx::wait_for_launch_before(Site::launch_before);
+  for (u32 unit = first, step = static_cast<u32>(ptx::blocks()) * per_block; unit < units; unit += step) {
+    const int q_head = static_cast<int>(unit % heads), begin = next.begin, end = next.end;
+    const i64 row = static_cast<i64>(next.row) * a.num_q_heads + q_head;
+    next = look_up(unit + step);
     // A lane keeps m and l of one partial of each 32; the others get them from it.
     const auto stat_of = [&](int p) {
       return p < end ? ptx::load(stats + static_cast<i64>(p) * a.num_q_heads + q_head) : Float2{minus_infinity(), 0};

@@ -9,7 +9,7 @@ namespace anabranch::cuda {
 enum class Type : int { f32 = 0, bf16 = 1, f16 = 2 };  // as in anabranch._cpu
 
 constexpr int kThreads = 128;
-constexpr int kMaxRing = 6;
+constexpr int kMaxRing = 8;
 
 // One of K or V of a layer: strides of [page, slot in page, head, D], in elements for callers, in bytes for kernels; the
 // last dimension is contiguous, every token of a head begins at a multiple of 16 bytes.
@@ -32,6 +32,7 @@ struct Attention {
   int strip_shift;           // log2 of the tokens of a strip
   uint32_t strip_mask;       // those tokens − 1
   int num_q_heads, num_kv_heads, group, head_dim;
+  int row_bytes;  // of a token of a head; set by the launch
   int page_size, page_shift;  // page_shift = log2(page_size), or −1 when it is no power of two
   float scale, softcap;       // softcap 0: off
   int windowed, window;

@@ -64,6 +64,9 @@ enum class Site : int {
   tile_visible,       // barrier: the tile of this round; everybody is done with the one before
   ring_done,          // barrier: the last tile is used, accumulators may overwrite the ring
   results_visible,    // barrier: all warps' accumulators
+  ahead_landed,       // wait: what was looked up for the first unit, or beside one without tokens
+  ahead_visible,      // barrier: the same
+  launch_before,      // wait: all that the launch before has written
   count
 };
 
@@ -72,6 +75,8 @@ namespace ptx {
 #ifdef ANABRANCH_EMULATOR
 
 ANABRANCH_DEVICE int thread() { return emulator::thread(); }
+ANABRANCH_DEVICE int thread_anew() { return emulator::thread(); }
+ANABRANCH_DEVICE int in_register(int x) { return x; }
 ANABRANCH_DEVICE int block() { return emulator::block(); }
 ANABRANCH_DEVICE int blocks() { return emulator::blocks(); }
 ANABRANCH_DEVICE char* shared_memory() { return emulator::shared_memory(); }
@@ -79,6 +84,7 @@ ANABRANCH_DEVICE char* shared_memory() { return emulator::shared_memory(); }
 template <class V>
 ANABRANCH_DEVICE V load(const V* p) {
   emulator::check(p, sizeof(V), alignof(V), false);
+  emulator::count_load(p);
   return *p;
 }
 template <class V>
@@ -114,8 +120,15 @@ ANABRANCH_DEVICE u32 plus_zero_times(f16, u32 sum, u32 x) { return emulator::plu
 ANABRANCH_DEVICE void copy_async(void* shared, const void* global, int bytes) {
   emulator::copy_async(shared, global, bytes);
 }
+ANABRANCH_DEVICE void copy_async_8(Int2* shared, const Int2* global) { emulator::copy_async(shared, global, 8, 8); }
+ANABRANCH_DEVICE void copy_async_4(i32* shared, const i32* global) { emulator::copy_async(shared, global, 4, 4); }
 ANABRANCH_DEVICE void copy_commit() { emulator::copy_commit(); }
+ANABRANCH_DEVICE void fetch_to_cache(const char* global, int bytes) { emulator::fetch_to_cache(global, bytes); }
+template <int USUAL>
 ANABRANCH_DEVICE void copy_wait(int pending, Site site) { emulator::copy_wait(pending, int(site)); }
+
+ANABRANCH_DEVICE void allow_next_launch() { emulator::allow_next_launch(); }
+ANABRANCH_DEVICE void wait_for_launch_before(Site site) { emulator::wait_for_launch_before(int(site)); }
 
 ANABRANCH_DEVICE u32 bits(float x) {
   u32 d;
@@ -134,6 +147,18 @@ ANABRANCH_DEVICE float log2(float x) { return emulator::log2(x); }
 #else
 
 ANABRANCH_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+// A number that the compiler keeps in a register, where it would make it again from a parameter each time.
+ANABRANCH_DEVICE int in_register(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+// thread(), for what happens once a unit: what follows from it is worked out there, not once a kernel and kept in registers
+// and predicates that the inner loops want.
+ANABRANCH_DEVICE int thread_anew() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
 ANABRANCH_DEVICE int block() { return static_cast<int>(blockIdx.x); }
 ANABRANCH_DEVICE int blocks() { return static_cast<int>(gridDim.x); }
 ANABRANCH_DEVICE char* shared_memory() {
@@ -227,22 +252,55 @@ ANABRANCH_DEVICE void copy_async(void* shared, const void* global, int bytes) {
                "r"(bytes)
                : "memory");
 }
+// Some bytes (a multiple of 16) to the second-level cache; nothing waits for it.
+ANABRANCH_DEVICE void fetch_to_cache(const char* global, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#else
+  for (int at = 0; at < bytes; at += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(global + at) : "memory");
+#endif
+}
+// Small ones, of numbers.
+ANABRANCH_DEVICE void copy_async_8(Int2* shared, const Int2* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+ANABRANCH_DEVICE void copy_async_4(i32* shared, const i32* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
 ANABRANCH_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
 ANABRANCH_DEVICE void copy_wait_for() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 // Until at most `pending` (0 … kMaxRing − 1) groups of this thread's copies are still on their way. The instruction wants a
-// constant; two or three branches cost less than a jump through a table.
+// constant; a few branches cost less than a jump through a table, and the usual number (no other where it is 0) takes one.
+template <int USUAL>
 ANABRANCH_DEVICE void copy_wait(int pending, Site) {
-  if (pending >= 3) {
+  if (USUAL == 0 || pending == USUAL) return copy_wait_for<USUAL>();
+  if (pending >= 4) {
     if (pending == 4) return copy_wait_for<4>();
-    if (pending == 3) return copy_wait_for<3>();
-    return copy_wait_for<5>();
+    if (pending == 5) return copy_wait_for<5>();
+    if (pending == 6) return copy_wait_for<6>();
+    return copy_wait_for<7>();
   }
   if (pending == 1) return copy_wait_for<1>();
   if (pending == 2) return copy_wait_for<2>();
+  if (pending == 3) return copy_wait_for<3>();
   copy_wait_for<0>();
+}
+
+// The stream's next launch may begin, if it was started for that (launch_beside): its blocks come to where this one's are
+// done. It reads nothing that this one writes, and writes nothing, before it has waited; each of its threads waits, or
+// what comes after it might run beside this one.
+ANABRANCH_DEVICE void allow_next_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+ANABRANCH_DEVICE void wait_for_launch_before(Site) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 ANABRANCH_DEVICE u32 bits(float x) { return __float_as_uint(x); }
@@ -257,6 +315,7 @@ ANABRANCH_DEVICE float log2(float x) { return ::log2f(x); }
 
 #endif
 
+ANABRANCH_DEVICE const char* pointer(i64 address) { return reinterpret_cast<const char*>(static_cast<uintptr_t>(address)); }
 // Of an address in two halves, the low one first.
 ANABRANCH_DEVICE const char* pointer(const Int2& halves) {
   return reinterpret_cast<const char*>(static_cast<uintptr_t>(static_cast<uint64_t>(static_cast<u32>(halves.y)) << 32 |
@@ -266,12 +325,18 @@ ANABRANCH_DEVICE const char* pointer(const Int2& halves) {
 }  // namespace ptx
 }  // namespace anabranch::cuda
 
-// The only way a kernel is started. `function` is a pointer to it, `params` its one argument.
+// The only ways a kernel is started. `function` is a pointer to it, `params` its one argument. BESIDE: it waits by itself
+// for the launch before it (wait_for_launch_before), and may begin earlier; see launch_beside.
 #ifdef ANABRANCH_EMULATOR
 #define ANABRANCH_LAUNCH(function, grid, threads, shared, stream, params) \
   (static_cast<void>(stream), emulator::launch(reinterpret_cast<const void*>(function), grid, threads, shared, \
                                                [&] { (function)(params); }))
+#define ANABRANCH_LAUNCH_BESIDE(function, grid, threads, shared, stream, params) \
+  (static_cast<void>(stream), emulator::launch(reinterpret_cast<const void*>(function), grid, threads, shared, \
+                                               [&] { (function)(params); }, true))
 #else
 #define ANABRANCH_LAUNCH(function, grid, threads, shared, stream, params) \
   (function)<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(params)
+#define ANABRANCH_LAUNCH_BESIDE(function, grid, threads, shared, stream, params) \
+  anabranch::cuda::launch_beside(function, grid, threads, shared, static_cast<cudaStream_t>(stream), params)
 #endif

@@ -42,11 +42,13 @@ struct Final {
 
 // The results of all warps that share a row, in the order of their tokens, to the row's partial or to the output.
 template <class T, int D>
-ANABRANCH_DEVICE void emit(const Attention& a, const float* results, const Float2* stats, int rows_here, int warps_m,
-                           int warps_n, int row_begin, int packed_begin, int head) {
+ANABRANCH_DEVICE void emit(const Attention& a, const float* results, const Pass& pass, int warps_n) {
   using S = Shape<T, D>;
+  const auto& front = S::front();
+  const Float2* const stats = front.stats;
+  const int warps_m = pass.warps_m;
   ANABRANCH_NO_UNROLL
-  for (int e = ptx::thread(); e < rows_here * (D / 4); e += kThreads) {
+  for (int e = ptx::thread_anew(); e < pass.rows * (D / 4); e += kThreads) {
     const int r = e / (D / 4), column = e % (D / 4) * 4;
     if (column >= a.head_dim) continue;
     float m = minus_infinity();
@@ -62,16 +64,16 @@ ANABRANCH_DEVICE void emit(const Attention& a, const float* results, const Float
       l += weight * stat.y;
       acc = Float4{acc.x + weight * part.x, acc.y + weight * part.y, acc.z + weight * part.z, acc.w + weight * part.w};
     }
-    const int packed = packed_begin + r, at = row_begin + packed / a.group;
-    const int q_head = head * a.group + packed % a.group;
-    const int dest = ptx::load(a.dest + at);
+    const int packed = pass.packed_begin + r, of_item = packed / a.group;
+    const int q_head = pass.head * a.group + packed % a.group;
+    const int dest = front.ahead.destination(a, pass, of_item);
     if (dest >= 0) {
       const i64 part = static_cast<i64>(dest) * a.num_q_heads + q_head;
       if (column == 0) ptx::store(reinterpret_cast<Float2*>(a.part_ml) + part, Float2{m, l});
       // (the merge never reads the acc of an empty partial, nor is it written)
       if (m != minus_infinity()) ptx::store(reinterpret_cast<Float4*>(a.part_acc + part * a.head_dim + column), acc);
     } else {
-      const i64 row = static_cast<i64>(ptx::load(a.rows + at)) * a.num_q_heads + q_head;
+      const i64 row = static_cast<i64>(front.ahead.row(a, pass, of_item)) * a.num_q_heads + q_head;
       const Final f(a, q_head, m, l);
       if (column == 0 && a.lse != nullptr) ptx::store(a.lse + row, f.lse);
       store_columns(static_cast<T*>(a.out) + row * a.head_dim + column,

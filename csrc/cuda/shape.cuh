@@ -3,13 +3,16 @@
 
 #include <cmath>
 
-#include "cuda/params.hpp"
-#include "cuda/ptx.cuh"
+#include "cuda/ahead.cuh"
 
 namespace anabranch::cuda {
 
 constexpr int kWarps = kThreads / 32;
-constexpr int kAhead = 4;  // blocks whose addresses and positions are kept: the one at hand and kMaxRing / 2 more
+constexpr int kReserved = 1024;  // bytes of shared memory that the system takes of every block
+// Blocks whose addresses are kept, from when they are published to when their copies begin: half a ring, as it is filled.
+// Positions are kept until their block has been computed: those of the block at hand besides.
+constexpr int kAhead = kMaxRing / 2, kAheadPositions = 2 * kAhead;
+static_assert(kMaxRing <= 8, "copy_wait knows no more groups");
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 ANABRANCH_DEVICE float minus_infinity() { return -INFINITY; }
@@ -33,7 +36,8 @@ struct Shape {
   static constexpr int kQueries = kKeepQ ? 0 : kRows * kPitch;
   static constexpr int kAccPitch = D + 8;  // floats
   static constexpr int kResults = kWarps * 16 * kAccPitch * 4;
-  static constexpr int kBlocks = D <= 64 ? 3 : 2;  // a multiprocessor: what the compiler may take registers for
+  // A multiprocessor's: what the compiler may take registers for.
+  static constexpr int kBlocks = kHalf ? (D <= 64 ? 3 : 2) : (D <= 80 ? 4 : D <= 96 ? 3 : 2);
   static_assert(D % 16 == 0 && kRows <= kBlock * 2 && kBlock == kWarps * kKeys, "a shape the kernel cannot lay out");
 
   // How a tile is copied: kLanes neighbouring threads take a token, so that they read whole lines; each the same kColumns
@@ -50,16 +54,37 @@ struct Shape {
     return group / (8 / rows) * 8 + within % (8 / kLanes) * kLanes + within / (8 / kLanes) * rows;
   }
 
-  // Shared memory: [ring | queries], over it the results of the warps; then what must outlive neither.
-  static ANABRANCH_BOTH constexpr int ring_bytes(int ring) {
-    const int streamed = ring * kTile + kQueries;
-    return streamed > kResults ? streamed : kResults;
-  }
-  static constexpr int kPlaces = kAhead * 2 * kBlock * 8, kPositions = kAhead * kBlock * 4;
-  static constexpr int kStats = kWarps * 16 * 8, kKept = 3 * 16;
+  // Shared memory begins with this, at addresses that the compiler knows; then come [ring | queries], over them the
+  // results of the warps.
+  struct Front {
+    Int2 places[kAhead][2][kBlock];           // of K and of V: a token's address; see Stream
+    i32 positions[kAheadPositions][kBlock];   // with a window
+    Float2 stats[kWarps * 16];                // m and l of the results
+    Int4 kept[3];                             // the pass, while its tiles are computed
+    Int2 ends[kWarps];                        // of each warp's visible tokens
+    Ahead<kRows> ahead;
+  };
+  static constexpr int kRing = (static_cast<int>(sizeof(Front)) + 127) / 128 * 128;
   static ANABRANCH_BOTH constexpr int shared_bytes(int ring) {
-    return ring_bytes(ring) + kPlaces + kPositions + kStats + kKept + kWarps * 8;
+    const int streamed = ring * kTile + kQueries;
+    return kRing + (streamed > kResults ? streamed : kResults);
   }
+
+  // Tiles in the ring. Streaming wants some 40 KB on its way to every multiprocessor all the time, and two or more blocks
+  // there, so that one computes while another waits; a block has ring − 1 tiles on their way. `most`: the blocks that a
+  // multiprocessor has registers for; to leave room for more would leave it unused. 0: not even one block fits.
+  static ANABRANCH_BOTH constexpr int ring_for(int shared_block, int shared_multiprocessor, int most) {
+    for (int blocks = most < 1 ? 1 : most > 4 ? 4 : most; blocks >= 1; --blocks)
+      for (int ring = kMaxRing; ring >= (blocks == 1 ? 2 : 3); --ring)
+        if (shared_bytes(ring) <= shared_block && blocks * (shared_bytes(ring) + kReserved) <= shared_multiprocessor &&
+            (blocks == 1 || blocks * (ring - 1) * kTile >= 40 * 1024))
+          return ring;
+    return 0;
+  }
+  // On sm_90 and sm_100; a wait for tiles looks for it first.
+  static ANABRANCH_BOTH constexpr int usual_ring() { return ring_for(227 * 1024, 228 * 1024, kBlocks); }
+
+  static ANABRANCH_DEVICE Front& front() { return *reinterpret_cast<Front*>(ptx::shared_memory()); }
 };
 
 // tanh to about 1e-7 of its value.

@@ -71,7 +71,7 @@ struct Frame {
 struct Copy {
   char* to;
   const char* from;
-  int bytes;
+  int bytes, width;
   int64_t group;
 };
 
@@ -91,6 +91,10 @@ struct Thread {
   Frame* frame = nullptr;
   std::vector<Copy> copies;
   int64_t committed = 0, copied = 0;
+  bool waited = true;  // for the launch before, beside which this one runs
+  bool allowed = false;  // the next launch to begin
+  int passed = 0;     // the last site
+  int64_t loads = 0;  // of global memory, since then
   char* stack = nullptr;
 };
 
@@ -104,6 +108,7 @@ struct Allocation {
   uintptr_t begin, end;
   bool writable;
   std::string name;
+  bool written = false, pending = false;  // by this launch; by the one before, which this one may run beside
 };
 
 struct Device {
@@ -124,6 +129,8 @@ struct Device {
   int block = 0, num_blocks = 0, num_done = 0, at_barrier = 0, running_warp = 0;
   int64_t in_flight = 0;  // bytes
   bool failed = false;
+  bool allows = false, beside = false;  // the launch before: all its threads allowed the next one; this one runs beside it
+  int64_t allowing = 0;                 // threads of this launch that did
   std::string failure;
   const std::function<void()>* body = nullptr;
 };
@@ -174,7 +181,7 @@ void count_copy(Thread& t, const void* to, const void* from, int bytes) {
 void land(const Copy& c) {
   device.in_flight -= c.bytes;
   if (c.bytes > 0) memcpy(c.to, c.from, c.bytes);
-  memset(c.to + c.bytes, 0, 16 - c.bytes);
+  memset(c.to + c.bytes, 0, c.width - c.bytes);
 }
 
 // Some copy of some thread arrives, in no order at all.
@@ -231,6 +238,8 @@ void fiber_entry() {
   try {
     (*device.body)();
     if (!self.copies.empty()) trap("ends with asynchronous copies that it never waited for");
+    if (!self.waited) trap("ends without having waited for the launch before");
+    device.allowing += self.allowed;
   } catch (const std::exception& e) {
     if (!device.failed) device.failure = e.what();
     device.failed = true;
@@ -271,6 +280,10 @@ void run_block() {
   for (Thread& t : d.threads) {
     t.copies.clear();
     t.committed = t.copied = 0;
+    t.passed = 0;
+    t.waited = !d.beside;
+    t.allowed = false;
+    t.loads = 0;
     t.frame = nullptr;
     ++d.warps[t.id / kLanes].size;
     memcpy(t.stack, &kCanary, sizeof kCanary);
@@ -406,6 +419,12 @@ void count(int site) {
   if (site <= 0 || site >= kMaxSites) return;
   if (device.statistics.sites.empty()) device.statistics.sites.assign(kMaxSites, 0);
   ++device.statistics.sites[site];
+  Thread& self = *device.current;
+  auto& most = device.statistics.loads;
+  if (most.empty()) most.assign(kMaxSites, 0);
+  most[self.passed] = std::max(most[self.passed], self.loads);
+  self.passed = site;
+  self.loads = 0;
 }
 
 }  // namespace
@@ -418,7 +437,7 @@ void register_memory(const void* begin, size_t bytes, bool writable, const std::
   const uintptr_t at = reinterpret_cast<uintptr_t>(begin);
   auto& all = device.allocations;
   all.insert(std::upper_bound(all.begin(), all.end(), at, [](uintptr_t x, const Allocation& a) { return x < a.begin; }),
-             Allocation{at, at + bytes, writable, name});
+             Allocation{at, at + bytes, writable, name, false, false});
   device.last_hit = 0;
 }
 void forget_memory() {
@@ -434,7 +453,8 @@ void allow_shared(const void* function, int bytes) {
   allowed = bytes;
 }
 
-void launch(const void* function, int grid, int threads, size_t shared_bytes, const std::function<void()>& body) {
+void launch(const void* function, int grid, int threads, size_t shared_bytes, const std::function<void()>& body,
+            bool beside) {
   Device& d = device;
   const auto known = d.allowed.find(function);
   const int allowed = known == d.allowed.end() ? kAllowedUnasked : known->second;
@@ -458,6 +478,14 @@ void launch(const void* function, int grid, int threads, size_t shared_bytes, co
   d.random.state = d.config.seed * 0x9e3779b97f4a7c15ull + 1;
   d.num_blocks = grid;
   ++d.statistics.launches;
+  d.beside = beside && d.allows;
+  d.statistics.beside += d.beside;
+  d.allows = false;
+  d.allowing = 0;
+  for (Allocation& a : d.allocations) {
+    a.pending = d.beside && a.written;
+    a.written = false;
+  }
   std::vector<int> order(grid);
   for (int i = 0; i < grid; ++i) order[i] = i;
   for (int i = grid - 1; i > 0; --i) std::swap(order[i], order[d.random.below(static_cast<uint32_t>(i + 1))]);
@@ -465,6 +493,7 @@ void launch(const void* function, int grid, int threads, size_t shared_bytes, co
     d.block = b;
     run_block();
   }
+  d.allows = d.allowing == static_cast<int64_t>(grid) * threads;
 }
 
 int thread() { return device.current->id; }
@@ -498,6 +527,14 @@ void check(const void* p, size_t bytes, size_t alignment, bool write) {
     a = &all[device.last_hit];
   }
   if (write && !a->writable) trap(describe() + " changes " + a->name + ", which is read only");
+  if (!device.current->waited && (write || a->pending))
+    trap(describe() + " touches " + a->name + " before the launch before was waited for");
+  device.allocations[device.last_hit].written |= write;
+}
+
+void count_load(const void* p) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p), shared = reinterpret_cast<uintptr_t>(device.shared);
+  device.current->loads += at < shared || at >= shared + device.shared_bytes;
 }
 
 void sync_block(int site) {
@@ -562,24 +599,32 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   memcpy(c, f.c, sizeof c);
 }
 
-void copy_async(void* to, const void* from, int bytes) {
+void copy_async(void* to, const void* from, int bytes, int width) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(to), shared = reinterpret_cast<uintptr_t>(device.shared);
-  if (at < shared || at + 16 > shared + device.shared_bytes) trap("an asynchronous copy to outside shared memory");
-  if (bytes < 0 || bytes > 16) trap("an asynchronous copy of " + std::to_string(bytes) + " bytes");
-  check(to, 16, 16, true);
-  if (bytes > 0) check(from, static_cast<size_t>(bytes), 16, false);
-  ++device.statistics.copies;
+  if (at < shared || at + width > shared + device.shared_bytes) trap("an asynchronous copy to outside shared memory");
+  if (bytes < 0 || bytes > width) trap("an asynchronous copy of " + std::to_string(bytes) + " bytes");
+  check(to, width, width, true);
+  if (bytes > 0) check(from, static_cast<size_t>(bytes), width, false);
   Thread& self = *device.current;
-  count_copy(self, to, from, bytes);
+  if (width == 16) {  // tiles and queries; small ones are numbers, of some lanes alone
+    ++device.statistics.copies;
+    count_copy(self, to, from, bytes);
+  }
   device.in_flight += bytes;
   device.statistics.most_in_flight = std::max(device.statistics.most_in_flight, device.in_flight);
-  const Copy copy{static_cast<char*>(to), static_cast<const char*>(from), bytes, self.committed};
+  const Copy copy{static_cast<char*>(to), static_cast<const char*>(from), bytes, width, self.committed};
   if (device.config.landing == Landing::at_once) {
     land(copy);
   } else {
-    memset(to, 0xff, 16);
+    memset(to, 0xff, width);
     self.copies.push_back(copy);
   }
+}
+
+void fetch_to_cache(const void* global, int bytes) {
+  if (bytes <= 0 || bytes % 16 != 0) trap("a fetch of " + std::to_string(bytes) + " bytes to the cache");
+  check(global, static_cast<size_t>(bytes), 16, false);
+  device.statistics.cached += bytes;
 }
 
 void copy_commit() { ++device.current->committed; }
@@ -597,6 +642,12 @@ void copy_wait(int pending, int site) {
       copies[kept++] = copies[i];
   }
   copies.resize(kept);
+}
+
+void allow_next_launch() { device.current->allowed = true; }
+void wait_for_launch_before(int site) {
+  count(site);
+  if (site == 0 || site != device.config.planted) device.current->waited = true;
 }
 
 uint32_t pack_bf16(float low, float high) {

@@ -49,6 +49,7 @@ def attention(
     ring: int = 0,
     grid: int = 0,
     lse: bool = True,
+    index: int = 0,
     partials: tuple[torch.Tensor, torch.Tensor] | None = None,
     outputs: tuple[torch.Tensor, torch.Tensor] | None = None,
     **options: Any,
@@ -82,6 +83,6 @@ def attention(
             (*(x.data_ptr() for x in plan.values()), a.strip, 0 if counts is None else counts.data_ptr()),
             a.num_items, a.num_merge, o["scale"], o["softcap"] or 0.0, -1 if o["window"] is None else o["window"],
             0 if sinks is None else sinks.data_ptr(), out.data_ptr(), found.data_ptr() if lse else 0,
-            (part_acc.data_ptr(), part_ml.data_ptr()), 0, 0, ring, grid,
+            (part_acc.data_ptr(), part_ml.data_ptr()), index, 0, ring, grid,
         )  # fmt: skip
     return out, found

@@ -11,8 +11,8 @@ namespace py = pybind11;
 
 namespace anabranch::cuda {
 
-// Shared memory of an A100, few multiprocessors: several units a block, as on a GPU under load.
-Device device_of(int) { return {80, 3, 163 * 1024, 164 * 1024}; }
+// Shared memory of an A100, few multiprocessors: several units a block, as on a GPU under load. The second device is older.
+Device device_of(int index) { return {index == 0 ? 90 : 80, 3, 163 * 1024, 164 * 1024}; }
 int device_count() { return 1; }
 std::string architectures() { return "the emulator"; }
 
@@ -49,6 +49,8 @@ void bind_emulator(py::module_& m) {
     d["switches"] = s.switches;
     d["mma"] = s.mma;
     d["copies"] = s.copies;
+    d["beside"] = s.beside;
+    d["cached"] = s.cached;
     d["copy_instructions"] = s.copy_instructions;
     d["copy_wavefronts"] = s.copy_wavefronts;
     d["copy_sectors"] = s.copy_sectors;
@@ -56,6 +58,7 @@ void bind_emulator(py::module_& m) {
     d["ldmatrix_wavefronts"] = s.ldmatrix_wavefronts;
     d["most_in_flight"] = s.most_in_flight;
     d["sites"] = s.sites;
+    d["loads"] = s.loads;
     return d;
   });
   py::dict sites;
@@ -69,6 +72,9 @@ void bind_emulator(py::module_& m) {
   add("tile_visible", Site::tile_visible);
   add("ring_done", Site::ring_done);
   add("results_visible", Site::results_visible);
+  add("ahead_landed", Site::ahead_landed);
+  add("ahead_visible", Site::ahead_visible);
+  add("launch_before", Site::launch_before);
   if (int(py::len(sites)) != int(Site::count) - 1) throw std::logic_error("a site has no name");
   m.attr("SITES") = sites;
 }

@@ -46,9 +46,9 @@ void copied(Probe p, bool wait) {  // data[0 : 4] through shared memory to data[
   if (!first()) return;
   ptx::copy_async(shared(), p.data, 16);
   ptx::copy_commit();
-  if (wait) ptx::copy_wait(0, Site::tile_landed);
+  if (wait) ptx::copy_wait<0>(0, Site::tile_landed);
   ptx::store(reinterpret_cast<Float4*>(p.data + 4), ptx::load(reinterpret_cast<const Float4*>(shared())));
-  ptx::copy_wait(0, Site::none);
+  ptx::copy_wait<0>(0, Site::none);
 }
 void never_waits(Probe p) {
   ptx::copy_async(shared() + 4 * ptx::thread(), p.data, 16);
@@ -60,10 +60,10 @@ void groups(Probe p) {  // two groups: the wait leaves the later one on its way
     ptx::copy_async(shared() + 4 * i, p.data + 4 * i, i == 0 ? 16 : 0);
     ptx::copy_commit();
   }
-  ptx::copy_wait(1, Site::tile_landed);
+  ptx::copy_wait<1>(1, Site::tile_landed);
   ptx::store(p.data + 8, ptx::load(shared()));
   ptx::store(p.data + 9, ptx::load(shared() + 4));
-  ptx::copy_wait(0, Site::none);
+  ptx::copy_wait<0>(0, Site::none);
   ptx::store(p.data + 10, ptx::load(shared() + 4));
 }
 void lost_thread(Probe) {
@@ -109,6 +109,25 @@ void multiply(Probe p, bool transposed) {
   for (int i = 0; i < 4; ++i) ptx::store(p.data + 384 + (lane / 4 + (i & 2 ? 8 : 0)) * 8 + 2 * (lane & 3) + (i & 1), c[i]);
 }
 
+// Two launches: the first allows the second to begin beside it.
+void before(Probe p) {
+  ptx::allow_next_launch();
+  ptx::store(p.data + ptx::thread(), 1.0f);
+}
+void beside_waits(Probe p) {
+  ptx::wait_for_launch_before(Site::launch_before);
+  ptx::store(p.data + 128 + ptx::thread(), ptx::load(p.data + ptx::thread()) + 1);
+}
+void beside_reads(Probe p) {
+  ptx::load(p.data + ptx::thread());
+  ptx::wait_for_launch_before(Site::launch_before);
+}
+void beside_writes(Probe p) {
+  ptx::store(p.data + 128 + ptx::thread(), 2.0f);
+  ptx::wait_for_launch_before(Site::launch_before);
+}
+void beside_ends(Probe) {}
+
 const std::map<std::string, void (*)(Probe)> kProbes = {
     {"store_at", store_at},
     {"load_at", load_at},
@@ -126,6 +145,10 @@ const std::map<std::string, void (*)(Probe)> kProbes = {
     {"two_barriers", two_barriers},
     {"split_warp", split_warp},
     {"collectives", collectives},
+    {"beside_waits", beside_waits},
+    {"beside_reads", beside_reads},
+    {"beside_writes", beside_writes},
+    {"beside_ends", beside_ends},
     {"multiply_bf16", [](Probe p) { multiply<anabranch::cuda::bf16>(p, false); }},
     {"multiply_f16", [](Probe p) { multiply<anabranch::cuda::f16>(p, false); }},
     {"multiply_trans_bf16", [](Probe p) { multiply<anabranch::cuda::bf16>(p, true); }},
@@ -136,5 +159,7 @@ const std::map<std::string, void (*)(Probe)> kProbes = {
 void run_probe(const std::string& name, uintptr_t data, int n, int grid) {
   const Probe p{reinterpret_cast<float*>(data), n};
   const auto function = kProbes.at(name);
-  emulator::launch(reinterpret_cast<const void*>(function), grid, 128, 2048, [&] { function(p); });
+  const bool beside = name.rfind("beside_", 0) == 0;
+  if (beside) emulator::launch(reinterpret_cast<const void*>(&before), grid, 128, 2048, [&] { before(p); });
+  emulator::launch(reinterpret_cast<const void*>(function), grid, 128, 2048, [&] { function(p); }, beside);
 }

@@ -95,7 +95,7 @@ def test_own_pages(emulated_backend):
 def test_profile_and_info(emulated_backend):
     p = cuda.tile_config(8, 2, 32, torch.bfloat16, torch.device("cpu"))
     assert (p.tile, p.parallelism, p.narrow) == (64, 6, 0)
-    assert cuda.info()["devices"][0]["arch"] == 80
+    assert cuda.info()["devices"][0]["arch"] == 90
 
 
 def test_what_it_refuses(emulated_backend, monkeypatch):

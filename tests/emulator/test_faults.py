@@ -10,7 +10,7 @@ from triton_cases import random_case
 SEEDS = 18  # each landing and schedule three times
 SITES = [
     "window_reduced", "places_visible", "queries_landed", "queries_visible", "tile_landed", "tile_visible",
-    "ring_done", "results_visible",
+    "ring_done", "results_visible", "ahead_landed", "ahead_visible", "launch_before",
 ]  # fmt: skip
 VARIANTS = {
     "bf16": dict(dtype=torch.bfloat16, head_dim=32),

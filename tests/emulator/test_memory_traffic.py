@@ -40,7 +40,7 @@ def test_matrices_are_read_without_bank_conflicts(device, head_dim):
     assert seen["ldmatrix_wavefronts"] == 4 * seen["ldmatrix"] > 0
 
 
-@pytest.mark.parametrize("ring", range(2, 7))
+@pytest.mark.parametrize("ring", range(2, 9))
 def test_all_of_the_ring_but_one_tile_is_on_its_way(device, ring):
     seen = counted(device, torch.bfloat16, 32, ring, segments=1, max_len=900)
     tile = 64 * 32 * 2

@@ -129,6 +129,21 @@ def test_the_committed_table_is_complete_and_reaches_its_goals(committed):
         assert wide["shared_held"] >= 0.9
 
 
+def test_no_tile_more_would_fit(committed):
+    """The ring takes what the blocks that registers allow leave of shared memory; at its longest it is long enough."""
+    for row in committed["kernels"]:
+        if row["kernel"] != "attention" or row["shared_held"] > 0.9:
+            continue
+        granules = row["head_dim"] // (4 if row["dtype"] == "fp32" else 8)
+        tile = (32 if row["dtype"] == "fp32" else 64) * (granules | 1) * 16
+        shared = resources.LIMITS[row["arch"]][1]
+        fits = row["blocks"] * (row["shared_bytes"] + tile + resources.RESERVED) <= shared
+        if row["ring"] == 8:
+            assert row["shared_held"] >= 0.75, row
+        else:
+            assert not fits or row["shared_bytes"] + tile > resources.LIMITS[row["arch"]][0], row
+
+
 @pytest.mark.skipif(
     resources.nvcc() is None or resources.disassembler() is None, reason="nvcc or cuobjdump is not installed"
 )

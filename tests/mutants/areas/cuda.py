@@ -111,8 +111,35 @@ MUTANTS = [
     ),
     Mutant(
         "attention: a query row in 32 bits", f"{CUDA}attention.cuh",
-        'from += ptx::load(a.rows + pass.kv.z + row) * a.q_row +',
-        'from += static_cast<i32>(ptx::load(a.rows + pass.kv.z + row) * a.q_row) +', f"{K}rows_beyond_32_bits",
+        'from += S::front().ahead.row(a, pass, row) * a.q_row +',
+        'from += static_cast<i32>(S::front().ahead.row(a, pass, row) * a.q_row) +', f"{K}rows_beyond_32_bits",
+    ),
+    Mutant(
+        "attention: what is looked up ahead is that of this unit", f"{CUDA}ahead.cuh", "copy_rest(a, round + 1);",
+        "copy_rest(a, round);", "tests/emulator/test_between_units.py",
+    ),
+    Mutant(
+        "merge: a partial is read before the attention kernel has ended", f"{CUDA}merge.cuh",
+        "  ptx::wait_for_launch_before(Site::launch_before);\n", "", "tests/emulator/test_dependent_launch.py",
+    ),
+    Mutant(
+        "attention: the merge begins when all has ended", f"{CUDA}attention.cuh", "  ptx::allow_next_launch();\n", "",
+        "tests/emulator/test_dependent_launch.py::test_the_merge_begins_beside_the_items",
+    ),
+    Mutant(
+        "attention: the next unit's tokens are fetched to the cache whether somebody sees them or not",
+        f"{CUDA}stream.cuh", "strip.x < 0 || (a.windowed && seen.z - (strip.y + within) >= a.window)", "strip.x < 0",
+        "tests/emulator/test_between_units.py::test_tokens_outside_of_every_window_are_not_fetched_to_the_cache",
+    ),
+    Mutant(
+        "attention: an item more is looked up than there is", f"{CUDA}ahead.cuh",
+        "if (word < 4 && unit < all.count)", "if (word < 4)", "tests/emulator/test_between_units.py",
+    ),
+    Mutant(
+        "attention: rows beyond those looked up are read from behind them", f"{CUDA}ahead.cuh",
+        "return i < ROWS ? ptx::load(rows[pass.round() & 1] + i) : ptx::load(a.rows + pass.kv.z + i);",
+        "return ptx::load(rows[pass.round() & 1] + i);",
+        "tests/emulator/test_between_units.py::test_items_of_more_rows_than_were_looked_up",
     ),
     Mutant(
         "attention: tokens that nobody sees are read", f"{CUDA}stream.cuh",
@@ -148,12 +175,11 @@ MUTANTS = [
     ),
     Mutant(
         "attention: one group of copies too few is waited for", f"{CUDA}stream.cuh",
-        'ptx::copy_wait(a.ring - 2, Site::tile_landed);', 'ptx::copy_wait(a.ring - 1, Site::tile_landed);', FAULTS,
+        '(a.ring - 2, Site::tile_landed);', '(a.ring - 1, Site::tile_landed);', FAULTS,
     ),
     Mutant(
         "attention: queries are not waited for", f"{CUDA}attention.cuh",
-        "ptx::copy_wait(a.ring - 1, Site::queries_landed);", "ptx::copy_wait(a.ring, Site::queries_landed);",
-        FAULTS,
+        "(a.ring - 1, Site::queries_landed);", "(a.ring, Site::queries_landed);", FAULTS,
     ),
     Mutant(
         "attention: addresses of one block too few are prepared", f"{CUDA}stream.cuh",

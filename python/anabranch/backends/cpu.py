@@ -58,6 +58,7 @@ CHUNK = 256
 # STREAM_ROWS of csrc/cpu/kernels.hpp. Items of more packed rows are summed up in tiles of another size; where all are
 # of so many at most, or each is one row of a larger group, one kernel computes every row.
 FEW_ROWS_TILE = 8
+SUBTREE = 64  # packed rows of an item that holds a subtree: as many as of any other
 UNITS_PER_THREAD = 4  # for balance: the last unit to end then holds up the others for an eighth of the time at most
 
 
@@ -107,11 +108,18 @@ def tile_config(
 
     batch_invariant: so that a row's result depends on its own context alone.
     """
-    return _tile_config(num_kv_heads, dtype.itemsize, batch_invariant, threads.count())
+    return _tile_config(num_kv_heads, dtype.itemsize, batch_invariant, threads.count(), _subtree(dtype))
+
+
+def _subtree(dtype: torch.dtype) -> int:
+    """Not where AMX multiplies: its kernel for many rows takes no parts, and has not been measured against them."""
+    from anabranch import _cpu
+
+    return 0 if dtype == torch.bfloat16 and _cpu.isa() == "amx" else SUBTREE
 
 
 @functools.cache
-def _tile_config(num_kv_heads: int, elem_size: int, fixed: bool, parallel: int) -> TileConfig:
+def _tile_config(num_kv_heads: int, elem_size: int, fixed: bool, parallel: int, subtree: int) -> TileConfig:
     return TileConfig(
         tile=FEW_ROWS_TILE if fixed else TILE,
         chunk=CHUNK,
@@ -119,6 +127,7 @@ def _tile_config(num_kv_heads: int, elem_size: int, fixed: bool, parallel: int) 
         num_kv_heads=num_kv_heads,
         elem_size=elem_size,
         fixed=fixed,
+        subtree=0 if fixed else subtree,
     )
 
 
@@ -159,7 +168,7 @@ def attention(
 
     num_q_heads, num_kv_heads = q.shape[1], k_pages.shape[2]
     count = threads.count()
-    config = _tile_config(num_kv_heads, q.dtype.itemsize, plan.batch_invariant, count)
+    config = _tile_config(num_kv_heads, q.dtype.itemsize, plan.batch_invariant, count, _subtree(q.dtype))
     arrays = plan.arrays(num_q_heads // num_kv_heads, config)
     if arrays.counts is not None:  # a padded plan: here the device's numbers are at hand
         num_items, _, num_merge = arrays.counts.tolist()

@@ -462,11 +462,12 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<PlanParams>(m, "PlanParams")
       .def(py::init([](i32 group, i32 tile, i32 chunk, i32 parallelism, i32 num_kv_heads, i32 elem_size,
-                       i32 narrow, bool fixed) {
-             return PlanParams{group, tile, chunk, parallelism, num_kv_heads, elem_size, narrow, fixed};
+                       i32 narrow, bool fixed, i32 subtree, i32 parts) {
+             return PlanParams{group, tile, chunk, parallelism, num_kv_heads, elem_size, narrow, subtree, parts, fixed};
            }),
            py::arg("group"), py::arg("tile"), py::arg("chunk"), py::arg("parallelism"), py::arg("num_kv_heads"),
-           py::arg("elem_size"), py::arg("narrow") = 0, py::arg("fixed") = false);
+           py::arg("elem_size"), py::arg("narrow") = 0, py::arg("fixed") = false, py::arg("subtree") = 0,
+           py::arg("parts") = 0);
 
   py::class_<PlanResult>(m, "PlanResult")
       .def_readonly("build", &PlanResult::build)
@@ -483,6 +484,7 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("num_absorbed", [](const PlanResult& r) { return r.data.num_absorbed; })
       .def_property_readonly("kv_tokens", [](const PlanResult& r) { return r.data.kv_tokens; })
       .def_property_readonly("num_rows", [](const PlanResult& r) { return r.data.num_rows; })
+      .def_property_readonly("most_parts", [](const PlanResult& r) { return r.data.most_parts; })
       .def_property_readonly("num_wide", [](const PlanResult& r) { return r.data.num_wide; });
 
   m.def("plan_layout", [] { return py::make_tuple(kSectionNames, kItemFieldNames, kItemFields); },

@@ -147,7 +147,8 @@ def attention(
                 NARROW_N=config.narrow_n, NARROW_STAGES=config.narrow_stages,
                 HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None, HAS_SINKS=sinks is not None,
                 HAS_COUNTS=counts is not None, UPCAST=upcast,
-                STORED=0 if kv_scales is None else STORED[k_pages.dtype][0], num_warps=config.num_warps,
+                STORED=0 if kv_scales is None else STORED[k_pages.dtype][0], PARTS=arrays.most_parts,
+                num_warps=config.num_warps,
             )  # fmt: skip
         if arrays.num_merge:
             merge_kernel[(arrays.num_merge * num_q_heads,)](

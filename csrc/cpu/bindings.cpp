@@ -351,6 +351,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("large_pages", [](int64_t data, int64_t bytes) { return large_pages(pointer<void>(data), bytes); },
         py::arg("data"), py::arg("bytes"), "Ask the system to back this memory with large pages; whether it will try.");
   m.def("use", &use, py::arg("isa"), "Choose the instruction set by name; '' returns to the default.");
+  m.def("isa", [] { return active().isa; }, "The instruction set in use.");
   m.def("info", &info, "isa, vector_bytes, compiled, runnable, parallel, openmp (torch's library).");
   m.def("score_best", &py_score_best, py::arg("type"), py::arg("scores"), py::arg("best"), py::arg("token"),
         py::arg("threads"), "scores: address, rows, size, row stride; best float32 [rows], token int64 [rows].");

@@ -48,6 +48,8 @@ class PlanParams:
         elem_size: int,
         narrow: int = 0,
         fixed: bool = False,
+        subtree: int = 0,
+        parts: int = 0,
     ) -> None: ...
 
 class PlanResult:
@@ -81,6 +83,8 @@ class PlanResult:
     def num_rows(self) -> int: ...
     @property
     def num_wide(self) -> int: ...
+    @property
+    def most_parts(self) -> int: ...
 
 def plan_layout() -> tuple[list[str], list[str], int]: ...
 

@@ -59,6 +59,7 @@ CHUNK = 256
 # STREAM_ROWS of csrc/cpu/kernels.hpp. Items of more packed rows are summed up in tiles of another size; where all are
 # of so many at most, or each is one row of a larger group, one kernel computes every row.
 FEW_ROWS_TILE = 8
+SUBTREE = 64  # packed rows of an item that holds a subtree: as many as of any other
 UNITS_PER_THREAD = 4  # for balance: the last unit to end then holds up the others for an eighth of the time at most
 
 
@@ -108,11 +109,18 @@ def tile_config(
 
     batch_invariant: so that a row's result depends on its own context alone.
     """
-    return _tile_config(num_kv_heads, dtype.itemsize, batch_invariant, threads.count())
+    return _tile_config(num_kv_heads, dtype.itemsize, batch_invariant, threads.count(), _subtree(dtype))
+
+
+def _subtree(dtype: torch.dtype) -> int:
+    """Not where AMX multiplies: its kernel for many rows takes no parts, and has not been measured against them."""
+    from anabranch import _cpu
+
+    return 0 if dtype == torch.bfloat16 and _cpu.isa() == "amx" else SUBTREE
 
 
 @functools.cache
-def _tile_config(num_kv_heads: int, elem_size: int, fixed: bool, parallel: int) -> TileConfig:
+def _tile_config(num_kv_heads: int, elem_size: int, fixed: bool, parallel: int, subtree: int) -> TileConfig:
     return TileConfig(
         tile=FEW_ROWS_TILE if fixed else TILE,
         chunk=CHUNK,
@@ -120,6 +128,7 @@ def _tile_config(num_kv_heads: int, elem_size: int, fixed: bool, parallel: int) 
         num_kv_heads=num_kv_heads,
         elem_size=elem_size,
         fixed=fixed,
+        subtree=0 if fixed else subtree,
     )
 
 
@@ -136,7 +145,8 @@ _NOT_QUANTISED = (-1, *(0,) * 8)
 
 def plan_arrays(plan: Plan, group: int, num_kv_heads: int, dtype: torch.dtype) -> PlanArrays:
     """A plan as the kernels of this moment's threads read it."""
-    return plan.arrays(group, _tile_config(num_kv_heads, dtype.itemsize, plan.batch_invariant, threads.count()))
+    count = threads.count()
+    return plan.arrays(group, _tile_config(num_kv_heads, dtype.itemsize, plan.batch_invariant, count, _subtree(dtype)))
 
 
 def quantised(pages: Tensor, scales: KVScales | None) -> tuple[int, ...]:

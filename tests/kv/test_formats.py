@@ -55,6 +55,29 @@ def test_zeros_and_what_is_not_finite(name):
     torch.testing.assert_close(back[3], x[3])
 
 
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_one_element_that_is_not_finite_spoils_its_vector_alone(name, value):
+    fmt = ab.KVFormat.of(name, torch.float32)
+    x = torch.randn(3, 16)
+    x[1, 5] = value
+    payload, scales = fmt.quantise(x)
+    back = fmt.dequantise(payload, scales)
+    assert scales.isnan().tolist() == [False, True, False]
+    assert back[1].isnan().all() and back[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_float64_is_not_rounded_on_its_way(name):
+    """An element times its factor has more digits than float32."""
+    fmt = ab.KVFormat.of(name, torch.float32)
+    payload, scales = fmt.quantise(torch.randn(50, 16))
+    back = fmt.dequantise(payload, scales, torch.float64)
+    exact = payload.to(torch.float64) * scales.double()[:, None]
+    assert back.dtype == torch.float64 and torch.equal(back, exact)
+    assert not torch.equal(back, exact.float().double())
+
+
 def test_names_and_bytes():
     of = ab.KVFormat.of
     for asked in ("auto", None, torch.bfloat16, "bfloat16", of("auto", torch.bfloat16)):

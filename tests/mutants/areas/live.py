@@ -53,8 +53,8 @@ MUTANTS = [
         "not any(ends[t] > at for t, (at, _) in left.items())\n", LIVE,
     ),
     Mutant(
-        "who has gone is still seen", ENGINE, "others = [other for other in view.others if other is not thread]",
-        "others = list(view.others)", LIVE,
+        "who has gone is still seen", ENGINE, "[other for other in views[-1].others if other is not thread]",
+        "list(views[-1].others)", LIVE,
     ),
     Mutant(
         "a live child's KV is spliced", "python/anabranch/threads/joins/reprefill.py",

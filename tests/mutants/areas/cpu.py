@@ -74,7 +74,8 @@ MUTANTS = [
     ),
     Mutant(
         "stream: heads of an item use the first one's factors", f"{CPU}stream.hpp",
-        'v_scale[j] = scale_at<S>(a.v, a, u.head, slots[j]);', 'v_scale[j] = scale_at<S>(a.v, a, 0, slots[j]);', "tests/kernels/test_kv_formats.py",
+        'v_scale[j] = scale_at<S>(a.v, a, u.head, slots[j]);', 'v_scale[j] = scale_at<S>(a.v, a, 0, slots[j]);',
+        "tests/kernels/test_kv_formats.py",
     ),
     Mutant(
         "packed: a panel is cut at its first row's limit", f"{CPU}packed.hpp",

@@ -206,6 +206,7 @@ def test_nobody_gets_in_without_a_key(server, path, key):
         ({"model": "tiny", "prompt": "p", "strategy": "self-consistency", "strategy_options": {"m": 1}}, 400,
          "no option"),
         ({"model": "tiny", "prompt": "p", "strategy": "self-consistency", "strategy_options": {"n": 0}}, 400, "n"),
+        ({"model": "tiny", "prompt": "p", "strategy": "sequential"}, 400, "sequential needs the option strategy"),
         ({"model": "tiny", "prompt": "p", "strategy": "self-consistency", "strategy_options": {"vote": "(a+)+$"}}, 400,
          "pass one of"),
         ({"model": "tiny", "prompt": "p", "stream_options": {}}, 400, "stream_options"),

@@ -25,8 +25,9 @@ WAYS: dict[str, Callable[[], Any]] = {
 
 def run(
     engine: ab.RemoteEngine, count: int, rounds: int, new_tokens: int = 300, report: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """The first `count` problems that the model answers by threads, `rounds` times each way; one line of results."""
+) -> Iterator[dict[str, Any]]:
+    """The first `count` problems that the model answers by threads, `rounds` times each way: the results so far, behind
+    each of them."""
     problems: list[dict[str, Any]] = []
     engine.generate("Hello", max_new_tokens=4)  # a connection is there, and the server has computed something
     for number, prompt in enumerate(_prompts()):
@@ -36,7 +37,9 @@ def run(
         if found["forks"]:
             problems.append(found)
             report(line(found))
-    return {"strategy": "threadweaver", "new_tokens": new_tokens, **summary(problems)}
+            yield {"strategy": "threadweaver", "new_tokens": new_tokens, **summary(problems)}
+    if not problems:
+        raise ValueError("the model answered no problem by threads; serve smollm2-adaptive")
 
 
 def _prompts() -> Iterator[list[dict[str, str]]]:
@@ -75,8 +78,6 @@ def _problem(
 
 def summary(problems: list[dict[str, Any]]) -> dict[str, Any]:
     """Sequential over threads: of all seconds, and by problem."""
-    if not problems:
-        raise ValueError("the model answered no problem by threads; serve smollm2-adaptive")
     ratios = sorted(p["ratio"] for p in problems)
     spent = {way: sum(statistics.median(p["seconds"][way]) for p in problems) for way in WAYS}
     quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
@@ -86,7 +87,7 @@ def summary(problems: list[dict[str, Any]]) -> dict[str, Any]:
         "ratios": {"median": round(quarters[1], 3), "quarters": [round(q, 3) for q in quarters[::2]],
                    "least": ratios[0], "most": ratios[-1]},
         "tokens_by_critical": round(sum(p["tokens"] for p in problems) / sum(p["critical"] for p in problems), 3),
-        "same_tokens": sum(p["same_tokens"] for p in problems), "by_problem": problems,
+        "same_tokens": sum(p["same_tokens"] for p in problems), "by_problem": list(problems),
     }  # fmt: skip
 
 

@@ -159,11 +159,12 @@ def test_threads_beside_the_same_threads_one_after_another(monkeypatch: pytest.M
     monkeypatch.setattr(remote, "PROBLEMS", problems)
     monkeypatch.setattr(remote, "WAYS", {"threads": Nested, "sequential": lambda: ab.Sequential(Nested())})
     engine = make_engine(tokenizer=byte_tokenizer())
-    entry = remote.run(engine, 2, 2, 60, report=lambda line: None)
+    first, entry = remote.run(engine, 2, 2, 60, report=lambda line: None)
+    assert first["by_problem"] == entry["by_problem"][:1]
     assert entry["problems"] == entry["same_tokens"] == 2 and entry["rounds"] == 2
     assert all(len(seconds) == 2 for p in entry["by_problem"] for seconds in p["seconds"].values())
     assert entry["tokens_by_critical"] > 1 and entry["ratios"]["least"] <= entry["ratio"] <= entry["ratios"]["most"]
     assert "same tokens" in remote.line(entry["by_problem"][0])
     monkeypatch.setattr(remote, "WAYS", dict.fromkeys(remote.WAYS, lambda: None))
     with pytest.raises(ValueError, match="no problem by threads"):
-        remote.run(engine, 2, 1, 5, report=lambda line: None)
+        next(remote.run(engine, 2, 1, 5, report=lambda line: None))

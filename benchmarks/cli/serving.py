@@ -120,9 +120,9 @@ def remote_command(
     with nullcontext(url) if python is None else vllm_server(python, folder, dtype.value, threads=threads) as address:
         assert address is not None
         with ab.RemoteEngine(address, tokenizer) as engine:
-            entry = remote.run(engine, problems, rounds, report=console.print)
-    entry |= {"model": "smollm2-adaptive", "dtype": dtype.value, "server_threads": threads}
-    store.put("remote", ("model", "dtype", "strategy", "server_threads"), entry)
+            for entry in remote.run(engine, problems, rounds, report=console.print):
+                entry |= {"model": "smollm2-adaptive", "dtype": dtype.value, "server_threads": threads}
+                store.put("remote", ("model", "dtype", "strategy", "server_threads"), entry)
     spread = entry["ratios"]
     console.print(
         f"{entry['problems']} problems: × {entry['ratio']} in all; by problem × {spread['median']} "

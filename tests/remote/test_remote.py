@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from dataclasses import dataclass
 
+import httpx
 import pytest
 from completions_server import completions_server
 from engine_kit import byte_tokenizer, make_engine, make_model
@@ -343,3 +345,19 @@ def test_the_context_of_the_server_ends_a_thread(parts):
     with completions_server(model, tokenizer, max_length=20) as (url, _), ab.RemoteEngine(url, tokenizer) as engine:
         result = engine.generate("one river", max_new_tokens=100, eos_token_id=-1)
         assert result.tree.ended == "length" and len(result.token_ids) == 11 + 1
+
+
+def test_a_line_ends_where_the_format_says():
+    """Not at U+2028 or U+0085 in a text, and not where a piece of the answer ends."""
+    from anabranch.remote.http import _lines
+
+    async def lines():
+        text = 'data: {"a": "x\u2028y\x85z"}\r\n\ndata: [DONE]'.encode()
+
+        async def pieces():
+            for at in range(0, len(text), 3):
+                yield text[at : at + 3]
+
+        return [line.strip() async for line in _lines(httpx.Response(200, content=pieces()))]
+
+    assert asyncio.run(lines()) == ['data: {"a": "x\u2028y\x85z"}', "", "data: [DONE]"]

@@ -157,6 +157,15 @@ def test_streams_have_logprobs_and_echo_too(client):
     assert len(entries) == 3 and all(e.logprob <= 0 for e in entries)
 
 
+def test_a_piece_of_a_stream_is_one_line_for_every_client(post):
+    """Clients that split at what Unicode calls ends of lines find whole JSON."""
+    prompt = "a\x85b\u2028c\u2029d\x0b\x1ce"
+    answer = post("/v1/completions", {"model": "tiny", "prompt": prompt, "echo": True, "stream": True, "max_tokens": 2})
+    lines = [line for line in answer.text.splitlines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert json.loads(lines[0][6:])["choices"][0]["text"] == prompt
+
+
 def test_strategies_by_request_with_a_thread_on_each_delta(client, post):
     extra = {"strategy": "self-consistency", "strategy_options": {"n": 3, "vote": "line"}}
     options = dict(model="tiny", prompt="one river", max_tokens=10, temperature=1.0, seed=1)
@@ -206,6 +215,7 @@ def test_nobody_gets_in_without_a_key(server, path, key):
         ({"model": "tiny", "prompt": "p", "strategy": "self-consistency", "strategy_options": {"m": 1}}, 400,
          "no option"),
         ({"model": "tiny", "prompt": "p", "strategy": "self-consistency", "strategy_options": {"n": 0}}, 400, "n"),
+        ({"model": "tiny", "prompt": "p", "strategy": "sequential"}, 400, "sequential needs the option strategy"),
         ({"model": "tiny", "prompt": "p", "strategy": "self-consistency", "strategy_options": {"vote": "(a+)+$"}}, 400,
          "pass one of"),
         ({"model": "tiny", "prompt": "p", "stream_options": {}}, 400, "stream_options"),

@@ -377,7 +377,8 @@ async def _chained(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
 
 
 def _sse(what: Any) -> str:
-    return f"data: {json.dumps(what, ensure_ascii=False)}\n\n"
+    # In ASCII: many clients take U+0085, U+2028 and the like in a text for ends of lines.
+    return f"data: {json.dumps(what)}\n\n"
 
 
 def _entry(token: str, logprob: float, top: int | None) -> dict[str, Any]:

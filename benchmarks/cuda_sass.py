@@ -211,11 +211,14 @@ def worse(now: list[dict[str, Any]], then: list[dict[str, Any]], same_compiler: 
 def markdown(rows: list[dict[str, Any]], made_with: str) -> str:
     """A table for documents: a line a loop and element type, a column an architecture."""
     archs = sorted({row["arch"] for row in rows})
+    found = sorted({(row["arch"], row["dtype"]) for row in rows})
+    some = {arch: ", ".join(dtype for other, dtype in found if other == arch) for arch in archs}
     lines = [
         "# CUDA kernels: what their machine code promises", "",
         f"Made by `python -m benchmarks cuda-sass --save` with {made_with}. **Read from compiled code, never "
         "measured:** no GPU was at hand. Issue cycles are sums of the compiler's stall counts, a floor of what a warp "
         "takes for one block of 64 tokens (32 for fp32) of K and V.", "",
+        "Compiled so far: " + "; ".join(f"{dtypes} on sm_{arch}" for arch, dtypes in some.items()) + ".", "",
         "A cell: cycles of the whole path, of its copies, instructions a copy (16 bytes a thread), products in the "
         "largest basic block; registers, tiles in the ring, blocks a multiprocessor and the share of its shared memory "
         "that they hold. Loops inside the path (float32 has some) count once.", "",

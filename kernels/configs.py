@@ -42,6 +42,17 @@ class Config:
     narrow_n: int
     narrow_stages: int
     num_warps: int
+    max_registers: int | None = None  # None: as many as the assembler finds best
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton compiles with."""
+        return _options(self.num_warps, self.max_registers)
+
+
+def _options(num_warps: int, max_registers: int | None) -> dict[str, int]:
+    given = dict(num_warps=num_warps)
+    return given if max_registers is None else {**given, "maxnreg": max_registers}
 
 
 def _with_stages(config: Config, most: int) -> Config:
@@ -97,6 +108,11 @@ _SM80 = _LARGE | {
     (256, 2): Config(32, 32, 4, 32, 4, 8),
     (64, 4): Config(32, 32, 3, 32, 3, 4),
 }
+# On sm_90 three programs of head_dim 64 share a multiprocessor if each keeps to a third of its registers, which they do
+# where scores are no more than a product; windows and softcaps would spill. At head_dim 128 these take registers and
+# shared memory of their own: with larger blocks a program would have a multiprocessor alone.
+_SM90 = _LARGE | {(64, 2): replace(_LARGE[64, 2], max_registers=168)}
+_SM90_MORE = _LARGE | {(128, 2): Config(64, 32, 4, 64, 3, 4)}
 # On sm_100 blocks of 64 tokens spill under these wide tiles.
 _SM100 = _LARGE | {(64, 2): Config(64, 32, 4, 64, 4, 4)}
 # Triton before 3.9 fails to compile tiles of 64 rows there (its pass over tensor memory, beside a second tile); with 32
@@ -107,16 +123,18 @@ _SMALL: dict[tuple[int, int], Config] = {key: _with_stages(c, 2 if key[1] == 4 e
 _SMALL[576, 2] = Config(32, 16, 3, 16, 3, 8)
 
 
-def attention_config(head_dim: int, itemsize: int, arch: int) -> Config:
+def attention_config(head_dim: int, itemsize: int, arch: int, plain: bool = True) -> Config:
     """The configuration for one kernel variant.
 
     Args:
         head_dim: 1 to 576, the larger of K's and V's.
         itemsize: bytes of an element of q, k and v: 2 or 4.
         arch: compute capability as an integer, 90 for sm_90; ``AMD`` for a GPU of theirs.
+        plain: no window, no softcap, K and V in the type of q.
     """
+    sm90 = _SM90 if plain else _SM90_MORE
     sm100 = _SM100 if _TRITON >= (3, 9) else _SM100_BEFORE_3_9
-    table = _SM80 if arch == 80 else _LARGE if arch == 90 else sm100 if 100 <= arch < 120 else _SMALL
+    table = _SM80 if arch == 80 else sm90 if arch == 90 else sm100 if 100 <= arch < 120 else _SMALL
     config = table[(_head_dim_class(head_dim), itemsize)]
     return _with_stages(config, 2) if arch == AMD else config
 
@@ -143,8 +161,7 @@ class BranchConfig:
     @property
     def options(self) -> dict[str, int]:
         """What Triton compiles with."""
-        given = dict(num_warps=self.num_warps, num_stages=self.num_stages)
-        return given if self.max_registers is None else {**given, "maxnreg": self.max_registers}
+        return dict(num_stages=self.num_stages) | _options(self.num_warps, self.max_registers)
 
 
 # (kernel, head_dim class, itemsize) -> BranchConfig. A training step is bound by arithmetic: tiles as large as the

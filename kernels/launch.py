@@ -125,7 +125,8 @@ def attention(
 
     with _on(q.device):
         (d0, d1), (v0, v1) = column_split(head_dim), column_split(v_dim)
-        config = attention_config(max(head_dim, v_dim), q.element_size(), device_traits(q.device).arch)
+        plain = softcap is None and window is None and kv_scales is None
+        config = attention_config(max(head_dim, v_dim), q.element_size(), device_traits(q.device).arch, plain)
         if arrays.num_items:
             # tile_rows is what the TileConfig allows; a small batch has fewer rows, and needs fewer tiles per item.
             tiles = triton.cdiv(min(arrays.tile_rows, queries) * group, config.wide)
@@ -147,8 +148,7 @@ def attention(
                 NARROW_N=config.narrow_n, NARROW_STAGES=config.narrow_stages,
                 HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None, HAS_SINKS=sinks is not None,
                 HAS_COUNTS=counts is not None, UPCAST=upcast,
-                STORED=0 if kv_scales is None else STORED[k_pages.dtype][0], PARTS=arrays.most_parts,
-                num_warps=config.num_warps,
+                STORED=0 if kv_scales is None else STORED[k_pages.dtype][0], PARTS=arrays.most_parts, **config.options,
             )  # fmt: skip
         if arrays.num_merge:
             merge_kernel[(arrays.num_merge * num_q_heads,)](

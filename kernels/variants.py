@@ -199,7 +199,8 @@ def _alignment(head_dim: int) -> int:
 
 def _attention(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
     (d0, d1), (v0, v1) = column_split(v.head_dim), column_split(v.v_dim)
-    config = attention_config(v.widest, DTYPES[v.dtype], v.capability)
+    plain = not v.options and KEPT[v.kept] == 0
+    config = attention_config(v.widest, DTYPES[v.dtype], v.capability, plain)
     constants = dict(
         GROUP=4, HEAD_DIM=v.head_dim, D0=d0, D1=d1, V_DIM=v.v_dim, V0=v0, V1=v1, V_IN_K=v.latent and v.v_dim == d0,
         PAGE_SIZE=16, STRIP_SHIFT=4,
@@ -209,7 +210,7 @@ def _attention(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
         HAS_SOFTCAP=v.options, HAS_WINDOW=v.options, HAS_SINKS=v.options, HAS_COUNTS=v.options, UPCAST=False,
         STORED=KEPT[v.kept], PARTS=0,
     )  # fmt: skip
-    return tree_attention_kernel, constants, dict(num_warps=config.num_warps)
+    return tree_attention_kernel, constants, config.options
 
 
 def _merge(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:

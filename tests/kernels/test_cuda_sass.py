@@ -116,7 +116,7 @@ def test_the_committed_table_is_complete_and_reaches_its_goals(committed):
             assert found, (dtype, dim, arch)
             assert all(r["spill_bytes"] == 0 for r in found if dim <= 128)
             # A thread has 2 copies of a tile at head_dim 32, 4 at 64, and what is done once a tile beside them.
-            most = 16 if dim <= 64 else 8
+            most = 12 if dim == 32 else 8
             assert all(r["instructions_a_copy"] <= most and r["copy_cycles"] <= 300 for r in found), (dtype, dim, arch)
             if dtype != "fp32":  # as many products in one basic block as Q·K or P·V has
                 assert all(2 * r["largest_block"] >= r["products"] for r in found), (dtype, dim, arch)
@@ -139,7 +139,7 @@ def test_no_tile_more_would_fit(committed):
         shared = resources.LIMITS[row["arch"]][1]
         fits = row["blocks"] * (row["shared_bytes"] + tile + resources.RESERVED) <= shared
         if row["ring"] == 8:
-            assert row["shared_held"] >= 0.75, row
+            assert row["blocks"] * 7 * tile >= 80 * 1024, row  # on their way
         else:
             assert not fits or row["shared_bytes"] + tile > resources.LIMITS[row["arch"]][0], row
 

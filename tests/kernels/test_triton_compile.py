@@ -121,6 +121,17 @@ def test_the_committed_table_is_of_the_kernels_as_they_are_launched():
         assert row["loop_spills"] == 0 or variant.head_dim > 128, row
 
 
+def test_programs_share_a_multiprocessor():
+    """On sm_90, in 16 bits: one that is alone there waits for memory with nothing else to do."""
+    for row in TABLE["variants"]:
+        if row["kernel"] != "attention" or row["arch"] != 90 or row["dtype"] == "fp32" or row["head_dim"] > 128:
+            continue
+        by_registers = 65536 // (-(-row["registers"] // 8) * 8 * 32 * row["num_warps"])
+        by_shared = 228 * 1024 // (row["shared_bytes"] + 1024)
+        least = 1 if row["num_warps"] == 8 else 3 if row["head_dim"] == 64 and not row["options"] else 2
+        assert min(by_registers, by_shared) >= least, row
+
+
 def test_a_variant_that_fails_is_reported_and_the_rest_still_compile():
     bad = variants.Variant("attention", 90, "int7", 64)
     good = variants.Variant("copy_pages", 90, "bf16", 64)

@@ -371,9 +371,11 @@ def test_every_variant_has_a_configuration():
     for arch in (configs.AMD, 80, 86, 89, 90, 100, 120):
         for head_dim in range(1, 257):
             for itemsize in (2, 4):
-                config = configs.attention_config(head_dim, itemsize, arch)
-                assert config.wide in (32, 64) and min(config.wide_n, config.narrow_n) >= 16
-                assert min(config.wide_stages, config.narrow_stages) >= 2
+                for plain in (True, False):
+                    config = configs.attention_config(head_dim, itemsize, arch, plain)
+                    assert config.wide in (32, 64) and min(config.wide_n, config.narrow_n) >= 16
+                    assert min(config.wide_stages, config.narrow_stages) >= 2
+                    assert arch != configs.AMD or "maxnreg" not in config.options  # unknown to their compiler
 
 
 def test_backend_contract():

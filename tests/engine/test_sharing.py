@@ -168,7 +168,7 @@ def test_a_thread_that_was_spliced_before_it_was_live_comes_back_as_it_was():
         yield [trunk.decode(5), reader.decode(5)]
 
     expected = engine(num_pages=300).generate([1, 2, 3], strategy=Programs(run), eos_token_id=None)
-    eng = engine(num_pages=13, prefix_cache=False)
+    eng = engine(num_pages=12, prefix_cache=False)
     result = eng.generate([1, 2, 3], strategy=Programs(run), eos_token_id=None)
     assert result.tree == expected.tree and result.metrics.preemptions
     assert_nothing_held(eng)

@@ -474,6 +474,7 @@ def _alike(kv: ThreadKV, other: ThreadKV) -> int:
 def _built_on(thread: EngineThread) -> bool:
     """Whether a child of it is in the cache, or a sibling that sees it: what they share would stay."""
     siblings = thread.parent.children if thread.parent is not None else ()
-    return any(child.kv.branch is not None for child in thread.children) or any(
+    forks = (child.kv for child in thread.children if child.role == "fork")  # a spawned child shares nothing with it
+    return any(kv.branch is not None for kv in forks) or any(
         segment.spliced is thread for other in siblings if other.kv.branch is not None for segment in other.seen
     )

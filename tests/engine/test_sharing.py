@@ -174,6 +174,33 @@ def test_a_thread_that_was_spliced_before_it_was_live_comes_back_as_it_was():
     assert_nothing_held(eng)
 
 
+def test_a_fork_that_comes_back_gives_what_it_continues_no_turn():
+    """The last tokens of threads that see one another are computed with what is written next, whoever is pushed out."""
+
+    def run(trunk):
+        yield trunk.decode(2)
+        a, b = trunk.fork([[20], [30]])
+        a.see(b)
+        yield [a.decode(2), b.decode(2)]
+        a.insert([40])
+        (plain,) = a.fork([[50]])
+        yield plain.decode(2)
+        yield [a.decode(3), b.decode(3)]
+        other = trunk.spawn(list(range(40, 70)))
+        yield other.decode(4)
+        trunk.join(other, "discard")
+        yield plain.decode(2)
+        b.insert([60])
+        yield [a.decode(3), b.decode(3)]
+
+    expected = engine(num_pages=300).generate([1, 2, 3], strategy=Programs(run), eos_token_id=None)
+    for pages in (10, 11, 12):
+        eng = engine(num_pages=pages, prefix_cache=False)
+        result = eng.generate([1, 2, 3], strategy=Programs(run), eos_token_id=None)
+        assert result.tree == expected.tree and result.metrics.preemptions
+        assert_nothing_held(eng)
+
+
 # A request that fits alone fits in company. The last did not, once: all that there was room for waited for one outside.
 COMPANY = [*range(20, 30), 10]
 

@@ -64,6 +64,7 @@ class Scheduler:
         self._queueing: set[Request] = set()  # requests of which some thread waits for its turn to decode
         # By id, the ThreadKVs that the first op of some queue needs in the cache, with all that it needs.
         self._needed: dict[int, list[ThreadKV]] = {}
+        self._continued: set[int] = set()  # ids of those that one which is needed, and not there, continues
 
     def limits(self, max_rows: int, max_threads: int | None) -> None:
         """Rows of a forward, and threads that decode at a time (None: any number), from now on."""
@@ -112,6 +113,7 @@ class Scheduler:
     def all_wanted(self) -> list[ThreadKV]:
         """Threads of all requests that must be brought into the cache now."""
         self._needed.clear()
+        self._continued.clear()
         return [kv for request in self.active for kv in self.wanted(request)]
 
     def wanted(self, request: Request) -> list[ThreadKV]:
@@ -126,6 +128,8 @@ class Scheduler:
                 needs = kind.needs(request, thread, op)
                 for need in needs:
                     self._needed.setdefault(id(need.kv), [other.kv for other in needs])
+                    if need.kv.branch is None:
+                        self._continued.update(map(id, _with_parents(need.kv)))
                     _bring(need, wanted)
         waiting = request in self._queueing or any(t.kv.ready for t in decoding)
         if not wanted and not waiting:
@@ -395,7 +399,7 @@ class Scheduler:
         for request in self.active:
             for thread in request.threads:
                 kv = thread.kv
-                idle = id(kv) not in self._needed
+                idle = id(kv) not in self._needed and id(kv) not in self._continued
                 if kv.branch is None or _go_together(kv, oldest) or kv.pinned or id(kv) in self._ahead:
                     continue
                 if not (idle or kv.thread.age > oldest.thread.age or id(oldest) in self._ahead):

@@ -126,8 +126,9 @@ class Scheduler:
                 if (kind.decodes and thread not in decoding) or kind.waits_for_children(request, op):
                     continue
                 needs = kind.needs(request, thread, op)
+                together = [need.kv for need in needs]
                 for need in needs:
-                    self._needed.setdefault(id(need.kv), [other.kv for other in needs])
+                    self._needed.setdefault(id(need.kv), together)
                     if need.kv.branch is None:
                         self._continued.update(map(id, _with_parents(need.kv)))
                     _bring(need, wanted)

@@ -106,8 +106,8 @@ class LiveGroup:
             waiting |= held_up
             rows = {t: n for t, n in rows.items() if t not in held_up}
             if sum(rows.values()) > room:
+                self.refused = turn > 0 and all(ends[t] == at for t, (at, _) in left.items())
                 if turn:
-                    self.refused = not any(ends[t] > at for t, (at, _) in left.items())
                     break
                 for thread, n in rows.items():  # a plain prefill may be cut anywhere
                     rows[thread] = min(n, room)

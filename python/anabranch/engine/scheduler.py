@@ -55,14 +55,16 @@ class Scheduler:
         self.moves = 0  # how often else anything happened: a thread entered the cache, left it, was given a token
         self._limit: DecodeLimit | None = None
         self._first: ThreadKV | None = None  # for whom room was made: the next to enter the cache
-        self._urgent: ThreadKV | None = None  # whom all others make room for, until it has got on
-        self._urgent_was: tuple[bool, int, int] | None = None  # how it stood
-        self._ahead: set[int] = set()  # ids of it and of what it continues
+        self._urgent: list[ThreadKV] = []  # whom all others make room for, until they have got on
+        self._urgent_were: list[tuple[bool, int, int]] = []  # how they stood
+        self._ahead: set[int] = set()  # ids of them and of what they continue
         self._tried: set[ThreadKV] = set()  # who was urgent since anybody got on
         self._tried_at: list[tuple[int, int, int]] = []  # what all had done then
         self.decoding: dict[Request, dict[EngineThread, None]] = {}  # who may be given a token in this step
         self._queueing: set[Request] = set()  # requests of which some thread waits for its turn to decode
-        self._needed: set[int] = set()  # ids of the ThreadKVs that the first op of some queue needs in the cache
+        # By id, the ThreadKVs that the first op of some queue needs in the cache, with all that it needs.
+        self._needed: dict[int, list[ThreadKV]] = {}
+        self._continued: set[int] = set()  # ids of those that one which is needed, and not there, continues
 
     def limits(self, max_rows: int, max_threads: int | None) -> None:
         """Rows of a forward, and threads that decode at a time (None: any number), from now on."""
@@ -111,6 +113,7 @@ class Scheduler:
     def all_wanted(self) -> list[ThreadKV]:
         """Threads of all requests that must be brought into the cache now."""
         self._needed.clear()
+        self._continued.clear()
         return [kv for request in self.active for kv in self.wanted(request)]
 
     def wanted(self, request: Request) -> list[ThreadKV]:
@@ -122,8 +125,12 @@ class Scheduler:
                 kind = request.ops[type(op)]
                 if (kind.decodes and thread not in decoding) or kind.waits_for_children(request, op):
                     continue
-                for need in kind.needs(request, thread, op):
-                    self._needed.add(id(need.kv))
+                needs = kind.needs(request, thread, op)
+                together = [need.kv for need in needs]
+                for need in needs:
+                    self._needed.setdefault(id(need.kv), together)
+                    if need.kv.branch is None:
+                        self._continued.update(map(id, _with_parents(need.kv)))
                     _bring(need, wanted)
         waiting = request in self._queueing or any(t.kv.ready for t in decoding)
         if not wanted and not waiting:
@@ -150,9 +157,9 @@ class Scheduler:
         groups: set[Request] = set()
         # Longest unserved first: more threads than rows take turns.
         first, self._first = self._first, None
-        if self._urgent is not None and self._urgent_was != _stands(self._urgent):
-            self._urgent = None  # it has got on
-        self._ahead = set(map(id, _with_parents(self._urgent)))
+        if self._urgent_were != [*map(_stands, self._urgent)]:
+            self._urgent = []  # they have got on
+        self._ahead = {id(kv) for urgent in self._urgent for kv in _with_parents(urgent)}
         ahead = {id(first), *self._ahead}
         line = sorted(wanted, key=lambda w: (id(w) not in ahead, pending[w] > 1, w.last_step if pending[w] <= 1 else 0))
         # Threads that see one another need room for a whole turn: where it did not suffice, they are first in line.
@@ -268,7 +275,7 @@ class Scheduler:
             # (Any other would be pushed out again in the next step, and so on for ever.)
             stuck.append(oldest)
             if id(oldest) in self._ahead:  # not even all the room there is was enough
-                self._urgent, self._ahead = None, set()
+                self._urgent, self._ahead = [], set()
             others = [w for w in wanted if w.branch is not None and (w.pinned or w.thread.age < stuck[0].thread.age)]
             others = [w for w in others if not any(_go_together(w, s) for s in stuck) and not w.in_cache]
             if not others and any(w.in_cache for w in wanted):
@@ -309,19 +316,20 @@ class Scheduler:
             )
 
     def _make_urgent(self, wanted: list[ThreadKV]) -> bool:
-        """When nobody gets on by the order of their ages: let one of those that wait go before all others, each once
-        until somebody has got on. (Who has begun in which order depends on who else is there, so it may be that the
-        room there is goes to threads that wait for one that is outside.)"""
+        """When nobody gets on by the order of their ages: let one of those that wait, and all that it needs beside
+        it, go before all others; each once until somebody has got on. (Who has written how much depends on who else
+        is there: so it may be that the room there is went to threads that wait for one outside.)"""
         done = [(r.sampled, r.inserted, sum(len(t.log) for t in r.threads)) for r in self.active]
         if done != self._tried_at:
             self._tried_at = done
             self._tried.clear()
         line = [w for w in wanted if id(w) in self._needed and w.thread.live is None and w not in self._tried]
-        self._urgent = min(line, key=_age, default=None)
-        if self._urgent is None:
+        if not line:
             return False
-        self._tried.add(self._urgent)
-        self._urgent_was = _stands(self._urgent)
+        first = min(line, key=_age)
+        self._tried.add(first)
+        self._urgent = self._needed[id(first)]
+        self._urgent_were = [*map(_stands, self._urgent)]
         self.moves += 1
         return True
 
@@ -394,7 +402,7 @@ class Scheduler:
         for request in self.active:
             for thread in request.threads:
                 kv = thread.kv
-                idle = id(kv) not in self._needed
+                idle = id(kv) not in self._needed and id(kv) not in self._continued
                 if kv.branch is None or _go_together(kv, oldest) or kv.pinned or id(kv) in self._ahead:
                     continue
                 if not (idle or kv.thread.age > oldest.thread.age or id(oldest) in self._ahead):
@@ -437,9 +445,9 @@ def _there(kv: ThreadKV) -> bool:
     return kv.thread.alive or kv.thread.lingers
 
 
-def _with_parents(kv: ThreadKV | None) -> Iterator[ThreadKV]:
+def _with_parents(kv: ThreadKV) -> Iterator[ThreadKV]:
     """A thread and what it continues, and that continues, and so on."""
-    thread = None if kv is None else kv.thread
+    thread: EngineThread | None = kv.thread
     while thread is not None:
         yield thread.kv
         thread = thread.parent if thread.role == "fork" else None
@@ -473,6 +481,7 @@ def _alike(kv: ThreadKV, other: ThreadKV) -> int:
 def _built_on(thread: EngineThread) -> bool:
     """Whether a child of it is in the cache, or a sibling that sees it: what they share would stay."""
     siblings = thread.parent.children if thread.parent is not None else ()
-    return any(child.kv.branch is not None for child in thread.children) or any(
+    forks = (child.kv for child in thread.children if child.role == "fork")  # a spawned child shares nothing with it
+    return any(kv.branch is not None for kv in forks) or any(
         segment.spliced is thread for other in siblings if other.kv.branch is not None for segment in other.seen
     )

@@ -8,6 +8,7 @@ THREADS, ENGINE = "python/anabranch/threads/live.py", "python/anabranch/engine/l
 DRAFTING, TREE = "python/anabranch/engine/drafting.py", "python/anabranch/engine/drafts/tree.py"
 LIVE = "tests/engine/test_live.py tests/strategies/test_group_think.py"
 DRAFTS = "tests/engine/test_drafts.py"
+SHARING = "tests/engine/test_sharing.py"
 WAITS = "tests/engine/test_engine_order.py::test_who_sees_another_waits_for_what_it_sees_and_not_for_what_comes_after"
 
 MUTANTS = [
@@ -53,8 +54,16 @@ MUTANTS = [
         "not any(ends[t] > at for t, (at, _) in left.items())\n", LIVE,
     ),
     Mutant(
-        "who has gone is still seen", ENGINE, "[other for other in views[-1].others if other is not thread]",
-        "list(views[-1].others)", LIVE,
+        "who has gone is still seen", ENGINE, "others = [other for other in views[-1].others if other is not thread]",
+        "others = list(views[-1].others)", LIVE,
+    ),
+    Mutant(
+        "who has gone is not computed again for those that saw it", "python/anabranch/engine/request.py",
+        "thread.lingers, self._lingering[thread] = True, None", "self._lingering[thread] = None", SHARING,
+    ),
+    Mutant(
+        "a fork that comes back gives its parents a turn", "python/anabranch/engine/live.py",
+        "if asked and whole", "if whole", SHARING,
     ),
     Mutant(
         "a live child's KV is spliced", "python/anabranch/threads/joins/reprefill.py",

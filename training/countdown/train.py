@@ -14,7 +14,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,15 @@ def begin_with_values(model: Any, tokenizer: Any) -> None:
         weight[ids, : waves.shape[1]] = waves * weight.std() * 2**0.5
 
 
-def lesson(rng: random.Random, tokenizer: Any, share: float) -> list[Layout]:
+def lesson(rng: random.Random, tokenizer: Any, big_share: float, serial_share: float) -> list[Layout]:
     """Rows of one problem of four numbers and of one of three, and a drill.
 
-    share: of the problems of four numbers whose serial search is there, too.
+    big_share: how often there is one of four numbers, else two more of three. serial_share: how often it has its serial
+    search beside it.
     """
+    if rng.random() >= big_share:
+        few = [search(draw(rng, "train", SMALL), serially=rng.random() < 0.5) for _ in range(3)]
+        return [*(row(x, tokenizer) for x in few), drill(rng, tokenizer, 8)]
     big = draw(rng, "train", SMALL + 1, ways=2 if rng.random() < 0.7 else None)
     parent = called(big)
     failed = [child for child in parent.children if child.path is None]
@@ -57,17 +61,19 @@ def lesson(rng: random.Random, tokenizer: Any, share: float) -> list[Layout]:
     rows = [parent, *found[:1], *rng.sample(failed, min(2, len(failed)))]
     rows.append(search(draw(rng, "train", SMALL), serially=rng.random() < 0.5))
     layouts = [row(x, tokenizer) for x in rows]
-    if rng.random() < share:
+    if rng.random() < serial_share:
         layouts.append(row(serial(big), tokenizer, LONGEST))
     return [*layouts, drill(rng, tokenizer, 8)]
 
 
-def batches(rng: random.Random, tokenizer: Any, tokens: int, share: float) -> Iterator[list[Layout]]:
+def batches(
+    rng: random.Random, tokenizer: Any, tokens: int, big_share: Callable[[], float], serial_share: float
+) -> Iterator[list[Layout]]:
     """Endless batches of about `tokens` tokens."""
     while True:
         batch: list[Layout] = []
         while sum(x.num_tokens for x in batch) < tokens:
-            batch += lesson(rng, tokenizer, share)
+            batch += lesson(rng, tokenizer, big_share(), serial_share)
         yield batch
 
 
@@ -114,6 +120,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for log.jsonl and the model")
     parser.add_argument("--minutes", type=float, default=55.0)
     parser.add_argument("--decay", type=float, default=0.5, help="share of the time in which the rate falls")
+    parser.add_argument("--ramp", type=float, default=0.2, help="share of the time until all have a problem of four")
     parser.add_argument("--tokens", type=int, default=3000, help="of a batch")
     parser.add_argument("--serial", type=float, default=0.5, help="share of problems with their serial search")
     parser.add_argument("--lr", type=float, default=0.02, help="of the matrices (Muon)")
@@ -122,7 +129,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--every", type=float, default=60.0, help="seconds between checks")
+    parser.add_argument("--every", type=float, default=240.0, help="seconds between checks")
     parser.add_argument("--autocast", action="store_true", help="matrix products in bfloat16, for CPUs that have them")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -135,16 +142,20 @@ def main() -> None:
     matrices = [w for n, w in model.named_parameters() if w.ndim == 2 and "layers" in n]
     rest = [w for n, w in model.named_parameters() if not (w.ndim == 2 and "layers" in n)]
     muon, adam = Muon(matrices), torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
-    dev = held_out(random.Random("dev"), tokenizer, 24)
+    dev = held_out(random.Random("dev"), tokenizer, 12)
     print(f"{sum(w.numel() for w in model.parameters())} parameters", flush=True)
 
     start, total = time.monotonic(), args.minutes * 60
+
+    def big_share() -> float:
+        return min(1.0, (time.monotonic() - start) / (total * args.ramp)) if args.ramp > 0 else 1.0
+
     falls_at, ends_at = total * (1 - args.decay), total
     step = tokens = 0
     checked_at, losses = 0.0, []
     model.train()
     with open(args.out / "log.jsonl", "a") as log:
-        for batch in batches(random.Random(args.seed), tokenizer, args.tokens, args.serial):
+        for batch in batches(random.Random(args.seed), tokenizer, args.tokens, big_share, args.serial):
             now = time.monotonic() - start
             if falls_at > now and (args.out / "decay").exists():
                 falls_at, ends_at = now, now + total * args.decay
@@ -168,6 +179,7 @@ def main() -> None:
                 line = {
                     "step": step,
                     "minutes": round(now / 60, 2),
+                    "cpu_minutes": round(time.process_time() / 60, 2),
                     "tokens": tokens,
                     "loss": round(float(np.mean(losses)), 5),
                     "rate": round(factor, 3),

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from anabranch.training import Layout
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--every", type=float, default=240.0, help="seconds between checks")
+    parser.add_argument("--start", type=Path, help="folder of a model to go on from")
     parser.add_argument("--autocast", action="store_true", help="matrix products in bfloat16, for CPUs that have them")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -139,6 +141,8 @@ def main() -> None:
     tokenizer.save_pretrained(args.out)
     model: Any = make_model(tokenizer, args.width, args.layers, args.heads, args.hidden)
     begin_with_values(model, tokenizer)
+    if args.start is not None:
+        model.load_state_dict(load_file(args.start / "model.safetensors"))
     matrices = [w for n, w in model.named_parameters() if w.ndim == 2 and "layers" in n]
     rest = [w for n, w in model.named_parameters() if not (w.ndim == 2 and "layers" in n)]
     muon, adam = Muon(matrices), torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)

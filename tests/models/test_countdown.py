@@ -9,6 +9,7 @@ import pytest
 import torch
 from engine_kit import Recorder, assert_nothing_held
 from training.countdown.problems import FILE
+from training.countdown.score import Run, gap, shares, written_out
 from training.countdown.search import Problem, combine, draw, expression, is_right, split_of, steps, targets
 from training.countdown.tokens import PHRASES, make_tokenizer, vocabulary
 from training.countdown.traces import drill, lines, row, search
@@ -18,9 +19,9 @@ import anabranch as ab
 from anabranch.training import IGNORE
 
 TOKENIZER = make_tokenizer()
-EASY = Problem((22, 26, 31, 53), 27)
-NO_ANSWER = Problem((60, 59, 58, 57), 99)
-ANSWER = Problem((60, 59, 58, 57), 2)
+EASY = Problem((2, 6, 11, 13), 27)
+NO_ANSWER = Problem((20, 19, 18, 17), 30)
+ANSWER = Problem((20, 19, 18, 17), 29)
 
 
 def some(count: int, size: int = 4, split: str = "train", ways: int | None = 2) -> list[Problem]:
@@ -32,11 +33,11 @@ def some(count: int, size: int = 4, split: str = "train", ways: int | None = 2) 
 
 
 def test_steps_are_right_and_keep_to_the_range():
-    assert combine(3, 12) == [("+", 15), ("-", 9), ("*", 36), ("/", 4)]
-    assert combine(7, 7) == [("+", 14), ("*", 49), ("/", 1)] and combine(1, 99) == [("-", 98)]
+    assert combine(3, 9) == [("+", 12), ("-", 6), ("*", 27), ("/", 3)]
+    assert combine(5, 5) == [("+", 10), ("*", 25), ("/", 1)] and combine(1, 30) == [("-", 29)]
     for problem in some(20):
         for step in steps(problem.numbers):
-            assert step.a >= step.b and 1 <= step.value <= 99 and step.rest[-1] == step.value
+            assert step.a >= step.b and 1 <= step.value <= 30 and step.rest[-1] == step.value
             assert eval(f"{step.a}{step.op}{step.b}") == step.value
             assert sorted([*step.rest[:-1], step.a, step.b]) == sorted(problem.numbers)
 
@@ -76,10 +77,10 @@ def test_the_verdict_is_of_an_expression():
 
 
 def test_lines_of_a_search_of_three_numbers():
-    text, path = lines((26, 4, 31), 57, ("53-22=31",))
-    assert text.startswith("\n26+4=30,31:+61-1\n26-4=22,31:+53-9\n") and path is None
-    assert text.endswith("\n31-4=27,26:+53-1")
-    assert lines((26, 4, 31), 9, ()) == ("\n26+4=30,31:+61-1\n26-4=22,31:+53-9", "26-4=22, 31-22=9 Goal Reached")
+    text, path = lines((6, 2, 11), 30, ("13-2=11",))
+    assert text.startswith("\n6+2=8,11:+19-3\n6-2=4,11:+15-7\n6*2=12,11:+23-1\n6/2=3,11:+14-8\n") and path is None
+    assert text.endswith("\n11*2=22,6:+28-16")
+    assert lines((6, 2, 11), 7, ()) == ("\n6+2=8,11:+19-3\n6-2=4,11:+15-7", "6-2=4, 11-4=7 Goal Reached")
 
 
 @pytest.mark.parametrize("serially", [False, True])
@@ -138,7 +139,7 @@ def tiny():
 
 
 @pytest.mark.parametrize("serially", [False, True])
-@pytest.mark.parametrize("problem", [ANSWER, NO_ANSWER, Problem((26, 4, 31), 9)], ids=str)
+@pytest.mark.parametrize("problem", [ANSWER, NO_ANSWER, Problem((6, 2, 11), 7)], ids=str)
 def test_the_rows_are_what_the_engine_shows(tiny, problem, serially):
     """Every context that the engine meets is one of a row's; the scores there are those of training."""
     found = search(problem, serially)
@@ -175,3 +176,25 @@ def test_drills_ask_for_results_alone():
     x = drill(random.Random(0), TOKENIZER, 3)
     learnt = [TOKENIZER.decode([i]) for i in x.input_ids[x.learnt].tolist()]
     assert "=" not in learnt and "," not in learnt and ":" not in learnt
+
+
+# ------------------------------------------------------------------------------------------------ score card
+
+
+def test_a_right_answer_counts_from_the_longest_context_on():
+    ours = [Run(True, 300, 12, total_tokens=2000, critical_path_tokens=500), Run(False, 100, 3, True, 900, 90)]
+    other = [Run(True, 700, 0, total_tokens=680, critical_path_tokens=680), Run(True, 90, 0, False, 80, 80)]
+    perfect = [Run(True, 290, 12), Run(True, 310, 4)]
+    found = shares(ours, perfect)
+    assert (found["right"], found["threads_right"], found["malformed"], found["total_tokens"]) == (1, 1, 1, 1450)
+    assert found["within"][256] == 0 and found["within"][320] == found["within"][1024] == 0.5
+    assert found["written_out_within"][256] == 0 and found["written_out_within"][320] == 1
+    assert gap(ours, other, 64)[0] == 0 and gap(ours, other, 320)[0] == 0 and gap(ours, other, 1024)[0] == -0.5
+
+
+def test_the_searches_as_written_out_fit_where_they_should():
+    """Sub-searches have the shorter longest context where few first steps lead to the answer, and always find it."""
+    for problem in some(10):
+        forked, serial = (written_out(problem, serially, TOKENIZER) for serially in (False, True))
+        assert forked.right and serial.right and forked.longest_context < 640
+        assert forked.threads == len(list(steps(problem.numbers))) and serial.threads == 0

@@ -127,7 +127,7 @@ def main(
     model: Annotated[Path, typer.Argument(help="Folder of a trained model.")],
     file: Annotated[Path, typer.Option(help="Problems, as training.countdown.problems writes them.")] = FILE,
     limit: Annotated[int | None, typer.Option(help="So many problems, evenly spaced.")] = None,
-    batch: Annotated[int, typer.Option(help="Problems at a time.")] = 20,
+    batch: Annotated[int, typer.Option(help="Problems at a time.")] = 40,
     save: Annotated[Path | None, typer.Option(help="Where the card goes, as JSON.")] = None,
 ) -> None:
     """Score a model."""
@@ -135,7 +135,7 @@ def main(
 
     ab.hf.register()
     weights = AutoModelForCausalLM.from_pretrained(model, attn_implementation="anabranch").eval()
-    engine = ab.Engine(weights, AutoTokenizer.from_pretrained(model), num_pages=4000)
+    engine = ab.Engine(weights, AutoTokenizer.from_pretrained(model), num_pages=6000)
     problems = read(file)
     if limit is not None:
         problems = [problems[i * len(problems) // limit] for i in range(min(limit, len(problems)))]

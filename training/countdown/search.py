@@ -1,7 +1,7 @@
 """Countdown: reach a target with all of 3 or 4 numbers; problems, their split, and the search that finds an answer.
 
 Each number is used once; each step takes two numbers and puts the result of ``+ - * /`` in their place. Numbers, steps'
-results and targets are whole and from 1 to 99. The larger operand stands first; steps that change nothing (times or
+results and targets are whole and from 1 to 30. The larger operand stands first; steps that change nothing (times or
 divided by 1) are left out.
 """
 
@@ -17,8 +17,8 @@ from functools import cache
 from itertools import combinations
 from typing import Any
 
-LARGEST = 99  # of all numbers
-DRAWN = (1, 60)  # the numbers that a problem gives
+LARGEST = 30  # of all numbers
+DRAWN = (1, 20)  # the numbers that a problem gives
 TARGETS = (10, LARGEST)
 HELD_OUT = 20  # one problem in so many is for dev, one for test
 STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)")

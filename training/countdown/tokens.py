@@ -1,4 +1,4 @@
-"""The tokenizer: numbers up to 99, signs and the phrases of APR's format, one token each."""
+"""The tokenizer: numbers below 100, signs and the phrases of APR's format, one token each."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import re
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from training.countdown.search import LARGEST
-
+NUMBERS = range(100)
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 PHRASES = (
     "Sub Call Budget: ", "Moving to Node #", "\nCurrent State: ", "], Operations: [",
@@ -23,7 +22,7 @@ SIGNS = "+-*/=:,'[]>\n "
 
 def vocabulary() -> list[str]:
     """All tokens, in the order of their ids."""
-    return [*SPECIAL, *PHRASES, *SIGNS, *map(str, range(LARGEST + 1))]
+    return [*SPECIAL, *PHRASES, *SIGNS, *map(str, NUMBERS)]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,24 +1,27 @@
 """Countdown searches written out: in APR's format, and the same search in one context; and their training rows.
 
-A search of three numbers, alone or called, fits its context. ``22+31=53,4:+57-49`` is one of its lines: 22 + 31 makes
-53, which leaves it with the 4; their sum is 57, their difference 49. It ends with the target or after the last line
+A search of three numbers, alone or called, fits its context. ``6+2=8,11:+19-3`` is one of its lines: 6 + 2 makes 8,
+which leaves it with the 11; their sum is 19, their difference 3. It ends with the target or after the last line
 (everything but the prompt is the model's)::
 
     Moving to Node #0,1
-    Current State: 27:[26, 4, 31], Operations: ['53-22=31']
-    26+4=30,31:+61-1
-    26-4=22,31:+53-9
-    31+26=57,4:+61-53
-    31-26=5,4:+9-1*20
-    31+4=35,26:+61-9
-    31-4=27,26:+53-1
+    Current State: 30:[6, 2, 11], Operations: ['13-2=11']
+    6+2=8,11:+19-3
+    6-2=4,11:+15-7
+    6*2=12,11:+23-1
+    6/2=3,11:+14-8
+    11+6=17,2:+19-15
+    11-6=5,2:+7-3*10
+    11+2=13,6:+19-7
+    11-2=9,6:+15-3
+    11*2=22,6:+28-16
     No solution found.                           or: Goal Reached, and the whole path with Goal Reached behind it
 
 A search of four numbers writes every first step and calls a sub-search for each; `ab.APR` puts what they found in place
 of the calls, and the model reads off the path::
 
-    Exploring Operation: 53-22=31
-    Generated Node #0,0: 27:[26, 4, 31] Operation: 53-22=31
+    Exploring Operation: 13-2=11
+    Generated Node #0,0: 30:[6, 2, 11] Operation: 13-2=11
     …
     <Calling Sub Searches>
     <Start Sub Search 0 at level 1> Moving to Node #0,0
@@ -26,8 +29,8 @@ of the calls, and the model reads off the path::
     <End Calling Sub Searches>
 
 Told to make no calls (``Sub Call Budget: 0`` in front of the prompt), it goes through the first steps one after another
-in the one context, each with the same lines below it, until it finds an answer: ``Exploring Operation: 53-22=31,
-Resulting Numbers: [26, 4, 31]``.
+in the one context, each with the same lines below it, until it finds an answer: ``Exploring Operation: 13-2=11,
+Resulting Numbers: [6, 2, 11]``.
 """
 
 from __future__ import annotations

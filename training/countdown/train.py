@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from anabranch.training import Layout
-from training.countdown.search import LARGEST, Problem, draw
-from training.countdown.tokens import make_tokenizer
+from training.countdown.search import Problem, draw
+from training.countdown.tokens import NUMBERS, make_tokenizer
 from training.countdown.traces import SMALL, called, drill, row, search, serial
 from training.multiplication.train import Muon, logits_of, make_model
 
@@ -37,24 +37,24 @@ LONGEST = 1024  # tokens of a row; a serial search is cut off there
 def begin_with_values(model: Any, tokenizer: Any) -> None:
     """Number tokens begin as waves of their value and its logarithm, in the embedding and in the head, so that sums
     need not be learnt pair by pair."""
-    numbers = torch.arange(LARGEST + 1, dtype=torch.float32)
+    numbers = torch.tensor(NUMBERS, dtype=torch.float32)
     angles = [2 * math.pi * numbers / period for period in PERIODS]
     angles += [2 * math.pi * torch.log(numbers.clamp(min=0.5)) / period for period in (1.0, 2.5, 5.0, 10.0)]
     waves = torch.stack([wave for angle in angles for wave in (angle.cos(), angle.sin())], dim=1)
-    ids = torch.tensor(tokenizer.convert_tokens_to_ids([str(n) for n in range(LARGEST + 1)]))
+    ids = torch.tensor(tokenizer.convert_tokens_to_ids([str(n) for n in NUMBERS]))
     for weight in (model.model.embed_tokens.weight, model.lm_head.weight):
         weight[ids, : waves.shape[1]] = waves * weight.std() * 2**0.5
 
 
-def lesson(rng: random.Random, tokenizer: Any, big_share: float, serial_share: float) -> list[Layout]:
-    """Rows of one problem of four numbers and of one of three, and a drill.
+def lesson(rng: random.Random, tokenizer: Any, big_share: float, serial_share: float, drills: int) -> list[Layout]:
+    """Rows of one problem of four numbers and of one of three, and drills.
 
     big_share: how often there is one of four numbers, else two more of three. serial_share: how often it has its serial
     search beside it.
     """
     if rng.random() >= big_share:
         few = [search(draw(rng, "train", SMALL), serially=rng.random() < 0.5) for _ in range(3)]
-        return [*(row(x, tokenizer) for x in few), drill(rng, tokenizer, 8)]
+        return [*(row(x, tokenizer) for x in few), *(drill(rng, tokenizer, 8) for _ in range(drills))]
     big = draw(rng, "train", SMALL + 1, ways=2 if rng.random() < 0.7 else None)
     parent = called(big)
     failed = [child for child in parent.children if child.path is None]
@@ -64,17 +64,17 @@ def lesson(rng: random.Random, tokenizer: Any, big_share: float, serial_share: f
     layouts = [row(x, tokenizer) for x in rows]
     if rng.random() < serial_share:
         layouts.append(row(serial(big), tokenizer, LONGEST))
-    return [*layouts, drill(rng, tokenizer, 8)]
+    return [*layouts, *(drill(rng, tokenizer, 8) for _ in range(drills))]
 
 
 def batches(
-    rng: random.Random, tokenizer: Any, tokens: int, big_share: Callable[[], float], serial_share: float
+    rng: random.Random, tokenizer: Any, tokens: int, big_share: Callable[[], float], serial_share: float, drills: int
 ) -> Iterator[list[Layout]]:
     """Endless batches of about `tokens` tokens."""
     while True:
         batch: list[Layout] = []
         while sum(x.num_tokens for x in batch) < tokens:
-            batch += lesson(rng, tokenizer, big_share(), serial_share)
+            batch += lesson(rng, tokenizer, big_share(), serial_share, drills)
         yield batch
 
 
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--ramp", type=float, default=0.2, help="share of the time until all have a problem of four")
     parser.add_argument("--tokens", type=int, default=3000, help="of a batch")
     parser.add_argument("--serial", type=float, default=0.5, help="share of problems with their serial search")
+    parser.add_argument("--drills", type=int, default=1, help="rows of eight drilled lines beside each problem")
     parser.add_argument("--lr", type=float, default=0.02, help="of the matrices (Muon)")
     parser.add_argument("--adam-lr", type=float, default=0.004, help="of the rest (AdamW)")
     parser.add_argument("--width", type=int, default=128)
@@ -159,7 +160,7 @@ def main() -> None:
     checked_at, losses = 0.0, []
     model.train()
     with open(args.out / "log.jsonl", "a") as log:
-        for batch in batches(random.Random(args.seed), tokenizer, args.tokens, big_share, args.serial):
+        for batch in batches(random.Random(args.seed), tokenizer, args.tokens, big_share, args.serial, args.drills):
             now = time.monotonic() - start
             if falls_at > now and (args.out / "decay").exists():
                 falls_at, ends_at = now, now + total * args.decay

@@ -23,11 +23,10 @@ def main() -> None:
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     modes = json.loads(card.read_text())["modes"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.7), layout="constrained")
-    minutes = [x["minutes"] for x in lines]
-    for kind in lines[0]["right"]:
-        left.plot(minutes, [100 * x["right"][kind] for x in lines], label=kind)
-    left.set_xlabel("minutes on one core")
-    left.set_ylabel("dev contexts right in whole, %")
+    minutes = [x["cpu_minutes"] for x in lines]
+    left.semilogy(minutes, [x["loss"] for x in lines], label="training loss")
+    left.semilogy(minutes, [max(x["tokens_wrong"], 1e-5) for x in lines], label="dev tokens wrong")
+    left.set_xlabel("minutes of a core")
     for mode, families in modes.items():
         of = families[FAMILY]
         for kind, style in (("within", "-"), ("written_out_within", ":")):
@@ -36,8 +35,8 @@ def main() -> None:
             right.plot(contexts, [100 * of[kind][str(c)] for c in contexts], style, color=COLOURS[mode], label=name)
     right.set_xlabel("longest context, tokens")
     right.set_ylabel(f"{FAMILY}: right, %")
+    right.set_ylim(0, 101)
     for axis in (left, right):
-        axis.set_ylim(0, 101)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.savefig(image, dpi=130)

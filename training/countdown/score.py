@@ -135,7 +135,7 @@ def main(
 
     ab.hf.register()
     weights = AutoModelForCausalLM.from_pretrained(model, attn_implementation="anabranch").eval()
-    engine = ab.Engine(weights, AutoTokenizer.from_pretrained(model), num_pages=6000)
+    engine = ab.Engine(weights, AutoTokenizer.from_pretrained(model), num_pages=6000, compile=False)
     problems = read(file)
     if limit is not None:
         problems = [problems[i * len(problems) // limit] for i in range(min(limit, len(problems)))]

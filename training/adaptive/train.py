@@ -104,17 +104,19 @@ class Student(torch.nn.Module):
         self.autocast = autocast
         self.model, _ = ab.models.load("smollm2", dtype=torch.float32, attn_implementation="anabranch")
         self.model.requires_grad_(False)
+        kind = torch.bfloat16 if autocast else torch.float32  # as they are stored: nothing is lost, nothing cast a step
         self.rank, self.alpha = rank, alpha
         self.loras: dict[str, LoRA] = {}
         for name, module in list(self.model.model.named_modules()):
             if isinstance(module, torch.nn.Linear):
                 parent, _, leaf = name.rpartition(".")
-                lora = LoRA(module, rank, alpha)
+                lora = LoRA(module.to(kind), rank, alpha)
                 setattr(self.model.model.get_submodule(parent), leaf, lora)
                 self.loras[name] = lora
         embedding = self.model.model.embed_tokens.weight
         ids = torch.tensor(list(TAG_IDS.values()))
         self.register_buffer("tag_ids", ids)
+        self.register_buffer("head", embedding.to(kind), persistent=False)
         self.tags = torch.nn.Parameter(embedding.mean(0) + 0.02 * torch.randn(len(ids), embedding.shape[1]))
         self.register_buffer("row_of", torch.full((embedding.shape[0],), -1))
         self.row_of[ids] = torch.arange(len(ids))
@@ -145,6 +147,12 @@ class Student(torch.nn.Module):
         """Scores [targets, len(vocabulary)]."""
         return self.scores(self.hidden(batch), vocabulary)
 
+    def all_scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [targets, whole vocabulary]."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            of_tags = F.linear(hidden, self.tags).float()
+            return F.linear(hidden, self.head).float().index_copy(1, self.tag_ids, of_tags)
+
     @torch.no_grad()
     def stock_scores(self, batch: dict[str, Any]) -> torch.Tensor:
         """Scores [targets, whole vocabulary] of the stock model; the rows must be free of tags."""
@@ -156,7 +164,7 @@ class Student(torch.nn.Module):
             for lora in self.loras.values():
                 lora.on = True
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            return F.linear(hidden, self.model.model.embed_tokens.weight).float()
+            return F.linear(hidden, self.head).float()
 
     def begin_from(self, path: Path) -> None:
         """The weights of a state.pt, or of an adapter (a folder, such as the package's data/smollm2_adaptive)."""
@@ -203,7 +211,7 @@ def batches(examples: list[Example], tokens: int, rng: random.Random) -> list[li
 def divergence(student: Student, hidden: torch.Tensor, examples: list[Example]) -> torch.Tensor:
     """KL [targets] of the student from the stock model, over the whole vocabulary; `examples` are ordinary ones."""
     before = student.stock_scores(collate(examples)).log_softmax(-1)
-    after = student.scores(hidden, torch.arange(before.shape[1])).log_softmax(-1)
+    after = student.all_scores(hidden).log_softmax(-1)
     return F.kl_div(after, before, reduction="none", log_target=True).sum(-1)
 
 
@@ -225,7 +233,7 @@ def loss_of(student: Student, examples: list[Example], vocabulary: torch.Tensor)
 
 
 @torch.no_grad()
-def check(student: Student, dev: list[Example], vocabulary: torch.Tensor) -> dict[str, Any]:
+def check(student: Student, dev: list[Example]) -> dict[str, Any]:
     """Share of dev problems whose answer comes out token for token when decoded greedily, forked and plain; of ordinary
     questions the same against the stock model's answer, and the divergence from it in nats a token.
 
@@ -240,7 +248,7 @@ def check(student: Student, dev: list[Example], vocabulary: torch.Tensor) -> dic
     for one in dev:
         batch = collate([one])
         hidden = student.hidden(batch)
-        ok = vocabulary[student.scores(hidden, vocabulary).argmax(-1)] == batch["shift_labels"][0]
+        ok = student.all_scores(hidden).argmax(-1) == batch["shift_labels"][0]
         if one.kept:
             same.append(bool(ok.all()))
             apart += divergence(student, hidden, [one]).tolist()
@@ -343,7 +351,6 @@ def main(
     todo: list[list[Example]] = []
     last = last_note = last_check = time.monotonic()
     seen, losses, kinds = 0, [], []
-    everything = torch.arange(student.row_of.shape[0])
     try:
         while spent < minutes * 60:
             todo = todo or batches(made, tokens, rng)
@@ -372,11 +379,11 @@ def main(
                 last_note, seen, losses, kinds = now, 0, [], []
             if now - last_check > check_minutes * 60:
                 save()
-                note(step=step, minutes=round(spent / 60, 2), **check(student, dev, everything))
+                note(step=step, minutes=round(spent / 60, 2), **check(student, dev))
                 last = last_check = last_note = time.monotonic()
     finally:
         save()
-    note(step=step, minutes=round(spent / 60, 2), final=True, **check(student, dev, everything))
+    note(step=step, minutes=round(spent / 60, 2), final=True, **check(student, dev))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import math
 import random
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +39,7 @@ from .text import tokenizer as adaptive_tokenizer
 from .wider import ALL
 
 PLAIN_WEIGHT = 0.6  # of what only plain decoding writes: headers, and threads in sight of the earlier ones
+ASKED_WEIGHT = 0.5  # of an ordinary chat's own tokens: they are read already, and a drift shows in them as well
 JOIN_WEIGHT = 2.0  # of what is written after the join: few tokens, and each of them counts
 LONGEST_STEP = 20.0  # seconds: a process that was stopped for a while (kill -STOP) goes on with its schedule
 
@@ -47,8 +48,8 @@ LONGEST_STEP = 20.0  # seconds: a process that was stopped for a while (kill -ST
 class Example:
     """A row, and what each token with loss weighs; the targets are `row.learnt`, in order.
 
-    weights: float32 [targets]. forked: bool [targets], those that a forked run writes. kept: an ordinary question,
-    which the stock model teaches.
+    weights: float32 [targets]. forked: bool [targets], those that the model writes in a forked run. kept: an ordinary
+    question, which the stock model teaches.
     """
 
     family: str
@@ -74,9 +75,12 @@ def example(problem: Problem, tokenizer: Any) -> Example:
 
 
 def ordinary_example(answered: Answered, tokenizer: Any) -> Example:
+    """The stock model is followed in what it answers and in what it expects of the chat before."""
     row = ordinary_lesson(answered, tokenizer).row
-    targets = len(row.learnt)
-    return Example("ordinary", row, torch.ones(targets), torch.ones(targets, dtype=torch.bool), kept=True)
+    asked = len(row.input_ids) - len(row.learnt)
+    whole = replace(row, written=torch.ones(len(row.input_ids), dtype=torch.bool), labels=None)
+    answer = whole.learnt >= asked
+    return Example("ordinary", whole, torch.where(answer, 1.0, ASKED_WEIGHT), answer, kept=True)
 
 
 class LoRA(torch.nn.Module):
@@ -228,7 +232,7 @@ def loss_of(student: Student, examples: list[Example], vocabulary: torch.Tensor)
         each[~kept] = F.cross_entropy(student.scores(hidden[~kept], vocabulary), targets, reduction="none")
     if kept.any():
         each[kept] = divergence(student, hidden[kept], [one for one in examples if one.kept])
-    told = {"problems": each[~kept].mean().item(), "ordinary": each[kept].mean().item()}
+    told = {"problems": each[~kept].mean().item(), "ordinary": each[kept & batch["forked"]].mean().item()}
     return (each * weight).sum() / weight.sum(), told
 
 
@@ -250,8 +254,8 @@ def check(student: Student, dev: list[Example]) -> dict[str, Any]:
         hidden = student.hidden(batch)
         ok = student.all_scores(hidden).argmax(-1) == batch["shift_labels"][0]
         if one.kept:
-            same.append(bool(ok.all()))
-            apart += divergence(student, hidden, [one]).tolist()
+            same.append(bool(ok[batch["forked"]].all()))
+            apart += divergence(student, hidden, [one])[batch["forked"]].tolist()
             continue
         forked.setdefault(one.family, []).append(bool(ok[batch["forked"]].all()))
         plain.append(bool(ok.all()))

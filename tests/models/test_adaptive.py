@@ -118,8 +118,8 @@ def of_wider(split: str, count: int, seed: int = 3) -> list[families.Problem]:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_wider_families_write_true_arithmetic_and_keep_to_their_split(split):
-    made = of_wider(split, 250)
-    assert len({p.prompt for p in made}) == 250
+    made = of_wider(split, 120)
+    assert len({p.prompt for p in made}) == 120
     assert {len(p.parts) for p in made} == {1, 2, 3, 4, 5, 6}
     others = {name for s in SPLITS if s != split for name in NAMES[s]}
     checked = 0
@@ -137,13 +137,13 @@ def test_the_wider_families_write_true_arithmetic_and_keep_to_their_split(split)
             assert int(p.answer) == sum(int(part.result) for part in p.parts)
         elif p.family != "longest" and p.threads:
             assert p.answer == ", ".join(part.result for part in p.parts)
-    assert checked > 800
+    assert checked > 400
 
 
 def test_an_expression_s_value_is_what_the_prompt_says():
     """Read back from the prompt: one product with its sums a person."""
     seen = 0
-    for p in of_wider("train", 400):
+    for p in of_wider("train", 200):
         if p.family != "values" or "plied" in p.prompt:
             continue
         said = p.prompt.replace(" times ", "*").replace(" x ", "*").replace(" × ", "*")
@@ -151,7 +151,7 @@ def test_an_expression_s_value_is_what_the_prompt_says():
         terms = re.findall(r"\d+(?: ?[*+-] ?\d+)+", said.replace("\n- ", "; "))
         assert [eval(t) for t in terms] == [int(part.result) for part in p.parts], p.prompt
         seen += 1
-    assert seen > 20
+    assert seen > 10
 
 
 def test_a_join_adds_one_digit_at_a_time():

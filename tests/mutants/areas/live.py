@@ -49,9 +49,8 @@ MUTANTS = [
         "more tokens than rows go to whoever is first", ENGINE, "else max_rows // len(new)", "else max_rows", LIVE,
     ),
     Mutant(
-        "a turn that does not fit is begun", ENGINE,
-        "not any(ends[t] > at for t, (at, _) in left.items())\n                    break\n",
-        "not any(ends[t] > at for t, (at, _) in left.items())\n", LIVE,
+        "a turn that does not fit is begun", ENGINE, "                if turn:\n                    break\n", "",
+        LIVE,
     ),
     Mutant(
         "who has gone is still seen", ENGINE, "others = [other for other in views[-1].others if other is not thread]",

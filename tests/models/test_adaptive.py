@@ -282,7 +282,12 @@ def test_with_the_adapter_switched_off_a_row_is_scored_as_by_the_stock_model():
         loss, told = train.loss_of(student, [problem, kept, problem], vocabulary)
         alone, told_alone = train.loss_of(student, [kept], vocabulary)
         _, told_problem = train.loss_of(student, [problem], vocabulary)
-    assert told["ordinary"] == pytest.approx(told_alone["ordinary"], rel=1e-3) == pytest.approx(alone.item(), rel=1e-3)
+        each = train.divergence(student, student.hidden(batch), [kept])
+    assert told["ordinary"] == pytest.approx(told_alone["ordinary"], rel=1e-3)
+    assert told["ordinary"] == pytest.approx(each[kept.forked].mean().item(), rel=1e-3)
+    # The chat's own tokens count as well, with less weight: all but the first, which nothing predicts.
+    assert len(each) == len(kept) - 1 and (~kept.forked).sum() > 5
+    assert alone.item() == pytest.approx(((each * kept.weights).sum() / kept.weights.sum()).item(), rel=1e-3)
     assert told["problems"] == pytest.approx(told_problem["problems"], rel=1e-3)
     assert 0 < alone and torch.isfinite(loss)
 

@@ -9,7 +9,6 @@ tokens are banned by `min_new_tokens`.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import tempfile
@@ -23,6 +22,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import anabranch as ab
 
+from .programs import plain
 from .timing import clock_name, now
 
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -291,10 +291,8 @@ def _vllm(bench: Bench, cases: list[tuple[Prompt, int]], peer: Path, rounds: int
             "--n",
             *map(str, counts),
         ]
-        # The peer's own environment must not find our packages first.
-        clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
         try:
-            done = subprocess.run(command, capture_output=True, text=True, env=clean, timeout=1500)
+            done = subprocess.run(command, capture_output=True, text=True, env=plain(), timeout=1500)
             problem = done.stderr.strip().splitlines()[-1] if done.returncode and done.stderr.strip() else ""
             lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         except (OSError, subprocess.TimeoutExpired) as error:

@@ -29,22 +29,34 @@ ROUTES = ("prefix", "turns", "least")
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a step: by rows (of prompts; interpolated), and if branches decode so much more, for each branch, for
-    each token of KV that they read once, and for each pair of a branch and a token that it sees."""
+    """Seconds of a step.
+
+    rows, seconds: of one prompt of so many tokens, which begins with this step; interpolated.
+    begin: the part of it that is no forward but a request's beginning. A step has it as often as requests begin.
+    per_branch, per_token, per_pair: more for each branch that decodes, for each token of KV that is read (once for
+    all), and for each pair of a row and a token in the cache that it sees.
+    fork, per_fork: of the step without a forward in which a prompt's branches get their first tokens, and of each.
+    error: median |fit − measured| / measured, of steps in which branches decode.
+    """
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
     per_branch: float
     per_token: float
     per_pair: float
-    decode: float = 0.0
-    error: float = 0.0  # median |fit − measured| / measured
+    begin: float = 0.0
+    fork: float = 0.0
+    per_fork: float = 0.0
+    error: float = 0.0
 
-    def __call__(self, rows: int, branches: int, tokens: float, pairs: float) -> float:
+    def __call__(self, rows: int, branches: int, tokens: float, pairs: float, begins: int = 0) -> float:
+        forward = float(np.interp(rows, self.rows, self.seconds)) - self.begin
         more = self.per_branch * branches + self.per_token * tokens + self.per_pair * pairs
-        return max(
-            self.seconds[0] / 4, float(np.interp(rows, self.rows, self.seconds)) + bool(branches) * self.decode + more
-        )
+        return max(self.seconds[0] / 4, forward + more) + begins * self.begin
+
+    def of_forks(self, branches: int) -> float:
+        """Of a step in which so many branches get their first tokens, from the scores of their prompts."""
+        return self.fork + self.per_fork * branches
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,8 @@ class Request:
     group: int
     load: Load
     left: int = 0  # tokens of the prompt that are still to be computed
+    begun: bool = False
+    forking: bool = False  # its prompt is there, and its branches have no token yet
     written: int = 0  # by each branch, then by the trunk
     joined: bool = False
     first: float = math.nan
@@ -95,7 +109,7 @@ class Request:
 
     @property
     def rows(self) -> int:
-        return 0 if self.left else 1 if self.joined else self.load.branches
+        return 0 if self.left or self.forking else 1 if self.joined else self.load.branches
 
     @property
     def private(self) -> int:
@@ -186,12 +200,16 @@ class Engine:
             self.active.append(request)
 
     def _step(self) -> tuple[int, float, list[tuple[Request, int]]]:
-        """Rows, seconds, and what each request gets: a row a branch, then chunks of prompts."""
+        """Rows, seconds, and what each request gets: a row a branch, then chunks of prompts. Scores that wait for a
+        token to be chosen go first, in a step without a forward."""
+        forking = [r for r in self.active if r.forking]
+        if forking:
+            return 0, self.cost.of_forks(sum(r.load.branches for r in forking)), [(r, 0) for r in forking]
         decoding = [r for r in self.active if not r.left]
         rows = branches = sum(r.rows for r in decoding)
         step, pairs = [(r, r.rows) for r in decoding], float(sum(r.rows * r.context for r in decoding))
         groups = {r.group: r.load.shared for r in decoding}
-        tokens = float(sum(r.private for r in decoding))
+        tokens, begins = float(sum(r.private for r in decoding)), 0
         for request in (r for r in self.active if r.left):
             chunk = min(request.left, self.size.max_rows - rows)
             blocked = request.left <= request.load.own and any(
@@ -200,15 +218,25 @@ class Engine:
             if chunk <= 0 or blocked:  # what it begins with is being computed
                 continue
             rows += chunk
+            begins += not request.begun
+            seen = request.load.shared + request.load.own - request.left
+            pairs += chunk * seen
+            if request.left <= request.load.own:
+                groups[request.group] = request.load.shared
             step.append((request, chunk))
-        return rows, self.cost(rows, branches, tokens + sum(groups.values()), pairs), step
+        return rows, self.cost(rows, branches, tokens + sum(groups.values()), pairs, begins), step
 
     def _advance(self, request: Request, count: int) -> None:
+        request.begun = True
         if request.left:
             request.left -= count
             if request.left:
                 return
+            request.forking = request.load.branches > 1
+            if request.forking:
+                return
             request.written = 0
+        request.forking = False
         if math.isnan(request.first):
             request.first = self.env.now
         request.written += 1

@@ -16,16 +16,18 @@ import anabranch as ab
 from .fleet import Cost, Load, Replica, Request, capacity, forking, held, pays_until, place, routing, simulate, told
 from .timing import now
 
+JOINING = 16  # tokens of a prompt that comes while branches decode
+
 
 def fit(
     engine: ab.Engine,
-    rows: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+    rows: Sequence[int] = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512),
     branches: Sequence[int] = (1, 4, 16, 64),
     contexts: Sequence[int] = (16, 256, 1024),
     repeat: int = 5,
 ) -> Cost:
     """Time an engine's steps, and fit `Cost` to them: prompts of so many rows first, then so many branches on contexts
-    of so many tokens."""
+    of so many tokens, alone and with a short prompt beside them."""
     rng = random.Random(0)
     curve: list[tuple[int, float]] = []
     for count in (r for r in rows if r <= engine.max_rows):
@@ -35,35 +37,51 @@ def fit(
             taken.append(_step(engine))
             handle.result()
         curve.append((count, statistics.median(taken)))
-    measured: list[tuple[int, float, float, float]] = []  # branches, tokens, pairs, seconds
+    # rows, requests that begin, branches, tokens, pairs, seconds
+    measured: list[tuple[int, int, int, float, float, float]] = []
+    forks: list[tuple[int, float]] = []
     for context in contexts:
         for count in (b for b in branches if b <= engine.max_rows):
-            handle = engine.add(_ids(rng, context), _branching(count), **_exactly(repeat + 3))
+            handle = engine.add(_ids(rng, context), _branching(count), **_exactly(repeat + 4))
+            last = 0.0
             while len(handle.so_far) < 2 and not handle.done:
-                engine.step()
+                last = _step(engine)
+            if count > 1:  # the last one gave the branches their first tokens, from the prompt's scores
+                forks.append((count, last))
             taken = [_step(engine) for _ in range(repeat)]
-            handle.result()
             own = 1 + repeat / 2
             tokens, pairs = context + count * own, count * (context + own)
-            measured.append((count, tokens, pairs, statistics.median(taken)))
+            measured.append((count, 0, count, tokens, pairs, statistics.median(taken)))
+            if count + JOINING <= engine.max_rows:  # another request's prompt comes in a step with these branches
+                joining = engine.add(_ids(rng, JOINING), max_new_tokens=1)
+                mixed = _step(engine)
+                joining.result()
+                tokens, pairs = context + count * (repeat + 1), count * (context + repeat + 1)
+                measured.append((count + JOINING, 1, count, tokens, pairs, mixed))
+            handle.result()
     bare = Cost(*zip(*curve, strict=True), 0.0, 0.0, 0.0)  # type: ignore[arg-type]
-    terms = np.array([(1.0, *m[:3]) for m in measured])
-    rest = np.array([m[3] - bare(m[0], 0, 0, 0) for m in measured])
-    found = _no_less_than_0(terms, rest)
-    cost = replace(bare, decode=found[0], per_branch=found[1], per_token=found[2], per_pair=found[3])
-    errors = [abs(cost(m[0], *m[:3]) - m[3]) / m[3] for m in measured]
+    # What a step of as many decoding rows takes less than a prompt's is what the prompt's beginning takes.
+    terms = np.array([(m[1] - 1.0, *m[2:5]) for m in measured])
+    rest = np.array([m[5] - bare(m[0], 0, 0, 0) for m in measured])
+    begin, per_branch, per_token, per_pair = _no_less_than_0(terms, rest)
+    cost = replace(bare, per_branch=per_branch, per_token=per_token, per_pair=per_pair, begin=begin)
+    if forks:
+        took = np.array([seconds for _, seconds in forks])
+        fork, per_fork = _no_less_than_0(np.array([(1.0, count) for count, _ in forks]), took)
+        cost = replace(cost, fork=fork, per_fork=per_fork)
+    errors = [abs(cost(m[0], *m[2:5], m[1]) - m[5]) / m[5] for m in measured]
     return replace(cost, error=statistics.median(errors))
 
 
 def _no_less_than_0(terms: np.ndarray, values: np.ndarray) -> list[float]:
-    """Least squares; what would be negative is left out, the most negative first. (The first may be.)"""
+    """Least squares; what would be negative is left out, the most negative first."""
     there = list(range(terms.shape[1]))
-    while True:
+    while there:
         found = np.linalg.lstsq(terms[:, there], values, rcond=None)[0]
-        worst = min(range(len(there)), key=lambda i: found[i] if there[i] else math.inf)
-        if not there[worst] or found[worst] >= 0:
+        if min(found) >= 0:
             return [float(found[there.index(i)]) if i in there else 0.0 for i in range(terms.shape[1])]
-        del there[worst]
+        del there[int(np.argmin(found))]
+    return [0.0] * terms.shape[1]
 
 
 def _ids(rng: random.Random, count: int) -> list[int]:
@@ -124,7 +142,11 @@ def measure(engines: Sequence[ab.Engine], load: Load, route: str = "prefix") -> 
 
 
 def check(engines: Sequence[ab.Engine], cost: Cost, load: Load) -> dict[str, Any]:
-    """The simulation beside real engines; `ratios` are simulated / measured."""
+    """The simulation beside real engines; `ratios` are simulated / measured. Engines answer a request beforehand: the
+    first large forward of an engine takes up to twice its time, once in its life, and a fleet's engines have lived."""
+    for engine in engines:
+        measure([engine], replace(load, count=1))
+        engine.clear_prefix_cache()
     real = measure(engines, load)
     size = Replica(engines[0].cache.num_pages, engines[0].cache.page_size, engines[0].max_rows)
     played = simulate(cost, size, load, len(engines))

@@ -1,11 +1,12 @@
-"""Figures from a results file: attention over shapes, and end to end."""
+"""Figures from a results file: attention over shapes, end to end, serving, the simulated fleet."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from .report import OURS, PEERS, ROUTES, in_order, median
+from .report import OURS, PEERS, in_order, median
+from .report_load import ROUTES
 
 # One colour a contender in every figure; ours stands out, peers are calm.
 COLOURS = {
@@ -42,7 +43,10 @@ def draw(data: dict[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     out: list[Path] = []
     with plt.rc_context(STYLE):
-        figures = {"attention": _attention(data, plt), "end-to-end": _end_to_end(data, plt), "fleet": _fleet(data, plt)}
+        figures = {
+            "attention": _attention(data, plt), "end-to-end": _end_to_end(data, plt), "serving": _serving(data, plt),
+            "fleet": _fleet(data, plt),
+        }  # fmt: skip
         for name, figure in figures.items():
             if figure is None:
                 continue
@@ -201,6 +205,50 @@ def _end_to_end(data: dict[str, Any], plt):
         f"SmolLM2-135M, end to end · {m['cpu']}, {_threads(m)}", x=0.01, ha="left", fontsize=11.5, fontweight="bold"
     )
     figure.tight_layout()
+    return figure
+
+
+SERVE_COLOURS = {"anabranch": "#0b7285", "no_prefix_cache": "#66c2cf", "vllm": "#d0a85c", "continuous": "#868e96",
+                 "generate": "#ced4da"}  # fmt: skip
+
+
+def _serving(data: dict[str, Any], plt):
+    """By load: tokens a second, and from median to p99 the waits for the first token and between two."""
+    entries = [e for e in data.get("serve", []) if "left_out" not in e]
+    keys = list(dict.fromkeys((e["dtype"], e["answers"], e["rate"]) for e in entries))
+    if not keys:
+        return None
+    names = [n for n in SERVE_COLOURS if any(e["contender"] == n for e in entries)]
+    figure, axes = plt.subplots(
+        1, 3, figsize=(13, 1.8 + 0.22 * len(keys) * len(names)), sharey=True, layout="constrained"
+    )
+    height = 0.8 / len(names)
+    for j, name in enumerate(names):
+        found = [(keys.index((e["dtype"], e["answers"], e["rate"])), e) for e in entries if e["contender"] == name]
+        ys = [i + (j - (len(names) - 1) / 2) * height for i, _ in found]
+        colour, rates = SERVE_COLOURS[name], [e["tokens_per_s"] for _, e in found]
+        axes[0].barh(ys, rates, height=0.9 * height, color=colour, label=found[0][1]["title"])
+        for axis, what in ((axes[1], "first"), (axes[2], "gap")):
+            half, most = ([1e3 * e[f"{what}_{p}"] for _, e in found] for p in ("p50", "p99"))
+            axis.hlines(ys, half, most, colors=colour, linewidth=3)
+            axis.scatter(half, ys, s=46, color=colour, zorder=3)
+            axis.scatter(most, ys, s=90, color=colour, marker="|", linewidth=2)
+    axes[0].set(xlabel="tokens a second", title="throughput")
+    for axis, title in ((axes[1], "to the first token"), (axes[2], "between two tokens")):
+        axis.set(xlabel="ms, from p50 (dot) to p99 (log scale)", title=title, xscale="log")
+        for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            which(plt.FuncFormatter(lambda v, _: f"{v:g}" if f"{v:.0e}"[0] in "125" else ""))
+    for axis in axes:
+        axis.grid(axis="x", color="#dee2e6", linewidth=0.6)
+        axis.set_axisbelow(True)
+    axes[0].set_yticks(range(len(keys)), [f"{answers}, {dtype}\n{rate:g} requests/s" for dtype, answers, rate in keys])
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=3, frameon=False)
+    m = data["machine"]
+    figure.suptitle(
+        f"SmolLM2-135M, Poisson arrivals · {m['cpu']}, {_threads(m)}", x=0.01, ha="left", fontsize=11.5,
+        fontweight="bold",
+    )  # fmt: skip
     return figure
 
 

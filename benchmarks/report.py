@@ -10,8 +10,11 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from .report_load import serve_markdown
 from .shapes import all_cases
+from .tables import head, micro, row
 
+SECTIONS = ("attention", "e2e", "step", "host", "branch", "serve")
 OURS = "anabranch"
 PEERS = {
     "sdpa": "SDPA per branch",
@@ -21,17 +24,6 @@ PEERS = {
     "flex": "FlexAttention",
 }
 SHORT = {"sdpa": "SDPA", "sdpa_packed": "packed", "masked": "masked", "two_phase": "2-ph.", "flex": "Flex"}
-
-
-def micro(us: float | None) -> str:
-    """Microseconds in the unit that suits them."""
-    if us is None:
-        return "–"
-    if us < 1000:
-        return f"{us:.0f} µs" if us >= 10 else f"{us:.1f} µs"
-    if us < 1e6:
-        return f"{us / 1e3:.1f} ms" if us < 1e5 else f"{us / 1e3:.0f} ms"
-    return f"{us / 1e6:.1f} s"
 
 
 def median(entry: dict[str, Any], name: str) -> float | None:
@@ -180,18 +172,18 @@ def _branch_markdown(data: dict[str, Any]) -> list[str]:
             f"**{e['case']}**, {e['heads']} heads, head_dim {e['head_dim']}, {e['dtype']}; {e['tokens']:,} tokens, "
             f"{100 * e['pairs'] / e['dense_pairs']:.0f} % of all pairs visible",
             "",
-            *_head("", "forward", "forward + backward", "against ours", "mask made", "with mask", "against ours"),
+            *head("", "forward", "forward + backward", "against ours", "mask made", "with mask", "against ours"),
         ]
         ours = _branch_total(e, OURS)
         for name, title in {OURS: "anabranch", **BRANCH}.items():
             found = e["contenders"].get(name, {})
             if not found or "left_out" in found:
                 if found:
-                    lines.append(_row(title, found["left_out"], "–", "–", "–", "–", "–"))
+                    lines.append(row(title, found["left_out"], "–", "–", "–", "–", "–"))
                 continue
             total = _branch_total(e, name)
             lines.append(
-                _row(
+                row(
                     title,
                     micro(found["forward_us"]),
                     _spread(e, name),
@@ -210,13 +202,13 @@ def _branch_markdown(data: dict[str, Any]) -> list[str]:
     rows = data.get("branch_memory", [])
     if rows:
         lines += ["Growth of the peak resident set over one forward and backward, 8/2 heads of 64, float32:", ""]
-        lines += _head("", "tokens", "peak growth", "bytes a token")
+        lines += head("", "tokens", "peak growth", "bytes a token")
         for e in rows:
             if "left_out" in e:
-                lines.append(_row(e["contender"], f"{e['tokens']:,}", e["left_out"], "–"))
+                lines.append(row(e["contender"], f"{e['tokens']:,}", e["left_out"], "–"))
             else:
                 grown = f"{e['peak_growth_bytes'] / 1e6:.1f} MB"
-                lines.append(_row(e["contender"], f"{e['tokens']:,}", grown, f"{e['bytes_per_token']:,}"))
+                lines.append(row(e["contender"], f"{e['tokens']:,}", grown, f"{e['bytes_per_token']:,}"))
         lines.append("")
     return lines
 
@@ -278,27 +270,6 @@ def step_table(data: dict[str, Any]) -> Table:
     return table
 
 
-def serve_table(data: dict[str, Any]) -> Table:
-    """Who serves how fast: throughput, waiting for the first token and between tokens."""
-    table = Table(box=SIMPLE_HEAD, title="serving, Poisson arrivals")
-    for name in ("answers", "requests/s", "", "tokens/s", "first p50", "p99", "between p50", "p99", "found"):
-        table.add_column(name, justify="left" if name in ("answers", "") else "right")
-    for e in sorted(data.get("serve", []), key=lambda e: (e["answers"], e["rate"])):
-        waits = (micro(1e6 * e[name]) for name in ("first_p50", "first_p99", "gap_p50", "gap_p99"))
-        table.add_row(
-            e["answers"], f"{e['rate']:g}", e["title"], f"{e['tokens_per_s']:.1f}", *waits, f"{e['hit_rate']:.0%}"
-        )
-    return table
-
-
-def _row(*cells: object) -> str:
-    return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
-
-
-def _head(*cells: str) -> list[str]:
-    return [_row(*cells), "|" + "|".join(" --- " if i == 0 else " ---: " for i in range(len(cells))) + "|"]
-
-
 def _spread(entry: dict[str, Any], name: str) -> str:
     e = entry["contenders"].get(name, {})
     if "median_us" not in e:
@@ -319,13 +290,15 @@ def markdown(data: dict[str, Any], full: bool = False) -> str:
         out += _host_markdown(data)
     if data.get("branch"):
         out += _branch_markdown(data)
+    if data.get("serve"):
+        out += serve_markdown(data)
     return "\n".join(out) + "\n"
 
 
 def _where(data: dict[str, Any]) -> list[str]:
     m, f = data["machine"], data.get("floor")
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items() if v)
-    entries = [e for section in ("attention", "e2e", "step", "host", "branch") for e in data.get(section, [])]
+    entries = [e for section in SECTIONS for e in data.get(section, [])]
     commits = sorted({e["commit"] for e in entries if e.get("commit")})
     loads = [e["load"] for e in entries if e.get("load") is not None]
     threads = f"{m['threads']} thread{'s' * (m['threads'] > 1)}"
@@ -356,7 +329,7 @@ def _attention_markdown(data: dict[str, Any], full: bool) -> list[str]:
         "(above 1: slower than ours). *Ceiling*: floor ÷ ours, where the floor is max(unique bytes ÷ bandwidth, "
         "FLOPs ÷ multiply-add rate).",
         "",
-        *_head(
+        *head(
             "case",
             "heads",
             "dtype",
@@ -372,7 +345,7 @@ def _attention_markdown(data: dict[str, Any], full: bool) -> list[str]:
         tokens = f"{e['unique_tokens']:,} / {e['logical_tokens']:,}"
         if "left_out" in e:
             out.append(
-                _row(
+                row(
                     e["case"],
                     heads,
                     e["dtype"],
@@ -386,7 +359,7 @@ def _attention_markdown(data: dict[str, Any], full: bool) -> list[str]:
             continue
         cells = [_times(ratio(e, p)) if ratio(e, p) else micro(median(e, p)) for p in peers]
         out.append(
-            _row(
+            row(
                 e["case"],
                 heads,
                 e["dtype"],
@@ -419,15 +392,15 @@ def _e2e_markdown(data: dict[str, Any]) -> list[str]:
     out = [
         "SmolLM2-135M-Instruct, every branch exactly as many tokens as in the other contenders.",
         "",
-        *_head("prompt", "branches", "dtype", "contender", "prefill", "decoding, tokens/s", "in all, tokens/s"),
+        *head("prompt", "branches", "dtype", "contender", "prefill", "decoding, tokens/s", "in all, tokens/s"),
     ]
     for e in data["e2e"]:
         first = f"{e['prompt']} ({e['prompt_tokens']} tokens)" if "prompt_tokens" in e else e["prompt"]
         if "left_out" in e:
-            out.append(_row(first, e["n"], e["dtype"], e["title"], f"left out: {e['left_out']}", "", ""))
+            out.append(row(first, e["n"], e["dtype"], e["title"], f"left out: {e['left_out']}", "", ""))
             continue
         out.append(
-            _row(
+            row(
                 first,
                 e["n"],
                 e["dtype"],
@@ -441,59 +414,12 @@ def _e2e_markdown(data: dict[str, Any]) -> list[str]:
 
 
 def _step_markdown(data: dict[str, Any]) -> list[str]:
-    return ["A decode step of SmolLM2 by rows.", "", *_head(*STEP_HEAD), *(_row(*c) for c in _step_cells(data)), ""]
+    return ["A decode step of SmolLM2 by rows.", "", *head(*STEP_HEAD), *(row(*c) for c in _step_cells(data)), ""]
 
 
 def _host_markdown(data: dict[str, Any]) -> list[str]:
-    out = _head("bookkeeping", "median (min – max)", "more")
+    out = head("bookkeeping", "median (min – max)", "more")
     for e in data["host"]:
         spread = f"{micro(e['median_us'])} ({micro(e['min_us'])} – {micro(e['max_us'])})" if "median_us" in e else ""
-        out.append(_row(e["title"], spread, e.get("more", "")))
+        out.append(row(e["title"], spread, e.get("more", "")))
     return [*out, ""]
-
-
-def fleet_table(data: dict[str, Any]) -> str:
-    """The fleet's simulation in Markdown: the check on real engines first."""
-    fleet = data["fleet"]
-    check, cost = fleet["check"], fleet["cost"]
-    measured, simulated = check["measured"], check["simulated"]
-    lines = [
-        f"Simulation from measured steps of {fleet['model']} (median error of the fitted costs {cost['error']:.0%}); "
-        f"{fleet['replicas']} replicas of {fleet['replica']['pages']} pages.",
-        "",
-        "| two engines | measured | simulated | ratio |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    names = {"seconds": "seconds", "tokens_per_s": "tokens a second", "mean": "mean latency", "p99": "p99", "first": "to the first token"}  # fmt: skip  # noqa: E501
-    for name, words in names.items():
-        lines.append(f"| {words} | {measured[name]:.3g} | {simulated[name]:.3g} | {check['ratios'][name]:.2f} |")
-    lines += ["", "| branches held | pages | tokens a second |", "| --- | ---: | ---: |"]
-    for entry in fleet["held"]:
-        lines.append(f"| {entry['branches']}, {entry['kind']} | {entry['pages']} | {entry['tokens_per_s']:.0f} |")
-    lines += [
-        "",
-        "| requests a second | routed | mean latency | p99 | prefix found |",
-        "| ---: | --- | ---: | ---: | ---: |",
-    ]
-    for entry in fleet["routing"]:
-        lines.append(
-            f"| {entry['rate']:.3g} | {ROUTES[entry['route']]} | {entry['mean']:.3g} s | {entry['p99']:.3g} s | "
-            f"{entry['found']:.0%} |"
-        )
-    lines += [
-        "",
-        "| requests a second | tokens that a fork adds | forked | one thread |",
-        "| ---: | ---: | ---: | ---: |",
-    ]
-    for more, entries in fleet["forking"].items():
-        for forked, single in zip(entries[::2], entries[1::2], strict=True):
-            lines.append(
-                f"| {forked['rate']:.3g} | {float(more):.0%} | {forked['mean']:.3g} s | {single['mean']:.3g} s |"
-            )
-    for more, rate in fleet["pays_until"].items():
-        until = "at every rate tried" if math.isinf(rate) else f"up to {rate:.3g} requests a second"
-        lines.append(f"\nWith {float(more):.0%} more tokens, forks have the lower mean latency {until}.")
-    return "\n".join(lines)
-
-
-ROUTES = {"prefix": "by prefix", "turns": "in turns", "least": "to who has least to do"}

@@ -1,34 +1,52 @@
 """Serving: requests that arrive at random, and how long each waits for its first token and between two.
 
-Arrivals are a Poisson process, the same for everybody. All prompts begin with the same instructions and end in a
-question of their own; they are answered plainly (greedy) or by four branches. Ours is one loop over `Engine.add` and
-`Engine.step`, with and without the prefix cache; the peer is Transformers' `generate`, one request after another in the
-order of arrival, as a server without continuous batching does it. Everybody writes exactly as many tokens.
+Arrivals are a Poisson process, the same for everybody. Prompts are problems of the adaptive model's training set, as
+chats: answered plainly (greedy), by four branches, or plainly where eight requests each share a long beginning. Ours is
+one loop over `Engine.add` and `Engine.step`, with and without the prefix cache; `serve_peers` has the others. Nobody
+goes through HTTP, everybody writes exactly as many tokens, and all have room for as many.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
 
 import anabranch as ab
 from anabranch.engine import Token
 
-from .e2e import PASSAGE, SAMPLING
+from .e2e import PASSAGE
+from .programs import Ended
+from .serve_peers import PAGES, ContinuousBatching, OneAfterAnother, VLLMArrivals
 
 TITLES = {
     "anabranch": "anabranch",
     "no_prefix_cache": "anabranch, prefix_cache=False",
+    "vllm": "vLLM, CPU build",
+    "continuous": "Transformers continuous batching",
     "generate": "Transformers generate, one after another",
 }
-BRANCHES = 4
+PROBLEMS = Path(__file__).resolve().parents[1] / "training" / "adaptive" / "problems.jsonl"
+
+
+@dataclass(frozen=True)
+class Case:
+    """How requests are answered: branches of each; `of` of them share a beginning of some `shared` tokens."""
+
+    branches: int = 1
+    shared: int = 0
+    of: int = 1
+
+
+CASES = {"plain": Case(), "4 branches": Case(branches=4), "8 share a beginning": Case(shared=1024, of=8)}
 
 
 @dataclass
@@ -48,6 +66,11 @@ class Request:
         return [b - a for times in self.times.values() for a, b in pairwise(times)]
 
 
+Serve = Callable[[list[Request], int, int], tuple[float, float]]
+"""(requests, branches, new tokens) → (seconds until all are answered, share of the prompts' tokens that was found);
+notes each token's time in the requests."""
+
+
 def arrivals(prompts: list[list[int]], rate: float, seed: int = 0) -> list[Request]:
     """A Poisson process of `rate` requests a second."""
     rng, at, found = random.Random(seed), 0.0, []
@@ -57,8 +80,24 @@ def arrivals(prompts: list[list[int]], rate: float, seed: int = 0) -> list[Reque
     return found
 
 
+class Ours:
+    """An engine of ours. Nothing of an earlier load is in its cache; it is compiled, if it is to be, beforehand."""
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        self.engine = ab.Engine(model, **options)
+        self.engine.generate(list(range(5, 13)), do_sample=False, min_new_tokens=8, max_new_tokens=8)
+
+    def __call__(self, requests: list[Request], branches: int, new_tokens: int) -> tuple[float, float]:
+        self.engine.clear_prefix_cache()
+        before = self.engine.stats()
+        seconds = serve(self.engine, requests, branches, new_tokens)
+        after = self.engine.stats()
+        asked = after.prefix_tokens - before.prefix_tokens
+        return seconds, (after.cached_tokens - before.cached_tokens) / max(1, asked)
+
+
 def serve(engine: ab.Engine, requests: list[Request], branches: int, new_tokens: int) -> float:
-    """Ours: notes each token's time; seconds until all are answered."""
+    """Notes each token's time; seconds until all are answered."""
     strategy = None if branches == 1 else ab.SelfConsistency(n=branches, temperature=1.0, top_p=1.0, top_k=0)
     waiting, there = list(requests), []
     start = time.perf_counter()
@@ -85,33 +124,6 @@ def serve(engine: ab.Engine, requests: list[Request], branches: int, new_tokens:
     return time.perf_counter() - start
 
 
-class _Times(LogitsProcessor):
-    """Notes when the scores of each token arrive."""
-
-    def __init__(self, times: list[float], start: float) -> None:
-        self.times, self.start = times, start
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.times.append(time.perf_counter() - self.start)
-        return scores
-
-
-def one_after_another(model, requests: list[Request], branches: int, new_tokens: int) -> float:
-    """The peer: notes each token's time; seconds until all are answered."""
-    start = time.perf_counter()
-    for request in requests:
-        time.sleep(max(0.0, request.at - (time.perf_counter() - start)))
-        times: list[float] = []
-        ids = torch.tensor([request.ids])
-        how = {"do_sample": False} if branches == 1 else {**SAMPLING, "num_return_sequences": branches}
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), logits_processor=LogitsProcessorList([_Times(times, start)]),
-            max_new_tokens=new_tokens, min_new_tokens=new_tokens, **how,
-        )  # fmt: skip
-        request.times = {str(i): times for i in range(branches)}
-    return time.perf_counter() - start
-
-
 def percentile(values: list[float], share: float) -> float:
     """The smallest value that at least `share` of them do not exceed."""
     ordered = sorted(values)
@@ -130,33 +142,88 @@ def entry(name: str, answers: str, rate: float, requests: list[Request], seconds
     }  # fmt: skip
 
 
-def prompts(tokenizer, count: int, shared: int) -> list[list[int]]:
-    """Instructions of `shared` tokens, the same in all, and a question each."""
+def prompts(tokenizer: Any, count: int, case: Case, shared: int | None = None) -> list[list[int]]:
+    """Problems as chats, in the order of their arrival; those that share a system message are spread at random.
+
+    shared: tokens of the system message, about; default: the case's.
+    """
+    length = case.shared if shared is None else min(shared, case.shared)
     passage = tokenizer(PASSAGE)["input_ids"]
-    head = (passage * (shared // len(passage) + 1))[:shared]
-    questions = [f" Question {i}: how much is {17 + i} times {5 + i % 7}, and why?" for i in range(count)]
-    return [head + tokenizer(question)["input_ids"] for question in questions]
+    system = tokenizer.decode((passage * (length // len(passage) + 1))[:length])
+    found = []
+    for i, line in enumerate(PROBLEMS.read_text(encoding="utf-8").splitlines()[:count]):
+        chat = [{"role": "user", "content": json.loads(line)["prompt"]}]
+        if length:
+            chat.insert(0, {"role": "system", "content": f"Text {i // case.of}. {system}"})
+        found.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+    random.Random(0).shuffle(found)
+    return found
 
 
 def run(
-    quick: bool, dtype: str, rates: list[float], count: int, report: Callable[[str], None] = lambda _: None
-) -> Iterator[dict[str, object]]:
-    """Everybody under every load; one dict a line of the table."""
-    kind, new_tokens = getattr(torch, dtype), 8 if quick else 32
+    quick: bool, dtype: str, rates: Sequence[float], count: int, cases: Sequence[str] = (), peer: Path | None = None,
+    compile_peer: bool = False, report: Callable[[str], None] = lambda _: None,
+) -> Iterator[dict[str, object]]:  # fmt: skip
+    """Everybody under every load; one dict a line of the table.
+
+    Args:
+        rates: requests a second.
+        count: requests of each load.
+        cases: names in `CASES`; none: all.
+        peer: the Python of an environment with vLLM, or None.
+        compile_peer: let vLLM compile the model (default: eager).
+    """
+    new_tokens = 8 if quick else 32
     report(f"loading the model in {dtype}")
+    kind = getattr(torch, dtype)
     model, tokenizer = ab.models.load("smollm2", dtype=kind)
     plain, _ = ab.models.load("smollm2", dtype=kind, attn_implementation="sdpa")
-    texts = prompts(tokenizer, count, 64 if quick else 256)
-    for rate in rates:
-        for answers, branches in (("plain", 1), (f"{BRANCHES} branches", BRANCHES)):
-            for name in TITLES:
-                report(f"{TITLES[name]}: {answers}, {rate:g} requests a second")
-                requests = arrivals(texts, rate)
-                if name == "generate":
-                    seconds, saved = one_after_another(plain, requests, branches, new_tokens), 0.0
-                else:
-                    engine = ab.Engine(model, tokenizer, num_pages=4096, prefix_cache=name == "anabranch")
-                    engine.generate(texts[0][:8], max_new_tokens=2)  # kernels are loaded
-                    seconds = serve(engine, requests, branches, new_tokens)
-                    saved = engine.stats().hit_rate
-                yield entry(name, answers, rate, requests, seconds, dtype=dtype, hit_rate=saved)
+    texts = {name: prompts(tokenizer, count, CASES[name], 128 if quick else None) for name in cases or CASES}
+    loads = [(name, rate) for name in texts for rate in rates]
+    contenders: dict[str, Serve] = {
+        "anabranch": Ours(model, num_pages=PAGES),
+        "no_prefix_cache": Ours(model, num_pages=PAGES, prefix_cache=False),
+        "continuous": ContinuousBatching(plain),
+        "generate": OneAfterAnother(plain),
+    }
+    left_out: dict[str, str] = {}
+    vllm = None
+    if peer is not None:
+        report("starting vLLM")
+        longest = max(len(ids) for of_case in texts.values() for ids in of_case)
+        try:
+            vllm = VLLMArrivals(peer, ab.models.path("smollm2"), dtype, longest + new_tokens, compile_peer)
+            contenders = {"anabranch": contenders.pop("anabranch"), "vllm": vllm, **contenders}
+        except (OSError, Ended) as error:
+            left_out["vllm"] = str(error)
+    try:
+        for name, rate in loads:
+            for who in [who for who in TITLES if who in contenders or who in left_out]:
+                report(f"{TITLES[who]}: {name}, {rate:g} requests a second")
+                why = left_out.get(who)
+                if why is None:
+                    try:
+                        requests = arrivals(texts[name], rate)
+                        yield _measured(who, contenders[who], name, rate, requests, new_tokens, dtype)
+                        continue
+                    except Ended as error:
+                        why = left_out[who] = str(error)
+                    except RuntimeError as error:
+                        why = str(error)
+                yield {"contender": who, "title": TITLES[who], "answers": name, "rate": rate, "requests": count,
+                       "dtype": dtype, "left_out": why}  # fmt: skip
+    finally:
+        if vllm is not None:
+            vllm.close()
+
+
+def _measured(
+    who: str, contender: Serve, case: str, rate: float, requests: list[Request], new_tokens: int, dtype: str
+) -> dict[str, object]:
+    branches = CASES[case].branches
+    seconds, found = contender(requests, branches, new_tokens)
+    got = sorted(len(times) for request in requests for times in request.times.values())
+    if got != [new_tokens] * (branches * len(requests)):
+        raise RuntimeError(f"{len(got)} answers of {got[:1]} to {got[-1:]} tokens, not of {new_tokens}: no comparison")
+    title = getattr(contender, "title", TITLES[who])
+    return {**entry(who, case, rate, requests, seconds, dtype=dtype, hit_rate=found), "title": title}

@@ -10,8 +10,7 @@ import json
 import pytest
 import torch
 
-import anabranch as ab
-from benchmarks import attention, branch, host, plots, report, serve, step
+from benchmarks import attention, branch, host, plots, report, step
 from benchmarks.contenders import ALL, Unfit
 from benchmarks.floor import Floor
 from benchmarks.shapes import Case, all_cases, chunk, draft, levels
@@ -175,28 +174,6 @@ def test_a_step_taken_apart(monkeypatch) -> None:
         assert e["of_floor"] > 1 and e["all_us"] >= e["decode_us"]
         assert min(e["linear_us"], e["attention_us"], e["sampling_us"]) > 0
     assert report.step_table({"step": entries}).row_count == 2
-
-
-def test_serving() -> None:
-    """Everybody writes all tokens of all requests, and the table tells of each."""
-    model = small_model()
-    texts = [[5] * 20 + [i] for i in range(2, 6)]
-    data: dict = {"serve": []}
-    for branches in (1, 2):
-        requests = serve.arrivals(texts, 50.0)
-        assert [r.at for r in requests] == sorted(r.at for r in requests) and requests[0].at == 0
-        seconds = serve.one_after_another(model, requests, branches, 3)
-        data["serve"].append(serve.entry("generate", f"{branches}", 50.0, requests, seconds, hit_rate=0.0))
-    engine = ab.Engine(model, num_pages=64)
-    for branches in (1, 2):
-        requests = serve.arrivals(texts, 50.0)
-        seconds = serve.serve(engine, requests, branches, 3)
-        data["serve"].append(serve.entry("anabranch", f"{branches}", 50.0, requests, seconds, hit_rate=0.5))
-    assert [e["tokens"] for e in data["serve"]] == [12, 24, 12, 24]
-    for e in data["serve"]:
-        assert 0 < e["first_p50"] <= e["first_p99"] <= e["seconds"] and 0 < e["gap_p50"] <= e["gap_p99"]
-    assert report.serve_table(data).row_count == 4
-    assert [serve.percentile([3.0, 1.0, 2.0], p) for p in (0.5, 0.99, 0.1)] == [2.0, 3.0, 1.0]
 
 
 def test_a_replayed_step_is_a_replay():

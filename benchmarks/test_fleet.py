@@ -28,6 +28,19 @@ def test_one_request_by_hand() -> None:
     assert with_tail["seconds"] == pytest.approx(1.32 + 9 * 1.03 + 5 * 1.0)
 
 
+def test_beginnings_and_forks_by_hand() -> None:
+    """A beginning costs what it costs, once a request, whoever else is in the step; a fork stops everybody a moment."""
+    cost = replace(COST, begin=0.25, fork=0.1, per_fork=0.01, per_pair=0.001)
+    alone = simulate(cost, SIZE, ONE)
+    forked = 1.32 + 0.14  # the prompt with its beginning, then the step in which four branches get their first tokens
+    rest = [1.03 - 0.25 + 0.004 * (33 + i) for i in range(1, 10)]
+    assert alone["first"] == pytest.approx(forked) and alone["seconds"] == pytest.approx(forked + sum(rest))
+    both = simulate(cost, SIZE, replace(ONE, count=2, rate=1e9))
+    # The second waits for what both begin with, and comes in a step with the first one's branches.
+    mixed = 1.04 + 0.004 * 34 + 0.001 * 32
+    assert both["first"] == pytest.approx((forked + forked + mixed + 0.14) / 2)
+
+
 def test_a_long_prompt_comes_in_chunks() -> None:
     found = simulate(COST, SIZE, replace(ONE, shared=127, branches=1, new=1))
     assert found["seconds"] == pytest.approx(2 * 1.63)

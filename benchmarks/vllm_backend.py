@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from anabranch import models
 
+from .programs import Program
 from .vllm_env import environment
 
 PROGRAM = Path(__file__).with_name("vllm_turns.py")
@@ -25,32 +25,14 @@ CASES = {"shared": (1, 6000, 16), "unshared": (16, 400, 1), "one": (1, 6000, 1)}
 BACKENDS = {"own": {}, "anabranch": {"attention_backend": "CUSTOM"}}
 
 
-class Contender:
+class Contender(Program):
     """A vLLM in a process of its own."""
 
     def __init__(self, python: Path, folder: Path, threads: int, options: dict[str, Any]) -> None:
-        self._process = subprocess.Popen(
-            [str(python), str(PROGRAM), json.dumps(options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment(folder, OMP_NUM_THREADS=str(threads)),
-        )  # fmt: skip
-        self.about = self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("ANSWER "):
-                return json.loads(line.removeprefix("ANSWER "))
-        raise RuntimeError("vLLM ended; its error is above")
+        super().__init__([python, PROGRAM, json.dumps(options)], environment(folder, OMP_NUM_THREADS=str(threads)))
 
     def generate(self, prompts: list[list[int]], n: int, new_tokens: int) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompts": prompts, "n": n, "new_tokens": new_tokens}) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait()
+        return self.ask({"prompts": prompts, "n": n, "new_tokens": new_tokens})
 
 
 def prompts_of(case: str, quick: bool) -> list[list[int]]:

@@ -357,6 +357,33 @@ class BlockTables {
   TablePlans plans_;
 };
 
+// The objects that dictionaries held when this was made. Compared in every step of a compiled model, where a look at
+// thousands of attributes from Python takes longer than a layer.
+class HeldValues {
+ public:
+  explicit HeldValues(std::vector<py::dict> dicts) : dicts_(std::move(dicts)) {
+    for (const py::dict& d : dicts_) {
+      for (const auto& [key, value] : d) values_.push_back(py::reinterpret_borrow<py::object>(value));
+      ends_.push_back(values_.size());
+    }
+  }
+  bool same() const {
+    size_t at = 0;
+    for (size_t i = 0; i < dicts_.size(); ++i) {
+      if (static_cast<size_t>(PyDict_GET_SIZE(dicts_[i].ptr())) != ends_[i] - at) return false;
+      Py_ssize_t place = 0;
+      for (PyObject *key, *value; PyDict_Next(dicts_[i].ptr(), &place, &key, &value); ++at)
+        if (value != values_[at].ptr()) return false;
+    }
+    return true;
+  }
+
+ private:
+  std::vector<py::dict> dicts_;
+  std::vector<py::object> values_;  // held, so that no other object takes an address
+  std::vector<size_t> ends_;
+};
+
 // Tiles [n, 4] and pieces [m, 8] of a branch mask, for kernels that read them as tables.
 py::tuple branch_tables(const py::array_t<i64, py::array::c_style>& starts,
                         const py::array_t<i32, py::array::c_style>& ptr,
@@ -401,6 +428,10 @@ PYBIND11_MODULE(_core, m) {
                ", position=" + std::to_string(s.position) + ")";
       });
 
+  py::class_<HeldValues>(m, "HeldValues", "The objects that dictionaries held when this was made.")
+      .def(py::init<std::vector<py::dict>>(), py::arg("dicts"))
+      .def("same", &HeldValues::same, "Whether each still holds those very objects, in that order, and no more.");
+
   py::class_<Step>(m, "Step")
       .def_property_readonly("num_rows", [](const Step& s) { return s.state.slots.size(); })
       .def("slots", [](const Step& s) { return array_of(std::vector<i32>(s.state.slots)); })
@@ -431,11 +462,12 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<PlanParams>(m, "PlanParams")
       .def(py::init([](i32 group, i32 tile, i32 chunk, i32 parallelism, i32 num_kv_heads, i32 elem_size,
-                       i32 narrow, bool fixed) {
-             return PlanParams{group, tile, chunk, parallelism, num_kv_heads, elem_size, narrow, fixed};
+                       i32 narrow, bool fixed, i32 subtree, i32 parts) {
+             return PlanParams{group, tile, chunk, parallelism, num_kv_heads, elem_size, narrow, subtree, parts, fixed};
            }),
            py::arg("group"), py::arg("tile"), py::arg("chunk"), py::arg("parallelism"), py::arg("num_kv_heads"),
-           py::arg("elem_size"), py::arg("narrow") = 0, py::arg("fixed") = false);
+           py::arg("elem_size"), py::arg("narrow") = 0, py::arg("fixed") = false, py::arg("subtree") = 0,
+           py::arg("parts") = 0);
 
   py::class_<PlanResult>(m, "PlanResult")
       .def_readonly("build", &PlanResult::build)
@@ -452,6 +484,7 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("num_absorbed", [](const PlanResult& r) { return r.data.num_absorbed; })
       .def_property_readonly("kv_tokens", [](const PlanResult& r) { return r.data.kv_tokens; })
       .def_property_readonly("num_rows", [](const PlanResult& r) { return r.data.num_rows; })
+      .def_property_readonly("most_parts", [](const PlanResult& r) { return r.data.most_parts; })
       .def_property_readonly("num_wide", [](const PlanResult& r) { return r.data.num_wide; });
 
   m.def("plan_layout", [] { return py::make_tuple(kSectionNames, kItemFieldNames, kItemFields); },

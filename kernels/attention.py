@@ -25,6 +25,8 @@ from .primitives import (
     load_positions,
     load_rows,
     load_strips,
+    of_part,
+    places_of,
     store_rows,
     tanh,
     tokens_of,
@@ -58,6 +60,8 @@ def _sum_tokens(
     kv_strips_ptr,  # of the item
     kv_spelled_ptr,
     place,  # of the item's first token in its first strip
+    parts,  # PARTS > 0: (first token, end, from tokens to places, first row, end) of each, [PARTS]
+    item_row,  # of each lane, counted from the item's first
     first,
     end,
     limit,
@@ -87,6 +91,7 @@ def _sum_tokens(
     HAS_WINDOW: tl.constexpr,
     UPCAST: tl.constexpr,
     STORED: tl.constexpr,
+    PARTS: tl.constexpr,
     GUARDED: tl.constexpr,  # infinities and NaN in V reach the rows that see them and no others
 ):
     """m, l [BLOCK_M] and acc [BLOCK_M, V0], [BLOCK_M, V1] (V1 = 0: the first again) of tokens first … end − 1."""
@@ -110,16 +115,19 @@ def _sum_tokens(
     # that uses it, the compiler would see a load behind a load and halve the K and V blocks it keeps in flight.
     n = begin + tl.arange(0, BLOCK_N)
     keep = (n >= first) & (n < end)
-    strip = load_strips(kv_strips_ptr, place + n, keep, 0, STRIP_SHIFT)
-    slot = tokens_of(strip, strip, kv_spelled_ptr, place + n, keep, 0, STRIP_SHIFT)
-    strip = load_strips(kv_strips_ptr, place + n + BLOCK_N, n + BLOCK_N < end, 0, STRIP_SHIFT)
+    at = places_of(n, place, parts, PARTS)
+    next_at = places_of(n + BLOCK_N, place, parts, PARTS)
+    strip = load_strips(kv_strips_ptr, at, keep, 0, STRIP_SHIFT)
+    slot = tokens_of(strip, strip, kv_spelled_ptr, at, keep, 0, STRIP_SHIFT)
+    strip = load_strips(kv_strips_ptr, next_at, n + BLOCK_N < end, 0, STRIP_SHIFT)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)
         keep = (n >= first) & (n < end)
         next_n = n + BLOCK_N
         after = next_n + BLOCK_N
-        next_slot = tokens_of(strip, strip, kv_spelled_ptr, place + next_n, next_n < end, 0, STRIP_SHIFT)
-        strip = load_strips(kv_strips_ptr, place + after, after < end, 0, STRIP_SHIFT)
+        next_at = places_of(next_n, place, parts, PARTS)
+        next_slot = tokens_of(strip, strip, kv_spelled_ptr, next_at, next_n < end, 0, STRIP_SHIFT)
+        strip = load_strips(kv_strips_ptr, places_of(after, place, parts, PARTS), after < end, 0, STRIP_SHIFT)
         page = (slot // PAGE_SIZE).to(tl.int64)
         offset = (slot % PAGE_SIZE).to(tl.int64)
         k_at = tl.multiple_of(page * stride_k_page + offset * stride_k_slot, [KV_ALIGN])
@@ -144,8 +152,13 @@ def _sum_tokens(
         if HAS_SOFTCAP:
             s = softcap * tanh(s / softcap)
         visible = n[None, :] < limit[:, None]
+        if PARTS > 0:
+            starts, ends, _, rows_begin, rows_end = parts
+            visible = visible & (item_row[:, None] >= of_part(n, starts, ends, rows_begin)[None, :])
+            visible = visible & (item_row[:, None] < of_part(n, starts, ends, rows_end)[None, :])
         if HAS_WINDOW:
-            kv_pos = load_positions(kv_strips_ptr, kv_spelled_ptr, place + n, keep, STRIP_SHIFT)
+            at = places_of(n, place, parts, PARTS)
+            kv_pos = load_positions(kv_strips_ptr, kv_spelled_ptr, at, keep, STRIP_SHIFT)
             visible = visible & (row_pos[:, None] - kv_pos[None, :] < window)
         s = tl.where(visible, s, float("-inf"))
 
@@ -209,6 +222,7 @@ def _attend(
     HAS_SINKS: tl.constexpr,
     UPCAST: tl.constexpr,
     STORED: tl.constexpr,
+    PARTS: tl.constexpr,
     GUARDED: tl.constexpr,
 ):
     """One tile of packed rows of one (item × KV head), to its partials or its outputs.
@@ -226,12 +240,28 @@ def _attend(
     ) = strides  # fmt: skip
     kv_head, num_kv_heads, scale, softcap, window = numbers
     kv_begin = tl.load(item_ptr)
-    kv_strips_ptr += (kv_begin >> STRIP_SHIFT).to(tl.int64) * 2
-    place = kv_begin & ((1 << STRIP_SHIFT) - 1)
     kv_len = tl.load(item_ptr + 1)
     row_begin = tl.load(item_ptr + 2)
     packed = tl.load(item_ptr + 3) * GROUP
     masked = tl.load(item_ptr + 4)
+    if PARTS > 0:
+        # The parts of an item that holds a subtree are the entries behind its own; any other item is its only part.
+        # Tokens are counted through all of them, so blocks are as full, and as many are on their way, as in any item.
+        place = 0
+        num_parts = tl.load(item_ptr + 7)
+        part = tl.arange(0, PARTS)
+        there = part < tl.maximum(num_parts, 1)
+        part_ptr = item_ptr + (part + tl.where(num_parts > 0, 1, 0)) * 8
+        lengths = tl.load(part_ptr + 1, mask=there, other=0)
+        ends = tl.cumsum(lengths, 0)
+        rows_begin = tl.load(part_ptr + 2, mask=there, other=0) - row_begin
+        rows_end = rows_begin + tl.load(part_ptr + 3, mask=there, other=0)
+        parts = (ends - lengths, ends, tl.load(part_ptr, mask=there, other=0) - (ends - lengths), rows_begin, rows_end)
+        kv_len = tl.sum(lengths, axis=0)
+    else:
+        kv_strips_ptr += (kv_begin >> STRIP_SHIFT).to(tl.int64) * 2
+        place = kv_begin & ((1 << STRIP_SHIFT) - 1)
+        parts = (kv_begin,)
 
     # Packed query rows: lane = (row of the item, query head of the group).
     lane = tile_begin + tl.arange(0, BLOCK_M)
@@ -271,7 +301,8 @@ def _attend(
         last = 0
         for start in range(0, end, SCAN):
             n = start + tl.arange(0, SCAN)
-            pos = load_positions(kv_strips_ptr, kv_spelled_ptr, place + n, n < end, STRIP_SHIFT)
+            at_n = places_of(n, place, parts, PARTS)
+            pos = load_positions(kv_strips_ptr, kv_spelled_ptr, at_n, n < end, STRIP_SHIFT)
             seen = (n < end) & (row_pos_min - pos < window)
             first = tl.minimum(first, tl.min(tl.where(seen, n, end), axis=0))
             last = tl.maximum(last, tl.max(tl.where(seen, n + 1, 0), axis=0))
@@ -284,17 +315,18 @@ def _attend(
         stride_ks_page, stride_ks_slot, stride_vs_page, stride_vs_slot,
     )  # fmt: skip
     m, l, acc0, acc1 = _sum_tokens(  # noqa: E741
-        q0, q1, k_base, v_base, kv_strips_ptr, kv_spelled_ptr, place, first, end, limit, row_pos,
+        q0, q1, k_base, v_base, kv_strips_ptr, kv_spelled_ptr, place, parts, lane // GROUP, first, end, limit, row_pos,
         scale, softcap, window, stride_k_page, stride_k_slot, stride_v_page, stride_v_slot, factors,
         HEAD_DIM, D0, D1, V_DIM, V0, V1, V_IN_K, PAGE_SIZE, STRIP_SHIFT, KV_ALIGN, BLOCK_M, BLOCK_N, STAGES,
-        HAS_SOFTCAP, HAS_WINDOW, UPCAST, STORED, GUARDED,
+        HAS_SOFTCAP, HAS_WINDOW, UPCAST, STORED, PARTS, GUARDED,
     )  # fmt: skip
     poisoned = False
     if not GUARDED:
         poisoned = any_nan(acc0, live)
         if V1 > 0:
             poisoned = poisoned | any_nan(acc1, live)
-        poisoned = poisoned & ((masked != 0) | HAS_WINDOW)
+        if PARTS == 0:
+            poisoned = poisoned & ((masked != 0) | HAS_WINDOW)
 
     # A partial for the merge …
     dest = tl.load(dest_ptr + at, mask=live, other=0)
@@ -420,6 +452,7 @@ def tree_attention_kernel(
     HAS_COUNTS: tl.constexpr,
     UPCAST: tl.constexpr,  # interpreter only: its bfloat16 arithmetic is wrong, so compute in float32 there
     STORED: tl.constexpr,  # what is in the pages: see quantise.py
+    PARTS: tl.constexpr,  # of an item that holds a subtree at most, a power of two; 0: the plan has no such items
 ):
     # Heads of an item are neighbours: they read the same strips, rows and limits while these are in L2.
     item = tl.program_id(0) // num_kv_heads
@@ -430,6 +463,9 @@ def tree_attention_kernel(
     if item >= num_items:
         return
     item_ptr = items_ptr + item.to(tl.int64) * 8
+    if PARTS > 0:
+        if tl.load(item_ptr + 7) < 0:  # a part: its item's program takes it
+            return
     packed = tl.load(item_ptr + 3) * GROUP
     if tile_begin >= packed:
         return
@@ -446,13 +482,13 @@ def tree_attention_kernel(
         poisoned = _attend(
             pointers, strides, numbers, tile_begin, GROUP, HEAD_DIM, D0, D1, V_DIM, V0, V1, V_IN_K, PAGE_SIZE,
             STRIP_SHIFT, Q_ALIGN, KV_ALIGN, NARROW, NARROW_N, NARROW_STAGES, HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST,
-            STORED, False,
+            STORED, PARTS, False,
         )  # fmt: skip
     else:
         poisoned = _attend(
             pointers, strides, numbers, tile_begin, GROUP, HEAD_DIM, D0, D1, V_DIM, V0, V1, V_IN_K, PAGE_SIZE,
             STRIP_SHIFT, Q_ALIGN, KV_ALIGN, WIDE, WIDE_N, WIDE_STAGES, HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST,
-            STORED, False,
+            STORED, PARTS, False,
         )  # fmt: skip
     # A token that a row does not see has weight 0, and 0 · NaN is NaN: where the tokens of other rows hold infinities
     # or NaN in V, a guarded sum takes the place of the first. A test of each block would cost every item what this
@@ -464,5 +500,5 @@ def tree_attention_kernel(
             _attend(
                 pointers, strides, numbers, begin, GROUP, HEAD_DIM, D0, D1, V_DIM, V0, V1, V_IN_K, PAGE_SIZE,
                 STRIP_SHIFT, Q_ALIGN, KV_ALIGN, NARROW, GUARD_N, 1, HAS_SOFTCAP, HAS_WINDOW, HAS_SINKS, UPCAST,
-                STORED, True,
+                STORED, PARTS, True,
             )  # fmt: skip

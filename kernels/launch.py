@@ -148,7 +148,7 @@ def attention(
                 NARROW_N=config.narrow_n, NARROW_STAGES=config.narrow_stages,
                 HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None, HAS_SINKS=sinks is not None,
                 HAS_COUNTS=counts is not None, UPCAST=upcast,
-                STORED=0 if kv_scales is None else STORED[k_pages.dtype][0], **config.options,
+                STORED=0 if kv_scales is None else STORED[k_pages.dtype][0], PARTS=arrays.most_parts, **config.options,
             )  # fmt: skip
         if arrays.num_merge:
             merge_kernel[(arrays.num_merge * num_q_heads,)](

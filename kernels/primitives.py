@@ -60,6 +60,24 @@ def load_positions(strips_ptr, spelled_ptr, place, keep, STRIP_SHIFT: tl.constex
 
 
 @triton.jit
+def of_part(n, starts, ends, values):
+    """For tokens ``n`` [N] of an item, counted through its parts [P]: the value of the part that each is in, else 0."""
+    here = (n[:, None] >= starts[None, :]) & (n[:, None] < ends[None, :])
+    return tl.sum(tl.where(here, values[None, :], 0), axis=1)
+
+
+@triton.jit
+def places_of(n, place, parts, PARTS: tl.constexpr):
+    """The places in the strips of an item's tokens ``n`` [N]: behind ``place``, or those of its parts."""
+    if PARTS > 0:
+        starts, ends, shifts, _, _ = parts
+        places = n + of_part(n, starts, ends, shifts)
+    else:
+        places = place + n
+    return places
+
+
+@triton.jit
 def store_rows(ptr, offsets, d, value, keep, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
     """``value`` [N, D] to rows at ``offsets`` [N] (int64), in the pointer's dtype."""
     value = value.to(ptr.dtype.element_ty)

@@ -208,7 +208,7 @@ def _attention(v: Variant) -> tuple[Any, dict[str, Any], dict[str, int]]:
         WIDE=config.wide, WIDE_N=config.wide_n, WIDE_STAGES=config.wide_stages,
         NARROW_N=config.narrow_n, NARROW_STAGES=config.narrow_stages,
         HAS_SOFTCAP=v.options, HAS_WINDOW=v.options, HAS_SINKS=v.options, HAS_COUNTS=v.options, UPCAST=False,
-        STORED=KEPT[v.kept],
+        STORED=KEPT[v.kept], PARTS=0,
     )  # fmt: skip
     return tree_attention_kernel, constants, config.options
 

@@ -42,6 +42,32 @@ def test_the_summary_is_of_these_lists() -> None:
     assert killed == len(found["killed"]) >= 60 and killed >= 0.95 * (killed + survived)
 
 
+SAMPLES = """
+import datetime
+import json
+import types
+import run
+
+killed = json.loads(run.OUTCOME.read_text(encoding="utf-8"))["killed"]
+slow = {name for name, seconds in killed.items() if seconds > 60}
+assert any(killed[name] >= run.LIMIT for name in slow)  # (noticed by a hang alone)
+seen, mutants = set(), run.listed()
+for day in range(200):
+    date = datetime.date(2026, 1, 1) + datetime.timedelta(day)
+    run.datetime = types.SimpleNamespace(date=types.SimpleNamespace(today=lambda: date))
+    sample = {run.key_of(m, a) for m, a in run.sample_of(mutants, 10).items()}
+    assert len(sample) == 10 and sample <= killed.keys() and not sample & slow, sample
+    seen |= sample
+assert len(seen) > 60, len(seen)
+"""
+
+
+def test_a_sample_holds_nothing_slow_and_is_another_each_day() -> None:
+    """Neither what hangs, which is noticed after a quarter of an hour, nor what takes more than a minute."""
+    done = subprocess.run([sys.executable, "-c", SAMPLES], cwd=FOLDER, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(os.name != "posix", reason="mutants run in forks of one process")
 def test_a_sample_of_the_day_is_noticed() -> None:
     command = [sys.executable, "run.py", "--sample", "10"]

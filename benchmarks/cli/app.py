@@ -16,7 +16,8 @@ app = typer.Typer(
 [bold]step[/bold]       where a decode step of 1, 16 and 64 rows spends its time, eager and compiled, beside the floor
 [bold]drafts[/bold]     speculative decoding: steps and seconds of the adapted models' answers with drafts and without
 [bold]deciding[/bold]   what each strategy takes of a step's time
-[bold]serve[/bold]      Poisson arrivals: throughput, time to the first token and between tokens, p50 and p99
+[bold]serve[/bold]      Poisson arrivals: throughput, time to the first token and between tokens, p50, p99; --peer: vLLM
+[bold]remote[/bold]     threads on a vLLM server beside the same threads one after another
 [bold]branch[/bold]     training: attention under a branch mask, forward + backward; masked SDPA, FlexAttention
 [bold]kv_formats[/bold] accuracy of K and V kept as int8 and fp8
 [bold]fleet[/bold]      a simulation from measured costs of steps: replicas, routing, forks; checked on two real engines

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from .. import report
+from .. import report_load
 from .app import app
-from .options import ClockOption, Dtype, Dtypes, Json, Plot, Quick, Rounds, Threads, console, finish, start
+from .options import ClockOption, Dtype, Dtypes, Json, Peer, Plot, Quick, Rounds, Threads, console, finish, start
 
 
 @app.command("serve")
@@ -18,19 +19,28 @@ def serve_command(
     quick: Quick = False,
     rate: Annotated[list[float] | None, typer.Option(help="Requests a second; may be repeated.")] = None,
     requests: Annotated[int, typer.Option(min=1, help="Requests of each load.")] = 32,
+    case: Annotated[list[str] | None, typer.Option(help="plain, 4 branches, 8 share a beginning. All if none.")] = None,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.bfloat16,
-    threads: Threads = None, json: Json = None,
+    peer: Peer = None,
+    compile_peer: Annotated[bool, typer.Option("--compile-peer", help="Let vLLM compile the model.")] = False,
+    threads: Threads = None, json: Json = None, plot: Plot = None,
 ) -> None:  # fmt: skip
-    """Requests that arrive at random: our engine with and without its prefix cache, and model.generate."""
+    """Requests that arrive at random: our engine with and without its prefix cache, vLLM, Transformers."""
     from .. import serve
 
+    for name in case or ():
+        if name not in serve.CASES:
+            raise typer.BadParameter(f"{name!r}: expected one of {', '.join(serve.CASES)}", param_hint="--case")
     store = start(threads, json)
+    count = min(requests, 8) if quick else requests
     with console.status("serving") as status:
-        count = min(requests, 8) if quick else requests
-        for entry in serve.run(quick, dtype.value, rate or ([1.0] if quick else [0.5, 2.0]), count, status.update):
+        for entry in serve.run(
+            quick, dtype.value, rate or ([1.0] if quick else [0.5, 2.0]), count, case or (), peer, compile_peer,
+            status.update,
+        ):  # fmt: skip
             store.put("serve", ("contender", "answers", "rate", "dtype", "requests"), entry)
-    console.print(report.serve_table(store.data))
-    finish(store, None)
+    console.print(report_load.serve_table(store.data))
+    finish(store, plot)
 
 
 @app.command("fleet")
@@ -56,7 +66,7 @@ def fleet_command(
         engines = [ab.Engine(loaded, tokenizer, num_pages=pages, compile=False) for _ in range(2)]
         load = fleet.Load(1.0, requests, shared=shared, branches=branches, new=tokens)
         store.set("fleet", {"model": model, **fleet_real.run(engines, load, replicas, status.update)})
-    console.print(report.fleet_table(store.data), soft_wrap=True)
+    console.print(report_load.fleet_table(store.data), soft_wrap=True)
     finish(store, plot)
 
 
@@ -84,4 +94,38 @@ def vllm_backend_command(
     ):  # fmt: skip
         store.put("vllm_backend", ("case", "dtype", "block_size", "threads"), entry)
         console.print(vllm_backend.line(entry))
+    finish(store, None)
+
+
+@app.command("remote")
+def remote_command(
+    python: Annotated[Path | None, typer.Option(help="A Python with vLLM, whose server is started.")] = None,
+    url: Annotated[str | None, typer.Option(help="A server of smollm2-adaptive that runs already.")] = None,
+    problems: Annotated[int, typer.Option(min=1, help="That the model answers by threads.")] = 16,
+    rounds: Rounds = 4,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the server that is started.")] = None,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.float32, json: Json = None,
+) -> None:  # fmt: skip
+    """Threads on a server beside the same threads one after another, through a RemoteEngine, in turns."""
+    import anabranch as ab
+
+    from .. import remote
+    from ..vllm_server import vllm_server
+
+    if (python is None) == (url is None):
+        raise typer.BadParameter("pass one of the two: --python starts a server, --url names one", param_hint="--url")
+    folder = ab.models.path("smollm2-adaptive")
+    store = start(None, json)
+    _, tokenizer = ab.models.load("smollm2-adaptive")
+    with nullcontext(url) if python is None else vllm_server(python, folder, dtype.value, threads=threads) as address:
+        assert address is not None
+        with ab.RemoteEngine(address, tokenizer) as engine:
+            for entry in remote.run(engine, problems, rounds, report=console.print):
+                entry |= {"model": "smollm2-adaptive", "dtype": dtype.value, "server_threads": threads}
+                store.put("remote", ("model", "dtype", "strategy", "server_threads"), entry)
+    spread = entry["ratios"]
+    console.print(
+        f"{entry['problems']} problems: × {entry['ratio']} in all; by problem × {spread['median']} "
+        f"({spread['least']} – {spread['most']}); {entry['same_tokens']} with the same tokens"
+    )
     finish(store, None)

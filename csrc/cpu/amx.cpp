@@ -18,7 +18,7 @@ size_t scratch_bytes(int packed_rows, int head_dim, int v_dim, int heads) {
 
 // Few rows stay with the other: bound by memory, they would leave most of a register idle.
 void unit(const Attention& a, int item, int begin, int end, void* scratch) {
-  if (a.type == Type::bf16 && a.stored == Stored::as_is) {
+  if (a.type == Type::bf16 && a.stored == Stored::as_is && parts_of(a, item) == 0) {
     const Unit u(a, item, begin);
     if (u.packed > STREAM_ROWS) return amx_unit(a, u, scratch);
   }

@@ -32,11 +32,13 @@ struct Share {
   int32_t item, begin, end;
 };
 
-// `together`: heads of an item with few rows.
-std::vector<Share> shares_of(const Attention& a, int together) {
+// The heads that a thread takes together of an item: `few` of one with few rows, `tree` of one with parts.
+std::vector<Share> shares_of(const Attention& a, int few, int tree) {
   std::vector<Share> shares;
   for (int32_t i = 0; i < a.num_items; ++i) {
-    const int each = a.items[8 * int64_t(i) + 3] * a.group > STREAM_ROWS ? 1 : together;
+    const int parts = parts_of(a, i);
+    if (parts < 0) continue;
+    const int each = parts > 0 ? tree : a.items[8 * int64_t(i) + 3] * a.group > STREAM_ROWS ? 1 : few;
     for (int32_t h = 0; h < a.num_kv_heads; h += each) shares.push_back({i, h, std::min(h + each, a.num_kv_heads)});
   }
   return shares;
@@ -130,22 +132,38 @@ const Kernels& active() {
 
 void attention(Attention& a, int threads) {
   const Kernels& kernels = active();
-  int rows = 1, few = 0;
+  int rows = 1, subtree_rows = 1, few = 0, trees = 0;
   int64_t work = 0;
   for (int i = 0; i < a.num_items; ++i) {
     const int32_t* item = a.items + 8 * int64_t(i);
-    rows = std::max(rows, item[3] * a.group);
-    few += item[3] * a.group <= STREAM_ROWS;
+    const int packed = item[3] * a.group, parts = parts_of(a, i);
     work += int64_t(item[1]) * item[3] * a.num_q_heads;
+    if (parts < 0) continue;
+    if (parts > 0) {
+      subtree_rows = std::max(subtree_rows, packed);
+      ++trees;
+      continue;
+    }
+    rows = std::max(rows, packed);
+    few += packed <= STREAM_ROWS;
   }
   if (work * (a.head_dim + a.v_dim) < SERIAL_WORK) threads = 1;
-  int together = std::min(a.num_kv_heads, kernels.stream_heads(a.head_dim, a.v_dim));
-  const auto shares_of_few = [&] { return few * ((a.num_kv_heads + together - 1) / together); };
-  while (together > 1 && threads > 1 && shares_of_few() < SHARES_PER_THREAD * threads) together = (together + 1) / 2;
-  const std::vector<Share> shares = shares_of(a, together);
+  // Fewer heads together where there would be too few shares for the threads.
+  const auto together = [&](int most, int items) {
+    int heads = std::min(a.num_kv_heads, most);
+    const auto count = [&] { return items * ((a.num_kv_heads + heads - 1) / heads); };
+    while (heads > 1 && threads > 1 && count() < SHARES_PER_THREAD * threads) heads = (heads + 1) / 2;
+    return heads;
+  };
+  const int few_heads = together(kernels.stream_heads(a.head_dim, a.v_dim), few);
+  const int tree_heads = together(kernels.subtree_heads(subtree_rows, a.head_dim, a.v_dim), trees);
+  const std::vector<Share> shares = shares_of(a, few_heads, tree_heads);
   const int64_t partials = a.num_merge ? a.merge_ptr[a.num_merge] : 0, entries = partials * a.num_q_heads;
   const size_t line = 64, head = (size_t(entries) * 4 + line - 1) / line * line;
-  const size_t each = (kernels.scratch_bytes(rows, a.head_dim, a.v_dim, together) + line - 1) / line * line;
+  size_t scratch_bytes = kernels.scratch_bytes(rows, a.head_dim, a.v_dim, few_heads);
+  if (trees > 0)
+    scratch_bytes = std::max(scratch_bytes, kernels.subtree_scratch(subtree_rows, a.head_dim, a.v_dim, tree_heads));
+  const size_t each = (scratch_bytes + line - 1) / line * line;
   Lease space;
   space->reserve(2 * head + size_t(entries) * a.v_dim * 4 + line + each * size_t(threads));
   a.part_m = reinterpret_cast<float*>(space->data);

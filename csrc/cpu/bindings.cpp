@@ -13,6 +13,7 @@
 #include "cpu/attention.hpp"
 #include "cpu/openmp.hpp"
 #include "cpu/parallel.hpp"
+#include "cpu/recording.hpp"
 
 namespace py = pybind11;
 using namespace anabranch::cpu;
@@ -44,10 +45,19 @@ int log2_or_minus_one(int n) {
   return -1;
 }
 
-void py_attention(int type, int head_dim, int num_q_heads, int num_kv_heads, int page_size, const Strided3& q,
-                  const Paged& k, const Paged& v, const std::array<int64_t, 10>& plan, int num_items, int num_merge,
-                  float scale, float softcap, int64_t window, int64_t sinks, int64_t out, int64_t lse, int threads,
-                  int v_dim, const Quantised& quantised) {
+// Addresses of the plan's nine arrays, tokens of a strip.
+using PlanArrays = std::array<int64_t, 10>;
+
+StepArrays step_arrays(const PlanArrays& plan, int num_items, int num_merge, int64_t slots = 0) {
+  StepArrays step{{}, log2_or_minus_one(int(plan.back())), num_items, num_merge, pointer<int32_t>(slots)};
+  for (size_t i = 0; i < step.plan.size(); ++i) step.plan[i] = pointer<int32_t>(plan[i]);
+  return step;
+}
+
+// All but the plan.
+Attention attention_of(int type, int head_dim, int num_q_heads, int num_kv_heads, int page_size, const Strided3& q,
+                       const Paged& k, const Paged& v, float scale, float softcap, int64_t window, int64_t sinks,
+                       int64_t out, int64_t lse, int v_dim, const Quantised& quantised) {
   Attention a{};
   a.type = Type(type);
   a.stored = Stored(quantised[0]);
@@ -63,12 +73,6 @@ void py_attention(int type, int head_dim, int num_q_heads, int num_kv_heads, int
   a.v = pool(v, quantised, 5);
   a.page_size = page_size;
   a.page_shift = log2_or_minus_one(page_size);
-  const int32_t** arrays[] = {&a.items, &a.kv_strips,     &a.kv_spelled, &a.rows,     &a.limits,
-                              &a.dest,  &a.row_positions, &a.merge_rows, &a.merge_ptr};
-  for (size_t i = 0; i < std::size(arrays); ++i) *arrays[i] = pointer<int32_t>(plan[i]);
-  a.strip_shift = log2_or_minus_one(int(plan.back()));
-  a.num_items = num_items;
-  a.num_merge = num_merge;
   a.scale = scale;
   a.softcap = softcap;
   a.windowed = window >= 0;
@@ -76,20 +80,72 @@ void py_attention(int type, int head_dim, int num_q_heads, int num_kv_heads, int
   a.sinks = pointer<float>(sinks);
   a.out = pointer<void>(out);
   a.lse = pointer<float>(lse);
+  return a;
+}
+
+void py_attention(int type, int head_dim, int num_q_heads, int num_kv_heads, int page_size, const Strided3& q,
+                  const Paged& k, const Paged& v, const PlanArrays& plan, int num_items, int num_merge, float scale,
+                  float softcap, int64_t window, int64_t sinks, int64_t out, int64_t lse, int threads, int v_dim,
+                  const Quantised& quantised) {
+  Attention a = attention_of(type, head_dim, num_q_heads, num_kv_heads, page_size, q, k, v, scale, softcap, window, sinks,
+                             out, lse, v_dim, quantised);
+  set_plan(a, step_arrays(plan, num_items, num_merge));
   py::gil_scoped_release release;
   attention(a, threads);
+}
+
+Write write_of(int type, int head_dim, int num_kv_heads, int page_size, const Strided3& src, const Pool& dst, int64_t slots,
+               const Quantised& quantised) {
+  return {Type(type), Stored(quantised[0]), head_dim, num_kv_heads, page_size, pointer<void>(src[0]), src[1],
+          src[2],     dst, pointer<int32_t>(slots)};
 }
 
 void py_write(int type, const std::array<int, 2>& head_dims, int num_kv_heads, int page_size, const Strided3& k, const Strided3& v,
               const Paged& k_pages, const Paged& v_pages, int64_t slots, int64_t rows, int threads,
               const Quantised& quantised) {
   const auto one = [&](const Strided3& src, int head_dim, const Pool& dst) {
-    return Write{Type(type), Stored(quantised[0]), head_dim, num_kv_heads,   page_size,     pointer<void>(src[0]), src[1],
-                 src[2],     dst, pointer<int32_t>(slots)};
+    return write_of(type, head_dim, num_kv_heads, page_size, src, dst, slots, quantised);
   };
   py::gil_scoped_release release;
   write(one(k, head_dims[0], pool(k_pages, quantised, 1)), one(v, head_dims[1], pool(v_pages, quantised, 5)), rows,
         threads);
+}
+
+using Place = std::pair<int, int64_t>;  // an Argument
+
+Argument argument(const Place& p) { return {p.first, p.second}; }
+
+void record_kernel(Recording& r, int64_t function, const std::vector<Place>& arguments) {
+  std::vector<Argument> all;
+  for (const Place& p : arguments) all.push_back(argument(p));
+  r.kernel(pointer<void>(function), std::move(all));
+}
+
+void record_linear(Recording& r, int type, int64_t rows, int64_t k, const Place& x, int64_t x_row,
+                   const std::vector<std::tuple<int64_t, Place, int64_t, Place, Place>>& layers) {
+  std::vector<Recording::Layer> all;
+  for (const auto& [n, w, w_row, bias, out] : layers)
+    all.push_back({n, argument(w), w_row, argument(bias), argument(out)});
+  r.linear(Type(type), rows, k, argument(x), x_row, std::move(all));
+}
+
+void record_tree(Recording& r, int type, int num_q_heads, int num_kv_heads, int page_size, const std::array<int, 2>& head_dims,
+                 int64_t rows, const std::array<Place, 4>& q_k_v_out, const std::array<std::array<int64_t, 2>, 3>& strides,
+                 const Paged& k_pages, const Paged& v_pages, float scale, float softcap, int64_t window, int64_t sinks,
+                 const Quantised& quantised) {
+  const auto of = [&](int i) { return Strided3{0, strides[size_t(i)][0], strides[size_t(i)][1]}; };
+  const Attention a = attention_of(type, head_dims[0], num_q_heads, num_kv_heads, page_size, of(0), k_pages, v_pages, scale,
+                                   softcap, window, sinks, 0, 0, head_dims[1], quantised);
+  r.tree({a, write_of(type, head_dims[0], num_kv_heads, page_size, of(1), a.k, 0, quantised),
+          write_of(type, head_dims[1], num_kv_heads, page_size, of(2), a.v, 0, quantised), rows,
+          argument(q_k_v_out[0]), argument(q_k_v_out[1]), argument(q_k_v_out[2]), argument(q_k_v_out[3])});
+}
+
+void run_recording(const Recording& r, const std::vector<int64_t>& bases, const PlanArrays& plan, int num_items, int num_merge,
+                   int64_t slots, int threads) {
+  const StepArrays step = step_arrays(plan, num_items, num_merge, slots);
+  py::gil_scoped_release release;
+  r.run(bases, step, threads);
 }
 
 void py_copy(int64_t data, int64_t planes, int64_t heads, const std::array<int64_t, 4>& byte_strides, int64_t src,
@@ -257,6 +313,23 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("write_kv", &py_write, py::arg("type"), py::arg("head_dims"), py::arg("num_kv_heads"), py::arg("page_size"),
         py::arg("k"), py::arg("v"), py::arg("k_pages"), py::arg("v_pages"), py::arg("slots"), py::arg("rows"),
         py::arg("threads"), py::arg("quantised") = NOT_QUANTISED, "head_dims: of K, of V; v may be 0: K alone. quantised: as for attention.");
+  py::class_<Recording>(m, "Recording",
+                        "Kernel calls that are made again and again. A place is (base, offset): the address bases[base] + "
+                        "offset of a run; base 0 is 0, so that offset is an address that stays, or a number.")
+      .def(py::init<>())
+      .def("kernel", &record_kernel, py::arg("function"), py::arg("arguments"),
+           "A C function of 64-bit integers and pointers: its address, and a place for each.")
+      .def("linear", &record_linear, py::arg("type"), py::arg("rows"), py::arg("k"), py::arg("x"), py::arg("x_row"),
+           py::arg("layers"), "As linear_of_one, with places: (n, w, w_row, bias, out) of each layer.")
+      .def("tree", &record_tree, py::arg("type"), py::arg("num_q_heads"), py::arg("num_kv_heads"), py::arg("page_size"),
+           py::arg("head_dims"), py::arg("rows"), py::arg("q_k_v_out"), py::arg("strides"), py::arg("k_pages"),
+           py::arg("v_pages"), py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("sinks"),
+           py::arg("quantised") = NOT_QUANTISED,
+           "write_kv, then attention. head_dims: of K, of V; strides: row and head of q, k, v; the plan comes with a run.")
+      .def("run", &run_recording, py::arg("bases"), py::arg("plan"), py::arg("num_items"), py::arg("num_merge"),
+           py::arg("slots"), py::arg("threads"), "All calls in order; plan, num_items, num_merge as for attention.")
+      .def("__len__", &Recording::size)
+      .def_property_readonly_static("most_arguments", [](const py::object&) { return Recording::MOST_ARGUMENTS; });
   m.def("copy_pages", &py_copy, py::arg("data"), py::arg("planes"), py::arg("heads"), py::arg("byte_strides"),
         py::arg("src"), py::arg("dst"), py::arg("filled"), py::arg("count"), py::arg("threads"),
         py::arg("scales") = std::array<int64_t, 4>{},
@@ -278,6 +351,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("large_pages", [](int64_t data, int64_t bytes) { return large_pages(pointer<void>(data), bytes); },
         py::arg("data"), py::arg("bytes"), "Ask the system to back this memory with large pages; whether it will try.");
   m.def("use", &use, py::arg("isa"), "Choose the instruction set by name; '' returns to the default.");
+  m.def("isa", [] { return active().isa; }, "The instruction set in use.");
   m.def("info", &info, "isa, vector_bytes, compiled, runnable, parallel, openmp (torch's library).");
   m.def("score_best", &py_score_best, py::arg("type"), py::arg("scores"), py::arg("best"), py::arg("token"),
         py::arg("threads"), "scores: address, rows, size, row stride; best float32 [rows], token int64 [rows].");

@@ -10,6 +10,7 @@
 #include "cpu/quantise.hpp"
 #include "cpu/scores.hpp"
 #include "cpu/stream.hpp"
+#include "cpu/subtree.hpp"
 
 #ifndef ANABRANCH_ISA
 #define ANABRANCH_ISA plain
@@ -25,6 +26,18 @@ int stream_heads(int head_dim, int v_dim) {
   return heads > 1 ? heads : 1;
 }
 
+// As many as leave their Q, twice, and output in the same.
+int subtree_heads(int packed_rows, int head_dim, int v_dim) {
+  const int each = packed_rows * (2 * round_up(head_dim, W) + round_up(v_dim, W)) * int(sizeof(float));
+  return (256 << 10) / each > 1 ? (256 << 10) / each : 1;
+}
+
+size_t subtree_scratch(int packed_rows, int head_dim, int v_dim, int heads) {
+  size_t bytes;
+  SubtreeScratch<float>(nullptr, packed_rows, head_dim, v_dim, heads, &bytes);
+  return bytes;
+}
+
 size_t scratch_bytes(int packed_rows, int head_dim, int v_dim, int heads) {
   size_t packed, stream;
   PackedScratch<float>(nullptr, packed_rows, head_dim, v_dim, &packed);  // pairs need no more
@@ -33,7 +46,19 @@ size_t scratch_bytes(int packed_rows, int head_dim, int v_dim, int heads) {
 }
 
 template <class T>
+void subtree_of(const Attention& a, int item, int begin, int end, void* scratch) {
+  if (a.stored == Stored::i8) return subtree_unit<T, float, i8>(a, item, begin, end, scratch);
+  if (a.stored == Stored::e4m3) return subtree_unit<T, float, e4m3>(a, item, begin, end, scratch);
+#ifdef ANABRANCH_BF16_PAIRS
+  if constexpr (std::is_same_v<T, bf16>)
+    if (a.head_dim % (2 * W) == 0 && a.v_dim % (2 * W) == 0) return subtree_unit<T, pair>(a, item, begin, end, scratch);
+#endif
+  subtree_unit<T, float>(a, item, begin, end, scratch);
+}
+
+template <class T>
 void unit_of(const Attention& a, int item, int begin, int end, void* scratch) {
+  if (parts_of(a, item) > 0) return subtree_of<T>(a, item, begin, end, scratch);
   Unit u(a, item, begin);
   const bool few = u.packed <= STREAM_ROWS;
   if (a.stored == Stored::i8)
@@ -91,7 +116,7 @@ void merge(const Attention& a, int64_t begin, int64_t end) {
 
 const Kernels& ANABRANCH_NAMED(kernels_, ANABRANCH_ISA)() {
   static constexpr Kernels table = {ANABRANCH_STRING(ANABRANCH_ISA), ANABRANCH_VECTOR_BYTES, stream_heads,
-                                    scratch_bytes, unit, merge, quantise, linear_wide, linear_scratch, linear_pack, linear,
+                                    scratch_bytes, subtree_heads, subtree_scratch, unit, merge, quantise, linear_wide, linear_scratch, linear_pack, linear,
                                     branch_lanes, PANEL, branch_scratch, branch_row_bytes, branch_forward,
                                     branch_backward, branch_reduce, score_peaks, score_masses, score_read,
                                     exponentials};

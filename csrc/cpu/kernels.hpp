@@ -48,6 +48,9 @@ struct Attention {
   float *part_m, *part_l, *part_acc;  // [partials, num_q_heads], the same, [partials, num_q_heads, E]
 };
 
+// How many of the items behind this one are parts of it; -1: it is one.
+static inline int parts_of(const Attention& a, int item) { return a.items[8 * int64_t(item) + 7]; }
+
 struct Write {  // new rows of K or V into their slots
   Type type;      // of src
   Stored stored;  // in dst
@@ -117,13 +120,16 @@ struct Branch {
   int num_parts;
 };
 
-// The functions of one instruction set. `unit` is an item for KV heads [begin, end), one unless its rows are few; `merge`
+// The functions of one instruction set. `unit` is an item for KV heads [begin, end), one unless its rows are few or it
+// has parts; `merge`
 // takes merge entries [begin, end).
 struct Kernels {
   const char* isa;
   int vector_bytes;
   int (*stream_heads)(int head_dim, int v_dim);  // of an item of few rows: so many at a time at most
   size_t (*scratch_bytes)(int packed_rows, int head_dim, int v_dim, int heads);
+  int (*subtree_heads)(int packed_rows, int head_dim, int v_dim);  // of an item with parts: so many at a time at most
+  size_t (*subtree_scratch)(int packed_rows, int head_dim, int v_dim, int heads);
   void (*unit)(const Attention&, int item, int begin, int end, void* scratch);
   void (*merge)(const Attention&, int64_t begin, int64_t end);
   void (*quantise)(const Write&, int64_t row, int head);  // one vector into its slot, its factor into the scales

@@ -323,12 +323,78 @@ void start_rows(const Attention& a, const Unit& u, const Rows& w) {
   memset(w.o, 0, size_t(w.rows) * w.dv * 4);
 }
 
-// S: the type of K and V, T unless they are quantised.
+// What the packed rows [first, end) do with a tile of tokens, whose rows and slots are in w; those of other rows' m and l
+// that share a panel with them stay as they are. S: the type of K and V.
+template <class E, class S>
+void packed_tile(const Attention& a, int head, const Tile& tile, const PackedScratch<E>& w, int first, int end,
+                 Fetcher& fetcher) {
+  const int d = a.head_dim;
+  const float factor = query_factor(a);
+  const auto value = [&](int j) { return static_cast<const S*>(w.here[TILE + j]); };
+  if constexpr (STEP<E> == 2) {
+    for (int j = 0; j < tile.n; j += 2)
+      pack_value(value(j), j + 1 < tile.n ? value(j + 1) : nullptr, a.v_dim, w.dv, j / 2, w.v);
+  } else {
+    for (int j = 0; j < tile.n; ++j) {
+      const int32_t slot = w.slots[j];
+      if constexpr (sizeof(S) < sizeof(float))
+        copy_row(static_cast<const S*>(w.here[j]), d, w.k + int64_t(j) * d, scale_at<S>(a.k, a, head, slot));
+      pack_value(value(j), a.v_dim, w.dv, j, w.v, scale_at<S>(a.v, a, head, slot));
+    }
+    if constexpr (sizeof(S) < sizeof(float))
+      for (int j = 0; j < TILE; ++j) w.here[j] = w.k + int64_t(j) * d;
+  }
+  const bool exact = tile.cut() && !all_finite(w.v, tile.n, w.dv);
+  for (int row = first / PANEL * PANEL; row < end; row += PANEL) {
+    const int width = smaller(PANEL, w.rows - row), from = first > row ? first - row : 0, to = smaller(width, end - row);
+    int n = tile.n;
+    if (tile.limited) {  // tokens that no row of this panel sees
+      int most = 0;
+      for (int i = from; i < to; ++i) most = w.limit[row + i] > most ? w.limit[row + i] : most;
+      n = smaller(n, most - tile.begin);
+      if (n <= 0) continue;
+    }
+    const E* q = w.q + int64_t(row) * d / STEP<E>;
+    const E* p;
+    float *m = w.m + row, *l = w.l + row, *alpha = w.alpha + row, kept[2][PANEL];
+    const bool others = from > 0 || to < width;
+    if (others) {
+      memcpy(kept[0], m, size_t(width) * sizeof(float));
+      memcpy(kept[1], l, size_t(width) * sizeof(float));
+    }
+    if (width == PANEL) {
+      scores<2>(q, d, w.here, n, w.s, fetcher, factor);
+      if (a.softcap > 0 || tile.cut()) cap_and_mask<2>(a, tile, w, row, n, w.s);
+      p = online_softmax<2, E>(w.s, n, m, l, alpha);
+    } else {
+      scores<1>(q, d, w.here, n, w.s, fetcher, factor);
+      if (a.softcap > 0 || tile.cut()) cap_and_mask<1>(a, tile, w, row, n, w.s);
+      p = online_softmax<1, E>(w.s, n, m, l, alpha);
+    }
+    if (others)
+      for (int i = 0; i < width; ++i) {
+        if (i >= from && i < to) continue;
+        m[i] = kept[0][i];
+        l[i] = kept[1][i];
+      }
+    float* o = w.o + int64_t(row) * w.dv;
+    const int rows = to - from;
+    if (exact) {
+      weigh_visible(rows, p + from, width, w.v, n, o + int64_t(from) * w.dv, w.dv, alpha + from);
+      continue;
+    }
+    const int parts = (rows + LONG - 1) / LONG;
+    for (int b = 0; b < parts; ++b) {
+      const int begin = from + rows * b / parts, stop = from + rows * (b + 1) / parts;
+      weigh(stop - begin, p + begin, width, w.v, n, o + int64_t(begin) * w.dv, w.dv, alpha + begin);
+    }
+  }
+}
+
 template <class T, class E, class S = T>
 void packed_unit(const Attention& a, const Unit& u, void* base) {
-  const int d = a.head_dim, v_dim = a.v_dim;
-  const float factor = query_factor(a);
-  PackedScratch<E> w(base, u.packed, d, v_dim);
+  const int d = a.head_dim;
+  PackedScratch<E> w(base, u.packed, d, a.v_dim);
   const auto locate = [&](int begin, const void** rows) {  // returns the end of the pointers that are rows
     int n = smaller(TILE, u.n - begin);
     if (n <= 0) return 0;
@@ -354,51 +420,7 @@ void packed_unit(const Attention& a, const Unit& u, void* base) {
     if (tile.hidden) continue;
     // (of V's rows as many bytes as of K's: behind a row is the next one)
     Fetcher fetcher(w.next, coming, d * int(sizeof(S)), steps);
-    const auto value = [&](int j) { return static_cast<const S*>(w.here[TILE + j]); };
-    if constexpr (STEP<E> == 2) {
-      for (int j = 0; j < tile.n; j += 2)
-        pack_value(value(j), j + 1 < tile.n ? value(j + 1) : nullptr, v_dim, w.dv, j / 2, w.v);
-    } else {
-      for (int j = 0; j < tile.n; ++j) {
-        const int32_t slot = w.slots[j];
-        if constexpr (sizeof(S) < sizeof(float))
-          copy_row(static_cast<const S*>(w.here[j]), d, w.k + int64_t(j) * d, scale_at<S>(a.k, a, u.head, slot));
-        pack_value(value(j), v_dim, w.dv, j, w.v, scale_at<S>(a.v, a, u.head, slot));
-      }
-      if constexpr (sizeof(S) < sizeof(float))
-        for (int j = 0; j < TILE; ++j) w.here[j] = w.k + int64_t(j) * d;
-    }
-    bool exact = tile.cut() && !all_finite(w.v, tile.n, w.dv);
-    for (int row = 0; row < w.rows; row += PANEL) {
-      int width = smaller(PANEL, w.rows - row), rows = smaller(width, u.packed - row), n = tile.n;
-      if (tile.limited) {  // tokens that no row of this panel sees
-        int most = 0;
-        for (int i = 0; i < rows; ++i) most = w.limit[row + i] > most ? w.limit[row + i] : most;
-        n = smaller(n, most - begin);
-        if (n <= 0) continue;
-      }
-      const E* q = w.q + int64_t(row) * d / STEP<E>;
-      const E* p;
-      if (width == PANEL) {
-        scores<2>(q, d, w.here, n, w.s, fetcher, factor);
-        if (a.softcap > 0 || tile.cut()) cap_and_mask<2>(a, tile, w, row, n, w.s);
-        p = online_softmax<2, E>(w.s, n, w.m + row, w.l + row, w.alpha + row);
-      } else {
-        scores<1>(q, d, w.here, n, w.s, fetcher, factor);
-        if (a.softcap > 0 || tile.cut()) cap_and_mask<1>(a, tile, w, row, n, w.s);
-        p = online_softmax<1, E>(w.s, n, w.m + row, w.l + row, w.alpha + row);
-      }
-      float* o = w.o + int64_t(row) * w.dv;
-      if (exact) {
-        weigh_visible(rows, p, width, w.v, n, o, w.dv, w.alpha + row);
-        continue;
-      }
-      int parts = (rows + LONG - 1) / LONG;
-      for (int b = 0; b < parts; ++b) {
-        int from = rows * b / parts, to = rows * (b + 1) / parts;
-        weigh(to - from, p + from, width, w.v, n, o + int64_t(from) * w.dv, w.dv, w.alpha + row + from);
-      }
-    }
+    packed_tile<E, S>(a, u.head, tile, w, 0, u.packed, fetcher);
   }
   for (int row = 0; row < u.packed; ++row) emit<T>(a, u, row, w.m[row], w.l[row], w.o + int64_t(row) * w.dv);
 }

@@ -185,12 +185,12 @@ ANABRANCH_INLINE StreamSteps<T, E> steps_for(int rows, bool first) {
 }
 
 template <class T, class E>
-void stream_queries(const Attention& a, const Unit& u, const StreamScratch<E>& w, E* q) {
+void stream_queries(const Attention& a, const Unit& u, int dk, E* q) {
   const int d = a.head_dim;
   const float factor = query_factor(a);
   for (int r = 0; r < u.packed; ++r) {
     const T* from = query<T>(a, u, r);
-    for (int c = 0; c < w.dk; c += STEP<E>, ++q) {
+    for (int c = 0; c < dk; c += STEP<E>, ++q) {
       if constexpr (STEP<E> == 1) *q = c < d ? to_float(from[c]) * factor : 0;
       else *q = pair_of(from[c], from[c + 1]);  // not scaled: the scores are
     }
@@ -220,6 +220,67 @@ void pad_rows(const S** rows, int n, int d, int padded, S* copies) {
   }
 }
 
+// The steps of at most STREAM_ROWS rows: one block of up to four, or two of nearly equal size.
+template <class S, class E>
+struct StreamBlocks {
+  int rows, cut;
+  StreamSteps<S, E> head, tail;
+  explicit StreamBlocks(int rows)
+      : rows(rows), cut(rows <= STREAM_BLOCK ? rows : (rows + 1) / 2), head(steps_for<S, E>(cut, true)),
+        tail(steps_for<S, E>(rows > cut ? rows - cut : 1, false)) {}
+};
+
+// The rows of a tile's tokens for one head, and those that are read next.
+template <class S>
+struct StreamRows {
+  const S *k[STREAM_TILE], *v[STREAM_TILE], *next_k[STREAM_TILE], *next_v[STREAM_TILE];
+};
+
+// What one head of a unit does with a tile. q, o, m, l: its rows'.
+template <class E, class S>
+ANABRANCH_INLINE void stream_tile(const Attention& a, const Unit& u, const Tile& tile, const StreamBlocks<S, E>& blocks,
+                                  StreamRows<S>& at, const int32_t* slots, const StreamScratch<E>& w, const E* q,
+                                  float* o, float* m, float* l) {
+  const int d = a.head_dim, v_dim = a.v_dim, dk = w.dk, dv = w.dv, rows = blocks.rows, cut = blocks.cut;
+  const float factor = query_factor(a);
+  const S **k = at.k, **v = at.v;
+  if (dk != d) {
+    pad_rows(k, tile.n, d, dk, static_cast<S*>(w.k_pad));
+    for (int j = tile.n; j < STREAM_TILE; ++j) k[j] = k[0];
+  }
+  if (dv != v_dim) pad_rows(v, tile.n, v_dim, dv, static_cast<S*>(w.v_pad));
+  float k_scale[STREAM_TILE] = {}, v_scale[STREAM_TILE] = {};
+  if constexpr (QUANTISED<S>)
+    for (int j = 0; j < tile.n; ++j) {
+      k_scale[j] = scale_at<S>(a.k, a, u.head, slots[j]);
+      v_scale[j] = scale_at<S>(a.v, a, u.head, slots[j]);
+    }
+  float alpha[STREAM_ROWS];
+  blocks.head.dots(q, dk, k, at.next_k, tile.n, w.s, factor);
+  if (rows > cut) blocks.tail.dots(q + cut * dk / STEP<E>, dk, k, at.next_k, tile.n, w.s + cut * STREAM_TILE, factor);
+  for (int r = 0; r < rows; ++r) {
+    float* s = w.s + r * STREAM_TILE;
+    if constexpr (QUANTISED<S>) scale_scores(k_scale, s);
+    alpha[r] = online_softmax_row<E>(a, u, tile, r, s, m + r, l + r);
+    if constexpr (QUANTISED<S>) scale_weights(v_scale, s);
+  }
+  const E* p = reinterpret_cast<const E*>(w.s);
+  if (tile.cut() && !all_finite(v, tile.n, dv)) {  // 0 · NaN must not reach the rows that do not see it
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < v_dim; ++c) {
+        float x = 0;
+        for (int j = 0; j < tile.n; ++j) {
+          const float weight = part(p[r * STREAM_TILE + j / STEP<E>], j);
+          if (weight != 0) x += weight * to_float(v[j][c]);
+        }
+        o[r * dv + c] = o[r * dv + c] * alpha[r] + x;
+      }
+    return;
+  }
+  blocks.head.weigh(p, v, tile.n, at.next_v, o, dv, alpha);
+  if (rows > cut) blocks.tail.weigh(p + cut * STREAM_TILE, v, tile.n, at.next_v, o + cut * dv, dv, alpha + cut);
+}
+
 // An item for KV heads [u.head, head_end).
 //
 // Quantised K and V (of type S) go through the products as the numbers they are stored as. A token's factor for K
@@ -229,10 +290,9 @@ void stream_unit(const Attention& a, Unit& u, int head_end, void* scratch) {
   const int d = a.head_dim, v_dim = a.v_dim, rows = u.packed, first = u.head, heads = head_end - first;
   const StreamScratch<E> w(scratch, d, v_dim, heads);
   const int dk = w.dk, dv = w.dv, q_each = STREAM_ROWS * dk, o_each = STREAM_ROWS * dv;  // of a head's Q and output
-  const float factor = query_factor(a);
   for (int h = 0; h < heads; ++h) {
     u.head = first + h;
-    stream_queries<T, E>(a, u, w, w.q + h * (q_each / STEP<E>));
+    stream_queries<T, E>(a, u, dk, w.q + h * (q_each / STEP<E>));
     memset(w.o + h * o_each, 0, size_t(rows) * dv * sizeof(float));
     for (int r = 0; r < rows; ++r) {
       w.m[h * STREAM_ROWS + r] = -INF;
@@ -240,9 +300,8 @@ void stream_unit(const Attention& a, Unit& u, int head_end, void* scratch) {
     }
   }
   memset(w.zeros, 0, size_t(dv) * sizeof(S));
-  // One block of up to four rows, or two of nearly equal size.
-  const int cut = rows <= STREAM_BLOCK ? rows : (rows + 1) / 2;
-  const StreamSteps<S, E> head = steps_for<S, E>(cut, true), tail = steps_for<S, E>(rows > cut ? rows - cut : 1, false);
+  const StreamBlocks<S, E> blocks(rows);
+  StreamRows<S> at_rows;
   int32_t slots[2 * STREAM_TILE], positions[STREAM_TILE];
   const auto locate = [&](int begin, int half) {  // past the last token: any valid address, for prefetches and blocks
     const int n = smaller(STREAM_TILE, u.n - begin);
@@ -264,53 +323,19 @@ void stream_unit(const Attention& a, Unit& u, int head_end, void* scratch) {
     locate(begin + STREAM_TILE, STREAM_TILE - half);
     if (tile.hidden) continue;
     for (int h = 0; h < heads; ++h) {
-      const S *k[STREAM_TILE], *v[STREAM_TILE], *next_k[STREAM_TILE], *next_v[STREAM_TILE];
+      u.head = first + h;
       const bool turn = h + 1 == heads;  // what is read next: the next head of this tile, or the first of the next
       const int coming = turn ? STREAM_TILE - half : half;
       const int64_t k_at = h * a.k.head, v_at = h * a.v.head, k_next = turn ? 0 : k_at + a.k.head,
                     v_next = turn ? 0 : v_at + a.v.head;
       for (int j = 0; j < STREAM_TILE; ++j) {
-        k[j] = static_cast<const S*>(w.k[half + j]) + k_at;
-        v[j] = j < tile.n ? static_cast<const S*>(w.v[half + j]) + v_at : static_cast<const S*>(w.zeros);
-        next_k[j] = static_cast<const S*>(w.k[coming + j]) + k_next;
-        next_v[j] = static_cast<const S*>(w.v[coming + j]) + v_next;
+        at_rows.k[j] = static_cast<const S*>(w.k[half + j]) + k_at;
+        at_rows.v[j] = j < tile.n ? static_cast<const S*>(w.v[half + j]) + v_at : static_cast<const S*>(w.zeros);
+        at_rows.next_k[j] = static_cast<const S*>(w.k[coming + j]) + k_next;
+        at_rows.next_v[j] = static_cast<const S*>(w.v[coming + j]) + v_next;
       }
-      if (dk != d) {
-        pad_rows(k, tile.n, d, dk, static_cast<S*>(w.k_pad));
-        for (int j = tile.n; j < STREAM_TILE; ++j) k[j] = k[0];
-      }
-      if (dv != v_dim) pad_rows(v, tile.n, v_dim, dv, static_cast<S*>(w.v_pad));
-      float k_scale[STREAM_TILE] = {}, v_scale[STREAM_TILE] = {};
-      if constexpr (QUANTISED<S>)
-        for (int j = 0; j < tile.n; ++j) {
-          k_scale[j] = scale_at<S>(a.k, a, first + h, slots[half + j]);
-          v_scale[j] = scale_at<S>(a.v, a, first + h, slots[half + j]);
-        }
-      const E* q = w.q + h * (q_each / STEP<E>);
-      float *o = w.o + h * o_each, *m = w.m + h * STREAM_ROWS, *l = w.l + h * STREAM_ROWS, alpha[STREAM_ROWS];
-      head.dots(q, dk, k, next_k, tile.n, w.s, factor);
-      if (rows > cut) tail.dots(q + cut * dk / STEP<E>, dk, k, next_k, tile.n, w.s + cut * STREAM_TILE, factor);
-      for (int r = 0; r < rows; ++r) {
-        float* s = w.s + r * STREAM_TILE;
-        if constexpr (QUANTISED<S>) scale_scores(k_scale, s);
-        alpha[r] = online_softmax_row<E>(a, u, tile, r, s, m + r, l + r);
-        if constexpr (QUANTISED<S>) scale_weights(v_scale, s);
-      }
-      const E* p = reinterpret_cast<const E*>(w.s);
-      if (tile.cut() && !all_finite(v, tile.n, dv)) {  // 0 · NaN must not reach the rows that do not see it
-        for (int r = 0; r < rows; ++r)
-          for (int c = 0; c < v_dim; ++c) {
-            float x = 0;
-            for (int j = 0; j < tile.n; ++j) {
-              const float weight = part(p[r * STREAM_TILE + j / STEP<E>], j);
-              if (weight != 0) x += weight * to_float(v[j][c]);
-            }
-            o[r * dv + c] = o[r * dv + c] * alpha[r] + x;
-          }
-        continue;
-      }
-      head.weigh(p, v, tile.n, next_v, o, dv, alpha);
-      if (rows > cut) tail.weigh(p + cut * STREAM_TILE, v, tile.n, next_v, o + cut * dv, dv, alpha + cut);
+      stream_tile(a, u, tile, blocks, at_rows, slots + half, w, w.q + h * (q_each / STEP<E>), w.o + h * o_each,
+                  w.m + h * STREAM_ROWS, w.l + h * STREAM_ROWS);
     }
   }
   for (int h = 0; h < heads; ++h) {

@@ -1,7 +1,7 @@
 // Short runs that are cheaper to read several times than to have partial results of their own.
 #pragma once
 
-#include "plan/runs.hpp"
+#include "plan/subtrees.hpp"
 
 namespace anabranch {
 
@@ -11,6 +11,6 @@ struct Absorbed {
   i64 count = 0;
 };
 
-Absorbed absorb(const Runs& runs, const PlanParams& params);
+Absorbed absorb(const Runs& runs, const Subtrees& subtrees, const PlanParams& params);
 
 }  // namespace anabranch

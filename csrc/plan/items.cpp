@@ -60,10 +60,49 @@ void limits_of_rows(const Contexts& c, const Runs& runs, const Absorbed& absorbe
   }
 }
 
+// A tile of a subtree: an item with its rows and no tokens, then its parts.
+void add_subtree(const Contexts& c, const Runs& runs, const Absorbed& absorbed, const Subtrees& subtrees, size_t t,
+                 const Ranges& ranges, const PlanParams& p, const std::vector<Stored>& stored, Items& out) {
+  const Subtrees::Tile& tile = subtrees.tiles[t];
+  const size_t head = out.items.size();
+  Item item{};
+  item.row_begin = static_cast<i32>(out.rows.size());
+  item.row_count = tile.end - tile.begin;
+  for (i32 k = tile.begin; k < tile.end; ++k) {
+    const i32 row = c.row_ptr[subtrees.contexts[k]];
+    out.rows.push_back(row);
+    out.limits.push_back(0);
+    ++out.partials_of[c.out_of(row)];
+  }
+  out.items.push_back(item);
+  for (i32 i = subtrees.part_ptr[t]; i < subtrees.part_ptr[t + 1]; ++i) {
+    const Subtrees::Part& found = subtrees.parts[i];
+    const Stored& range = stored[ranges.first[found.run]];
+    Item part{};
+    part.kv_begin = range.place;
+    part.kv_len = static_cast<i32>(absorbed.length[found.run]);
+    part.row_begin = item.row_begin + found.begin - tile.begin;
+    part.row_count = found.end - found.begin;
+    part.kv_pos_max = range.max_position;
+    part.row_pos_min = std::numeric_limits<i32>::max();
+    for (i32 k = found.begin; k < found.end; ++k)
+      part.row_pos_min =
+          std::min(part.row_pos_min, static_cast<i32>(c.row_positions[c.row_ptr[subtrees.contexts[k]]]));
+    part.parts = kPart;
+    out.items[head].cost += part.kv_len * (8 + static_cast<i64>(part.row_count) * p.group);
+    if (runs.is_terminal[found.run] && runs.rows[found.run] == 1) {
+      out.tails[subtrees.contexts[found.begin]] = static_cast<i32>(out.items.size());
+      out.limits[part.row_begin] = part.kv_len;
+    }
+    out.items.push_back(part);
+    ++out.items[head].parts;
+  }
+}
+
 }  // namespace
 
-Items make_items(const Contexts& c, const Runs& runs, const Absorbed& absorbed, const Ranges& ranges,
-                 const PlanParams& p, const std::vector<Stored>& stored, const Strips& strips) {
+Items make_items(const Contexts& c, const Runs& runs, const Absorbed& absorbed, const Subtrees& subtrees,
+                 const Ranges& ranges, const PlanParams& p, const std::vector<Stored>& stored, const Strips& strips) {
   const HiddenTokens hidden = find_hidden(c, runs, absorbed);
   Items out;
   out.items.reserve(ranges.most_items);
@@ -74,7 +113,7 @@ Items make_items(const Contexts& c, const Runs& runs, const Absorbed& absorbed, 
   std::vector<i32> flat_rows;
   std::vector<i64> flat_limits;
   for (i32 r = 0; r < runs.count(); ++r) {
-    if (absorbed.absorbed[r]) continue;
+    if (absorbed.absorbed[r] || subtrees.fused[r]) continue;
     limits_of_rows(c, runs, absorbed, hidden, r, flat_rows, flat_limits);
     const i64 total = static_cast<i64>(flat_rows.size());
     const Stored* range = stored.data() + ranges.first[r];
@@ -109,6 +148,7 @@ Items make_items(const Contexts& c, const Runs& runs, const Absorbed& absorbed, 
       }
     }
   }
+  for (size_t t = 0; t < subtrees.tiles.size(); ++t) add_subtree(c, runs, absorbed, subtrees, t, ranges, p, stored, out);
   return out;
 }
 

@@ -2,12 +2,16 @@
 #pragma once
 
 #include "plan/ranges.hpp"
+#include "plan/subtrees.hpp"
 
 namespace anabranch {
+
+constexpr i32 kPart = -1;
 
 struct Item {
   i64 kv_begin;
   i32 kv_len, row_begin, row_count, masked, kv_pos_max, row_pos_min;
+  i32 parts;  // so many items behind this one are parts of it; kPart: it is one
   i64 cost;
 };
 
@@ -18,8 +22,8 @@ struct Items {
   std::vector<i32> tails;         // by context: the item that its next token goes to; -1 where there is none
 };
 
-Items make_items(const Contexts& contexts, const Runs& runs, const Absorbed& absorbed, const Ranges& ranges,
-                 const PlanParams& params, const std::vector<Stored>& stored, const Strips& strips);
+Items make_items(const Contexts& contexts, const Runs& runs, const Absorbed& absorbed, const Subtrees& subtrees,
+                 const Ranges& ranges, const PlanParams& params, const std::vector<Stored>& stored, const Strips& strips);
 
 // A row with one partial is written out directly; the partials of any other row are neighbours.
 struct Destinations {

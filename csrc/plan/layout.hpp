@@ -14,9 +14,9 @@ constexpr std::array<const char*, kSections> kSectionNames = {
     "kv_strips", "kv_spelled", "items", "rows", "limits", "dest", "row_positions", "merge_rows", "merge_ptr"};
 
 // Fields of a work item; it is padded to a power of two, so that a row of `items` is two aligned vector loads.
-enum ItemField { kKvBegin, kKvLen, kRowBegin, kRowCount, kMasked, kKvPosMax, kRowPosMin, kNamedFields };
+enum ItemField { kKvBegin, kKvLen, kRowBegin, kRowCount, kMasked, kKvPosMax, kRowPosMin, kParts, kNamedFields };
 constexpr std::array<const char*, kNamedFields> kItemFieldNames = {
-    "kv_begin", "kv_len", "row_begin", "row_count", "masked", "kv_pos_max", "row_pos_min"};
+    "kv_begin", "kv_len", "row_begin", "row_count", "masked", "kv_pos_max", "row_pos_min", "parts"};
 constexpr int kItemFields = 8;
 static_assert(kNamedFields <= kItemFields);
 

@@ -2,7 +2,6 @@
 #include "plan/plan.hpp"
 
 #include <algorithm>
-#include <numeric>
 
 #include "plan/items.hpp"
 
@@ -13,26 +12,33 @@ PlanData Planner::build(const Contexts& given, const PlanParams& p, Tails* tails
   const Contexts& c = p.fixed ? recut.contexts : given;
   const i32 batch = c.batch(), num_rows = c.row_ptr.back();
   const Runs runs = make_runs(c, !p.fixed);
-  const Absorbed absorbed = absorb(runs, p);
+  const Subtrees subtrees = find_subtrees(c, runs, p);
+  const Absorbed absorbed = absorb(runs, subtrees, p);
   const Ranges ranges = make_ranges(runs, absorbed, p);
   const i32 slack = tails == nullptr ? 0 : kSlack;
   Strips strips(c.page_size, ranges.count, ranges.kv_tokens + static_cast<i64>(batch) * slack);
   const std::vector<Stored> stored = store_tokens(c, runs, absorbed, ranges, slack, strips);
 
   PlanData out;
-  const Items made = make_items(c, runs, absorbed, ranges, p, stored, strips);
+  const Items made = make_items(c, runs, absorbed, subtrees, ranges, p, stored, strips);
   const std::vector<Item>& items = made.items;
   const Destinations to = make_destinations(c, made);
 
   // Most expensive first, so that what is left at the end is small; ties keep their order.
-  std::vector<i32> order(items.size()), place(items.size());
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<i32> heads, order, place(items.size());
+  for (size_t i = 0; i < items.size(); ++i)
+    if (items[i].parts != kPart) heads.push_back(static_cast<i32>(i));
   // With `narrow`, the items of few rows follow in an order of their own: a GPU runs them with smaller tiles.
   const auto wide = [&](i32 i) { return static_cast<i64>(items[i].row_count) * p.group > p.narrow; };
-  std::stable_sort(order.begin(), order.end(), [&](i32 a, i32 b) {
+  std::stable_sort(heads.begin(), heads.end(), [&](i32 a, i32 b) {
     return wide(a) != wide(b) ? wide(a) : items[a].cost > items[b].cost;
   });
-  for (size_t i = 0; i < order.size(); ++i) place[order[i]] = static_cast<i32>(i);
+  order.reserve(items.size());
+  for (i32 head : heads)
+    for (i32 i = head; i <= head + items[head].parts; ++i) {
+      place[i] = static_cast<i32>(order.size());
+      order.push_back(i);
+    }
   if (tails != nullptr) {
     tails->items.assign(batch, -1);
     tails->capacity.assign(batch, 0);
@@ -68,7 +74,7 @@ PlanData Planner::build(const Contexts& given, const PlanParams& p, Tails* tails
     field[kMasked] = item.masked;
     field[kKvPosMax] = item.kv_pos_max;
     field[kRowPosMin] = item.row_pos_min;
-    field[kRowPosMin + 1] = 0;
+    field[kParts] = item.parts;
   }
   std::copy(made.rows.begin(), made.rows.end(), out.section(kRows));
   std::copy(made.limits.begin(), made.limits.end(), out.section(kLimits));
@@ -85,6 +91,7 @@ PlanData Planner::build(const Contexts& given, const PlanParams& p, Tails* tails
   out.num_absorbed = absorbed.count;
   out.kv_tokens = ranges.kv_tokens;
   out.num_rows = num_rows;
+  out.most_parts = p.subtree > 0 ? p.parts : 0;
   out.num_wide = std::count_if(order.begin(), order.end(), wide);
   return out;
 }

@@ -60,10 +60,13 @@ struct PlanParams {
   i32 num_kv_heads;
   i32 elem_size;     // bytes of one KV element
   i32 narrow = 0;    // items of at most this many packed rows come after all others (0: one order for all)
+  i32 subtree = 0;     // packed rows of an item that holds a subtree, at most (0: there are no such items)
+  i32 parts = 0;       // of such an item, at most (0: any number)
   bool fixed = false;  // a row's token ranges depend on its own context alone: borders at multiples of `chunk`
   bool operator==(const PlanParams& o) const {
     return group == o.group && tile == o.tile && chunk == o.chunk && parallelism == o.parallelism &&
-           num_kv_heads == o.num_kv_heads && elem_size == o.elem_size && narrow == o.narrow && fixed == o.fixed;
+           num_kv_heads == o.num_kv_heads && elem_size == o.elem_size && narrow == o.narrow && subtree == o.subtree &&
+           parts == o.parts && fixed == o.fixed;
   }
 };
 
@@ -83,7 +86,7 @@ struct PlanData {
   i32 strip = 1;             // tokens of a strip
   i32* section(Section s) const { return s < kItems ? kv.get() + begin[s] : work.get() + begin[s] - begin[kItems]; }
   i64 num_items = 0, num_partials = 0, num_merge = 0, tile_rows = 0, num_runs = 0, num_absorbed = 0, kv_tokens = 0,
-      num_rows = 0, num_wide = 0;
+      num_rows = 0, num_wide = 0, most_parts = 0;
 };
 
 constexpr i32 kSlack = 64;  // tokens that a tail may grow by in place

@@ -155,6 +155,38 @@ def plan() -> Drawing:
     return d
 
 
+def subtree() -> Drawing:
+    d = Drawing(640, 330, "An item that holds a subtree: seven short spans, four rows, and which rows see which span")
+    d.text(20, 30, "an item that holds a subtree: each short span for the rows below it", 15)
+    d.text(20, 62, "the tree", 13, bold=True)
+    d.text(300, 62, "its item: spans in preorder, rows in the order of leaves", 13, bold=True)
+    width, height = 38, 32
+    where = {"r": (130, 84), "a": (70, 144), "b": (190, 144)}
+    where |= {name: (40 + 60 * i, 204) for i, name in enumerate("cdef")}
+    colors = {"r": TRUNK, "a": LEFT, "b": RIGHT}
+    for above, below in ("ra", "rb", "ac", "ad", "be", "bf"):
+        (x1, y1), (x2, y2) = where[above], where[below]
+        d.arrow(x1, y1 + 15, x2, y2 - 17)
+    for name, (x, y) in where.items():
+        d.box(x - 19, y - 15, width, 30, colors.get(name, PLAIN), name)
+    for i in range(4):
+        d.text(40 + 60 * i, 240, f"row {i}", 12, "middle")
+    seen = {"r": (0, 4), "a": (0, 2), "c": (0, 1), "d": (1, 2), "b": (2, 4), "e": (2, 3), "f": (3, 4)}
+    for i, name in enumerate(seen):
+        first, last = seen[name]
+        x = 350 + i * width
+        d.text(x + width / 2, 84, name, 13, "middle")
+        for row in range(4):
+            d.box(x, 94 + row * height, width, height, colors.get(name, PLAIN) if first <= row < last else "#fff")
+    for row in range(4):
+        d.text(300, 115 + row * height, f"row {row}", 12)
+    d.text(
+        20, 275, "Only the coloured products are computed. As items of their own the spans would give each row three"
+    )
+    d.text(20, 296, "partial results to be written, read and merged; so each row has one, and here it is the output.")
+    return d
+
+
 def mask_pictures() -> None:
     from anabranch import BranchMask
 
@@ -162,7 +194,7 @@ def mask_pictures() -> None:
     BranchMask.from_context([4, 3, 3, 3], [[], [0], [0], [0, 1, 2]]).plot(HERE / "mask_join.svg")
 
 
-DRAWINGS = {f.__name__: f for f in (spans, fork, copy_on_write, join, plan)}
+DRAWINGS = {f.__name__: f for f in (spans, fork, copy_on_write, join, plan, subtree)}
 
 if __name__ == "__main__":
     for name, drawing in DRAWINGS.items():

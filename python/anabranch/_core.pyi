@@ -1,6 +1,7 @@
 """Types of the C++ module for type checkers; its documentation is in the public classes that use it."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +48,8 @@ class PlanParams:
         elem_size: int,
         narrow: int = 0,
         fixed: bool = False,
+        subtree: int = 0,
+        parts: int = 0,
     ) -> None: ...
 
 class PlanResult:
@@ -80,6 +83,8 @@ class PlanResult:
     def num_rows(self) -> int: ...
     @property
     def num_wide(self) -> int: ...
+    @property
+    def most_parts(self) -> int: ...
 
 def plan_layout() -> tuple[list[str], list[str], int]: ...
 
@@ -93,6 +98,10 @@ class BlockTables:
     def max_page(self) -> int: ...
     @property
     def unique_tokens(self) -> int: ...
+
+class HeldValues:
+    def __init__(self, dicts: Sequence[dict[str, Any]]) -> None: ...
+    def same(self) -> bool: ...
 
 def branch_tables(
     starts: Longs, ptr: Ints, intervals: Ints, columns: bool, most: int, pad: int

@@ -154,16 +154,18 @@ def test_a_bad_branch_leaves_the_others_alone(backend, value):
         assert torch.allclose(got[0][:9], clean[0][:9], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(("backend", "isa"), [("reference", ""), *(("cpu", isa) for isa in ISAS)])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("length", [20, 200])
-def test_bad_tokens_leave_those_that_do_not_see_them_alone(backend, value, length):
+@pytest.mark.parametrize("sizes", [(20, 7, 9), (200, 7, 9), (200, 2, 2)], ids=str)
+def test_bad_tokens_leave_those_that_do_not_see_them_alone(backend, isa, value, sizes):
     """Hidden by the order of tokens alone in the first segment, and by the tree alone from the second, which comes
-    behind all of it; the third sees it."""
-    mask = BranchMask.from_context([length, 7, 9], [[], [], [0]])
-    half, second = length // 2, slice(length, length + 7)
+    behind all of it; the third sees it. Two segments of two tokens share a tile of rows, however wide vectors are: of
+    the columns in front of it, a bit alone hides what the first of them does not see."""
+    _cpu.use(isa)
+    mask, length = BranchMask.from_context(sizes, [[], [], [0]]), sizes[0]
+    half, second = length // 2, slice(length, length + sizes[1])
     for name in ("q", "k", "v", "grad"):
-        given = dict(zip(("q", "k", "v", "grad"), tensors(0, length + 16, 4, 2, 32, torch.float32), strict=True))
+        given = dict(zip(("q", "k", "v", "grad"), tensors(0, sum(sizes), 4, 2, 32, torch.float32), strict=True))
         clean = computed(attend(backend), *given.values(), mask)
         rows = name in ("q", "grad")
         given[name][slice(0, half) if rows else slice(half, length)] = value

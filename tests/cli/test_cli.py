@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -484,6 +485,25 @@ def test_serve_says_which_processes_it_cannot_start(tiny, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "torchrun has started 3" in invoke(*serve, code=2).stderr
+
+
+@pytest.mark.parametrize(("when", "tried"), [("now", True), ("auto", False), ("never", False)])
+def test_serve_compiles_before_anybody_is_served(tiny, monkeypatch, when, tried):
+    pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+    from anabranch.runner.compiled import CompiledForward, compiler_problem
+
+    if problem := compiler_problem():
+        pytest.skip(problem)
+    events = []
+    monkeypatch.setattr(CompiledForward, "_compile", lambda self, model: events.append("compiled"))
+    monkeypatch.setattr("anabranch.serve.run.run", lambda engine, *rest: events.append(engine))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    told = invoke("serve", "--model", tiny, "--port", port, "--num-pages", "64", "--compile", when).stderr
+    assert ("compiled" in events[:-1]) == tried and ("steps are eager" in told) == tried
+    assert events[-1].engine.compiled.setting == {"now": True, "auto": "auto", "never": False}[when]
+    assert "--compile now" in invoke("serve", "--model", tiny, "--tp", "2", "--compile", "now", code=2).stderr
 
 
 def test_bench_measures_a_small_shape_after_checking_it():

@@ -64,3 +64,28 @@ def test_a_thread_that_nobody_waits_for_leaves_first(pages, monkeypatch):
     result = engine.generate(PROMPTS[0], Leaves(), max_new_tokens=40, eos_token_id=None)
     assert result.answers == expected.answers
     assert result.metrics.preemptions > 0 and left[0] == ("0.0", 0)
+
+
+@dataclass(frozen=True)
+class Comes(Strategy):
+    """The first prompt joins a child that wrote nothing, and so comes back into the cache without a row."""
+
+    def run(self, trunk):
+        if trunk.context[0] == PROMPTS[0][0]:
+            kids = trunk.fork([None, [30]])
+            yield kids[1].decode(10)
+            trunk.join(kids[1], "concat")
+            trunk.join(kids[0], "concat")
+            trunk.insert([40])
+            yield trunk.decode(2)
+        else:
+            yield trunk.decode(8)
+
+
+@pytest.mark.parametrize("pages", [18, 19, 20, 22])
+def test_who_comes_back_without_a_row_goes_on_before_another_is_told_that_pages_are_too_few(pages):
+    """Each of the two prompts has room enough by itself, so neither may fail beside the other."""
+    expected = make_engine(num_pages=64, page_size=1).generate(PROMPTS[:2], Comes(), **OPTIONS)
+    engine = make_engine(num_pages=pages, page_size=1, prefix_cache=False)
+    assert [r.tree for r in engine.generate(PROMPTS[:2], Comes(), **OPTIONS)] == [r.tree for r in expected]
+    assert_nothing_held(engine)

@@ -28,10 +28,13 @@ class Faults:
     busy: int = 0  # so many requests are answered 503
     cut_after: int | None = None  # the connection of so many streams is dropped after a token or two
     cuts: int = 0
+    polite: bool = False  # such a stream ends as if all had been said
     model: str = "tiny"
     cut_context: int | None = None
     missing: tuple[str, ...] = ()
     shift_tokens: int = 0
+    tokens_at_end: int = 0  # so many ids more at a text's end, or fewer
+    usage_always: bool = False  # every event tells what was read and cached, as the last one does
     delay: float = 0.0
     together: int = 0  # no stream goes on until so many have run at once
 
@@ -47,6 +50,7 @@ class State:
     running: int = 0
     most_running: int = 0
     given_up: int = 0  # streams whose client went away
+    sampled: int = 0  # tokens of all streams
     requests: list = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -108,7 +112,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.path == "/tokenize":
             ids = state.tokenizer(payload.get("prompt", payload.get("content")), add_special_tokens=False)["input_ids"]
-            self.send({"tokens": [i + state.faults.shift_tokens for i in ids]})
+            ids, more = [i + state.faults.shift_tokens for i in ids], state.faults.tokens_at_end
+            self.send({"tokens": ids[:more] if more < 0 else [*ids, *[0] * more]})
         elif self.path in ("/v1/completions", "/completion"):
             state.requests.append(payload)
             if payload.get("stream"):
@@ -184,6 +189,8 @@ class Handler(BaseHTTPRequestHandler):
                 reason = "stop"
                 break
             ids.append(token)
+            with state.lock:
+                state.sampled += 1
             if i == most - 1 or token in stops:
                 self.over()
             if llama:
@@ -194,9 +201,12 @@ class Handler(BaseHTTPRequestHandler):
                     best = logprobs.topk(payload["logprobs"])
                     top = {f"token_id:{t}": v for t, v in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
                     choice["logprobs"] = {"token_logprobs": [float(logprobs[token])], "top_logprobs": [top]}
-                self.event({"model": faults.model, "choices": [choice], "usage": None})
+                told = usage if faults.usage_always else None
+                self.event({"model": faults.model, "choices": [choice], "usage": told})
             if faults.cut_after is not None and i >= 1 and faults.cuts < faults.cut_after:
                 faults.cuts += 1
+                if faults.polite:
+                    return
                 self.close_connection = True
                 raise ConnectionResetError
             if token in stops:

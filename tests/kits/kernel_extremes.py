@@ -254,7 +254,7 @@ def late_maxima(run: Run, case: Case) -> None:
             keys[slot // page_size, slot % page_size, :, 0] = 1200  # times 0.25: e^300 is beyond float32
         arrays = SimpleNamespace(
             items=ints([[begins[i], each, i, 1, int(i == empty), 0, 0, 0] for i in range(count)]),
-            kv_strips=kv_strips, kv_spelled=kv_spelled, strip=strip, rows=ints([0] * count),
+            kv_strips=kv_strips, kv_spelled=kv_spelled, strip=strip, most_parts=0, rows=ints([0] * count),
             limits=ints(limits), dest=ints(range(count)), row_positions=ints([0]), merge_rows=ints([0]),
             merge_ptr=ints([0, count]), num_items=count, num_partials=count, num_merge=1, tile_rows=1, num_wide=0,
         )  # fmt: skip

@@ -21,7 +21,7 @@ PAGE_SIZES = (1, 2, 3, 4, 5, 7, 8, 12, 16, 24, 32, 48, 128)
 GROUPS = (1, 2, 3, 4, 7, 8, 16)
 TILE_CONFIGS = [
     TileConfig(64, 256, 1), TileConfig(16, 8, 64, 2, 2), TileConfig(1, 1, 1000, 1, 4), TileConfig(128, 32, 7, 3, 2),
-    TileConfig(128, 256, 264, 8, 2, 16),
+    TileConfig(128, 256, 264, 8, 2, 16), TileConfig(64, 256, 1, subtree=64), TileConfig(32, 16, 3, 2, 2, subtree=24),
 ]  # fmt: skip
 
 
@@ -113,17 +113,33 @@ def check(arrays: PlanArrays, seen: Sequence[tuple[np.ndarray, np.ndarray]]) -> 
     row_positions = arrays.row_positions.tolist()
     met: list[list[np.ndarray]] = [[] for _ in range(num_rows)]
     places: list[list[int]] = [[] for _ in range(num_rows)]
-    for begin, length, row_begin, row_count, masked, kv_pos_max, row_pos_min, _ in arrays.items.tolist():
+    parts_left, head = 0, slice(0)  # of an item that holds a subtree
+    for begin, length, row_begin, row_count, masked, kv_pos_max, row_pos_min, parts in arrays.items.tolist():
         listed = slice(row_begin, row_begin + row_count)
-        least, most = min(limits[listed]), max(limits[listed])
-        assert 0 < row_count <= arrays.tile_rows and 0 < least and most == length and (masked != 0) == (least < length)
+        assert 0 < row_count <= arrays.tile_rows and (parts >= 0) == (parts_left == 0)
+        if parts > 0:
+            assert length == masked == 0
+            parts_left, head = parts, listed
+            for row, place in zip(rows[listed], dest[listed], strict=True):
+                places[row].append(place)
+            continue
+        shown = limits[listed]
+        if parts < 0:  # its rows see all of it
+            parts_left -= 1
+            assert 0 < length and masked == 0 and head.start <= listed.start and listed.stop <= head.stop
+            shown = [length] * row_count
+        least, most = min(shown), max(shown)
+        assert 0 < least and most == length and (masked != 0) == (least < length)
         slots, positions = tokens(arrays, begin, length)
         assert kv_pos_max == positions.max()
         item = slots.astype(np.int64) << 32 | positions
         assert row_pos_min <= min(row_positions[row] for row in rows[listed])
-        for row, limit, place in zip(rows[listed], limits[listed], dest[listed], strict=True):
+        for row, limit in zip(rows[listed], shown, strict=True):
             met[row].append(item[:limit])
-            places[row].append(place)
+        if parts == 0:  # else the rows have their places with the item
+            for row, place in zip(rows[listed], dest[listed], strict=True):
+                places[row].append(place)
+    assert parts_left == 0
     for row, (slots, positions) in enumerate(seen):
         expected = np.sort(np.asarray(slots, np.int64) << 32 | positions)
         found = np.sort(np.concatenate(met[row])) if met[row] else expected[:0]

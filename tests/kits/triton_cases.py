@@ -107,7 +107,7 @@ def random_case(
         rows=tensor(item_rows), limits=tensor(limits), dest=tensor(dest), row_positions=tensor(row_positions),
         merge_rows=tensor(merge_rows), merge_ptr=tensor(merge_ptr),
         num_items=len(items), num_partials=len(partial), num_merge=len(merge_rows), tile_rows=tile_rows,
-        num_wide=num_wide, counts=None,
+        num_wide=num_wide, most_parts=0, counts=None,
     )  # fmt: skip
 
     context = []

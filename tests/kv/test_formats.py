@@ -28,7 +28,9 @@ def test_an_element_is_off_by_no_more_than_the_format_says(name, dtype):
     payload, scales = fmt.quantise(x.to(dtype))
     assert payload.dtype == fmt.dtype and payload.shape == x.shape
     assert scales.dtype == torch.float32 and scales.shape == x.shape[:-1]
-    off = (fmt.dequantise(payload, scales, torch.float64) - x.to(dtype).double()).abs()
+    back = fmt.dequantise(payload, scales, torch.float64)
+    assert torch.equal(back, payload.double() * scales.double()[..., None])  # exact: nothing is rounded in between
+    off = (back - x.to(dtype).double()).abs()
     assert (off <= fmt.error_bound(scales).double()[..., None]).all()
     assert off.max() > 0  # and it is lossy
     largest = payload.float().abs().amax(-1)
@@ -50,9 +52,34 @@ def test_zeros_and_what_is_not_finite(name):
     fmt = ab.KVFormat.of(name, torch.float32)
     x = torch.ones(4, 8)
     x[0], x[1, 3], x[2, 0] = 0, float("inf"), float("nan")
-    back = fmt.dequantise(*fmt.quantise(x))
+    payload, scales = fmt.quantise(x)
+    back = fmt.dequantise(payload, scales)
     assert (back[0] == 0).all() and back[1:3].isnan().all()
+    assert scales.isnan().tolist() == [False, True, True, False]
     torch.testing.assert_close(back[3], x[3])
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_one_element_that_is_not_finite_spoils_its_vector_alone(name, value):
+    fmt = ab.KVFormat.of(name, torch.float32)
+    x = torch.randn(3, 16)
+    x[1, 5] = value
+    payload, scales = fmt.quantise(x)
+    back = fmt.dequantise(payload, scales)
+    assert scales.isnan().tolist() == [False, True, False]
+    assert back[1].isnan().all() and back[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_float64_is_not_rounded_on_its_way(name):
+    """An element times its factor has more digits than float32."""
+    fmt = ab.KVFormat.of(name, torch.float32)
+    payload, scales = fmt.quantise(torch.randn(50, 16))
+    back = fmt.dequantise(payload, scales, torch.float64)
+    exact = payload.to(torch.float64) * scales.double()[:, None]
+    assert back.dtype == torch.float64 and torch.equal(back, exact)
+    assert not torch.equal(back, exact.float().double())
 
 
 def test_names_and_bytes():

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import save_file
-from training.adaptive import families, text
+from training.adaptive import families, questions, text, wider
 from training.adaptive.families import GOODS, NAMES, SPLITS, problems
 
 import anabranch as ab
@@ -108,6 +108,97 @@ def test_reasoning_gym_s_verifier_agrees(family):
         )
 
 
+# ------------------------------------------------------------------------------------------------ wider families
+
+
+def of_wider(split: str, count: int, seed: int = 3) -> list[families.Problem]:
+    names = [n for n in wider.WIDER if n != "herd" or "legs" in with_gym()]
+    return list(itertools.islice(problems(split, seed, names, makers=wider.WIDER), count))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_wider_families_write_true_arithmetic_and_keep_to_their_split(split):
+    made = of_wider(split, 120)
+    assert len({p.prompt for p in made}) == 120
+    assert {len(p.parts) for p in made} == {1, 2, 3, 4, 5, 6}
+    others = {name for s in SPLITS if s != split for name in NAMES[s]}
+    checked = 0
+    for p in made:
+        assert not any(re.search(rf"\b{name}\b", p.prompt) for name in others)
+        for chain in re.findall(r"[\d+*-]+=\d+", " ".join(part.work for part in p.parts) + p.join):
+            left, right = chain.split("=")
+            assert eval(re.sub(r"\b0+(?=\d)", "", left)) == int(right), (chain, p)
+            checked += 1
+        for part in p.parts if p.family not in ("herd", "longest") else ():
+            if found := re.search(r"(\d+)\*(\d+)", part.work):
+                assert families.held_out(*sorted(map(int, found.groups()))) == split
+        assert re.search(r"\d+$", p.parts[-1].result)
+        if p.family in ("packs", "herd"):
+            assert int(p.answer) == sum(int(part.result) for part in p.parts)
+        elif p.family != "longest" and p.threads:
+            assert p.answer == ", ".join(part.result for part in p.parts)
+    assert checked > 400
+
+
+def test_an_expression_s_value_is_what_the_prompt_says():
+    """Read back from the prompt: one product with its sums a person."""
+    seen = 0
+    for p in of_wider("train", 200):
+        if p.family != "values" or "plied" in p.prompt:
+            continue
+        said = p.prompt.replace(" times ", "*").replace(" x ", "*").replace(" × ", "*")
+        said = re.sub(r" ?plus ?", "+", re.sub(r" ?minus ?", "-", said))
+        terms = re.findall(r"\d+(?: ?[*+-] ?\d+)+", said.replace("\n- ", "; "))
+        assert [eval(t) for t in terms] == [int(part.result) for part in p.parts], p.prompt
+        seen += 1
+    assert seen > 10
+
+
+def test_a_join_adds_one_digit_at_a_time():
+    assert families.added(126, 72) == "126+72: 126+70=196, 196+2=198"
+    assert families.added(126, 70) == "126+70=196" and families.added(0, 84) == "0+84=84"
+    assert families.added(58, 130) == "58+130: 58+100=158, 158+30=188"
+    assert families.running_sum([60, 32, 70]) == "60+32: 60+30=90, 90+2=92, 92+70=162"
+
+
+@pytest.mark.parametrize("name", ["problems_wider.jsonl", "problems_own_words.jsonl"])
+def test_the_further_problem_files_can_be_read_and_answered(name):
+    lines = read_problems(f"{package.__path__[0]}/{name}")
+    assert len(lines) == len({p.prompt for p in lines}) >= 24
+    for p in lines:
+        assert is_right(f"The answer is {p.answer}.", p.answer) and p.threads != 1
+
+
+# ------------------------------------------------------------------------------------------------ ordinary questions
+
+
+def test_ordinary_questions_share_no_topic_and_no_chat_between_splits():
+    drawn = {split: list(itertools.islice(questions.questions(split), n))
+             for split, n in zip(SPLITS, (900, 48, 160), strict=True)}  # fmt: skip
+    texts = {s: {"\n".join(m["content"] for m in chat if m["role"] != "system") for _, chat in many}
+             for s, many in drawn.items()}  # fmt: skip
+    assert all(len(texts[s]) == len(drawn[s]) for s in SPLITS)
+    assert not texts["train"] & texts["test"] and not texts["train"] & texts["dev"] and not texts["dev"] & texts["test"]
+    for kind in questions.KINDS.values():
+        for topic in kind.topics:
+            for split in set(SPLITS) - {questions.split_of(topic)}:
+                whole = topic[0].isupper() and topic[-1] in ".?!"
+                assert not whole or not any(topic in text for text in texts[split])
+    assert not any("France" in text for text in texts["train"] | texts["dev"])
+    kinds = {kind for kind, _ in drawn["test"]}
+    assert len(kinds) >= 15 and "more" in kinds
+    systems = {
+        s: {m["content"] for _, chat in many for m in chat if m["role"] == "system"} for s, many in drawn.items()
+    }
+    assert systems["train"] & systems["test"] == {questions.STOCK_SYSTEM}
+
+
+def test_no_ordinary_question_is_a_problem():
+    for split in SPLITS:
+        for _, chat in itertools.islice(questions.questions(split), 48):
+            assert not re.search(r"\d+ ?[*+x×-] ?\d+", chat[-1]["content"]) and len(chat) in (1, 2, 3, 4)
+
+
 # ------------------------------------------------------------------------------------------------ layout and adapter
 
 
@@ -153,6 +244,52 @@ def test_forced_through_the_engine_a_problem_has_the_layout_s_tokens_and_positio
                 for offset, token in enumerate(run.token_ids):
                     assert (run.position + offset, token) in seen
         assert follow.asked == set(made.row.mask.previous[made.forked].tolist())
+
+
+@pytest.mark.smollm2
+def test_an_ordinary_row_is_the_chat_and_the_answer_without_a_tag():
+    stock()
+    tokenizer = text.tokenizer()
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello!"}]
+    for ended in (True, False):
+        row = text.ordinary_lesson(text.Answered("talk", chat, "Hello! How are you?", ended), tokenizer).row
+        prompt = text.chat_ids(chat, tokenizer)
+        assert row.input_ids[: len(prompt)].tolist() == prompt
+        assert tokenizer.decode(row.input_ids[row.learnt]) == "Hello! How are you?" + "<|im_end|>" * ended
+        assert row.learnt.tolist() == list(range(len(prompt), len(row.input_ids)))
+        assert not set(row.input_ids.tolist()) & set(text.TAG_IDS.values())
+
+
+@pytest.mark.smollm2
+def test_with_the_adapter_switched_off_a_row_is_scored_as_by_the_stock_model():
+    stock()
+    from training.adaptive import train
+
+    tokenizer = text.tokenizer()
+    student = train.Student(rank=2, alpha=4.0)
+    kept = train.ordinary_example(text.Answered("talk", [{"role": "user", "content": "Hi"}], "Hello!", True), tokenizer)
+    problem = train.example(some("train", 1)[0], tokenizer)
+    vocabulary = torch.arange(student.row_of.shape[0])
+    batch = train.collate([kept])
+    with torch.no_grad():
+        before = student.model(**{k: batch[k] for k in ("input_ids", "position_ids", "branch_mask", "logits_to_keep")},
+                               use_cache=False).logits[0]  # fmt: skip
+        for lora in student.loras.values():
+            torch.nn.init.normal_(lora.b, std=0.05)
+        torch.testing.assert_close(student.stock_scores(batch), before, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(student(batch, vocabulary), before, rtol=1e-2, atol=1e-2)
+        # In a row with a problem each kind of target has its own loss.
+        loss, told = train.loss_of(student, [problem, kept, problem], vocabulary)
+        alone, told_alone = train.loss_of(student, [kept], vocabulary)
+        _, told_problem = train.loss_of(student, [problem], vocabulary)
+        each = train.divergence(student, student.hidden(batch), [kept])
+    assert told["ordinary"] == pytest.approx(told_alone["ordinary"], rel=1e-3)
+    assert told["ordinary"] == pytest.approx(each[kept.forked].mean().item(), rel=1e-3)
+    # The chat's own tokens count as well, with less weight: all but the first, which nothing predicts.
+    assert len(each) == len(kept) - 1 and (~kept.forked).sum() > 5
+    assert alone.item() == pytest.approx(((each * kept.weights).sum() / kept.weights.sum()).item(), rel=1e-3)
+    assert told["problems"] == pytest.approx(told_problem["problems"], rel=1e-3)
+    assert 0 < alone and torch.isfinite(loss)
 
 
 class _Teacher:

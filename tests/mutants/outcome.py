@@ -9,7 +9,7 @@ from entry import Mutant
 
 def summary_of(mutants: dict[str, Mutant], results: dict[str, Any]) -> dict[str, Any]:
     """Counts by area and the commits they were counted on; what survived; what changes nothing that can be seen, and
-    why; what was noticed; what was not run since it was written."""
+    why; what was noticed, and after how many seconds; what was not run since it was written."""
     found = {key: results[key] for key, m in mutants.items() if results.get(key, {}).get("entry") == list(m)}
     areas: dict[str, dict[str, Any]] = {}
     for key in mutants:
@@ -27,6 +27,6 @@ def summary_of(mutants: dict[str, Mutant], results: dict[str, Any]) -> dict[str,
         "areas": areas,
         "survived": [key for key, r in found.items() if r["outcome"] == "SURVIVED"],
         "equivalent": {key: mutants[key].equivalent for key, r in found.items() if r["outcome"] == "equivalent"},
-        "killed": [key for key, r in found.items() if r["outcome"] == "killed"],
+        "killed": {key: round(r["seconds"]) for key, r in found.items() if r["outcome"] == "killed"},
         "not run": [key for key in mutants if key not in found],
     }

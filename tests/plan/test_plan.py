@@ -37,7 +37,13 @@ def test_random_programs(seed: int) -> None:
             arrays = step.plan.arrays(group, tile_config)
             check(twins, step, arrays)
             assert arrays.num_runs == sets_of_readers(twins.cache, step)
-            costs = [length * (8 + count * group) for _, length, _, count, *_ in arrays.items.tolist()]
+            costs: list[int] = []
+            for _, length, _, count, *_, parts in arrays.items.tolist():
+                cost = length * (8 + count * group)
+                if parts < 0:  # of the item before
+                    costs[-1] += cost
+                else:
+                    costs.append(cost)
             for part in (costs[: arrays.num_wide], costs[arrays.num_wide :]):
                 assert part == sorted(part, reverse=True)
 

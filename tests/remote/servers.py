@@ -2,23 +2,24 @@
 then the tests of our attention backend, which start vLLM themselves.
 
 python tests/remote/servers.py              # as `make test-servers` does; 3.5 GB in build/vllm, some twenty minutes
+
+``ANABRANCH_VLLM`` names another folder for the environment; one that is there is used as it is.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 from anabranch.integrations.vllm.versions import TESTED
 
 ROOT = Path(__file__).resolve().parents[2]
-PLACE = ROOT / "build" / "vllm"
+sys.path.insert(0, str(ROOT))
+from benchmarks.vllm_server import vllm_server  # noqa: E402
+
+PLACE = Path(os.environ.get("ANABRANCH_VLLM", ROOT / "build" / "vllm"))
 PORT = 8123
 # torchvision and the like come as builds that do not fit this torch.
 UNFIT = ("torchvision", "torchaudio", "torchcodec")
@@ -38,44 +39,16 @@ def install() -> Path:
 def main() -> int:
     from anabranch import models
 
-    model = models.path("smollm2-adaptive")
-    python = str(install())
-    command = [
-        python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "float32",
-        "--block-size", "32", "--port", str(PORT), "--enable-prompt-tokens-details", "--max-model-len", "2048",
-        "--enforce-eager",
-    ]  # fmt: skip
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}
-    env.pop("PYTHONPATH", None)
-    server = subprocess.Popen(command, env=env, start_new_session=True)
-    try:
-        wait(server)
-        url = f"http://127.0.0.1:{PORT}/v1"
+    python = install()
+    with vllm_server(python, models.path("smollm2-adaptive"), port=PORT) as url:
         remote = test("tests/remote/test_real_server.py", ANABRANCH_TEST_SERVER=url)
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
-    return test("tests/integrations/test_vllm_real.py", ANABRANCH_TEST_VLLM=python) or remote
+    return test("tests/integrations/test_vllm_real.py", ANABRANCH_TEST_VLLM=str(python)) or remote
 
 
 def test(file: str, **variables: str) -> int:
     """The status of the tests in `file` that need a real vLLM."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "server", file]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}).returncode
-
-
-def wait(server: subprocess.Popen) -> None:
-    """Until the server answers; RuntimeError when it ends, or ten minutes have passed."""
-    end = time.monotonic() + 600
-    while time.monotonic() < end:
-        if server.poll() is not None:
-            raise RuntimeError(f"the server ended with status {server.returncode}; its output says why")
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5)
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(2)
-    raise RuntimeError("the server did not answer within ten minutes")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from dataclasses import dataclass
 
+import httpx
 import pytest
 from completions_server import completions_server
 from engine_kit import byte_tokenizer, make_engine, make_model
@@ -55,6 +57,17 @@ def parts():
     return make_model(), byte_tokenizer()
 
 
+@dataclass(frozen=True)
+class Once(Strategy):
+    """One decode of many tokens, which something other than its limit ends."""
+
+    stop: tuple = ()
+    until: object = None
+
+    def run(self, trunk):
+        yield trunk.decode(300, stop=list(self.stop), until=self.until)
+
+
 def facts(result):
     return [
         (n.id, n.role, n.token_ids, n.text, n.start, n.stop, n.forked_at, n.ended, n.fate, len(n.children))
@@ -102,7 +115,16 @@ def test_events_and_cached_tokens(parts):
             if type(event).__name__ == "Token":
                 told.setdefault(event.thread, []).extend(event.token_ids)
         assert told["0.0"] == list(result.tree.children[0].token_ids)
-        assert result.metrics.cached_tokens > 0
+
+
+@pytest.mark.parametrize("always", [False, True], ids=["usage at the end", "usage with every event"])
+def test_cached_tokens_count_once_a_request(parts, always):
+    model, tokenizer = parts
+    with completions_server(model, tokenizer) as (url, state), ab.RemoteEngine(url, tokenizer) as engine:
+        state.faults.usage_always = always
+        result = engine.generate("one river", strategy=ab.SelfConsistency(2, vote=None), max_new_tokens=6)
+        cached = [len(r["prompt"]) // 4 * 4 for r in state.requests]
+        assert result.metrics.cached_tokens == sum(cached) > 0 and len(cached) == 2
 
 
 def test_sampling_follows_the_seed_and_logprobs_are_recorded(parts):
@@ -149,18 +171,70 @@ def test_statistics_as_far_as_a_server_tells_them(parts):
         assert mine.topk_logprob == pytest.approx(theirs.topk_logprob, abs=1e-4)
 
 
+# ------------------------------------------------------------------------------------------------ what ends a decode
+
+
+def wait_for_the_end(state):
+    """Until the server has nothing more to do."""
+    deadline = time.monotonic() + 60
+    while state.running and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", ["eos", "stop"])
+def test_a_server_ends_a_decode_by_itself_at_the_ids_that_end_it(parts, how):
+    model, tokenizer = parts
+    with completions_server(model, tokenizer) as (url, state), ab.RemoteEngine(url, tokenizer) as engine:
+        free = engine.generate("one river", max_new_tokens=12, eos_token_id=-1).token_ids
+        last, state.sampled = free[9], 0
+        if how == "eos":
+            result = engine.generate("one river", max_new_tokens=300, eos_token_id=last)
+        else:
+            result = engine.generate("one river", Once(stop=(last,)), eos_token_id=-1)
+        assert result.token_ids == free[: free.index(last) + 1] and result.tree.ended == how
+        assert state.sampled == len(result.token_ids) and state.given_up == 0
+
+
+@pytest.mark.parametrize("kind", ["vllm", "llama.cpp"])
+def test_what_a_server_cannot_know_to_be_the_end_is_given_up_there(parts, kind):
+    model, tokenizer = parts
+    with completions_server(model, tokenizer, kind=kind) as (url, state), ab.RemoteEngine(url, tokenizer) as engine:
+        state.faults.delay = 0.01
+        strategy = Once(until=lambda decode: len(decode.token_ids) == 3)
+        result = engine.generate("p", strategy=strategy, max_new_tokens=300, eos_token_id=-1)
+        assert len(result.token_ids) == 3 and result.tree.ended == "until"
+        wait_for_the_end(state)
+        assert state.given_up == 1 and state.sampled < 300
+
+
 # ------------------------------------------------------------------------------------------------ a server that fails
 
 
-def test_a_busy_server_is_asked_again_and_a_broken_stream_is_continued(parts):
+@pytest.mark.parametrize("polite", [False, True], ids=["dropped", "ended without an end"])
+def test_a_busy_server_is_asked_again_and_a_broken_stream_is_continued(parts, polite):
     model, tokenizer = parts
     expected = make_engine(tokenizer=tokenizer).generate("p", strategy=Greedy(), max_new_tokens=9)
     with completions_server(model, tokenizer) as (url, state), ab.RemoteEngine(url, tokenizer, retries=3) as engine:
         engine.connection.backoff = 0.01
         assert engine.server.model == "tiny"
-        state.faults.busy, state.faults.cut_after = 2, 2
+        state.faults.busy, state.faults.cut_after, state.faults.polite = 2, 2, polite
         found = engine.generate("p", strategy=Greedy(), max_new_tokens=9)
         assert facts(found) == facts(expected) and state.faults.cuts == 2
+
+
+def test_the_rest_of_a_broken_stream_is_drawn_with_other_numbers_and_the_same_each_time(parts):
+    model, tokenizer = parts
+    told = []
+    for _ in range(2):
+        with completions_server(model, tokenizer) as (url, state), ab.RemoteEngine(url, tokenizer, retries=3) as engine:
+            state.faults.cut_after, state.faults.polite = 3, True
+            result = engine.generate("p", do_sample=True, seed=1, max_new_tokens=12, eos_token_id=-1)
+        asked = state.requests
+        assert [(len(r["prompt"]), r["max_tokens"]) for r in asked] == [(1 + 2 * i, 12 - 2 * i) for i in range(4)]
+        seeds = [r["seed"] for r in asked]
+        assert len(set(seeds)) == 4
+        told.append((seeds, result.token_ids))
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize(
@@ -172,6 +246,8 @@ def test_a_busy_server_is_asked_again_and_a_broken_stream_is_continued(parts):
         ({"cut_context": 3}, {}, "read 3 tokens of a context of 9"),
         ({"missing": ("return_token_ids",)}, {}, "does not know the field 'return_token_ids'"),
         ({"shift_tokens": 1}, {}, "tokenizer: the server's gives other token ids"),
+        ({"tokens_at_end": 1}, {}, "tokenizer: the server's gives other token ids"),
+        ({"tokens_at_end": -1}, {}, "tokenizer: the server's gives other token ids"),
         ({}, {"api_key": "wrong"}, "refuses the API key"),
         ({}, {"model": "tinny"}, "no such model; the nearest are tiny"),
     ],
@@ -186,9 +262,7 @@ def test_what_a_server_does_wrong_is_said(parts, faults, options, message):
         engine.connection.backoff = 0.01
         with engine, pytest.raises(ab.RemoteError, match=message):
             engine.generate("one river", strategy=ab.SelfConsistency(2, vote=None), max_new_tokens=30)
-        deadline = time.monotonic() + 60
-        while state.running and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for_the_end(state)
         assert state.running == 0  # whatever else was under way has been ended there
 
 
@@ -210,9 +284,7 @@ def test_leaving_a_stream_and_aborting_end_the_work_on_the_server(parts):
         timer.start()
         result = engine.generate("p", max_new_tokens=400, eos_token_id=-1)
         assert result.tree.fate == "killed" and 0 < len(result.token_ids) < 400
-        deadline = time.monotonic() + 60
-        while state.running and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for_the_end(state)
         assert state.running == 0
 
 
@@ -273,3 +345,19 @@ def test_the_context_of_the_server_ends_a_thread(parts):
     with completions_server(model, tokenizer, max_length=20) as (url, _), ab.RemoteEngine(url, tokenizer) as engine:
         result = engine.generate("one river", max_new_tokens=100, eos_token_id=-1)
         assert result.tree.ended == "length" and len(result.token_ids) == 11 + 1
+
+
+def test_a_line_ends_where_the_format_says():
+    """Not at U+2028 or U+0085 in a text, and not where a piece of the answer ends."""
+    from anabranch.remote.http import _lines
+
+    async def lines():
+        text = 'data: {"a": "x\u2028y\x85z"}\r\n\ndata: [DONE]'.encode()
+
+        async def pieces():
+            for at in range(0, len(text), 3):
+                yield text[at : at + 3]
+
+        return [line.strip() async for line in _lines(httpx.Response(200, content=pieces()))]
+
+    assert asyncio.run(lines()) == ['data: {"a": "x\u2028y\x85z"}', "", "data: [DONE]"]

@@ -44,6 +44,7 @@ def served(shown=SHOWN):
     server = Running(config)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
+    listener.listen(128)  # who comes before the server does waits
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -39,8 +40,8 @@ def serving(engine, **settings):
         assert not thread.is_alive()
 
 
-def make_async(**options):
-    return ab.AsyncEngine(make_model(), byte_tokenizer(), num_pages=2000, page_size=4, **options)
+def make_async(num_pages=2000, **options):
+    return ab.AsyncEngine(make_model(), byte_tokenizer(), num_pages=num_pages, page_size=4, **options)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,32 @@ def test_logprobs_of_the_tokens_written(client):
     assert len(chat.choices[0].logprobs.content) == 3 and all(e.logprob <= 0 for e in chat.choices[0].logprobs.content)
 
 
+def test_streams_have_logprobs_and_echo_too(client):
+    options = dict(model="tiny", prompt="one river", max_tokens=9, temperature=1.0, seed=4, n=2, logprobs=1, echo=True)
+    whole = client.completions.create(**options)
+    told, logprobs = ["", ""], [[], []]
+    for piece in client.completions.create(**options, stream=True):
+        for choice in piece.choices:
+            told[choice.index] += choice.text
+            logprobs[choice.index] += choice.logprobs.token_logprobs if choice.logprobs else []
+    assert told == [choice.text for choice in whole.choices] and told[0].startswith("one river")
+    for choice, found in zip(whole.choices, logprobs, strict=True):
+        assert found == pytest.approx(choice.logprobs.token_logprobs, abs=1e-3) and len(found) == 9
+    chat = dict(model="tiny", messages=[{"role": "user", "content": "x"}], max_tokens=3, temperature=0, logprobs=True)
+    pieces = list(client.chat.completions.create(**chat, stream=True))
+    entries = [e for piece in pieces for c in piece.choices if c.logprobs for e in c.logprobs.content]
+    assert len(entries) == 3 and all(e.logprob <= 0 for e in entries)
+
+
+def test_a_piece_of_a_stream_is_one_line_for_every_client(post):
+    """Clients that split at what Unicode calls ends of lines find whole JSON."""
+    prompt = "a\x85b\u2028c\u2029d\x0b\x1ce"
+    answer = post("/v1/completions", {"model": "tiny", "prompt": prompt, "echo": True, "stream": True, "max_tokens": 2})
+    lines = [line for line in answer.text.splitlines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert json.loads(lines[0][6:])["choices"][0]["text"] == prompt
+
+
 def test_strategies_by_request_with_a_thread_on_each_delta(client, post):
     extra = {"strategy": "self-consistency", "strategy_options": {"n": 3, "vote": "line"}}
     options = dict(model="tiny", prompt="one river", max_tokens=10, temperature=1.0, seed=1)
@@ -188,6 +215,7 @@ def test_nobody_gets_in_without_a_key(server, path, key):
         ({"model": "tiny", "prompt": "p", "strategy": "self-consistency", "strategy_options": {"m": 1}}, 400,
          "no option"),
         ({"model": "tiny", "prompt": "p", "strategy": "self-consistency", "strategy_options": {"n": 0}}, 400, "n"),
+        ({"model": "tiny", "prompt": "p", "strategy": "sequential"}, 400, "sequential needs the option strategy"),
         ({"model": "tiny", "prompt": "p", "strategy": "self-consistency", "strategy_options": {"vote": "(a+)+$"}}, 400,
          "pass one of"),
         ({"model": "tiny", "prompt": "p", "stream_options": {}}, 400, "stream_options"),
@@ -203,6 +231,13 @@ def test_bad_requests_say_what_is_wrong(post, body, status, says, stream):
     assert (
         answer.status_code == status and says in error["message"] and set(error) == {"message", "type", "param", "code"}
     )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_that_the_engine_refuses_gets_its_status(post, stream):
+    messages = [{"role": "user", "content": "x" * 19_000}]
+    answer = post("/v1/chat/completions", {"model": "tiny", "messages": messages, "stream": stream})
+    assert answer.status_code == 400 and "can never fit" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize"])
@@ -250,6 +285,23 @@ def test_clients_that_vanish(server, stream):
                 raise httpx.ReadTimeout("left on purpose")
         http.post(server[0] + "/v1/completions", json=body, headers=headers)
     assert idle(server[1])
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_a_client_that_vanishes_before_its_first_token(server, stream):
+    """Its request ends then, and not with its first token."""
+    address, app = server
+    body = b'{"model": "tiny", "prompt": "p", "stream": %b}' % stream.encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer right\r\nContent-Length: {len(body)}\r\n"
+    assert idle(app)
+    with app.state.server.engine.engine.loop.turns.between():  # no step begins: nobody gets a token
+        with socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1]))) as client:
+            client.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+            deadline = time.monotonic() + 60
+            while not app.state.server.under_way and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert app.state.server.under_way == 1
+        assert idle(app)
 
 
 def test_an_exception_of_one_request_disturbs_no_other(server, client, monkeypatch):

@@ -290,6 +290,25 @@ def test_a_fork_from_what_was_cut_off_is_told():
     assert laid_out(tree).num_tokens == 6
 
 
+def test_a_fork_at_the_very_place_of_a_cut_shares_what_is_still_there():
+    kid = node("0.0", [("sampled", (7,), 2)], forked_at=2)
+    tree = node("0", [("prompt", (1, 2), 0), ("inserted", (9, 4), 2)], (kid,), forgotten=(Run("sampled", (5,), 2),))
+    log = [SimpleNamespace(do="fork", children=["0.0"], length=None), SimpleNamespace(do="truncate", length=2)]
+    object.__setattr__(tree, "log", log)
+    assert set(contexts(laid_out(tree))) == {*prefixes([], [1, 2, 9, 4]), (1, 2, 5), (1, 2, 7)}
+
+
+@pytest.mark.parametrize("header", [(4, 5), (6,), ()], ids=["the same header", "another", "none"])
+def test_what_a_join_brought_back_is_learnt_again_as_far_as_the_model_wrote_it(header):
+    """With flat_loss: neither a header, which may read differently there, nor what was inserted further on."""
+    runs = [("inserted", (4, 5), 2), ("sampled", (7,), 4), ("inserted", (9,), 5), ("sampled", (8,), 6)]
+    kid, back = node("0.0", runs, forked_at=2), (*header, 7, 9, 8)
+    tree = node("0", [("prompt", (1, 2), 0), ("inserted", (3,), 2), ("joined", back, 3, "0.0")], (kid,))
+    there, here = [(1, 2, 4, 5, 7), (1, 2, 4, 5, 7, 9, 8)], [(1, 2, 3, *header, 7), (1, 2, 3, *back)]
+    assert sorted(learnt_contexts(laid_out(tree))) == sorted(there)
+    assert sorted(learnt_contexts(laid_out(tree, flat_loss=True))) == sorted([*there, *here])
+
+
 def test_a_trace_that_is_not_whole_is_told():
     kid = node("0.0", [("sampled", (7,), 3)], forked_at=9)
     with pytest.raises(ValueError, match=r"thread 0\.0 was forked at a context length of 9.*is the trace whole"):

@@ -14,7 +14,7 @@ and three are made here:
 A thread first says what it is about: its outline's words, then its numbers, so that each is found by one look back. It
 ends with its result beside its name, as the join will want it. Nothing is done in one's head that a small model cannot
 do: products go tens and ones apart, and one number is added at a time. What a join asks for is a copy, a comparison or
-one addition a part.
+one addition a part, digit by digit. Further families, the same work in other words, are in `wider`.
 
 **Splits.** Train, dev and test share no name, no kind of goods, and no held-out numbers: a product (7 * 38), a sum's
 whole expression, an animal and its number belong to one split by a hash. Every part of a dev or test problem of a
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -70,10 +70,15 @@ def held_out(*numbers: object) -> str:
 # ------------------------------------------------------------------------------------------------ words
 
 NAMES = {
-    "train": "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam "
-    "Tina Victor Will Zoe Adam Bella Carl Dora Eric Fiona George Helen Ivan Julia Karl Lucy Mark Nina Oscar Peter "
-    "Ruth Simon Agnes Bruno Celia Dylan Edith Fabio Gloria Hannah Igor Jonas Katya Luis Mabel Nigel Otto Priya Quentin "
-    "Rachel Stefan Teresa Ursula Vera Walter Xenia Yusuf Zelda Omar Wanda Ines Theo Liam Amira Kofi Mei".split(),
+    "train": "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Victor "
+    "Will Zoe Adam Bella Carl Dora Eric Fiona George Helen Ivan Julia Karl Lucy Mark Nina Oscar Peter Ruth Simon Agnes "
+    "Bruno Celia Dylan Edith Fabio Gloria Hannah Igor Jonas Katya Luis Mabel Nigel Otto Priya Quentin Rachel "
+    "Stefan Teresa Ursula Vera Walter Xenia Yusuf Zelda Omar Wanda Ines Theo Liam Amira Kofi Mei Ana Lea Nadia "
+    "Norman Nathan Nico Noel Natasha Nils Neil Nelly Sara Sandra Sabine Saul Lara Lars Lina Lorenz Lionel Evan "
+    "Evelyn Eve Marta Marco Marcel Marie Mario Thomas Tomas Toby Tilda Hugh Hubert Holly Rob Roberta Rolf Rita "
+    "Phil Petra Pia Pedro Maxim Milan Mira Moritz Amir Anton Aisha Alma Andre Bianca Boyd Cora Cyril Dana Deniz "
+    "Ella Elias Farah Gil Hana Ida Jana Jonah Juan Kim Kurt Lena Lou Maja Musa Nur Olaf Pablo Quinn Ravi Rafael "
+    "Salma Tara Uma Viktor Wendy Yara Zoran".split(),
     "dev": "Alice Boris Chloe Daniel Esther Frank".split(),
     "test": "Maria Tom Laura Max Sarah Hugo Linda Robert Nora Martin Eva Philip".split(),
 }
@@ -105,7 +110,14 @@ class Words(NamedTuple):
         return rng.choice(self.unseen if strange else self.seen)
 
 
-def _pick(split: str, rng: random.Random, draw: Callable[[], tuple]) -> tuple:
+Arrange = Callable[[list[str], str], str]  # a sentence a person, and the question: the prompt
+
+
+def in_a_row(lines: list[str], ask: str) -> str:
+    return " ".join([*lines, ask])
+
+
+def pick(split: str, rng: random.Random, draw: Callable[[], tuple]) -> tuple:
     """Numbers of this split: drawn until they belong to it."""
     while True:
         numbers = draw()
@@ -128,11 +140,24 @@ def product(a: int, b: int) -> str:
     return f"{a}*{tens}={a * tens}, {a}*{ones}={a * ones}, {a * tens}+{a * ones}={a * b}"
 
 
+def added(x: int, y: int) -> str:
+    """``126+72: 126+70=196, 196+2=198``: one digit of y at a time, so that a carry is all there is to mind;
+    ``126+70=196`` where y has one digit that is not 0, ``0+84=84``."""
+    places = [int(digit) * 10**i for i, digit in enumerate(reversed(str(y))) if digit != "0"][::-1]
+    if x == 0 or len(places) < 2:
+        return f"{x}+{y}={x + y}"
+    steps, total = [], x
+    for place in places:
+        steps.append(f"{total}+{place}={total + place}")
+        total += place
+    return f"{x}+{y}: {', '.join(steps)}"
+
+
 def running_sum(numbers: list[int]) -> str:
-    """``60+32=92, 92+70=162``."""
+    """``60+32: 60+30=90, 90+2=92, 92+70=162``."""
     total, steps = numbers[0], []
     for n in numbers[1:]:
-        steps.append(f"{total}+{n}={total + n}")
+        steps.append(added(total, n))
         total += n
     return ", ".join(steps)
 
@@ -259,11 +284,13 @@ BILL_ASK_ONE = Words(
 )
 
 
-def bills(split: str, rng: random.Random, n: int, strange: bool) -> Problem | None:
+def bills(
+    split: str, rng: random.Random, n: int, strange: bool, arrange: Arrange = in_a_row
+) -> Problem | None:  # fmt: skip
     sentence = BILL.pick(split, rng, strange)
     lines, parts = [], []
     for name in rng.sample(NAMES[split], n):
-        q, p = _pick(split, rng, lambda: (rng.randint(2, 9), rng.randint(11, 49)))
+        q, p = pick(split, rng, lambda: (rng.randint(2, 9), rng.randint(11, 49)))
         r = rng.randint(2, 9)
         lines.append(sentence.format(name=name, q=q, goods=rng.choice(GOODS[split]), p=p, r=r))
         total = q * p + r
@@ -275,7 +302,7 @@ def bills(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
     else:
         ask = BILL_ASK.pick(split, rng, strange)
         answer = ", ".join(p.result for p in parts)
-    return Problem("bills", " ".join([*lines, ask]), tuple(parts), "", answer, strange)
+    return Problem("bills", arrange(lines, ask), tuple(parts), "", answer, strange)
 
 
 UNITS = [
@@ -367,13 +394,15 @@ def _amount(n: int, unit: str) -> str:
     return f"{n} {unit}" if n == 1 else f"{n} {_PLURAL.get(unit, unit + 's')}"
 
 
-def times(split: str, rng: random.Random, n: int, strange: bool) -> Problem | None:
+def times(
+    split: str, rng: random.Random, n: int, strange: bool, arrange: Arrange = in_a_row
+) -> Problem | None:  # fmt: skip
     big, small, per = rng.choice(UNITS)
     sentence = TIME[per].pick(split, rng, strange)
     lines, parts, totals = [], [], []
     for name in rng.sample(NAMES[split], n):
         while True:
-            _, a, b, c = _pick(split, rng, lambda: (per, rng.randint(1, 9), rng.randint(1, per - 1), rng.randint(2, 9)))
+            _, a, b, c = pick(split, rng, lambda: (per, rng.randint(1, 9), rng.randint(1, per - 1), rng.randint(2, 9)))
             one = a * per + b
             if one + c not in totals:  # one of them has the most
                 break
@@ -385,7 +414,7 @@ def times(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
         totals.append(total)
     if n == 1:
         ask = TIME_ASK_ONE.pick(split, rng, strange).format(units=_PLURAL.get(small, small + "s"))
-        return Problem("times", " ".join([*lines, ask]), tuple(parts), "", str(totals[0]), strange)
+        return Problem("times", arrange(lines, ask), tuple(parts), "", str(totals[0]), strange)
     best, join = 0, parts[0].result
     for i in range(1, n):
         more = totals[i] > totals[best]
@@ -393,7 +422,7 @@ def times(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
         best = i if more else best
     ask = TIME_ASK.pick(split, rng, strange)
     answer = parts[best].result
-    return Problem("times", " ".join([*lines, ask]), tuple(parts), f"{join}.\n", answer, strange)
+    return Problem("times", arrange(lines, ask), tuple(parts), f"{join}.\n", answer, strange)
 
 
 STORY_START = Words(
@@ -404,6 +433,10 @@ STORY_START = Words(
         "On a shelf lie {x} {things}.",
         "At first {name} finds {x} {things}.",
         "On Monday {name} brings {x} {things}.",
+        "{name} collects {x} {things}.",
+        "When the day begins, {x} {things} belong to {name}.",
+        "A drawer holds {x} {things}.",
+        "Early on, {name} counts out {x} {things}.",
     ],
 )
 STORY_UP = Words(
@@ -417,6 +450,11 @@ STORY_UP = Words(
         "Then a friend brings {y}.",
         "Afterwards {y} are put back.",
         "Now {y} come in.",
+        "Some time later {y} more are counted.",
+        "A bit later {y} appear.",
+        "Shortly after, {y} are brought.",
+        "{y} more are picked up.",
+        "Another {y} come along.",
     ],
 )
 STORY_DOWN = Words(
@@ -430,6 +468,11 @@ STORY_DOWN = Words(
         "Then a friend takes {y}.",
         "Afterwards {y} get lost.",
         "Now {y} leave.",
+        "Some time later {y} are gone.",
+        "A bit later {y} disappear.",
+        "Shortly after, {y} are taken.",
+        "{y} of them fall down a drain.",
+        "Another {y} are handed over.",
     ],
 )
 STORY_TIMES = ["Then the number doubles.", "Next the number triples."]
@@ -469,32 +512,44 @@ def story(split: str, rng: random.Random, n: int, strange: bool) -> Problem | No
 
 def drill(rng: random.Random) -> Problem:
     """For training alone: additions and subtractions as joins and threads need them."""
-    sums = []
+    sums: list[str] = []
+    asked: list[str] = []
     for _ in range(rng.randint(5, 9)):
-        kind = rng.randrange(8)
-        if kind < 2:  # a running total of a join
-            x, y = rng.randint(2, 300), rng.randint(2, 150)
+        kind = rng.randrange(10)
+        if kind < 2 or kind > 7:  # a running total of a join
+            x, y = rng.choice([rng.randint(2, 99), rng.randint(80, 900)]), rng.randint(2, 210)
         elif kind == 2:  # tens and ones of a product
             x, y = rng.randint(2, 54) * 10, rng.randint(2, 81)
         elif kind < 6:  # a step of a thread or a story
             x, y = rng.randint(10, 560), rng.randint(2, 9)
         else:
             x, y = rng.randint(10, 99), rng.randint(2, 9)
-        sums.append(f"{x}-{y}={x - y}" if kind in (5, 6) else f"{x}+{y}={x + y}")
-    asked = ", ".join(s.partition("=")[0] for s in sums)
+        sign = "-" if kind in (5, 6) else "+"
+        asked.append(f"{x}{sign}{y}")
+        last = x - y if sign == "-" else x + y
+        sums.append(f"{x}-{y}={last}" if sign == "-" else added(x, y))
     part = Part("", f" {', '.join(sums)}.", "")
-    return Problem("drill", f"Add and subtract: {asked}", (part,), "", sums[-1].partition("=")[2])
+    return Problem("drill", f"Add and subtract: {', '.join(asked)}", (part,), "", str(last))
 
 
-_MAKE = {"legs": legs, "sums": sums, "bills": bills, "times": times, "story": story}
-_SHARE = {"legs": 22, "sums": 22, "bills": 22, "times": 22, "story": 12}
+Maker = Callable[[str, random.Random, int, bool], Problem | None]
+# A family's name: what makes one problem of it (split, rng, number of parts, in held-out words), and its share.
+MAKERS: dict[str, tuple[Maker, int]] = {
+    "legs": (legs, 22),
+    "sums": (sums, 22),
+    "bills": (bills, 22),
+    "times": (times, 22),
+    "story": (story, 12),
+}
 
 
 def problems(
-    split: str, seed: int, families: tuple[str, ...] = FAMILIES, most: int = 6, drills: float = 0.0
-) -> Iterator[Problem]:
+    split: str, seed: int, families: Iterable[str] = FAMILIES, most: int = 6, drills: float = 0.0,
+    makers: Mapping[str, tuple[Maker, int]] = MAKERS,
+) -> Iterator[Problem]:  # fmt: skip
     """Unique problems without end. Parts: one to `most`, about equally often; every family by its share. `drills`:
-    share of rows that are additions alone (for training)."""
+    share of rows that are additions alone (for training). makers: where `families` are found."""
+    names = list(families)
     if split not in SPLITS:
         raise ValueError(f"split: {split!r}; pass one of {', '.join(SPLITS)}")
     rng = random.Random(f"{split} {seed}")
@@ -503,10 +558,10 @@ def problems(
         if drills and rng.random() < drills:
             yield drill(rng)
             continue
-        family = rng.choices(families, [_SHARE[f] for f in families])[0]
+        family = rng.choices(names, [makers[f][1] for f in names])[0]
         problem = None
         while problem is None or problem.prompt in seen:  # anew, number of parts and all: some have few problems
             n, strange = rng.randint(1, most), rng.random() < 0.5 and split != "train"
-            problem = _MAKE[family](split, rng, n, strange)
+            problem = makers[family][0](split, rng, n, strange)
         seen.add(problem.prompt)
         yield problem

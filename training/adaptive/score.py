@@ -1,6 +1,7 @@
 """Problems and score card of the adaptive SmolLM2.
 
     python -m training.adaptive.score write                         training/adaptive/problems.jsonl anew
+    python -m training.adaptive.score write --wider                 problems_wider.jsonl: the families of wider.py
     python -m training.adaptive.score run --save results.json       the card: forked, sequential, plain, wall clock
     python -m training.adaptive.score run --model smollm2           the stock model on the same problems
 
@@ -20,18 +21,23 @@ from anabranch.cli import evaluate as cli
 from anabranch.evaluation.evaluate import Problem, final_answer, is_right
 
 FILE = Path(__file__).with_name("problems.jsonl")
+FILE_WIDER = FILE.with_name("problems_wider.jsonl")
 RG = {"legs": "leg_counting", "sums": "chain_sum"}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode="rich")
 
 
 @app.command()
-def write(count: int = 440, file: Path = FILE, split: str = "test", seed: int = 0) -> None:
-    """Write unique held-out problems, one JSON object a line."""
-    from .families import problems
+def write(
+    count: int = 440, file: Path | None = None, split: str = "test", seed: int = 0, wider: bool = False
+) -> None:  # fmt: skip
+    """Write unique held-out problems, one JSON object a line: of the five families, or of those in wider.py."""
+    from .families import MAKERS, problems
+    from .wider import WIDER
 
-    with file.open("w", encoding="utf-8") as out:
-        for p in itertools.islice(problems(split, seed), count):
+    makers = WIDER if wider else MAKERS
+    with (file or (FILE_WIDER if wider else FILE)).open("w", encoding="utf-8") as out:
+        for p in itertools.islice(problems(split, seed, makers, makers=makers), count):
             line: dict[str, Any] = {"prompt": p.prompt, "answer": p.answer, "threads": p.threads, "family": p.family,
                                     "parts": len(p.parts), "unseen_words": p.unseen_words}  # fmt: skip
             if p.entries:

@@ -1,7 +1,10 @@
-"""A worked problem as ThreadWeaver text, and as the row that training sees."""
+"""A worked problem as ThreadWeaver text, and as the row that training sees; an ordinary question as such a row."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import anabranch as ab
@@ -54,3 +57,36 @@ def lesson_of(problem: Problem, tokenizer: Any) -> Lesson:
 
 def closing(problem: Problem) -> str:
     return "</Parallel>\n" + ending(problem)
+
+
+# ------------------------------------------------------------------------------------------------ ordinary questions
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A chat and what the stock model says to it; ended: whether it said all of it, or was cut short."""
+
+    kind: str
+    chat: list[dict[str, str]]
+    answer: str
+    ended: bool
+
+
+def ordinary_lesson(answered: Answered, tokenizer: Any) -> Lesson:
+    """The row of an ordinary question: the chat as the model gets it, the answer without any tag, the turn's end."""
+    prompt = chat_ids(answered.chat, tokenizer)
+    return lesson(prompt, [answered.answer + ("<|im_end|>" if answered.ended else "")], tokenizer)
+
+
+def chat_ids(chat: list[dict[str, str]], tokenizer: Any) -> list[int]:
+    """Token ids of a chat, up to where the assistant begins to write."""
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def read_answers(file: Path) -> list[Answered]:
+    return [Answered(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_answers(file: Path, answers: list[Answered]) -> None:
+    file.write_text("".join(json.dumps(asdict(a), ensure_ascii=False) + "\n" for a in answers), encoding="utf-8")

@@ -1,6 +1,10 @@
 """Teach SmolLM2-135M-Instruct to fork: LoRA on every linear layer and the eight tags' embedding rows.
 
-    python -m training.adaptive.train --minutes 100 --out runs/adaptive
+    python -m training.adaptive.ordinary answers --out runs/ordinary
+    python -m training.adaptive.train --minutes 100 --out runs/adaptive --ordinary runs/ordinary
+
+On a worked problem the loss is cross entropy. On an ordinary question it is the divergence from the stock model, which
+is the same model with the adapter switched off: what it could do before it keeps.
 
 The learning rate follows the clock: warm-up, flat, then down to nothing over the last --down of it, so that a run ends
 when it was meant to. Ctrl-C saves; --resume goes on. log.jsonl has a line a minute, and a line a check on held-out
@@ -15,7 +19,7 @@ import math
 import random
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,11 +33,13 @@ import anabranch as ab
 from anabranch.models.adaptive import TAG_ROWS
 from anabranch.training import Layout
 
-from .families import FAMILIES, Problem, problems
-from .text import TAG_IDS, TEMPLATE, closing, lesson_of
+from .families import Problem, problems
+from .text import TAG_IDS, TEMPLATE, Answered, closing, lesson_of, ordinary_lesson, read_answers
 from .text import tokenizer as adaptive_tokenizer
+from .wider import ALL
 
 PLAIN_WEIGHT = 0.6  # of what only plain decoding writes: headers, and threads in sight of the earlier ones
+ASKED_WEIGHT = 0.5  # of an ordinary chat's own tokens: they are read already, and a drift shows in them as well
 JOIN_WEIGHT = 2.0  # of what is written after the join: few tokens, and each of them counts
 LONGEST_STEP = 20.0  # seconds: a process that was stopped for a while (kill -STOP) goes on with its schedule
 
@@ -42,13 +48,15 @@ LONGEST_STEP = 20.0  # seconds: a process that was stopped for a while (kill -ST
 class Example:
     """A row, and what each token with loss weighs; the targets are `row.learnt`, in order.
 
-    weights: float32 [targets]. forked: bool [targets], those that a forked run writes.
+    weights: float32 [targets]. forked: bool [targets], those that the model writes in a forked run. kept: an ordinary
+    question, which the stock model teaches.
     """
 
     family: str
     row: Layout
     weights: torch.Tensor
     forked: torch.Tensor
+    kept: bool = False
 
     def __len__(self) -> int:
         return self.row.num_tokens
@@ -66,8 +74,17 @@ def example(problem: Problem, tokenizer: Any) -> Example:
     return Example(problem.family, made.row, weights, forked)
 
 
+def ordinary_example(answered: Answered, tokenizer: Any) -> Example:
+    """The stock model is followed in what it answers and in what it expects of the chat before."""
+    row = ordinary_lesson(answered, tokenizer).row
+    asked = len(row.input_ids) - len(row.learnt)
+    whole = replace(row, written=torch.ones(len(row.input_ids), dtype=torch.bool), labels=None)
+    answer = whole.learnt >= asked
+    return Example("ordinary", whole, torch.where(answer, 1.0, ASKED_WEIGHT), answer, kept=True)
+
+
 class LoRA(torch.nn.Module):
-    """A frozen linear layer plus scale · B A (Hu et al. 2021)."""
+    """A frozen linear layer plus scale · B A (Hu et al. 2021); `on` False: the layer alone."""
 
     def __init__(self, base: torch.nn.Linear, rank: int, alpha: float):
         super().__init__()
@@ -75,8 +92,11 @@ class LoRA(torch.nn.Module):
         self.scale = alpha / rank
         self.a = torch.nn.Parameter(torch.randn(rank, base.in_features) / math.sqrt(base.in_features))
         self.b = torch.nn.Parameter(torch.zeros(base.out_features, rank))
+        self.on = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.on:
+            return F.linear(x, self.weight)
         return F.linear(x, self.weight) + F.linear(F.linear(x, self.a), self.b * self.scale)
 
 
@@ -88,17 +108,19 @@ class Student(torch.nn.Module):
         self.autocast = autocast
         self.model, _ = ab.models.load("smollm2", dtype=torch.float32, attn_implementation="anabranch")
         self.model.requires_grad_(False)
+        kind = torch.bfloat16 if autocast else torch.float32  # as they are stored: nothing is lost, nothing cast a step
         self.rank, self.alpha = rank, alpha
         self.loras: dict[str, LoRA] = {}
         for name, module in list(self.model.model.named_modules()):
             if isinstance(module, torch.nn.Linear):
                 parent, _, leaf = name.rpartition(".")
-                lora = LoRA(module, rank, alpha)
+                lora = LoRA(module.to(kind), rank, alpha)
                 setattr(self.model.model.get_submodule(parent), leaf, lora)
                 self.loras[name] = lora
         embedding = self.model.model.embed_tokens.weight
         ids = torch.tensor(list(TAG_IDS.values()))
         self.register_buffer("tag_ids", ids)
+        self.register_buffer("head", embedding.to(kind), persistent=False)
         self.tags = torch.nn.Parameter(embedding.mean(0) + 0.02 * torch.randn(len(ids), embedding.shape[1]))
         self.register_buffer("row_of", torch.full((embedding.shape[0],), -1))
         self.row_of[ids] = torch.arange(len(ids))
@@ -109,16 +131,44 @@ class Student(torch.nn.Module):
             (rows >= 0)[..., None], self.tags[rows.clamp_min(0)], self.model.model.embed_tokens.weight[ids]
         )
 
-    def forward(self, batch: dict[str, Any], vocabulary: torch.Tensor) -> torch.Tensor:
-        """Scores [targets, len(vocabulary)]."""
+    def hidden(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Last hidden states [targets, width] of the rows that predict the targets."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            hidden = self.model.model(
+            out = self.model.model(
                 inputs_embeds=self.embed(batch["input_ids"]),
                 position_ids=batch["position_ids"],
                 branch_mask=batch["branch_mask"],
                 use_cache=False,
-            ).last_hidden_state[0]
-            return F.linear(hidden[batch["logits_to_keep"]], self.embed(vocabulary)).float()
+            )
+            return out.last_hidden_state[0, batch["logits_to_keep"]]
+
+    def scores(self, hidden: torch.Tensor, vocabulary: torch.Tensor) -> torch.Tensor:
+        """float32 [targets, len(vocabulary)]."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            return F.linear(hidden, self.embed(vocabulary)).float()
+
+    def forward(self, batch: dict[str, Any], vocabulary: torch.Tensor) -> torch.Tensor:
+        """Scores [targets, len(vocabulary)]."""
+        return self.scores(self.hidden(batch), vocabulary)
+
+    def all_scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [targets, whole vocabulary]."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            of_tags = F.linear(hidden, self.tags).float()
+            return F.linear(hidden, self.head).float().index_copy(1, self.tag_ids, of_tags)
+
+    @torch.no_grad()
+    def stock_scores(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Scores [targets, whole vocabulary] of the stock model; the rows must be free of tags."""
+        for lora in self.loras.values():
+            lora.on = False
+        try:
+            hidden = self.hidden(batch)
+        finally:
+            for lora in self.loras.values():
+                lora.on = True
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            return F.linear(hidden, self.head).float()
 
     def begin_from(self, path: Path) -> None:
         """The weights of a state.pt, or of an adapter (a folder, such as the package's data/smollm2_adaptive)."""
@@ -147,6 +197,7 @@ def collate(examples: list[Example]) -> dict[str, Any]:
         **Layout.pack(one.row for one in examples).batch(),
         "weight": torch.cat([one.weights for one in examples]),
         "forked": torch.cat([one.forked for one in examples]),
+        "kept": torch.cat([torch.full_like(one.forked, one.kept) for one in examples]),
     }
 
 
@@ -161,19 +212,51 @@ def batches(examples: list[Example], tokens: int, rng: random.Random) -> list[li
     return out
 
 
+def divergence(student: Student, hidden: torch.Tensor, examples: list[Example]) -> torch.Tensor:
+    """KL [targets] of the student from the stock model, over the whole vocabulary; `examples` are ordinary ones."""
+    before = student.stock_scores(collate(examples)).log_softmax(-1)
+    after = student.all_scores(hidden).log_softmax(-1)
+    return F.kl_div(after, before, reduction="none", log_target=True).sum(-1)
+
+
+def loss_of(student: Student, examples: list[Example], vocabulary: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """The loss of one packed row, and the mean of either kind in it (NaN where there is none).
+
+    vocabulary: sorted; the tokens over which the problems' softmax runs.
+    """
+    batch = collate(examples)
+    hidden, kept, weight = student.hidden(batch), batch["kept"], batch["weight"]
+    each = torch.zeros(len(kept))
+    if not kept.all():
+        targets = torch.searchsorted(vocabulary, batch["shift_labels"][0][~kept])
+        each[~kept] = F.cross_entropy(student.scores(hidden[~kept], vocabulary), targets, reduction="none")
+    if kept.any():
+        each[kept] = divergence(student, hidden[kept], [one for one in examples if one.kept])
+    told = {"problems": each[~kept].mean().item(), "ordinary": each[kept & batch["forked"]].mean().item()}
+    return (each * weight).sum() / weight.sum(), told
+
+
 @torch.no_grad()
-def check(student: Student, dev: list[Example], vocabulary: torch.Tensor) -> dict[str, Any]:
-    """Share of dev problems whose answer comes out token for token when decoded greedily, forked and plain.
+def check(student: Student, dev: list[Example]) -> dict[str, Any]:
+    """Share of dev problems whose answer comes out token for token when decoded greedily, forked and plain; of ordinary
+    questions the same against the stock model's answer, and the divergence from it in nats a token.
 
     Given the right tokens so far each next one must be the best: that is what greedy decoding needs, to the token.
     """
     student.eval()
     forked: dict[str, list[bool]] = {}
     plain: list[bool] = []
+    same: list[bool] = []
+    apart: list[float] = []
     wrong = {"join": 0, "else": 0}
     for one in dev:
         batch = collate([one])
-        ok = vocabulary[student(batch, vocabulary).argmax(-1)] == batch["shift_labels"][0]
+        hidden = student.hidden(batch)
+        ok = student.all_scores(hidden).argmax(-1) == batch["shift_labels"][0]
+        if one.kept:
+            same.append(bool(ok[batch["forked"]].all()))
+            apart += divergence(student, hidden, [one])[batch["forked"]].tolist()
+            continue
         forked.setdefault(one.family, []).append(bool(ok[batch["forked"]].all()))
         plain.append(bool(ok.all()))
         for w in batch["weight"][~ok & batch["forked"]].tolist():
@@ -184,7 +267,9 @@ def check(student: Student, dev: list[Example], vocabulary: torch.Tensor) -> dic
         "plain_exact": round(float(np.mean(plain)), 4),
         "by_family": {f: round(float(np.mean(v)), 3) for f, v in sorted(forked.items())},
         "wrong_tokens": wrong,
-    }
+        **({"ordinary_exact": round(float(np.mean(same)), 4), "ordinary_kl": round(float(np.mean(apart)), 5)} if same
+           else {}),
+    }  # fmt: skip
 
 
 def rate(progress: float, peak: float, down: float, warm: float = 0.01) -> float:
@@ -209,6 +294,10 @@ def main(
     start: Annotated[
         Path | None, typer.Option(help="A state.pt or an adapter's folder to begin from, with a new schedule.")
     ] = None,
+    ordinary: Annotated[
+        Path | None, typer.Option(help="Folder with the stock model's answers, see ordinary.py; None: problems alone.")
+    ] = None,
+    ordinary_share: Annotated[float, typer.Option(help="Share of rows that are ordinary questions.")] = 0.5,
     check_minutes: Annotated[float, typer.Option(help="Minutes between checks on dev problems.")] = 12.0,
     seed: int = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the state saved in --out.")] = False,
@@ -218,9 +307,15 @@ def main(
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = adaptive_tokenizer()
-    made = [example(p, tokenizer) for p in itertools.islice(problems("train", seed, drills=drills), count)]
-    dev = [example(p, tokenizer) for p in itertools.islice(problems("dev", seed), 48)]
+    drawn = problems("train", seed, ALL, drills=drills, makers=ALL)
+    made = [example(p, tokenizer) for p in itertools.islice(drawn, count)]
+    dev = [example(p, tokenizer) for p in itertools.islice(problems("dev", seed, ALL, makers=ALL), 48)]
     used = torch.tensor(sorted({t for one in made for t in one.row.input_ids.tolist()}))
+    if ordinary is not None:
+        answered = [ordinary_example(one, tokenizer) for one in read_answers(ordinary / "train.jsonl")]
+        rows = round(count * ordinary_share / (1 - ordinary_share))
+        made += itertools.islice(itertools.cycle(answered), rows)
+        dev += [ordinary_example(one, tokenizer) for one in read_answers(ordinary / "dev.jsonl")[:32]]
     student = Student(rank, alpha=2.0 * rank, autocast=autocast)
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -253,23 +348,20 @@ def main(
         (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     note(parameters=sum(p.numel() for p in parameters), problems=len(made), vocabulary=len(used),
-         mean_tokens=float(np.mean([len(x) for x in made])), families=FAMILIES, lr=lr, rank=rank,
-         tokens=tokens, drills=drills, down=down, autocast=autocast)  # fmt: skip
+         mean_tokens=float(np.mean([len(x) for x in made])), families=list(ALL), lr=lr, rank=rank,
+         tokens=tokens, drills=drills, down=down, autocast=autocast,
+         ordinary=sum(one.kept for one in made))  # fmt: skip
     rng = random.Random(seed + step)
     todo: list[list[Example]] = []
     last = last_note = last_check = time.monotonic()
-    seen, losses = 0, []
-    everything = torch.arange(student.row_of.shape[0])
+    seen, losses, kinds = 0, [], []
     try:
         while spent < minutes * 60:
             todo = todo or batches(made, tokens, rng)
-            batch = collate(todo.pop())
+            examples = todo.pop()
             # Tokens that the data never have must stay unlikely: some of them take part in every step.
             others = torch.randint(0, student.row_of.shape[0], (2048,))
-            vocabulary = torch.unique(torch.cat([used, others]))
-            scores = student(batch, vocabulary)
-            each = F.cross_entropy(scores, torch.searchsorted(vocabulary, batch["shift_labels"][0]), reduction="none")
-            loss = (each * batch["weight"]).sum() / batch["weight"].sum()
+            loss, told = loss_of(student, examples, torch.unique(torch.cat([used, others])))
             for group in optimizer.param_groups:
                 group["lr"] = rate(spent / (minutes * 60), lr, down)
             optimizer.zero_grad(set_to_none=True)
@@ -277,23 +369,25 @@ def main(
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             step += 1
-            seen += batch["input_ids"].numel()
+            seen += sum(map(len, examples))
             losses.append(loss.item())
+            kinds.append(list(told.values()))
             now = time.monotonic()
             spent += min(now - last, LONGEST_STEP)
             last = now
             if now - last_note > 60:
-                note(step=step, minutes=round(spent / 60, 2), loss=round(float(np.mean(losses)), 4),
+                means = dict(zip(told, np.nanmean(kinds, axis=0).round(4).tolist(), strict=True))
+                note(step=step, minutes=round(spent / 60, 2), loss=round(float(np.mean(losses)), 4), **means,
                      tokens_per_s=round(seen / (now - last_note)),
                      lr=optimizer.param_groups[0]["lr"])  # fmt: skip
-                last_note, seen, losses = now, 0, []
+                last_note, seen, losses, kinds = now, 0, [], []
             if now - last_check > check_minutes * 60:
                 save()
-                note(step=step, minutes=round(spent / 60, 2), **check(student, dev, everything))
+                note(step=step, minutes=round(spent / 60, 2), **check(student, dev))
                 last = last_check = last_note = time.monotonic()
     finally:
         save()
-    note(step=step, minutes=round(spent / 60, 2), final=True, **check(student, dev, everything))
+    note(step=step, minutes=round(spent / 60, 2), final=True, **check(student, dev))
 
 
 if __name__ == "__main__":

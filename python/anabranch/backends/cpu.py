@@ -21,6 +21,7 @@ from anabranch.plan.tile_config import TileConfig
 
 if TYPE_CHECKING:
     from anabranch.backends.base import MaskTensors
+    from anabranch.plan.arrays import PlanArrays
     from anabranch.plan.plan import Plan
 
 __all__ = [
@@ -58,6 +59,7 @@ CHUNK = 256
 # STREAM_ROWS of csrc/cpu/kernels.hpp. Items of more packed rows are summed up in tiles of another size; where all are
 # of so many at most, or each is one row of a larger group, one kernel computes every row.
 FEW_ROWS_TILE = 8
+SUBTREE = 64  # packed rows of an item that holds a subtree: as many as of any other
 UNITS_PER_THREAD = 4  # for balance: the last unit to end then holds up the others for an eighth of the time at most
 
 
@@ -107,11 +109,18 @@ def tile_config(
 
     batch_invariant: so that a row's result depends on its own context alone.
     """
-    return _tile_config(num_kv_heads, dtype.itemsize, batch_invariant, threads.count())
+    return _tile_config(num_kv_heads, dtype.itemsize, batch_invariant, threads.count(), _subtree(dtype))
+
+
+def _subtree(dtype: torch.dtype) -> int:
+    """Not where AMX multiplies: its kernel for many rows takes no parts, and has not been measured against them."""
+    from anabranch import _cpu
+
+    return 0 if dtype == torch.bfloat16 and _cpu.isa() == "amx" else SUBTREE
 
 
 @functools.cache
-def _tile_config(num_kv_heads: int, elem_size: int, fixed: bool, parallel: int) -> TileConfig:
+def _tile_config(num_kv_heads: int, elem_size: int, fixed: bool, parallel: int, subtree: int) -> TileConfig:
     return TileConfig(
         tile=FEW_ROWS_TILE if fixed else TILE,
         chunk=CHUNK,
@@ -119,6 +128,7 @@ def _tile_config(num_kv_heads: int, elem_size: int, fixed: bool, parallel: int) 
         num_kv_heads=num_kv_heads,
         elem_size=elem_size,
         fixed=fixed,
+        subtree=0 if fixed else subtree,
     )
 
 
@@ -133,7 +143,13 @@ def info() -> dict[str, Any]:
 _NOT_QUANTISED = (-1, *(0,) * 8)
 
 
-def _quantised(pages: Tensor, scales: KVScales | None) -> tuple[int, ...]:
+def plan_arrays(plan: Plan, group: int, num_kv_heads: int, dtype: torch.dtype) -> PlanArrays:
+    """A plan as the kernels of this moment's threads read it."""
+    count = threads.count()
+    return plan.arrays(group, _tile_config(num_kv_heads, dtype.itemsize, plan.batch_invariant, count, _subtree(dtype)))
+
+
+def quantised(pages: Tensor, scales: KVScales | None) -> tuple[int, ...]:
     """What the kernels are told of quantised pages: their type, addresses and strides of the factors."""
     if scales is None:
         return _NOT_QUANTISED
@@ -158,15 +174,13 @@ def attention(
     from anabranch import _cpu
 
     num_q_heads, num_kv_heads = q.shape[1], k_pages.shape[2]
-    count = threads.count()
-    config = _tile_config(num_kv_heads, q.dtype.itemsize, plan.batch_invariant, count)
-    arrays = plan.arrays(num_q_heads // num_kv_heads, config)
+    arrays = plan_arrays(plan, num_q_heads // num_kv_heads, num_kv_heads, q.dtype)
     if arrays.counts is not None:  # a padded plan: here the device's numbers are at hand
         num_items, _, num_merge = arrays.counts.tolist()
         arrays = replace(arrays, num_items=num_items, num_merge=num_merge)
     return native.attention(
-        _cpu.attention, rows(q), k_pages, v_pages, arrays, count,
-        v_pages.shape[3], _quantised(k_pages, kv_scales),
+        _cpu.attention, rows(q), k_pages, v_pages, arrays, threads.count(),
+        v_pages.shape[3], quantised(k_pages, kv_scales),
         scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=return_lse, num_rows=plan.num_rows,
         out=out,
     )  # fmt: skip
@@ -274,16 +288,22 @@ def write_kv(
         address(slots),
         num_rows,
         threads.count(),
-        _quantised(k_pages, kv_scales),
+        quantised(k_pages, kv_scales),
     )
 
 
 def prepare_pool(pool: Tensor) -> bool:
-    """Asks the system to back a page pool with large pages (Linux's transparent ones), before it is written to. Steps
-    read all over it: with 4 KB pages, address translation takes some 4 % of the attention. Whether it will try."""
+    """`large_pages` for a page pool. Steps read all over it: with 4 KB pages, address translation takes some 4 % of the
+    attention."""
+    return large_pages(pool)
+
+
+def large_pages(memory: Tensor) -> bool:
+    """Asks the system to back a contiguous tensor with large pages (Linux's transparent ones), before it is written to.
+    Whether it will try."""
     from anabranch import _cpu
 
-    return _cpu.large_pages(address(pool), pool.numel() * pool.element_size())
+    return _cpu.large_pages(address(memory), memory.numel() * memory.element_size())
 
 
 def copy_pages(pool: Tensor, src: Tensor, dst: Tensor, filled: Tensor, scales: Tensor | None = None) -> None:

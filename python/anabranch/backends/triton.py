@@ -50,6 +50,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 576  # latents of DeepSeek's models: 512 and 64
 branch_head_dim = 256
 
+# Packed rows of an item that holds a subtree, and its parts (a power of two). 0: none is made until a GPU has
+# shown what they gain. (A tile multiplies all its rows with all of the item's tokens: what is spared has a price.)
+SUBTREE = 0
+PARTS = 64
+
 
 @functools.cache
 def unavailable() -> str | None:
@@ -112,6 +117,8 @@ def tile_config(
     cut = machine.cut_for(device, traits.multiprocessors, num_q_heads, num_kv_heads, mean, dtype.itemsize, tile, chunk)
     return TileConfig(
         tile=tile,
+        subtree=SUBTREE and min(SUBTREE, tile),
+        parts=PARTS,
         chunk=cut.chunk,
         parallelism=cut.parallelism,
         num_kv_heads=num_kv_heads,

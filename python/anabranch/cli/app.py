@@ -11,6 +11,7 @@ from anabranch import __version__
 from anabranch.cli.common import USAGE, Mistake, command
 from anabranch.cli.comparing import commands as comparing
 from anabranch.cli.options import (
+    Compile,
     DebugOption,
     Dtype,
     DtypeOption,
@@ -411,6 +412,9 @@ def serve(
         str, typer.Option(metavar="NAME", help="Attention backend: auto, cpu, triton, cuda, reference.")
     ] = "auto",
     dtype: DtypeOption = Dtype.auto,
+    compile: Annotated[
+        Compile, typer.Option(help="auto: behind two minutes of work, if it pays; now: before anybody is served.")
+    ] = Compile.auto,
     tp: Annotated[
         int, typer.Option(metavar="N", min=1, help="Processes that share the model, each with some of its heads.")
     ] = 1,
@@ -431,7 +435,7 @@ def serve(
             model=model, host=host, port=port, api_keys=tuple(api_key or ()), name=name, upstream=upstream,
             upstream_key=upstream_key, strategies=tuple(strategy or ()), max_requests=max_requests,
             max_tokens=max_tokens, max_body=max_body, num_pages=num_pages, page_size=page_size, backend=backend,
-            dtype=dtype.value, grace=grace, tp=tp,
+            dtype=dtype.value, compile=compile.value, grace=grace, tp=tp,
         )
     )  # fmt: skip
 

@@ -184,7 +184,10 @@ def _load_folder(folder: Path, kind: torch.dtype, tp: int = 1) -> tuple[Any, Any
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise Mistake(f"--model {str(folder)!r}: Transformers cannot load it: {error}") from error
-    return (model if tp > 1 else model.to(device)).eval(), tokenizer
+    if tp == 1:
+        model = model.to(device)
+        hf.large_pages(model)
+    return model.eval(), tokenizer
 
 
 def _shared_out(tp: int) -> dict[str, Any]:

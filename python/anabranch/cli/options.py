@@ -18,6 +18,12 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Compile(str, Enum):
+    auto = "auto"
+    now = "now"
+    never = "never"
+
+
 def flag(*names: str, **options: Any) -> Any:
     """A yes-or-no option; its page needs no word for the kind of value it takes."""
     return typer.Option(*names, metavar="", **options)

@@ -12,6 +12,8 @@ from anabranch.cli import processes
 from anabranch.cli.common import USAGE, Mistake, load_model, load_tokenizer
 from anabranch.viz.console import consoles
 
+COMPILE: dict[str, bool | str] = {"auto": "auto", "now": True, "never": False}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -34,6 +36,7 @@ class Options:
     dtype: str
     grace: int
     tp: int = 1
+    compile: str = "auto"  # a key of COMPILE
 
 
 def run(options: Options) -> None:
@@ -53,6 +56,8 @@ def run(options: Options) -> None:
     if options.tp > 1:
         if options.upstream is not None:
             raise Mistake("--tp: with --upstream the model runs elsewhere; leave one of them out", USAGE)
+        if options.compile == "now":
+            raise Mistake("--compile now: steps of several processes run as they are; leave it or --tp out", USAGE)
         processes.check(options.tp)
         if not processes.started():
             _check_free(options.host, options.port)
@@ -87,7 +92,13 @@ def _engine(options: Options, err: Any) -> Any:
         return Upstream(ab.RemoteEngine(options.upstream, load_tokenizer(options.model), options.upstream_key))
     with err.status("loading the model …"):
         model, tokenizer, _ = load_model(options.model, options.dtype, options.tp)
-        return ab.AsyncEngine(model, tokenizer, **_sizes(options))
+        engine = ab.AsyncEngine(model, tokenizer, compile=COMPILE[options.compile], **_sizes(options))
+    if options.compile == "now":
+        with err.status("compiling the forward …"):
+            inner = engine.engine
+            inner.generate([0, 0], do_sample=False, min_new_tokens=8, max_new_tokens=8)
+        err.print(f"steps are {'compiled' if inner.compiled else 'eager'}: {inner.compiled.reason}", markup=False)
+    return engine
 
 
 def _sizes(options: Options) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 from anabranch import hf
 from anabranch.engine.call import Call
 from anabranch.engine.request import Request
-from anabranch.engine.scheduler import Scheduler
+from anabranch.engine.scheduler import NothingMoves, Scheduler
 from anabranch.engine.stepper import Stepper, Touching
 from anabranch.engine.turns import Turns
 from anabranch.errors import DeadlineExceeded, QueueFull
@@ -28,6 +28,8 @@ from anabranch.threads.results import build_result
 # A request of priority p goes before those that came up to p times so many requests earlier. So whatever comes later,
 # only finitely many go before one that waits: nobody starves (see scheduler.py).
 HEAD_START = 100
+
+PATIENCE = 3  # steps in which nothing is done, before it is said that nothing ever will be
 
 
 class Loop:
@@ -51,6 +53,7 @@ class Loop:
         self.touched: Request | None = None  # whose strategy or processors are running
         self._evaluation = Evaluation()
         self._computed_with: object = None  # the model's fingerprint when its prefixes were computed
+        self._idle = 0  # steps behind one another in which nothing was done at all
         self._settled = True  # whether all that could happen without a forward has happened behind the last one
 
     # ---------------------------------------------------------------------------------------- coming and going
@@ -144,8 +147,12 @@ class Loop:
                 self._settle(new if settled else self.active)
                 self._end_what_is_over()
                 if self.active:
+                    before = self.scheduler.steps, self.scheduler.moves
                     self.stepper.step()
-                    self._settle(self.active)
+                    moved = self._settle(self.active) or before != (self.scheduler.steps, self.scheduler.moves)
+                    self._idle = 0 if moved else self._idle + 1
+                    if self._idle > PATIENCE:
+                        self._give_up()
                 self._settled = True
                 self._end_what_is_over()
             except Exception as error:  # nobody in particular is to blame: nobody can go on
@@ -197,17 +204,29 @@ class Loop:
             prefixes.clear()
             self._computed_with = now
 
-    def _settle(self, requests: Iterable[Request]) -> None:
-        """Let strategies and queues go on until nothing moves; hand over what is answered."""
+    def _settle(self, requests: Iterable[Request]) -> bool:
+        """Let strategies and queues go on until nothing moves; hand over what is answered. Whether anything moved."""
+        moved = False
         for request in list(requests):
             if request not in self.calls:
                 continue
             begin = time.perf_counter()
             with Touching(self, request):
-                request.advance()
+                moved = request.advance() or moved
                 request.spent.seconds["strategy"] += time.perf_counter() - begin
                 if request.over:
                     self._finish(request, "finished")
+            moved = moved or request not in self.calls
+        return moved
+
+    def _give_up(self) -> None:
+        """Nobody has got on for some steps, so nobody ever will: end the first that waits, for the others may wait for
+        its room."""
+        self._idle = 0
+        for request in self.active[:1]:
+            name, waiting = type(request.strategy).__name__, request.tasks.describe_wait()
+            error = NothingMoves(f"{name}: its threads wait for one another for ever, and run() for {waiting}")
+            self.fail(request, error)
 
     def _finish(self, request: Request, fate: str) -> None:
         self._conclude(request, fate)

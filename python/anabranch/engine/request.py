@@ -8,7 +8,7 @@ from typing import Any
 from anabranch.engine.live import LiveGroup
 from anabranch.engine.ops import ENGINE_OPS
 from anabranch.engine.sampling import Sampler, Samplers, random_stream
-from anabranch.engine.thread_kv import EngineThread
+from anabranch.engine.thread_kv import EngineThread, saw_live
 from anabranch.kv.cache import TreeCache
 from anabranch.kv.prefix import PrefixCache
 from anabranch.strategies.api.thread import Thread
@@ -31,6 +31,7 @@ class Request(Books[EngineThread]):
         **kwargs: Any,
     ):
         self.cache, self.samplers, self.draft, self.live = cache, samplers, draft, LiveGroup()
+        self._lingering: dict[EngineThread, None] = {}  # threads that have left, but others need what they hold
         self.cached_tokens = 0  # of its prompts, those that were found computed
         self.prefixes, self.epoch = prefixes, 0  # contexts to find and to leave behind, those of one epoch alone
         super().__init__(*args, **kwargs)
@@ -56,10 +57,29 @@ class Request(Books[EngineThread]):
         return [thread] if thread.live is None else self.live.members()
 
     def retire(self, thread: EngineThread, fate: str) -> None:
-        thread.kv.leave(self.cache)  # what others may begin with can be found from now on
-        for other in self.live.leave(thread):
-            other.kv.pinned = True  # what it saw is gone, so it could not be computed again
+        self.live.leave(thread)
+        self.open_lingering(thread)
+        thread.lingers, self._lingering[thread] = True, None
         super().retire(thread, fate)
+        self.let_go()
+
+    def open_lingering(self, thread: EngineThread) -> None:
+        """Its forks that have left and are still needed take what they share from it, where it is in the cache."""
+        for child in thread.children:
+            if child.lingers and child.kv.branch is None and child.kv.may_open and child.born and child.role == "fork":
+                child.kv.open(self.cache)
+
+    def let_go(self) -> None:
+        """Give back what threads hold that have left and are needed no more."""
+        while gone := [thread for thread in self._lingering if not (self.live.needs(thread) or _holds_for(thread))]:
+            for thread in gone:
+                for reader in (*self.live.readers(thread), *_forks_that_saw(thread)):
+                    reader.kv.pinned = True  # what it saw is gone, so it could not be computed again
+                for child in thread.children:
+                    child.kv.pinned = child.kv.pinned or child.lingers
+                thread.kv.leave(self.cache)  # what others may begin with can be found from now on
+                thread.lingers = False
+                del self._lingering[thread]
 
     def may_fork(self, thread: EngineThread) -> bool:
         return (thread.kv.has_logits or not self.rewind(thread)) and thread.kv.in_cache
@@ -88,6 +108,7 @@ class Request(Books[EngineThread]):
 
     def hold_joined(self, thread: EngineThread, children: Sequence[EngineThread]) -> None:
         for child in children:
+            self.open_lingering(child)
             child.kv.share(self.cache)
         # The tree takes a child's tokens since its fork from the branch itself; positions come from our own books.
         self.cache.join(thread.kv.held, [child.kv.held for child in children], mode="concat")
@@ -97,26 +118,30 @@ class Request(Books[EngineThread]):
             thread.kv.logits, thread.kv.logits_at = last.logits, last.logits_at
         for child in children:
             child.kv.branch = None
-            thread.kv.pinned = thread.kv.pinned or child.kv.pinned
+            thread.kv.pinned = thread.kv.pinned or child.kv.pinned or saw_live([child])
 
     def take_over(self, thread: EngineThread, child: EngineThread) -> None:
+        self.open_lingering(child)
         thread.kv.take_over(child.kv, self.cache)  # its branch and its logits, so not a row is computed
 
     def cut_needs(self, thread: EngineThread, length: int) -> list[EngineThread]:
-        if any(child.kv.branch is None for child in thread.forks_beyond(length)):
+        if any(child.kv.branch is None and not child.kv.may_open for child in thread.forks_beyond(length)):
             return [thread]  # a child that is not in the cache takes what it shares from here, before that is cut
         if not thread.kv.opened and thread.splits_joined(length):
             return [thread]  # half of what a child wrote cannot be computed again
-        return []
+        # Nor could those that have left and are needed still, if what they saw had gone.
+        return [t for t in self.live.have_gone(thread, length - len(thread.prefix)) if self.live.to_compute(t)]
 
     def forget(self, thread: EngineThread, length: int) -> None:
         if thread.live is not None:
             own = length - len(thread.prefix)
-            if own < thread.turns.assigned and (readers := self.live.readers(thread)):
+            if own < thread.turns.assigned and (readers := self.live.have_seen(thread, own)):
                 raise ValueError(
                     f"truncate: thread {readers[0].id} has seen what would go of thread {thread.id} (its own tokens "
                     f"from {own} on); cut it before the next token is computed, or end those that see it first"
                 )
+            for reader in self.live.have_gone(thread, own):
+                reader.kv.pinned = True
             thread.turns.cut(own)
         kv = thread.kv
         for child in thread.forks_beyond(length):
@@ -153,5 +178,28 @@ class Request(Books[EngineThread]):
         return True
 
     def free(self, thread: EngineThread) -> None:
-        thread.kv.release(self.cache)
         thread.kv.logits = None
+        if not thread.lingers:
+            thread.kv.release(self.cache)
+
+    def release(self) -> None:
+        for thread in self._lingering:
+            thread.lingers = False
+        self._lingering.clear()
+        super().release()
+
+
+def _holds_for(thread: EngineThread) -> bool:
+    """Whether a thread that has left has something that others have yet to take from it: a fork that is needed still
+    what they share, one that saw it, being live, what cannot be computed without the others of its group."""
+    if any(child.lingers and child.role == "fork" and child.kv.branch is None for child in thread.children):
+        return True
+    return any(fork.kv.branch is None for fork in _forks_that_saw(thread))
+
+
+def _forks_that_saw(thread: EngineThread) -> list[EngineThread]:
+    """The forks there that saw from their beginning what a live thread had written."""
+    if thread.live is None or thread.parent is None:
+        return []
+    siblings = (fork for fork in thread.parent.children if fork.born and (fork.alive or fork.lingers))
+    return [fork for fork in siblings if any(segment.spliced is thread for segment in fork.seen)]

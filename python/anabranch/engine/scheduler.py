@@ -11,7 +11,7 @@ run of tokens where one waits, so that threads which go on by a token never hold
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -27,12 +27,19 @@ from anabranch.threads.ops import next_ops
 WORTH_WAITING = 64  # tokens that another request is computing just now: who needs them too waits for it
 
 
+Entry = tuple[ThreadKV, PrefillChunk, int]
+
+
 class RequestFailed(Exception):
     """`request` cannot go on, because of `error`; the others can."""
 
     def __init__(self, request: Request, error: Exception):
         super().__init__(str(error))
         self.request, self.error = request, error
+
+
+class NothingMoves(RuntimeError):
+    """A request can never go on: all that its strategy waits for waits for something that does not come."""
 
 
 class Scheduler:
@@ -45,11 +52,19 @@ class Scheduler:
         self.cache, self.active, self.max_rows = cache, active, 1
         self.rope_rules: Sequence[RopeRule] = ()  # the model's
         self.steps = 0  # forwards so far
+        self.moves = 0  # how often else anything happened: a thread entered the cache, left it, was given a token
         self._limit: DecodeLimit | None = None
         self._first: ThreadKV | None = None  # for whom room was made: the next to enter the cache
+        self._urgent: list[ThreadKV] = []  # whom all others make room for, until they have got on
+        self._urgent_were: list[tuple[bool, int, int]] = []  # how they stood
+        self._ahead: set[int] = set()  # ids of them and of what they continue
+        self._tried: set[ThreadKV] = set()  # who was urgent since anybody got on
+        self._tried_at: list[tuple[int, int, int]] = []  # what all had done then
         self.decoding: dict[Request, dict[EngineThread, None]] = {}  # who may be given a token in this step
         self._queueing: set[Request] = set()  # requests of which some thread waits for its turn to decode
-        self._needed: set[int] = set()  # ids of the ThreadKVs that the first op of some queue needs in the cache
+        # By id, the ThreadKVs that the first op of some queue needs in the cache, with all that it needs.
+        self._needed: dict[int, list[ThreadKV]] = {}
+        self._continued: set[int] = set()  # ids of those that one which is needed, and not there, continues
 
     def limits(self, max_rows: int, max_threads: int | None) -> None:
         """Rows of a forward, and threads that decode at a time (None: any number), from now on."""
@@ -98,6 +113,7 @@ class Scheduler:
     def all_wanted(self) -> list[ThreadKV]:
         """Threads of all requests that must be brought into the cache now."""
         self._needed.clear()
+        self._continued.clear()
         return [kv for request in self.active for kv in self.wanted(request)]
 
     def wanted(self, request: Request) -> list[ThreadKV]:
@@ -109,14 +125,18 @@ class Scheduler:
                 kind = request.ops[type(op)]
                 if (kind.decodes and thread not in decoding) or kind.waits_for_children(request, op):
                     continue
-                for need in kind.needs(request, thread, op):
-                    self._needed.add(id(need.kv))
+                needs = kind.needs(request, thread, op)
+                together = [need.kv for need in needs]
+                for need in needs:
+                    self._needed.setdefault(id(need.kv), together)
+                    if need.kv.branch is None:
+                        self._continued.update(map(id, _with_parents(need.kv)))
                     _bring(need, wanted)
         waiting = request in self._queueing or any(t.kv.ready for t in decoding)
         if not wanted and not waiting:
             raise RequestFailed(
                 request,
-                RuntimeError(
+                NothingMoves(
                     f"{type(request.strategy).__name__}: nothing is left to do, but run() still waits for "
                     f"{request.tasks.describe_wait()}; "
                     "was the thread it waits for killed, or does a join wait for a child that waits for its parent?"
@@ -124,7 +144,7 @@ class Scheduler:
             )
         return [t.kv for t in wanted]
 
-    def choose(self, wanted: list[ThreadKV]) -> list[tuple[ThreadKV, PrefillChunk, int]]:
+    def choose(self, wanted: list[ThreadKV]) -> list[Entry]:
         """Rows of the next step: every thread that goes on by a token, then longer runs in order, in chunks."""
         room = self.max_rows
         free = self.cache.usage().pages_free
@@ -132,12 +152,16 @@ class Scheduler:
         running = sum(kv.branch is not None for kv in wanted)
         pending = {kv: kv.pending for kv in wanted}
         coming = {id(kv): kv for kv in wanted if kv.branch is not None and pending[kv] > 1}
-        entries: list[tuple[ThreadKV, PrefillChunk, int]] = []
+        entries: list[Entry] = []
         first_outside: ThreadKV | None = None  # the first that waits for room
         groups: set[Request] = set()
         # Longest unserved first: more threads than rows take turns.
         first, self._first = self._first, None
-        line = sorted(wanted, key=lambda w: (w is not first, pending[w] > 1, w.last_step if pending[w] <= 1 else 0))
+        if self._urgent_were != [*map(_stands, self._urgent)]:
+            self._urgent = []  # they have got on
+        self._ahead = {id(kv) for urgent in self._urgent for kv in _with_parents(urgent)}
+        ahead = {id(first), *self._ahead}
+        line = sorted(wanted, key=lambda w: (id(w) not in ahead, pending[w] > 1, w.last_step if pending[w] <= 1 else 0))
         # Threads that see one another need room for a whole turn: where it did not suffice, they are first in line.
         if any(kv.thread.live is not None for kv in line):
             line.sort(key=lambda w: w.thread.live is None or not w.thread.request.live.refused)
@@ -146,7 +170,8 @@ class Scheduler:
             if kv.thread.live is not None:
                 if kv.thread.request not in groups:
                     groups.add(kv.thread.request)
-                    rows = self._group_rows(kv.thread.request, room, free - running if entries else None)
+                    taken = running + sum(n // size for _, _, n in entries)
+                    rows = self._group_rows(kv.thread.request, room, free - taken if entries else None)
                     entries += rows
                     room -= sum(count for _, _, count in rows)
                 continue
@@ -163,7 +188,7 @@ class Scheduler:
                     continue
                 if not kv.may_open:
                     continue  # its parent comes first
-                if any(sibling.thread.alive for sibling in kv.absent):
+                if any(_there(sibling) for sibling in kv.absent):
                     continue  # and so do siblings that it sees; of those that are gone it computes what it saw again
                 donor = kv.donor(least=size)
                 if donor is not None and donor[0].held.length < donor[1]:
@@ -181,6 +206,7 @@ class Scheduler:
                     kv.open(self.cache, donor)
                 except ValueError as error:
                     raise RequestFailed(kv.thread.request, error) from error
+                self.moves += 1
                 if kv.in_cache:
                     continue
                 coming[id(kv)] = kv
@@ -192,18 +218,19 @@ class Scheduler:
             room -= count
         return entries
 
-    def _group_rows(
-        self, request: Request, room: int, free: int | None = None
-    ) -> list[tuple[ThreadKV, PrefillChunk, int]]:
+    def _group_rows(self, request: Request, room: int, free: int | None = None) -> list[Entry]:
         """Rows of threads that see one another: all of a turn, or none. free: pages that they may need, if limited."""
         members = [thread.kv for thread in request.live.members()]
         closed = [kv for kv in members if kv.branch is None and kv.may_open]  # others: what they continue comes first
+        closed = [kv for kv in closed if not any(map(_there, kv.absent))]
         if free is not None and closed and sum(self._pages(kv) + 1 for kv in closed) > free:
             return []
         for kv in closed:
             kv.open(self.cache)
+            self.moves += 1
         try:
-            return request.live.entries(room, self.max_rows)
+            # As what a fork continues it may be brought back; a turn of its own it has when something is asked of it.
+            return request.live.entries(room, self.max_rows, asked=any(id(kv) in self._needed for kv in members))
         except ValueError as error:  # more of them than rows; nobody else is to suffer for it
             raise RequestFailed(request, error) from error
 
@@ -216,9 +243,7 @@ class Scheduler:
         first = sides[id(min(wanted, key=lambda kv: kv.last_step))]
         return [kv for kv in wanted if sides[id(kv)] == first]
 
-    def reserve(
-        self, entries: list[tuple[ThreadKV, PrefillChunk, int]], wanted: list[ThreadKV]
-    ) -> tuple[Step | None, list[tuple[ThreadKV, PrefillChunk, int]]]:
+    def reserve(self, entries: list[Entry], wanted: list[ThreadKV]) -> tuple[Step | None, list[Entry]]:
         """Reserve the rows in the cache; in a page shortage make room: what is idle goes first, then the youngest."""
         if not entries:
             return None, entries  # only branches had to be opened
@@ -235,11 +260,10 @@ class Scheduler:
                     raise RequestFailed(blamed, error) from error
                 entries = alone
                 continue
-            oldest, youngest = (pick((kv for kv, _, _ in entries), key=_age) for pick in (min, max))
+            oldest, youngest = (pick((kv for kv, _, _ in entries), key=self._rank) for pick in (min, max))
             victim = self._victim(oldest)
             if victim is not None:
-                victim.release(self.cache)
-                victim.thread.request.spent.preemptions += 1
+                self._push_out(victim)
                 entries = [e for e in entries if not _go_together(e[0], victim)]
                 if entries:
                     continue
@@ -250,28 +274,37 @@ class Scheduler:
             # One that had no turn in this step may be older; one that cannot leave will give its pages back at its end.
             # (Any other would be pushed out again in the next step, and so on for ever.)
             stuck.append(oldest)
+            if id(oldest) in self._ahead:  # not even all the room there is was enough
+                self._urgent, self._ahead = [], set()
             others = [w for w in wanted if w.branch is not None and (w.pinned or w.thread.age < stuck[0].thread.age)]
             others = [w for w in others if not any(_go_together(w, s) for s in stuck) and not w.in_cache]
+            if not others and any(w.in_cache for w in wanted):
+                return None, []  # one has come back without a row: it goes on first, and may make room
             if not others and (leaving := self._giving_way(stuck)) is not None:
-                leaving.release(self.cache)
-                leaving.thread.request.spent.preemptions += 1
+                self._push_out(leaving)
                 others = [w for w in stuck if w.pinned]
                 stuck = [w for w in stuck if not w.pinned]
             if others:
-                entries = self._alone(min(others, key=_age))
+                moves = self.moves
+                entries = next(filter(None, map(self._alone, sorted(others, key=_age))), [])
                 if entries:
                     continue
-                return None, entries
+                if moves < self.moves:
+                    return None, []  # branches had to be opened
+                # None of them can go on now: threads that see one another, and wait for what one of `stuck` writes.
+                if (found := self._past(min(stuck, key=_age), others)) is not None:
+                    return found
             first = min(stuck, key=_age)
             outside = [w for w in wanted if w.branch is None and not _go_together(w, first)]
             # Of earlier requests alone: threads of one request that made room for one another could do so for ever.
             earlier = [w for w in outside if w.thread.request.order < first.thread.request.order]
             if earlier and (leaving := self._youngest(stuck)):
                 self._first = min(earlier, key=_age)  # waits outside for room: the next step begins with it
-                leaving.release(self.cache)
-                leaving.thread.request.spent.preemptions += 1
+                self._push_out(leaving)
                 return None, []
-            kv, total, size = stuck[0], self.cache.num_pages, self.cache.page_size
+            if self._make_urgent(wanted):
+                return None, []
+            kv, total, size = self._too_large(stuck), self.cache.num_pages, self.cache.page_size
             raise RequestFailed(
                 kv.thread.request,
                 ValueError(
@@ -282,20 +315,71 @@ class Scheduler:
                 ),
             )
 
-    def _alone(self, kv: ThreadKV) -> list[tuple[ThreadKV, PrefillChunk, int]]:
+    def _make_urgent(self, wanted: list[ThreadKV]) -> bool:
+        """When nobody gets on by the order of their ages: let one of those that wait, and all that it needs beside
+        it, go before all others; each once until somebody has got on. (Who has written how much depends on who else
+        is there: so it may be that the room there is went to threads that wait for one outside.)"""
+        done = [(r.sampled, r.inserted, sum(len(t.log) for t in r.threads)) for r in self.active]
+        if done != self._tried_at:
+            self._tried_at = done
+            self._tried.clear()
+        line = [w for w in wanted if id(w) in self._needed and w.thread.live is None and w not in self._tried]
+        if not line:
+            return False
+        first = min(line, key=_age)
+        self._tried.add(first)
+        self._urgent = self._needed[id(first)]
+        self._urgent_were = [*map(_stands, self._urgent)]
+        self.moves += 1
+        return True
+
+    def _rank(self, kv: ThreadKV) -> tuple[bool, int, int, int]:
+        """Who goes before whom in a shortage."""
+        return (id(kv) not in self._ahead, *kv.thread.age)
+
+    def _too_large(self, stuck: list[ThreadKV]) -> ThreadKV:
+        """Whom to tell that there are too few pages: of the youngest request with pages that nobody else can have, so
+        that the others get on."""
+        holds = [t.kv for r in self.active for t in r.threads if t.kv.branch is not None and t.kv.pinned]
+        last = max((*stuck, *holds), key=lambda kv: kv.thread.request.order).thread.request
+        return next((kv for kv in (*stuck, *holds) if kv.thread.request is last), stuck[0])
+
+    def _past(self, kv: ThreadKV, others: list[ThreadKV]) -> tuple[Step, list[Entry]] | None:
+        """Rows for one thread at the expense of older ones that wait for it; None where that is not room enough."""
+        entries = self._alone(kv)
+        while entries:
+            try:
+                step = self.step(entries)
+            except OutOfPages:
+                if (leaving := self._youngest(others)) is None:
+                    return None
+                self._push_out(leaving)
+            else:
+                self._first = kv
+                return step, entries
+        return None
+
+    def _push_out(self, kv: ThreadKV) -> None:
+        """Pre-empt a thread."""
+        kv.release(self.cache)
+        kv.thread.request.spent.preemptions += 1
+        self.moves += 1
+
+    def _alone(self, kv: ThreadKV) -> list[Entry]:
         """Rows of a step for one thread, or for those that it must advance with."""
         if kv.thread.live is not None:
             return self._group_rows(kv.thread.request, self.max_rows)
         chunk = kv.next_chunk()
         return [(kv, chunk, min(chunk.left, self.max_rows))]
 
-    def step(self, entries: list[tuple[ThreadKV, PrefillChunk, int]]) -> Step:
+    def step(self, entries: list[Entry]) -> Step:
         """Reserve the rows in the cache; `OutOfPages` when there are too few pages for them."""
         positions = {
             chunk.branch: torch.arange(chunk.position + chunk.done, chunk.position + chunk.done + count, device="cpu")
             for _, chunk, count in entries
             if chunk.branch.position != chunk.position + chunk.done
         }
+        positions.update({c.branch: torch.tensor(c.positions[:n], device="cpu") for _, c, n in entries if c.positions})
         views = {c.branch: c.reads[c.done : c.done + n] for _, c, n in entries if any(c.reads[c.done : c.done + n])}
         rows = {chunk.branch: count for _, chunk, count in entries}
         return self.cache.step(rows, positions or None, views or None)
@@ -318,13 +402,10 @@ class Scheduler:
         for request in self.active:
             for thread in request.threads:
                 kv = thread.kv
-                idle = id(kv) not in self._needed
-                if (
-                    kv.branch is None
-                    or _go_together(kv, oldest)
-                    or kv.pinned
-                    or not (idle or kv.thread.age > oldest.thread.age)
-                ):
+                idle = id(kv) not in self._needed and id(kv) not in self._continued
+                if kv.branch is None or _go_together(kv, oldest) or kv.pinned or id(kv) in self._ahead:
+                    continue
+                if not (idle or kv.thread.age > oldest.thread.age or id(oldest) in self._ahead):
                     continue
                 if _built_on(thread):
                     continue
@@ -346,7 +427,7 @@ def _bring(thread: EngineThread, wanted: dict[EngineThread, None]) -> None:
         thread = left[-1]
         before = []
         if thread.kv.branch is None and thread not in wanted:
-            before = [sibling.thread for sibling in thread.kv.absent if sibling.thread.alive]
+            before = [sibling.thread for sibling in thread.kv.absent if _there(sibling)]
             if not thread.kv.may_open:
                 assert thread.parent is not None
                 before.append(thread.parent)
@@ -357,6 +438,25 @@ def _bring(thread: EngineThread, wanted: dict[EngineThread, None]) -> None:
             left.pop()
             if not thread.kv.in_cache:
                 wanted[thread] = None
+
+
+def _there(kv: ThreadKV) -> bool:
+    """Whether what a thread holds comes from itself: it has not left, or not for good."""
+    return kv.thread.alive or kv.thread.lingers
+
+
+def _with_parents(kv: ThreadKV) -> Iterator[ThreadKV]:
+    """A thread and what it continues, and that continues, and so on."""
+    thread: EngineThread | None = kv.thread
+    while thread is not None:
+        yield thread.kv
+        thread = thread.parent if thread.role == "fork" else None
+
+
+def _stands(kv: ThreadKV) -> tuple[bool, int, int]:
+    """Whether a thread is there, how much it has done, and has to do."""
+    thread = kv.thread
+    return thread.alive, len(thread.own) + len(thread.log), len(thread.queue)
 
 
 def _age(kv: ThreadKV) -> tuple[int, int, int]:
@@ -381,6 +481,7 @@ def _alike(kv: ThreadKV, other: ThreadKV) -> int:
 def _built_on(thread: EngineThread) -> bool:
     """Whether a child of it is in the cache, or a sibling that sees it: what they share would stay."""
     siblings = thread.parent.children if thread.parent is not None else ()
-    return any(child.kv.branch is not None for child in thread.children) or any(
+    forks = (child.kv for child in thread.children if child.role == "fork")  # a spawned child shares nothing with it
+    return any(kv.branch is not None for kv in forks) or any(
         segment.spliced is thread for other in siblings if other.kv.branch is not None for segment in other.seen
     )

@@ -123,6 +123,8 @@ class Stepper:
                 kv.settle()
                 if kv.in_cache and n - chunk.drafted > 1 and kv.thread.role != "fork":
                     kv.share(self.cache)
+        for request in dict.fromkeys(kv.thread.request for kv, _, _ in entries):
+            request.let_go()
         for at, head in enumerate(heads):
             if head.nth == head.kv.thread.length - 1:
                 head.kv.logits, head.kv.logits_at = (logits, at), head.kv.thread.length
@@ -170,6 +172,7 @@ class Stepper:
     def sample(self, ready: list[EngineThread]) -> None:
         """Give each of these threads its next token."""
         begin = time.perf_counter()
+        self.scheduler.moves += 1
         ready = next_logits.within_budget(ready)
         groups: dict[Sampler, list[EngineThread]] = {}
         together: dict[Request, int] = {}

@@ -73,6 +73,7 @@ class PrefillChunk:
     segments: Sequence[int] = ()  # of each token, where the model adds segment vectors to K and V
     done: int = 0
     reads: list[list[Read]] = field(default_factory=list)  # of each token, where its thread sees others
+    positions: Sequence[int] = ()  # of each token, where they do not follow one another
     drafted: int = 0
     guesses: Sequence[DraftNode] = ()
 
@@ -313,9 +314,13 @@ class ThreadKV:
                     del waiting[key]
 
         anchor_here()
+        # What a thread wrote that sees others, or is seen, is computed by turns (live.py).
+        left = thread.length if thread.live is None else thread.turns.until(0)
         for segment in list(thread.segments):
+            if left <= 0:
+                break
             if segment.spliced is None:
-                ids, at = list(segment.token_ids), 0
+                ids, at = list(segment.token_ids)[:left], 0
                 while at < len(ids):
                     cuts = [k.forked_at - branch.length for k in waiting.values() if k.forked_at > branch.length]
                     size = min([len(ids) - at, *cuts])
@@ -333,6 +338,7 @@ class ThreadKV:
                 cache.join(branch, [anchor], mode="concat")
                 self._scratch.remove(anchor)
                 anchor_here()
+            left -= len(segment.token_ids)
 
     # ---------------------------------------------------------------------------------------- leaving the cache
 
@@ -380,6 +386,11 @@ def _fork_at(cache: TreeCache, branch: Branch, length: int) -> Branch:
     if fork.length > length:
         cache.truncate(fork, length)
     return fork
+
+
+def saw_live(threads: Sequence[EngineThread]) -> bool:
+    """Whether some threads saw siblings, or those did, that cannot be computed again by themselves."""
+    return any(other.live is not None for other in _seen_by(threads))
 
 
 def _seen_by(threads: Sequence[EngineThread]) -> list[EngineThread]:

@@ -6,6 +6,7 @@ from anabranch.hf.mask import beside_branch_mask, tree_mask
 from anabranch.hf.probe import ModelShape, UnsupportedModel, describe, is_compiled, uses_anabranch
 from anabranch.hf.register import enable, register
 from anabranch.hf.segments import SegmentVectors
+from anabranch.hf.weight_pages import large_pages
 from anabranch.kv.model import set_reader
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "describe",
     "enable",
     "is_compiled",
+    "large_pages",
     "latent_dims",
     "latents_of",
     "register",

@@ -62,7 +62,9 @@ def load(
             attn_implementation=attn_implementation,
             local_files_only=True,
         )
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = model.to(device).eval()
+    hf.large_pages(model)
+    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def path(name: str) -> Path:

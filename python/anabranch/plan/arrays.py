@@ -38,6 +38,7 @@ class PlanArrays:
     num_wide: int | None = (
         None  # items[:num_wide] pack more query vectors than TileConfig.narrow, the rest at most that
     )
+    most_parts: int = 0  # TileConfig.parts where items may hold subtrees
     kv: Tensor | None = None  # int32, what kv_strips and kv_spelled are views of
     counts: Tensor | None = (
         None  # int32 [3] on the device: num_items, num_partials, num_merge; those above are capacities
@@ -133,6 +134,7 @@ def split_buffers(
         num_absorbed=result.num_absorbed,
         kv_tokens=result.kv_tokens,
         num_wide=result.num_wide,
+        most_parts=result.most_parts,
     )
 
 

@@ -23,6 +23,7 @@ class ItemField(IntEnum):
     MASKED = 4
     KV_POS_MAX = 5
     ROW_POS_MIN = 6
+    PARTS = 7
 
 
 #: Columns of ``PlanArrays.items``, unused ones included.

@@ -62,6 +62,7 @@ class PaddedPlan:
         self._arrays = PlanArrays(
             **parts, strip=result.strip, num_items=self._most["items"], num_partials=self._most_partials,
             num_merge=rows, tile_rows=result.tile_rows, num_runs=0, num_absorbed=0, kv_tokens=0, counts=self._counts,
+            most_parts=result.most_parts,
         )  # fmt: skip
         self._host_items = self._host_rows = self._host_lengths = np.zeros(0, dtype=np.int32)
         self._appends = False  # whether `tails` are those of the plan that is here
@@ -73,7 +74,9 @@ class PaddedPlan:
     def fits(self, result: _core.PlanResult) -> bool:
         """Whether a plan has room here."""
         held = self._arrays
-        if result.strip != held.strip or result.tile_rows != held.tile_rows or result.num_rows > self.rows:
+        if (result.strip, result.tile_rows, result.most_parts) != (held.strip, held.tile_rows, held.most_parts):
+            return False
+        if result.num_rows > self.rows:
             return False
         return result.num_partials <= self._most_partials and all(
             _entries(result, name) <= self._most[name] for name in SECTIONS if name not in _BY_ROW

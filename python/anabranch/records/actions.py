@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from anabranch.records.result import Sight
 
 
 @dataclass
@@ -17,6 +21,10 @@ class Action:
 
     ``clock``: tokens on the longest chain that it had to wait for, those it writes not counted (the clock whose end is
     ``critical_path_tokens``); None in traces from before it was kept.
+
+    ``logged``: of each thread that the children of a fork see, how many entries its own log had then. ``turns``,
+    ``sights``: of a thread that sees others live, or is seen, as `Node` has them, before some of it was cut off. Empty
+    in traces from before they were kept.
     """
 
     do: str
@@ -28,3 +36,6 @@ class Action:
     clock: int | None = None
     segments: Sequence[int] = ()
     position: int | None = None
+    logged: Sequence[int] = ()
+    turns: Sequence[tuple[int, int]] = ()
+    sights: Sequence[Sight] = ()

@@ -69,6 +69,7 @@ class Node:
     done to it, in order: what `ab.replay` does again (not part of comparisons).
     ``turns``, ``sights``: of a thread that saw others while it wrote, or was seen. Its own tokens, prompt included,
     were computed in these turns, (turn, how many) each; a row sees what its sight names of the turns up to its own.
+    ``live_since``: how many entries its log had when that began (not part of comparisons).
     """
 
     id: str
@@ -87,6 +88,7 @@ class Node:
     log: tuple[Action, ...] = field(default=(), compare=False, repr=False)
     turns: tuple[tuple[int, int], ...] = ()
     sights: tuple[Sight, ...] = ()
+    live_since: int | None = field(default=None, compare=False)
 
     def walk(self) -> Iterator[Node]:
         """This node and all below it, depth first."""

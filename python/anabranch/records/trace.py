@@ -11,16 +11,17 @@ Layout (version 2)::
               "forgotten": [as runs, with "cut": [begin, logged, spliced]],
               "children": [nodes], "sees": [[id, tokens]],
               "log": [{"do", "token_ids", "children", "mode", "length", "headers", "segments",
-                       "clock", "position"}],
-              "turns": [[turn, tokens]], "sights": [{"begin", "others", "lined_up", "same_step"}]},
+                       "clock", "position", "logged", "turns", "sights"}],
+              "turns": [[turn, tokens]], "sights": [{"begin", "others", "lined_up", "same_step"}],
+              "live_since": int | null},
      "metrics": {…}, "pieces": {id: str | [byte]} | null}
 
 ``pieces`` is what each token id reads as in the middle of a text (its bytes, where they are no whole characters), null
 without a tokenizer and missing in traces from before it was kept. ``logprobs`` is null unless they were asked for
 (``generate(logprobs=True)``). ``log`` is what was done to a thread, in order (`anabranch.records.actions.Action`):
-`ab.replay` does it again. ``kv_segment``, ``segments`` and ``cut`` may be missing (0, none, not known); ``turns`` and
-``sights`` are those of `Node`, and may be left out. Version 1, which had neither log
-nor log-probabilities and fewer metrics, is still read; it cannot be replayed.
+`ab.replay` does it again. ``kv_segment``, ``segments`` and ``cut`` may be missing (0, none, not known); ``turns``,
+``sights`` and ``live_since`` are those of `Node`, and may be left out, as may ``logged`` and what follows it in a log.
+Version 1, which had neither log nor log-probabilities and fewer metrics, is still read; it cannot be replayed.
 """
 
 from __future__ import annotations
@@ -284,6 +285,8 @@ def _action(data: Any, at: str) -> Action:
         clock=None if clock is None else _natural(clock, f"{at}.clock"),
         segments=_ids(data, "segments", at) if "segments" in data else (),
         position=None if position is None else _natural(position, f"{at}.position"),
+        logged=_ids(data, "logged", at) if "logged" in data else (),
+        **_live(data, at),
     )
 
 
@@ -298,6 +301,12 @@ def _turn(data: Any, at: str) -> tuple[int, int]:
     if len(data) != 2:
         raise ValueError(f"{at}: expected a turn and a number of tokens, got {data!r:.60}")
     return _natural(data[0], at), _natural(data[1], at)
+
+
+def _live(data: Mapping[str, Any], at: str) -> dict[str, Any]:
+    """``turns`` and ``sights``, which may be left out."""
+    data = {"turns": [], "sights": [], **data}
+    return {name: tuple(_list(data, name, at, item)) for name, item in (("turns", _turn), ("sights", _sight))}
 
 
 def _sight(data: Any, at: str) -> Sight:
@@ -333,8 +342,8 @@ def _node(data: Any, at: str) -> Node:
         children=tuple(_list(data, "children", at, _node)),
         sees=tuple(_list(data, "sees", at, _seen)) if "sees" in data else (),  # older traces have none
         log=tuple(_list(data, "log", at, _action)),
-        turns=tuple(_list({"turns": [], **data}, "turns", at, _turn)),
-        sights=tuple(_list({"sights": [], **data}, "sights", at, _sight)),
+        live_since=_get({"live_since": None, **data}, "live_since", at, (int, type(None))),
+        **_live(data, at),
     )
     held = [t for run in node.runs if run.kind != "prompt" for t in run.token_ids]
     if held != list(node.token_ids):

@@ -123,7 +123,7 @@ class Connection:
                         await response.aread()
                         self._refuse(response.status_code, response.text, url)
                     done = False
-                    async for line in response.aiter_lines():
+                    async for line in _lines(response):
                         if not line.startswith("data:"):
                             continue
                         data = line[len("data:") :].strip()
@@ -166,6 +166,16 @@ class Connection:
         if status in (401, 403):
             raise RemoteError(f"{url}: the server refuses the API key ({status}: {message}); pass api_key=")
         raise RemoteError(f"{url}: the server answers {status}: {message}")
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+    """Lines of server-sent events, which end where the format says: httpx would split at a U+2028 in a text as well."""
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *whole, rest = (rest + piece).split(b"\n")
+        for line in whole:
+            yield line.decode("utf-8", "replace")
+    yield rest.decode("utf-8", "replace")
 
 
 def _parsed(text: str, url: str) -> dict[str, Any]:

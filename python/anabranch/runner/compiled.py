@@ -27,7 +27,7 @@ from anabranch.kv.cache import TreeCache
 from anabranch.kv.step import Step
 from anabranch.runner.eager import forward
 from anabranch.runner.linear import is_compiled, serves
-from anabranch.runner.model_state import ModelState
+from anabranch.runner.model_state import ModelState, Untouched
 from anabranch.runner.ranks import sharded
 from anabranch.runner.tracing import Graphs, compiler_problem
 
@@ -88,6 +88,7 @@ class CompiledForward:
         self._cache, self._backend, self._own_linear, self._linear = cache, backend, own_linear, linear
         self._graphs: Graphs | None = None
         self._state: ModelState | None = None
+        self._untouched: Untouched | None = None
         # The same in every compiled step, since torch.compile makes code for a number of threads: where our kernel has
         # the linear layers of few rows, what is left is small, and those of many rows take all threads (`linear_rows`).
         self._on_one = serves(linear, 1)
@@ -104,6 +105,11 @@ class CompiledForward:
         return f"<{'compiled' if self.on else 'eager'}: {self.reason}>"
 
     @property
+    def replays(self) -> int:
+        """Steps of the present compiled forward that were replayed without torch (`recorded`)."""
+        return 0 if self._graphs is None else self._graphs.recordings.replays
+
+    @property
     def compilations(self) -> int:
         """Graphs that the present compiled forward consists of; those that a step could not use are not counted."""
         return 0 if self._graphs is None else self._graphs.compiled
@@ -112,13 +118,16 @@ class CompiledForward:
         """Scores [len(keep), vocabulary] of the rows `keep` of a step; ids: int64 [rows] on the cache's device."""
         if self._off:
             return self.eager(model, ids, step, keep)
-        if self.on:
-            assert self._state is not None
+        if self.on and not (self._untouched and self._untouched(model)):
+            assert self._state is not None and self._graphs is not None
             if not self._state.same(model):
                 self._changed("modules, parameters or adapters of the model changed")
             elif self._state.covered():
                 self._say("modules have forward hooks, or a forward that was replaced; steps are eager while they do")
                 return self.eager(model, ids, step, keep)
+            else:  # something that torch.compile's own guards judge, which replayed steps do not ask
+                self._graphs.recordings.forget()
+                self._untouched = Untouched(model)
         if not self.on and not (self._due() and self._compile(model)):
             begin = time.perf_counter()
             scores = self.eager(model, ids, step, keep)
@@ -206,7 +215,7 @@ class CompiledForward:
         if wrong is not None:
             self._give_up(wrong)
             return False
-        self._graphs, self._state, self.on = graphs, state, True
+        self._graphs, self._state, self._untouched, self.on = graphs, state, Untouched(model), True
         self.reason = f"{graphs.compiled} graphs in {spent:.1f} s, as eager within rounding"
         return True
 

@@ -10,7 +10,7 @@ products torch's own are several times slower than float32; ``csrc/cpu/linear.hp
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from math import inf
@@ -187,8 +187,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    """`_linear` for several layers of one x, in one parallel region: no output element differs."""
+def _linears(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], empty: Callable[..., Tensor] | None = None
+) -> list[Tensor]:
+    """`_linear` for several layers of one x, in one parallel region: no output element differs.
+
+    empty: makes the results, of size, stride and dtype.
+    """
     k = weights[0].shape[1]
     x, rows, x_row = _rows_of(x, k)
     shape, layers, out = x.shape[:-1], [], []
@@ -196,6 +201,8 @@ def _linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
         if bias is not None:
             bias = bias.contiguous()
         y = torch.empty((*shape, weight.shape[0]), dtype=x.dtype, device=x.device)
+        if empty is not None:
+            y = empty(y.shape, y.stride(), y.dtype)
         at = 0 if bias is None else bias.data_ptr()
         layers.append((weight.shape[0], weight.data_ptr(), weight.stride(0), at, y.data_ptr()))
         out.append(y)

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -25,6 +26,7 @@ from anabranch.backends.threads import torch_on_all
 from anabranch.kv.step import Step
 from anabranch.ops.tree import _lib
 from anabranch.runner.linear import _linear, _linears, rows_for, takes
+from anabranch.runner.recorded import Recordings
 
 __all__ = ["Graphs", "compiler_problem", "cxx"]
 
@@ -176,11 +178,13 @@ class Graphs:
         warming: whether new graphs are to be compiled.
         compiled, strays: graphs that were compiled; those that a later call needed besides.
         linears: linear layers of the compiled graphs that may run our kernel.
+        recordings: steps that are replayed without torch, by their rows.
     """
 
     def __init__(self, backend: str = "auto", own_linear: bool | None = None) -> None:
         self.warming = False
         self.compiled = self.strays = self.linears = 0
+        self.recordings = Recordings()
         self._backend, self._own_linear = backend, own_linear
         # Dynamo keeps graphs, and limits their number, by code object: each has one of its own.
         function = FunctionType(_forward.__code__.replace(), globals(), "_forward")
@@ -194,7 +198,8 @@ class Graphs:
         if self.warming and rows > 1:
             for tensor, dim in ((given, 1), (positions, 1), (keep, 0)):
                 torch._dynamo.mark_dynamic(tensor, dim)
-        scores: Tensor = self._run(model, given, positions, step, keep, self._backend)
+        run = partial(self._run, model, given, positions, step, keep, self._backend)
+        scores: Tensor = run() if self.warming else self.recordings(model, given, positions, step, keep, run)
         return scores[:kept]
 
     def _made(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -203,4 +208,6 @@ class Graphs:
             return graph.forward
         self.compiled += 1
         self.linears += use_own_linear(graph, self._own_linear)
-        return inductor(graph, inputs)
+        compiled = inductor(graph, inputs)
+        self.recordings.add(compiled)
+        return compiled

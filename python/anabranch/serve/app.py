@@ -7,9 +7,9 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response, Security
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
@@ -31,6 +31,7 @@ from anabranch.serve.settings import Settings
 from anabranch.text.prompts import Text, check_characters
 
 log = logging.getLogger("anabranch.serve")
+T = TypeVar("T")
 
 
 class Server:
@@ -90,17 +91,7 @@ class Server:
                     found[event.prompt] = event.result
             return [found[i] for i in sorted(found)]
 
-        work, gone = asyncio.create_task(collect()), asyncio.create_task(_gone(request))
-        try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                record["gone"] = True
-                raise Refused(499, "the client went away")
-            return work.result()
-        finally:
-            for task in (work, gone):
-                task.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+        return await _while_there(request, collect(), record)
 
     # ---------------------------------------------------------------------------------------- shapes of answers
 
@@ -109,21 +100,11 @@ class Server:
         shape: dict[str, Any] = {"index": i, "finish_reason": finish_reason(result, stopped)}
         if isinstance(request, Completion):
             if request.echo:
-                text = self.prompt_text(question.copies[i], result) + text
+                text = self.prompt_text(question.copies[i], result.prompt_token_ids) + text
             shape["text"] = text
-            shape["logprobs"] = None
-            if request.logprobs is not None:
-                ids, values = logprobs_of(result.tree)
-                tokens = [self.piece(t) for t in ids]
-                top = [{t: v} for t, v in zip(tokens, values, strict=True)] if request.logprobs else None
-                shape["logprobs"] = {"tokens": tokens, "token_logprobs": values, "top_logprobs": top}
         else:
             shape["message"] = {"role": "assistant", "content": text}
-            shape["logprobs"] = None
-            if request.logprobs:
-                ids, values = logprobs_of(result.tree)
-                entries = [_entry(self.piece(t), v, request.top_logprobs) for t, v in zip(ids, values, strict=True)]
-                shape["logprobs"] = {"content": entries}
+        shape["logprobs"] = self.logprobs(request, result)
         if request.return_token_ids:
             shape["token_ids"] = list(result.token_ids)
             shape["prompt_token_ids"] = list(result.prompt_token_ids)
@@ -131,13 +112,22 @@ class Server:
             shape["malformed"] = list(result.malformed)
         return shape
 
+    def logprobs(self, request: Completion | Chat, result: Result) -> dict[str, Any] | None:
+        """Those of an answer, if they were asked for, in the shape of either kind of request."""
+        if request.logprobs is None or request.logprobs is False:
+            return None
+        ids, values = logprobs_of(result.tree)
+        tokens = [self.piece(t) for t in ids]
+        if isinstance(request, Completion):
+            top = [{t: v} for t, v in zip(tokens, values, strict=True)] if request.logprobs else None
+            return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top}
+        return {"content": [_entry(t, v, request.top_logprobs) for t, v in zip(tokens, values, strict=True)]}
+
     def piece(self, token: int) -> str:
         return str(self.engine.engine.tokenizer.decode([token])) if self.engine.engine.tokenizer else ""
 
-    def prompt_text(self, prompt: Any, result: Result) -> str:
-        if isinstance(prompt, str):
-            return prompt
-        return str(self.engine.engine.tokenizer.decode(list(result.prompt_token_ids)))
+    def prompt_text(self, prompt: Any, token_ids: Sequence[int]) -> str:
+        return prompt if isinstance(prompt, str) else str(self.engine.engine.tokenizer.decode(list(token_ids)))
 
     def head(self, name: str, request: Completion | Chat, chunk: bool = False) -> dict[str, Any]:
         kind = "text_completion" if isinstance(request, Completion) else f"chat.completion{'.chunk' * chunk}"
@@ -145,7 +135,7 @@ class Server:
 
     async def pieces(
         self, name: str, request: Completion | Chat, question: Asked, record: dict[str, Any]
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         """A request's answer as server-sent events."""
         options = request.stream_options
         every = options is not None and options.threads
@@ -162,12 +152,22 @@ class Server:
                 shape["thread"] = thread
             return _sse({**self.head(name, request, True), "choices": [shape]})
 
+        def begin() -> list[str]:
+            """What stands in front of each answer."""
+            if isinstance(request, Completion):
+                copies = enumerate(question.copies) if request.echo else ()
+                return [chunk(i, self.prompt_text(prompt, prompt), "0") for i, prompt in copies]
+            role = {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+            head = self.head(name, request, True)
+            return [_sse({**head, "choices": [{"index": i, **role}]}) for i in range(len(followers))]
+
+        begun = False
         try:
-            if isinstance(request, Chat):
-                for i in range(len(followers)):
-                    role = {"index": i, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-                    yield _sse({**self.head(name, request, True), "choices": [role]})
             async for event in self.run(name, question, record):
+                if not begun:  # not before: what the engine refuses gets a status of its own
+                    begun = True
+                    for piece in begin():
+                        yield piece
                 follower = followers[event.prompt]
                 if isinstance(event, events.Finish):
                     results.append(event.result)
@@ -175,6 +175,7 @@ class Server:
                         yield chunk(event.prompt, rest, "0")
                     _, stopped = text_of(event.result, question.stops)
                     more: dict[str, Any] = {"finish_reason": finish_reason(event.result, stopped)}
+                    more["logprobs"] = self.logprobs(request, event.result)
                     if follower.rewritten:  # what was told is no longer what the answer says
                         more["rewritten"] = text_of(event.result, question.stops)[0]
                     if request.return_token_ids:
@@ -202,6 +203,19 @@ class Server:
         finally:
             _log(record)
 
+    async def streamed(self, http: Request, pieces: AsyncGenerator[str, None], record: dict[str, Any]) -> Response:
+        """The response that tells `pieces`. An error in front of the first one gets its own status."""
+        try:
+            first = await _while_there(http, anext(pieces), record)
+        except Refused as gone:
+            return errors.response(gone)
+        if first.startswith('data: {"error"'):
+            found = json.loads(first[len("data: ") :])["error"]
+            await pieces.aclose()
+            headers = {"Retry-After": "1"} if found["code"] == 429 else {}
+            return JSONResponse({"error": found}, found["code"], headers)
+        return StreamingResponse(_chained(first, pieces), media_type="text/event-stream")
+
     async def answer(self, http: Request, request: Completion | Chat) -> Response:
         name = ("cmpl-" if isinstance(request, Completion) else "chatcmpl-") + uuid.uuid4().hex
         record: dict[str, Any] = {
@@ -212,16 +226,8 @@ class Server:
             if not self.open:
                 raise Refused(503, "this server is shutting down")
             question = asked(request, self.settings)
-            if request.stream:
-                pieces = self.pieces(name, request, question, record)
-                first = await anext(pieces)  # an error in front of the first piece gets its own status
-                if first.startswith('data: {"error"'):
-                    found = json.loads(first[len("data: ") :])["error"]
-                    await pieces.aclose()  # type: ignore[attr-defined]
-                    headers = {"Retry-After": "1"} if found["code"] == 429 else {}
-                    return JSONResponse({"error": found}, found["code"], headers)
-                return StreamingResponse(_chained(first, pieces), media_type="text/event-stream")
-            results = await self.whole(http, name, question, record)
+            if not request.stream:
+                results = await self.whole(http, name, question, record)
         except Exception as error:
             found_error = errors.refused(error)
             if found_error.status == 500:
@@ -230,6 +236,8 @@ class Server:
             self.metrics.failed.labels(str(found_error.status)).inc()
             _log(record)
             return errors.response(found_error)
+        if request.stream:
+            return await self.streamed(http, self.pieces(name, request, question, record), record)
         counts = usage(results, len(question.prompts))
         record |= {**counts, "status": 200}
         _log(record)
@@ -337,6 +345,25 @@ def _more_threads(event: events.Event) -> int:
     return -1 if isinstance(event, (events.Discard, events.Finish)) else 0
 
 
+async def _while_there(request: Request, work: Awaitable[T], record: dict[str, Any]) -> T:
+    """What `work` comes to; a client that goes away ends it, with `Refused`."""
+
+    async def waited() -> T:
+        return await work
+
+    doing, gone = asyncio.create_task(waited()), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait((doing, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            record["gone"] = True
+            raise Refused(499, "the client went away")
+        return doing.result()
+    finally:
+        for task in (doing, gone):
+            task.cancel()
+        await asyncio.gather(doing, gone, return_exceptions=True)
+
+
 async def _gone(request: Request) -> None:
     """Return when the client has gone away."""
     while (await request.receive())["type"] != "http.disconnect":
@@ -350,7 +377,8 @@ async def _chained(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
 
 
 def _sse(what: Any) -> str:
-    return f"data: {json.dumps(what, ensure_ascii=False)}\n\n"
+    # In ASCII: many clients take U+0085, U+2028 and the like in a text for ends of lines.
+    return f"data: {json.dumps(what)}\n\n"
 
 
 def _entry(token: str, logprob: float, top: int | None) -> dict[str, Any]:

@@ -116,6 +116,10 @@ def strategy_of(name: str, options: Mapping[str, Any], allowed: Sequence[str] | 
             raise Refused(400, f"strategy {wanted} has no option {key!r}; the nearest are {', '.join(near) or 'none'}",
                           "strategy_options")  # fmt: skip
         values[key] = _value(wanted, key, value, allowed)
+    none = dataclasses.MISSING
+    needed = [n for n, f in known.items() if f.default is none and f.default_factory is none and n not in values]
+    if needed:
+        raise Refused(400, f"strategy {wanted} needs the option {', '.join(needed)}", "strategy_options")
     try:
         made: Strategy = make(**values)
         return made

@@ -8,7 +8,7 @@ prompts beside it.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,8 @@ class View:
 class Turns:
     """A thread's own tokens by the turn in which they were, or are to be, computed. Turn 0: before it was live."""
 
-    def __init__(self) -> None:
+    def __init__(self, since: int = 0) -> None:
+        self.since = since  # entries that the thread's log had when it became live
         self.views: list[View] = []
         self._turns: list[int] = []  # rising
         self._ends: list[int] = []  # own tokens up to and with that turn
@@ -66,6 +67,10 @@ class Turns:
         if self._ends and self._ends[-1] == 0:
             self._ends.pop()
             self._turns.pop()
+        while len(self.views) > 1 and self.views[-2].begin >= length:
+            del self.views[-2]
+        if self.views and self.views[-1].begin > length:  # what it writes next sees what it would have seen
+            self.views[-1] = replace(self.views[-1], begin=length)
 
     def until(self, turn: int) -> int:
         """Own tokens of turns up to and with `turn`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from anabranch.records.actions import Action
@@ -25,10 +26,8 @@ def _action(action: Action) -> Action:
     """As it stands now, with nothing in it that can change."""
     headers = tuple(None if header is None else tuple(header) for header in action.headers)
     token_ids, children = tuple(action.token_ids), tuple(action.children)
-    segments = tuple(action.segments)
-    return Action(
-        action.do, token_ids, children, action.mode, action.length, headers, action.clock, segments, action.position
-    )
+    segments, logged = tuple(action.segments), tuple(action.logged)
+    return replace(action, token_ids=token_ids, children=children, headers=headers, segments=segments, logged=logged)
 
 
 def build_node(host: Books[Any], thread: AnyThread) -> Node:
@@ -48,8 +47,8 @@ def build_node(host: Books[Any], thread: AnyThread) -> Node:
         children=tuple(build_node(host, child) for child in thread.children),
         sees=tuple((segment.source or "", len(segment.token_ids)) for segment in thread.seen),
         log=tuple(map(_action, thread.log)),
-        turns=thread.live.pairs() if thread.live is not None else (),
-        sights=tuple(view.recorded() for view in thread.live.views) if thread.live is not None else (),
+        live_since=None if thread.live is None else thread.live.since,
+        **thread.live_record(),
     )
 
 

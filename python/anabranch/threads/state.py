@@ -59,6 +59,7 @@ class ThreadState(Generic[State]):
         self.id = ".".join(map(str, path))
         self.handle: Thread = Thread(host, self, None if parent is None else parent.handle, path, role)
         self.alive = True
+        self.lingers = False  # it has left, but others need what it holds to be computed again
         self.fate: str | None = None  # how it left: "joined", "discarded", "killed", "finished"
         self.ended: Ended | None = None  # how its last decode ended
         self.queue: deque[Op] = deque()
@@ -182,7 +183,8 @@ class ThreadState(Generic[State]):
 
     def forks_beyond(self, length: int) -> list[State]:
         """Its forks that share more of it than the first `length` tokens."""
-        return [c for c in self.children if c.alive and c.born and c.role == "fork" and c.forked_at > length]
+        there = (c for c in self.children if c.alive or c.lingers)
+        return [c for c in there if c.born and c.role == "fork" and c.forked_at > length]
 
     def seen_beyond(self, length: int) -> list[State]:
         """Siblings that see more of it than the first `length` tokens."""
@@ -213,6 +215,12 @@ class ThreadState(Generic[State]):
         return first + length - begin, end
 
     # ---------------------------------------------------------------------------------------- what can happen to it
+
+    def live_record(self) -> dict[str, Any]:
+        """``turns`` and ``sights`` of a thread that sees others, or is seen, as a `Node` has them; else nothing."""
+        if self.live is None:
+            return {}
+        return {"turns": self.live.pairs(), "sights": tuple(view.recorded() for view in self.live.views)}
 
     def reach(self, clock: int) -> None:
         """What it does next comes after `clock`."""

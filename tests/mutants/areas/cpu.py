@@ -10,6 +10,7 @@ OPTIONS = f"{TESTS}::test_options {TESTS}::test_long_runs_of_whole_pages"
 HIDDEN = f"{TESTS}::test_what_a_row_does_not_see_cannot_reach_it {TESTS}::test_nan_in_visible_keys_is_not_hidden"
 FUZZ = "tests/plan/test_plan_fuzz.py::test_known_batches tests/plan/test_plan_fuzz.py::test_random_batches"
 FAR = "tests/kernels/test_cpu_offsets.py"
+PARTIALS = "tests/kernels/test_cpu_extremes.py::test_partials_beyond_32_bits"
 SCORES = "tests/runner/test_scores.py"
 BRANCH = "tests/attention/test_branch_attention.py"
 ALONE = f"{BRANCH}::test_bad_tokens_leave_those_that_do_not_see_them_alone"
@@ -44,7 +45,7 @@ MUTANTS = [
     ),
     Mutant(
         "unit: where a partial lies in 32 bits", f"{CPU}unit.hpp", "memcpy(a.part_acc + p * a.v_dim, acc,",
-        "memcpy(a.part_acc + int32_t(p * a.v_dim), acc,", FAR,
+        "memcpy(a.part_acc + int32_t(p * a.v_dim), acc,", PARTIALS,
     ),
     Mutant(
         "stream: surplus scores become −softcap", f"{CPU}stream.hpp",
@@ -74,12 +75,12 @@ MUTANTS = [
     ),
     Mutant(
         "stream: heads of an item use the first one's factors", f"{CPU}stream.hpp",
-        'v_scale[j] = scale_at<S>(a.v, a, first + h, slots[half + j]);',
-        'v_scale[j] = scale_at<S>(a.v, a, first, slots[half + j]);', "tests/kernels/test_kv_formats.py",
+        "v_scale[j] = scale_at<S>(a.v, a, u.head, slots[j]);", "v_scale[j] = scale_at<S>(a.v, a, 0, slots[j]);",
+        "tests/kernels/test_kv_formats.py",
     ),
     Mutant(
         "packed: a panel is cut at its first row's limit", f"{CPU}packed.hpp",
-        "for (int i = 0; i < rows; ++i) most = w.limit[row + i] > most ? w.limit[row + i] : most;",
+        "for (int i = from; i < to; ++i) most = w.limit[row + i] > most ? w.limit[row + i] : most;",
         "most = w.limit[row];", f"{OPTIONS} {FUZZ}",
     ),
     Mutant(
@@ -107,7 +108,7 @@ MUTANTS = [
     ),
     Mutant(
         "merge: where partials lie in 32 bits", f"{CPU}kernels.cpp", "const float* from = a.part_acc + at * d;",
-        "const float* from = a.part_acc + int32_t(at * d);", FAR,
+        "const float* from = a.part_acc + int32_t(at * d);", PARTIALS,
     ),
     Mutant(
         "write: places in 32 bits", f"{CPU}attention.cpp", "(page * w->dst.page + offset * w->dst.slot) * size;",

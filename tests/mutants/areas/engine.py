@@ -7,6 +7,7 @@ from entry import Mutant
 ENGINE = "python/anabranch/engine/"
 THREADS = "python/anabranch/threads/"
 ORDER = "tests/engine/test_engine_order.py"
+ROOM = "tests/engine/test_preemption_order.py"
 BOTH = "tests/engine/test_engine_order.py tests/engine/test_naive_engine.py"
 NEAR = "tests/engine/test_engine_order.py tests/engine/test_engine.py tests/engine/test_engine_limits.py"
 
@@ -87,7 +88,11 @@ MUTANTS = [
     ),
     Mutant(
         "a whole thread is given a step of its own", f"{ENGINE}scheduler.py",
-        "for s in stuck) and not w.in_cache]", "for s in stuck)]", BOTH,
+        "for s in stuck) and not w.in_cache]", "for s in stuck)]", ROOM,
+    ),
+    Mutant(
+        "pages are too few though one that came back without a row goes on", f"{ENGINE}scheduler.py",
+        "if not others and any(w.in_cache for w in wanted):", "if False:", ROOM,
     ),
     Mutant(
         "a join forgets what a child sampled", f"{THREADS}ops/join.py",

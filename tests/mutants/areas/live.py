@@ -8,6 +8,7 @@ THREADS, ENGINE = "python/anabranch/threads/live.py", "python/anabranch/engine/l
 DRAFTING, TREE = "python/anabranch/engine/drafting.py", "python/anabranch/engine/drafts/tree.py"
 LIVE = "tests/engine/test_live.py tests/strategies/test_group_think.py"
 DRAFTS = "tests/engine/test_drafts.py"
+SHARING = "tests/engine/test_sharing.py"
 WAITS = "tests/engine/test_engine_order.py::test_who_sees_another_waits_for_what_it_sees_and_not_for_what_comes_after"
 
 MUTANTS = [
@@ -28,6 +29,7 @@ MUTANTS = [
     Mutant(
         "a cut at a turn's end takes the turn with it", THREADS, "self._ends and self._ends[-1] > length:",
         "self._ends and self._ends[-1] >= length:", LIVE,
+        equivalent="ends rise, so of a turn that ends just there the end is set to what it is, and no turn goes",
     ),
     Mutant(
         "what an ancestor wrote is read twice", THREADS,
@@ -51,8 +53,16 @@ MUTANTS = [
         LIVE,
     ),
     Mutant(
-        "who has gone is still seen", ENGINE, "others = [other for other in view.others if other is not thread]",
-        "others = list(view.others)", LIVE,
+        "who has gone is still seen", ENGINE, "others = [other for other in views[-1].others if other is not thread]",
+        "others = list(views[-1].others)", LIVE,
+    ),
+    Mutant(
+        "who has gone is not computed again for those that saw it", "python/anabranch/engine/request.py",
+        "thread.lingers, self._lingering[thread] = True, None", "self._lingering[thread] = None", SHARING,
+    ),
+    Mutant(
+        "a fork that comes back gives its parents a turn", "python/anabranch/engine/live.py",
+        "if asked and whole", "if whole", SHARING,
     ),
     Mutant(
         "a live child's KV is spliced", "python/anabranch/threads/joins/reprefill.py",

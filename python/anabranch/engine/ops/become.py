@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from anabranch.engine.thread_kv import EngineThread
@@ -32,10 +34,8 @@ class Become(HostOp[BecomeOp]):
     def carry_out(self, host: Request, thread: EngineThread, op: BecomeOp) -> None:
         source = host.state(op.source)
         _check(thread, source)
-        same = next(
-            (i for i, (a, b) in enumerate(zip(thread.own, source.own, strict=False)) if a != b),
-            min(len(thread.own), len(source.own)),
-        )
+        pairs = zip(_placed(thread), _placed(source), strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         begin = len(thread.prefix) + same
         if begin < thread.length:
             thread.log.append(Action("truncate", length=begin, clock=thread.clock))
@@ -48,13 +48,24 @@ class Become(HostOp[BecomeOp]):
             at += len(segment.token_ids)
             if ids := segment.token_ids[skip:]:
                 logprobs = None if segment.logprobs is None else segment.logprobs[skip:]
+                if (position := segment.position + skip) != thread.position:
+                    thread.position = position
+                    thread.log.append(Action("skip", position=position, clock=thread.clock))
                 done = "sample" if segment.kind == "sampled" else "insert"
                 thread.log.append(Action(done, list(ids), clock=thread.clock))
                 thread.append(ids, segment.kind, segment.source, logprobs)
+        if source.position != thread.position:
+            thread.position = source.position
+            thread.log.append(Action("skip", position=source.position, clock=thread.clock))
         thread.path_sampled, thread.ended, thread.chosen = source.path_sampled, source.ended, None
         thread.decode = thread.reader = None
         thread.kv.borrow(source.kv, host.cache)
         host.narrator.became(thread, source.id)
+
+
+def _placed(thread: EngineThread) -> Iterator[tuple[int, int]]:
+    """(token, position) of all its own."""
+    return zip(thread.own, (p for segment in thread.segments for p in segment.positions()), strict=True)
 
 
 def _check(thread: EngineThread, source: EngineThread) -> None:
@@ -68,6 +79,11 @@ def _check(thread: EngineThread, source: EngineThread) -> None:
         )
     if any(child.alive for child in thread.children):
         raise ValueError(f"become: thread {thread.id} has children; join or discard them first")
+    if thread.live is not None or source.live is not None:
+        raise ValueError(
+            f"become: thread {thread.id} or {source.id} sees others while it writes, or is seen, and its KV depends on "
+            "that; fork in the place of become()"
+        )
     if any(segment.kind == "joined" for t in (thread, source) for segment in t.segments):
         raise ValueError(
             f"become: thread {thread.id} or {source.id} holds what joined children wrote, which cannot be shared; fork "

@@ -27,13 +27,13 @@ def adoptable(thread: AnyThread, op: JoinOp, children: Sequence[AnyThread]) -> b
 
     Only for a thread that no parent will join (a branch knows its own tokens by where it was forked).
     """
-    others = [c for c in thread.children if c.alive and c.role == "fork" and c not in children]
+    if len(children) != 1 or op.headers != [None]:
+        return False
+    others = [c for c in thread.children if c.alive and c.role == "fork" and c is not children[0]]
     return (
-        op.headers == [None]
-        and (op.mode == "concat" or same_segment(thread, children))
+        (op.mode == "concat" or same_segment(thread, children))
         and all(t.live is None for t in (thread, *children))
         and thread.role != "fork"
-        and len(children) == 1
         and not others
         and thread.goes_on_as(children[0])
         and not any(c.alive for c in children[0].children)

@@ -75,6 +75,7 @@ class Fork(HostOp[ForkOp]):
             segments=op.segments or (),
             clock=thread.clock,
             length=op.apart or None,
+            logged=[len(other.log) for other, _ in seen],
         )
         thread.log.append(action)
         for i, child in enumerate(children):

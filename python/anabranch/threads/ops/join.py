@@ -37,17 +37,17 @@ class Join(HostOp[JoinOp]):
                 "join: mode='concat' splices KV that depends on what its thread saw of others; take threads that see "
                 "one another back by mode='reprefill', 'summary' or 'discard'"
             )
-        clock = thread.clock
+        clock, seen = thread.clock, {} if op.keep is None else thread.live_record()
+        if not children and op.keep is not None:  # all were killed while it waited for them: what is left is a cut
+            thread.log.append(Action("truncate", length=op.keep, clock=clock, **seen))
         HOST_JOINS[op.mode].carry_out(host, thread, op, children)
         if children:
             headers = [None if h is None else host.ids(thread, h) for h in op.headers]
-            thread.log.append(replace(JOINS[op.mode].recorded(names, op.token_ids, op.keep, headers), clock=clock))
+            action = JOINS[op.mode].recorded(names, op.token_ids, op.keep, headers)
+            thread.log.append(replace(action, clock=clock, **seen))
             host.narrator.joined(thread, names, op.mode)
-        else:  # all were killed while it waited for them
-            if op.keep is not None:
-                thread.log.append(Action("truncate", length=op.keep, clock=clock))
-            if op.token_ids:
-                thread.log.append(Action("insert", op.token_ids, clock=clock))
+        elif op.token_ids:  # … and an insertion
+            thread.log.append(Action("insert", op.token_ids, clock=clock))
 
 
 def _children(host: Books[Any], op: JoinOp) -> list[AnyThread]:

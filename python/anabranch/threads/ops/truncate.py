@@ -20,5 +20,5 @@ class Truncate(HostOp[TruncateOp]):
         return host.cut_needs(thread, op.length)
 
     def carry_out(self, host: Books[Any], thread: AnyThread, op: TruncateOp) -> None:
-        thread.log.append(Action("truncate", length=op.length, clock=thread.clock))
+        thread.log.append(Action("truncate", length=op.length, clock=thread.clock, **thread.live_record()))
         host.cut(thread, op.length, f"truncate: length={op.length}")

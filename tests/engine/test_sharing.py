@@ -1,0 +1,236 @@
+"""Threads that see one another, of which some leave, are cut or joined, with too few pages: the same tokens as with
+plenty, none lost, no page lost, no hang; and who is told that there are too few pages, in company as alone.
+
+pytest tests/engine/test_sharing.py -m slow            # some thousand seeds
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+from engine_kit import assert_nothing_held
+from live_kit import engine
+from programs_live import Sharing
+from programs_of_threads import Anything, Sights
+
+from anabranch.engine.stepper import Stepper
+from anabranch.strategies import Strategy
+
+
+@pytest.fixture(autouse=True)
+def left(monkeypatch):
+    """Steps that a call may still take: what hangs fails."""
+    found, step = [20_000], Stepper.step
+
+    def counted(self):
+        found[0] -= 1
+        assert found[0] > 0, "far too many steps: it does not get on"
+        step(self)
+
+    monkeypatch.setattr(Stepper, "step", counted)
+    return found
+
+
+class Problem:
+    """Some prompts, each with a random program of live threads, and an engine with hardly pages enough."""
+
+    def __init__(self, number: int, left: list[int]):
+        self.rng = rng = random.Random(f"sharing problem {number}")
+        self.left = left
+        self.prompts = [[rng.randrange(97) for _ in range(rng.randint(2, 14))] for _ in range(rng.choice([1, 2, 4]))]
+        self.seeds = [rng.randrange(9) for _ in self.prompts]
+        self.strategy = Sharing(number, busy=rng.choice([12, 24, 60]))
+        self.options = dict(eos_token_id=None, max_new_tokens=rng.choice([12, 40, 200]), do_sample=rng.random() < 0.5)
+        self.size, self.found = rng.choice([1, 2, 4, 16]), rng.random() < 0.5
+
+    def generate(self, pages: int, size: int, **options):
+        eng = engine(num_pages=pages, page_size=size, **options)
+        self.left[0] = 20_000
+        try:
+            return eng.generate(self.prompts, strategy=self.strategy, seed=self.seeds, **self.options)
+        finally:
+            assert_nothing_held(eng)
+
+    def compare(self, seen: Counter) -> None:
+        expected = self.generate(6000, 4, prefix_cache=False)
+        peak = max(result.metrics.tokens_physical_peak for result in expected)
+        pages = self.rng.randint(max(1, peak // 2), peak) // self.size + self.rng.randint(2, 9)
+        for _ in range(8):
+            try:
+                results = self.generate(pages, self.size, prefix_cache=self.found, max_rows=self.rng.choice([64, 512]))
+                break
+            except ValueError as error:
+                assert "num_pages" in str(error), error
+                seen["too small"] += 1
+                pages = pages * 3 // 2 + 1
+        assert [result.tree for result in results] == [result.tree for result in expected]
+        seen.update(programs=1, preempted=sum(result.metrics.preemptions for result in results))
+        self.abort(pages, seen)
+
+    def abort(self, pages: int, seen: Counter) -> None:
+        """In any state; the others go on."""
+        eng = engine(num_pages=pages + 3, page_size=self.size, prefix_cache=self.found)
+        self.left[0] = 20_000
+        pairs = zip(self.prompts, self.seeds, strict=True)
+        handles = [eng.add(p, strategy=self.strategy, seed=s, eos_token_id=None, max_new_tokens=40) for p, s in pairs]
+        for _ in range(self.rng.randint(0, 30)):
+            if not eng.step():
+                break
+        for handle in handles:
+            if self.rng.random() < 0.7:
+                seen["aborted"] += not handle.done
+                handle.abort()
+        while eng.step():
+            pass
+        assert all(handle.done for handle in handles)
+        assert_nothing_held(eng)
+
+
+def problems(numbers: Iterable[int], left: list[int]) -> Counter:
+    seen: Counter = Counter()
+    for number in numbers:
+        try:
+            Problem(number, left).compare(seen)
+        except Exception as error:
+            raise AssertionError(f"problem {number}") from error
+    return seen
+
+
+def test_live_threads_come_and_go_where_pages_are_short(left):
+    seen = problems(range(30), left)
+    assert seen["preempted"] > 30 and seen["aborted"] > 10, seen
+
+
+@pytest.mark.slow
+def test_thousands_of_live_threads_come_and_go(left):
+    print(seen := problems(range(30, 3000), left))
+    assert seen["preempted"] > 3000, seen
+
+
+class Programs(Strategy):
+    """A strategy out of a function."""
+
+    def __init__(self, run):
+        self.run = run
+
+
+def test_who_left_the_cache_comes_back_as_it_was_though_whom_it_saw_is_gone():
+    """Something else took their pages; then the one that was seen is killed, and its parent, too."""
+
+    def run(trunk):
+        yield trunk.decode(2)
+        (host,) = trunk.fork([[10]])
+        yield host.decode(2)
+        (reader,), (seen,) = trunk.fork([[20]]), host.fork([[30, 31]])
+        reader.see(seen)
+        yield [reader.decode(5), seen.decode(5)]
+        other = trunk.spawn(list(range(40, 70)))
+        yield other.decode(6)
+        trunk.join(other, "discard")
+        host.kill()
+        yield reader.decode(6)
+        trunk.join(reader, "reprefill")
+        trunk.insert([50])
+        yield trunk.decode(2)
+
+    expected = engine(num_pages=300).generate([1, 2, 3], strategy=Programs(run), eos_token_id=None)
+    preempted = 0
+    for pages in range(11, 20):
+        eng = engine(num_pages=pages, prefix_cache=False)
+        try:
+            result = eng.generate([1, 2, 3], strategy=Programs(run), eos_token_id=None)
+        except ValueError as error:
+            assert "num_pages" in str(error)
+            continue
+        finally:
+            assert_nothing_held(eng)
+        assert result.tree == expected.tree, pages
+        preempted += result.metrics.preemptions
+    assert preempted > 1
+
+
+def test_a_thread_that_was_spliced_before_it_was_live_comes_back_as_it_was():
+    def run(trunk):
+        kids = trunk.fork([[20], [30, 31]])
+        yield [kid.decode(4) for kid in kids]
+        trunk.join(kids)
+        yield trunk.insert([40])
+        (reader,) = trunk.fork([[50]])
+        reader.see(trunk)
+        yield [trunk.decode(5), reader.decode(5)]
+        other = trunk.spawn(list(range(40, 70)))
+        yield other.decode(4)
+        trunk.join(other, "discard")
+        trunk.skip(3)
+        yield [trunk.decode(5), reader.decode(5)]
+
+    expected = engine(num_pages=300).generate([1, 2, 3], strategy=Programs(run), eos_token_id=None)
+    eng = engine(num_pages=12, prefix_cache=False)
+    result = eng.generate([1, 2, 3], strategy=Programs(run), eos_token_id=None)
+    assert result.tree == expected.tree and result.metrics.preemptions
+    assert_nothing_held(eng)
+
+
+def test_a_fork_that_comes_back_gives_what_it_continues_no_turn():
+    """The last tokens of threads that see one another are computed with what is written next, whoever is pushed out."""
+
+    def run(trunk):
+        yield trunk.decode(2)
+        a, b = trunk.fork([[20], [30]])
+        a.see(b)
+        yield [a.decode(2), b.decode(2)]
+        a.insert([40])
+        (plain,) = a.fork([[50]])
+        yield plain.decode(2)
+        yield [a.decode(3), b.decode(3)]
+        other = trunk.spawn(list(range(40, 70)))
+        yield other.decode(4)
+        trunk.join(other, "discard")
+        yield plain.decode(2)
+        b.insert([60])
+        yield [a.decode(3), b.decode(3)]
+
+    expected = engine(num_pages=300).generate([1, 2, 3], strategy=Programs(run), eos_token_id=None)
+    for pages in (10, 11, 12):
+        eng = engine(num_pages=pages, prefix_cache=False)
+        result = eng.generate([1, 2, 3], strategy=Programs(run), eos_token_id=None)
+        assert result.tree == expected.tree and result.metrics.preemptions
+        assert_nothing_held(eng)
+
+
+# A request that fits alone fits in company. The last did not, once: all that there was room for waited for one outside.
+COMPANY = [*range(20, 30), 10]
+
+
+@pytest.mark.parametrize("number", COMPANY)
+def test_who_fits_alone_fits_in_company(number, left):
+    rng = random.Random(f"small {number}")
+    prompts = [[rng.randrange(97) for _ in range(rng.randint(1, 24))] for _ in range(rng.choice([2, 3, 5]))]
+    strategy = rng.choice([Anything(number), Anything(number), Sights(number, cuts=False)])  # all of it can leave
+    options = dict(eos_token_id=None, max_new_tokens=rng.choice([6, 20, 60]))
+    size, rows, found = rng.choice([1, 2, 4, 8]), rng.choice([64, 512]), rng.random() < 0.5
+    seeds = [rng.randrange(9) for _ in prompts]
+
+    def generate(pages, numbers):
+        eng = engine(num_pages=pages, page_size=size, max_rows=rows, prefix_cache=found)
+        left[0] = 30_000
+        some = dict(seed=[seeds[i] for i in numbers], strategy=strategy)
+        try:
+            return eng.generate([prompts[i] for i in numbers], **some, **options)
+        finally:
+            assert_nothing_held(eng)
+
+    expected = [generate(4000, [i])[0] for i in range(len(prompts))]
+    peak = max(result.metrics.pages_peak for result in expected)
+    pages, fit = rng.randint(peak // 2 + 1, peak + 4), []
+    for i in range(len(prompts)):
+        try:
+            generate(pages, [i])
+            fit.append(i)
+        except ValueError as error:
+            assert "num_pages" in str(error)
+    if fit:
+        assert [result.tree for result in generate(pages, fit)] == [expected[i].tree for i in fit]

@@ -121,8 +121,7 @@ struct Branch {
 };
 
 // The functions of one instruction set. `unit` is an item for KV heads [begin, end), one unless its rows are few or it
-// has parts; `merge`
-// takes merge entries [begin, end).
+// has parts; `merge` takes merge entries [begin, end).
 struct Kernels {
   const char* isa;
   int vector_bytes;

@@ -18,6 +18,7 @@ from anabranch.engine.request import Request
 from anabranch.engine.thread_kv import EngineThread
 from anabranch.records.actions import Action
 from anabranch.records.joins import JOINS
+from anabranch.records.live_rows import path_of
 from anabranch.records.result import Node
 from anabranch.strategies.api.awaitable import Awaitable
 from anabranch.strategies.api.ops import Ended, InsertOp, ScoreOp
@@ -133,7 +134,7 @@ class Player:
 
     def _fork(self, thread: Thread, action: Action) -> None:
         state = _state(thread)
-        state.next_child = _number(action.children[0])
+        state.next_child = path_of(action.children[0])[-1]
         state.spawned_at = -1  # what is spawned behind it is a block of its own
         sees = [(self.threads[name], count) for name, count in self.nodes[action.children[0]].sees]
         logs = [self.nodes[name].log for name in action.children]
@@ -148,7 +149,7 @@ class Player:
 
     def _spawn(self, thread: Thread, action: Action) -> None:
         state, (name,) = _state(thread), action.children
-        state.next_child = _number(name)
+        state.next_child = path_of(name)[-1]
         if not (state.blocks and self._follows(state.blocks[-1][1][-1].id, name)):
             state.spawned_at = -1  # it does not stand behind the one that was spawned last
         node = self.nodes[name]
@@ -283,13 +284,9 @@ def _seen(part: Node | Action, reader: str, name: str, turns: Sequence[tuple[int
         at += count
         if sight is None or name not in sight.others or not turn or turn > turns[-1][0]:
             continue
-        same = sight.same_step == "all" or (sight.same_step == "before" and _path(name) < _path(reader))
+        same = sight.same_step == "all" or (sight.same_step == "before" and path_of(name) < path_of(reader))
         found = bisect_right([t for t, _ in turns], turn if same else turn - 1)
         yield ends[found - 1] if found else 0
-
-
-def _path(name: str) -> tuple[int, ...]:
-    return tuple(map(int, name.split(".")))
 
 
 def _seers(tree: Node) -> dict[str, list[tuple[str, int, int]]]:
@@ -303,10 +300,6 @@ def _seers(tree: Node) -> dict[str, list[tuple[str, int, int]]]:
                     for (seen, count), logged in zip(kids[name].sees, action.logged, strict=False):
                         found.setdefault(seen, []).append((name, count, logged))
     return found
-
-
-def _number(name: str) -> int:
-    return int(name.rpartition(".")[2])
 
 
 def _state(thread: Thread) -> EngineThread:

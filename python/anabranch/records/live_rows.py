@@ -40,7 +40,7 @@ def write_live(
     held: dict[str, list[tuple[int, int]]] = {node.id: [] for node in nodes}  # (turn, segment)
     done = dict.fromkeys(own, 0)
     pieces = sorted(
-        (turn, _path(node.id), node, count) for node in nodes for turn, count in _turns(node)
+        (turn, path_of(node.id), node, count) for node in nodes for turn, count in _turns(node)
     )  # the threads of a turn in the order of their ids, which is who comes "before" whom
     for turn, _, node, count in pieces:
         for run, at, size in _stretch(node.runs, done[node.id], count):
@@ -49,7 +49,8 @@ def write_live(
                 segment
                 for other in (sight.others if sight is not None else ())
                 for then, segment in held[other]
-                if then < turn or (sight is not None and sight.same_step == "before" and _path(other) < _path(node.id))
+                if then < turn
+                or (sight is not None and sight.same_step == "before" and path_of(other) < path_of(node.id))
             ]
             sampled = run.kind == "sampled"
             ids = run.token_ids[at : at + size]
@@ -66,7 +67,8 @@ def write_live(
     return own
 
 
-def _path(name: str) -> tuple[int, ...]:
+def path_of(name: str) -> tuple[int, ...]:
+    """A thread's place in the tree, by which threads are in order: (0, 2, 1) of "0.2.1"."""
     return tuple(map(int, name.split(".")))
 
 

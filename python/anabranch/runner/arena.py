@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +43,11 @@ class Arena:
         extent = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if all(size) else 0
         flat = torch.from_numpy(self.take(max(extent, 1) * dtype.itemsize))[: extent * dtype.itemsize]
         return flat.view(dtype).as_strided(tuple(size), tuple(stride))
+
+    def dense(self, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor in a block of its own."""
+        extent = math.prod(size) * dtype.itemsize
+        return torch.from_numpy(self.take(max(extent, 1)))[:extent].view(dtype).view(tuple(size))
 
     def poison(self) -> None:
         """Fills all blocks with NaN: what a run does not compute itself shows."""

@@ -188,11 +188,14 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _linears(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], empty: Callable[..., Tensor] | None = None
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    empty: Callable[[Sequence[int], torch.dtype], Tensor] | None = None,
 ) -> list[Tensor]:
     """`_linear` for several layers of one x, in one parallel region: no output element differs.
 
-    empty: makes the results, of size, stride and dtype.
+    empty: makes the memory of a result, of these sizes, contiguous; by default torch does.
     """
     k = weights[0].shape[1]
     x, rows, x_row = _rows_of(x, k)
@@ -200,9 +203,8 @@ def _linears(
     for weight, bias in zip(weights, biases, strict=True):
         if bias is not None:
             bias = bias.contiguous()
-        y = torch.empty((*shape, weight.shape[0]), dtype=x.dtype, device=x.device)
-        if empty is not None:
-            y = empty(y.shape, y.stride(), y.dtype)
+        size = (*shape, weight.shape[0])
+        y = torch.empty(size, dtype=x.dtype, device=x.device) if empty is None else empty(size, x.dtype)
         at = 0 if bias is None else bias.data_ptr()
         layers.append((weight.shape[0], weight.data_ptr(), weight.stride(0), at, y.data_ptr()))
         out.append(y)

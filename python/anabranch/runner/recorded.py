@@ -2,7 +2,7 @@
 
 Inductor's code for a forward is a list of kernel calls, a few hundred a step, and for few rows calling them takes
 longer than many of them run. Their arguments are addresses and sizes, which for one number of rows are always the same.
-So inductor's own code runs once with other objects under the names that it uses (`_Recorder`): memory comes from an
+So inductor's own code runs once with other objects under the names that it uses (`Recorder`): memory comes from an
 arena that stays, and each call is made and noted. A `Recorded` step then makes the noted calls from C++
 (csrc/cpu/recording.hpp) with that step's inputs and plan.
 
@@ -36,7 +36,6 @@ _SPARE = 4  # blocks of memory for scores that wait for the next step
 _MOST_PROBLEMS = 4  # kinds that could not be recorded, before no other is tried
 _MOST_CHANGES = 8  # times that a model may change under its recordings
 
-Place = tuple[int, int]  # (base, offset): the address bases[base] + offset; base 0 is 0
 _OUT = 1  # the base of what holds the scores; those of ids, positions and keep follow
 
 
@@ -58,6 +57,7 @@ class Recorded:
             raise ValueError("the scores are not of the compiled code's own making")
         self._group, self._cache, self._constants = recorder.group, cache, recorder.constants
         self._bytes, self._dtype = block.nbytes, scores.dtype
+        self._whole = block.nbytes // scores.element_size() * scores.element_size()  # bytes of whole scores
         self._offset = (scores.data_ptr() - block.ctypes.data) // scores.element_size()
         self._shape, self._stride = scores.shape, scores.stride()
         ranges = [(block.ctypes.data, block.nbytes), *((x.data_ptr(), x.numel() * x.element_size()) for x in inputs)]
@@ -80,22 +80,18 @@ class Recorded:
             [0, *(x.data_ptr() for x in (out, *inputs))], (*arrays.addresses, arrays.strip), arrays.num_items,
             arrays.num_merge, step.plan.slots.data_ptr(), threads.count(),
         )  # fmt: skip
-        whole = out[: self._bytes // self._dtype.itemsize * self._dtype.itemsize].view(self._dtype)
-        return whole.as_strided(self._shape, self._stride, self._offset)
-
-    def __len__(self) -> int:
-        return len(self._calls)
+        return out[: self._whole].view(self._dtype).as_strided(self._shape, self._stride, self._offset)
 
 
 def _placed(x: Any, ranges: Sequence[tuple[int, int]]) -> Any:
-    """Arguments of a call with a place for each address, and for each number among a kernel's arguments."""
+    """Arguments of a call with a place (base, offset) for each address: bases[base] + offset; base 0 is 0."""
     if isinstance(x, Address):
         for base, (begin, size) in enumerate(ranges, _OUT):
             if begin <= x < begin + size:
                 return (base, x - begin)
         return (0, int(x))
-    if isinstance(x, (list, tuple)):
-        return type(x)(_placed(y, ranges) for y in x) if type(x) in (list, tuple) else x
+    if type(x) in (list, tuple):
+        return type(x)(_placed(y, ranges) for y in x)
     return x
 
 

@@ -195,7 +195,7 @@ class Recorder:
             return list(torch.ops.anabranch.linear_rows_of_one(x, weights, biases, most_rows))
         same, rows, x_row = _rows_of(x, k)
         copied = same.data_ptr() != x.data_ptr() or any(b is not None and not b.is_contiguous() for b in biases)
-        out = _linears(x, weights, biases, self.arena.empty)
+        out = _linears(x, weights, biases, self.arena.dense)
         layers = [
             (w.shape[0], _at(w), w.stride(0), _at(b), _at(y)) for w, b, y in zip(weights, biases, out, strict=True)
         ]
@@ -212,7 +212,7 @@ class Recorder:
         result = torch.ops.anabranch.tree_layer(
             query, key, value, step, position_ids, sinks, scale, softcap, window, layer, where, cached, backend, rope
         )
-        out = self.arena.empty(result.shape, result.stride(), result.dtype).copy_(result)
+        out = self.arena.dense(result.shape, result.dtype).copy_(result)
         cache = self._step.cache
         dims = (cache.head_dim, cache.v_head_dim)
         chosen = backends.choose(backend, query.device, query.dtype, dims[0], cache.kv_format.dtype, dims[1])
@@ -221,7 +221,7 @@ class Recorder:
         problem = None
         if step.data_ptr() != self._step.handle.data_ptr() or chosen.name != cpu.name or cache.v_in_k:
             problem = "attention over something else than the step, by the cpu backend"
-        elif any(x.stride(2) != 1 for x in (q, k, v)) or not out.is_contiguous():
+        elif any(x.stride(2) != 1 for x in (q, k, v)):
             problem = "queries, keys or values are copied first"
         elif sinks is not None and (sinks.dtype != torch.float32 or not sinks.is_contiguous()):
             problem = "sinks are converted first"

@@ -126,6 +126,11 @@ def _listed(lead: str, items: list[str], rng: random.Random) -> str:
     return (head + (between if between[0] == "\n" else " ") + between.join(items)).strip()
 
 
+def _of_each(parts: list[Part]) -> str:
+    """What each of some people has: "Ana 98, Ben 160"; the number alone where there is one."""
+    return parts[0].result.split()[1] if len(parts) == 1 else ", ".join(p.result for p in parts)
+
+
 def compute(split: str, rng: random.Random, n: int, strange: bool) -> Problem | None:
     form = FOR.pick(split, rng, strange)
     items, parts = [], []
@@ -133,7 +138,7 @@ def compute(split: str, rng: random.Random, n: int, strange: bool) -> Problem | 
         shown, short, steps, value = expression(split, rng, strange)
         items.append(form.format(e=shown, name=name))
         parts.append(Part(name, f" {name}: {short}. {steps}. {name} {value}.", f"{name} {value}"))
-    answer = parts[0].result.split()[1] if n == 1 else ", ".join(p.result for p in parts)
+    answer = _of_each(parts)
     return Problem("compute", _listed(COMPUTE.pick(split, rng, strange), items, rng), tuple(parts), "", answer, strange)
 
 
@@ -259,7 +264,7 @@ def each(split: str, rng: random.Random, n: int, strange: bool) -> Problem | Non
         lines.append(sentence.format(name=name, q=q, p=p, r=r))
         steps = f"{product(q, p)}, {q * p}{sign}{r}={value}"
         parts.append(Part(name, f" {name}: {q}*{p}{sign}{r}. {steps}. {name} {value}.", f"{name} {value}"))
-    answer = parts[0].result.split()[1] if n == 1 else ", ".join(p.result for p in parts)
+    answer = _of_each(parts)
     return Problem("each", _arrangement(split, rng, strange)(lines, ask), tuple(parts), "", answer, strange)
 
 

@@ -1,16 +1,13 @@
 """Trains the Countdown model from nothing, on one core: ``python -m training.countdown.train --out runs/countdown``.
 
-The recipe is the multiplication model's (`training.multiplication.train`): a small Llama, rows made on the fly, Muon
-for the matrices and AdamW for the rest, a rate that is constant and then falls to zero; a file ``decay`` in the output
-folder starts that at once. Problems of the dev and test splits are left out. Every line of log.jsonl is a check on dev
-problems: a context is right when the model prefers the right token wherever it writes itself, which is the same as
-greedy decoding writing all of it.
+The recipe is the multiplication model's (`training.from_nothing`). Rows are made on the fly, and as training goes on
+more of them are of four numbers. Problems of the dev and test splits are left out. Every line of log.jsonl is a check
+on dev problems: a context is right when the model prefers the right token wherever it writes itself, which is the same
+as greedy decoding writing all of it.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import random
 import time
@@ -18,16 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch.nn import functional as F
 
 from anabranch.training import Layout
 from training.countdown.search import Problem, draw
 from training.countdown.tokens import NUMBERS, make_tokenizer
 from training.countdown.traces import SMALL, called, drill, row, search, serial
-from training.multiplication.train import Muon, logits_of, make_model
+from training.from_nothing import Clock, load, logits_of, make_model, options, train
 
 PERIODS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 17, 20, 25, 33, 50, 100, 200)
 LONGEST = 1024  # tokens of a row; a serial search is cut off there
@@ -117,84 +111,33 @@ def check(model: Any, tokenizer: Any, dev: dict[str, list[Layout]], show: int = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for log.jsonl and the model")
-    parser.add_argument("--minutes", type=float, default=55.0)
-    parser.add_argument("--decay", type=float, default=0.5, help="share of the time in which the rate falls")
-    parser.add_argument("--ramp", type=float, default=0.2, help="share of the time until all have a problem of four")
+    parser = options(__doc__, minutes=55.0, decay=0.5, ramp=0.2, every=240.0)
     parser.add_argument("--tokens", type=int, default=3000, help="of a batch")
     parser.add_argument("--serial", type=float, default=0.5, help="share of problems with their serial search")
     parser.add_argument("--drills", type=int, default=1, help="rows of eight drilled lines beside each problem")
-    parser.add_argument("--lr", type=float, default=0.02, help="of the matrices (Muon)")
-    parser.add_argument("--adam-lr", type=float, default=0.004, help="of the rest (AdamW)")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--every", type=float, default=240.0, help="seconds between checks")
     parser.add_argument("--start", type=Path, help="folder of a model to go on from")
     parser.add_argument("--autocast", action="store_true", help="matrix products in bfloat16, for CPUs that have them")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(args.out)
-    model: Any = make_model(tokenizer, args.width, args.layers, args.heads, args.hidden)
+    model: Any = make_model(tokenizer, args)
     begin_with_values(model, tokenizer)
     if args.start is not None:
-        model.load_state_dict(load_file(args.start / "model.safetensors"))
-    matrices = [w for n, w in model.named_parameters() if w.ndim == 2 and "layers" in n]
-    rest = [w for n, w in model.named_parameters() if not (w.ndim == 2 and "layers" in n)]
-    muon, adam = Muon(matrices), torch.optim.AdamW(rest, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
+        load(model, args.start)
     dev = held_out(random.Random("dev"), tokenizer, 12)
-    print(f"{sum(w.numel() for w in model.parameters())} parameters", flush=True)
-
-    start, total = time.monotonic(), args.minutes * 60
-
-    def big_share() -> float:
-        return min(1.0, (time.monotonic() - start) / (total * args.ramp)) if args.ramp > 0 else 1.0
-
-    falls_at, ends_at = total * (1 - args.decay), total
-    step = tokens = 0
-    checked_at, losses = 0.0, []
-    model.train()
-    with open(args.out / "log.jsonl", "a") as log:
-        for batch in batches(random.Random(args.seed), tokenizer, args.tokens, big_share, args.serial, args.drills):
-            now = time.monotonic() - start
-            if falls_at > now and (args.out / "decay").exists():
-                falls_at, ends_at = now, now + total * args.decay
-            factor = min(1.0, (step + 1) / 50, max(0.0, (ends_at - now) / (ends_at - falls_at)))
-            packed = Layout.pack(batch)
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.autocast):
-                logits, targets = logits_of(model, packed)
-            loss = F.cross_entropy(logits.float(), targets)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.autocast):
-                muon.step(args.lr * factor, 0.01)
-            for group in adam.param_groups:
-                group["lr"] = args.adam_lr * factor
-            adam.step()
-            model.zero_grad(set_to_none=True)
-            losses.append(float(loss.detach()))
-            step, tokens = step + 1, tokens + packed.num_tokens
-            over = time.monotonic() - start >= ends_at
-            if over or now - checked_at >= args.every:
-                line = {
-                    "step": step,
-                    "minutes": round(now / 60, 2),
-                    "cpu_minutes": round(time.process_time() / 60, 2),
-                    "tokens": tokens,
-                    "loss": round(float(np.mean(losses)), 5),
-                    "rate": round(factor, 3),
-                } | check(model, tokenizer, dev, show=4)
-                checked_at, losses = now, []
-                print(json.dumps(line), file=log, flush=True)
-                print(json.dumps(line), flush=True)
-                model.save_pretrained(args.out)
-            if over:
-                break
+    clock = Clock(args)
+    rng = random.Random(args.seed)
+    train(
+        model,
+        batches(rng, tokenizer, args.tokens, lambda: clock.ramped, args.serial, args.drills),
+        args,
+        clock,
+        counts=lambda tokens, _: {"cpu_minutes": round(time.process_time() / 60, 2), "tokens": tokens},
+        check=lambda: check(model, tokenizer, dev, show=4),
+        autocast=args.autocast,
+    )
 
 
 if __name__ == "__main__":

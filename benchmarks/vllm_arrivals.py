@@ -10,10 +10,9 @@ The loop is an engine's own (take in, step), in one process and without HTTP, as
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
+
+from vllm_program import answer_jobs
 
 
 def play(llm, params, requests: list[dict]) -> dict:
@@ -42,37 +41,17 @@ def play(llm, params, requests: list[dict]) -> dict:
     return {"seconds": clock() - begin, "times": times, "hit_rate": sum(found) / max(1, asked)}
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
-    answers, sys.stdout = sys.stdout, sys.stderr  # vLLM writes its log to what it finds under that name
-    for name, value in {
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in one process: no message passing between loop and model is timed
-        "HF_HUB_OFFLINE": "1",
-    }.items():
-        os.environ.setdefault(name, value)
-
-    import torch
-    import vllm
+def answer(llm, job: dict) -> dict:
+    from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    llm = vllm.LLM(**{"skip_tokenizer_init": True, "disable_log_stats": True, **options})
-
-    def say(what: dict) -> None:
-        print("ANSWER " + json.dumps(what), file=answers, flush=True)
-
-    say({"versions": {"vllm": vllm.__version__, "torch": torch.__version__}, "threads": torch.get_num_threads()})
-    for line in sys.stdin:
-        job = json.loads(line)
-        # No seed: vLLM's CPU build cannot seed prompts that come in chunks.
-        params = vllm.SamplingParams(
-            n=job["n"], temperature=0.0 if job["n"] == 1 else 1.0, max_tokens=job["new_tokens"],
-            min_tokens=job["new_tokens"], ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA,
-        )  # fmt: skip
-        say(play(llm, params, job["requests"]))
+    # No seed: vLLM's CPU build cannot seed prompts that come in chunks.
+    params = SamplingParams(
+        n=job["n"], temperature=0.0 if job["n"] == 1 else 1.0, max_tokens=job["new_tokens"],
+        min_tokens=job["new_tokens"], ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA,
+    )  # fmt: skip
+    return play(llm, params, job["requests"])
 
 
 if __name__ == "__main__":
-    main()
+    answer_jobs(answer)

@@ -15,31 +15,21 @@ from engine_kit import assert_nothing_held
 from live_kit import engine
 from programs_live import Sharing
 from programs_of_threads import Anything, Sights
+from steps_kit import Steps
 
-from anabranch.engine.stepper import Stepper
 from anabranch.strategies import Strategy
 
 
 @pytest.fixture(autouse=True)
-def left(monkeypatch):
-    """Steps that a call may still take: what hangs fails."""
-    found, step = [20_000], Stepper.step
-
-    def counted(self):
-        found[0] -= 1
-        assert found[0] > 0, "far too many steps: it does not get on"
-        step(self)
-
-    monkeypatch.setattr(Stepper, "step", counted)
-    return found
+def watch(monkeypatch):
+    Steps.watch(monkeypatch, 20_000)
 
 
 class Problem:
     """Some prompts, each with a random program of live threads, and an engine with hardly pages enough."""
 
-    def __init__(self, number: int, left: list[int]):
+    def __init__(self, number: int):
         self.rng = rng = random.Random(f"sharing problem {number}")
-        self.left = left
         self.prompts = [[rng.randrange(97) for _ in range(rng.randint(2, 14))] for _ in range(rng.choice([1, 2, 4]))]
         self.seeds = [rng.randrange(9) for _ in self.prompts]
         self.strategy = Sharing(number, busy=rng.choice([12, 24, 60]))
@@ -48,7 +38,7 @@ class Problem:
 
     def generate(self, pages: int, size: int, **options):
         eng = engine(num_pages=pages, page_size=size, **options)
-        self.left[0] = 20_000
+        Steps.left = 20_000
         try:
             return eng.generate(self.prompts, strategy=self.strategy, seed=self.seeds, **self.options)
         finally:
@@ -73,7 +63,7 @@ class Problem:
     def abort(self, pages: int, seen: Counter) -> None:
         """In any state; the others go on."""
         eng = engine(num_pages=pages + 3, page_size=self.size, prefix_cache=self.found)
-        self.left[0] = 20_000
+        Steps.left = 20_000
         pairs = zip(self.prompts, self.seeds, strict=True)
         handles = [eng.add(p, strategy=self.strategy, seed=s, eos_token_id=None, max_new_tokens=40) for p, s in pairs]
         for _ in range(self.rng.randint(0, 30)):
@@ -89,24 +79,24 @@ class Problem:
         assert_nothing_held(eng)
 
 
-def problems(numbers: Iterable[int], left: list[int]) -> Counter:
+def problems(numbers: Iterable[int]) -> Counter:
     seen: Counter = Counter()
     for number in numbers:
         try:
-            Problem(number, left).compare(seen)
+            Problem(number).compare(seen)
         except Exception as error:
             raise AssertionError(f"problem {number}") from error
     return seen
 
 
-def test_live_threads_come_and_go_where_pages_are_short(left):
-    seen = problems(range(30), left)
+def test_live_threads_come_and_go_where_pages_are_short():
+    seen = problems(range(30))
     assert seen["preempted"] > 30 and seen["aborted"] > 10, seen
 
 
 @pytest.mark.slow
-def test_thousands_of_live_threads_come_and_go(left):
-    print(seen := problems(range(30, 3000), left))
+def test_thousands_of_live_threads_come_and_go():
+    print(seen := problems(range(30, 3000)))
     assert seen["preempted"] > 3000, seen
 
 
@@ -206,7 +196,7 @@ COMPANY = [*range(20, 30), 10]
 
 
 @pytest.mark.parametrize("number", COMPANY)
-def test_who_fits_alone_fits_in_company(number, left):
+def test_who_fits_alone_fits_in_company(number):
     rng = random.Random(f"small {number}")
     prompts = [[rng.randrange(97) for _ in range(rng.randint(1, 24))] for _ in range(rng.choice([2, 3, 5]))]
     strategy = rng.choice([Anything(number), Anything(number), Sights(number, cuts=False)])  # all of it can leave
@@ -216,7 +206,7 @@ def test_who_fits_alone_fits_in_company(number, left):
 
     def generate(pages, numbers):
         eng = engine(num_pages=pages, page_size=size, max_rows=rows, prefix_cache=found)
-        left[0] = 30_000
+        Steps.left = 30_000
         some = dict(seed=[seeds[i] for i in numbers], strategy=strategy)
         try:
             return eng.generate([prompts[i] for i in numbers], **some, **options)

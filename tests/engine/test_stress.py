@@ -15,33 +15,20 @@ import pytest
 import torch
 from engine_kit import EOS, SIZES, assert_nothing_held
 from programs_of_threads import Anything
+from steps_kit import Steps
 from threadweaver_kit import Babble, tag_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import anabranch as ab
 from anabranch.engine import Result
-from anabranch.engine.stepper import Stepper
 from anabranch.strategies import Aspects, EntropyFork, SelfConsistency, Sequential, Strategy, ThreadWeaver
 
 SHORT, LONG = 60, 1000
 
 
-class Steps:
-    """How many steps a run may still take: what hangs fails."""
-
-    left = 0
-
-
 @pytest.fixture(autouse=True)
 def watch(monkeypatch):
-    step = Stepper.step
-
-    def counted(self):
-        Steps.left -= 1
-        assert Steps.left > 0, "far too many steps: it does not get on"
-        step(self)
-
-    monkeypatch.setattr(Stepper, "step", counted)
+    Steps.watch(monkeypatch)
 
 
 @cache

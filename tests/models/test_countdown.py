@@ -8,12 +8,12 @@ import random
 import pytest
 import torch
 from engine_kit import Recorder, assert_nothing_held
+from taught_kit import Teacher, tiny_llama
 from training.countdown.problems import FILE
 from training.countdown.score import Run, gap, shares, written_out
 from training.countdown.search import Problem, combine, draw, expression, is_right, split_of, steps, targets
 from training.countdown.tokens import PHRASES, make_tokenizer, vocabulary
 from training.countdown.traces import drill, lines, row, search
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 import anabranch as ab
 from anabranch.training import IGNORE
@@ -109,33 +109,9 @@ def test_the_tokenizer_is_exact():
 # ------------------------------------------------------------------------------------------------ rows and engine
 
 
-class Teacher(LogitsProcessor):
-    """Makes a model write what rows have to teach; a context that no row shows is a KeyError."""
-
-    def __init__(self, rows):
-        self.next: dict[tuple[int, ...], int] = {}
-        self.row: dict[tuple[int, ...], tuple[int, int]] = {}
-        for number, x in enumerate(rows):
-            paths: list[tuple[int, ...]] = []
-            for i, (token, up) in enumerate(zip(x.input_ids.tolist(), x.mask.previous.tolist(), strict=True)):
-                paths.append((*(paths[up] if up >= 0 else ()), token))
-                assert x.position_ids[i] == len(paths[i]) - 1
-                self.row[paths[i]] = (number, i)
-                if x.labels[i] != IGNORE:
-                    self.next[paths[up]] = token
-
-    def __call__(self, input_ids, scores):
-        token = self.next[tuple(input_ids[0].tolist())]
-        return torch.full_like(scores, -torch.inf).index_fill(-1, torch.tensor(token), 0.0)
-
-
 @pytest.fixture(scope="module")
 def tiny():
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(vocabulary()), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=2, max_position_embeddings=2048, initializer_range=0.3,
-                         eos_token_id=1, bos_token_id=None, pad_token_id=0)  # fmt: skip
-    return LlamaForCausalLM._from_config(config, attn_implementation="anabranch").eval()
+    return tiny_llama("anabranch", len(vocabulary()), positions=2048, bos=None, eos=1)
 
 
 @pytest.mark.parametrize("serially", [False, True])
@@ -145,7 +121,7 @@ def test_the_rows_are_what_the_engine_shows(tiny, problem, serially):
     found = search(problem, serially)
     searches = [found, *found.children]
     rows = [row(x, TOKENIZER) for x in searches]
-    recorder, teacher = Recorder(), Teacher(rows)
+    recorder, teacher = Recorder(), Teacher([(x, x.labels != IGNORE) for x in rows])
     engine = ab.Engine(tiny, TOKENIZER, num_pages=600, page_size=8)
     result = engine.generate(
         ab.APR.prompt(problem.target, problem.numbers, 0 if serially else None),

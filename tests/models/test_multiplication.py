@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from engine_kit import Recorder, assert_nothing_held
+from taught_kit import Teacher, tiny_llama
 from training.layout import lesson
 from training.multiplication.problems import PROBLEMS
 from training.multiplication.tokens import make_tokenizer, vocabulary
 from training.multiplication.traces import draw, drill, problem, split_of
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
+from transformers import LlamaForCausalLM
 
 import anabranch as ab
 from anabranch.models import catalogue
@@ -142,34 +143,9 @@ def test_the_tokenizer():
 # ------------------------------------------------------------------------------------------------ layout and engine
 
 
-class Trie(LogitsProcessor):
-    """Makes a model write what rows have to teach; a context that is no path of their tries is a KeyError."""
-
-    def __init__(self, lessons, way: str):
-        self.target, self.row = {}, {}
-        for number, x in enumerate(lessons):
-            paths: list[tuple[int, ...]] = []
-            previous, ids = x.row.mask.previous.tolist(), x.row.input_ids.tolist()
-            for i, (token, up) in enumerate(zip(ids, previous, strict=True)):
-                paths.append((*(paths[up] if up >= 0 else ()), token))
-                assert x.row.position_ids[i] == len(paths[i]) - 1
-                self.row[paths[i]] = (number, i)
-                if getattr(x, way)[i]:
-                    assert x.row.labels[i] == token and paths[up] not in self.target
-                    self.target[paths[up]] = token
-
-    def __call__(self, input_ids, scores):
-        token = self.target[tuple(input_ids[0].tolist())]
-        return torch.full_like(scores, -torch.inf).index_fill(-1, torch.tensor(token), 0.0)
-
-
 @pytest.fixture(scope="module")
 def tiny():
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(vocabulary()), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=2, max_position_embeddings=1024, initializer_range=0.3,
-                         eos_token_id=2, bos_token_id=1, pad_token_id=0)  # fmt: skip
-    return LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+    return tiny_llama("eager", len(vocabulary()), positions=1024, bos=1, eos=2)
 
 
 def dense_logits(model, row):
@@ -189,30 +165,31 @@ def test_the_layout_is_what_the_engine_shows(tiny, way):
     questions = [problem(*pair) for pair in ((738, 406), (47, 36), (80, 7))]
     lessons = [lesson_of(q, tokenizer) for q in questions]
     logits = [dense_logits(tiny, x.row) for x in lessons]
-    recorder, trie = Recorder(), Trie(lessons, kind)
+    recorder, teacher = Recorder(), Teacher([(x.row, getattr(x, kind)) for x in lessons])
     with_fork_attention = LlamaForCausalLM._from_config(tiny.config, attn_implementation="anabranch").eval()
     with_fork_attention.load_state_dict(tiny.state_dict())
     engine = ab.Engine(with_fork_attention, tokenizer, num_pages=400, page_size=8)
     results = engine.generate(
-        [q.prompt for q in questions], strategy=strategy, logits_processor=[recorder, trie], max_new_tokens=600
+        [q.prompt for q in questions], strategy=strategy, logits_processor=[recorder, teacher], max_new_tokens=600
     )
     assert_nothing_held(engine)
     seen = set()
     for context, scores in recorder.seen:
-        number, row = trie.row[context]
+        number, row = teacher.row[context]
         seen.add((number, row))
         torch.testing.assert_close(scores, logits[number][row], atol=2e-4, rtol=2e-4)
     assert seen == {(n, row) for n, x in enumerate(lessons) for row in x.row.mask.previous[getattr(x, kind)].tolist()}
     for question, x, result in zip(questions, lessons, results, strict=True):
         assert result.malformed == () and result.text.endswith(f"={question.answer}")
         flat = [*result.prompt_token_ids, *result.token_ids]
-        assert all(tuple(flat[: n + 1]) in trie.row for n in range(len(flat)))
+        assert all(tuple(flat[: n + 1]) in teacher.row for n in range(len(flat)))
         assert len(flat) == x.row.position_ids.max() + 1
         if way != "plain":
             assert result.metrics.num_threads == question.threads
             for child in result.tree.children:
                 at = [
-                    trie.row[tuple(flat[: child.start]) + child.token_ids[: n + 1]] for n in range(len(child.token_ids))
+                    teacher.row[tuple(flat[: child.start]) + child.token_ids[: n + 1]]
+                    for n in range(len(child.token_ids))
                 ]
                 positions = x.row.position_ids[[row for _, row in at]].tolist()
                 assert positions == list(range(child.start, child.stop))

@@ -10,10 +10,10 @@ import pytest
 from engine_kit import assert_nothing_held, byte_tokenizer, make_engine
 from programs_live import Sharing
 from programs_of_threads import Anything, Everything, Sights, Watching
+from steps_kit import Steps
 
 import anabranch as ab
 from anabranch.engine import logprob_pairs
-from anabranch.engine.stepper import Stepper
 from anabranch.records import trace
 from anabranch.strategies import Sequential, Strategy
 
@@ -22,16 +22,8 @@ FREE = dict(eos_token_id=None, max_new_tokens=40)
 
 
 @pytest.fixture(autouse=True)
-def steps(monkeypatch):
-    """What hangs fails."""
-    left, step = [6000], Stepper.step
-
-    def counted(self):
-        left[0] -= 1
-        assert left[0] > 0, "far too many steps: it does not get on"
-        step(self)
-
-    monkeypatch.setattr(Stepper, "step", counted)
+def watch(monkeypatch):
+    Steps.watch(monkeypatch, 6000)
 
 
 def generate(strategy, seed=2, prompt=PROMPT, **options):

@@ -81,10 +81,14 @@ def arrivals(prompts: list[list[int]], rate: float, seed: int = 0) -> list[Reque
 
 
 class Ours:
-    """An engine of ours. Nothing of an earlier load is in its cache; it is compiled, if it is to be, beforehand."""
+    """An engine of ours as a server runs it (`anabranch serve --compile now`): compiled before the first arrival where
+    a compiler is there. Nothing of an earlier load is in its cache."""
 
     def __init__(self, model: Any, **options: Any) -> None:
-        self.engine = ab.Engine(model, **options)
+        try:
+            self.engine = ab.Engine(model, compile=True, **options)
+        except ValueError:  # no compiler, or a model that cannot be traced
+            self.engine = ab.Engine(model, compile=False, **options)
         self.engine.generate(list(range(5, 13)), do_sample=False, min_new_tokens=8, max_new_tokens=8)
 
     def __call__(self, requests: list[Request], branches: int, new_tokens: int) -> tuple[float, float]:
@@ -99,7 +103,8 @@ class Ours:
 def serve(engine: ab.Engine, requests: list[Request], branches: int, new_tokens: int) -> float:
     """Notes each token's time; seconds until all are answered."""
     strategy = None if branches == 1 else ab.SelfConsistency(n=branches, temperature=1.0, top_p=1.0, top_k=0)
-    waiting, there = list(requests), []
+    waiting: list[Request] = list(requests)
+    there: list[list[Any]] = []
     start = time.perf_counter()
     while waiting or there:
         while waiting and waiting[0].at <= time.perf_counter() - start:
@@ -162,7 +167,7 @@ def prompts(tokenizer: Any, count: int, case: Case, shared: int | None = None) -
 
 def run(
     quick: bool, dtype: str, rates: Sequence[float], count: int, cases: Sequence[str] = (), peer: Path | None = None,
-    compile_peer: bool = False, report: Callable[[str], None] = lambda _: None,
+    compile_peer: bool = False, report: Callable[[str], None] = lambda _: None, contenders: Sequence[str] = (),
 ) -> Iterator[dict[str, object]]:  # fmt: skip
     """Everybody under every load; one dict a line of the table.
 
@@ -172,6 +177,7 @@ def run(
         cases: names in `CASES`; none: all.
         peer: the Python of an environment with vLLM, or None.
         compile_peer: let vLLM compile the model (default: eager).
+        contenders: names in `TITLES`; none: all.
     """
     new_tokens = 8 if quick else 32
     report(f"loading the model in {dtype}")
@@ -180,31 +186,33 @@ def run(
     plain, _ = ab.models.load("smollm2", dtype=kind, attn_implementation="sdpa")
     texts = {name: prompts(tokenizer, count, CASES[name], 128 if quick else None) for name in cases or CASES}
     loads = [(name, rate) for name in texts for rate in rates]
-    contenders: dict[str, Serve] = {
-        "anabranch": Ours(model, num_pages=PAGES),
-        "no_prefix_cache": Ours(model, num_pages=PAGES, prefix_cache=False),
-        "continuous": ContinuousBatching(plain),
-        "generate": OneAfterAnother(plain),
+    wanted = contenders or list(TITLES)
+    makers: dict[str, Callable[[], Serve]] = {
+        "anabranch": lambda: Ours(model, num_pages=PAGES),
+        "no_prefix_cache": lambda: Ours(model, num_pages=PAGES, prefix_cache=False),
+        "continuous": lambda: ContinuousBatching(plain),
+        "generate": lambda: OneAfterAnother(plain),
     }
+    there = {name: make() for name, make in makers.items() if name in wanted}
     left_out: dict[str, str] = {}
     vllm = None
-    if peer is not None:
+    if peer is not None and "vllm" in wanted:
         report("starting vLLM")
         longest = max(len(ids) for of_case in texts.values() for ids in of_case)
         try:
             vllm = VLLMArrivals(peer, ab.models.path("smollm2"), dtype, longest + new_tokens, compile_peer)
-            contenders = {"anabranch": contenders.pop("anabranch"), "vllm": vllm, **contenders}
+            there["vllm"] = vllm
         except (OSError, Ended) as error:
             left_out["vllm"] = str(error)
     try:
         for name, rate in loads:
-            for who in [who for who in TITLES if who in contenders or who in left_out]:
+            for who in [who for who in TITLES if who in there or who in left_out]:
                 report(f"{TITLES[who]}: {name}, {rate:g} requests a second")
                 why = left_out.get(who)
                 if why is None:
                     try:
                         requests = arrivals(texts[name], rate)
-                        yield _measured(who, contenders[who], name, rate, requests, new_tokens, dtype)
+                        yield _measured(who, there[who], name, rate, requests, new_tokens, dtype)
                         continue
                     except Ended as error:
                         why = left_out[who] = str(error)
@@ -226,4 +234,9 @@ def _measured(
     if got != [new_tokens] * (branches * len(requests)):
         raise RuntimeError(f"{len(got)} answers of {got[:1]} to {got[-1:]} tokens, not of {new_tokens}: no comparison")
     title = getattr(contender, "title", TITLES[who])
-    return {**entry(who, case, rate, requests, seconds, dtype=dtype, hit_rate=found), "title": title}
+    compiled = isinstance(contender, Ours) and bool(contender.engine.compiled)
+    return {
+        **entry(who, case, rate, requests, seconds, dtype=dtype, hit_rate=found),
+        "title": title,
+        "compiled": compiled,
+    }

@@ -23,6 +23,10 @@ def serve_command(
     dtype: Annotated[Dtype, typer.Option()] = Dtype.bfloat16,
     peer: Peer = None,
     compile_peer: Annotated[bool, typer.Option("--compile-peer", help="Let vLLM compile the model.")] = False,
+    contender: Annotated[
+        list[str] | None,
+        typer.Option(help="anabranch, no_prefix_cache, vllm, continuous, generate; may be repeated. All if none."),
+    ] = None,
     threads: Threads = None, json: Json = None, plot: Plot = None,
 ) -> None:  # fmt: skip
     """Requests that arrive at random: our engine with and without its prefix cache, vLLM, Transformers."""
@@ -31,12 +35,15 @@ def serve_command(
     for name in case or ():
         if name not in serve.CASES:
             raise typer.BadParameter(f"{name!r}: expected one of {', '.join(serve.CASES)}", param_hint="--case")
+    for name in contender or ():
+        if name not in serve.TITLES:
+            raise typer.BadParameter(f"{name!r}: expected one of {', '.join(serve.TITLES)}", param_hint="--contender")
     store = start(threads, json)
     count = min(requests, 8) if quick else requests
     with console.status("serving") as status:
         for entry in serve.run(
             quick, dtype.value, rate or ([1.0] if quick else [0.5, 2.0]), count, case or (), peer, compile_peer,
-            status.update,
+            status.update, contender or (),
         ):  # fmt: skip
             store.put("serve", ("contender", "answers", "rate", "dtype", "requests"), entry)
     console.print(report_load.serve_table(store.data))

@@ -33,7 +33,7 @@ FAMILIES = ["qwen2", "gemma2", "gpt-oss", "deepseek-v3"]
 def compiled_graphs(model) -> Graphs:
     graphs = Graphs(own_linear=True)
     graphs.warming = True
-    for _, *given in _trial(model, ab.TreeCache.for_model(model, num_pages=32, page_size=4)):
+    for _, *given in _trial(model, ab.TreeCache.for_model(model, num_pages=96, page_size=4)):
         with torch_on_one():
             graphs(model, *given)
     graphs.warming = False
@@ -426,6 +426,22 @@ def test_kinds_of_steps_that_are_kept(compiled, graphs, monkeypatch):
         for rows in (1, 1, 2, 2, 1, 3, 3):
             graphs(model, *_packed(model, cache, dict.fromkeys(kids[:rows], 1)))
     assert list(graphs.recordings._recorded) == [(1, 1), (3, 3)]
+
+
+def test_prompts_that_are_not_recorded(compiled, graphs, monkeypatch):
+    """A step that reads many rows of prompts and scores few of them runs as it was, however often it comes; one that
+    scores all of as many rows is recorded."""
+    monkeypatch.setattr(recorded, "_MOST_READ", 5)
+    model = compiled.model
+    cache = ab.TreeCache.for_model(model, num_pages=64, page_size=4)
+    trunk = cache.branch()
+    with torch_on_one():
+        for count in (6, 6, 6, 5, 5):
+            graphs(model, *_packed(model, cache, {trunk: count}))
+        kids = cache.fork(trunk, 6)
+        for _ in range(2):
+            graphs(model, *_packed(model, cache, dict.fromkeys(kids, 1)))
+    assert list(graphs.recordings._recorded) == [(5, 2), (6, 6)]
 
 
 # ---------------------------------------------------------------------------------------- memory, and the C++ side

@@ -30,6 +30,9 @@ from anabranch.runner.recorder import Address, Recorder, in_place_of, inner_code
 __all__ = ["Recordings"]
 
 _AFTER = 2  # the step of a kind (so many rows, so many scores) that is recorded
+_MOST_READ = (
+    64  # rows of a recorded step that reads a prompt: recording takes three steps' time, which long ones never earn
+)
 _AGAIN = 100  # steps of a kind before it is recorded again
 _MOST = 128  # kinds that are kept
 _SPARE = 4  # blocks of memory for scores that wait for the next step
@@ -142,6 +145,8 @@ class Recordings:
         """Scores of a step: replayed where one like it was recorded, else ``run()``."""
         inputs = (ids, positions, keep)
         if self.problem is not None or not _fits(step, inputs):
+            return run()
+        if keep.shape[0] < step.num_rows > _MOST_READ:
             return run()
         if step.cache is not self._cache:
             self._clear()

@@ -80,7 +80,10 @@ def test_what_is_written_is_what_torch_writes(name, dtype):
     both = []
     for write in (launch.write_kv, reference.write_kv):
         pages = [torch.zeros(10, heads, page_size, dim, dtype=fmt.dtype, device=DEVICE).transpose(1, 2) for _ in "kv"]
-        scales = KVScales(*(torch.full((10, heads, page_size), 7.0, device=DEVICE).transpose(1, 2) for _ in "kv"))
+        scales = KVScales(  # of either layout: V's lie as nothing else does
+            torch.full((10, heads, page_size), 7.0, device=DEVICE).transpose(1, 2),
+            torch.full((10, page_size, heads), 7.0, device=DEVICE),
+        )
         write(x.to(DEVICE), x.flip(0).to(DEVICE), *pages, slots.to(DEVICE), kv_scales=scales)
         both.append([*(p.view(torch.uint8) for p in pages), *scales])
     for got, want in zip(*both, strict=True):

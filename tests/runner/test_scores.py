@@ -127,6 +127,19 @@ def test_equal_scores_at_the_edge_of_the_nucleus():
     assert {100, 800, -1} == set(told.values())
 
 
+@pytest.mark.parametrize("equals", [3, 40, 60, 200])
+def test_equal_scores_at_the_kth_place(equals):
+    """All of the scores that equal the k-th stay, as Transformers keeps them, also more than the kernel looks at."""
+    x = torch.full((1, 1000), -9.0)
+    x[0, 900], x[0, 300 : 300 + equals] = 4.0, 3.0
+    told = set()
+    for u in torch.linspace(0, 0.999, 100, dtype=torch.float64):
+        _, tokens = vocabulary.draw(x, 1.0, 3, 1.0, u[None])
+        told.add(int(tokens) >= 0)
+        assert int(tokens) in (-1, int(warped(x, 1.0, 3, 1.0, u[None])))
+    assert (True in told) == (equals < 50)
+
+
 def test_draws_close_to_where_another_token_begins_are_left():
     x = torch.zeros(1, 4)
     for u, token in ((0.1, 0), (0.25, -1), (0.25 - 1e-7, -1), (0.2501, 1), (0.75 + 1e-9, -1), (0.9, 3)):

@@ -32,12 +32,10 @@ def serve_command(
     """Requests that arrive at random: our engine with and without its prefix cache, vLLM, Transformers."""
     from .. import serve
 
-    for name in case or ():
-        if name not in serve.CASES:
-            raise typer.BadParameter(f"{name!r}: expected one of {', '.join(serve.CASES)}", param_hint="--case")
-    for name in contender or ():
-        if name not in serve.TITLES:
-            raise typer.BadParameter(f"{name!r}: expected one of {', '.join(serve.TITLES)}", param_hint="--contender")
+    for option, given, known in (("--case", case, serve.CASES), ("--contender", contender, serve.TITLES)):
+        for name in given or ():
+            if name not in known:
+                raise typer.BadParameter(f"{name!r}: expected one of {', '.join(known)}", param_hint=option)
     store = start(threads, json)
     count = min(requests, 8) if quick else requests
     with console.status("serving") as status:

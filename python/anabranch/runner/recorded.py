@@ -30,9 +30,7 @@ from anabranch.runner.recorder import Address, Recorder, in_place_of, inner_code
 __all__ = ["Recordings"]
 
 _AFTER = 2  # the step of a kind (so many rows, so many scores) that is recorded
-_MOST_READ = (
-    64  # rows of a recorded step that reads a prompt: recording takes three steps' time, which long ones never earn
-)
+_MOST_READ = 64  # rows of a recorded step that reads prompts: recording takes three steps, more than long ones earn
 _AGAIN = 100  # steps of a kind before it is recorded again
 _MOST = 128  # kinds that are kept
 _SPARE = 4  # blocks of memory for scores that wait for the next step

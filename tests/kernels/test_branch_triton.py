@@ -64,6 +64,12 @@ def test_several_tiles():
     check(mask, 1, 1, 32, torch.float32, dict(window=20), 1e-5)
 
 
+def test_a_tile_of_many_segments():
+    """More than 32 tokens, and more than 64, of segments that do not see one another share a tile."""
+    mask = BranchMask.from_tree([40, *[3] * 40], [-1, *[0] * 40])
+    check(mask, 2, 1, 64, torch.float16, {}, 2e-3)
+
+
 def test_rows_that_see_only_themselves():
     mask = BranchMask.from_tree([1] * 5, [-1] * 5)
     q, k, v, grad = tensors(0, 5, 2, 2, 32, torch.float32, DEVICE)
@@ -96,19 +102,22 @@ def test_the_same_bits_whoever_else_is_in_the_row(window):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinities
-@pytest.mark.parametrize("value,window,shape", [
-    (np.nan, None, (2, 1, 32)), (np.inf, 9, (4, 2, 40)), (-np.inf, None, (1, 1, 96)),
+@pytest.mark.parametrize("value,window,shape,columns", [
+    (np.nan, None, (2, 1, 32), slice(None)), (np.inf, 9, (4, 2, 40), slice(None)),
+    (-np.inf, None, (1, 1, 96), slice(None)), (np.nan, None, (1, 1, 96), slice(64)),
+    (np.nan, None, (1, 1, 96), slice(64, None)),
 ])  # fmt: skip
-def test_hidden_values(value, window, shape):
-    """K, V, q and the gradient of one branch's last tokens are set to ``value``: rows that do not see these tokens, and
-    columns that no row sees which does, do not notice, forward and backward, though they share tiles."""
+def test_hidden_values(value, window, shape, columns):
+    """K, V, q and the gradient of one branch's last tokens are set to ``value`` in these columns: rows that do not see
+    these tokens, and columns that no row sees which does, do not notice, forward and backward, though they share
+    tiles."""
     mask = BranchMask.from_tree([20, 6, 7, 4], [-1, 0, 0, 2])
     q, k, v, grad = tensors(0, mask.num_tokens, *shape, torch.float32, DEVICE)
     clean = computed(attend, q, k, v, grad, mask.to(DEVICE), window=window)
     odd = torch.zeros(mask.num_tokens, dtype=torch.bool)
     odd[23:26] = True  # the last three of the second segment
     for x in (q, k, v, grad):
-        x[odd.to(x.device)] = value
+        x[odd.to(x.device), :, columns] = value
     got = computed(attend, q, k, v, grad, mask.to(DEVICE), window=window)
     visible = mask.dense()
     if window is not None:
@@ -123,12 +132,17 @@ def test_hidden_values(value, window, shape):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_seen_infinities():
-    """Single infinities and NaN in V: in their column, for the rows that see them, as in plain arithmetic."""
-    mask = random_tree(5, segments=5, longest=12)
+@pytest.mark.parametrize("values", [(np.inf, -np.inf, np.nan), (np.inf,), (-np.inf,)], ids=str)
+def test_seen_infinities(values):
+    """Infinities and NaN in V: in their column, for the rows that see them, as in plain arithmetic. Single ones of all
+    kinds, and one kind in one column of every token: as many as a step has tokens."""
+    mask = random_tree(5, segments=5, longest=12) if len(values) > 1 else BranchMask.from_tree([5, 40, 20], [-1, 0, 0])
     given = tensors(0, mask.num_tokens, 2, 1, 40, torch.float32, DEVICE)
-    for i, token in enumerate(range(3, mask.num_tokens, 7)):
-        given[2][token, 0, 5 * i % 40] = [np.inf, -np.inf, np.nan][i % 3]
+    if len(values) > 1:
+        for i, token in enumerate(range(3, mask.num_tokens, 7)):
+            given[2][token, 0, 5 * i % 40] = values[i % 3]
+    else:
+        given[2][5:, 0, 3] = values[0]
     out = attend(*given[:3], mask.to(DEVICE)).cpu()
     q, k, v = (x.cpu().double() for x in given[:3])
     visible = mask.dense()
@@ -136,7 +150,7 @@ def test_seen_infinities():
     p = torch.softmax(s.masked_fill(~visible, -np.inf), 2)
     terms = torch.where(visible[None, :, :, None], p[..., None] * v[:, 0], 0.0)  # [heads, rows, columns, D]
     want = terms.sum(2).transpose(0, 1)
-    assert torch.equal(torch.isnan(out), torch.isnan(want)) and torch.isnan(want).any()
+    assert torch.equal(torch.isnan(out), torch.isnan(want)) and bool(torch.isnan(want).any()) == (len(values) > 1)
     assert torch.equal(torch.isinf(out), torch.isinf(want)) and torch.isinf(want).any()
     assert torch.equal(out[torch.isinf(out)].double(), want[torch.isinf(want)])
     finite = torch.isfinite(want)

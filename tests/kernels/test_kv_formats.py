@@ -87,7 +87,7 @@ def test_cpu_options(name, isa, tile_rows, options):
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("tile_rows", [1, 7])
+@pytest.mark.parametrize("tile_rows", [1, 3, 7])  # 2, 6 and 14 packed rows: K and V read as they lie, and packed
 def test_cpu_a_nan_reaches_the_rows_that_see_it_and_no_others(name, isa, tile_rows):
     _cpu.use(isa)
     rng = np.random.default_rng(5)

@@ -72,8 +72,9 @@ def test_attention_options(options, seed):
     check(case, got, **options)
 
 
-def test_same_bits_every_time_and_whoever_else_is_there():
-    case = make_case(3, rows=9, segments=5)
+@pytest.mark.parametrize("group", [2, 4])  # items of up to 8 and of up to 16 packed rows: as many as a narrow tile has
+def test_same_bits_every_time_and_whoever_else_is_there(group):
+    case = make_case(3, rows=9, segments=5, group=group)
     (out, lse), _ = run(case, window=40)
     again, _ = run(case, window=40)
     assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
@@ -245,6 +246,21 @@ def test_hidden_values(value, window):
     for i, shape in enumerate(HIDDEN):
         case = make_case(200 + i, dtype=DTYPES[i % 3], **{"max_len": 100, "tile_rows": 6, **shape})
         extremes.hidden_values(run, case, value, window=window)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("columns", [slice(0, 64), slice(64, None)], ids=["first", "second"])
+def test_hidden_values_in_one_part_of_the_columns(columns):
+    shape = dict(head_dim=96, group=5, num_kv_heads=1, rows=12, segments=2, tile_rows=12, max_len=100)
+    extremes.hidden_values(run, make_case(202, **shape), math.nan, columns)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_infinities_of_one_sign_in_every_token_of_a_step(value):
+    """As many in one column as a step has tokens, and none of the other sign: what is counted does not run over."""
+    case = make_case(200, head_dim=32, group=1, num_kv_heads=1, rows=9, segments=2, max_len=100, tile_rows=6)
+    extremes.seen_infinities(run, case, 3, (value,))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -46,15 +46,15 @@ def hidden_from_some(case: Case, window: int | None) -> tuple[list[int], np.ndar
     return best[1], np.array(sorted(best[2]))
 
 
-def hidden_values(run: Run, case: Case, value: float, **options: Any) -> None:
-    """K and V of tokens that some rows do not see are set to ``value``; these rows do not notice."""
+def hidden_values(run: Run, case: Case, value: float, columns: slice = slice(None), **options: Any) -> None:
+    """K and V of tokens that some rows do not see are set to ``value``, in these columns; these rows do not notice."""
     (clean, clean_lse), used = run(case, **options)
     check(case, (clean, clean_lse), **used)
     kept, slots = hidden_from_some(case, used.get("window"))
     page_size = case.k_pages.shape[1]
     for pool in (case.k_pages, case.v_pages):
         for slot in slots.tolist():
-            pool[slot // page_size, slot % page_size] = value
+            pool[slot // page_size, slot % page_size, :, columns] = value
     (out, lse), _ = run(case, **options)
     assert torch.isfinite(out[kept]).all()
     # Kept apart from what is hidden, a sum may be taken in smaller steps: equal up to rounding.
@@ -63,8 +63,14 @@ def hidden_values(run: Run, case: Case, value: float, **options: Any) -> None:
     assert relative_error(out[kept], clean[kept].double()) <= bound
 
 
-def seen_infinities(run: Run, case: Case, column: int | None = None, **options: Any) -> None:
-    """Infinities and NaN in single elements of V reach the rows that see them, in their column, and nothing else.
+def seen_infinities(
+    run: Run,
+    case: Case,
+    column: int | None = None,
+    values: tuple[float, ...] = (math.inf, -math.inf, math.nan),
+    **options: Any,
+) -> None:
+    """``values`` in single elements of V reach the rows that see them, in their column, and nothing else.
 
     column: of all of them; None: each in another.
     """
@@ -74,7 +80,7 @@ def seen_infinities(run: Run, case: Case, column: int | None = None, **options: 
     gen = np.random.default_rng(0)
     for slot in slots.tolist():
         at = int(gen.integers(0, columns)) if column is None else column
-        case.v_pages[slot // page_size, slot % page_size, :, at] = [math.inf, -math.inf, math.nan][slot % 3]
+        case.v_pages[slot // page_size, slot % page_size, :, at] = values[slot % len(values)]
     (out, lse), _ = run(case, **options)
     want, _ = dense(case, **used)
     sees_some = [row for row in range(out.shape[0]) if np.isin(seen_slots(case, row, used.get("window")), slots).any()]

@@ -1,6 +1,9 @@
 """Choices over a vocabulary by the CPU's kernels: the same as torch's operators make."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -57,6 +60,35 @@ def test_scores_that_are_no_numbers(isa, dtype):
         for cut in ((1.0, 0, 1.0), (0.7, 5, 0.9), (0.7, 0, 0.9)):
             best, tokens = vocabulary.draw(x, *cut, uniform)
             assert tokens[:3].tolist() == [-1, -1, -1] and best[0].isnan()
+
+
+NOTHING_BEHIND = """
+import ctypes, mmap
+import torch
+from anabranch.runner import scores
+
+page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
+room = mmap.mmap(-1, 40 * page)
+address = ctypes.addressof(ctypes.c_char.from_buffer(room))
+assert libc.mprotect(ctypes.c_void_p(address + 39 * page), ctypes.c_size_t(page), 0) == 0, ctypes.get_errno()
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for size in (1, 15, 63, 65, 130, 1000, 3001):
+        bytes = 3 * size * dtype.itemsize
+        x = torch.frombuffer(room, dtype=dtype, count=3 * size, offset=39 * page - bytes).view(3, size)
+        x.copy_(torch.randn(3, size, generator=torch.Generator().manual_seed(size)))
+        x[2, size - 1] = 9.0  # the best is in the last block
+        assert scores.best(x)[1][2] == size - 1
+        scores.highest(x), scores.logsumexp(x)
+        for cut in ((1.0, 0, 1.0), (0.7, 5, 1.0), (0.7, 0, 0.9), (0.7, 50, 0.9)):
+            scores.draw(x, *cut, torch.full((3,), 0.5, dtype=torch.float64))
+"""
+
+
+def test_nothing_is_read_beyond_the_last_row(isa):
+    """Rows that end where memory ends: a page that may not be read lies behind them."""
+    environment = {**os.environ, "ANABRANCH_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", NOTHING_BEHIND], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:] or f"exit status {done.returncode}"
 
 
 def warped(x, temperature, top_k, top_p, uniform):

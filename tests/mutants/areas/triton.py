@@ -76,7 +76,7 @@ MUTANTS = [
     ),
     Mutant(
         "attention: blocks begin with the first visible token", "kernels/attention.py",
-        "begin = first // BLOCK_N * BLOCK_N", "begin = first", f"{K}the_same_bits_whoever_else_is_in_the_batch",
+        "begin = first // BLOCK_N * BLOCK_N", "begin = first", f"{K}same_bits_every_time_and_whoever_else_is_there",
     ),
     Mutant(
         "attention: slots that nobody sees are read", "kernels/attention.py",
@@ -95,7 +95,8 @@ MUTANTS = [
     ),
     Mutant(
         "attention: an item that just fills the small tile takes the large one", "kernels/attention.py",
-        "    if packed <= NARROW:\n", "    if packed < NARROW:\n", f"{K}the_same_bits_whoever_else_is_in_the_batch",
+        "    if packed <= NARROW:\n", "    if packed < NARROW:\n",
+        f"{K}same_bits_every_time_and_whoever_else_is_there",
     ),
     Mutant(
         "attention: a partial in 32 bits", "kernels/attention.py",
@@ -118,7 +119,7 @@ MUTANTS = [
     ),
     Mutant(
         "guard: sixteen infinities of one sign count as one of the other", "kernels/primitives.py",
-        "DOWN = tl.constexpr(64)", "DOWN = tl.constexpr(16)", f"{K}seen_infinities {BRANCH}seen_infinities",
+        "DOWN = tl.constexpr(64)", "DOWN = tl.constexpr(16)", f"{K}infinities_of_one_sign_in_every_token_of_a_step {BRANCH}seen_infinities",
     ),
     Mutant(
         "guard: NaN is +inf", "kernels/primitives.py", 'down = (wide == float("-inf")) | nan',
@@ -142,7 +143,7 @@ MUTANTS = [
     ),
     Mutant(
         "branch: lanes of the second word see what those of the first do", "kernels/branch.py",
-        "word = tl.load(at + 4 + lane // 32)", "word = tl.load(at + 4)", f"{BRANCH}options {BRANCH}several_tiles",
+        "word = tl.load(at + 4 + lane // 32)", "word = tl.load(at + 4)", f"{BRANCH}options {BRANCH}several_tiles {BRANCH}a_tile_of_many_segments",
     ),
     Mutant(
         "branch: a poisoned tile is computed once more up to its first lanes", "kernels/branch.py",
@@ -154,8 +155,20 @@ MUTANTS = [
         "        poisoned = poisoned | any_nan(dq1, live)\n", "        pass\n", f"{BRANCH}hidden_values",
     ),
     Mutant(
+        "branch: NaN in the second part of the columns is not looked for", "kernels/branch.py",
+        "        poisoned = poisoned | any_nan(acc1, live)\n", "        pass\n", f"{BRANCH}hidden_values",
+    ),
+    Mutant(
+        "branch: NaN in the second part of dK is not looked for", "kernels/branch_backward.py",
+        "        poisoned = poisoned | any_nan(dk1, live)\n", "        pass\n", f"{BRANCH}hidden_values",
+    ),
+    Mutant(
+        "branch: NaN in the second part of dV is not looked for", "kernels/branch_backward.py",
+        "        poisoned = poisoned | any_nan(dv1, live)\n", "        pass\n", f"{BRANCH}hidden_values",
+    ),
+    Mutant(
         "launch: the grid is the plan's tile, however few rows there are", "kernels/launch.py",
         "tiles = triton.cdiv(min(arrays.tile_rows, queries) * group, config.wide)",
-        "tiles = max(1, min(arrays.tile_rows, queries) * group // config.wide)", f"{K}attention_shapes",
+        "tiles = max(1, min(arrays.tile_rows, queries) * group // config.wide)", f"{K}attention_shapes {K}hidden_values",
     ),
 ]  # fmt: skip

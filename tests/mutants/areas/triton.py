@@ -119,7 +119,8 @@ MUTANTS = [
     ),
     Mutant(
         "guard: sixteen infinities of one sign count as one of the other", "kernels/primitives.py",
-        "DOWN = tl.constexpr(64)", "DOWN = tl.constexpr(16)", f"{K}infinities_of_one_sign_in_every_token_of_a_step {BRANCH}seen_infinities",
+        "DOWN = tl.constexpr(64)", "DOWN = tl.constexpr(16)",
+        f"{K}infinities_of_one_sign_in_every_token_of_a_step {BRANCH}seen_infinities",
     ),
     Mutant(
         "guard: NaN is +inf", "kernels/primitives.py", 'down = (wide == float("-inf")) | nan',
@@ -143,7 +144,8 @@ MUTANTS = [
     ),
     Mutant(
         "branch: lanes of the second word see what those of the first do", "kernels/branch.py",
-        "word = tl.load(at + 4 + lane // 32)", "word = tl.load(at + 4)", f"{BRANCH}options {BRANCH}several_tiles {BRANCH}a_tile_of_many_segments",
+        "word = tl.load(at + 4 + lane // 32)", "word = tl.load(at + 4)",
+        f"{BRANCH}options {BRANCH}several_tiles {BRANCH}a_tile_of_many_segments",
     ),
     Mutant(
         "branch: a poisoned tile is computed once more up to its first lanes", "kernels/branch.py",
@@ -169,6 +171,7 @@ MUTANTS = [
     Mutant(
         "launch: the grid is the plan's tile, however few rows there are", "kernels/launch.py",
         "tiles = triton.cdiv(min(arrays.tile_rows, queries) * group, config.wide)",
-        "tiles = max(1, min(arrays.tile_rows, queries) * group // config.wide)", f"{K}attention_shapes {K}hidden_values",
+        "tiles = max(1, min(arrays.tile_rows, queries) * group // config.wide)",
+        f"{K}attention_shapes {K}hidden_values",
     ),
 ]  # fmt: skip

@@ -101,24 +101,8 @@ def test_the_same_bits_whoever_else_is_in_the_row(window):
             assert torch.equal(x[sum(before) :][: ours.num_tokens], y), name
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinities
-@pytest.mark.parametrize("value,window,shape,columns", [
-    (np.nan, None, (2, 1, 32), slice(None)), (np.inf, 9, (4, 2, 40), slice(None)),
-    (-np.inf, None, (1, 1, 96), slice(None)), (np.nan, None, (1, 1, 96), slice(64)),
-    (np.nan, None, (1, 1, 96), slice(64, None)),
-])  # fmt: skip
-def test_hidden_values(value, window, shape, columns):
-    """K, V, q and the gradient of one branch's last tokens are set to ``value`` in these columns: rows that do not see
-    these tokens, and columns that no row sees which does, do not notice, forward and backward, though they share
-    tiles."""
-    mask = BranchMask.from_tree([20, 6, 7, 4], [-1, 0, 0, 2])
-    q, k, v, grad = tensors(0, mask.num_tokens, *shape, torch.float32, DEVICE)
-    clean = computed(attend, q, k, v, grad, mask.to(DEVICE), window=window)
-    odd = torch.zeros(mask.num_tokens, dtype=torch.bool)
-    odd[23:26] = True  # the last three of the second segment
-    for x in (q, k, v, grad):
-        x[odd.to(x.device), :, columns] = value
-    got = computed(attend, q, k, v, grad, mask.to(DEVICE), window=window)
+def check_others(got, clean, mask, odd, window=None):
+    """Rows that do not see the tokens ``odd``, and columns that no row sees which does, are as they were."""
     visible = mask.dense()
     if window is not None:
         visible = visible & (mask.positions[:, None] - mask.positions[None] < window)
@@ -128,7 +112,44 @@ def test_hidden_values(value, window, shape, columns):
     for name, x, y, tainted in zip(("out", "dq", "dk", "dv"), got, clean, (rows, rows, columns, columns), strict=False):
         kept = ~tainted.to(x.device)
         assert torch.isfinite(x[kept]).all() and relative(x[kept], y[kept]) <= 1e-5, name
-    assert not torch.isfinite(got[0][rows.to(DEVICE)]).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinities
+@pytest.mark.parametrize("value,window,shape", [
+    (np.nan, None, (2, 1, 32)), (np.inf, 9, (4, 2, 40)), (-np.inf, None, (1, 1, 96)),
+])  # fmt: skip
+def test_hidden_values(value, window, shape):
+    """K, V, q and the gradient of one branch's last tokens are set to ``value``: rows that do not see these tokens, and
+    columns that no row sees which does, do not notice, forward and backward, though they share tiles."""
+    mask = BranchMask.from_tree([20, 6, 7, 4], [-1, 0, 0, 2])
+    q, k, v, grad = tensors(0, mask.num_tokens, *shape, torch.float32, DEVICE)
+    clean = computed(attend, q, k, v, grad, mask.to(DEVICE), window=window)
+    odd = torch.zeros(mask.num_tokens, dtype=torch.bool)
+    odd[23:26] = True  # the last three of the second segment
+    for x in (q, k, v, grad):
+        x[odd.to(x.device)] = value
+    got = computed(attend, q, k, v, grad, mask.to(DEVICE), window=window)
+    check_others(got, clean, mask, odd, window)
+    assert not torch.isfinite(got[0][odd.to(DEVICE)]).all()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    "which,value,token", [("q", -np.inf, 21), ("k", -np.inf, 21), ("v", np.nan, 21), ("grad", np.inf, 63)]
+)
+def test_hidden_values_that_only_the_second_part_of_the_columns_shows(which, value, token):
+    """One element behind the 64th column, such that what it makes of the first 64 is no NaN in the tiles that hold it
+    and what it must not reach: scores of −inf, and products of one sign."""
+    mask = BranchMask.from_tree([16, 12, 36], [-1, 0, 0])
+    given = dict(zip(("q", "k", "v", "grad"), tensors(0, 64, 1, 1, 96, torch.float32, DEVICE), strict=True))
+    given["q"][..., 70] = given["k"][..., 70] = 1.0
+    given["v"][:28, :, 70], given["v"][28:, :, 70] = 1.0, -10.0
+    clean = computed(attend, *given.values(), mask.to(DEVICE))
+    given[which][token, 0, 70] = value
+    got = computed(attend, *given.values(), mask.to(DEVICE))
+    odd = torch.zeros(64, dtype=torch.bool)
+    odd[token] = True
+    check_others(got, clean, mask, odd)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

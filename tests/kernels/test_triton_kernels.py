@@ -72,26 +72,32 @@ def test_attention_options(options, seed):
     check(case, got, **options)
 
 
-@pytest.mark.parametrize("group", [2, 4])  # items of up to 8 and of up to 16 packed rows: as many as a narrow tile has
-def test_same_bits_every_time_and_whoever_else_is_there(group):
-    case = make_case(3, rows=9, segments=5, group=group)
-    (out, lse), _ = run(case, window=40)
-    again, _ = run(case, window=40)
+# The second: wide and narrow tiles step by 32 and 64 tokens there, and an item of four rows just fills a narrow one.
+@pytest.mark.parametrize(
+    "shape", [dict(group=2), dict(group=4, head_dim=128, dtype=torch.float16, num_kv_heads=1)], ids=["narrow", "full"]
+)
+def test_same_bits_every_time_and_whoever_else_is_there(shape):
+    case = make_case(0, rows=9, segments=5, max_len=200, **shape)
+    (out, lse), _ = run(case, window=60)
+    again, _ = run(case, window=60)
     assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
-    # Drop the last row of every item: the others must not notice, though window and limits now cut elsewhere.
-    dropped = set()
-    items = case.arrays.items.clone()
+    # Drop the earliest row of every item: the others must not notice, though window and limits now cut elsewhere.
+    dropped, full = set(), False
+    arrays, items = case.arrays, case.arrays.items.clone()
     for item in items:
-        if item[3] > 1:
+        begin, end = int(item[2]), int(item[2] + item[3])
+        full = full or (end - begin) * shape["group"] == 16
+        if end - begin > 1:
+            earliest = begin + int(arrays.row_positions[arrays.rows[begin:end].long()].argmin())
+            for entries in (arrays.rows, arrays.limits, arrays.dest):
+                entries[[earliest, end - 1]] = entries[[end - 1, earliest]]
+            dropped.add(int(arrays.rows[end - 1]))
             item[3] -= 1
-            last = int(item[2] + item[3])
-            dropped.add(int(case.arrays.rows[last]))
-            kept = case.arrays.rows[int(item[2]) : last].long()
-            item[6] = case.arrays.row_positions[kept].min()
-    case.arrays.items = items
-    (fewer, _), _ = run(case, window=40)
+            item[6] = arrays.row_positions[arrays.rows[begin : end - 1].long()].min()
+    arrays.items = items
+    (fewer, _), _ = run(case, window=60)
     kept = [row for row in range(9) if row not in dropped]
-    assert len(kept) > 2
+    assert len(kept) > 2 and full == (shape["group"] == 4)
     assert torch.equal(fewer[kept], out[kept])
 
 

@@ -91,7 +91,8 @@ MUTANTS = [
     ),
     Mutant(
         "attention: NaN in the second part of the columns is not looked for", "kernels/attention.py",
-        "            poisoned = poisoned | any_nan(acc1, live)\n", "            pass\n", f"{K}hidden_values",
+        "            poisoned = poisoned | any_nan(acc1, live)\n", "            pass\n",
+        f"{K}hidden_values_in_one_part_of_the_columns",
     ),
     Mutant(
         "attention: an item that just fills the small tile takes the large one", "kernels/attention.py",
@@ -154,19 +155,23 @@ MUTANTS = [
     ),
     Mutant(
         "branch: dQ of rows that see nothing but hidden NaN", "kernels/branch_backward.py",
-        "        poisoned = poisoned | any_nan(dq1, live)\n", "        pass\n", f"{BRANCH}hidden_values",
+        "        poisoned = poisoned | any_nan(dq1, live)\n", "        pass\n",
+        f"{BRANCH}hidden_values_that_only_the_second_part_of_the_columns_shows",
     ),
     Mutant(
         "branch: NaN in the second part of the columns is not looked for", "kernels/branch.py",
-        "        poisoned = poisoned | any_nan(acc1, live)\n", "        pass\n", f"{BRANCH}hidden_values",
+        "        poisoned = poisoned | any_nan(acc1, live)\n", "        pass\n",
+        f"{BRANCH}hidden_values_that_only_the_second_part_of_the_columns_shows",
     ),
     Mutant(
         "branch: NaN in the second part of dK is not looked for", "kernels/branch_backward.py",
-        "        poisoned = poisoned | any_nan(dk1, live)\n", "        pass\n", f"{BRANCH}hidden_values",
+        "        poisoned = poisoned | any_nan(dk1, live)\n", "        pass\n",
+        f"{BRANCH}hidden_values_that_only_the_second_part_of_the_columns_shows",
     ),
     Mutant(
         "branch: NaN in the second part of dV is not looked for", "kernels/branch_backward.py",
-        "        poisoned = poisoned | any_nan(dv1, live)\n", "        pass\n", f"{BRANCH}hidden_values",
+        "        poisoned = poisoned | any_nan(dv1, live)\n", "        pass\n",
+        f"{BRANCH}hidden_values_that_only_the_second_part_of_the_columns_shows",
     ),
     Mutant(
         "launch: the grid is the plan's tile, however few rows there are", "kernels/launch.py",

@@ -256,7 +256,7 @@ def test_hidden_values(value, window):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("columns", [slice(0, 64), slice(64, None)], ids=["first", "second"])
-def test_hidden_values_in_one_part_of_the_columns(columns):
+def test_hidden_values_in_one_part_of_the_columns_of_v(columns):
     shape = dict(head_dim=96, group=5, num_kv_heads=1, rows=12, segments=2, tile_rows=12, max_len=100)
     extremes.hidden_values(run, make_case(202, **shape), math.nan, columns)
 

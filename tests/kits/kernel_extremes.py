@@ -46,15 +46,18 @@ def hidden_from_some(case: Case, window: int | None) -> tuple[list[int], np.ndar
     return best[1], np.array(sorted(best[2]))
 
 
-def hidden_values(run: Run, case: Case, value: float, columns: slice = slice(None), **options: Any) -> None:
-    """K and V of tokens that some rows do not see are set to ``value``, in these columns; these rows do not notice."""
+def hidden_values(run: Run, case: Case, value: float, v_columns: slice | None = None, **options: Any) -> None:
+    """K and V of tokens that some rows do not see are set to ``value``, or these columns of V alone (which leaves the
+    scores as they are); these rows do not notice."""
     (clean, clean_lse), used = run(case, **options)
     check(case, (clean, clean_lse), **used)
     kept, slots = hidden_from_some(case, used.get("window"))
     page_size = case.k_pages.shape[1]
-    for pool in (case.k_pages, case.v_pages):
-        for slot in slots.tolist():
-            pool[slot // page_size, slot % page_size, :, columns] = value
+    for slot in slots.tolist():
+        at = (slot // page_size, slot % page_size)
+        case.v_pages[at][:, v_columns or slice(None)] = value
+        if v_columns is None:
+            case.k_pages[at] = value
     (out, lse), _ = run(case, **options)
     assert torch.isfinite(out[kept]).all()
     # Kept apart from what is hidden, a sum may be taken in smaller steps: equal up to rounding.

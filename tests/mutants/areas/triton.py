@@ -92,7 +92,7 @@ MUTANTS = [
     Mutant(
         "attention: NaN in the second part of the columns is not looked for", "kernels/attention.py",
         "            poisoned = poisoned | any_nan(acc1, live)\n", "            pass\n",
-        f"{K}hidden_values_in_one_part_of_the_columns",
+        f"{K}hidden_values_in_one_part_of_the_columns_of_v",
     ),
     Mutant(
         "attention: an item that just fills the small tile takes the large one", "kernels/attention.py",

@@ -81,14 +81,15 @@ def arrivals(prompts: list[list[int]], rate: float, seed: int = 0) -> list[Reque
 
 
 class Ours:
-    """An engine of ours as a server runs it (`anabranch serve --compile now`): compiled before the first arrival where
-    a compiler is there. Nothing of an earlier load is in its cache."""
+    """An engine of ours as a server runs it (`anabranch serve --compile now`): its memory claimed, and compiled where
+    a compiler is there, before the first arrival. Nothing of an earlier load is in its cache."""
 
     def __init__(self, model: Any, **options: Any) -> None:
         try:
             self.engine = ab.Engine(model, compile=True, **options)
         except ValueError:  # no compiler, or a model that cannot be traced
             self.engine = ab.Engine(model, compile=False, **options)
+        self.engine.cache.populate()
         self.engine.generate(list(range(5, 13)), do_sample=False, min_new_tokens=8, max_new_tokens=8)
 
     def __call__(self, requests: list[Request], branches: int, new_tokens: int) -> tuple[float, float]:

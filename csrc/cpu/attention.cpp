@@ -227,16 +227,29 @@ void copy_pages(const Copy& c, int64_t count, int threads) {
   });
 }
 
-bool large_pages(void* data, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
+#ifdef __linux__
+namespace {
+
+// Tells the system about the whole pages of [data, data + bytes), `most` bytes a call.
+bool advise(void* data, int64_t bytes, int advice, uintptr_t most) {
   const uintptr_t small = uintptr_t(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + small - 1) / small * small;
+  uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + small - 1) / small * small;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / small * small;
-  return begin < end && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0;
-#else
-  (void)data, (void)bytes;
-  return false;
-#endif
+  if (begin >= end) return false;
+  for (; begin < end; begin += std::min(most, end - begin))
+    if (madvise(reinterpret_cast<void*>(begin), std::min(most, end - begin), advice) != 0) return false;
+  return true;
 }
+
+constexpr int POPULATE_WRITE = 23;  // MADV_POPULATE_WRITE, of Linux 5.14; older headers do not name it
+
+}  // namespace
+
+bool large_pages(void* data, int64_t bytes) { return advise(data, bytes, MADV_HUGEPAGE, UINTPTR_MAX); }
+bool populate(void* data, int64_t bytes) { return advise(data, bytes, POPULATE_WRITE, uintptr_t(64) << 20); }
+#else
+bool large_pages(void*, int64_t) { return false; }
+bool populate(void*, int64_t) { return false; }
+#endif
 
 }  // namespace anabranch::cpu

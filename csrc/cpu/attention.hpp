@@ -31,6 +31,9 @@ void copy_pages(const Copy& c, int64_t count, int threads);
 // Asks the system to back memory with large pages, where it can; false where it cannot. Its contents stay.
 bool large_pages(void* data, int64_t bytes);
 
+// Has the system hand out the memory of a range now, whatever is or gets written to it; whether it did.
+bool populate(void* data, int64_t bytes);
+
 // tokens [T], the mask in row form; what the plan, threads and scratch decide of `b` is set here.
 void branch_forward(Branch& b, const BranchMaskView& mask, int threads);
 void branch_backward(Branch& b, const BranchMaskView& mask, int threads);

@@ -350,6 +350,13 @@ PYBIND11_MODULE(_cpu, m) {
         "grads: dq, dk, dv; delta [T, query heads] float32 is written too.");
   m.def("large_pages", [](int64_t data, int64_t bytes) { return large_pages(pointer<void>(data), bytes); },
         py::arg("data"), py::arg("bytes"), "Ask the system to back this memory with large pages; whether it will try.");
+  m.def(
+      "populate",
+      [](int64_t data, int64_t bytes) {
+        py::gil_scoped_release release;
+        return populate(pointer<void>(data), bytes);
+      },
+      py::arg("data"), py::arg("bytes"), "Have the system hand out this memory now; whether it did.");
   m.def("use", &use, py::arg("isa"), "Choose the instruction set by name; '' returns to the default.");
   m.def("isa", [] { return active().isa; }, "The instruction set in use.");
   m.def("info", &info, "isa, vector_bytes, compiled, runnable, parallel, openmp (torch's library).");

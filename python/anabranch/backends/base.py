@@ -176,7 +176,10 @@ class AdvancesPlans(Protocol):
 
 @runtime_checkable
 class PreparesPool(Protocol):
-    """Optional: something to do to a cache's page pool before it is first written, such as asking for large pages."""
+    """Optional: what to ask of the system for a cache's page pool. Both say whether it could be done."""
 
     def prepare_pool(self, pool: Tensor) -> bool:
-        """Whether it could be done."""
+        """Before it is first written: large pages."""
+
+    def populate(self, pool: Tensor) -> bool:
+        """Its memory, now; what is written to it meanwhile stays."""

@@ -36,6 +36,7 @@ __all__ = [
     "info",
     "kv_dtypes",
     "name",
+    "populate",
     "prepare_pool",
     "refuses",
     "tile_config",
@@ -296,6 +297,13 @@ def prepare_pool(pool: Tensor) -> bool:
     """`large_pages` for a page pool. Steps read all over it: with 4 KB pages, address translation takes some 4 % of the
     attention."""
     return large_pages(pool)
+
+
+def populate(pool: Tensor) -> bool:
+    """The memory of a page pool, or of its factors, from Linux 5.14 on."""
+    from anabranch import _cpu
+
+    return _cpu.populate(address(pool), pool.numel() * pool.element_size())
 
 
 def large_pages(memory: Tensor) -> bool:

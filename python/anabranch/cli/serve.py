@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,9 +94,10 @@ def _engine(options: Options, err: Any) -> Any:
     with err.status("loading the model …"):
         model, tokenizer, _ = load_model(options.model, options.dtype, options.tp)
         engine = ab.AsyncEngine(model, tokenizer, compile=COMPILE[options.compile], **_sizes(options))
+    inner = engine.engine
+    threading.Thread(target=inner.cache.populate, name="populate", daemon=True).start()
     if options.compile == "now":
         with err.status("compiling the forward …"):
-            inner = engine.engine
             inner.generate([0, 0], do_sample=False, min_new_tokens=8, max_new_tokens=8)
         err.print(f"steps are {'compiled' if inner.compiled else 'eager'}: {inner.compiled.reason}", markup=False)
     return engine

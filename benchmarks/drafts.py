@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForCausalLM
+
 import anabranch as ab
 
 from .environment import load_average
@@ -17,15 +19,20 @@ PROBLEMS = Path(__file__).resolve().parent.parent / "training" / "adaptive" / "p
 PRODUCTS = ("7308 * 4406", "2194 * 3875", "9081 * 1234")  # for the embedded model
 
 
-def contenders() -> dict[str, ab.Strategy]:
+def contenders(draft_model: Any = None) -> dict[str, ab.Strategy]:
     """What is compared; the first is what the others are measured by."""
     weaver = ab.ThreadWeaver()
+    models: dict[str, ab.Strategy] = {}
+    if draft_model is not None:
+        models["model"] = ab.DraftTree(weaver, draft_model, width=1)
+        models["model, rows free"] = ab.DraftTree(weaver, draft_model, width=1, row_cost=0)
     return {
         "plain": weaver,
         "ngram": ab.DraftTree(weaver, "ngram"),
         "siblings": ab.DraftTree(weaver, "siblings"),
         "siblings, one path": ab.DraftTree(weaver, "siblings", width=1),
         "siblings, rows free": ab.DraftTree(weaver, "siblings", row_cost=0),
+        **models,
     }
 
 
@@ -38,12 +45,20 @@ def prompts(model: str, count: int) -> list[Any]:
     return [[{"role": "user", "content": text}] for text in forked[5 :: len(forked) // count][:count]]
 
 
-def run(models: tuple[str, ...], count: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """One entry a model and contender; trees are compared, `rounds` are interleaved, each answer runs alone."""
+def run(models: tuple[str, ...], count: int, rounds: int, draft_model: Path | None = None) -> Iterator[dict[str, Any]]:
+    """One entry a model and contender; trees are compared, `rounds` are interleaved, each answer runs alone.
+
+    draft_model: folder of one for these models (training/drafts); None: only what needs no model is compared.
+    """
     for name in models:
         model, tokenizer = ab.models.load(name)
         engine = ab.Engine(model, tokenizer)
-        asked, strategies = prompts(name, count), contenders()
+        guessing = None
+        if draft_model is not None:
+            guessing = AutoModelForCausalLM.from_pretrained(
+                draft_model, dtype=model.dtype, attn_implementation="anabranch"
+            )
+        asked, strategies = prompts(name, count), contenders(guessing)
         results: dict[str, list[ab.Result]] = {}
         seconds: dict[str, list[float]] = {label: [] for label in strategies}
         for round_ in range(rounds + 1):  # the first one warms up, and counts steps

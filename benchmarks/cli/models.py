@@ -107,13 +107,17 @@ def company_command(
 def drafts_command(
     model: Annotated[list[str] | None, typer.Option("--model", help="May be repeated; default: both of ours.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Problems of each model.")] = 6, rounds: Rounds = 3,
+    draft_model: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Folder of a draft model (training/drafts), compared as well."),
+    ] = None,
     threads: Threads = None, json: Json = None,
 ) -> None:  # fmt: skip
     """Steps and seconds of our models' answers with drafts and without, trees compared."""
     from .. import drafts
 
     store = start(threads, json)
-    for entry in drafts.run(tuple(model or ("multiplication", "smollm2-adaptive")), count, rounds):
+    for entry in drafts.run(tuple(model or ("multiplication", "smollm2-adaptive")), count, rounds, draft_model):
         store.put("drafts", ("model", "draft"), entry)
         same = "same trees" if entry["same_trees"] else "[red]other trees[/red]"
         console.print(

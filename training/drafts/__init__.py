@@ -1,0 +1,1 @@
+"""A small draft model for the adapted SmolLM2 (README.md)."""

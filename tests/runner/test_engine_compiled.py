@@ -7,6 +7,7 @@ depend on it. `compiler` has what would have been compiled.
 
 from __future__ import annotations
 
+import json
 import random
 import warnings
 
@@ -20,7 +21,7 @@ from torch._dynamo.utils import counters
 import anabranch as ab
 from anabranch.engine import Token
 from anabranch.hf import tree as hf_tree
-from anabranch.runner import compiled, tracing
+from anabranch.runner import compile_times, compiled, tracing
 from anabranch.runner.compiled import CompiledForward
 from anabranch.runner.linear import linear_context
 from anabranch.runner.tracing import use_own_linear
@@ -239,7 +240,38 @@ def test_the_first_token_waits_for_no_compiler(compiler):
     assert len(compiler) == 2 and engine.compiled
 
 
-def test_auto_compiles_nothing_in_short_work(compiler):
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """Notes of how long compiling took are this test's own; the compiler's work is kept where it was."""
+    monkeypatch.setattr(compile_times, "cache_folder", lambda: tmp_path)
+    return tmp_path
+
+
+def test_auto_waits_no_longer_than_compiling_took_before(compiler, own_folder, monkeypatch):
+    def waits(**options):
+        engine = ab.Engine(engine_kit.make_model(), num_pages=256, page_size=4, **options)
+        answer(engine)
+        return engine.compiled.reason
+
+    assert "compiles after 120 s" in waits()
+    assert "graphs in" in waits(compile=True)
+    assert "compiles after 25 s" in waits()  # the compiler's work is there, and has not been used yet
+    assert "compiles after 120 s" in waits(backend="reference")
+    assert "graphs in" in waits(compile=True)
+    note = next(own_folder.glob("compiled/times/*.json"))
+    assert 0 < json.loads(note.read_text())["again"] < 120
+    note.write_text(json.dumps({"again": 7.4}))
+    assert "compiles after 7 s" in waits()
+    for broken in ("", "[]", '{"again": "soon"}'):
+        note.write_text(broken)
+        assert "compiles after 120 s" in waits()
+    note.unlink()
+    monkeypatch.setattr(compile_times, "cache_folder", lambda: own_folder / "file")
+    (own_folder / "file").write_text("")  # where no folder can be made
+    assert "graphs in" in waits(compile=True)
+
+
+def test_auto_compiles_nothing_in_short_work(compiler, own_folder):
     engine = ab.Engine(engine_kit.make_model(), num_pages=256, page_size=4)
     answer(engine, engine_kit.Nested(), 40)
     assert not compiler and not engine.compiled

@@ -25,6 +25,7 @@ from anabranch._cache_folder import cache_folder
 from anabranch.backends.threads import torch_on_one
 from anabranch.kv.cache import TreeCache
 from anabranch.kv.step import Step
+from anabranch.runner.compile_times import expected_seconds, note_seconds
 from anabranch.runner.eager import forward
 from anabranch.runner.linear import is_compiled, serves
 from anabranch.runner.model_state import ModelState, Untouched
@@ -34,8 +35,8 @@ from anabranch.runner.tracing import Graphs, compiler_problem
 __all__ = ["CompiledForward", "unfit_to_compile"]
 
 AFTER = 3  # steps that run as they are before compile=True compiles
-# Seconds of forwards before "auto" compiles. Whether an engine will live long is not known, so it waits until its work
-# has cost about what compiling costs at most: then it never costs more than twice what knowing would have.
+# Seconds of forwards before "auto" compiles, at most. Whether an engine will live long is not known, so it waits until
+# its work has cost about what compiling will: then it never costs more than twice what knowing would have.
 AUTO_SECONDS = 120.0
 AUTO_GAIN = 0.95  # most of eager's time that a compiled step may take for "auto" to keep it
 MOST_CHANGES = 3  # times that a model may change under its compiled forward before it stays eager
@@ -95,7 +96,11 @@ class CompiledForward:
         self._steps, self._seconds, self._changes = 0, 0.0, 0
         self._off = setting is False or unfit is not None
         self._said: set[str] = set()
-        waits = "compiles behind the first steps" if setting is True else f"compiles after {AUTO_SECONDS:.0f} s of work"
+        self._waits = 0.0  # seconds of forwards
+        waits = "compiles behind the first steps"
+        if not self._off and setting is not True:
+            self._waits = min(AUTO_SECONDS, expected_seconds(model, backend) or AUTO_SECONDS)
+            waits = f"compiles after {self._waits:.0f} s of work"
         self.reason = "compile=False" if setting is False else unfit or waits
 
     def __bool__(self) -> bool:
@@ -160,7 +165,7 @@ class CompiledForward:
     # ---------------------------------------------------------------------------------------- when
 
     def _due(self) -> bool:
-        return self._steps >= AFTER and (self.setting is True or self._seconds >= AUTO_SECONDS)
+        return self._steps >= AFTER and self._seconds >= self._waits
 
     def _changed(self, what: str) -> None:
         """Forget the graphs; new ones are made after a few steps, unless that happens again and again."""
@@ -207,6 +212,8 @@ class CompiledForward:
         if wrong is None and not graphs.compiled:
             wrong = "torch.compile is switched off (TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE)"
         spent = time.perf_counter() - begin
+        if wrong is None:
+            note_seconds(model, self._backend, spent)
         if wrong is None and self.setting != True:  # noqa: E712 (a string)
             ratios = self._ratios(model, graphs)
             told = ", ".join(f"{ratio:.2f} for {rows}" for rows, ratio in ratios.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -39,6 +40,7 @@ def vllm_server(
     if threads is not None:
         env |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     server = subprocess.Popen(command, env=env, start_new_session=True)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the server must not outlive it
     try:
         _wait(server, f"http://127.0.0.1:{port}/health")
         yield f"http://127.0.0.1:{port}/v1"
@@ -46,6 +48,7 @@ def vllm_server(
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _wait(server: subprocess.Popen, url: str) -> None:

@@ -413,7 +413,8 @@ def serve(
     ] = "auto",
     dtype: DtypeOption = Dtype.auto,
     compile: Annotated[
-        Compile, typer.Option(help="auto: behind two minutes of work, if it pays; now: before anybody is served.")
+        Compile,
+        typer.Option(help="auto: behind two minutes of work at most, if it pays; now: before anybody is served."),
     ] = Compile.auto,
     tp: Annotated[
         int, typer.Option(metavar="N", min=1, help="Processes that share the model, each with some of its heads.")

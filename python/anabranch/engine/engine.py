@@ -58,9 +58,10 @@ class Engine:
         and `stream` wait themselves, and are never refused.)
     compile: steps through the model's forward under torch.compile, on a CPU with a C++ compiler. True: behind the first
         few steps, which run as they are; raises ValueError where it cannot be had. "auto": only once this engine has
-        worked for two minutes (or as long as compiling this model took here before), and only if a compiled step then proves faster. The compiled forward is compared with
-        the eager one before it is used; a model that compiles to something else, or not at all, stays eager (True
-        warns). ``engine.compiled`` says what steps do, and why (see docs/guides/compiled_steps.md).
+        worked for two minutes (or as long as compiling this model took here before), and only if a compiled step then
+        proves faster. The compiled forward is compared with the eager one before it is used; a model that compiles to
+        something else, or not at all, stays eager (True warns). ``engine.compiled`` says what steps do, and why (see
+        docs/guides/compiled_steps.md).
     segment_vectors: what ParaThinker's models add to K and V: `SegmentVectors`, or what they are read from (a
         checkpoint's folder or file, a state dict). None: they are looked for in the model, and where it came from, once
         a strategy asks for them.

@@ -8,6 +8,9 @@ import random
 
 import pytest
 from engine_kit import assert_nothing_held, byte_tokenizer, make_engine
+from formats_kit import FORMATS
+from malformed_kit import Malformed, tiny_engine
+from malformed_kit import generate as written_by
 from programs_live import Sharing
 from programs_of_threads import Anything, Everything, Sights, Watching
 from steps_kit import Steps
@@ -68,6 +71,24 @@ def test_random_programs_are_replayed(strategy):
         assert_replays(result, num_pages=pages, max_rows=rows)
     except ValueError as error:
         assert "num_pages" in str(error), error
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_generations_of_every_format_good_and_broken_are_replayed(name):
+    """What half-known formats make of a tree comes back from its trace alone, without the strategy and its format."""
+    form, rng = FORMATS[name], random.Random(name)
+    engine = tiny_engine(form.habits.tokens)
+    forked = malformed = 0
+    for batch in range(3):
+        models = Malformed(form.habits, scripted=rng.choice((0.5, 0.9)), usual=rng.choice((0.6, 0.95)))
+        limits = dict(max_new_tokens=rng.choice(form.limits), max_total_tokens=rng.choice((60, 150)))
+        prompts = [form.prompt.format(700 + 8 * batch + i) for i in range(8)]
+        for result in written_by(engine, models, prompts, strategy=form.strategy, seed=batch, **limits):
+            again = ab.replay(written(result), engine)  # it compares the trees itself
+            assert again.metrics.sampled_tokens == result.metrics.sampled_tokens
+            forked, malformed = forked + bool(result.tree.children), malformed + bool(result.malformed)
+        assert_nothing_held(engine)
+    assert forked > 2 < malformed
 
 
 class Programs(Strategy):

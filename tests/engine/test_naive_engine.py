@@ -21,15 +21,16 @@ from anabranch.engine import Finish
 from anabranch.strategies import Aspects, Sequential
 
 SHORT, LONG = 1000, 10**5
+SIZES, LARGE_SIZES = (1, 12, 40, 60), (1, 12, 160, 240)  # programs of a call; of many calls, larger ones take less time
 SHOWN = (9, 11)  # found a mistake once
 
 
 class Problem:
     """One call of the engine: a random program for each of its prompts, and an engine of random sizes."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, sizes: tuple[int, ...] = SIZES):
         self.rng = rng = random.Random(number)
-        many = rng.choice([1, 12, 40, 60])
+        many = rng.choice(sizes)
         self.prompts = [[rng.randrange(97) for _ in range(rng.randint(1, 12))] for _ in range(many)]
         self.seeds = [rng.randrange(99) for _ in self.prompts]
         self.races = rng.random() < 0.25  # one thread at a time, so that everything that races has one outcome
@@ -117,14 +118,15 @@ class Problem:
         seen.update(programs=len(results), calls=1, stream=bool(told), grown=grown)
 
 
-def programs(numbers: Iterable[int], least: int) -> Counter:
+def programs(numbers: Iterable[int], least: int, sizes: tuple[int, ...] = SIZES) -> Counter:
     """Compare random problems until so many programs were run; what there was to see."""
     seen: Counter = Counter()
     for number in numbers:
         try:
-            Problem(number).compare(seen)
+            Problem(number, sizes).compare(seen)
         except Exception as error:
-            raise AssertionError(f"problem {number} (Problem({number}).compare(Counter()) shows it again)") from error
+            again = f"Problem({number}, {sizes}).compare(Counter())"
+            raise AssertionError(f"problem {number} ({again} shows it again)") from error
         if seen["programs"] >= least:
             break
     return seen
@@ -145,7 +147,7 @@ def test_random_programs_run_as_by_the_naive_engine():
 
 @pytest.mark.slow
 def test_a_hundred_thousand_random_programs():
-    seen = programs(range(10**6, 10**9), LONG)
+    seen = programs(range(10**6, 10**9), LONG, LARGE_SIZES)
     print(seen)
     assert_all_seen(seen, LONG)
 

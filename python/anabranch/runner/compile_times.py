@@ -16,9 +16,8 @@ import torch
 from anabranch import __version__
 from anabranch._cache_folder import cache_folder
 
-KEPT_SECONDS = (
-    25.0  # about what it takes to trace a forward of which a compiler's work is kept; once known, that counts
-)
+# About what it takes to trace a forward of which the compiler's work is kept; once that is known, it counts.
+KEPT_SECONDS = 25.0
 
 
 def expected_seconds(model: Any, backend: str) -> float | None:

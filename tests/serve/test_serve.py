@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from engine_kit import byte_tokenizer, make_engine, make_model
@@ -391,3 +396,48 @@ def test_in_front_of_another_server():
 def test_bad_settings(settings):
     with pytest.raises(ValueError):
         Settings(**settings)
+
+
+# ------------------------------------------------------------------------------------------------ from beginning to end
+
+
+@pytest.mark.parametrize("signals", [1, 2], ids=["Ctrl-C", "Ctrl-C twice"])
+def test_the_command_from_its_first_line_to_ctrl_c(signals):
+    """A stream that is open is told all of its answer, or cut off by the second one; no traceback either way."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "anabranch", "serve", "--model", "multiplication", "--port", str(port)]
+    env = {**os.environ, "PYTHONPATH": str(Path(ab.__file__).parents[1]), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    server = subprocess.Popen(
+        [*command, "--num-pages", "500"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        end = time.monotonic() + 60
+        while True:
+            try:
+                httpx.get(f"{url}/health").raise_for_status()
+                break
+            except httpx.TransportError:
+                assert server.poll() is None and time.monotonic() < end
+                time.sleep(0.1)
+        asked = {"model": "multiplication", "prompt": "1234 * 5678", "max_tokens": 400, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=60) as told:
+            lines = told.iter_lines()
+            assert next(lines).startswith("data:")
+            for _ in range(signals):
+                server.send_signal(signal.SIGINT)
+                time.sleep(0.3)
+            try:
+                rest = [line for line in lines if line]
+            except httpx.TransportError:
+                rest = []
+        if signals == 1:
+            assert rest[-1] == "data: [DONE]"
+        said, _ = server.communicate(timeout=60)
+        assert server.returncode in (0, 130) and "Traceback" not in said, said[-3000:]
+    finally:
+        server.kill()
+        server.wait()

@@ -13,12 +13,15 @@ from anabranch.serve.settings import Settings
 
 
 class Running(uvicorn.Server):
-    """Lets open pages go before it waits for answers to finish: their feeds never end by themselves."""
+    """Lets open pages go before it waits for answers to finish: their feeds never end by themselves. A second Ctrl-C
+    cuts answers off; the engine is closed all the same."""
 
     async def shutdown(self, sockets: Any = None) -> None:
         app: Any = self.config.app
         app.state.live.close()
         await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()
 
 
 def run(engine: Any, settings: Settings, host: str, port: int, grace: int = 30) -> None:

@@ -173,6 +173,17 @@ def test_memory_is_handed_out_at_once_where_asked(kv_format: str) -> None:
     assert all(map(torch.equal, before, cache.read(branch, 3)))
 
 
+def test_more_memory_than_there_is_is_not_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ab.TreeCache(2, 2, 64, num_pages=100, page_size=16)
+    takes = 2 * 2 * 100 * 2 * 16 * 64 * 4
+    monkeypatch.setattr("anabranch.kv.cache.available_memory", lambda: takes - 1)
+    with pytest.raises(MemoryError, match=r"num_pages=100 \(of 16 tokens\) take 0\.0 GB, .*; pass a smaller num_pages"):
+        cache.populate()
+    for enough in (takes, None):
+        monkeypatch.setattr("anabranch.kv.cache.available_memory", lambda enough=enough: enough)
+        cache.populate()
+
+
 def test_fork_copies_nothing_and_the_last_holder_writes_in_place() -> None:
     cache, trunk = make()
     fill(cache, cache.step({trunk: 20}))

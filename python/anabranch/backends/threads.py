@@ -15,9 +15,10 @@ import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 
 import torch
+
+from anabranch.backends.control_groups import cpu_quota
 
 __all__ = ["VARIABLE", "Limits", "count", "cpu_quota", "explain", "limits", "start", "torch_on_one"]
 
@@ -176,75 +177,3 @@ def torch_on_all() -> Iterator[None]:
     finally:
         if before:
             _cpu.openmp_threads(before)
-
-
-# ------------------------------------------------------------------------------------------------ control groups
-
-
-def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Cores' worth of CPU time that the control groups of this process allow, the smallest on the way up; None: any.
-
-    Both versions, as Linux shows them to the process: ``cpu.max`` (v2), ``cpu.cfs_quota_us`` and ``cpu.cfs_period_us``
-    (v1). What cannot be read sets no limit.
-
-    root: where ``/proc`` and ``/sys`` are.
-    """
-    quotas = [
-        quota
-        for version, folder, place in _groups(root)
-        for group in (place, *place.parents)
-        if (quota := _quota(version, folder / group.relative_to("/"))) is not None
-    ]
-    return min(quotas, default=None)
-
-
-def _groups(root: Path) -> Iterator[tuple[int, Path, PurePosixPath]]:
-    """``(version, where its tree is mounted, the process's group in it)`` of each hierarchy that governs the CPU."""
-    mounts = list(_mounts(root))
-    for line in _lines(root / "proc/self/cgroup"):
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        version = 2 if number == "0" and not controllers else 1
-        if version == 1 and "cpu" not in controllers.split(","):
-            continue
-        for kind, top, folder in mounts:
-            if kind == version:
-                # In a container the tree may be mounted from its own group on, while the path is the host's.
-                inside = path[len(top) :] if top != "/" and f"{path}/".startswith(f"{top}/") else path
-                yield version, folder, PurePosixPath("/", *(p for p in inside.split("/") if p not in ("", ".", "..")))
-
-
-def _mounts(root: Path) -> Iterator[tuple[int, str, Path]]:
-    """``(version, the group that is mounted, where)``."""
-    lines = _lines(root / "proc/self/mountinfo")
-    if not lines:
-        yield 2, "/", root / "sys/fs/cgroup"
-        yield 1, "/", root / "sys/fs/cgroup/cpu"
-    for line in lines:
-        left, _, right = line.partition(" - ")
-        place, system = left.split(), right.split()
-        if len(place) < 5 or not system:
-            continue
-        if system[0] == "cgroup2":
-            yield 2, place[3], root / place[4].lstrip("/")
-        elif system[0] == "cgroup" and "cpu" in system[-1].split(","):
-            yield 1, place[3], root / place[4].lstrip("/")
-
-
-def _quota(version: int, group: Path) -> float | None:
-    if version == 2:
-        words = " ".join(_lines(group / "cpu.max")).split()
-    else:
-        words = [*_lines(group / "cpu.cfs_quota_us"), *_lines(group / "cpu.cfs_period_us")]
-    try:
-        quota, period = (int(word) for word in words)
-    except ValueError:  # "max", or no such file
-        return None
-    return quota / period if quota > 0 and period > 0 else None
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
-        return []

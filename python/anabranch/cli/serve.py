@@ -95,12 +95,20 @@ def _engine(options: Options, err: Any) -> Any:
         model, tokenizer, _ = load_model(options.model, options.dtype, options.tp)
         engine = ab.AsyncEngine(model, tokenizer, compile=COMPILE[options.compile], **_sizes(options))
     inner = engine.engine
-    threading.Thread(target=inner.cache.populate, name="populate", daemon=True).start()
+    threading.Thread(target=_populate, args=(inner.cache, err), name="populate", daemon=True).start()
     if options.compile == "now":
         with err.status("compiling the forward …"):
             inner.generate([0, 0], do_sample=False, min_new_tokens=8, max_new_tokens=8)
         err.print(f"steps are {'compiled' if inner.compiled else 'eager'}: {inner.compiled.reason}", markup=False)
     return engine
+
+
+def _populate(cache: Any, err: Any) -> None:
+    """Have the cache's memory handed out; say it where there is too little."""
+    try:
+        cache.populate()
+    except MemoryError as error:
+        err.print(f"{error}; the server ends where it needs more than there is", style="yellow", markup=False)
 
 
 def _sizes(options: Options) -> dict[str, Any]:

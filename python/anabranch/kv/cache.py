@@ -6,7 +6,6 @@ checks and the one device call a step may need, the copy of shared tail pages.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from anabranch import _core, backends, ops
 from anabranch._check import layer_of, shape_of, told
 from anabranch._core import OutOfPages
+from anabranch.backends.control_groups import available_memory
 from anabranch.backends.formats import KVFormat, KVScales
 from anabranch.kv.arguments import _branch, _device, _number, _positions, _rows, _size
 from anabranch.kv.model import CacheShape, shape_for
@@ -170,7 +170,8 @@ class TreeCache:
 
         Args:
             model: a decoder; its config gives layers, heads and head_dim, its weights dtype and device.
-            num_pages: default: a quarter of the machine's free memory (nine tenths of a GPU's), at most 2^20 tokens.
+            num_pages: default: a quarter of the memory that the process can take (its container's limit included; nine
+                tenths of a GPU's), at most 2^20 tokens.
             kv_format: how K and V are kept: "auto" (the model's dtype), "int8" or "fp8".
             latent: keep the latents of multi-head latent attention (DeepSeek) in place of its K and V, for all heads
                 together; forwards then take ``cache=anabranch.hf.latents_of(step)`` beside ``tree_step=step``.
@@ -482,11 +483,22 @@ class TreeCache:
 
     def populate(self) -> bool:
         """Have the system hand out the memory of all pages now, rather than where each is first written: on a virtual
-        machine that cost a large cache's first step 10 ms a layer. It may run in a thread of its own beside steps.
+        machine that cost a large cache's first step 10 ms a layer. For a cache that is still empty; it may run in a
+        thread of its own beside steps.
 
         Returns:
             Whether it did: Linux from 5.14 on, and the CPU (a GPU's memory is there from the beginning).
+
+        Raises:
+            MemoryError: the pages take more than the process can (its control groups' limits included): the system
+                would kill it. Nothing was claimed; a step that gets so far would be its end as well.
         """
+        available = available_memory() if self.device.type == "cpu" else None
+        if available is not None and available < (takes := self._pool.num_bytes):
+            raise MemoryError(
+                f"num_pages={self.num_pages} (of {self.page_size} tokens) take {takes / 1e9:.1f} GB, and "
+                f"{available / 1e9:.1f} GB can be had; pass a smaller num_pages"
+            )
         return self._pool.populate()
 
     def plan_stats(self) -> tuple[int, int]:
@@ -540,10 +552,8 @@ def free_pages(
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes a cache may take by default: nine tenths of a GPU's free memory, a quarter of the host's."""
+    """Bytes a cache may take by default: nine tenths of a GPU's free memory, a quarter of what the process can take."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] * 9 // 10
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-    except (ValueError, OSError):  # not on every system
-        return 2**30
+    available = available_memory()
+    return 2**30 if available is None else available // 4

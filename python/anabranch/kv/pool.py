@@ -62,11 +62,19 @@ class Pool:
             of_v = 0 if v_in_k else num_layers
             self.scales = [KVScales(by_plane[i], by_plane[of_v + i]) for i in range(num_layers)]
 
+    @property
+    def _every(self) -> list[Tensor]:
+        return [x for pair in self._tensors for x in pair if x is not None]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all pages and factors."""
+        return sum(x.numel() * x.element_size() for x in self._every)
+
     def populate(self) -> bool:
         """Have the system hand out the memory of all pages; whether it did."""
         backend = self._backend
-        every = [x for pair in self._tensors for x in pair if x is not None]
-        return isinstance(backend, PreparesPool) and all([backend.populate(x) for x in every])
+        return isinstance(backend, PreparesPool) and all([backend.populate(x) for x in self._every])
 
     def copy(self, src: Tensor, dst: Tensor, filled: Tensor) -> None:
         """Pages ``src`` to ``dst`` (int32 CPU tensors [n]) in all layers, the first ``filled`` slots only."""

@@ -52,7 +52,10 @@ def run(models: tuple[str, ...], count: int, rounds: int, draft_model: Path | No
     """
     for name in models:
         model, tokenizer = ab.models.load(name)
-        engine = ab.Engine(model, tokenizer)
+        try:
+            engine = ab.Engine(model, tokenizer, compile=True)
+        except ValueError:  # no compiler, or a model that cannot be traced
+            engine = ab.Engine(model, tokenizer, compile=False)
         guessing = None
         if draft_model is not None:
             guessing = AutoModelForCausalLM.from_pretrained(
@@ -85,6 +88,7 @@ def run(models: tuple[str, ...], count: int, rounds: int, draft_model: Path | No
             yield {
                 "model": name, "draft": label, "prompts": len(asked), **total,
                 "same_trees": [r.tree for r in found] == [r.tree for r in plain],
+                "compiled": bool(engine.compiled),
                 "fewer_steps": round(sum(r.metrics.steps for r in plain) / total["steps"], 3),
                 "seconds": [round(s, 3) for s in took],
                 "faster": round(statistics.median(a / b for a, b in zip(seconds["plain"], took, strict=True)), 3)

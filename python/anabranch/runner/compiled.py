@@ -14,7 +14,7 @@ import statistics
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -43,6 +43,8 @@ MOST_CHANGES = 3  # times that a model may change under its compiled forward bef
 QUIET_SECONDS = 3.0  # a wait for the compiler that is longer is told
 # Largest ‖compiled − eager‖ / ‖eager‖ of a row's scores. Rounding alone stays below by a factor of ten and more.
 BOUNDS = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+AS_MUCH = 3.0  # times what rounding alone makes of a row: it is so much larger where a row is beyond the bound …
+MOST = 0.5  # … but no more than that
 
 
 def unfit_to_compile(model: Any, device: torch.device, batch_invariant: bool = False) -> str | None:
@@ -144,8 +146,11 @@ class CompiledForward:
 
     def eager(self, model: Any, ids: Tensor, step: Step, keep: Tensor) -> Tensor:
         """The same, as it is."""
+        return self._as_it_is(model, ids, step, keep, self._backend)
+
+    def _as_it_is(self, model: Any, ids: Tensor, step: Step, keep: Tensor, backend: str) -> Tensor:
         with torch_on_one(serves(self._linear, step.num_rows)), self._linear:
-            return forward(model, ids, step, self._backend, keep)
+            return forward(model, ids, step, backend, keep)
 
     def _compiled(self, model: Any, ids: Tensor, step: Step, keep: Tensor) -> Tensor:
         graphs = self._graphs
@@ -227,18 +232,34 @@ class CompiledForward:
         return True
 
     def _differs(self, model: Any, graphs: Graphs) -> str | None:
-        """In words, where the compiled forward computes something else than the eager one."""
-        bound = BOUNDS.get(self._cache.dtype, BOUNDS[torch.float32])
-        trials = (_trial(model, TreeCache.for_model(model, num_pages=96, page_size=4)) for _ in range(2))
-        for (what, *given), (_, *same) in zip(*trials, strict=True):
+        """In words, where the compiled forward computes something else than the eager one.
+
+        Some models make much of a rounding: in 16 bits SmolLM2 with our adapter has scores of single rows that are 15 %
+        from those in float32, eager, and 2 % compiled. So where a row is beyond the bound, what else is the same but
+        for rounding (torch's linear layers, the reference attention) tells how far apart that row's scores may be.
+        """
+
+        def compiled(*given: Any) -> Tensor:
             with torch_on_one(self._on_one):
-                got = graphs(model, *given).double()
-            want = self.eager(model, *same).double()
-            error = _error(got, want)
-            if not error <= bound:
+                return graphs(model, *given)
+
+        want = _tried(model, lambda *given: self.eager(model, *given))
+        bound, rounding = BOUNDS.get(self._cache.dtype, BOUNDS[torch.float32]), None
+        for i, (what, got) in enumerate(_tried(model, compiled)):
+            error = _errors(got, want[i][1])
+            if bool((error <= bound).all()):
+                continue
+            rounding = rounding or [
+                _tried(model, lambda ids, step, keep: forward(model, ids, step, self._backend, keep)),
+                _tried(model, lambda ids, step, keep: self._as_it_is(model, ids, step, keep, "reference")),
+            ]
+            noise = torch.stack([_errors(other[i][1], want[i][1]) for other in rounding]).amax(0)
+            allowed = (AS_MUCH * noise).clamp(bound, MOST)
+            if not bool((error <= allowed).all()):
+                worst = int((error / allowed).nan_to_num(torch.inf).argmax())
                 return (
                     f"{type(model).__name__} compiles to something else than it computes eagerly: scores of {what} "
-                    f"differ by {error:.1e} of their size, {bound:.0e} is allowed"
+                    f"differ by {error[worst]:.1e} of their size, {allowed[worst]:.0e} is allowed"
                 )
         return None
 
@@ -294,12 +315,18 @@ def _trial(model: Any, cache: TreeCache) -> Iterator[tuple[Any, ...]]:
     yield "many rows", *_packed(model, cache, {cache.branch(): 15 for _ in range(10)})
 
 
-def _error(got: Tensor, want: Tensor) -> float:
-    """The largest relative error of a row; infinite where shapes, infinities or NaNs are not the same."""
+def _tried(model: Any, run: Callable[..., Tensor]) -> list[tuple[str, Tensor]]:
+    """(what, float64 scores) of each step of a trial, which `run` computes from (ids, step, keep)."""
+    trial = _trial(model, TreeCache.for_model(model, num_pages=96, page_size=4))
+    return [(what, run(*given).double()) for what, *given in trial]
+
+
+def _errors(got: Tensor, want: Tensor) -> Tensor:
+    """The relative error of each row; infinite where shapes, infinities or NaNs are not the same."""
     if got.shape != want.shape or not torch.equal(got.isfinite(), want.isfinite()):
-        return float("inf")
+        return want.new_full(want.shape[:1], torch.inf)
     got, want = (torch.where(want.isfinite(), x, 0.0) for x in (got, want))
-    return float(((got - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-30)).max())
+    return (got - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-30)
 
 
 # ------------------------------------------------------------------------------------------------ words

@@ -394,6 +394,20 @@ def test_a_row_may_differ_by_as_much_as_rounding_makes_of_it(as_much, monkeypatc
         assert not engine.compiled
 
 
+def test_16_bits_are_measured_by_float32_too(monkeypatch):
+    """Where there is memory for a copy; the model itself stays as it was."""
+    monkeypatch.setattr(compiled, "BOUNDS", {torch.bfloat16: 1e-10, torch.float32: 1e-10})
+    engine = compiled_engine(engine_kit.make_model().to(torch.bfloat16))
+    forward = engine.compiled
+    for memory, copies in ((None, 0), (1000, 0), (1 << 40, 1)):
+        monkeypatch.setattr(compiled, "available_memory", lambda memory=memory: memory)
+        with torch.inference_mode():
+            assert len(forward._in_float32(engine.model)) == copies
+    assert engine.model.dtype == torch.bfloat16
+    answer(engine)
+    assert engine.compiled
+
+
 def test_an_error_in_a_compiled_step_loses_nothing(monkeypatch):
     engine = compiled_engine()
     want = answer(engine)

@@ -10,6 +10,7 @@ the compiled forward only where it is faster: nothing is believed about a machin
 
 from __future__ import annotations
 
+import copy
 import statistics
 import threading
 import time
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from anabranch._cache_folder import cache_folder
+from anabranch.backends.control_groups import available_memory
 from anabranch.backends.threads import torch_on_one
 from anabranch.kv.cache import TreeCache
 from anabranch.kv.step import Step
@@ -236,7 +238,8 @@ class CompiledForward:
 
         Some models make much of a rounding: in 16 bits SmolLM2 with our adapter has scores of single rows that are 15 %
         from those in float32, eager, and 2 % compiled. So where a row is beyond the bound, what else is the same but
-        for rounding (torch's linear layers, the reference attention) tells how far apart that row's scores may be.
+        for rounding (torch's linear layers, the reference attention, a copy in float32 where there is memory for one)
+        tells how far apart that row's scores may be.
         """
 
         def compiled(*given: Any) -> Tensor:
@@ -252,6 +255,7 @@ class CompiledForward:
             rounding = rounding or [
                 _tried(model, lambda ids, step, keep: forward(model, ids, step, self._backend, keep)),
                 _tried(model, lambda ids, step, keep: self._as_it_is(model, ids, step, keep, "reference")),
+                *self._in_float32(model),
             ]
             noise = torch.stack([_errors(other[i][1], want[i][1]) for other in rounding]).amax(0)
             allowed = (AS_MUCH * noise).clamp(bound, MOST)
@@ -262,6 +266,14 @@ class CompiledForward:
                     f"differ by {error[worst]:.1e} of their size, {allowed[worst]:.0e} is allowed"
                 )
         return None
+
+    def _in_float32(self, model: Any) -> list[list[tuple[str, Tensor]]]:
+        """The trial's scores by a 16-bit model's copy in float32; none where that would take half the memory left."""
+        takes, available = 4 * sum(p.numel() for p in model.parameters()), available_memory()
+        if self._cache.dtype == torch.float32 or available is None or takes > available // 2:
+            return []
+        wide = copy.deepcopy(model).float()
+        return [_tried(wide, lambda ids, step, keep: forward(wide, ids, step, self._backend, keep))]
 
     def _ratios(self, model: Any, graphs: Graphs) -> dict[int, float]:
         """Time of a compiled decode step over an eager one's, by rows; medians of turns."""

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import anabranch as ab
 
+from .engines import compiled_engine
 from .environment import load_average
 
 PROBLEMS = Path(__file__).resolve().parent.parent / "training" / "adaptive" / "problems.jsonl"
@@ -52,10 +53,7 @@ def run(models: tuple[str, ...], count: int, rounds: int, draft_model: Path | No
     """
     for name in models:
         model, tokenizer = ab.models.load(name)
-        try:
-            engine = ab.Engine(model, tokenizer, compile=True)
-        except ValueError:  # no compiler, or a model that cannot be traced
-            engine = ab.Engine(model, tokenizer, compile=False)
+        engine = compiled_engine(model, tokenizer=tokenizer)
         guessing = None
         if draft_model is not None:
             guessing = AutoModelForCausalLM.from_pretrained(

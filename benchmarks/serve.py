@@ -24,6 +24,7 @@ import anabranch as ab
 from anabranch.engine import Token
 
 from .e2e import PASSAGE
+from .engines import compiled_engine
 from .programs import Ended
 from .serve_peers import PAGES, ContinuousBatching, OneAfterAnother, VLLMArrivals
 
@@ -85,10 +86,7 @@ class Ours:
     a compiler is there, before the first arrival. Nothing of an earlier load is in its cache."""
 
     def __init__(self, model: Any, **options: Any) -> None:
-        try:
-            self.engine = ab.Engine(model, compile=True, **options)
-        except ValueError:  # no compiler, or a model that cannot be traced
-            self.engine = ab.Engine(model, compile=False, **options)
+        self.engine = compiled_engine(model, **options)
         self.engine.cache.populate()
         self.engine.generate(list(range(5, 13)), do_sample=False, min_new_tokens=8, max_new_tokens=8)
 

@@ -1,6 +1,6 @@
 """Trains a draft model for the adapted SmolLM2 from nothing, on one core:
 
-    python -m training.drafts.train --out runs/drafts --minutes 30
+    python -m training.drafts.train --out runs/drafts --minutes 15 --autocast
     python -m benchmarks drafts --model smollm2-adaptive --draft-model runs/drafts/draft
 
 It learns what the adapted model learnt, the same problems in the same layout: there a token's ancestors are just what
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from anabranch.training import Layout
+from anabranch.training import IGNORE, Layout
 from training.adaptive.families import problems
 from training.adaptive.text import lesson_of
 from training.adaptive.text import tokenizer as adaptive_tokenizer
@@ -47,7 +47,7 @@ class Words:
     def of(self, row: Layout) -> Layout:
         """The same row in these numbers, with loss where it has some."""
         numbers = torch.tensor([self.number[token] for token in row.input_ids.tolist()])
-        return replace(row, input_ids=numbers, labels=torch.where(row.labels != -100, numbers, -100))
+        return replace(row, input_ids=numbers, labels=torch.where(row.labels != IGNORE, numbers, IGNORE))
 
 
 def lessons(split: str, seed: int, tokenizer: Any) -> Iterator[tuple[Layout, torch.Tensor]]:

@@ -45,13 +45,21 @@ def test_the_summary_is_of_these_lists() -> None:
 SAMPLES = """
 import datetime
 import json
+import pathlib
+import sys
 import types
 import run
 
-killed = json.loads(run.OUTCOME.read_text(encoding="utf-8"))["killed"]
+found = json.loads(run.OUTCOME.read_text(encoding="utf-8"))
+killed, mutants = found["killed"], run.listed()
+# The outcome of the day may hold none that hangs or takes long, so two of the brief ones are entered as such.
+brief = {run.key_of(m, a) for m, a in mutants.items() if m.file.startswith("python/")}
+hangs, long = [name for name in killed if name in brief and killed[name] <= 60][:2]
+killed |= {hangs: run.LIMIT, long: 61.0}
+run.OUTCOME = pathlib.Path(sys.argv[1])
+run.OUTCOME.write_text(json.dumps(found), encoding="utf-8")
 slow = {name for name, seconds in killed.items() if seconds > 60}
-assert any(killed[name] >= run.LIMIT for name in slow)  # (noticed by a hang alone)
-seen, mutants = set(), run.listed()
+seen = set()
 for day in range(200):
     date = datetime.date(2026, 1, 1) + datetime.timedelta(day)
     run.datetime = types.SimpleNamespace(date=types.SimpleNamespace(today=lambda: date))
@@ -62,9 +70,10 @@ assert len(seen) > 60, len(seen)
 """
 
 
-def test_a_sample_holds_nothing_slow_and_is_another_each_day() -> None:
+def test_a_sample_holds_nothing_slow_and_is_another_each_day(tmp_path: Path) -> None:
     """Neither what hangs, which is noticed after a quarter of an hour, nor what takes more than a minute."""
-    done = subprocess.run([sys.executable, "-c", SAMPLES], cwd=FOLDER, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", SAMPLES, str(tmp_path / "outcome.json")]
+    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 

@@ -60,34 +60,33 @@ bool may_use_amx() {
 
 }  // namespace
 
-std::vector<const Kernels*> compiled() {
-  std::vector<const Kernels*> all;
+std::vector<Variant> compiled() {
+  std::vector<Variant> all;
 #ifdef ANABRANCH_X86
-  all.push_back(&kernels_wide());  // what only newer processors run: for tests, hence the least preferred
+  all.push_back({"wide", kernels_wide});  // what only newer processors run: for tests, hence the least preferred
 #endif
 #if defined(ANABRANCH_X86) && !defined(ANABRANCH_FEW_CPU_VARIANTS)
-  all.push_back(&kernels_wide_amx());
+  all.push_back({"wide_amx", kernels_wide_amx});
 #endif
-  all.push_back(&kernels_plain());
+  all.push_back({"plain", kernels_plain});
 #if defined(ANABRANCH_X86) && !defined(ANABRANCH_FEW_CPU_VARIANTS)
-  all.push_back(&kernels_avx2());
-  all.push_back(&kernels_avx512());
+  all.push_back({"avx2", kernels_avx2});
+  all.push_back({"avx512", kernels_avx512});
 #ifdef ANABRANCH_AVX512BF16
-  all.push_back(&kernels_avx512bf16());
+  all.push_back({"avx512bf16", kernels_avx512bf16});
 #ifdef ANABRANCH_AMX
-  all.push_back(&kernels_amx());
+  all.push_back({"amx", kernels_amx});
 #endif
 #endif
 #endif
   return all;
 }
 
-bool runnable(const Kernels& k) {
+bool runnable(const std::string& isa) {
 #ifdef ANABRANCH_X86
   __builtin_cpu_init();
-  const std::string isa = k.isa;
 #ifdef ANABRANCH_AMX
-  if (isa == "amx") return runnable(kernels_avx512bf16()) && may_use_amx();
+  if (isa == "amx") return runnable("avx512bf16") && may_use_amx();
 #endif
   if (isa == "avx2" || isa == "wide" || isa == "wide_amx") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (isa == "avx512bf16" && !__builtin_cpu_supports("avx512bf16")) return false;
@@ -95,8 +94,7 @@ bool runnable(const Kernels& k) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 #endif
-  (void)k;
-  return true;
+  return isa == "plain";
 }
 
 void use(const std::string& isa) {
@@ -105,13 +103,13 @@ void use(const std::string& isa) {
     return;
   }
   std::string names;
-  for (const Kernels* k : compiled()) {
-    if (isa == k->isa) {
-      if (!runnable(*k)) throw std::invalid_argument("instruction set '" + isa + "' does not run on this machine");
-      chosen = k;
+  for (const Variant& each : compiled()) {
+    if (isa == each.isa) {
+      if (!runnable(isa)) throw std::invalid_argument("instruction set '" + isa + "' does not run on this machine");
+      chosen = &each.kernels();
       return;
     }
-    names += std::string(names.empty() ? "" : ", ") + k->isa;
+    names += std::string(names.empty() ? "" : ", ") + each.isa;
   }
   throw std::invalid_argument("instruction set '" + isa + "' is unknown; this build has: " + names);
 }
@@ -124,8 +122,8 @@ const Kernels& active() {
     use(wish);
     return *chosen.load();
   }
-  for (const Kernels* each : compiled())
-    if (runnable(*each)) k = each;
+  const std::vector<Variant> all = compiled();
+  k = &std::find_if(all.rbegin(), all.rend(), [](const Variant& each) { return runnable(each.isa); })->kernels();
   chosen = k;
   return *k;
 }

@@ -8,8 +8,15 @@
 
 namespace anabranch::cpu {
 
-std::vector<const Kernels*> compiled();     // in order of preference, best last
-bool runnable(const Kernels&);
+// The kernels of an instruction set. `kernels` is itself code of that set: called where it does not run, it ends the
+// process by an illegal instruction.
+struct Variant {
+  const char* isa;
+  const Kernels& (*kernels)();
+};
+
+std::vector<Variant> compiled();            // in order of preference, best last
+bool runnable(const std::string& isa);
 const Kernels& active();                    // ANABRANCH_CPU_ISA, or the best that runs here
 void use(const std::string& isa);           // "" = the default again; both throw std::invalid_argument
 

@@ -284,9 +284,9 @@ void py_branch_backward(int type, const std::array<int, 4>& shape, const std::ar
 
 py::dict info() {
   py::list all, here;
-  for (const Kernels* k : compiled()) {
-    all.append(k->isa);
-    if (runnable(*k)) here.append(k->isa);
+  for (const Variant& each : compiled()) {
+    all.append(each.isa);
+    if (runnable(each.isa)) here.append(each.isa);
   }
   py::dict d;
   d["isa"] = active().isa;

@@ -154,7 +154,7 @@ struct Kernels {
   void (*exponentials)(const float* scores, int64_t count, float temperature, float best, float* to);
 };
 
-// Those that were compiled: see compiled() in attention.cpp.
+// Those that were compiled, each code of its instruction set: see compiled() in attention.cpp.
 const Kernels& kernels_plain();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();

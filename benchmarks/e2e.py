@@ -98,10 +98,11 @@ class Bench:
         self.phases: dict[str, dict[str, float]] = {}
         kind = getattr(torch, dtype)
         model, self.tokenizer = ab.models.load("smollm2", dtype=kind)
-        self.engine = ab.Engine(model, self.tokenizer, compile=False)
+        # No prefix cache: a prompt that an earlier round has left there would cost nothing.
+        self.engine = ab.Engine(model, self.tokenizer, compile=False, prefix_cache=False)
         self.compiled: ab.Engine | str  # or the reason why there is none
         try:
-            self.compiled = ab.Engine(model, self.tokenizer, compile=True)
+            self.compiled = ab.Engine(model, self.tokenizer, compile=True, prefix_cache=False)
         except ValueError as error:
             self.compiled = str(error)
         self.plain, _ = ab.models.load("smollm2", dtype=kind, attn_implementation="sdpa")
@@ -167,14 +168,24 @@ class Bench:
 
         return _timed(call, n * self.new_tokens)
 
-    def seconds_a_token(self) -> float:
-        """A rough price of one prefilled token, for leaving out what would take too long."""
+    def seconds_a_token(self) -> tuple[float, float]:
+        """Rough prices of one prefilled token, ours and Transformers', for leaving out what would take too long."""
         ids = torch.randint(0, 1000, (1, 64))
-        with torch.no_grad():
-            self.plain(ids, logits_to_keep=1)
+
+        def plain() -> None:
+            with torch.no_grad():
+                self.plain(ids, logits_to_keep=1)
+
+        def ours() -> None:
+            self.engine.generate(ids[0].tolist(), do_sample=False, **self.exactly(1))
+
+        prices = []
+        for forward in (ours, plain):
+            forward()
             start = now()
-            self.plain(ids, logits_to_keep=1)
-        return (now() - start) / 64
+            forward()
+            prices.append((now() - start) / 64)
+        return prices[0], prices[1]
 
     def entry(self, name: str, prompt: Prompt, n: int, runs: list[Measured]) -> dict[str, object]:
         total = statistics.median(r.total for r in runs)
@@ -215,26 +226,25 @@ def run(
         report(f"loading the model in {dtype}")
         bench = Bench(dtype, new_tokens)
         cases = [(p, n) for p in prompts(bench.tokenizer, quick) if only in ("", p.name) for n in branches]
-        price = bench.seconds_a_token()
+        prices = bench.seconds_a_token()
         for prompt, n in cases:
-            yield from _case(bench, prompt, n, rounds, price, patience, report)
+            yield from _case(bench, prompt, n, rounds, prices, patience, report)
         if peer is not None:
             report(f"vLLM, {dtype}")
             yield from _vllm(bench, cases, peer, rounds)
 
 
-def _case(bench: Bench, prompt: Prompt, n: int, rounds: int, price: float, patience: float, report):
+def _case(bench: Bench, prompt: Prompt, n: int, rounds: int, prices: tuple[float, float], patience: float, report):
     contenders = {"anabranch": bench.ours, "anabranch_compiled": bench.ours_compiled, "generate": bench.generate}
     if n > 1:
         contenders["generate_reused"] = bench.generate_reused
-    once = len(prompt.ids)
-    prefilled = {"anabranch": once, "anabranch_compiled": once, "generate": n * once, "generate_reused": once}
+    ours, plain = (len(prompt.ids) * price for price in prices)
+    estimates = {"anabranch": ours, "anabranch_compiled": ours, "generate": n * plain, "generate_reused": plain}
     ready, left = {}, []
     for name, call in contenders.items():
         why = bench.compiled if name == "anabranch_compiled" and isinstance(bench.compiled, str) else ""
-        estimate = price * prefilled[name]
-        if estimate > patience:
-            why = f"prefill alone would take about {estimate:.0f} s here"
+        if estimates[name] > patience:
+            why = f"prefill alone would take about {estimates[name]:.0f} s here"
         if why:
             left.append({
                 "contender": name, "title": TITLES[name], "prompt": prompt.name, "prompt_tokens": len(prompt.ids),
@@ -246,7 +256,7 @@ def _case(bench: Bench, prompt: Prompt, n: int, rounds: int, price: float, patie
     # One short call each, not counted: allocations, thread pools, plans.
     full, bench.new_tokens = bench.new_tokens, 2
     for name, call in ready.items():
-        if price * prefilled[name] < patience / 30:
+        if estimates[name] < patience / 30:
             report(f"{bench.dtype}, {prompt.name} prompt, n = {n}: {name}, warming up")
             call(prompt, n)
     bench.new_tokens = full

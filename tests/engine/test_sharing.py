@@ -191,15 +191,16 @@ def test_a_fork_that_comes_back_gives_what_it_continues_no_turn():
         assert_nothing_held(eng)
 
 
-# A request that fits alone fits in company. The last did not, once: all that there was room for waited for one outside.
-COMPANY = [*range(20, 30), 10]
+# A request that fits alone fits in company. Once the last but two did not: all that there was room for waited for one
+# outside; nor did others of which what could not be computed again stayed in the cache.
+COMPANY = [*range(20, 40), 10]
 
 
 @pytest.mark.parametrize("number", COMPANY)
 def test_who_fits_alone_fits_in_company(number):
     rng = random.Random(f"small {number}")
     prompts = [[rng.randrange(97) for _ in range(rng.randint(1, 24))] for _ in range(rng.choice([2, 3, 5]))]
-    strategy = rng.choice([Anything(number), Anything(number), Sights(number, cuts=False)])  # all of it can leave
+    strategy = rng.choice([Anything(number), Sharing(number), Sights(number)])
     options = dict(eos_token_id=None, max_new_tokens=rng.choice([6, 20, 60]))
     size, rows, found = rng.choice([1, 2, 4, 8]), rng.choice([64, 512]), rng.random() < 0.5
     seeds = [rng.randrange(9) for _ in prompts]
@@ -224,3 +225,73 @@ def test_who_fits_alone_fits_in_company(number):
             assert "num_pages" in str(error)
     if fit:
         assert [result.tree for result in generate(pages, fit)] == [expected[i].tree for i in fit]
+
+
+def severed(trunk):
+    """The child goes on from what its parent has forgotten: that cannot be computed again."""
+    yield trunk.decode(8)
+    (child,) = trunk.fork([[20]])
+    yield child.decode(8)
+    trunk.truncate(trunk.length - 5)
+    trunk.insert([30, 31])
+    yield [trunk.decode(20), child.decode(20)]
+    trunk.join(child)
+    trunk.insert([40])
+    yield trunk.decode(6)
+
+
+def cut_in_two(trunk):
+    """Of what a joined child wrote only a part is left."""
+    children = trunk.fork([[20], [21, 22]])
+    yield [child.decode(8) for child in children]
+    trunk.join(children)
+    yield trunk.insert([40])
+    trunk.truncate(trunk.length - 5)
+    trunk.insert([41])
+    yield trunk.decode(20)
+
+
+def became(trunk):
+    """A thread that stands where its sibling stood, in what their parent has forgotten."""
+    yield trunk.decode(6)
+    one, other = trunk.fork([[20], [20]])
+    yield [one.decode(4), other.decode(4)]
+    one.become(other)
+    yield one.decode(1)
+    trunk.truncate(trunk.length - 3)
+    trunk.insert([30, 31])
+    yield [trunk.decode(9), one.decode(9), other.decode(9)]
+    trunk.join([one, other])
+    trunk.insert([40])
+    yield trunk.decode(6)
+
+
+@pytest.mark.parametrize("program", [severed, cut_in_two, became])
+@pytest.mark.parametrize("options", [{}, {"kv_format": "int8"}, {"max_rows": 3}], ids=str)
+def test_what_cannot_be_computed_again_makes_room_and_comes_back(program, options):
+    """Each of three requests has some, and there is room for one of them."""
+    prompts, how = [[1, 2, 3], [4, 5, 6, 7], [8]], dict(strategy=Programs(program), eos_token_id=None)
+    expected = engine(num_pages=600, prefix_cache=False, **options).generate(prompts, **how)
+    least = next(pages for pages in range(4, 60) if fits(pages, prompts, how, options))
+    again = 0
+    for pages in range(least, least + 8):
+        eng = engine(num_pages=pages, page_size=2, prefix_cache=False, **options)
+        results = eng.generate(prompts, **how)
+        assert [result.tree for result in results] == [result.tree for result in expected], pages
+        again += sum(result.metrics.preemptions for result in results)
+        assert_nothing_held(eng)
+    assert again > 8
+
+
+def fits(pages, prompts, how, options) -> bool:
+    """Whether each of some requests fits alone."""
+    for prompt in prompts:
+        eng = engine(num_pages=pages, page_size=2, prefix_cache=False, **options)
+        try:
+            eng.generate(prompt, **how)
+        except ValueError as error:
+            assert "num_pages" in str(error)
+            return False
+        finally:
+            assert_nothing_held(eng)
+    return True

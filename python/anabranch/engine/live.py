@@ -183,7 +183,7 @@ class LiveGroup:
     @staticmethod
     def _uncached(thread: EngineThread) -> tuple[int, int]:
         """Own tokens with a turn that are not in the cache: from number … to."""
-        at = 0 if thread.kv.branch is None else max(0, thread.kv.held.length - len(thread.prefix))
+        at = max(0, thread.kv.stored - len(thread.prefix))
         return at, max(at, min(thread.turns.assigned, len(thread.own)))
 
     def _entry(self, thread: EngineThread, at: int, count: int) -> Entry:

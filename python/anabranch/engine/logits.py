@@ -29,8 +29,8 @@ def heads(entries: Sequence[tuple[ThreadKV, PrefillChunk, int]]) -> list[Head]:
     end = 0
     for kv, chunk, n in entries:
         end += n
-        if chunk.branch is not kv.branch:
-            continue  # computes again what a joined sibling wrote
+        if chunk.branch is not kv.branch or chunk.kept:
+            continue  # computes again what a joined sibling wrote; makes room for what was put aside
         end -= chunk.drafted
         n -= chunk.drafted
         length, score = chunk.branch.length - chunk.drafted, kv.thread.score

@@ -66,7 +66,7 @@ class Request(Books[EngineThread]):
     def open_lingering(self, thread: EngineThread) -> None:
         """Its forks that have left and are still needed take what they share from it, where it is in the cache."""
         for child in thread.children:
-            if child.lingers and child.kv.branch is None and child.kv.may_open and child.born and child.role == "fork":
+            if child.lingers and not child.kv.safe and child.kv.may_open and child.born and child.role == "fork":
                 child.kv.open(self.cache)
 
     def let_go(self) -> None:
@@ -74,9 +74,9 @@ class Request(Books[EngineThread]):
         while gone := [thread for thread in self._lingering if not (self.live.needs(thread) or _holds_for(thread))]:
             for thread in gone:
                 for reader in (*self.live.readers(thread), *_forks_that_saw(thread)):
-                    reader.kv.pinned = True  # what it saw is gone, so it could not be computed again
+                    reader.kv.fixed = True  # what it saw is gone, so it could not be computed again
                 for child in thread.children:
-                    child.kv.pinned = child.kv.pinned or child.lingers
+                    child.kv.fixed = child.kv.fixed or child.lingers
                 thread.kv.leave(self.cache)  # what others may begin with can be found from now on
                 thread.lingers = False
                 del self._lingering[thread]
@@ -91,7 +91,7 @@ class Request(Books[EngineThread]):
             child.kv.branch = branch
             for other, count in seen:
                 self.cache.share(branch, other.kv.held, count)
-                child.kv.pinned = child.kv.pinned or other.kv.pinned
+                child.kv.fixed = child.kv.fixed or other.kv.fixed
             if not seen:
                 child.kv.logits, child.kv.logits_at = thread.kv.logits, thread.kv.logits_at
                 child.kv.hidden = thread.kv.hidden
@@ -99,12 +99,7 @@ class Request(Books[EngineThread]):
     def hold_own(self, children: Sequence[EngineThread]) -> None:
         for child in children:
             if child.kv.borrowed:  # a splice takes what a branch wrote since its fork from the thread
-                if child.kv.pinned:
-                    raise ValueError(
-                        f"join: thread {child.id} became a sibling, and its parent has since forgotten what they "
-                        "share, so it cannot be joined; join it before the truncation"
-                    )
-                child.kv.release(self.cache)
+                child.kv.make_room(self.cache)
 
     def hold_joined(self, thread: EngineThread, children: Sequence[EngineThread]) -> None:
         for child in children:
@@ -118,14 +113,17 @@ class Request(Books[EngineThread]):
             thread.kv.logits, thread.kv.logits_at = last.logits, last.logits_at
         for child in children:
             child.kv.branch = None
-            thread.kv.pinned = thread.kv.pinned or child.kv.pinned or saw_live([child])
+            thread.kv.fixed = thread.kv.fixed or child.kv.fixed or saw_live([child])
+
+    def may_take_over(self, thread: EngineThread, child: EngineThread) -> bool:
+        return child.kv.in_cache or not (thread.kv.fixed or child.kv.fixed)  # others are computed from their tokens
 
     def take_over(self, thread: EngineThread, child: EngineThread) -> None:
         self.open_lingering(child)
         thread.kv.take_over(child.kv, self.cache)  # its branch and its logits, so not a row is computed
 
     def cut_needs(self, thread: EngineThread, length: int) -> list[EngineThread]:
-        if any(child.kv.branch is None and not child.kv.may_open for child in thread.forks_beyond(length)):
+        if any(not (child.kv.safe or child.kv.may_open) for child in thread.forks_beyond(length)):
             return [thread]  # a child that is not in the cache takes what it shares from here, before that is cut
         if not thread.kv.opened and thread.splits_joined(length):
             return [thread]  # half of what a child wrote cannot be computed again
@@ -141,18 +139,16 @@ class Request(Books[EngineThread]):
                     f"from {own} on); cut it before the next token is computed, or end those that see it first"
                 )
             for reader in self.live.have_gone(thread, own):
-                reader.kv.pinned = True
+                reader.kv.fixed = True
             thread.turns.cut(own)
         kv = thread.kv
         for child in thread.forks_beyond(length):
-            if child.kv.branch is None:
+            if not child.kv.safe:
                 child.kv.open(self.cache)
-            child.kv.pinned = True  # what it shares with this thread could not be computed again
-        if kv.rebuilding:
-            kv.release(self.cache)
-        elif kv.branch is not None and kv.branch.length > length:
-            self.cache.truncate(kv.branch, length)
-        kv.pinned = kv.pinned or thread.splits_joined(length)
+            child.kv.fixed = True  # what it shares with this thread could not be computed again
+            child.kv.shared = min(child.kv.shared, length)
+        kv.cut(self.cache, length)
+        kv.fixed = kv.fixed or thread.splits_joined(length)
         kv.logits = None
 
     def prepare(self, thread: EngineThread, what: str) -> None:
@@ -180,7 +176,7 @@ class Request(Books[EngineThread]):
     def free(self, thread: EngineThread) -> None:
         thread.kv.logits = None
         if not thread.lingers:
-            thread.kv.release(self.cache)
+            thread.kv.forget(self.cache)
 
     def release(self) -> None:
         for thread in self._lingering:
@@ -192,9 +188,9 @@ class Request(Books[EngineThread]):
 def _holds_for(thread: EngineThread) -> bool:
     """Whether a thread that has left has something that others have yet to take from it: a fork that is needed still
     what they share, one that saw it, being live, what cannot be computed without the others of its group."""
-    if any(child.lingers and child.role == "fork" and child.kv.branch is None for child in thread.children):
+    if any(child.lingers and child.role == "fork" and not child.kv.safe for child in thread.children):
         return True
-    return any(fork.kv.branch is None for fork in _forks_that_saw(thread))
+    return any(not fork.kv.safe for fork in _forks_that_saw(thread))
 
 
 def _forks_that_saw(thread: EngineThread) -> list[EngineThread]:

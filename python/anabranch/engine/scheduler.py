@@ -271,19 +271,15 @@ class Scheduler:
             if any(not _go_together(kv, youngest) for kv, _, _ in entries):
                 entries = [e for e in entries if not _go_together(e[0], youngest)]
                 continue
-            # One that had no turn in this step may be older; one that cannot leave will give its pages back at its end.
-            # (Any other would be pushed out again in the next step, and so on for ever.)
+            # One that had no turn in this step may be older. (Any other would be pushed out again in the next step, and
+            # so on for ever.)
             stuck.append(oldest)
             if id(oldest) in self._ahead:  # not even all the room there is was enough
                 self._urgent, self._ahead = [], set()
-            others = [w for w in wanted if w.branch is not None and (w.pinned or w.thread.age < stuck[0].thread.age)]
+            others = [w for w in wanted if w.branch is not None and w.thread.age < stuck[0].thread.age]
             others = [w for w in others if not any(_go_together(w, s) for s in stuck) and not w.in_cache]
             if not others and any(w.in_cache for w in wanted):
                 return None, []  # one has come back without a row: it goes on first, and may make room
-            if not others and (leaving := self._giving_way(stuck)) is not None:
-                self._push_out(leaving)
-                others = [w for w in stuck if w.pinned]
-                stuck = [w for w in stuck if not w.pinned]
             if others:
                 moves = self.moves
                 entries = next(filter(None, map(self._alone, sorted(others, key=_age))), [])
@@ -304,7 +300,7 @@ class Scheduler:
                 return None, []
             if self._make_urgent(wanted):
                 return None, []
-            kv, total, size = self._too_large(stuck), self.cache.num_pages, self.cache.page_size
+            kv, total, size = stuck[0], self.cache.num_pages, self.cache.page_size
             raise RequestFailed(
                 kv.thread.request,
                 ValueError(
@@ -337,13 +333,6 @@ class Scheduler:
         """Who goes before whom in a shortage."""
         return (id(kv) not in self._ahead, *kv.thread.age)
 
-    def _too_large(self, stuck: list[ThreadKV]) -> ThreadKV:
-        """Whom to tell that there are too few pages: of the youngest request with pages that nobody else can have, so
-        that the others get on."""
-        holds = [t.kv for r in self.active for t in r.threads if t.kv.branch is not None and t.kv.pinned]
-        last = max((*stuck, *holds), key=lambda kv: kv.thread.request.order).thread.request
-        return next((kv for kv in (*stuck, *holds) if kv.thread.request is last), stuck[0])
-
     def _past(self, kv: ThreadKV, others: list[ThreadKV]) -> tuple[Step, list[Entry]] | None:
         """Rows for one thread at the expense of older ones that wait for it; None where that is not room enough."""
         entries = self._alone(kv)
@@ -361,7 +350,7 @@ class Scheduler:
 
     def _push_out(self, kv: ThreadKV) -> None:
         """Pre-empt a thread."""
-        kv.release(self.cache)
+        kv.make_room(self.cache)
         kv.thread.request.spent.preemptions += 1
         self.moves += 1
 
@@ -379,19 +368,17 @@ class Scheduler:
             for _, chunk, count in entries
             if chunk.branch.position != chunk.position + chunk.done
         }
-        positions.update({c.branch: torch.tensor(c.positions[:n], device="cpu") for _, c, n in entries if c.positions})
+        for _, chunk, n in entries:
+            if chunk.positions:
+                positions[chunk.branch] = torch.tensor(chunk.positions[chunk.done : chunk.done + n], device="cpu")
         views = {c.branch: c.reads[c.done : c.done + n] for _, c, n in entries if any(c.reads[c.done : c.done + n])}
         rows = {chunk.branch: count for _, chunk, count in entries}
         return self.cache.step(rows, positions or None, views or None)
 
-    def _giving_way(self, stuck: list[ThreadKV]) -> ThreadKV | None:
-        """When nothing moves: the youngest of `stuck` that can leave, to let one on that cannot."""
-        return self._youngest(stuck) if any(kv.pinned for kv in stuck) else None
-
     @staticmethod
     def _youngest(stuck: list[ThreadKV]) -> ThreadKV | None:
         """The youngest of `stuck` that can leave."""
-        may = [kv for kv in stuck if kv.branch is not None and not kv.pinned and not _built_on(kv.thread)]
+        may = [kv for kv in stuck if kv.branch is not None and not _built_on(kv.thread)]
         return max(may, key=_age, default=None)
 
     def _victim(self, oldest: ThreadKV) -> ThreadKV | None:
@@ -403,7 +390,7 @@ class Scheduler:
             for thread in request.threads:
                 kv = thread.kv
                 idle = id(kv) not in self._needed and id(kv) not in self._continued
-                if kv.branch is None or _go_together(kv, oldest) or kv.pinned or id(kv) in self._ahead:
+                if kv.branch is None or _go_together(kv, oldest) or id(kv) in self._ahead:
                     continue
                 if not (idle or kv.thread.age > oldest.thread.age or id(oldest) in self._ahead):
                     continue

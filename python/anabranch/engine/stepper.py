@@ -75,7 +75,7 @@ class Stepper:
         entries = self.scheduler.choose(wanted)
         for kv, chunk, _ in entries:
             try:
-                kv.thread.request.check_position(kv.thread, chunk.position + len(chunk.token_ids) - 1)
+                kv.thread.request.check_position(kv.thread, chunk.last_position)
             except ValueError as error:
                 raise RequestFailed(kv.thread.request, error) from None
         lengths = {chunk.branch: chunk.branch.length for _, chunk, _ in entries}

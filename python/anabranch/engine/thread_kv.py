@@ -6,6 +6,7 @@ token just sampled (its KV is computed by the step that needs the next token's l
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,6 +20,7 @@ from anabranch.threads.state import ThreadState
 if TYPE_CHECKING:
     from anabranch.engine.drafts.tree import Ahead, DraftNode
     from anabranch.engine.request import Request
+    from anabranch.kv.aside import KVAside
     from anabranch.kv.cache import TreeCache
     from anabranch.kv.prefix import PrefixCache
     from anabranch.kv.step import Branch
@@ -76,10 +78,15 @@ class PrefillChunk:
     positions: Sequence[int] = ()  # of each token, where they do not follow one another
     drafted: int = 0
     guesses: Sequence[DraftNode] = ()
+    kept: bool = False  # their K and V were put aside, and come back in place of what the forward computes
 
     @property
     def left(self) -> int:
         return len(self.token_ids) - self.done
+
+    @property
+    def last_position(self) -> int:
+        return max(self.positions) if self.positions else self.position + len(self.token_ids) - 1
 
 
 class ThreadKV:
@@ -94,7 +101,9 @@ class ThreadKV:
         self.hidden: tuple[int, tuple[float, ...]] | None = None  # (thread length it belongs to, the last token's)
         self.wants_hidden = False
         self.ahead: Ahead | None = None  # where a draft's verified scores take it (drafting.py)
-        self.pinned = False  # cannot be rebuilt from its tokens, so it is never pre-empted
+        self.fixed = False  # cannot be computed again from its tokens: where it makes room, its KV is put aside
+        self.aside: KVAside | None = None  # what was
+        self.shared = sys.maxsize  # of its parent's tokens, its own first ones still are at most so many
         self.last_step = 0  # the last step it had rows in
         self._rebuild: Iterator[PrefillChunk] | None = None
         self._chunk: PrefillChunk | None = None
@@ -112,9 +121,21 @@ class ThreadKV:
         thread, branch = self.thread, self.branch
         length = len(thread.prefix) + len(thread.own)  # asked several times a step: no call
         if branch is None:
-            return length - thread.forked_at  # a fork's parent holds the rest
+            return length - self.base  # a fork's parent holds the rest
         left = length - branch.length
         return left if left > 0 else int(self._rebuild is not None)
+
+    @property
+    def safe(self) -> bool:
+        """Whether it has what it shares with others: in the cache, or put aside."""
+        return self.branch is not None or self.aside is not None
+
+    @property
+    def stored(self) -> int:
+        """Context length up to which there is KV: in the cache, or put aside."""
+        if self.aside is not None:
+            return self.aside.length
+        return 0 if self.branch is None else self.branch.length
 
     @property
     def has_logits(self) -> bool:
@@ -148,8 +169,9 @@ class ThreadKV:
         if not child.rebuilding:
             self.branch, child.branch = child.branch, None
         # A child that is not in the cache is rebuilt as its parent, if needed.
+        self.aside = None
         self.logits, self.logits_at = child.logits, child.logits_at
-        self.pinned = self.pinned or child.pinned
+        self.fixed = self.fixed or child.fixed
 
     def share_logits(self) -> None:
         """A fork that stands where it was forked, as its parent does, goes on from the same logits."""
@@ -163,23 +185,39 @@ class ThreadKV:
         """Share all of a sibling's KV, which is in the cache, and its next token's logits."""
         self.release(cache)
         self.branch, self.borrowed = cache.fork(source.held, 1)[0], True
-        self.pinned = source.pinned
+        self.fixed, self.aside, self.shared = source.fixed, None, source.shared
         self.logits, self.logits_at, self.hidden = source.logits, source.logits_at, source.hidden
 
     # ---------------------------------------------------------------------------------------- what to cache next
 
     @property
+    def base(self) -> int:
+        """With how many of its tokens a branch for it begins: those that it shares with its parent."""
+        thread = self.thread
+        if self.aside is None:
+            return thread.forked_at
+        return 0 if self._alone else min(thread.forked_at, self.shared)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether what it continued is not to be had: it is no fork, or has outlived its parent."""
+        parent = self.thread.parent
+        return self.thread.role != "fork" or parent is None or not (parent.alive or parent.lingers)
+
+    @property
     def may_open(self) -> bool:
         """Whether what it continues is in the cache."""
-        if self.thread.role != "fork":
+        if self.thread.role != "fork" or (self.aside is not None and self._alone):
             return True
         assert self.thread.parent is not None
         parent = self.thread.parent.kv
-        return parent.branch is not None and parent.opened and parent.branch.length >= self.thread.forked_at
+        return parent.branch is not None and parent.opened and parent.branch.length >= self.base
 
     @property
     def absent(self) -> list[ThreadKV]:
         """The siblings of which it saw something that is not in the cache."""
+        if self.aside is not None:
+            return []  # what it saw of them is its own
         seen = [(s.spliced.kv, len(s.token_ids)) for s in self.thread.seen if s.spliced is not None]
         return [kv for kv, n in seen if not kv.opened or kv.held.length < len(kv.thread.prefix) + n]
 
@@ -190,6 +228,7 @@ class ThreadKV:
         if (
             thread.role != "fresh"
             or thread.live is not None
+            or self.aside is not None
             or thread.parent is None
             or any(s.spliced for s in thread.segments)
         ):
@@ -211,23 +250,57 @@ class ThreadKV:
     def open(self, cache: TreeCache, donor: tuple[ThreadKV, int] | None = None) -> None:
         """Give it a branch; call it when `may_open`. donor: whose KV it may begin with, and how much of it."""
         thread = self.thread
+        if self.aside is not None:
+            self.branch = cache.branch() if self._alone else self._beside_parent(cache)
+            self._rebuild = self._put_back(cache, self.aside)
+            self.settle()
+            return
         if donor is not None:
             self.branch = cache.fork(donor[0].held, 1)[0]
             cache.truncate(self.branch, donor[1])
         elif thread.role == "fork":
-            assert thread.parent is not None
-            self.branch = _fork_at(cache, thread.parent.kv.held, thread.forked_at)
+            self.branch = self._beside_parent(cache)
         else:
             self.branch = self._known() or cache.branch()
         if any(s.spliced is not None for s in thread.segments) or not self._shared_at_once(cache):
             self._rebuild = self._again(cache)
             self.settle()
 
+    def _beside_parent(self, cache: TreeCache) -> Branch:
+        """A branch with what it shares with its parent."""
+        assert self.thread.parent is not None
+        return _fork_at(cache, self.thread.parent.kv.held, self.base)
+
+    def _put_back(self, cache: TreeCache, aside: KVAside) -> Iterator[PrefillChunk]:
+        """Bring back what was put aside: rows like any other, whose K and V are then replaced."""
+        prefix = len(self.thread.prefix)
+        if self.held.length < (shared := min(aside.length, prefix)) and not self._alone:
+            # A join brings back what a branch wrote since its fork: what comes before must count as shared.
+            before = self._beside_parent(cache)
+            self._scratch.append(before)
+            yield from self._kept(cache, aside, before, shared)
+            cache.share(self.held, before)
+            self._drop_scratch(cache)
+        yield from self._kept(cache, aside, self.held, aside.length)
+        self.aside = None
+        if aside.length <= self.thread.forked_at:  # it was being computed again
+            yield from self._again(cache)
+
+    def _kept(self, cache: TreeCache, aside: KVAside, branch: Branch, end: int) -> Iterator[PrefillChunk]:
+        """The rows of a branch from its end to context length `end`, out of what was put aside."""
+        if (begin := branch.length) < end:
+            positions = aside.positions[begin:end].tolist()
+            token_ids = list(self.thread.context[begin:end])
+            yield PrefillChunk(branch, token_ids, positions[0], positions=positions, kept=True)
+            cache.put_back(branch, aside, begin)
+
     @property
     def findable(self) -> int:
         """How many of its first tokens may be another's: at least one is left, whose logits have to be computed."""
         thread = self.thread
-        if thread.role == "fork" or thread.request.kv_segments or any(s.spliced is not None for s in thread.segments):
+        if self.aside is not None or thread.role == "fork" or thread.request.kv_segments:
+            return 0
+        if any(s.spliced is not None for s in thread.segments):
             return 0
         most = min(thread.dense_length, thread.length - 1)
         return most if thread.score is None else min(most, thread.score.begin)  # what is scored is computed
@@ -364,10 +437,31 @@ class ThreadKV:
         if prefixes is not None and (length := min(self.thread.dense_length, self.held.length)):
             branch, self.branch = self.held, None
             prefixes.keep(branch, self.thread.context[:length])
+        self.forget(cache)
+
+    def make_room(self, cache: TreeCache) -> None:
+        """Give its pages back for now; what could not be computed again is put aside."""
+        if self.fixed and self.aside is None:
+            length = self.thread.forked_at if self.rebuilding else min(self.held.length, self.thread.length)
+            self.aside = cache.put_aside(self.held, length) if length else None
         self.release(cache)
 
+    def forget(self, cache: TreeCache) -> None:
+        """Give its pages back for good."""
+        self.release(cache)
+        self.aside = None
+
+    def cut(self, cache: TreeCache, length: int) -> None:
+        """Forget the tokens from context length `length` on."""
+        if self.rebuilding:
+            self.release(cache)
+        elif self.branch is not None and self.branch.length > length:
+            cache.truncate(self.branch, length)
+        if self.aside is not None:
+            self.aside.cut(length)
+
     def release(self, cache: TreeCache) -> None:
-        """Give its pages back; its tokens and logits stay."""
+        """Give its pages back; its tokens, its logits and what was put aside stay."""
         self._drop_scratch(cache)
         if self.branch is not None and self.branch.alive:
             cache.release(self.branch)

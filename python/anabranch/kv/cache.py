@@ -19,6 +19,7 @@ from anabranch._core import OutOfPages
 from anabranch.backends.control_groups import available_memory
 from anabranch.backends.formats import KVFormat, KVScales
 from anabranch.kv.arguments import _branch, _device, _number, _positions, _rows, _size
+from anabranch.kv.aside import KVAside
 from anabranch.kv.model import CacheShape, shape_for
 from anabranch.kv.pool import Pool, v_head_dim_of
 from anabranch.kv.step import Branch, Step
@@ -437,8 +438,42 @@ class TreeCache:
         """Dense copies of a branch's K [length, num_kv_heads, head_dim] and V [length, num_kv_heads, v_head_dim], in
         context order, in ``dtype`` (of quantised ones: what is kept, as attention reads it, rounded to that)."""
         layer = layer_of(layer, self.num_layers)
-        slots = torch.from_numpy(self._core.slots(_branch(branch, "read"))).to(self.device).long()
-        return self._pool.read(layer, slots, self.dtype)
+        return self._pool.read(layer, self._slots(_branch(branch, "read")), self.dtype)
+
+    def put_aside(self, branch: Branch, length: int) -> KVAside:
+        """K and V of a branch's first `length` tokens, copied to the host bit for bit as they are kept. So a branch can
+        leave the cache, and come back by `put_back`, whose KV could not be computed again.
+
+        Raises:
+            DeadBranch, ValueError: a dead or foreign branch; a length out of range.
+        """
+        length = _number(length, "put_aside: length")
+        slots = self._slots(_branch(branch, "put_aside"))
+        if not 0 <= length <= len(slots):
+            raise ValueError(f"put_aside: length: expected 0 … {len(slots)}, got {length}")
+        slots = slots[:length]
+        return KVAside(length, self.positions(branch)[:length], [x.cpu() for x in self._pool.raw(slots)])
+
+    def put_back(self, branch: Branch, aside: KVAside, begin: int) -> None:
+        """Writes tokens `begin` … of what was put aside over the same tokens of `branch`, up to its end.
+
+        The branch must have rows of its own there, which it shares with nobody yet, from steps whose positions were
+        ``aside.positions``: their slots are reserved by a step like any other's.
+
+        Raises:
+            DeadBranch, ValueError: a dead or foreign branch; tokens that it shares, or that were not put aside.
+        """
+        slots = self._slots(_branch(branch, "put_back"))
+        end, begin = len(slots), _number(begin, "put_back: begin")
+        if not branch.fork_length <= begin <= end <= aside.length:
+            raise ValueError(
+                f"put_back: tokens {begin} … {end}: expected some of the {aside.length} that were put aside, behind "
+                f"the {branch.fork_length} that the branch was forked with"
+            )
+        self._pool.put_raw(slots[begin:], [x[begin:end].to(self.device) for x in aside.planes])
+
+    def _slots(self, branch: Branch) -> Tensor:
+        return torch.from_numpy(self._core.slots(branch)).to(self.device).long()
 
     def positions(self, branch: Branch) -> Tensor:
         """Logical positions of a branch's tokens, int64 [length], in context order, on the CPU."""

@@ -6,10 +6,14 @@ cache of the same size has, without being told any of them, the same slots and t
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from anabranch.kv.aside import KVAside
 from anabranch.kv.cache import TreeCache
 from anabranch.kv.step import Branch, Step
 from anabranch.kv.views import Read, Views
@@ -31,10 +35,14 @@ class RecordedCache(TreeCache):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._calls: list[Call] = []
+        self._asides, self._numbers = count(), WeakKeyDictionary[KVAside, int]()
+        self._dropped: list[Call] = []  # what was put aside and is needed no more
 
     def take(self) -> list[Call]:
         """What was noted since the last time, in order."""
         taken, self._calls = self._calls, []
+        while self._dropped:
+            taken.append(self._dropped.pop())
         return taken
 
     def branch(self) -> Branch:
@@ -79,6 +87,17 @@ class RecordedCache(TreeCache):
         super().keep(branch)
         self._calls.append(("keep", branch.serial))
 
+    def put_aside(self, branch: Branch, length: int) -> KVAside:
+        aside = super().put_aside(branch, length)
+        number = self._numbers[aside] = next(self._asides)
+        self._calls.append(("put_aside", branch.serial, length, number))
+        weakref.finalize(aside, self._dropped.append, ("drop", number))
+        return aside
+
+    def put_back(self, branch: Branch, aside: KVAside, begin: int) -> None:
+        super().put_back(branch, aside, begin)
+        self._calls.append(("put_back", branch.serial, self._numbers[aside], begin))
+
 
 def _told(given: Any) -> list[Any]:
     """Reads with numbers for branches."""
@@ -97,6 +116,7 @@ class Replay:
     def __init__(self, cache: TreeCache) -> None:
         self.cache = cache
         self._branches: dict[int, Branch] = {}
+        self._asides: dict[int, KVAside] = {}
 
     def do(self, calls: Iterable[Call]) -> Step | None:
         """Follow these calls; the last step among them, if there is one."""
@@ -136,3 +156,12 @@ class Replay:
 
     def _keep(self, branch: int) -> None:
         self.cache.keep(self._branches[branch])
+
+    def _put_aside(self, branch: int, length: int, number: int) -> None:
+        self._asides[number] = self.cache.put_aside(self._branches[branch], length)
+
+    def _put_back(self, branch: int, number: int, begin: int) -> None:
+        self.cache.put_back(self._branches[branch], self._asides[number], begin)
+
+    def _drop(self, number: int) -> None:
+        del self._asides[number]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from anabranch._check import told
 from anabranch.backends.base import Backend, PreparesPool
-from anabranch.backends.formats import KVFormat, KVScales, pick
+from anabranch.backends.formats import KVFormat, KVScales, pick, put
 from anabranch.kv.arguments import _size
 
 
@@ -54,11 +55,14 @@ class Pool:
             factors = torch.empty(shape[:-1], dtype=torch.float32, device=device) if kv_format.quantised else None
             self._tensors.append((pages, factors))
         planes = [plane for pages, _ in self._tensors for plane in pages.transpose(2, 3)]
+        self._planes = planes
         self.k = planes[:num_layers]
         self.v = [k[..., :v_head_dim] for k in self.k] if v_in_k else planes[num_layers:]
         self.scales: list[KVScales | None] = [None] * num_layers
+        self._factors: list[Tensor] = []
         if kv_format.quantised:
-            by_plane = [x for _, factors in self._tensors if factors is not None for x in factors.transpose(2, 3)]
+            every = (factors for _, factors in self._tensors if factors is not None)
+            self._factors = by_plane = [plane for factors in every for plane in factors.transpose(2, 3)]
             of_v = 0 if v_in_k else num_layers
             self.scales = [KVScales(by_plane[i], by_plane[of_v + i]) for i in range(num_layers)]
 
@@ -83,14 +87,28 @@ class Pool:
 
     def read(self, layer: int, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """K and V at slots (int64 [n]): [n, num_kv_heads, head_dim] and [n, num_kv_heads, v_head_dim], dense."""
-        page_size = self.k[layer].shape[1]
-        page, offset = slots // page_size, slots % page_size
+        page, offset = self._places(slots)
         k, v = pick(self.k[layer], page, offset), pick(self.v[layer], page, offset)
         scales = self.scales[layer]
         if scales is None:
             return k, v
         read = self._format.dequantise
         return read(k, scales.k[page, offset], dtype), read(v, scales.v[page, offset], dtype)
+
+    def raw(self, slots: Tensor) -> list[Tensor]:
+        """What is kept at slots (int64 [n]), as it is kept: K's and V's planes [n, …], then those of their factors."""
+        page, offset = self._places(slots)
+        return [pick(plane, page, offset) for plane in (*self._planes, *self._factors)]
+
+    def put_raw(self, slots: Tensor, rows: Sequence[Tensor]) -> None:
+        """Put back what `raw` gave."""
+        page, offset = self._places(slots)
+        for plane, values in zip((*self._planes, *self._factors), rows, strict=True):
+            put(plane, page, offset, values)
+
+    def _places(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        page_size = self.k[0].shape[1]
+        return slots // page_size, slots % page_size
 
 
 def v_head_dim_of(given: Any, head_dim: int, v_in_k: Any) -> int:

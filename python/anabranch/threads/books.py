@@ -419,6 +419,10 @@ class Books(Generic[State]):
     def hold_own(self, children: Sequence[State]) -> None:
         """Children are about to be spliced: what they hold must be their own, not a sibling's."""
 
+    def may_take_over(self, thread: State, child: State) -> bool:
+        """Whether what a thread has to hold can be had where it becomes its only child as things stand."""
+        return True
+
     def take_over(self, thread: State, child: State) -> None:
         """A thread becomes its only child: it holds what that held."""
 

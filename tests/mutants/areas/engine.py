@@ -18,8 +18,8 @@ MUTANTS = [
         "if same and _spliceable(thread, children[0]) and op.headers[0] is None:", ORDER,
     ),
     Mutant(
-        "a child is not pinned while its parent is cut", f"{ENGINE}request.py",
-        "            child.kv.pinned = True  # what it shares", "            pass  # what it shares", ORDER,
+        "a child is not put aside after its parent was cut", f"{ENGINE}request.py",
+        "            child.kv.fixed = True  # what it shares", "            pass  # what it shares", ORDER,
     ),
     Mutant(
         "a parent that wrote anew is taken for unchanged", f"{THREADS}state.py",

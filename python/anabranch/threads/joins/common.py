@@ -22,7 +22,7 @@ class HostJoin(Protocol):
         """Do it; all that it `needs` is held. There may be no children: all were killed."""
 
 
-def adoptable(thread: AnyThread, op: JoinOp, children: Sequence[AnyThread]) -> bool:
+def adoptable(host: Books[Any], thread: AnyThread, op: JoinOp, children: Sequence[AnyThread]) -> bool:
     """Whether the thread may simply become its only remaining child: nothing to splice, so nothing to compute first.
 
     Only for a thread that no parent will join (a branch knows its own tokens by where it was forked).
@@ -37,6 +37,7 @@ def adoptable(thread: AnyThread, op: JoinOp, children: Sequence[AnyThread]) -> b
         and not others
         and thread.goes_on_as(children[0])
         and not any(c.alive for c in children[0].children)
+        and host.may_take_over(thread, children[0])
     )
 
 
@@ -70,7 +71,7 @@ class JoinOfTokens:
         if not children:
             return
         length = thread.length
-        if adoptable(thread, op, children):
+        if adoptable(host, thread, op, children):
             adopt(host, thread, children[0])
         else:
             self.append(host, thread, op, children)

@@ -17,7 +17,7 @@ class Concat(JoinOfTokens):
     """What is spliced is KV, so the thread and all children must have theirs in the cache."""
 
     def needs(self, host: Books[Any], thread: AnyThread, op: JoinOp, children: Sequence[AnyThread]) -> list[AnyThread]:
-        return [thread, *children] if children and not adoptable(thread, op, children) else []
+        return [thread, *children] if children and not adoptable(host, thread, op, children) else []
 
     def append(self, host: Books[Any], thread: AnyThread, op: JoinOp, children: Sequence[AnyThread]) -> None:
         splice(host, thread, children)

@@ -17,7 +17,7 @@ class Reprefill(JoinOfTokens):
     """The first child's KV is what computing it again would give, where nothing came in between; it is spliced."""
 
     def needs(self, host: Books[Any], thread: AnyThread, op: JoinOp, children: Sequence[AnyThread]) -> list[AnyThread]:
-        if not children or not _spliceable(thread, children[0]) or adoptable(thread, op, children):
+        if not children or not _spliceable(thread, children[0]) or adoptable(host, thread, op, children):
             return []  # nothing of it is to be spliced
         return [thread, children[0]]
 

@@ -266,7 +266,23 @@ def became(trunk):
     yield trunk.decode(6)
 
 
-@pytest.mark.parametrize("program", [severed, cut_in_two, became])
+def cut_outside(trunk):
+    """The child is cut while others have its pages."""
+    yield trunk.decode(8)
+    (child,) = trunk.fork([[20]])
+    yield child.decode(12)
+    trunk.truncate(trunk.length - 5)
+    trunk.insert([30])
+    yield trunk.decode(24)
+    child.truncate(child.length - 5)
+    child.insert([33])
+    yield child.decode(6)
+    trunk.join(child)
+    trunk.insert([40])
+    yield trunk.decode(4)
+
+
+@pytest.mark.parametrize("program", [severed, cut_in_two, became, cut_outside])
 @pytest.mark.parametrize("options", [{}, {"kv_format": "int8"}, {"max_rows": 3}], ids=str)
 def test_what_cannot_be_computed_again_makes_room_and_comes_back(program, options):
     """Each of three requests has some, and there is room for one of them."""

@@ -84,3 +84,35 @@ def test_another_size_shows() -> None:
     step = cache.step({trunk: 3})
     assert check_of(step) != check_of(Replay(other).do(cache.take()))
     assert cache.take() == []
+
+
+def test_what_is_put_aside_is_so_in_each_process_and_comes_back():
+    """K and V are another process's own: it puts aside, puts back and drops what is there."""
+    leader, follower = RecordedCache(**SHAPE, num_pages=16), ab.TreeCache(**SHAPE, num_pages=16)
+    replay, rng = Replay(follower), torch.Generator().manual_seed(0)
+
+    def write(rows):
+        for step in (leader.step(rows), replay.do(leader.take())):
+            k, v = torch.randn(2, step.num_rows, 1, 8, generator=rng)
+            step.cache.write(0, k, v, step)
+
+    trunk = leader.branch()
+    write({trunk: 6})
+    (fork,) = leader.fork(trunk)
+    write({fork: 5})
+    replay.do(leader.take())
+    theirs = replay._branches[fork.serial]
+    before = follower.read(theirs, 0)
+    aside = leader.put_aside(fork, 11)
+    leader.release(fork)
+    write({trunk: 20})
+    leader.truncate(trunk, 6)
+    (back,) = leader.fork(trunk)
+    write({back: 5})
+    leader.put_back(back, aside, 6)
+    replay.do(leader.take())
+    assert all(map(torch.equal, follower.read(replay._branches[back.serial], 0), before))
+    assert replay._asides
+    del aside
+    replay.do(leader.take())
+    assert not replay._asides

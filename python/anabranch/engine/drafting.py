@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from anabranch import hf
+from anabranch.engine.chunk import PrefillChunk
 from anabranch.engine.drafts import Ahead, Ask, Draft, Odds, Pace, Proposer, least_chance, proposer_for
 from anabranch.engine.logits import Head
-from anabranch.engine.thread_kv import EngineThread, PrefillChunk, ThreadKV
+from anabranch.engine.thread_kv import EngineThread, ThreadKV
 from anabranch.errors import OutOfPages
 from anabranch.strategies.draft.draft_tree import DraftTree
 from anabranch.strategies.plain import layers

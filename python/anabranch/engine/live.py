@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from anabranch.engine.thread_kv import EngineThread, PrefillChunk, ThreadKV
+from anabranch.engine.chunk import PrefillChunk
+from anabranch.engine.thread_kv import EngineThread, ThreadKV
 from anabranch.kv.views import Read
 from anabranch.records.result import Sight
 from anabranch.strategies.api.ops import ForkOp, InsertOp, TruncateOp

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 
+from anabranch.engine.chunk import PrefillChunk
 from anabranch.engine.request import Request
 from anabranch.engine.sampling import token_logprobs, token_stats
-from anabranch.engine.thread_kv import EngineThread, PrefillChunk, ThreadKV
+from anabranch.engine.thread_kv import EngineThread, ThreadKV
 from anabranch.runner import scores as vocabulary
 from anabranch.threads.running import RunningScore
 

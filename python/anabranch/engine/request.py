@@ -7,8 +7,9 @@ from typing import Any
 
 from anabranch.engine.live import LiveGroup
 from anabranch.engine.ops import ENGINE_OPS
+from anabranch.engine.rebuild import saw_live
 from anabranch.engine.sampling import Sampler, Samplers, random_stream
-from anabranch.engine.thread_kv import EngineThread, saw_live
+from anabranch.engine.thread_kv import EngineThread
 from anabranch.kv.cache import TreeCache
 from anabranch.kv.prefix import PrefixCache
 from anabranch.strategies.api.thread import Thread

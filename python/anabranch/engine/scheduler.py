@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from anabranch.engine.admission import DecodeLimit
+from anabranch.engine.chunk import PrefillChunk
 from anabranch.engine.request import Request
-from anabranch.engine.thread_kv import EngineThread, PrefillChunk, ThreadKV
+from anabranch.engine.thread_kv import EngineThread, ThreadKV
 from anabranch.errors import OutOfPages
 from anabranch.hf.rope import RopeRule
 from anabranch.kv.cache import TreeCache
@@ -305,8 +306,8 @@ class Scheduler:
                 kv.thread.request,
                 ValueError(
                     f"num_pages={total} (of {size} tokens) is too small for prompt {kv.thread.request.index}: thread "
-                    f"{kv.thread.id} needs {kv.thread.length} tokens beside those that cannot leave now; "
-                    "make the engine with a larger num_pages, "
+                    f"{kv.thread.id}, of {kv.thread.length} tokens, and those that are needed beside it do not fit; make the "
+                    "engine with a larger num_pages, "
                     f"or use a shorter prompt, fewer threads or a smaller max_new_tokens ({shortage})"
                 ),
             )

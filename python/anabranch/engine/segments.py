@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from anabranch.engine.thread_kv import PrefillChunk, ThreadKV
+from anabranch.engine.chunk import PrefillChunk
+from anabranch.engine.thread_kv import ThreadKV
 from anabranch.hf.segments import SegmentVectors, find_vectors
 from anabranch.runner.ranks import sharded
 

@@ -7,24 +7,23 @@ token just sampled (its KV is computed by the step that needs the next token's l
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from anabranch.engine.chunk import PrefillChunk
+from anabranch.engine.rebuild import Rebuild, fork_at
 from anabranch.threads.state import ThreadState
 
 if TYPE_CHECKING:
-    from anabranch.engine.drafts.tree import Ahead, DraftNode
+    from anabranch.engine.drafts.tree import Ahead
     from anabranch.engine.request import Request
     from anabranch.kv.aside import KVAside
     from anabranch.kv.cache import TreeCache
     from anabranch.kv.prefix import PrefixCache
     from anabranch.kv.step import Branch
-    from anabranch.kv.views import Read
 
 
 class EngineThread(ThreadState["EngineThread"]):
@@ -62,33 +61,6 @@ class EngineThread(ThreadState["EngineThread"]):
         return thread.prompt_length
 
 
-@dataclass
-class PrefillChunk:
-    """A run of tokens to be cached next: on `branch`, from position `position`, the first `done` of them already.
-
-    The last `drafted` of them are guesses; `guesses`: those of them that no other chunk of the step has.
-    """
-
-    branch: Branch
-    token_ids: list[int]
-    position: int
-    segments: Sequence[int] = ()  # of each token, where the model adds segment vectors to K and V
-    done: int = 0
-    reads: list[list[Read]] = field(default_factory=list)  # of each token, where its thread sees others
-    positions: Sequence[int] = ()  # of each token, where they do not follow one another
-    drafted: int = 0
-    guesses: Sequence[DraftNode] = ()
-    kept: bool = False  # their K and V were put aside, and come back in place of what the forward computes
-
-    @property
-    def left(self) -> int:
-        return len(self.token_ids) - self.done
-
-    @property
-    def last_position(self) -> int:
-        return max(self.positions) if self.positions else self.position + len(self.token_ids) - 1
-
-
 class ThreadKV:
     """One thread's place in the cache."""
 
@@ -105,9 +77,7 @@ class ThreadKV:
         self.aside: KVAside | None = None  # what was
         self.shared = sys.maxsize  # of its parent's tokens, its own first ones still are at most so many
         self.last_step = 0  # the last step it had rows in
-        self._rebuild: Iterator[PrefillChunk] | None = None
-        self._chunk: PrefillChunk | None = None
-        self._scratch: list[Branch] = []  # branches that exist only while it is being rebuilt
+        self._rebuild: Rebuild | None = None
 
     @property
     def held(self) -> Branch:
@@ -196,10 +166,10 @@ class ThreadKV:
         thread = self.thread
         if self.aside is None:
             return thread.forked_at
-        return 0 if self._alone else min(thread.forked_at, self.shared)
+        return 0 if self.alone else min(thread.forked_at, self.shared)
 
     @property
-    def _alone(self) -> bool:
+    def alone(self) -> bool:
         """Whether what it continued is not to be had: it is no fork, or has outlived its parent."""
         parent = self.thread.parent
         return self.thread.role != "fork" or parent is None or not (parent.alive or parent.lingers)
@@ -207,7 +177,7 @@ class ThreadKV:
     @property
     def may_open(self) -> bool:
         """Whether what it continues is in the cache."""
-        if self.thread.role != "fork" or (self.aside is not None and self._alone):
+        if self.thread.role != "fork" or (self.aside is not None and self.alone):
             return True
         assert self.thread.parent is not None
         parent = self.thread.parent.kv
@@ -251,48 +221,23 @@ class ThreadKV:
         """Give it a branch; call it when `may_open`. donor: whose KV it may begin with, and how much of it."""
         thread = self.thread
         if self.aside is not None:
-            self.branch = cache.branch() if self._alone else self._beside_parent(cache)
-            self._rebuild = self._put_back(cache, self.aside)
-            self.settle()
-            return
-        if donor is not None:
+            self.branch = cache.branch() if self.alone else self.beside_parent(cache)
+        elif donor is not None:
             self.branch = cache.fork(donor[0].held, 1)[0]
             cache.truncate(self.branch, donor[1])
         elif thread.role == "fork":
-            self.branch = self._beside_parent(cache)
+            self.branch = self.beside_parent(cache)
         else:
             self.branch = self._known() or cache.branch()
-        if any(s.spliced is not None for s in thread.segments) or not self._shared_at_once(cache):
-            self._rebuild = self._again(cache)
+        again = self.aside is not None or any(s.spliced is not None for s in thread.segments)
+        if again or not self._shared_at_once(cache):
+            self._rebuild = Rebuild(self, cache)
             self.settle()
 
-    def _beside_parent(self, cache: TreeCache) -> Branch:
+    def beside_parent(self, cache: TreeCache) -> Branch:
         """A branch with what it shares with its parent."""
         assert self.thread.parent is not None
-        return _fork_at(cache, self.thread.parent.kv.held, self.base)
-
-    def _put_back(self, cache: TreeCache, aside: KVAside) -> Iterator[PrefillChunk]:
-        """Bring back what was put aside: rows like any other, whose K and V are then replaced."""
-        prefix = len(self.thread.prefix)
-        if self.held.length < (shared := min(aside.length, prefix)) and not self._alone:
-            # A join brings back what a branch wrote since its fork: what comes before must count as shared.
-            before = self._beside_parent(cache)
-            self._scratch.append(before)
-            yield from self._kept(cache, aside, before, shared)
-            cache.share(self.held, before)
-            self._drop_scratch(cache)
-        yield from self._kept(cache, aside, self.held, aside.length)
-        self.aside = None
-        if aside.length <= self.thread.forked_at:  # it was being computed again
-            yield from self._again(cache)
-
-    def _kept(self, cache: TreeCache, aside: KVAside, branch: Branch, end: int) -> Iterator[PrefillChunk]:
-        """The rows of a branch from its end to context length `end`, out of what was put aside."""
-        if (begin := branch.length) < end:
-            positions = aside.positions[begin:end].tolist()
-            token_ids = list(self.thread.context[begin:end])
-            yield PrefillChunk(branch, token_ids, positions[0], positions=positions, kept=True)
-            cache.put_back(branch, aside, begin)
+        return fork_at(cache, self.thread.parent.kv.held, self.base)
 
     @property
     def findable(self) -> int:
@@ -317,8 +262,8 @@ class ThreadKV:
 
     def next_chunk(self) -> PrefillChunk:
         """What the next step should cache of this thread; it is open and has tokens `pending`."""
-        if self._chunk is not None:
-            return self._chunk
+        if self._rebuild is not None and self._rebuild.chunk is not None:
+            return self._rebuild.chunk
         thread, branch = self.thread, self.held
         position, end = thread.dense_run(branch.length)
         shared = len(thread.prefix)
@@ -328,10 +273,8 @@ class ThreadKV:
 
     def settle(self) -> None:
         """After a step: when a chunk of the rebuilding is through, go on to the next."""
-        while self._rebuild is not None and (self._chunk is None or not self._chunk.left):
-            self._chunk = next(self._rebuild, None)
-            if self._chunk is None:
-                self._rebuild = None
+        if self._rebuild is not None and not self._rebuild.go_on():
+            self._rebuild = None
 
     def _shared_at_once(self, cache: TreeCache) -> bool:
         """Share what siblings had written, where all of it is in the cache."""
@@ -341,77 +284,6 @@ class ThreadKV:
             assert segment.spliced is not None
             cache.share(self.held, segment.spliced.kv.held, len(segment.token_ids))
         return True
-
-    def _again(self, cache: TreeCache) -> Iterator[PrefillChunk]:
-        """Rebuild the thread: what it saw of siblings first, then what it holds."""
-        yield from self._build(cache, self.thread, {id(self.thread): self.held}, {})
-        self._drop_scratch(cache)
-
-    def _build(
-        self, cache: TreeCache, thread: EngineThread, anchors: dict[int, Branch], built: dict[int, EngineThread]
-    ) -> Iterator[PrefillChunk]:
-        """Compute a thread on its anchor, behind what it saw of siblings, unless it is `built`."""
-        if id(thread) in built:
-            return
-        built[id(thread)] = thread
-        absent = {id(kv.thread) for kv in thread.kv.absent}
-        for segment in thread.seen:
-            other = segment.spliced
-            assert other is not None
-            if id(other) not in anchors and id(other) not in absent:
-                cache.share(anchors[id(thread)], other.kv.held, len(segment.token_ids))
-                continue
-            if id(other) not in anchors:  # it is gone: what it wrote is computed for this thread
-                assert thread.parent is not None
-                anchors[id(other)] = _fork_at(cache, thread.parent.kv.held, other.forked_at)
-                self._scratch.append(anchors[id(other)])
-            yield from self._build(cache, other, anchors, built)
-            absent = {id(kv.thread) for kv in thread.kv.absent}  # others may have gone meanwhile
-            cache.share(anchors[id(thread)], anchors[id(other)], len(segment.token_ids))
-        yield from self._program(cache, thread, anchors[id(thread)])
-
-    def _program(self, cache: TreeCache, thread: EngineThread, branch: Branch) -> Iterator[PrefillChunk]:
-        """Rebuild what a thread holds, joined siblings by the same forks and joins.
-
-        Its tokens in a flat row would let the second sibling see the first, and give other KV than before.
-        """
-        joined = [s.spliced for s in thread.segments if s.spliced is not None]
-        waiting = {id(k): k for k in [*joined, *_seen_by(joined)]}
-        needed, anchors, built = list(waiting.values()), dict[int, "Branch"](), dict[int, EngineThread]()
-
-        def anchor_here() -> None:
-            for key, child in list(waiting.items()):
-                if child.forked_at == branch.length:
-                    anchors[key] = cache.fork(branch, 1)[0]
-                    self._scratch.append(anchors[key])
-                    del waiting[key]
-
-        anchor_here()
-        # What a thread wrote that sees others, or is seen, is computed by turns (live.py).
-        left = thread.length if thread.live is None else thread.turns.until(0)
-        for segment in list(thread.segments):
-            if left <= 0:
-                break
-            if segment.spliced is None:
-                ids, at = list(segment.token_ids)[:left], 0
-                while at < len(ids):
-                    cuts = [k.forked_at - branch.length for k in waiting.values() if k.forked_at > branch.length]
-                    size = min([len(ids) - at, *cuts])
-                    segments = [segment.kv_segment] * size if thread.request.kv_segments else ()
-                    yield PrefillChunk(branch, ids[at : at + size], segment.position + at, segments)
-                    at += size
-                    anchor_here()
-            else:
-                child = segment.spliced
-                yield from self._build(cache, child, anchors, built)
-                for other in needed:  # once it is joined, those that saw it can share it no more
-                    if any(s.spliced is child for s in other.seen):
-                        yield from self._build(cache, other, anchors, built)
-                anchor = anchors.pop(id(child))
-                cache.join(branch, [anchor], mode="concat")
-                self._scratch.remove(anchor)
-                anchor_here()
-            left -= len(segment.token_ids)
 
     # ---------------------------------------------------------------------------------------- leaving the cache
 
@@ -462,38 +334,8 @@ class ThreadKV:
 
     def release(self, cache: TreeCache) -> None:
         """Give its pages back; its tokens, its logits and what was put aside stay."""
-        self._drop_scratch(cache)
+        if self._rebuild is not None:
+            self._rebuild.drop()
         if self.branch is not None and self.branch.alive:
             cache.release(self.branch)
-        self.branch, self._rebuild, self._chunk, self.borrowed, self.ahead = None, None, None, False, None
-
-    def _drop_scratch(self, cache: TreeCache) -> None:
-        for branch in self._scratch:
-            if branch.alive:
-                cache.release(branch)
-        self._scratch = []
-
-
-def _fork_at(cache: TreeCache, branch: Branch, length: int) -> Branch:
-    """A fork of `branch` as it was at `length`: it may have gone on since."""
-    fork = cache.fork(branch, 1)[0]
-    if fork.length > length:
-        cache.truncate(fork, length)
-    return fork
-
-
-def saw_live(threads: Sequence[EngineThread]) -> bool:
-    """Whether some threads saw siblings, or those did, that cannot be computed again by themselves."""
-    return any(other.live is not None for other in _seen_by(threads))
-
-
-def _seen_by(threads: Sequence[EngineThread]) -> list[EngineThread]:
-    """The siblings that some threads saw, those that these saw, and so on; no thread twice."""
-    found: dict[int, EngineThread] = {}
-    left = list(threads)
-    while left:
-        for segment in left.pop().seen:
-            if segment.spliced is not None and id(segment.spliced) not in found:
-                found[id(segment.spliced)] = segment.spliced
-                left.append(segment.spliced)
-    return list(found.values())
+        self.branch, self._rebuild, self.borrowed, self.ahead = None, None, False, None

@@ -9,6 +9,7 @@ THREADS = "python/anabranch/threads/"
 ORDER = "tests/engine/test_engine_order.py"
 ROOM = "tests/engine/test_preemption_order.py"
 BOTH = "tests/engine/test_engine_order.py tests/engine/test_naive_engine.py"
+ASIDE = "tests/engine/test_sharing.py::test_what_cannot_be_computed_again_makes_room_and_comes_back"
 NEAR = "tests/engine/test_engine_order.py tests/engine/test_engine.py tests/engine/test_engine_limits.py"
 
 MUTANTS = [
@@ -136,11 +137,38 @@ MUTANTS = [
         "if parent.spawned_at == self.tasks.turn:", "if parent.spawned_at >= 0:", BOTH,
     ),
     Mutant(
+        "what was put aside stays there", f"{ENGINE}rebuild.py",
+        "            self.cache.put_back(branch, aside, begin)", "            pass", ASIDE,
+    ),
+    Mutant(
+        "what comes back shares what its parent has forgotten", f"{ENGINE}thread_kv.py",
+        "return 0 if self.alone else min(thread.forked_at, self.shared)",
+        "return 0 if self.alone else thread.forked_at",
+        ASIDE,
+    ),
+    Mutant(
+        "what comes back is all a branch's own", f"{ENGINE}rebuild.py",
+        "            self.cache.share(self.kv.held, before)\n", "", ASIDE,
+    ),
+    Mutant(
+        "scores of rows that only make room are taken", f"{ENGINE}logits.py",
+        "if chunk.branch is not kv.branch or chunk.kept:", "if chunk.branch is not kv.branch:", ASIDE,
+    ),
+    Mutant(
+        "what was cut comes back", f"{ENGINE}thread_kv.py",
+        "            self.aside.cut(length)", "            pass", ASIDE,
+    ),
+    Mutant(
+        "a second chunk of what comes back begins with the first one's positions", f"{ENGINE}scheduler.py",
+        "torch.tensor(chunk.positions[chunk.done : chunk.done + n], device", "torch.tensor(chunk.positions[:n], device",
+        ASIDE,
+    ),
+    Mutant(
         "a donor's prompt is taken whole", f"{ENGINE}thread_kv.py",
         "shared = min(len(mine), len(theirs)) if same is None else same", "shared = min(len(mine), len(theirs))", BOTH,
     ),
     Mutant(
-        "a fork opened late holds what its parent wrote since", f"{ENGINE}thread_kv.py",
+        "a fork opened late holds what its parent wrote since", f"{ENGINE}rebuild.py",
         "        cache.truncate(fork, length)", "        pass",
         "tests/engine/test_engine_order.py::"
         "test_a_fork_that_comes_back_begins_where_it_was_forked_though_its_parent_has_gone_on",

@@ -306,8 +306,8 @@ class Scheduler:
                 kv.thread.request,
                 ValueError(
                     f"num_pages={total} (of {size} tokens) is too small for prompt {kv.thread.request.index}: thread "
-                    f"{kv.thread.id}, of {kv.thread.length} tokens, and those that are needed beside it do not fit; make the "
-                    "engine with a larger num_pages, "
+                    f"{kv.thread.id}, of {kv.thread.length} tokens, and those that are needed beside it do not fit; "
+                    "make the engine with a larger num_pages, "
                     f"or use a shorter prompt, fewer threads or a smaller max_new_tokens ({shortage})"
                 ),
             )

@@ -94,7 +94,9 @@ class Rebuild:
         """
         joined = [s.spliced for s in thread.segments if s.spliced is not None]
         waiting = {id(k): k for k in [*joined, *_seen_by(joined)]}
-        needed, anchors, built = list(waiting.values()), dict[int, "Branch"](), dict[int, EngineThread]()
+        needed = list(waiting.values())
+        anchors: dict[int, Branch] = {}
+        built: dict[int, EngineThread] = {}
 
         def anchor_here() -> None:
             for key, child in list(waiting.items()):

@@ -282,7 +282,28 @@ def cut_outside(trunk):
     yield trunk.decode(4)
 
 
-@pytest.mark.parametrize("program", [severed, cut_in_two, became, cut_outside])
+def cut_on_its_way_back(trunk):
+    """The child is cut while it is computed again, behind what its parent has just forgotten."""
+    yield trunk.decode(8)
+    (child,) = trunk.fork([[20]])
+    yield child.decode(3)
+    grandchildren = child.fork([[21], [22]])
+    yield [grandchild.decode(4) for grandchild in grandchildren]
+    child.join(grandchildren)
+    yield child.insert([23, 24])
+    other = trunk.spawn(list(range(40, 70)))
+    yield other.decode(4)
+    trunk.join(other, "discard")
+    trunk.truncate(trunk.length - 5)
+    child.truncate(child.length - 1)
+    trunk.insert(list(range(30, 39)))
+    yield [trunk.decode(6), child.decode(6)]
+    trunk.join(child)
+    trunk.insert([40])
+    yield trunk.decode(4)
+
+
+@pytest.mark.parametrize("program", [severed, cut_in_two, became, cut_outside, cut_on_its_way_back])
 @pytest.mark.parametrize("options", [{}, {"kv_format": "int8"}, {"max_rows": 3}], ids=str)
 def test_what_cannot_be_computed_again_makes_room_and_comes_back(program, options):
     """Each of three requests has some, and there is room for one of them."""

@@ -326,7 +326,7 @@ class ThreadKV:
     def cut(self, cache: TreeCache, length: int) -> None:
         """Forget the tokens from context length `length` on."""
         if self.rebuilding:
-            self.release(cache)
+            self.make_room(cache)
         elif self.branch is not None and self.branch.length > length:
             cache.truncate(self.branch, length)
         if self.aside is not None:

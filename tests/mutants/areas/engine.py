@@ -159,6 +159,10 @@ MUTANTS = [
         "            self.aside.cut(length)", "            pass", ASIDE,
     ),
     Mutant(
+        "a cut on the way back loses what was shared", f"{ENGINE}thread_kv.py",
+        "            self.make_room(cache)\n        elif", "            self.release(cache)\n        elif", ASIDE,
+    ),
+    Mutant(
         "a second chunk of what comes back begins with the first one's positions", f"{ENGINE}scheduler.py",
         "torch.tensor(chunk.positions[chunk.done : chunk.done + n], device", "torch.tensor(chunk.positions[:n], device",
         ASIDE,

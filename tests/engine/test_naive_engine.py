@@ -50,6 +50,9 @@ class Problem:
         self.limit = rng.choice([None, None, 1, 2, 5]) if not self.races else None
         self.pages = rng.choice([20, 60, 150, 4000]) * (1 + many // 8) // self.size + rng.randint(3, 8)
         self.rows = rng.choice([3, 16, 64, 512, 512])
+        more_at_once = 1 + many // 80  # else most steps of a large call look at hundreds who wait
+        self.rows *= more_at_once
+        self.limit = self.limit and self.limit * more_at_once
         if self.live:  # a turn of more tokens than rows would take several
             self.rows, self.limit = max(64, self.rows), None
 

@@ -178,11 +178,14 @@ class _Worker:
                 busy.append(kid)
             else:
                 self.queued(kid, rng)
-        kids += self.onlookers(thread, [kid for kid in kids if kid not in busy])
+        onlookers, seen = self.onlookers(thread, [kid for kid in kids if kid not in busy])
+        kids += onlookers
         for _ in range(rng.randint(0, 2)):
             yield from self.go_on(thread, rng, depth)
         if rng.random() < 0.15 and not tasks:
             gone = yield kids.pop(rng.randrange(len(kids)))
+            if gone in seen:  # else it would depend on the order of threads whether those that see it come first
+                yield onlookers
             gone.kill()
         yield from self.take_back(thread, kids, tasks, rng)
 
@@ -190,12 +193,12 @@ class _Worker:
         """Forks that see some of those before them, which are never cut back: all they write, or its beginning."""
         draw, others = self.sights, [kid for kid in others if kid.alive and kid.role == "fork"]
         if draw is None or not others or draw.random() > self.how.sees:
-            return []
+            return [], []
         seen = draw.sample(others, draw.randint(1, len(others)))
         kids = thread.fork([self.ids(draw, 1) for _ in range(draw.randint(1, 2))], sees=seen)
         for kid in kids:
             self.queued(kid, draw)
-        return kids
+        return kids, seen
 
     def mortals(self, thread, rng):
         """Children that end themselves in mid-decode while a join waits for them, or just before."""

@@ -191,8 +191,8 @@ def test_a_fork_that_comes_back_gives_what_it_continues_no_turn():
         assert_nothing_held(eng)
 
 
-# A request that fits alone fits in company. Once the last but two did not: all that there was room for waited for one
-# outside; nor did others of which what could not be computed again stayed in the cache.
+# A request that fits alone fits in company, whether or not all of it can be computed again. The last did not, once: all
+# that there was room for waited for one outside.
 COMPANY = [*range(20, 40), 10]
 
 
@@ -307,28 +307,28 @@ def cut_on_its_way_back(trunk):
 @pytest.mark.parametrize("options", [{}, {"kv_format": "int8"}, {"max_rows": 3}], ids=str)
 def test_what_cannot_be_computed_again_makes_room_and_comes_back(program, options):
     """Each of three requests has some, and there is room for one of them."""
-    prompts, how = [[1, 2, 3], [4, 5, 6, 7], [8]], dict(strategy=Programs(program), eos_token_id=None)
-    expected = engine(num_pages=600, prefix_cache=False, **options).generate(prompts, **how)
-    least = next(pages for pages in range(4, 60) if fits(pages, prompts, how, options))
-    again = 0
-    for pages in range(least, least + 8):
-        eng = engine(num_pages=pages, page_size=2, prefix_cache=False, **options)
-        results = eng.generate(prompts, **how)
-        assert [result.tree for result in results] == [result.tree for result in expected], pages
-        again += sum(result.metrics.preemptions for result in results)
-        assert_nothing_held(eng)
-    assert again > 8
+    prompts = [[1, 2, 3], [4, 5, 6, 7], [8]]
 
-
-def fits(pages, prompts, how, options) -> bool:
-    """Whether each of some requests fits alone."""
-    for prompt in prompts:
+    def generate(pages, some):
         eng = engine(num_pages=pages, page_size=2, prefix_cache=False, **options)
         try:
-            eng.generate(prompt, **how)
+            return eng.generate(some, strategy=Programs(program), eos_token_id=None)
+        finally:
+            assert_nothing_held(eng)
+
+    def fit(pages) -> bool:
+        """Whether each of them fits alone."""
+        try:
+            return all(generate(pages, [prompt]) for prompt in prompts)
         except ValueError as error:
             assert "num_pages" in str(error)
             return False
-        finally:
-            assert_nothing_held(eng)
-    return True
+
+    expected = generate(1200, prompts)
+    least = next(pages for pages in range(4, 60) if fit(pages))
+    again = 0
+    for pages in range(least, least + 8):
+        results = generate(pages, prompts)
+        assert [result.tree for result in results] == [result.tree for result in expected], pages
+        again += sum(result.metrics.preemptions for result in results)
+    assert again > 8

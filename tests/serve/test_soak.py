@@ -209,7 +209,7 @@ class Soak:
 def soak(run: LongRun, part: float, seed: int = 0, at_once: int = 6) -> dict:
     """Run it, in parts of so many seconds; what happened."""
     # A compiler at work would hold everybody up meanwhile. Batch-invariant: else the last bits of scores depend on who
-    # shares a step, and of some hundred thousand sampled tokens one comes out as another.
+    # shares a step, and a sampled token may come out as another.
     engine = make_async(num_pages=300, compile=False, batch_invariant=True)
     plain = make_engine(tokenizer=byte_tokenizer(), batch_invariant=True)
     with serving(engine, api_keys=("right",), max_body=1_000_000, max_requests=60) as (address, app):

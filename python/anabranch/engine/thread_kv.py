@@ -48,18 +48,6 @@ class EngineThread(ThreadState["EngineThread"]):
         """Who comes first: by the order of its request, then its own."""
         return (*self.request.order, self._serial)
 
-    @property
-    def counted_from(self) -> int:
-        """Length of the prompt that ``min_new_tokens`` and its like count from: the one that begins its context.
-
-        A spawned thread has its own; a fork goes on with its parent's context, and so behind its parent's prompt.
-        """
-        thread = self
-        while thread.role == "fork":
-            assert thread.parent is not None
-            thread = thread.parent
-        return thread.prompt_length
-
 
 class ThreadKV:
     """One thread's place in the cache."""

@@ -103,6 +103,22 @@ def company_command(
         console.print(company.line(entry))
 
 
+@app.command("loop")
+def loop_command(
+    quick: Quick = False,
+    branches: Annotated[list[int] | None, typer.Option(help="May be repeated. Default: 1 and 16.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Decoded in a round.")] = 24,
+    rounds: Rounds = 5, dtype: Dtype = Dtype.float32, threads: Threads = None, json: Json = None,
+) -> None:  # fmt: skip
+    """A decoding loop of one's own, with torch's linear layers: tokens a second, Transformers in turns."""
+    from .. import loop
+
+    store = start(threads, json)
+    for entry in loop.run(dtype.value, tuple(branches or (1, 16)), steps, min(rounds, 3) if quick else rounds, quick):
+        store.put("loop", ("prompt", "branches", "dtype"), entry)
+        console.print(loop.line(entry))
+
+
 @app.command("drafts")
 def drafts_command(
     model: Annotated[list[str] | None, typer.Option("--model", help="May be repeated; default: both of ours.")] = None,

@@ -227,6 +227,13 @@ std::vector<int> py_pieces(int threads, int64_t count, int64_t piece_us, int64_t
   return region.by;
 }
 
+std::string py_choose_threads(const std::string& whose) {
+  const std::array<std::string, 3> names{"auto", "pool", "openmp"};
+  const auto at = std::find(names.begin(), names.end(), whose);
+  if (at == names.end()) throw std::invalid_argument("choose_threads(whose='" + whose + "'): 'auto', 'pool' or 'openmp'");
+  return names[size_t(choose_threads(Threads(at - names.begin())))];
+}
+
 // (starts int64 [segments + 1], ptr int32, intervals int32, positions int64 [T]: addresses; number of segments)
 using MaskArrays = std::array<int64_t, 5>;
 
@@ -295,6 +302,7 @@ py::dict info() {
   d["runnable"] = here;
   d["parallel"] = parallel_info();
   d["openmp"] = openmp_library();
+  d["openmp_regions"] = openmp_regions();
   return d;
 }
 
@@ -359,7 +367,7 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("data"), py::arg("bytes"), "Have the system hand out this memory now; whether it did.");
   m.def("use", &use, py::arg("isa"), "Choose the instruction set by name; '' returns to the default.");
   m.def("isa", [] { return active().isa; }, "The instruction set in use.");
-  m.def("info", &info, "isa, vector_bytes, compiled, runnable, parallel, openmp (torch's library).");
+  m.def("info", &info, "isa, vector_bytes, compiled, runnable, parallel, openmp (torch's library), openmp_regions (run by its threads).");
   m.def("score_best", &py_score_best, py::arg("type"), py::arg("scores"), py::arg("best"), py::arg("token"),
         py::arg("threads"), "scores: address, rows, size, row stride; best float32 [rows], token int64 [rows].");
   m.def("score_logsumexp", &py_score_logsumexp, py::arg("type"), py::arg("scores"), py::arg("sum"),
@@ -369,6 +377,8 @@ PYBIND11_MODULE(_cpu, m) {
         "uniform float64 [rows]; top_k 0 and top_p 1 are off; token −1: torch has to decide.");
   m.def("openmp_threads", &openmp_threads, py::arg("threads"),
         "Threads of torch's OpenMP regions in this thread from now on; the number before (0: torch has no OpenMP).");
+  m.def("choose_threads", &py_choose_threads, py::arg("whose"),
+        "Whose threads run the kernels from now on: 'auto', 'pool' or 'openmp'; the choice before.");
   m.def("pieces", &py_pieces, py::arg("threads"), py::arg("count"), py::arg("piece_us") = 0, py::arg("fails") = -1,
         py::arg("nested") = false, "For tests: which thread ran each piece of a region.");
   m.def("delay_workers", &delay_workers, py::arg("before_us") = 0, py::arg("inside_us") = 0,

@@ -13,6 +13,11 @@
 // sleeps at once for the next while (CROWDED); one that has slept is put on a core soon after it is woken. The caller
 // spins for LINGER, a common piece, and then sleeps too: its core is then free for whoever holds the last piece, and a
 // scheduler that finds a core idle moves such a thread there.
+//
+// And when OpenMP's threads run a region all the same. Behind a region of torch's they spin for milliseconds, on every
+// core: a kernel of ours between two linear layers of torch's then runs on the caller's core alone, its workers having
+// none, and takes up to three times as long. So while they hold their cores (openmp_awake) they are given the pieces.
+// Somebody else on one of the cores shows in the processor time that they get, and then it is the pool's turn again.
 #include "cpu/parallel.hpp"
 
 #include <pthread.h>
@@ -35,6 +40,7 @@
 #include <thread>
 
 #include "cpu/futex.hpp"
+#include "cpu/openmp.hpp"
 
 namespace anabranch::cpu {
 namespace {
@@ -259,15 +265,67 @@ Pool& pool() {
   return *p;
 }
 
+// A region on OpenMP's threads: its pieces are claimed as those of the pool are; its end waits for the whole team.
+class Team {
+ public:
+  Team(int threads, int64_t count, Piece fn, void* arg) : threads_(threads), count_(count), fn_(fn), arg_(arg) {}
+
+  void run() {
+    openmp_region([](void* team) { static_cast<Team*>(team)->work(); }, this);
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  void work() {
+    const int thread = members_.fetch_add(1);  // the team may be larger than the region: a smaller one would be made anew
+    if (thread >= threads_) return;
+    for (int64_t piece; !failed_.load() && (piece = next_.fetch_add(1)) < count_;) {
+      try {
+        fn_(arg_, thread, piece);
+      } catch (...) {
+        if (!failed_.exchange(true)) error_ = std::current_exception();
+      }
+    }
+  }
+
+  const int threads_;
+  const int64_t count_;
+  const Piece fn_;
+  void* const arg_;
+  std::atomic<int> members_{0};
+  std::atomic<int64_t> next_{0};
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;  // written by whoever set `failed_`, read behind the end of the region
+};
+
+std::atomic<Threads> whose{Threads::AUTO};
+std::atomic<int64_t> teams{0};  // regions that OpenMP's threads have run
+
+bool on_openmp(int threads) {
+  switch (whose.load(std::memory_order_relaxed)) {
+    case Threads::POOL: return false;
+    case Threads::OPENMP: return has_openmp_regions();
+    default: return openmp_awake(threads);
+  }
+}
+
 }  // namespace
+
+Threads choose_threads(Threads wanted) { return whose.exchange(wanted); }
 
 void parallel(int threads, int64_t count, Piece fn, void* arg) {
   if (threads <= 1 || count <= 1 || count >= int64_t(CLOSED)) {
     for (int64_t i = 0; i < count; ++i) fn(arg, 0, i);
     return;
   }
+  if (on_openmp(threads)) {
+    teams.fetch_add(1, std::memory_order_relaxed);
+    return Team(threads, count, fn, arg).run();
+  }
   pool().run(threads, uint32_t(count), fn, arg);
 }
+
+int64_t openmp_regions() { return teams.load(); }
 
 std::string parallel_info() {
   const Pool* p = the_pool.load();

@@ -1,5 +1,5 @@
-// Parallel regions on a pool of our own. A region is a number of pieces, claimed one by one; its caller works too, takes
-// what nobody has claimed, and waits for pieces that were begun elsewhere, never for a thread.
+// Parallel regions. A region is a number of pieces, claimed one by one; its caller works too and takes what nobody has
+// claimed. On the pool, which is our own, it then waits for pieces that were begun elsewhere, never for a thread.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,16 @@ using Piece = void (*)(void* arg, int thread, int64_t piece);
 // a piece, and after fork().
 void parallel(int threads, int64_t count, Piece fn, void* arg);
 
+// Whose threads run a region: torch's OpenMP threads while they hold cores anyway, else those of our pool (AUTO), or
+// always the one or the other. In a process without OpenMP it is always the pool.
+enum class Threads { AUTO, POOL, OPENMP };
+Threads choose_threads(Threads wanted);  // for all regions from now on; the choice before
+
 // "own pool, N workers started".
 std::string parallel_info();
+
+// How many regions of this process OpenMP's threads have run.
+int64_t openmp_regions();
 
 // For tests: workers wait so long before they claim a piece, and inside each piece they run. The calling thread does not.
 void delay_workers(int64_t before_us, int64_t inside_us);

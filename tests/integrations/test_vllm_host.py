@@ -11,7 +11,6 @@ import pytest
 import torch
 from vllm_kit import BlockTables, Stub, common
 
-from anabranch.integrations.vllm import cores
 from anabranch.integrations.vllm.pages import pages_of
 
 
@@ -44,41 +43,6 @@ def test_other_memory_is_refused():
     for cache in (torch.zeros(3, 4, 2, 10).transpose(1, 2), torch.zeros(3, 2, 10, 4).transpose(2, 3)):
         with pytest.raises(ValueError, match="kv_cache: strides"):
             pages_of(cache, 5)
-
-
-@pytest.mark.parametrize(
-    "variables,expected",
-    [
-        ({}, None),
-        ({"GOMP_CPU_AFFINITY": "0 1 2"}, {0, 1, 2}),
-        ({"GOMP_CPU_AFFINITY": "4-6,9"}, {4, 5, 6, 9}),
-        ({"KMP_AFFINITY": "granularity=fine,explicit,proclist=[2,3,5]"}, {2, 3, 5}),
-        ({"OMP_PLACES": "{0,1,2}", "OMP_PROC_BIND": "true"}, {0, 1, 2}),
-        ({"OMP_PLACES": "cores"}, None),
-        ({"KMP_AFFINITY": "compact"}, None),
-        ({"GOMP_CPU_AFFINITY": "0-14:2"}, None),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_cores_that_vllm_bound(variables, expected):
-    assert cores.bound(variables) == expected
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
-def test_threads_start_on_the_cores_named_and_the_caller_stays(monkeypatch):
-    from anabranch import _cpu
-    from anabranch.backends import threads
-
-    calls, held = [], os.sched_getaffinity(0)
-    monkeypatch.setattr(threads, "count", lambda: 2)
-    monkeypatch.setattr(_cpu, "pieces", lambda *a: calls.append(os.sched_getaffinity(0)))
-    one = {min(held)}
-    for given, there in ((one, one), (None, held), ({10**4}, held)):
-        threads.start(given)
-        assert calls.pop() == there and os.sched_getaffinity(0) == held
-    monkeypatch.setattr(threads, "count", lambda: 1)
-    threads.start(one)
-    assert not calls
 
 
 # ------------------------------------------------------------------------------------------------------------- mirror

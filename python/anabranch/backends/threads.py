@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ import torch
 
 from anabranch.backends.control_groups import cpu_quota
 
-__all__ = ["VARIABLE", "Limits", "count", "cpu_quota", "explain", "limits", "start", "torch_on_one"]
+__all__ = ["VARIABLE", "Limits", "choose", "count", "cpu_quota", "explain", "limits", "torch_on_one"]
 
 VARIABLE = "ANABRANCH_NUM_THREADS"
 
@@ -64,32 +64,19 @@ def count() -> int:
     return held or limits().threads(torch.get_num_threads())
 
 
-def start(cores: Collection[int] | None = None) -> None:
-    """Start the kernels' worker threads now, to run on `cores`.
+def choose(whose: str) -> str:
+    """Whose threads run the CPU kernels of this process from now on; the choice before.
 
-    Without this they start at the first call that needs them and run where the calling thread may, which is too little
-    where that thread is bound to one core of several.
+    ``"auto"``, the default: a pool of their own, for which a region never waits for a thread that is not running; but
+    torch's OpenMP threads while those spin on the cores, as they do for some milliseconds behind each operator of
+    torch's. ``"pool"`` and ``"openmp"``: always the one or the other, the latter for a program that binds its OpenMP
+    threads to cores. Where torch has no OpenMP it is always the pool. Results are the same bits.
 
-    cores: their numbers; None, or numbers of which this process may use none: where this thread may run.
+    Raises ValueError for another word.
     """
-    wanted = count()
-    if wanted < 2:
-        return
     from anabranch import _cpu
 
-    before: Collection[int] = ()
-    if cores and hasattr(os, "sched_setaffinity"):
-        held = os.sched_getaffinity(0)
-        try:
-            os.sched_setaffinity(0, cores)  # of this thread; what it starts inherits it
-            before = held
-        except OSError:
-            pass
-    try:
-        _cpu.pieces(wanted, wanted)
-    finally:
-        if before:
-            os.sched_setaffinity(0, before)
+    return _cpu.choose_threads(whose)
 
 
 @functools.cache

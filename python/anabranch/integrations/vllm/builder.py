@@ -9,7 +9,7 @@ import torch
 from vllm.v1.attention.backend import AttentionMetadataBuilder
 
 from anabranch.backends import threads
-from anabranch.integrations.vllm import batch, cores, refusals
+from anabranch.integrations.vllm import batch, refusals
 from anabranch.integrations.vllm.mirror import Mirror
 from anabranch.integrations.vllm.plugin import logger
 from anabranch.plan import Plan
@@ -41,7 +41,7 @@ class TreeMetadataBuilder(AttentionMetadataBuilder):
         # vLLM's CPU platform has just said that it cannot use CUSTOM.
         logger.info("Attention of %d layers by anabranch, blocks of %d tokens", len(layer_names), self.block_size)
         if device.type == "cpu":
-            threads.start(cores.bound())
+            threads.choose("openmp")  # bound to the worker's cores, and awake between layers
             self.tables: batch.Tables = batch.tables_on_host
         else:
             self.tables = Mirror.install().tables

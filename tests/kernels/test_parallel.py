@@ -20,6 +20,14 @@ from anabranch.runner.linear import linear
 NEVER = 10**9  # microseconds
 
 
+@pytest.fixture(autouse=True)
+def on_the_pool():
+    """Torch's threads, which may take over while they are awake, have tests of their own (test_openmp_threads.py)."""
+    before = threads.choose("pool")
+    yield
+    threads.choose(before)
+
+
 @contextmanager
 def delayed(before=0, inside=0):
     _cpu.delay_workers(before, inside)

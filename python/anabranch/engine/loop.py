@@ -30,6 +30,7 @@ from anabranch.threads.results import build_result
 HEAD_START = 100
 
 PATIENCE = 3  # steps in which nothing is done, before it is said that nothing ever will be
+ROUNDS = 20  # and, for each thread, in which threads only enter the cache and leave it
 
 
 class Loop:
@@ -54,6 +55,7 @@ class Loop:
         self._evaluation = Evaluation()
         self._computed_with: object = None  # the model's fingerprint when its prefixes were computed
         self._idle = 0  # steps behind one another in which nothing was done at all
+        self._barren = 0  # and in which nobody got on
         self._settled = True  # whether all that could happen without a forward has happened behind the last one
 
     # ---------------------------------------------------------------------------------------- coming and going
@@ -149,9 +151,11 @@ class Loop:
                 if self.active:
                     before = self.scheduler.steps, self.scheduler.moves
                     self.stepper.step()
-                    moved = self._settle(self.active) or before != (self.scheduler.steps, self.scheduler.moves)
+                    got_on = self._settle(self.active) or before[0] != self.scheduler.steps
+                    moved = got_on or before[1] != self.scheduler.moves
                     self._idle = 0 if moved else self._idle + 1
-                    if self._idle > PATIENCE:
+                    self._barren = 0 if got_on else self._barren + 1
+                    if self._idle > PATIENCE or (self._barren > 1000 and self._in_circles()):
                         self._give_up()
                 self._settled = True
                 self._end_what_is_over()
@@ -219,10 +223,14 @@ class Loop:
             moved = moved or request not in self.calls
         return moved
 
+    def _in_circles(self) -> bool:
+        """Whether threads have pushed one another out for longer than any order of theirs takes."""
+        return self._barren > ROUNDS * sum(len(request.threads) for request in self.active)
+
     def _give_up(self) -> None:
         """Nobody has got on for some steps, so nobody ever will: end the first that waits, for the others may wait for
         its room."""
-        self._idle = 0
+        self._idle = self._barren = 0
         for request in self.active[:1]:
             name, waiting = type(request.strategy).__name__, request.tasks.describe_wait()
             error = NothingMoves(f"{name}: its threads wait for one another for ever, and run() for {waiting}")

@@ -4,14 +4,15 @@ Nobody starves. Requests have an order, by arrival and priority, in which only f
 one (`Loop.submit`). Who is not in the cache enters in that order: where one waits for room, none behind it enters
 (`Scheduler.has_room`, `Scheduler.choose`), so that those inside come to their ends and make room. In a shortage the
 first thread always gets on, at the expense of those behind it (`Scheduler.reserve`), so the first request reaches its
-end, and then the next is the first. Rows go to whoever went longest without; of those of a step, at least one is for a
-run of tokens where one waits, so that threads which go on by a token never hold up a prompt for good
-(`Scheduler.choose`).
+end, and then the next is the first. A request that does not get on that way has the cache for itself in the end, and
+fails where even that is too small, however many others come and go (`Scheduler._give_room`). Rows go to whoever went
+longest without; of those of a step, at least one is for a run of tokens where one waits, so that threads which go on
+by a token never hold up a prompt for good (`Scheduler.choose`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -29,6 +30,7 @@ WORTH_WAITING = 64  # tokens that another request is computing just now: who nee
 
 
 Entry = tuple[ThreadKV, PrefillChunk, int]
+Done = tuple[int, int, int]
 
 
 class RequestFailed(Exception):
@@ -59,13 +61,13 @@ class Scheduler:
         self._urgent: list[ThreadKV] = []  # whom all others make room for, until they have got on
         self._urgent_were: list[tuple[bool, int, int]] = []  # how they stood
         self._ahead: set[int] = set()  # ids of them and of what they continue
-        self._tried: set[ThreadKV] = set()  # who was urgent since anybody got on
-        self._tried_at: list[tuple[int, int, int]] = []  # what all had done then
+        self._tried: dict[Request, tuple[Done, set[ThreadKV]]] = {}  # whose threads were urgent since it got on
+        self._only: tuple[Request, Done] | None = None  # has all the room until it gets on, or fails
         self.decoding: dict[Request, dict[EngineThread, None]] = {}  # who may be given a token in this step
         self._queueing: set[Request] = set()  # requests of which some thread waits for its turn to decode
         # By id, the ThreadKVs that the first op of some queue needs in the cache, with all that it needs.
         self._needed: dict[int, list[ThreadKV]] = {}
-        self._continued: set[int] = set()  # ids of those that one which is needed, and not there, continues
+        self._continued: set[int] = set()  # ids of those that one which is needed, and not there, comes from
 
     def limits(self, max_rows: int, max_threads: int | None) -> None:
         """Rows of a forward, and threads that decode at a time (None: any number), from now on."""
@@ -115,6 +117,11 @@ class Scheduler:
         """Threads of all requests that must be brought into the cache now."""
         self._needed.clear()
         self._continued.clear()
+        if self._only is not None:
+            request, done = self._only
+            if request in self.active and _done(request) == done and (wanted := self.wanted(request)):
+                return wanted
+            self._only = None
         return [kv for request in self.active for kv in self.wanted(request)]
 
     def wanted(self, request: Request) -> list[ThreadKV]:
@@ -131,7 +138,7 @@ class Scheduler:
                 for need in needs:
                     self._needed.setdefault(id(need.kv), together)
                     if need.kv.branch is None:
-                        self._continued.update(map(id, _with_parents(need.kv)))
+                        self._continued.update(map(id, _sources(need.kv)))
                     _bring(need, wanted)
         waiting = request in self._queueing or any(t.kv.ready for t in decoding)
         if not wanted and not waiting:
@@ -160,7 +167,7 @@ class Scheduler:
         first, self._first = self._first, None
         if self._urgent_were != [*map(_stands, self._urgent)]:
             self._urgent = []  # they have got on
-        self._ahead = {id(kv) for urgent in self._urgent for kv in _with_parents(urgent)}
+        self._ahead = {id(kv) for urgent in self._urgent for kv in _sources(urgent)}
         ahead = {id(first), *self._ahead}
         line = sorted(wanted, key=lambda w: (id(w) not in ahead, pending[w] > 1, w.last_step if pending[w] <= 1 else 0))
         # Threads that see one another need room for a whole turn: where it did not suffice, they are first in line.
@@ -299,7 +306,7 @@ class Scheduler:
                 self._first = min(earlier, key=_age)  # waits outside for room: the next step begins with it
                 self._push_out(leaving)
                 return None, []
-            if self._make_urgent(wanted):
+            if self._give_room(wanted, stuck):
                 return None, []
             kv, total, size = stuck[0], self.cache.num_pages, self.cache.page_size
             raise RequestFailed(
@@ -312,21 +319,30 @@ class Scheduler:
                 ),
             )
 
-    def _make_urgent(self, wanted: list[ThreadKV]) -> bool:
+    def _give_room(self, wanted: list[ThreadKV], stuck: list[ThreadKV]) -> bool:
         """When nobody gets on by the order of their ages: let one of those that wait, and all that it needs beside
-        it, go before all others; each once until somebody has got on. (Who has written how much depends on who else
-        is there: so it may be that the room there is went to threads that wait for one outside.)"""
-        done = [(r.sampled, r.inserted, sum(len(t.log) for t in r.threads)) for r in self.active]
-        if done != self._tried_at:
-            self._tried_at = done
-            self._tried.clear()
-        line = [w for w in wanted if id(w) in self._needed and w.thread.live is None and w not in self._tried]
-        if not line:
+        it, go before all others; each once until its request has got on. (Who has written how much depends on who else
+        is there: so it may be that the room there is went to threads that wait for one outside.) Where that helps no
+        thread of a request, its request has the cache for itself. False: and had it already, so it can never go on."""
+        for request in self._tried.keys() - set(self.active):
+            del self._tried[request]
+        for request in self.active:
+            if request not in self._tried or self._tried[request][0] != _done(request):
+                self._tried[request] = _done(request), set()
+        line = [w for w in wanted if id(w) in self._needed and w.thread.live is None]
+        left = [w for w in line if w not in self._tried[w.thread.request][1]]
+        spent = [w for w in line if not any(w.thread.request is other.thread.request for other in left)]
+        if left and (self._only is not None or not spent):
+            first = min(left, key=_age)
+            self._tried[first.thread.request][1].add(first)
+            self._urgent = self._needed[id(first)]
+            self._urgent_were = [*map(_stands, self._urgent)]
+        elif self._only is None and len(self.active) > 1:
+            request = min(spent or stuck, key=_age).thread.request
+            self._tried.pop(request)
+            self._only = request, _done(request)
+        else:
             return False
-        first = min(line, key=_age)
-        self._tried.add(first)
-        self._urgent = self._needed[id(first)]
-        self._urgent_were = [*map(_stands, self._urgent)]
         self.moves += 1
         return True
 
@@ -433,12 +449,27 @@ def _there(kv: ThreadKV) -> bool:
     return kv.thread.alive or kv.thread.lingers
 
 
-def _with_parents(kv: ThreadKV) -> Iterator[ThreadKV]:
-    """A thread and what it continues, and that continues, and so on."""
-    thread: EngineThread | None = kv.thread
-    while thread is not None:
-        yield thread.kv
-        thread = thread.parent if thread.role == "fork" else None
+def _sources(kv: ThreadKV) -> Iterable[ThreadKV]:
+    """A thread and what it comes from: what it continues, and the siblings that it sees, where its KV is to be made of
+    theirs; and all that those come from."""
+    found: dict[int, ThreadKV] = {}
+    left = [kv]
+    while left:
+        kv = left.pop()
+        if id(kv) in found:
+            continue
+        found[id(kv)] = kv
+        thread = kv.thread
+        if thread.role == "fork" and thread.parent is not None:
+            left.append(thread.parent.kv)
+        if kv.branch is None and kv.aside is None:
+            left += [s.spliced.kv for s in thread.seen if s.spliced is not None and _there(s.spliced.kv)]
+    return found.values()
+
+
+def _done(request: Request) -> Done:
+    """How far a request has got: it changes with every token and every operation."""
+    return request.sampled, request.inserted, sum(len(thread.log) for thread in request.threads)
 
 
 def _stands(kv: ThreadKV) -> tuple[bool, int, int]:

@@ -7,12 +7,17 @@ from functools import cache
 
 import torch
 from engine_kit import SIZES, Recorder, byte_tokenizer
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PhiConfig, Qwen3Config
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, MistralConfig, PhiConfig, Qwen3Config
 from views_kit import turned
 
 import anabranch as ab
 
-FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config, "partial": PhiConfig}  # the last turns half of a head
+FAMILIES = {
+    "llama": LlamaConfig,
+    "qwen3": Qwen3Config,
+    "partial": PhiConfig,
+    "window": MistralConfig,
+}  # partial: turns half of a head
 
 
 @cache
@@ -21,6 +26,8 @@ def _weights(family: str):
     options = SIZES | ({"hidden_size": 96, "num_key_value_heads": 2} if family == "partial" else {})
     if family == "partial":
         options.pop("head_dim")
+    if family == "window":
+        options["sliding_window"] = 7
     return AutoModelForCausalLM.from_config(FAMILIES[family](**options), attn_implementation="eager").eval()
 
 

@@ -12,12 +12,8 @@ from views_kit import turned
 
 import anabranch as ab
 
-FAMILIES = {
-    "llama": LlamaConfig,
-    "qwen3": Qwen3Config,
-    "partial": PhiConfig,
-    "window": MistralConfig,
-}  # partial: turns half of a head
+FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config, "partial": PhiConfig}  # the last turns half of a head
+WINDOWED = {"window": MistralConfig}  # which `_attend` knows nothing of
 
 
 @cache
@@ -28,7 +24,8 @@ def _weights(family: str):
         options.pop("head_dim")
     if family == "window":
         options["sliding_window"] = 7
-    return AutoModelForCausalLM.from_config(FAMILIES[family](**options), attn_implementation="eager").eval()
+    config = (FAMILIES | WINDOWED)[family](**options)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
 def engine(family: str = "llama", **options) -> ab.Engine:

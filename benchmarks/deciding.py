@@ -1,9 +1,10 @@
-"""What strategies take: processor time inside their generators and queues, as a share of a step's, on a real model."""
+"""What strategies take: time inside their generators and queues, as a share of a step's, on a real model."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -50,22 +51,25 @@ def _with_tags(tokenizer: Any, model: Any) -> None:
     model.resize_token_embeddings(len(tokenizer))
 
 
-def run(model: str, tokens: int, only: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
-    """One entry a strategy, answers of full length. Time is the processor's, of the thread that steps; one kernel
-    thread is to do all work."""
+def run(model: str, tokens: int, only: tuple[str, ...] = (), cores: int = 1) -> Iterator[dict[str, Any]]:
+    """One entry a strategy, answers of full length.
+
+    cores: that torch and the kernels have. With one, time is the processor's, of the thread that does all the work, so
+    that the machine may be busy otherwise; with more it is the wall clock's.
+    """
     loaded, tokenizer = ab.models.load(model)
     _with_tags(tokenizer, loaded)
     engine = ab.Engine(loaded, tokenizer, compile=False)
     engine.generate(PROMPT, max_new_tokens=2)
     for name in only or registry.names():
         strategy = registry.build(name, SHORT.get(name))
-        with patch("time.perf_counter", time.thread_time):
+        with patch("time.perf_counter", time.thread_time) if cores == 1 else nullcontext():
             result = engine.generate(PROMPT, strategy=strategy, max_new_tokens=tokens, eos_token_id=None)
         told = summary([result])
         whole = sum(result.metrics.seconds.values())
         yield {
-            "model": model, "strategy": name, "steps": result.metrics.steps, "rows": result.metrics.rows,
-            "threads": result.metrics.num_threads, "processor_seconds": round(whole, 3),
+            "model": model, "strategy": name, "cores": cores, "steps": result.metrics.steps,
+            "rows": result.metrics.rows, "threads": result.metrics.num_threads, "seconds": round(whole, 3),
             "strategy_share": round(told["strategy_seconds"] / whole, 5),
             "overhead": round(told["overhead"], 5), "load": load_average(),
         }  # fmt: skip

@@ -148,17 +148,15 @@ def deciding_command(
     model: Annotated[str, typer.Option()] = "smollm2",
     tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of an answer.")] = 48,
     only: Annotated[list[str] | None, typer.Option(help="A strategy by name; may be repeated.")] = None,
+    cores: Annotated[int, typer.Option(min=1, help="1: processor time; more: wall clock, on a quiet machine.")] = 1,
     json: Json = None,
 ) -> None:  # fmt: skip
-    """Every strategy on a real model: processor time inside it, as a share of the steps', on one core.
-
-    On n cores a step takes at least an n-th of its time on one, so the share is at most n times as large.
-    """
+    """Every strategy on a real model: time inside it, as a share of the steps'."""
     from .. import deciding
 
-    store = start(1, json, "cpu")
-    for entry in deciding.run(model, tokens, tuple(only or ())):
-        store.put("deciding", ("model", "strategy"), entry)
+    store = start(cores, json, "cpu" if cores == 1 else "wall")
+    for entry in deciding.run(model, tokens, tuple(only or ()), cores):
+        store.put("deciding", ("model", "strategy", "cores"), entry)
         console.print(
             f"{entry['strategy']:20} {entry['steps']:4} steps {entry['rows']:5} rows {entry['threads']:3} threads  "
             f"in the strategy {entry['strategy_share']:7.2%}  with forks, joins and plans {entry['overhead']:7.2%}"

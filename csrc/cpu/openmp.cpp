@@ -92,7 +92,7 @@ class Watch {
       least = std::min(least, spent - spent_[i]);
       spent_[i] = spent;
     }
-    // Behind a pause of any length only the end of it would count, which is not known: then they are said to sleep.
+    // The share is that of the whole time since the last look: behind a pause they count as asleep until the next one.
     awake_ = least * 100 > (now - since_) * HELD;
     since_ = now;
     next_ = now + SHORTEST;
@@ -100,10 +100,10 @@ class Watch {
   }
 
  private:
-  // Nanoseconds from one look to the next, which is a system call per thread; and behind a region of this class's own, until
-  // the spinning that it caused has ended.
+  // Nanoseconds from one look to the next, which is a system call per thread; and behind a region of this class's own,
+  // until the spinning that it caused has ended.
   static constexpr int64_t SHORTEST = 300'000, SETTLE = 20'000'000;
-  static constexpr int64_t HELD = 85;           // per cent of the time; another program on the core leaves about 50
+  static constexpr int64_t HELD = 85;  // per cent of the time; another program on the core leaves about 50
 
   bool look_again(int threads, int64_t now) {
     clocks_.clear();

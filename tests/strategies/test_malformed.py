@@ -12,9 +12,11 @@ from anabranch.strategies import Strategy, Tagged
 MANY = 10_000
 
 
-def survived(name: str, runs: int, seed: int = 0) -> None:
+def survived(name: str, runs: int, seed: int = 0, **options) -> None:
     form = FORMATS[name]
-    told = assert_survives(form.strategy, form.habits, runs, seed=seed, limits=form.limits, prompt=form.prompt)
+    told = assert_survives(
+        form.strategy, form.habits, runs, seed=seed, limits=form.limits, prompt=form.prompt, **options
+    )
     print(name, dict(told.most_common()))
     assert told["generations"] == runs
     assert told["forked"] > runs / 10 and told["malformed"] > runs / 10, told
@@ -28,7 +30,7 @@ def test_malformed_generations_are_survived(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_ten_thousand_malformed_generations_are_survived(name):
-    survived(name, MANY, seed=1)
+    survived(name, MANY, seed=1, num_pages=160_000)  # one in 10,000 has blocks of a thousand in a block of a thousand
 
 
 def test_every_tag_driven_system_is_there():

@@ -60,7 +60,7 @@ class Scheduler:
         self._first: ThreadKV | None = None  # for whom room was made: the next to enter the cache
         self._urgent: list[ThreadKV] = []  # whom all others make room for, until they have got on
         self._urgent_were: list[tuple[bool, int, int]] = []  # how they stood
-        self._ahead: set[int] = set()  # ids of them and of what they continue
+        self._ahead: set[int] = set()  # ids of them and of what they come from
         self._tried: dict[Request, tuple[Done, set[ThreadKV]]] = {}  # whose threads were urgent since it got on
         self._only: tuple[Request, Done] | None = None  # has all the room until it gets on, or fails
         self.decoding: dict[Request, dict[EngineThread, None]] = {}  # who may be given a token in this step
@@ -331,7 +331,8 @@ class Scheduler:
                 self._tried[request] = _done(request), set()
         line = [w for w in wanted if id(w) in self._needed and w.thread.live is None]
         left = [w for w in line if w not in self._tried[w.thread.request][1]]
-        spent = [w for w in line if not any(w.thread.request is other.thread.request for other in left)]
+        trying = {w.thread.request for w in left}
+        spent = [w for w in line if w.thread.request not in trying]
         if left and (self._only is not None or not spent):
             first = min(left, key=_age)
             self._tried[first.thread.request][1].add(first)

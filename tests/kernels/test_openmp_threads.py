@@ -136,7 +136,7 @@ def test_another_word_is_refused():
     assert threads.choose(before) == "auto"
 
 
-def run_program(program: str) -> None:
+def run_program(program: str) -> str:
     path = os.pathsep.join(p for p in sys.path if p)
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(
@@ -144,6 +144,7 @@ def run_program(program: str) -> None:
         timeout=120,
     )  # fmt: skip
     assert "done" in done.stdout, done.stderr
+    return done.stdout
 
 
 # A process of its own: where there are more of its threads than cores, GCC's runtime lets none of them spin for long.
@@ -152,19 +153,22 @@ import time, torch
 from anabranch import _cpu
 _cpu.openmp_threads(2)
 x, w = torch.randn(256, 512), torch.randn(512, 512)
-end = time.monotonic() + 90
-while not _cpu.info()["openmp_regions"]:  # on a busy machine they do not always hold their cores
-    assert time.monotonic() < end
+end = time.monotonic() + 20
+while not (taken := _cpu.info()["openmp_regions"]) and time.monotonic() < end:
     torch.mm(x, w)
-    assert -1 not in _cpu.pieces(2, 8, piece_us=50)
-print("done")
+    assert -1 not in _cpu.pieces(2, 4, piece_us=20)
+print("done", "taken" if taken else "left")
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what time another thread has had")
 @pytest.mark.skipif(threads.limits().affinity < 2, reason="one core: nothing spins beside another")
 def test_threads_that_spin_behind_torchs_operators_are_taken():
-    run_program(SPINNING)
+    if "taken" not in run_program(SPINNING):
+        cores = threads.limits().affinity
+        if os.getloadavg()[0] > cores:
+            pytest.skip(f"{os.getloadavg()[0]:.1f} programs for {cores} cores: OpenMP's threads cannot hold theirs")
+        pytest.fail("on a machine that is not busy, no region was run by torch's threads")
 
 
 FORKING = """

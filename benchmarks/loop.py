@@ -35,21 +35,20 @@ def run(
     peer, _ = ab.models.load("smollm2", attn_implementation="sdpa", **load)
     for prompt in prompts(tokenizer, quick):
         for n in branches:
-            calls: dict[str, Callable[[], Callable[[], Any]]] = {
-                "auto": lambda n=n, ids=prompt.ids: _ours(ours, ids, n, steps),
-                "pool": lambda n=n, ids=prompt.ids: _ours(ours, ids, n, steps),
-                "transformers": lambda n=n, ids=prompt.ids: _transformers(peer, ids, n, steps),
-            }
-            rates: dict[str, list[float]] = {name: [] for name in calls}
+            rates: dict[str, list[float]] = {name: [] for name in TITLES}
             for turn in range(rounds + 1):
-                for name, prefilled in calls.items():
+                for name, each in rates.items():
                     before = threads.choose("pool" if name == "pool" else "auto")
                     try:
-                        seconds = once(prefilled())
+                        if name == "transformers":
+                            decode = _transformers(peer, prompt.ids, n, steps)
+                        else:
+                            decode = _ours(ours, prompt.ids, n, steps)
+                        seconds = once(decode)
                     finally:
                         threads.choose(before)
                     if turn:  # the first one warms up
-                        rates[name].append(n * steps / seconds)
+                        each.append(n * steps / seconds)
             yield {
                 "prompt": prompt.name, "prompt_tokens": len(prompt.ids), "branches": n, "dtype": dtype, "steps": steps,
                 "rates": {name: [round(x, 2) for x in each] for name, each in rates.items()},

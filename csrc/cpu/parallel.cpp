@@ -16,7 +16,7 @@
 //
 // And when OpenMP's threads run a region all the same. Behind a region of torch's they spin for milliseconds, on every
 // core: a kernel of ours between two linear layers of torch's then runs on the caller's core alone, its workers having
-// none, and takes up to three times as long. So while they hold their cores (openmp_awake) they are given the pieces.
+// none (benchmarks/loop.py). So while they hold their cores (openmp_awake) they are given the pieces.
 // Somebody else on one of the cores shows in the processor time that they get, and then it is the pool's turn again.
 #include "cpu/parallel.hpp"
 

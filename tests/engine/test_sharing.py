@@ -107,6 +107,13 @@ class Programs(Strategy):
         self.run = run
 
 
+def elsewhere(trunk, tokens=30, decoded=4):
+    """Somebody else needs so many pages that there is none for others."""
+    other = trunk.spawn(list(range(40, 40 + tokens)))
+    yield other.decode(decoded)
+    trunk.join(other, "discard")
+
+
 def test_who_left_the_cache_comes_back_as_it_was_though_whom_it_saw_is_gone():
     """Something else took their pages; then the one that was seen is killed, and its parent, too."""
 
@@ -117,9 +124,7 @@ def test_who_left_the_cache_comes_back_as_it_was_though_whom_it_saw_is_gone():
         (reader,), (seen,) = trunk.fork([[20]]), host.fork([[30, 31]])
         reader.see(seen)
         yield [reader.decode(5), seen.decode(5)]
-        other = trunk.spawn(list(range(40, 70)))
-        yield other.decode(6)
-        trunk.join(other, "discard")
+        yield from elsewhere(trunk, decoded=6)
         host.kill()
         yield reader.decode(6)
         trunk.join(reader, "reprefill")
@@ -151,9 +156,7 @@ def test_a_thread_that_was_spliced_before_it_was_live_comes_back_as_it_was():
         (reader,) = trunk.fork([[50]])
         reader.see(trunk)
         yield [trunk.decode(5), reader.decode(5)]
-        other = trunk.spawn(list(range(40, 70)))
-        yield other.decode(4)
-        trunk.join(other, "discard")
+        yield from elsewhere(trunk)
         trunk.skip(3)
         yield [trunk.decode(5), reader.decode(5)]
 
@@ -176,9 +179,7 @@ def test_a_fork_that_comes_back_gives_what_it_continues_no_turn():
         (plain,) = a.fork([[50]])
         yield plain.decode(2)
         yield [a.decode(3), b.decode(3)]
-        other = trunk.spawn(list(range(40, 70)))
-        yield other.decode(4)
-        trunk.join(other, "discard")
+        yield from elsewhere(trunk)
         yield plain.decode(2)
         b.insert([60])
         yield [a.decode(3), b.decode(3)]
@@ -240,7 +241,7 @@ def severed(trunk):
     yield trunk.decode(6)
 
 
-def cut_in_two(trunk):
+def in_two(trunk):
     """Of what a joined child wrote only a part is left."""
     children = trunk.fork([[20], [21, 22]])
     yield [child.decode(8) for child in children]
@@ -248,6 +249,10 @@ def cut_in_two(trunk):
     yield trunk.insert([40])
     trunk.truncate(trunk.length - 5)
     trunk.insert([41])
+
+
+def cut_in_two(trunk):
+    yield from in_two(trunk)
     yield trunk.decode(20)
 
 
@@ -266,13 +271,6 @@ def became(trunk):
     yield trunk.decode(6)
 
 
-def elsewhere(trunk):
-    """Somebody else has all the pages for a while."""
-    other = trunk.spawn(list(range(40, 76)))
-    yield other.decode(4)
-    trunk.join(other, "discard")
-
-
 def cut_outside(trunk):
     """The child is cut while others have its pages."""
     yield trunk.decode(8)
@@ -280,7 +278,7 @@ def cut_outside(trunk):
     yield child.decode(12)
     trunk.truncate(trunk.length - 5)
     trunk.insert([30])
-    yield from elsewhere(trunk)
+    yield from elsewhere(trunk, 36)
     child.truncate(child.length - 5)
     child.insert([34, 36])
     yield child.decode(6)
@@ -291,15 +289,10 @@ def cut_outside(trunk):
 
 def forked(trunk):
     """It has been given its next scores, and goes on from those when it is back; its rows do not give them again."""
-    children = trunk.fork([[20], [21, 22]])
-    yield [child.decode(8) for child in children]
-    trunk.join(children)
-    yield trunk.insert([40])
-    trunk.truncate(trunk.length - 5)
-    trunk.insert([41])
+    yield from in_two(trunk)
     others = trunk.fork([[23], [24]])
     yield [other.decode(3) for other in others]
-    yield from elsewhere(trunk)
+    yield from elsewhere(trunk, 36)
     trunk.join(others, "discard")
     yield trunk.decode(8)
 
@@ -313,9 +306,7 @@ def cut_on_its_way_back(trunk):
     yield [grandchild.decode(4) for grandchild in grandchildren]
     child.join(grandchildren)
     yield child.insert([23, 24])
-    other = trunk.spawn(list(range(40, 70)))
-    yield other.decode(4)
-    trunk.join(other, "discard")
+    yield from elsewhere(trunk)
     trunk.truncate(trunk.length - 5)
     child.truncate(child.length - 1)
     trunk.insert(list(range(30, 39)))
@@ -351,8 +342,8 @@ def test_what_cannot_be_computed_again_makes_room_and_comes_back(program, option
     expected = generate(1200, prompts)
     least = next(pages for pages in range(4, 60) if fit(pages))
     again = 0
-    for pages in range(least, least + 8, 2):
+    for pages in range(least, least + 8):
         results = generate(pages, prompts)
         assert [result.tree for result in results] == [result.tree for result in expected], pages
         again += sum(result.metrics.preemptions for result in results)
-    assert again > 4
+    assert again > 8

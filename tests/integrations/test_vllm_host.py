@@ -1,4 +1,4 @@
-"""What the backend knows of memory, cores and, for GPUs, of tables on the device."""
+"""What the backend knows of memory and, for GPUs, of tables on the device."""
 
 from __future__ import annotations
 

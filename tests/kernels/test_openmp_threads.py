@@ -1,7 +1,6 @@
 """The CPU kernels on torch's OpenMP threads: every piece once, the same bits, and only while those threads spin."""
 
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -9,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_parallel import attention_case
+from test_parallel import attention_case, run_program
 
 from anabranch import _cpu
 from anabranch.backends import threads
@@ -136,17 +135,6 @@ def test_another_word_is_refused():
     assert threads.choose(before) == "auto"
 
 
-def run_program(program: str) -> str:
-    path = os.pathsep.join(p for p in sys.path if p)
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment | {"PYTHONPATH": path}, capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
-    assert "done" in done.stdout, done.stderr
-    return done.stdout
-
-
 # A process of its own: where there are more of its threads than cores, GCC's runtime lets none of them spin for long.
 SPINNING = """
 import time, torch
@@ -164,7 +152,7 @@ print("done", "taken" if taken else "left")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what time another thread has had")
 @pytest.mark.skipif(threads.limits().affinity < 2, reason="one core: nothing spins beside another")
 def test_threads_that_spin_behind_torchs_operators_are_taken():
-    if "taken" not in run_program(SPINNING):
+    if "taken" not in run_program(SPINNING, OMP_NUM_THREADS="2"):
         cores = threads.limits().affinity
         if os.getloadavg()[0] > cores:
             pytest.skip(f"{os.getloadavg()[0]:.1f} programs for {cores} cores: OpenMP's threads cannot hold theirs")
@@ -196,4 +184,4 @@ print("done")
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() on this system")
 def test_a_child_of_fork_has_the_pool_alone():
-    run_program(FORKING)
+    assert "done" in run_program(FORKING, OMP_NUM_THREADS="2")

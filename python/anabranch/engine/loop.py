@@ -30,7 +30,7 @@ from anabranch.threads.results import build_result
 HEAD_START = 100
 
 PATIENCE = 3  # steps in which nothing is done, before it is said that nothing ever will be
-ROUNDS = 20  # and, for each thread, in which threads only enter the cache and leave it
+BARREN, ROUNDS = 1000, 20  # and, at least and for each thread, in which threads only enter the cache and leave it
 
 
 class Loop:
@@ -155,7 +155,7 @@ class Loop:
                     moved = got_on or before[1] != self.scheduler.moves
                     self._idle = 0 if moved else self._idle + 1
                     self._barren = 0 if got_on else self._barren + 1
-                    if self._idle > PATIENCE or (self._barren > 1000 and self._in_circles()):
+                    if self._idle > PATIENCE or self._in_circles():
                         self._give_up()
                 self._settled = True
                 self._end_what_is_over()
@@ -225,7 +225,7 @@ class Loop:
 
     def _in_circles(self) -> bool:
         """Whether threads have pushed one another out for longer than any order of theirs takes."""
-        return self._barren > ROUNDS * sum(len(request.threads) for request in self.active)
+        return self._barren > BARREN and self._barren > ROUNDS * sum(len(request.threads) for request in self.active)
 
     def _give_up(self) -> None:
         """Nobody has got on for some steps, so nobody ever will: end the first that waits, for the others may wait for

@@ -17,12 +17,19 @@ from programs_live import Sharing
 from programs_of_threads import Anything, Sights
 from steps_kit import Steps
 
+from anabranch.engine.scheduler import Scheduler
 from anabranch.strategies import Strategy
 
 
 @pytest.fixture(autouse=True)
 def watch(monkeypatch):
+    """It gets on by the order in which threads go on and leave, without the last resort."""
     Steps.watch(monkeypatch, 20_000)
+
+    def make_way(scheduler):
+        raise AssertionError("threads push one another out in circles")
+
+    monkeypatch.setattr(Scheduler, "make_way", make_way)
 
 
 class Problem:
@@ -45,20 +52,29 @@ class Problem:
             assert_nothing_held(eng)
 
     def compare(self, seen: Counter) -> None:
-        expected = self.generate(6000, 4, prefix_cache=False)
-        peak = max(result.metrics.tokens_physical_peak for result in expected)
+        peak = max(result.metrics.tokens_physical_peak for result in self.generate(6000, 4, prefix_cache=False))
         pages = self.rng.randint(max(1, peak // 2), peak) // self.size + self.rng.randint(2, 9)
         for _ in range(8):
+            rows = self.rng.choice([64, 512])
             try:
-                results = self.generate(pages, self.size, prefix_cache=self.found, max_rows=self.rng.choice([64, 512]))
+                results = self.generate(pages, self.size, prefix_cache=self.found, max_rows=rows)
                 break
             except ValueError as error:
                 assert "num_pages" in str(error), error
                 seen["too small"] += 1
                 pages = pages * 3 // 2 + 1
-        assert [result.tree for result in results] == [result.tree for result in expected]
+        if not self.same(results, rows):
+            # Of two tokens with almost equal scores, rounding decides: it depends on who shares a forward.
+            exact = dict(max_rows=rows, batch_invariant=True)
+            assert self.same(self.generate(pages, self.size, prefix_cache=self.found, **exact), **exact)
+            seen["told apart by rounding"] += 1
         seen.update(programs=1, preempted=sum(result.metrics.preemptions for result in results))
         self.abort(pages, seen)
+
+    def same(self, results, max_rows: int, **options) -> bool:
+        """As with plenty of pages; turns of many tokens depend on how many rows a forward may have."""
+        expected = self.generate(6000, 4, prefix_cache=False, max_rows=max_rows, **options)
+        return [result.tree for result in results] == [result.tree for result in expected]
 
     def abort(self, pages: int, seen: Counter) -> None:
         """In any state; the others go on."""
@@ -92,6 +108,13 @@ def problems(numbers: Iterable[int]) -> Counter:
 def test_live_threads_come_and_go_where_pages_are_short():
     seen = problems(range(30))
     assert seen["preempted"] > 30 and seen["aborted"] > 10, seen
+
+
+@pytest.mark.parametrize("number", [580, 1026, 2014])
+def test_live_threads_enter_in_the_order_of_all(number):
+    """They did not wait for older requests' threads outside, and pushed out others who could not write for them: so two
+    requests' took the cache from each other for ever, computing the same tokens again."""
+    problems([number])
 
 
 @pytest.mark.slow

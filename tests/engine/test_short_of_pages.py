@@ -12,8 +12,10 @@ from steps_kit import Steps
 from test_naive_engine import Problem
 
 import anabranch as ab
+from anabranch.engine import loop
 from anabranch.engine.loop import NothingMoves
 from anabranch.engine.scheduler import Scheduler
+from anabranch.engine.stepper import Stepper
 from anabranch.strategies import Strategy
 
 
@@ -110,4 +112,47 @@ def test_threads_that_only_push_one_another_out_end_with_an_error(monkeypatch):
     eng = make_engine(num_pages=24)
     with pytest.raises(NothingMoves, match="wait for one another"):
         eng.generate([5, 6, 7], max_new_tokens=4)
+    assert_nothing_held(eng)
+
+
+def in_circles(monkeypatch, alone: bool) -> None:
+    """After each step everybody leaves the cache, whatever was computed; alone: but who has it for itself stays."""
+    step = Stepper.step
+
+    def stepped(self):
+        step(self)
+        active, only = self.scheduler.active, self.scheduler._only
+        for request in active:
+            if not (alone and (len(active) == 1 or (only is not None and only[0] is request))):
+                for thread in request.threads:
+                    thread.kv.make_room(self.cache)
+
+    monkeypatch.setattr(Stepper, "step", stepped)
+    monkeypatch.setattr(loop, "BARREN", 20)
+
+
+def test_who_pushed_one_another_out_in_circles_have_the_cache_one_after_another(monkeypatch):
+    """Each forward computes the same four tokens once more: without the last resort that would go on for ever."""
+    prompts, options = [list(range(30, 54)), list(range(60, 70))], dict(max_new_tokens=3, eos_token_id=None)
+    expected = make_engine(num_pages=200).generate(prompts, **options)
+    in_circles(monkeypatch, alone=True)
+    eng = make_engine(num_pages=24, max_rows=4, prefix_cache=False)
+    first, second = (eng.add(prompt, **options) for prompt in prompts)
+    Steps.watch(monkeypatch, 20_000)
+    while eng.step():
+        pass
+    assert [first.result().token_ids, second.result().token_ids] == [result.token_ids for result in expected]
+    assert_nothing_held(eng)
+
+
+def test_and_where_that_does_not_help_the_first_ends_with_an_error(monkeypatch):
+    in_circles(monkeypatch, alone=False)
+    Steps.watch(monkeypatch, 3_000)
+    eng = make_engine(num_pages=24, max_rows=4, prefix_cache=False)
+    handles = [eng.add(list(range(30, 54)), max_new_tokens=3, eos_token_id=None) for _ in range(2)]
+    while eng.step():
+        pass
+    for handle in handles:
+        with pytest.raises(NothingMoves, match="wait for one another"):
+            handle.result()
     assert_nothing_held(eng)

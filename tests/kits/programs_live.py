@@ -90,8 +90,11 @@ class _Sharing:
     def at_its_own_pace(self, some, sampled):
         """One of them kills, in the middle of what all write, another one, which goes with what it has by then."""
         mortal = [t for t in self.threads if t is not self.trunk and t not in some]
+        mortal = [t for t in mortal if not any(_comes_from(one, t) for one in some)]  # nor anybody who writes
         at = self.draw.randint(1, 4)
         gone = self.draw.choice(mortal) if mortal else None
+        if gone is not None:
+            yield gone  # or its fork might come to be before it is killed or never, as pages allow
 
         def until(op):
             if gone is not None and gone.alive and len(op.token_ids) == at:
@@ -158,3 +161,12 @@ class _Sharing:
             self.trunk.join(mine, self.draw.choice(["reprefill", "discard"]))
         self.trunk.insert(self.ids(1, 2))
         yield self.trunk.decode(2)
+
+
+def _comes_from(thread, other):
+    """Whether `thread` is a child of `other`, or a child's child."""
+    while thread.parent is not None:
+        thread = thread.parent
+        if thread is other:
+            return True
+    return False

@@ -30,7 +30,8 @@ from anabranch.threads.results import build_result
 HEAD_START = 100
 
 PATIENCE = 3  # steps in which nothing is done, before it is said that nothing ever will be
-BARREN, ROUNDS = 1000, 20  # and, at least and for each thread, in which threads only enter the cache and leave it
+# And, at least and for each time that everybody enters the cache and is computed again, in which nobody gets on.
+BARREN, ROUNDS = 1000, 20
 
 
 class Loop:
@@ -56,6 +57,7 @@ class Loop:
         self._computed_with: object = None  # the model's fingerprint when its prefixes were computed
         self._idle = 0  # steps behind one another in which nothing was done at all
         self._barren = 0  # and in which nobody got on
+        self._made_way = False  # whether the others have left the cache to the first request since
         self._settled = True  # whether all that could happen without a forward has happened behind the last one
 
     # ---------------------------------------------------------------------------------------- coming and going
@@ -149,14 +151,12 @@ class Loop:
                 self._settle(new if settled else self.active)
                 self._end_what_is_over()
                 if self.active:
-                    before = self.scheduler.steps, self.scheduler.moves
+                    did, gains = self.scheduler.did, self.scheduler.gains
                     self.stepper.step()
-                    got_on = self._settle(self.active) or before[0] != self.scheduler.steps
-                    moved = got_on or before[1] != self.scheduler.moves
-                    self._idle = 0 if moved else self._idle + 1
-                    self._barren = 0 if got_on else self._barren + 1
-                    if self._idle > PATIENCE or self._in_circles():
-                        self._give_up()
+                    self._watch(
+                        got_on=self._settle(self.active) or gains != self.scheduler.gains,
+                        idle=did == self.scheduler.did,
+                    )
                 self._settled = True
                 self._end_what_is_over()
             except Exception as error:  # nobody in particular is to blame: nobody can go on
@@ -223,14 +223,35 @@ class Loop:
             moved = moved or request not in self.calls
         return moved
 
+    def _watch(self, got_on: bool, idle: bool) -> None:
+        """See to it that requests which do not get on end."""
+        if got_on:
+            self._idle = self._barren = 0
+            self._made_way = False
+            return
+        self._idle = self._idle + 1 if idle else 0
+        self._barren += 1
+        if self._idle > PATIENCE:
+            self._give_up()
+        elif self._in_circles():
+            if self._made_way or not self.scheduler.make_way():
+                self._give_up()
+            else:
+                self._made_way, self._barren = True, 0
+
     def _in_circles(self) -> bool:
         """Whether threads have pushed one another out for longer than any order of theirs takes."""
-        return self._barren > BARREN and self._barren > ROUNDS * sum(len(request.threads) for request in self.active)
+        if self._barren <= BARREN:
+            return False
+        threads = [thread for request in self.active for thread in request.threads]
+        forwards = sum(thread.length for thread in threads) // int(self.engine.max_rows)
+        return self._barren > BARREN + ROUNDS * (len(threads) + forwards)
 
     def _give_up(self) -> None:
         """Nobody has got on for some steps, so nobody ever will: end the first that waits, for the others may wait for
         its room."""
         self._idle = self._barren = 0
+        self._made_way = False
         for request in self.active[:1]:
             name, waiting = type(request.strategy).__name__, request.tasks.describe_wait()
             error = NothingMoves(f"{name}: its threads wait for one another for ever, and run() for {waiting}")

@@ -12,12 +12,26 @@ by a token never hold up a prompt for good (`Scheduler.choose`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from anabranch.engine.admission import DecodeLimit
 from anabranch.engine.chunk import PrefillChunk
+from anabranch.engine.relations import (
+    WORTH_WAITING,
+    Progress,
+    age,
+    alike,
+    bring,
+    built_on,
+    go_together,
+    progress,
+    refused,
+    sources,
+    stands,
+    there,
+)
 from anabranch.engine.request import Request
 from anabranch.engine.thread_kv import EngineThread, ThreadKV
 from anabranch.errors import OutOfPages
@@ -26,11 +40,7 @@ from anabranch.kv.cache import TreeCache
 from anabranch.kv.step import Step
 from anabranch.threads.ops import next_ops
 
-WORTH_WAITING = 64  # tokens that another request is computing just now: who needs them too waits for it
-
-
 Entry = tuple[ThreadKV, PrefillChunk, int]
-Done = tuple[int, int, int]
 
 
 class RequestFailed(Exception):
@@ -55,19 +65,25 @@ class Scheduler:
         self.cache, self.active, self.max_rows = cache, active, 1
         self.rope_rules: Sequence[RopeRule] = ()  # the model's
         self.steps = 0  # forwards so far
-        self.moves = 0  # how often else anything happened: a thread entered the cache, left it, was given a token
+        self.moves = 0  # how often a thread entered the cache or left it
+        self.gains = 0  # how often one got on: it was given a token, or KV that it never had before
         self._limit: DecodeLimit | None = None
         self._first: ThreadKV | None = None  # for whom room was made: the next to enter the cache
         self._urgent: list[ThreadKV] = []  # whom all others make room for, until they have got on
         self._urgent_were: list[tuple[bool, int, int]] = []  # how they stood
         self._ahead: set[int] = set()  # ids of them and of what they come from
-        self._tried: dict[Request, tuple[Done, set[ThreadKV]]] = {}  # whose threads were urgent since it got on
-        self._only: tuple[Request, Done] | None = None  # has all the room until it gets on, or fails
+        self._tried: dict[Request, tuple[Progress, set[ThreadKV]]] = {}  # whose threads were urgent since it got on
+        self._only: tuple[Request, Progress] | None = None  # has all the room until it gets on, or fails
         self.decoding: dict[Request, dict[EngineThread, None]] = {}  # who may be given a token in this step
         self._queueing: set[Request] = set()  # requests of which some thread waits for its turn to decode
         # By id, the ThreadKVs that the first op of some queue needs in the cache, with all that it needs.
         self._needed: dict[int, list[ThreadKV]] = {}
         self._continued: set[int] = set()  # ids of those that one which is needed, and not there, comes from
+
+    @property
+    def did(self) -> tuple[int, int, int]:
+        """Another one whenever anything has happened."""
+        return self.steps, self.moves, self.gains
 
     def limits(self, max_rows: int, max_threads: int | None) -> None:
         """Rows of a forward, and threads that decode at a time (None: any number), from now on."""
@@ -118,11 +134,18 @@ class Scheduler:
         self._needed.clear()
         self._continued.clear()
         if self._only is not None:
-            request, done = self._only
-            if request in self.active and _done(request) == done and (wanted := self.wanted(request)):
+            request, before = self._only
+            if request in self.active and progress(request) == before and (wanted := self.wanted(request)):
                 return wanted
             self._only = None
         return [kv for request in self.active for kv in self.wanted(request)]
+
+    def make_way(self) -> bool:
+        """Let the first request have the cache for itself until it gets on; False: there is no other, or it has."""
+        if len(self.active) < 2 or self._only is not None:
+            return False
+        self._only = self.active[0], progress(self.active[0])
+        return True
 
     def wanted(self, request: Request) -> list[ThreadKV]:
         """Threads that must be brought into the cache now, parents before their forks."""
@@ -138,8 +161,8 @@ class Scheduler:
                 for need in needs:
                     self._needed.setdefault(id(need.kv), together)
                     if need.kv.branch is None:
-                        self._continued.update(map(id, _sources(need.kv)))
-                    _bring(need, wanted)
+                        self._continued.update(map(id, sources(need.kv)))
+                    bring(need, wanted)
         waiting = request in self._queueing or any(t.kv.ready for t in decoding)
         if not wanted and not waiting:
             raise RequestFailed(
@@ -165,23 +188,38 @@ class Scheduler:
         groups: set[Request] = set()
         # Longest unserved first: more threads than rows take turns.
         first, self._first = self._first, None
-        if self._urgent_were != [*map(_stands, self._urgent)]:
+        if self._urgent_were != [*map(stands, self._urgent)]:
             self._urgent = []  # they have got on
-        self._ahead = {id(kv) for urgent in self._urgent for kv in _sources(urgent)}
+        self._ahead = {id(kv) for urgent in self._urgent for kv in sources(urgent)}
         ahead = {id(first), *self._ahead}
         line = sorted(wanted, key=lambda w: (id(w) not in ahead, pending[w] > 1, w.last_step if pending[w] <= 1 else 0))
-        # Threads that see one another need room for a whole turn: where it did not suffice, they are first in line.
-        if any(kv.thread.live is not None for kv in line):
-            line.sort(key=lambda w: w.thread.live is None or not w.thread.request.live.refused)
+        # Threads that see one another need room for a whole turn: where it did not suffice, they are first in line,
+        # unless some of them have to enter and an older one that waits outside comes before those.
+        outside = [kv for kv in wanted if kv.branch is None]
+        entering = {kv.thread.request for kv in outside if kv.thread.live is not None}
+        oldest = min(outside, key=age).thread.request if outside else None
+        early = {kv.thread.request for kv in wanted if refused(kv)} - (entering - {oldest})
+        if early:
+            line.sort(key=lambda w: w.thread.live is None or w.thread.request not in early)
         kept = int(self.max_rows > 1 and any(left > 1 for left in pending.values()))  # rows for runs of tokens
         for kv in self._of_one_rotation(line):
             if kv.thread.live is not None:
-                if kv.thread.request not in groups:
-                    groups.add(kv.thread.request)
+                # Those that are to enter decide when it is the turn of them all.
+                request = kv.thread.request
+                if request in groups or (request in entering - early and kv.branch is not None):
+                    continue
+                groups.add(request)
+                closed = self._closed(request)
+                if closed:
+                    if room <= 0 or (first_outside is not None and closed[0].thread.age > first_outside.thread.age):
+                        continue
                     taken = running + sum(n // size for _, _, n in entries)
-                    rows = self._group_rows(kv.thread.request, room, free - taken if entries else None)
-                    entries += rows
-                    room -= sum(count for _, _, count in rows)
+                    if entries and sum(self._pages(member) + 1 for member in closed) > free - taken:
+                        first_outside = closed[0]
+                        continue
+                rows = self._group_rows(request, room, closed)
+                entries += rows
+                room -= sum(count for _, _, count in rows)
                 continue
             if room <= (kept if pending[kv] <= 1 else 0):
                 continue
@@ -196,7 +234,7 @@ class Scheduler:
                     continue
                 if not kv.may_open:
                     continue  # its parent comes first
-                if any(_there(sibling) for sibling in kv.absent):
+                if any(there(sibling) for sibling in kv.absent):
                     continue  # and so do siblings that it sees; of those that are gone it computes what it saw again
                 donor = kv.donor(least=size)
                 if donor is not None and donor[0].held.length < donor[1]:
@@ -208,7 +246,7 @@ class Scheduler:
                     found = prefixes.longest(kv.thread.own, kv.findable)
                     if donor is not None and found >= donor[1]:
                         donor = None
-                    if any(_alike(kv, other) >= found + WORTH_WAITING for other in coming.values()):
+                    if any(alike(kv, other) >= found + WORTH_WAITING for other in coming.values()):
                         continue
                 try:
                     kv.open(self.cache, donor)
@@ -226,13 +264,16 @@ class Scheduler:
             room -= count
         return entries
 
-    def _group_rows(self, request: Request, room: int, free: int | None = None) -> list[Entry]:
-        """Rows of threads that see one another: all of a turn, or none. free: pages that they may need, if limited."""
+    @staticmethod
+    def _closed(request: Request) -> list[ThreadKV]:
+        """Of the threads that see one another: those that are not in the cache and may enter, the oldest first."""
+        members = (thread.kv for thread in request.live.members())
+        closed = (kv for kv in members if kv.branch is None and kv.may_open)  # others: what they continue comes first
+        return sorted((kv for kv in closed if not any(map(there, kv.absent))), key=age)
+
+    def _group_rows(self, request: Request, room: int, closed: list[ThreadKV]) -> list[Entry]:
+        """Rows of threads that see one another: all of a turn, or none. closed: those of them that enter."""
         members = [thread.kv for thread in request.live.members()]
-        closed = [kv for kv in members if kv.branch is None and kv.may_open]  # others: what they continue comes first
-        closed = [kv for kv in closed if not any(map(_there, kv.absent))]
-        if free is not None and closed and sum(self._pages(kv) + 1 for kv in closed) > free:
-            return []
         for kv in closed:
             kv.open(self.cache)
             self.moves += 1
@@ -272,12 +313,12 @@ class Scheduler:
             victim = self._victim(oldest)
             if victim is not None:
                 self._push_out(victim)
-                entries = [e for e in entries if not _go_together(e[0], victim)]
+                entries = [e for e in entries if not go_together(e[0], victim)]
                 if entries:
                     continue
                 return None, entries
-            if any(not _go_together(kv, youngest) for kv, _, _ in entries):
-                entries = [e for e in entries if not _go_together(e[0], youngest)]
+            if any(not go_together(kv, youngest) for kv, _, _ in entries):
+                entries = [e for e in entries if not go_together(e[0], youngest)]
                 continue
             # One that had no turn in this step may be older. (Any other would be pushed out again in the next step, and
             # so on for ever.)
@@ -285,27 +326,28 @@ class Scheduler:
             if id(oldest) in self._ahead:  # not even all the room there is was enough
                 self._urgent, self._ahead = [], set()
             others = [w for w in wanted if w.branch is not None and w.thread.age < stuck[0].thread.age]
-            others = [w for w in others if not any(_go_together(w, s) for s in stuck) and not w.in_cache]
+            others = [w for w in others if not any(go_together(w, s) for s in stuck) and not w.in_cache]
             if not others and any(w.in_cache for w in wanted):
                 return None, []  # one has come back without a row: it goes on first, and may make room
             if others:
                 moves = self.moves
-                entries = next(filter(None, map(self._alone, sorted(others, key=_age))), [])
+                entries = next(filter(None, map(self._alone, sorted(others, key=age))), [])
                 if entries:
                     continue
                 if moves < self.moves:
                     return None, []  # branches had to be opened
-                # None of them can go on now: threads that see one another, and wait for what one of `stuck` writes.
-                if (found := self._past(min(stuck, key=_age), others)) is not None:
-                    return found
-            first = min(stuck, key=_age)
-            outside = [w for w in wanted if w.branch is None and not _go_together(w, first)]
+            first = min(stuck, key=age)
+            outside = [w for w in wanted if w.branch is None and not go_together(w, first)]
             # Of earlier requests alone: threads of one request that made room for one another could do so for ever.
             earlier = [w for w in outside if w.thread.request.order < first.thread.request.order]
             if earlier and (leaving := self._youngest(stuck)):
-                self._first = min(earlier, key=_age)  # waits outside for room: the next step begins with it
+                self._first = min(earlier, key=age)  # waits outside for room: the next step begins with it
                 self._push_out(leaving)
                 return None, []
+            # Threads of its own request that see one another, and wait for what one of `stuck` writes.
+            waiting = [w for w in others if w.thread.request is first.thread.request]
+            if waiting and (found := self._past(first, waiting)) is not None:
+                return found
             if self._give_room(wanted, stuck):
                 return None, []
             kv, total, size = stuck[0], self.cache.num_pages, self.cache.page_size
@@ -327,21 +369,21 @@ class Scheduler:
         for request in self._tried.keys() - set(self.active):
             del self._tried[request]
         for request in self.active:
-            if request not in self._tried or self._tried[request][0] != _done(request):
-                self._tried[request] = _done(request), set()
+            if request not in self._tried or self._tried[request][0] != progress(request):
+                self._tried[request] = progress(request), set()
         line = [w for w in wanted if id(w) in self._needed and w.thread.live is None]
         left = [w for w in line if w not in self._tried[w.thread.request][1]]
         trying = {w.thread.request for w in left}
         spent = [w for w in line if w.thread.request not in trying]
         if left and (self._only is not None or not spent):
-            first = min(left, key=_age)
+            first = min(left, key=age)
             self._tried[first.thread.request][1].add(first)
             self._urgent = self._needed[id(first)]
-            self._urgent_were = [*map(_stands, self._urgent)]
+            self._urgent_were = [*map(stands, self._urgent)]
         elif self._only is None and len(self.active) > 1:
-            request = min(spent or stuck, key=_age).thread.request
+            request = min(spent or stuck, key=age).thread.request
             self._tried.pop(request)
-            self._only = request, _done(request)
+            self._only = request, progress(request)
         else:
             return False
         self.moves += 1
@@ -375,7 +417,7 @@ class Scheduler:
     def _alone(self, kv: ThreadKV) -> list[Entry]:
         """Rows of a step for one thread, or for those that it must advance with."""
         if kv.thread.live is not None:
-            return self._group_rows(kv.thread.request, self.max_rows)
+            return self._group_rows(kv.thread.request, self.max_rows, self._closed(kv.thread.request))
         chunk = kv.next_chunk()
         return [(kv, chunk, min(chunk.left, self.max_rows))]
 
@@ -396,8 +438,8 @@ class Scheduler:
     @staticmethod
     def _youngest(stuck: list[ThreadKV]) -> ThreadKV | None:
         """The youngest of `stuck` that can leave."""
-        may = [kv for kv in stuck if kv.branch is not None and not _built_on(kv.thread)]
-        return max(may, key=_age, default=None)
+        may = [kv for kv in stuck if kv.branch is not None and not built_on(kv.thread)]
+        return max(may, key=age, default=None)
 
     def _victim(self, oldest: ThreadKV) -> ThreadKV | None:
         """Whose pages to take for `oldest`: a thread that nothing waits for, else the youngest of those younger than
@@ -408,100 +450,13 @@ class Scheduler:
             for thread in request.threads:
                 kv = thread.kv
                 idle = id(kv) not in self._needed and id(kv) not in self._continued
-                if kv.branch is None or _go_together(kv, oldest) or id(kv) in self._ahead:
+                if kv.branch is None or go_together(kv, oldest) or id(kv) in self._ahead:
                     continue
                 if not (idle or kv.thread.age > oldest.thread.age or id(oldest) in self._ahead):
                     continue
-                if _built_on(thread):
+                if built_on(thread):
                     continue
                 key = (idle, *kv.thread.age)
                 if best_key is None or key > best_key:
                     best, best_key = kv, key
         return best
-
-
-def _bring(thread: EngineThread, wanted: dict[EngineThread, None]) -> None:
-    """Add a thread, unless it is in the cache, behind what it cannot be without there: its parents, and siblings that
-    it sees (computed for it alone, what they have in common with it would be there twice)."""
-    if thread.kv.branch is not None:
-        if not thread.kv.in_cache:
-            wanted[thread] = None
-        return
-    left = [thread]
-    while left:
-        thread = left[-1]
-        before = []
-        if thread.kv.branch is None and thread not in wanted:
-            before = [sibling.thread for sibling in thread.kv.absent if _there(sibling)]
-            if not thread.kv.may_open:
-                assert thread.parent is not None
-                before.append(thread.parent)
-            before = [other for other in before if not other.kv.in_cache and other not in wanted]
-        if before:
-            left += before
-        else:
-            left.pop()
-            if not thread.kv.in_cache:
-                wanted[thread] = None
-
-
-def _there(kv: ThreadKV) -> bool:
-    """Whether what a thread holds comes from itself: it has not left, or not for good."""
-    return kv.thread.alive or kv.thread.lingers
-
-
-def _sources(kv: ThreadKV) -> Iterable[ThreadKV]:
-    """A thread and what it comes from: what it continues, and the siblings that it sees, where its KV is to be made of
-    theirs; and all that those come from."""
-    found: dict[int, ThreadKV] = {}
-    left = [kv]
-    while left:
-        kv = left.pop()
-        if id(kv) in found:
-            continue
-        found[id(kv)] = kv
-        thread = kv.thread
-        if thread.role == "fork" and thread.parent is not None:
-            left.append(thread.parent.kv)
-        if kv.branch is None and kv.aside is None:
-            left += [s.spliced.kv for s in thread.seen if s.spliced is not None and _there(s.spliced.kv)]
-    return found.values()
-
-
-def _done(request: Request) -> Done:
-    """How far a request has got: it changes with every token and every operation."""
-    return request.sampled, request.inserted, sum(len(thread.log) for thread in request.threads)
-
-
-def _stands(kv: ThreadKV) -> tuple[bool, int, int]:
-    """Whether a thread is there, how much it has done, and has to do."""
-    thread = kv.thread
-    return thread.alive, len(thread.own) + len(thread.log), len(thread.queue)
-
-
-def _age(kv: ThreadKV) -> tuple[int, int, int]:
-    return kv.thread.age
-
-
-def _go_together(a: ThreadKV, b: ThreadKV) -> bool:
-    """Whether one of the two cannot have rows in a step without the other: they are one, or see one another."""
-    live = a.thread.live is not None and b.thread.live is not None
-    return a is b or (live and a.thread.request is b.thread.request)
-
-
-def _alike(kv: ThreadKV, other: ThreadKV) -> int:
-    """With how many equal tokens two threads begin that others could find."""
-    most = min(kv.findable, other.thread.dense_length)
-    mine, theirs = kv.thread.own[:most], other.thread.own[:most]
-    if other.thread.role == "fork" or mine[:WORTH_WAITING] != theirs[:WORTH_WAITING]:
-        return 0
-    return next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), most)
-
-
-def _built_on(thread: EngineThread) -> bool:
-    """Whether a child of it is in the cache, or a sibling that sees it: what they share would stay."""
-    siblings = thread.parent.children if thread.parent is not None else ()
-    forks = (child.kv for child in thread.children if child.role == "fork")  # a spawned child shares nothing with it
-    return any(kv.branch is not None for kv in forks) or any(
-        segment.spliced is thread for other in siblings if other.kv.branch is not None for segment in other.seen
-    )

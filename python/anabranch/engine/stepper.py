@@ -117,6 +117,9 @@ class Stepper:
             kv.thread.request.longest_context = max(kv.thread.request.longest_context, length)
             kv.last_step = self.scheduler.steps
             chunk.done += n
+            if chunk.branch is kv.branch and length > kv.reached:
+                kv.reached = length
+                self.scheduler.gains += 1
             if not kv.rebuilding and n - chunk.drafted <= 1:
                 continue  # one more token of a thread that is there: nothing to settle or to share
             with Touching(self.loop, kv.thread.request):
@@ -172,7 +175,7 @@ class Stepper:
     def sample(self, ready: list[EngineThread]) -> None:
         """Give each of these threads its next token."""
         begin = time.perf_counter()
-        self.scheduler.moves += 1
+        self.scheduler.gains += 1
         ready = next_logits.within_budget(ready)
         groups: dict[Sampler, list[EngineThread]] = {}
         together: dict[Request, int] = {}

@@ -65,6 +65,7 @@ class ThreadKV:
         self.aside: KVAside | None = None  # what was
         self.shared = sys.maxsize  # of its parent's tokens, its own first ones still are at most so many
         self.last_step = 0  # the last step it had rows in
+        self.reached = 0  # the context length up to which there ever was KV
         self._rebuild: Rebuild | None = None
 
     @property
@@ -313,6 +314,7 @@ class ThreadKV:
 
     def cut(self, cache: TreeCache, length: int) -> None:
         """Forget the tokens from context length `length` on."""
+        self.reached = min(self.reached, length)
         if self.rebuilding:
             self.make_room(cache)
         elif self.branch is not None and self.branch.length > length:

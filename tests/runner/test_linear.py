@@ -317,7 +317,11 @@ def test_choice(monkeypatch):
             long = min(few, module.FEW_LONG_ROWS) if isa == "avx512bf16" else few
             assert rows_for("cpu", torch.bfloat16, None, 4096) == (long if native else inf if isa != "plain" else 0)
             assert rows_for("cpu", torch.float16) == (0 if native or isa == "plain" else inf)
-            assert rows_for("cpu", torch.float32) == (0 if isa == "plain" else module.FEW_ROWS)
+            short = max(few, module.FEW_SHORT_ROWS) if isa == "avx512bf16" else few
+            assert rows_for("cpu", torch.bfloat16, None, 1536) == (short if native else inf if isa != "plain" else 0)
+            wide = isa in ("avx512", "avx512bf16", "amx")
+            many = module.MORE_ROWS if wide else module.FEW_ROWS
+            assert rows_for("cpu", torch.float32) == (0 if isa == "plain" else many)
         assert rows_for("cpu", torch.float16, True) == inf and rows_for("cpu", torch.float16, False) == 0
         assert rows_for("cpu", torch.float64, True) == rows_for("cuda", torch.bfloat16, True) == 0
         for value in ("0", "1"):

@@ -60,6 +60,12 @@ def no_gradients():
         yield
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """The second step of a kind is recorded."""
+    monkeypatch.setattr(recorded, "_AFTER", 2)
+
+
 @pytest.fixture
 def graphs(compiled):
     """The compiled forward with nothing recorded."""

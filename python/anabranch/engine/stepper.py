@@ -70,6 +70,8 @@ class Stepper:
             self.sample(ready)
 
     def _forward(self) -> None:
+        with torch.inference_mode(), own_precision(self.cache.device):
+            self.engine.compiled.between_steps(self.engine.model)
         begin = time.perf_counter()
         wanted = self.scheduler.all_wanted()
         entries = self.scheduler.choose(wanted)

@@ -25,8 +25,9 @@ from torch import Tensor
 from anabranch._cache_folder import cache_folder
 from anabranch.backends.control_groups import available_memory
 from anabranch.backends.threads import torch_on_one
+from anabranch.errors import OutOfPages
 from anabranch.kv.cache import TreeCache
-from anabranch.kv.step import Step
+from anabranch.kv.step import Branch, Step
 from anabranch.runner.compile_times import expected_seconds, note_seconds
 from anabranch.runner.eager import forward
 from anabranch.runner.linear import is_compiled, serves
@@ -41,6 +42,7 @@ AFTER = 3  # steps that run as they are before compile=True compiles
 # its work has cost about what compiling will: then it never costs more than twice what knowing would have.
 AUTO_SECONDS = 120.0
 AUTO_GAIN = 0.95  # most of eager's time that a compiled step may take for "auto" to keep it
+USUAL, USUAL_SECONDS = 16, 3.0  # a step of 1, 2, … so many tokens is recorded at once, as long as that takes no longer
 MOST_CHANGES = 3  # times that a model may change under its compiled forward before it stays eager
 QUIET_SECONDS = 3.0  # a wait for the compiler that is longer is told
 # Largest ‖compiled − eager‖ / ‖eager‖ of a row's scores. Rounding alone stays below by a factor of ten and more.
@@ -92,6 +94,7 @@ class CompiledForward:
         self.on = False
         self._cache, self._backend, self._own_linear, self._linear = cache, backend, own_linear, linear
         self._graphs: Graphs | None = None
+        self._usual = False  # whether the usual steps are to be recorded
         self._state: ModelState | None = None
         self._untouched: Untouched | None = None
         # The same in every compiled step, since torch.compile makes code for a number of threads: where our kernel has
@@ -169,6 +172,30 @@ class CompiledForward:
             self._changed("something that the compiled forward relied on changed")
         return scores
 
+    def between_steps(self, model: Any) -> None:
+        """Call it when no step of the cache is under way. Behind a compilation, where everybody has waited anyway, the
+        steps that will come most often are recorded, and not among requests later."""
+        if not (self._usual and self.on):
+            return
+        assert self._graphs is not None
+        self._usual = False
+        begin, recordings = time.perf_counter(), self._graphs.recordings
+        after, recordings.after = recordings.after, 1
+        branches: list[Branch] = []
+        try:
+            for _ in range(USUAL):
+                branches.append(self._cache.branch())
+                given = _packed(model, self._cache, dict.fromkeys(branches, 1))
+                self(model, *given)
+                if not self.on or recordings.problem is not None or time.perf_counter() - begin > USUAL_SECONDS:
+                    break
+        except OutOfPages:
+            pass  # those left are recorded when they come
+        finally:
+            recordings.after = after
+            for branch in branches:
+                self._cache.release(branch)
+
     # ---------------------------------------------------------------------------------------- when
 
     def _due(self) -> bool:
@@ -229,6 +256,7 @@ class CompiledForward:
         if wrong is not None:
             self._give_up(wrong)
             return False
+        self._usual = True
         self._graphs, self._state, self._untouched, self.on = graphs, state, Untouched(model), True
         self.reason = f"{graphs.compiled} graphs in {spent:.1f} s, as eager within rounding"
         return True

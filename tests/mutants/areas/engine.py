@@ -11,6 +11,7 @@ ROOM = "tests/engine/test_preemption_order.py"
 BOTH = "tests/engine/test_engine_order.py tests/engine/test_naive_engine.py"
 ASIDE = "tests/engine/test_sharing.py::test_what_cannot_be_computed_again_makes_room_and_comes_back"
 SHORT = "tests/engine/test_short_of_pages.py"
+LIVE_ORDER = "tests/engine/test_sharing.py::test_live_threads_enter_in_the_order_of_all"
 NEAR = "tests/engine/test_engine_order.py tests/engine/test_engine.py tests/engine/test_engine_limits.py"
 
 MUTANTS = [
@@ -183,11 +184,35 @@ MUTANTS = [
         equivalent="a cut thread is shorter than its logits were made for (logits_at), and they are written anew",
     ),
     Mutant(
-        "a sibling that a waiting thread sees counts as idle", f"{ENGINE}scheduler.py",
+        "a sibling that a waiting thread sees counts as idle", f"{ENGINE}relations.py",
         "if kv.branch is None and kv.aside is None:\n            left +=", "if False:\n            left +=", SHORT,
     ),
     Mutant(
         "who cannot fit waits as long as others come", f"{ENGINE}scheduler.py",
         "if left and (self._only is not None or not spent):", "if left:", SHORT,
+    ),
+    Mutant(
+        "live threads enter before older ones that wait outside", f"{ENGINE}scheduler.py",
+        "(first_outside is not None and closed[0].thread.age > first_outside.thread.age)", "False", LIVE_ORDER,
+    ),
+    Mutant(
+        "live threads that are to enter take the turn of those inside", f"{ENGINE}scheduler.py",
+        "request in entering - early and kv.branch is not None", "False", LIVE_ORDER,
+    ),
+    Mutant(
+        "who waits for somebody else makes room as well", f"{ENGINE}scheduler.py",
+        "waiting = [w for w in others if w.thread.request is first.thread.request]", "waiting = others", LIVE_ORDER,
+    ),
+    Mutant(
+        "what is computed once more counts as getting on", f"{ENGINE}stepper.py",
+        "if chunk.branch is kv.branch and length > kv.reached:", "if True:", SHORT,
+    ),
+    Mutant(
+        "requests in circles end at once", f"{ENGINE}loop.py",
+        "if self._made_way or not self.scheduler.make_way():", "if True:", SHORT,
+    ),
+    Mutant(
+        "requests in circles make way again and again", f"{ENGINE}loop.py",
+        "if self._made_way or not self.scheduler.make_way():", "if not self.scheduler.make_way():", SHORT,
     ),
 ]  # fmt: skip

@@ -76,7 +76,7 @@ MUTANTS = [
     ),
     Mutant(
         "requests at the same time compute the same", f"{ENGINE}scheduler.py",
-        "                        continue\n", "                        pass\n",
+        "if any(alike(kv, other) >= found + WORTH_WAITING for other in coming.values()):", "if False:",
         f"{PREFIX}requests_at_the_same_time_share_what_one_computes",
     ),
 ]  # fmt: skip

@@ -91,6 +91,24 @@ def test_whole_generations(family):
     assert_same_generations(family)
 
 
+def test_steps_of_many_rows_of_prompts_run_as_they_are(monkeypatch):
+    monkeypatch.setattr(compiled, "MOST_READ", 20)
+    model, ran = engine_kit.make_model(), []
+    engine = compiled_engine(model, prefix_cache=False)
+    answer(engine)
+    assert engine.compiled
+    forward = compiled.CompiledForward._compiled
+    monkeypatch.setattr(
+        compiled.CompiledForward, "_compiled", lambda *given: ran.append(given[3].num_rows) or forward(*given)
+    )
+    prompts = [list(range(2, 22)), list(range(2, 23))]
+    want = ab.Engine(model, num_pages=256, page_size=4, compile=False)
+    for prompt in prompts:
+        told = dict(max_new_tokens=3, eos_token_id=None)
+        assert engine.generate(prompt, **told).token_ids == want.generate(prompt, **told).token_ids
+    assert ran == [20, 1, 1, 1, 1]  # and not 21
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whole_generations_through_inductor(family, monkeypatch):

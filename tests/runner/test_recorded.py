@@ -17,6 +17,7 @@ from torch import nn
 import anabranch as ab
 from anabranch import _core, _cpu
 from anabranch.backends.threads import torch_on_one
+from anabranch.runner import compiled as compiled_forward
 from anabranch.runner import recorded, recorder
 from anabranch.runner.arena import Arena
 from anabranch.runner.compiled import CompiledForward, _packed, _trial
@@ -187,6 +188,22 @@ def test_bfloat16_in_an_engine():
             assert engine.compiled
             assert (engine.compiled.replays > 20) == bool(most)
         assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("pages", [256, 11])
+def test_the_usual_steps_are_recorded_behind_the_compilation(pages, monkeypatch):
+    """As far as there are pages; and whoever is in the cache by then goes on as if nothing had been."""
+    monkeypatch.setattr(compiled_forward, "USUAL", 12)
+    with torch.inference_mode(False):
+        model = engine_kit.make_model()
+        given = dict(max_new_tokens=9, eos_token_id=None)
+        want = ab.Engine(model, num_pages=256, page_size=4, compile=False).generate([3, 4, 5], **given)
+        engine = ab.Engine(model, num_pages=pages, page_size=4, compile=True, own_linear=True)
+        assert engine.generate([3, 4, 5], **given).token_ids == want.token_ids
+        assert engine.compiled and engine.compiled.replays
+        kinds = list(engine.compiled._graphs.recordings._recorded)
+        assert sorted(kinds) == [(rows, rows) for rows in range(1, 13 if pages == 256 else 10)]
+        engine_kit.assert_nothing_held(engine)
 
 
 # ------------------------------------------------------------------------------------------------ nothing stale

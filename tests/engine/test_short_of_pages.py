@@ -145,8 +145,12 @@ def test_who_pushed_one_another_out_in_circles_have_the_cache_one_after_another(
     assert_nothing_held(eng)
 
 
-def test_and_where_that_does_not_help_the_first_ends_with_an_error(monkeypatch):
+@pytest.mark.parametrize("made", [True, False])
+def test_and_where_that_does_not_help_the_first_ends_with_an_error(made, monkeypatch):
+    """made: the first had the cache for itself; else it was given it, and the others went on all the same."""
     in_circles(monkeypatch, alone=False)
+    if not made:
+        monkeypatch.setattr(Scheduler, "make_way", lambda self: True)
     Steps.watch(monkeypatch, 3_000)
     eng = make_engine(num_pages=24, max_rows=4, prefix_cache=False)
     handles = [eng.add(list(range(30, 54)), max_new_tokens=3, eos_token_id=None) for _ in range(2)]

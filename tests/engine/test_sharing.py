@@ -117,6 +117,27 @@ def test_live_threads_enter_in_the_order_of_all(number):
     problems([number])
 
 
+@pytest.mark.parametrize("number", [47, 52])
+def test_no_live_thread_enters_before_one_of_an_earlier_request(number, monkeypatch):
+    """However little it has to write: a single token is a run as well, as long as its thread is outside."""
+    choose, entered = Scheduler.choose, Counter()
+
+    def watched(scheduler, wanted):
+        outside = [kv for kv in wanted if kv.branch is None]
+        preferred = scheduler._first is not None or bool(scheduler._urgent)  # who goes before all others
+        entries = choose(scheduler, wanted)
+        came = [kv.thread.request for kv in outside if kv.branch is not None and kv.thread.live is not None]
+        if came and not preferred:
+            last = max(request.order for request in came)
+            assert not [kv for kv in outside if kv.branch is None and kv.may_open and kv.thread.request.order < last]
+            entered["in company"] += len(came) < len(outside)
+        return entries
+
+    monkeypatch.setattr(Scheduler, "choose", watched)
+    problems([number])
+    assert entered["in company"]
+
+
 @pytest.mark.slow
 def test_thousands_of_live_threads_come_and_go():
     print(seen := problems(range(30, 3000)))

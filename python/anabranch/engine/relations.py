@@ -37,11 +37,6 @@ def bring(thread: EngineThread, wanted: dict[EngineThread, None]) -> None:
                 wanted[thread] = None
 
 
-def refused(kv: ThreadKV) -> bool:
-    """Whether it sees others, and their last turn lacked rows."""
-    return kv.thread.live is not None and kv.thread.request.live.refused
-
-
 def there(kv: ThreadKV) -> bool:
     """Whether what a thread holds comes from itself: it has not left, or not for good."""
     return kv.thread.alive or kv.thread.lingers

@@ -27,7 +27,6 @@ from anabranch.engine.relations import (
     built_on,
     go_together,
     progress,
-    refused,
     sources,
     stands,
     there,
@@ -192,13 +191,10 @@ class Scheduler:
             self._urgent = []  # they have got on
         self._ahead = {id(kv) for urgent in self._urgent for kv in sources(urgent)}
         ahead = {id(first), *self._ahead}
-        line = sorted(wanted, key=lambda w: (id(w) not in ahead, pending[w] > 1, w.last_step if pending[w] <= 1 else 0))
-        # Threads that see one another need room for a whole turn: where it did not suffice, they are first in line,
-        # unless some of them have to enter and an older one that waits outside comes before those.
-        outside = [kv for kv in wanted if kv.branch is None]
-        entering = {kv.thread.request for kv in outside if kv.thread.live is not None}
-        oldest = min(outside, key=age).thread.request if outside else None
-        early = {kv.thread.request for kv in wanted if refused(kv)} - (entering - {oldest})
+        # Who is to enter does so in the order of all, however little it has to write.
+        runs = {kv: pending[kv] > 1 or kv.branch is None for kv in wanted}
+        line = sorted(wanted, key=lambda w: (id(w) not in ahead, runs[w], 0 if runs[w] else w.last_step))
+        early, later = self._live_order(wanted)
         if early:
             line.sort(key=lambda w: w.thread.live is None or w.thread.request not in early)
         kept = int(self.max_rows > 1 and any(left > 1 for left in pending.values()))  # rows for runs of tokens
@@ -206,7 +202,7 @@ class Scheduler:
             if kv.thread.live is not None:
                 # Those that are to enter decide when it is the turn of them all.
                 request = kv.thread.request
-                if request in groups or (request in entering - early and kv.branch is not None):
+                if request in groups or (request in later and kv.branch is not None):
                     continue
                 groups.add(request)
                 closed = self._closed(request)
@@ -263,6 +259,18 @@ class Scheduler:
             entries.append((kv, chunk, count))
             room -= count
         return entries
+
+    @staticmethod
+    def _live_order(wanted: list[ThreadKV]) -> tuple[set[Request], set[Request]]:
+        """Requests whose threads that see one another are first in line, and those of which some are to enter, in their
+        turn. They need room for a whole turn: where it did not suffice, they are first, unless some of them have to
+        enter and an older one that waits outside comes before those."""
+        outside = [kv for kv in wanted if kv.branch is None]
+        entering = {kv.thread.request for kv in outside if kv.thread.live is not None}
+        oldest = min(outside, key=age).thread.request if outside else None
+        lacked = {kv.thread.request for kv in wanted if kv.thread.live is not None and kv.thread.request.live.refused}
+        early = lacked - (entering - {oldest})
+        return early, entering - early
 
     @staticmethod
     def _closed(request: Request) -> list[ThreadKV]:

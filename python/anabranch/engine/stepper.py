@@ -70,8 +70,9 @@ class Stepper:
             self.sample(ready)
 
     def _forward(self) -> None:
-        with torch.inference_mode(), own_precision(self.cache.device):
-            self.engine.compiled.between_steps(self.engine.model)
+        if self.engine.compiled.to_record:
+            with torch.inference_mode(), own_precision(self.cache.device):
+                self.engine.compiled.record_usual(self.engine.model, self.scheduler.max_rows)
         begin = time.perf_counter()
         wanted = self.scheduler.all_wanted()
         entries = self.scheduler.choose(wanted)

@@ -177,17 +177,20 @@ class CompiledForward:
             self._changed("something that the compiled forward relied on changed")
         return scores
 
-    def between_steps(self, model: Any) -> None:
-        """Call it when no step of the cache is under way. Behind a compilation, where everybody has waited anyway, the
-        steps that will come most often are recorded, and not among requests later."""
-        if not (self._usual and self.on):
-            return
-        assert self._graphs is not None
+    @property
+    def to_record(self) -> bool:
+        """Whether it is time for `record_usual`: behind a compilation, where everybody has waited anyway."""
+        return self._usual and self.on
+
+    def record_usual(self, model: Any, most: int) -> None:
+        """Record the steps that will come most often, and not among requests later; call it when no step of the cache
+        is under way. most: rows that a step may have."""
+        assert self.to_record and self._graphs is not None
         self._usual = False
         begin, recordings = time.perf_counter(), self._graphs.recordings
         after, recordings.after = recordings.after, 1
         try:
-            for rows in range(1, USUAL + 1):
+            for rows in range(1, min(USUAL, most) + 1):
                 branches = [self._cache.branch() for _ in range(rows)]
                 try:
                     self(model, *_packed(model, self._cache, dict.fromkeys(branches, 1)))

@@ -12,6 +12,7 @@ BOTH = "tests/engine/test_engine_order.py tests/engine/test_naive_engine.py"
 ASIDE = "tests/engine/test_sharing.py::test_what_cannot_be_computed_again_makes_room_and_comes_back"
 SHORT = "tests/engine/test_short_of_pages.py"
 LIVE_ORDER = "tests/engine/test_sharing.py::test_live_threads_enter_in_the_order_of_all"
+EARLIER = "tests/engine/test_sharing.py::test_no_live_thread_enters_before_one_of_an_earlier_request"
 NEAR = "tests/engine/test_engine_order.py tests/engine/test_engine.py tests/engine/test_engine_limits.py"
 
 MUTANTS = [
@@ -197,11 +198,12 @@ MUTANTS = [
     ),
     Mutant(
         "live threads that are to enter take the turn of those inside", f"{ENGINE}scheduler.py",
-        "request in entering - early and kv.branch is not None", "False", LIVE_ORDER,
+        "request in later and kv.branch is not None", "False", LIVE_ORDER,
     ),
     Mutant(
-        "who waits for somebody else makes room as well", f"{ENGINE}scheduler.py",
-        "waiting = [w for w in others if w.thread.request is first.thread.request]", "waiting = others", LIVE_ORDER,
+        "who is to enter with a single token does so before all others", f"{ENGINE}scheduler.py",
+        "runs = {kv: pending[kv] > 1 or kv.branch is None for kv in wanted}",
+        "runs = {kv: pending[kv] > 1 for kv in wanted}", EARLIER,
     ),
     Mutant(
         "what is computed once more counts as getting on", f"{ENGINE}stepper.py",

@@ -104,8 +104,10 @@ template <class Row>
 ANABRANCH_INLINE void pack_across(Row row, int count, pair* to, int64_t stride) {
   vu x[W];
   for (int r = 0; r < W; ++r) {
+    const bf16* from = row(r);
     bf16 line[DEPTH] = {};
-    if (const bf16* from = row(r)) memcpy(static_cast<void*>(line), from, size_t(count) * sizeof(bf16));
+    if (from && count == DEPTH) memcpy(static_cast<void*>(line), from, sizeof line);  // of a size that is known: no call
+    else if (from) memcpy(static_cast<void*>(line), from, size_t(count) * sizeof(bf16));
     x[r] = load(reinterpret_cast<const pair*>(line));
   }
   transpose(x);

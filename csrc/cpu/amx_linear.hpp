@@ -49,7 +49,7 @@ struct Weights {
 };
 
 // A register's sums [n][row] to rows `row` … of the output, columns [n, end).
-ANABRANCH_INLINE void amx_put(const Linear& l, const float* sums, int64_t n, int64_t end, int64_t row) {
+ANABRANCH_INLINE void amx_put_one(const Linear& l, const float* sums, int64_t n, int64_t end, int64_t row) {
   vu x[W];
   for (int i = 0; i < W; ++i) x[i] = (vu)load(sums + i * W);
   transpose(x);
@@ -65,17 +65,49 @@ ANABRANCH_INLINE void amx_put(const Linear& l, const float* sums, int64_t n, int
   }
 }
 
-// Sixteen columns for NR · SIDE rows. The weights go by once, and the hardware's prefetcher follows them: prefetches of our
-// own made a step a quarter slower. One chain of products is enough, memory takes longer than it.
-template <int NR>
+// The same of two registers, whose columns are side by side: rounded in pairs, they are transposed as one, and go out in
+// whole lines (rows of the output may all lie in one set of a cache).
+ANABRANCH_INLINE void amx_put_two(const Linear& l, const float* sums, int64_t n, int64_t row) {
+  vu x[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    vf low = load(sums + 2 * i * W), high = load(sums + (2 * i + 1) * W);
+    if (l.bias) {
+      const bf16* bias = static_cast<const bf16*>(l.bias) + n + 2 * i;
+      low += to_float(bias[0]), high += to_float(bias[1]);
+    }
+    x[i] = nearest_bits(low) >> 16 | (nearest_bits(high) & 0xffff0000u);
+  }
+  transpose(x);
+  char* to = reinterpret_cast<char*>(static_cast<bf16*>(l.out) + row * l.out_row + n);
+  const int64_t rows = smaller(int64_t(SIDE), l.rows - row);
+  for (int64_t r = 0; r < rows; ++r) memcpy(to + r * l.out_row * 2, &x[r], sizeof x[r]);
+}
+
+template <int NW, int FIRST, int SECOND>
+ANABRANCH_INLINE void amx_put(const Linear& l, int64_t n, int64_t end, int64_t row) {
+  alignas(64) float sums[NW * AREA];
+  tile_store<FIRST>(sums, 64);
+  if constexpr (NW == 2) {
+    tile_store<SECOND>(sums + AREA, 64);
+    amx_put_two(l, sums, n, row);
+  } else {
+    amx_put_one(l, sums, n, end, row);
+  }
+}
+
+// SIDE · NW columns for SIDE · NR rows: a register of weights and one of x serve two products each. The weights go by
+// once, and the hardware's prefetcher follows them: prefetches of our own made a step a quarter slower.
+template <int NW, int NR>
 ANABRANCH_INLINE void amx_block(const Linear& l, int64_t n, int64_t end, int64_t row) {
   const int64_t steps = padded(l.k, DEPTH) / DEPTH;
   const pair *x = reinterpret_cast<const pair*>(l.wide) + row / SIDE * steps * AREA, *y = x + steps * AREA;
   alignas(64) bf16 copy[SIDE * DEPTH];
-  alignas(64) float sums[AREA];
-  const Weights w = {l, n};
+  const Weights w = {l, n}, v = {l, n + SIDE};
   tile_zero<0>();
   if constexpr (NR == 2) tile_zero<1>();
+  if constexpr (NW == 2) tile_zero<2>();
+  if constexpr (NW == 2 && NR == 2) tile_zero<3>();
   for (int64_t c = 0; c < l.k; c += DEPTH, x += AREA, y += AREA) {
     w.take<6>(c, copy);
     tile_load<4>(x, 64);
@@ -84,23 +116,28 @@ ANABRANCH_INLINE void amx_block(const Linear& l, int64_t n, int64_t end, int64_t
       tile_load<5>(y, 64);
       tile_multiply_add<1, 6, 5>();
     }
+    if constexpr (NW == 2) {
+      v.take<7>(c, copy);
+      tile_multiply_add<2, 7, 4>();
+      if constexpr (NR == 2) tile_multiply_add<3, 7, 5>();
+    }
   }
-  tile_store<0>(sums, 64);
-  amx_put(l, sums, n, end, row);
-  if constexpr (NR == 2) {
-    tile_store<1>(sums, 64);
-    amx_put(l, sums, n, end, row + SIDE);
-  }
+  amx_put<NW, 0, 2>(l, n, end, row);
+  if constexpr (NR == 2) amx_put<NW, 1, 3>(l, n, end, row + SIDE);
+}
+
+template <int NW>
+ANABRANCH_INLINE void amx_rows(const Linear& l, int64_t n, int64_t end) {
+  if (l.rows <= SIDE) return amx_block<NW, 1>(l, n, end, 0);
+  for (int64_t row = 0; row < l.rows; row += 2 * SIDE) amx_block<NW, 2>(l, n, end, row);
 }
 
 // Output columns [begin, end) of all rows.
 void amx_columns(const Linear& l, int64_t begin, int64_t end) {
   const TileRegisters registers;
-  for (int64_t n = begin; n < end; n += SIDE)
-    for (int64_t row = 0; row < l.rows; row += 2 * SIDE) {
-      if (l.rows <= SIDE) amx_block<1>(l, n, end, row);
-      else amx_block<2>(l, n, end, row);
-    }
+  int64_t n = begin;
+  for (; n + 2 * SIDE <= end; n += 2 * SIDE) amx_rows<2>(l, n, end);
+  for (; n < end; n += SIDE) amx_rows<1>(l, n, end);
 }
 
 }  // namespace

@@ -220,11 +220,12 @@ ANABRANCH_INLINE void put(f16* p, float x) {
 }
 
 // To the nearest bfloat16, ties to even, as put() below.
-ANABRANCH_INLINE vh to_nearest(vf x) {
-  vu bits = (vu)x, rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+ANABRANCH_INLINE vu nearest_bits(vf x) {  // in the upper halves; anything in the lower
+  vu bits = (vu)x, rounded = bits + 0x7fffu + ((bits >> 16) & 1);
   vi nan = (vi)(bits & 0x7fffffffu) > 0x7f800000;
-  return __builtin_convertvector(nan ? (bits >> 16) | 0x40u : rounded, vh);
+  return nan ? bits | 0x400000u : rounded;
 }
+ANABRANCH_INLINE vh to_nearest(vf x) { return __builtin_convertvector(nearest_bits(x) >> 16, vh); }
 
 // Element j of what an element of a product stands for (see STEP).
 ANABRANCH_INLINE float part(float x, int) { return x; }

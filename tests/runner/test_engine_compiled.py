@@ -327,8 +327,15 @@ def test_refused_by_name(monkeypatch):
         ab.Engine(model, num_pages=8, compile="yes")
     with pytest.raises(ValueError, match="compile=True: batch_invariant=True"):
         ab.Engine(model, num_pages=8, compile=True, batch_invariant=True)
-    with pytest.raises(ValueError, match=r"compile=True: the model is compiled by torch.compile already"):
-        ab.Engine(torch.compile(engine_kit.make_model(), backend="eager"), num_pages=8, compile=True)
+    whole, in_place, layers = (engine_kit.make_model() for _ in range(3))
+    whole = torch.compile(whole, backend="eager")
+    in_place.compile(backend="eager")
+    layers.model.layers[1].compile(backend="eager")
+    for done in (whole, in_place, layers):
+        with pytest.raises(ValueError, match=r"compile=True: the model is compiled by torch.compile already"):
+            ab.Engine(done, num_pages=8, compile=True)
+        with pytest.raises(ValueError, match=r"batch_invariant=True: the model is compiled by torch.compile"):
+            ab.Engine(done, num_pages=8, batch_invariant=True)
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     with pytest.raises(ValueError, match="compile=True: no C\\+\\+ compiler: no-such-compiler is not on PATH"):
         ab.Engine(model, num_pages=8, compile=True)

@@ -26,11 +26,12 @@ from anabranch._cache_folder import cache_folder
 from anabranch.backends.control_groups import available_memory
 from anabranch.backends.threads import torch_on_one
 from anabranch.errors import OutOfPages
+from anabranch.hf.probe import is_compiled
 from anabranch.kv.cache import TreeCache
 from anabranch.kv.step import Step
 from anabranch.runner.compile_times import expected_seconds, note_seconds
 from anabranch.runner.eager import forward
-from anabranch.runner.linear import is_compiled, serves
+from anabranch.runner.linear import serves
 from anabranch.runner.model_state import ModelState, Untouched
 from anabranch.runner.ranks import sharded
 from anabranch.runner.tracing import Graphs, compiler_problem

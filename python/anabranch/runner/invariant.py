@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anabranch import backends
+from anabranch.hf.probe import is_compiled
 from anabranch.kv.cache import TreeCache
 from anabranch.runner.eager import forward
-from anabranch.runner.linear import OwnLinear, _linear, is_compiled, takes
+from anabranch.runner.linear import OwnLinear, _linear, takes
 from anabranch.runner.modes import evaluating
 
 __all__ = ["Invariant", "RowInvariant", "check_rows", "require_invariant"]

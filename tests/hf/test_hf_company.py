@@ -11,6 +11,9 @@ import anabranch as ab
 from anabranch import hf
 
 N = 20  # tokens of each sequence: three windows and more
+# Of a row's scores. Rounding alone: Granite's random weights magnify it, so that the eager model itself is up to 5e-5 from
+# float64, depending on the processor. A row that depended on a stranger would be off by some percent.
+BOUND = 3e-4
 
 
 @pytest.fixture(scope="module", params=EVERY_FAMILY)
@@ -59,7 +62,7 @@ def test_over_a_tree(pair, sequences, masked):
         for i in order:
             got[i].append(logits[step.rows[branches[i]]])
     for parts, (_, _, want) in zip(got, sequences, strict=True):
-        assert_close(torch.cat(parts), want)
+        assert_close(torch.cat(parts), want, BOUND)
 
 
 @pytest.mark.parametrize("guarded", [False, True], ids=["no-mask", "branch-guard"])
@@ -73,7 +76,7 @@ def test_under_a_branch_mask(pair, sequences, guarded):
     got = model(
         input_ids=ids[None], position_ids=mask.positions[None], branch_mask=mask, use_cache=False, **given
     ).logits[0]  # fmt: skip
-    assert_close(got, torch.cat([want for _, _, want in sequences]))
+    assert_close(got, torch.cat([want for _, _, want in sequences]), BOUND)
 
 
 @pytest.mark.parametrize("model_type", ["phimoe", "qwen2_moe"])

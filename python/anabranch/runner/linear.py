@@ -41,9 +41,9 @@ MORE_ROWS = 256
 SHORT_CHANNELS, FEW_SHORT_ROWS = 2048, 128
 # Longer rows of bfloat16 outgrow the first-level cache: from 4,096 channels torch is as fast at 16 rows, then faster.
 LONG_CHANNELS, FEW_LONG_ROWS = 2048, 16
-# The same for bfloat16 with AMX. On two cores of a Xeon, layers of 576 to 14,336 channels, torch takes 1.3 to 2.5 times as
-# long for 64 rows, 1.0 to 2.0 times for 96 to 256 (but 0.9 times for 14,336 channels and 256 rows); for more it depends on
-# the layer.
+# The same for bfloat16 with AMX. On two cores of a Xeon, layers of 576 to 14,336 channels, torch takes 1.3 to 2.5 times
+# as long for 64 rows, 1.0 to 2.0 times for 96 to 256 (but 0.9 times for 14,336 channels and 256 rows); for more it
+# depends on the layer.
 AMX_ROWS = 256
 _WIDE = ("avx512", "avx512bf16", "amx")
 

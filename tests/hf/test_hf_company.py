@@ -11,8 +11,8 @@ import anabranch as ab
 from anabranch import hf
 
 N = 20  # tokens of each sequence: three windows and more
-# Of a row's scores. Rounding alone: Granite's random weights magnify it, so that the eager model itself is up to 5e-5 from
-# float64, depending on the processor. A row that depended on a stranger would be off by some percent.
+# Of a row's scores. Rounding alone: Granite's random weights magnify it, so that the eager model itself is up to 5e-5
+# from float64, depending on the processor. A row that depended on a stranger would be off by some percent.
 BOUND = 3e-4
 
 

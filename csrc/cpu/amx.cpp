@@ -30,9 +30,9 @@ size_t linear_wide(int64_t rows, int64_t k) {
   return floats > others ? floats : others;
 }
 
-void linear_pack(const Linear& l) {
-  if (l.type == Type::bf16) return amx_pack(l);
-  other().linear_pack(l);
+void linear_pack(const Linear& l, int64_t begin, int64_t end) {
+  if (l.type == Type::bf16) return amx_pack(l, begin, end);
+  other().linear_pack(l, begin, end);
 }
 
 void linear(const Linear& l, int64_t begin, int64_t end, void* scratch) {

@@ -17,11 +17,14 @@ ANABRANCH_INLINE int64_t padded_rows(int64_t rows) { return padded(rows, rows > 
 
 size_t amx_wide(int64_t rows, int64_t k) { return size_t(padded_rows(rows) * padded(k, DEPTH) / 2); }  // floats
 
-// Rows of x as registers [row / SIDE][K / DEPTH] of pairs of channels × rows, zeros past either end.
-void amx_pack(const Linear& l) {
+static_assert(PACK_ROWS % SIDE == 0, "whole registers");
+
+// Rows [first, last) of x as registers [row / SIDE][K / DEPTH] of pairs of channels × rows, zeros past either end.
+void amx_pack(const Linear& l, int64_t first, int64_t last) {
   const int64_t steps = padded(l.k, DEPTH) / DEPTH;
-  pair* to = reinterpret_cast<pair*>(l.wide);
-  for (int64_t begin = 0; begin < padded_rows(l.rows); begin += SIDE)
+  pair* to = reinterpret_cast<pair*>(l.wide) + first / SIDE * steps * AREA;
+  if (last == l.rows) last = padded_rows(l.rows);
+  for (int64_t begin = first; begin < last; begin += SIDE)
     for (int64_t c = 0; c < steps * DEPTH; c += DEPTH, to += AREA) {
       const auto row = [&](int r) {
         return begin + r < l.rows ? static_cast<const bf16*>(l.x) + (begin + r) * l.x_row + c : nullptr;

@@ -61,6 +61,8 @@ struct Write {  // new rows of K or V into their slots
   const int32_t* slots;
 };
 
+constexpr int64_t PACK_ROWS = 16;  // of x: a tile register's, where there are any
+
 // out[rows, n] = x · wᵀ (+ bias), accumulated in float32. Element strides between rows; rows themselves contiguous.
 struct Linear {
   Type type;  // of x, w, bias and out
@@ -132,10 +134,11 @@ struct Kernels {
   void (*unit)(const Attention&, int item, int begin, int end, void* scratch);
   void (*merge)(const Attention&, int64_t begin, int64_t end);
   void (*quantise)(const Write&, int64_t row, int head);  // one vector into its slot, its factor into the scales
-  // Linear layers: `linear` computes output columns [begin, end) of all rows.
+  // Linear layers: `linear_pack` brings rows [begin, end) of x into `wide`, begin a multiple of PACK_ROWS, end too or the
+  // last; `linear` computes output columns [begin, end) of all rows.
   size_t (*linear_wide)(int64_t rows, int64_t k);
   size_t (*linear_scratch)(int64_t rows);
-  void (*linear_pack)(const Linear&);
+  void (*linear_pack)(const Linear&, int64_t begin, int64_t end);
   void (*linear)(const Linear&, int64_t begin, int64_t end, void* scratch);
   // Branch attention: a unit of the forward is a tile × KV head × chunk of its query heads, one of the backward a part
   // × KV head; `reduce` turns the parts' sums into dK and dV of tokens [begin, end).

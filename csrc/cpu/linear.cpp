@@ -6,6 +6,7 @@ namespace anabranch::cpu {
 namespace {
 
 constexpr int64_t SERIAL_WORK = 1 << 18;  // multiply-adds; below this, waking threads costs more than it brings
+constexpr int64_t SERIAL_PACK = 1 << 16;  // elements of x: likewise
 constexpr int64_t MOST_ROWS = 256;        // of x at once: widened they stay in the caches while the weights pass
 constexpr int64_t BLOCK = 96;             // output columns handed to a thread at once
 
@@ -34,7 +35,9 @@ void linear(const std::vector<Linear>& layers, int threads) {
       l.out = static_cast<char*>(l.out) + begin * l.out_row * size;
       l.wide = reinterpret_cast<float*>(space->data);
     }
-    kernels.linear_pack(some[0]);
+    const int packing = some[0].rows * any.k < SERIAL_PACK ? 1 : threads;
+    for_each(packing, some[0].rows, packing == 1 ? std::max<int64_t>(some[0].rows, 1) : PACK_ROWS,
+             [&](int, int64_t from, int64_t to) { kernels.linear_pack(some[0], from, to); });
     const int64_t block = threads == 1 ? std::max<int64_t>(ends.back(), 1) : BLOCK;
     for_each(threads, ends.back(), block, [&](int thread, int64_t from, int64_t to) {
       for (size_t i = 0; i < some.size(); ++i) {

@@ -59,9 +59,9 @@ ANABRANCH_INLINE void widen(const T* from, int64_t n, int64_t padded, float* to)
 }
 
 template <class T>
-void pack_of(const Linear& l) {
+void pack_of(const Linear& l, int64_t begin, int64_t end) {
   const int64_t stride = linear_stride(l.k);
-  for (int64_t r = 0; r < l.rows; ++r)
+  for (int64_t r = begin; r < end; ++r)
     widen(static_cast<const T*>(l.x) + r * l.x_row, l.k, stride, l.wide + r * stride);
 }
 
@@ -217,14 +217,14 @@ void linear_of(const Linear& l, int64_t first, int64_t last, void* base) {
   }
 }
 
-void linear_pack(const Linear& l) {
+void linear_pack(const Linear& l, int64_t begin, int64_t end) {
   switch (l.type) {
-    case Type::f32: return pack_rows<float, float>(l);
-    case Type::f16: return pack_of<f16>(l);
+    case Type::f32: return pack_rows<float, float>(l, begin, end);
+    case Type::f16: return pack_of<f16>(l, begin, end);
 #ifdef ANABRANCH_BF16_PAIRS
-    case Type::bf16: return pack_rows<bf16, pair>(l);
+    case Type::bf16: return pack_rows<bf16, pair>(l, begin, end);
 #else
-    case Type::bf16: return pack_of<bf16>(l);
+    case Type::bf16: return pack_of<bf16>(l, begin, end);
 #endif
   }
 }

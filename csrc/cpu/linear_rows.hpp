@@ -25,11 +25,11 @@ ANABRANCH_INLINE int64_t row_stride(int64_t k) {
   return (k + CHANNELS<E> - 1) / CHANNELS<E> * CHANNELS<E> + LINE / int64_t(sizeof(T));
 }
 
-// Rows of x, zeros behind them up to whole vectors.
+// Rows [begin, end) of x, zeros behind them up to whole vectors.
 template <class T, class E>
-void pack_rows(const Linear& l) {
+void pack_rows(const Linear& l, int64_t begin, int64_t end) {
   const int64_t stride = row_stride<T, E>(l.k);
-  for (int64_t r = 0; r < l.rows; ++r) {
+  for (int64_t r = begin; r < end; ++r) {
     T* to = reinterpret_cast<T*>(l.wide) + r * stride;
     memcpy(static_cast<void*>(to), static_cast<const T*>(l.x) + r * l.x_row, size_t(l.k) * sizeof(T));
     memset(static_cast<void*>(to + l.k), 0, size_t(stride - l.k) * sizeof(T));

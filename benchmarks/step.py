@@ -25,6 +25,7 @@ from .timing import now
 
 ROWS = (1, 16, 64)
 WARM_TOKENS = 6  # of the first call: compile=True compiles after its third step
+RECORDED_TOKENS = 10  # of the first call of so many rows: a kind of step is recorded at its eighth, then replayed
 
 
 class Bench:
@@ -48,6 +49,11 @@ class Bench:
             self.prompt, strategy=ab.SelfConsistency(n=rows, temperature=1.0, top_p=1.0, top_k=0),
             min_new_tokens=tokens, max_new_tokens=tokens,
         )  # fmt: skip
+
+    def warm(self, rows: int) -> None:
+        """Bring all engines to where they are after some steps of so many rows."""
+        for engine in self.engines.values():
+            self._generate(engine, rows, RECORDED_TOKENS)
 
     def phases(self, name: str, rows: int) -> dict[str, float]:
         """Seconds of a decode step by the engine's phases, and "all"; the prompt's prefill is left out."""
@@ -128,6 +134,7 @@ def steps_of(
     """The dicts of `run` for one model and these numbers of rows."""
     for rows in numbers:
         parts = {"linear": bench.linear_layers(rows), "attention": bench.attention(rows)}
+        bench.warm(rows)
         for call in parts.values():
             call()
         phases: dict[str, list[dict[str, float]]] = {name: [] for name in bench.engines}

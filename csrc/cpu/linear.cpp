@@ -36,7 +36,7 @@ void linear(const std::vector<Linear>& layers, int threads) {
       l.wide = reinterpret_cast<float*>(space->data);
     }
     const int packing = some[0].rows * any.k < SERIAL_PACK ? 1 : threads;
-    for_each(packing, some[0].rows, packing == 1 ? std::max<int64_t>(some[0].rows, 1) : PACK_ROWS,
+    for_each(packing, some[0].rows, packing == 1 ? some[0].rows : PACK_ROWS,
              [&](int, int64_t from, int64_t to) { kernels.linear_pack(some[0], from, to); });
     const int64_t block = threads == 1 ? std::max<int64_t>(ends.back(), 1) : BLOCK;
     for_each(threads, ends.back(), block, [&](int thread, int64_t from, int64_t to) {

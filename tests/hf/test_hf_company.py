@@ -11,9 +11,9 @@ import anabranch as ab
 from anabranch import hf
 
 N = 20  # tokens of each sequence: three windows and more
-# Of a row's scores. Rounding alone: Granite's random weights magnify it, so that the eager model itself is up to 5e-5
-# from float64, depending on the processor. A row that depended on a stranger would be off by some percent.
-BOUND = 3e-4
+# Families whose random weights magnify rounding (the eager Granite itself is 2e-5 from float64), and how far a row may
+# be off: it was 9.5e-5 on one processor. A row that depended on a stranger would be off by some percent.
+MAGNIFIED = {"granite": 2e-4, "granitemoe_swa": 2e-4}
 
 
 @pytest.fixture(scope="module", params=EVERY_FAMILY)
@@ -62,7 +62,7 @@ def test_over_a_tree(pair, sequences, masked):
         for i in order:
             got[i].append(logits[step.rows[branches[i]]])
     for parts, (_, _, want) in zip(got, sequences, strict=True):
-        assert_close(torch.cat(parts), want, BOUND)
+        assert_close(torch.cat(parts), want, MAGNIFIED.get(model.config.model_type, 2e-5))
 
 
 @pytest.mark.parametrize("guarded", [False, True], ids=["no-mask", "branch-guard"])
@@ -76,7 +76,7 @@ def test_under_a_branch_mask(pair, sequences, guarded):
     got = model(
         input_ids=ids[None], position_ids=mask.positions[None], branch_mask=mask, use_cache=False, **given
     ).logits[0]  # fmt: skip
-    assert_close(got, torch.cat([want for _, _, want in sequences]), BOUND)
+    assert_close(got, torch.cat([want for _, _, want in sequences]))
 
 
 @pytest.mark.parametrize("model_type", ["phimoe", "qwen2_moe"])

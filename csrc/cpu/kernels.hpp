@@ -70,7 +70,7 @@ struct Linear {
   const void *x, *w, *bias;  // bias [n] or null
   void* out;
   int64_t x_row, w_row, out_row;
-  float* wide;  // x as the kernel reads it, linear_wide(rows, k) floats; filled by linear_pack
+  float* wide;  // x as the kernel reads it, linear_wide(rows, k) floats; filled by linear_pack where it differs
   int64_t hop;  // from the end of a call's columns to where the same thread is likely to go on
 };
 

@@ -23,6 +23,7 @@
 #include <pthread.h>
 #ifdef __linux__
 #include <sys/resource.h>
+#include <time.h>
 #endif
 #ifndef _WIN32
 #include <signal.h>
@@ -49,6 +50,7 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
 constexpr microseconds SPIN{200}, LINGER{30}, CROWDED{50000};
+constexpr microseconds TURN{1000}, WINDOW{10000};
 constexpr int REGIONS = 8;        // open at once; a further caller works alone
 constexpr int MOST_WORKERS = 1023;
 constexpr uint32_t CLOSED = UINT32_MAX;  // as the next piece of a region
@@ -153,6 +155,62 @@ struct alignas(64) Region {
   }
 };
 
+// What others take of a worker's core: the time that it was ready to run and did not. The system's own work takes some
+// dozens of microseconds of it now and then; a program that wants the core too, a whole turn, which is milliseconds.
+class Company {
+ public:
+  // Whether a turn was taken lately.
+  bool crowded() {
+    const auto now = Clock::now();
+    if (const int64_t times = displaced(); times != times_) {
+      times_ = times;
+      const auto lost = now - since_ - (busy() - busy_) - slept_;
+      if (lost > TURN) until_ = now + CROWDED;
+      if (lost > TURN || now - since_ > WINDOW) restart(now);
+    }
+    return now < until_;
+  }
+
+  template <class Sleep>
+  void asleep(Sleep sleep) {
+    const auto begin = Clock::now();
+    sleep();
+    slept_ += Clock::now() - begin;
+  }
+
+ private:
+  void restart(Clock::time_point now) {
+    since_ = now;
+    busy_ = busy();
+    slept_ = {};
+  }
+
+  // How often the system has taken this thread off its core for another.
+  static int64_t displaced() {
+#if defined(__linux__) && defined(RUSAGE_THREAD)
+    rusage usage;
+    return getrusage(RUSAGE_THREAD, &usage) == 0 ? usage.ru_nivcsw : 0;
+#else
+    return 0;
+#endif
+  }
+
+  // The processor time of this thread.
+  static std::chrono::nanoseconds busy() {
+#ifdef __linux__
+    timespec t;
+    if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t) == 0)
+      return std::chrono::seconds(t.tv_sec) + std::chrono::nanoseconds(t.tv_nsec);
+#endif
+    return {};
+  }
+
+  int64_t times_ = displaced();
+  Clock::time_point since_ = Clock::now(), until_ = Clock::time_point::min();
+  std::chrono::nanoseconds busy_ = busy();
+  Clock::duration slept_{};
+};
+
 class Pool {
  public:
   void run(int threads, uint32_t pieces, Piece fn, void* arg) {
@@ -205,38 +263,20 @@ class Pool {
 #endif
   }
 
-  // How often the system has taken this thread off its core for another.
-  static int64_t displaced() {
-#if defined(__linux__) && defined(RUSAGE_THREAD)
-    rusage usage;
-    return getrusage(RUSAGE_THREAD, &usage) == 0 ? usage.ru_nivcsw : 0;
-#else
-    return 0;
-#endif
-  }
-
   void live(int id) {
 #ifdef __linux__
     pthread_setname_np(pthread_self(), "anabranch");
 #endif
-    int64_t times = displaced();
-    auto crowded_until = Clock::time_point::min();
+    Company company;
     for (;;) {
       const uint32_t rung = bell_.load(std::memory_order_acquire);
       bool any = false;
       for (Region& r : regions_) any |= r.work(id);
       if (any) continue;
-      const int64_t now_times = displaced();
-      if (now_times != times) {
-        times = now_times;
-        crowded_until = Clock::now() + CROWDED;
-      }
       const auto rings = [&] { return bell_.load(std::memory_order_acquire) != rung; };
-      if (crowded_until != Clock::time_point::min() && Clock::now() >= crowded_until)
-        crowded_until = Clock::time_point::min();
-      if (crowded_until == Clock::time_point::min() && spin(SPIN, rings)) continue;
+      if (!company.crowded() && spin(SPIN, rings)) continue;
       sleepers_.fetch_add(1);
-      sleep_while(bell_, rung, bit_of(id));
+      company.asleep([&] { sleep_while(bell_, rung, bit_of(id)); });
       sleepers_.fetch_sub(1);
     }
   }

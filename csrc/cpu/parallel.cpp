@@ -9,10 +9,11 @@
 // torch's small operators); waking a sleeping thread costs the caller a system call and comes 10 to 50 µs late. So a
 // worker spins for SPIN after its last piece, the longer of the gaps, and then sleeps: between steps, and as soon as
 // torch's own threads have a longer piece of work, it is off its core. A spinning worker is also charged for it: where
-// others want the core, the system would take it away when there is work again. So a worker that was descheduled against its will
-// sleeps at once for the next while (CROWDED); one that has slept is put on a core soon after it is woken. The caller
-// spins for LINGER, a common piece, and then sleeps too: its core is then free for whoever holds the last piece, and a
-// scheduler that finds a core idle moves such a thread there.
+// others want the core, the system would take it away when there is work again. So a worker that another program took a
+// turn from sleeps at once for the next while (CROWDED, and longer each time that it happens again as soon as it spins);
+// one that has slept is put on a core soon after it is woken. The caller spins for LINGER, a common piece, and then
+// sleeps too: its core is then free for whoever holds the last piece, and a scheduler that finds a core idle moves such a
+// thread there.
 //
 // And when OpenMP's threads run a region all the same. Behind a region of torch's they spin for milliseconds, on every
 // core: a kernel of ours between two linear layers of torch's then runs on the caller's core alone, its workers having
@@ -49,8 +50,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
-constexpr microseconds SPIN{200}, LINGER{30}, CROWDED{50000};
-constexpr microseconds TURN{1000}, WINDOW{10000};
+constexpr microseconds SPIN{200}, LINGER{30}, CROWDED{50000}, MOST_CROWDED{1600000};
+constexpr microseconds TURN{1000}, WINDOW{10000};  // lost within a window: somebody's turn
 constexpr int REGIONS = 8;        // open at once; a further caller works alone
 constexpr int MOST_WORKERS = 1023;
 constexpr uint32_t CLOSED = UINT32_MAX;  // as the next piece of a region
@@ -165,7 +166,11 @@ class Company {
     if (const int64_t times = displaced(); times != times_) {
       times_ = times;
       const auto lost = now - since_ - (busy() - busy_) - slept_;
-      if (lost > TURN) until_ = now + CROWDED;
+      if (lost > TURN) {
+        // Again as soon as it spun: whoever it is stays.
+        pause_ = now - until_ < pause_ ? std::min(2 * pause_, MOST_CROWDED) : CROWDED;
+        until_ = now + pause_;
+      }
       if (lost > TURN || now - since_ > WINDOW) restart(now);
     }
     return now < until_;
@@ -206,8 +211,9 @@ class Company {
   }
 
   int64_t times_ = displaced();
-  Clock::time_point since_ = Clock::now(), until_ = Clock::time_point::min();
+  Clock::time_point since_ = Clock::now(), until_ = since_ - std::chrono::hours(1);
   std::chrono::nanoseconds busy_ = busy();
+  microseconds pause_ = CROWDED;
   Clock::duration slept_{};
 };
 

@@ -50,7 +50,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
-constexpr microseconds SPIN{200}, LINGER{30}, CROWDED{50000}, MOST_CROWDED{1600000};
+constexpr microseconds SPIN{200}, LINGER{30}, CROWDED{50000}, MOST_CROWDED{400000};
 constexpr microseconds TURN{1000}, WINDOW{10000};  // lost within a window: somebody's turn
 constexpr int REGIONS = 8;        // open at once; a further caller works alone
 constexpr int MOST_WORKERS = 1023;
@@ -167,8 +167,8 @@ class Company {
       times_ = times;
       const auto lost = now - since_ - (busy() - busy_) - slept_;
       if (lost > TURN) {
-        // Again as soon as it spun: whoever it is stays.
-        pause_ = now - until_ < pause_ ? std::min(2 * pause_, MOST_CROWDED) : CROWDED;
+        // Again as soon as it spun: whoever it is stays. (torch's own threads take turns too, while a prompt is read.)
+        if (now >= until_) pause_ = now - until_ < WINDOW ? std::min(2 * pause_, MOST_CROWDED) : CROWDED;
         until_ = now + pause_;
       }
       if (lost > TURN || now - since_ > WINDOW) restart(now);

@@ -358,6 +358,7 @@ def _ddp(rank, path, results):
     model(torch.ones(mask.num_tokens, 8) * (rank + 1), mask).square().mean().backward()
     if rank == 0:
         torch.save([p.grad for p in model.parameters()], results)
+    dist.barrier()  # who leaves first would close connections that the other still reads from
     dist.destroy_process_group()
 
 

@@ -218,6 +218,20 @@ def test_layouts(rng):
     assert linear(torch.ones(3, 5, dtype=torch.bfloat16), torch.ones(0, 5, dtype=torch.bfloat16)).shape == (3, 0)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_x_apart(isa, dtype, rng):
+    """Rows that lie any distance apart, at any address, whole vectors long or not: as packed ones, to the bit."""
+    _cpu.use(isa)
+    for rows, k in ((1, 96), (3, 64), (7, 96), (18, 75), (5, 1024)):
+        w = draw(rng, 50, k, dtype=dtype)
+        for stride in (k + 1, k + 37, 2048):
+            x = draw(rng, rows, stride + 3, dtype=dtype)[:, 3 : 3 + k]
+            y = linear(x, w)
+            assert torch.equal(y, linear(x.contiguous(), w))
+            assert ((y.double() - exact(x, w)).abs() <= allowed(x, w, None, dtype)).all()
+
+
 def test_what_is_left_to_torch():
     x, w = torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(4, 8, dtype=torch.bfloat16)
     assert takes(x, w) and takes(x, nn.Parameter(w, requires_grad=False))

@@ -25,9 +25,8 @@ void unit(const Attention& a, int item, int begin, int end, void* scratch) {
   other().unit(a, item, begin, end, scratch);
 }
 
-size_t linear_wide(int64_t rows, int64_t k) {
-  const size_t floats = amx_wide(rows, k), others = other().linear_wide(rows, k);
-  return floats > others ? floats : others;
+size_t linear_wide(const Linear& l) {
+  return l.type == Type::bf16 ? amx_wide(l.rows, l.k) : other().linear_wide(l);
 }
 
 void linear_pack(const Linear& l, int64_t begin, int64_t end) {

@@ -70,7 +70,7 @@ struct Linear {
   const void *x, *w, *bias;  // bias [n] or null
   void* out;
   int64_t x_row, w_row, out_row;
-  float* wide;  // x as the kernel reads it, linear_wide(rows, k) floats; filled by linear_pack where it differs
+  float* wide;  // x in the kernel's own form, linear_wide() floats; null: x is read as it lies
   int64_t hop;  // from the end of a call's columns to where the same thread is likely to go on
 };
 
@@ -134,9 +134,10 @@ struct Kernels {
   void (*unit)(const Attention&, int item, int begin, int end, void* scratch);
   void (*merge)(const Attention&, int64_t begin, int64_t end);
   void (*quantise)(const Write&, int64_t row, int head);  // one vector into its slot, its factor into the scales
-  // Linear layers: `linear_pack` brings rows [begin, end) of x into `wide`, begin a multiple of PACK_ROWS, end too or the
-  // last; `linear` computes output columns [begin, end) of all rows.
-  size_t (*linear_wide)(int64_t rows, int64_t k);
+  // Linear layers: `linear_wide`, how many floats the kernel's own form of x takes, 0 where it reads x as it lies;
+  // `linear_pack` brings rows [begin, end) of x into that form, begin a multiple of PACK_ROWS, end too or the last;
+  // `linear` computes output columns [begin, end) of all rows.
+  size_t (*linear_wide)(const Linear&);
   size_t (*linear_scratch)(int64_t rows);
   void (*linear_pack)(const Linear&, int64_t begin, int64_t end);
   void (*linear)(const Linear&, int64_t begin, int64_t end, void* scratch);

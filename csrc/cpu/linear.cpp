@@ -1,4 +1,5 @@
-// Linear layers over whole tensors: x widened once, then blocks of output columns, each by whichever thread is free.
+// Linear layers over whole tensors: x brought into the kernel's form once, then blocks of output columns, each by
+// whichever thread is free.
 #include "cpu/attention.hpp"
 #include "cpu/region.hpp"
 
@@ -20,7 +21,9 @@ void linear(const std::vector<Linear>& layers, int threads) {
   std::vector<int64_t> ends;  // of each layer's output columns, one layer behind the other
   for (const Linear& l : layers) ends.push_back((ends.empty() ? 0 : ends.back()) + l.n);
   if (most * ends.back() * any.k < SERIAL_WORK) threads = 1;
-  const size_t line = 64, wide = (kernels.linear_wide(most, any.k) * 4 + line - 1) / line * line;
+  Linear part = any;
+  part.rows = most;
+  const size_t line = 64, wide = (kernels.linear_wide(part) * 4 + line - 1) / line * line;
   const size_t each = (kernels.linear_scratch(most) + line - 1) / line * line;
   Lease space;
   space->reserve(wide + each * size_t(threads));
@@ -33,11 +36,13 @@ void linear(const std::vector<Linear>& layers, int threads) {
       l.rows = end - begin;
       l.x = static_cast<const char*>(l.x) + begin * l.x_row * size;
       l.out = static_cast<char*>(l.out) + begin * l.out_row * size;
-      l.wide = reinterpret_cast<float*>(space->data);
+      l.wide = wide ? reinterpret_cast<float*>(space->data) : nullptr;
     }
-    const int packing = some[0].rows * any.k < SERIAL_PACK ? 1 : threads;
-    for_each(packing, some[0].rows, packing == 1 ? some[0].rows : PACK_ROWS,
-             [&](int, int64_t from, int64_t to) { kernels.linear_pack(some[0], from, to); });
+    if (wide) {
+      const int packing = some[0].rows * any.k < SERIAL_PACK ? 1 : threads;
+      for_each(packing, some[0].rows, packing == 1 ? some[0].rows : PACK_ROWS,
+               [&](int, int64_t from, int64_t to) { kernels.linear_pack(some[0], from, to); });
+    }
     const int64_t block = threads == 1 ? std::max<int64_t>(ends.back(), 1) : BLOCK;
     for_each(threads, ends.back(), block, [&](int thread, int64_t from, int64_t to) {
       for (size_t i = 0; i < some.size(); ++i) {

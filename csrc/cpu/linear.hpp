@@ -29,7 +29,6 @@ ANABRANCH_INLINE int64_t k_block(int64_t k) {
 
 // A line more than needed: rows a power of two apart would share the sets of the cache.
 ANABRANCH_INLINE int64_t linear_stride(int64_t k) { return (k + W - 1) / W * W + LINE / 4; }
-size_t linear_wide(int64_t rows, int64_t k) { return size_t(rows * linear_stride(k)); }
 
 struct LinearScratch {
   float *w, *sums;  // [GROUP][K_BLOCK + a line], [COLUMNS][rows padded to ROWS]
@@ -215,6 +214,20 @@ void linear_of(const Linear& l, int64_t first, int64_t last, void* base) {
       }
     }
   }
+}
+
+size_t linear_wide(const Linear& l) {
+  bool there = false;
+  switch (l.type) {
+    case Type::f32: there = in_place<float, float>(l); break;
+    case Type::f16: break;
+#ifdef ANABRANCH_BF16_PAIRS
+    case Type::bf16: there = in_place<bf16, pair>(l); break;
+#else
+    case Type::bf16: break;
+#endif
+  }
+  return there ? 0 : size_t(l.rows * linear_stride(l.k));
 }
 
 void linear_pack(const Linear& l, int64_t begin, int64_t end) {

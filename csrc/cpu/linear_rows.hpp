@@ -34,7 +34,6 @@ ANABRANCH_INLINE bool in_place(const Linear& l) {
 // Rows [begin, end) of x, zeros behind them up to whole vectors.
 template <class T, class E>
 void pack_rows(const Linear& l, int64_t begin, int64_t end) {
-  if (in_place<T, E>(l)) return;
   const int64_t stride = row_stride<T, E>(l.k);
   for (int64_t r = begin; r < end; ++r) {
     T* to = reinterpret_cast<T*>(l.wide) + r * stride;
@@ -97,12 +96,12 @@ ANABRANCH_INLINE void row_block(const T* x, int64_t stride, const T* const* w, i
 template <class T, class E, int R>
 void row_columns(const Linear& l, int64_t begin, int64_t end) {
   constexpr int NB = ACROSS<R>;
-  const bool there = in_place<T, E>(l);
-  const int64_t stride = there ? l.x_row : row_stride<T, E>(l.k), parts = (l.rows + R - 1) / R;
+  const int64_t stride = l.wide ? row_stride<T, E>(l.k) : l.x_row, parts = (l.rows + R - 1) / R;
   const int64_t each = (NB + parts - 1) / parts;  // of weights to come, fetched beside each part: evenly
   const int64_t ahead = R == 1 ? NB : 2 * NB;     // weight rows: a few hundred nanoseconds, what memory takes
   const bool rest = l.k % CHANNELS<E> != 0;
-  const T *x = there ? static_cast<const T*>(l.x) : reinterpret_cast<const T*>(l.wide), *bias = static_cast<const T*>(l.bias);
+  const T *x = l.wide ? reinterpret_cast<const T*>(l.wide) : static_cast<const T*>(l.x);
+  const T* bias = static_cast<const T*>(l.bias);
   const auto row = [&](int64_t n) { return static_cast<const T*>(l.w) + smaller(n, l.n - 1) * l.w_row; };
   for (int64_t n = begin; n < end; n += NB) {
     const T *w[NB], *next[2 * NB];

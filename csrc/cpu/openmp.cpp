@@ -7,7 +7,6 @@
 #include <pthread.h>
 #ifdef __linux__
 #include <link.h>
-#include <time.h>
 #endif
 
 #include <algorithm>
@@ -16,6 +15,8 @@
 #include <cstring>
 #include <mutex>
 #include <vector>
+
+#include "cpu/clocks.hpp"
 
 namespace anabranch::cpu {
 namespace {
@@ -73,11 +74,6 @@ const Runtime& runtime() {
 }
 
 #ifdef __linux__
-int64_t nanoseconds(clockid_t clock) {
-  timespec t;
-  return clock_gettime(clock, &t) == 0 ? int64_t(t.tv_sec) * 1'000'000'000 + t.tv_nsec : -1;
-}
-
 // What is known of a calling thread's team: the processor time that each of its other threads has taken, and when.
 class Watch {
  public:

@@ -24,7 +24,6 @@
 #include <pthread.h>
 #ifdef __linux__
 #include <sys/resource.h>
-#include <time.h>
 #endif
 #ifndef _WIN32
 #include <signal.h>
@@ -41,6 +40,7 @@
 #include <system_error>
 #include <thread>
 
+#include "cpu/clocks.hpp"
 #include "cpu/futex.hpp"
 #include "cpu/openmp.hpp"
 
@@ -203,15 +203,14 @@ class Company {
   // The processor time of this thread.
   static std::chrono::nanoseconds busy() {
 #ifdef __linux__
-    timespec t;
-    if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t) == 0)
-      return std::chrono::seconds(t.tv_sec) + std::chrono::nanoseconds(t.tv_nsec);
-#endif
+    return std::chrono::nanoseconds(nanoseconds(CLOCK_THREAD_CPUTIME_ID));
+#else
     return {};
+#endif
   }
 
   int64_t times_ = displaced();
-  Clock::time_point since_ = Clock::now(), until_ = since_ - std::chrono::hours(1);
+  Clock::time_point since_ = Clock::now(), until_{};
   std::chrono::nanoseconds busy_ = busy();
   microseconds pause_ = CROWDED;
   Clock::duration slept_{};

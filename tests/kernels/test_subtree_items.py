@@ -21,8 +21,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
-def default_isa() -> Iterator[None]:
+def one_thread_and_the_default_isa() -> Iterator[None]:
+    """One thread: with more, the planner cuts a small tree into more items, and the subtrees there are gone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(before)
     _cpu.use("")
 
 

@@ -50,8 +50,9 @@ ANABRANCH_INLINE vh rounded_to(bf16, vf x) { return to_nearest(x); }
 template <class T, class E, int R, int F, bool REST>
 ANABRANCH_INLINE void row_block(const T* x, int64_t stride, const T* const* w, int64_t k, const T* const* next,
                                 const T* bias, int count, T* out, int64_t out_row) {
-  constexpr int NB = ACROSS<R>, GROUPS = (R * NB + W - 1) / W;
-  vf acc[GROUPS * W] = {};
+  constexpr int NB = ACROSS<R>, GROUPS = (R * NB + W - 1) / W, LAST = R * NB - (GROUPS - 1) * W;
+  static_assert(LAST == W || LAST == W / 2, "sums go by powers of two");
+  vf acc[R * NB] = {};
   const int64_t whole = REST ? k / CHANNELS<E> * CHANNELS<E> : k;
   for (int64_t c = 0; c < whole; c += CHANNELS<E>) {
     decltype(load_as<E>(x)) v[R];
@@ -76,7 +77,7 @@ ANABRANCH_INLINE void row_block(const T* x, int64_t stride, const T* const* w, i
   T all[GROUPS * W];
 #pragma GCC unroll 4
   for (int g = 0; g < GROUPS; ++g) {
-    vf y = sums(acc + g * W);
+    vf y = g < GROUPS - 1 ? sums(acc + g * W) : sums<LAST>(acc + g * W);
     if (bias) {
       float add[W] = {};
       for (int i = 0; i < W; ++i)

@@ -17,7 +17,7 @@ constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 // How far the sums here may be from torch's, which are rounded in other places. A draw or a threshold closer than this to
 // where another token begins is left to torch, so that tokens are those that its operators choose.
-constexpr double DRAW_MARGIN = 2e-6;  // of the mass drawn from; its scale cancels
+constexpr double DRAW_MARGIN = 5e-7;  // of the mass drawn from; 2e-7 at most were seen
 constexpr double MASS_MARGIN = 3e-6;  // of a probability, whose scale is a sum in float32
 constexpr int64_t FEW = 256;         // tokens: a nucleus is looked for among so many first
 constexpr int64_t EQUALS = 48;       // seen beside the top k, for scores equal to the last of them

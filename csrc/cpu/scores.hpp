@@ -18,33 +18,61 @@ ANABRANCH_INLINE vf load_scores(const T* x, int64_t at, int64_t size) {
   return v;
 }
 
+// to[b] = what `across` makes of the vector block(begin) of each block of scores, W blocks at a time.
+template <class Block, class Across>
+ANABRANCH_INLINE void over_blocks(int64_t size, float* to, Block block, Across across) {
+  for (int64_t first = 0; first < size; first += W * SCORE_BLOCK) {
+    vf each[W] = {};
+    const int64_t count = smaller((size - first + SCORE_BLOCK - 1) / SCORE_BLOCK, int64_t(W));
+    for (int64_t b = 0; b < count; ++b) each[b] = block(first + b * SCORE_BLOCK);
+    const vf y = across(each);
+    memcpy(to, &y, size_t(count) * sizeof(float));
+    to += count;
+  }
+}
+
 template <class T>
 float score_peaks_of(const T* x, int64_t size, float* peaks) {
   vi nan = {};
-  float best = -INF;
-  for (int64_t begin = 0; begin < size; begin += SCORE_BLOCK) {
-    vf most = splat(-INF);
-    for (int64_t at = begin; at < begin + SCORE_BLOCK && at < size; at += W) {
-      const vf v = load_scores(x, at, size);
-      nan |= v != v;
-      most = larger(most, v);
-    }
-    best = larger(best, *peaks++ = largest(most));
-  }
+  vf best = splat(-INF);
+  over_blocks(
+      size, peaks,
+      [&](int64_t begin) {
+        vf most = splat(-INF);
+        for (int64_t at = begin; at < begin + SCORE_BLOCK && at < size; at += W) {
+          const vf v = load_scores(x, at, size);
+          nan |= v != v;
+          most = larger(most, v);
+        }
+        best = larger(best, most);
+        return most;
+      },
+      [](vf* each) { return across(each, [](vf a, vf b) { return larger(a, b); }); });
   for (int i = 0; i < W; ++i)
     if (nan[i]) return __builtin_nanf("");
-  return best;
+  return largest(best);
+}
+
+template <bool DIVIDED, class T>
+void score_masses_by(const T* x, int64_t size, float temperature, float best, float* masses) {
+  over_blocks(
+      size, masses,
+      [&](int64_t begin) {
+        vf mass = {};
+        for (int64_t at = begin; at < begin + SCORE_BLOCK && at < size; at += W) {
+          const vf v = load_scores(x, at, size);
+          mass += exp_((DIVIDED ? v / temperature : v) - best);
+        }
+        return mass;
+      },
+      [](vf* each) { return sums(each); });
 }
 
 template <class T>
 void score_masses_of(const T* x, int64_t size, float temperature, float best, float* masses) {
-  const vf divisor = splat(temperature);
-  for (int64_t begin = 0; begin < size; begin += SCORE_BLOCK) {
-    vf mass = {};
-    for (int64_t at = begin; at < begin + SCORE_BLOCK && at < size; at += W)
-      mass += exp_(load_scores(x, at, size) / divisor - best);
-    *masses++ = sum(mass);
-  }
+  // Divisions take a sixth of the time.
+  if (temperature == 1) score_masses_by<false>(x, size, temperature, best, masses);
+  else score_masses_by<true>(x, size, temperature, best, masses);
 }
 
 template <class T>

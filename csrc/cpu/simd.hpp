@@ -225,7 +225,13 @@ ANABRANCH_INLINE vu nearest_bits(vf x) {  // in the upper halves; anything in th
   vi nan = (vi)(bits & 0x7fffffffu) > 0x7f800000;
   return nan ? bits | 0x400000u : rounded;
 }
-ANABRANCH_INLINE vh to_nearest(vf x) { return __builtin_convertvector(nearest_bits(x) >> 16, vh); }
+ANABRANCH_INLINE vh to_nearest(vf x) {
+#ifdef __AVX512BF16__
+  return (vh)_mm512_cvtneps_pbh((__m512)x);  // subnormals come out as zeros, as from the product's instruction
+#else
+  return __builtin_convertvector(nearest_bits(x) >> 16, vh);
+#endif
+}
 
 // Element j of what an element of a product stands for (see STEP).
 ANABRANCH_INLINE float part(float x, int) { return x; }
@@ -246,19 +252,35 @@ ANABRANCH_INLINE float sum(vf x) {
   return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
-// The sums of W vectors, each over its lanes, as one vector. fold: a block of 2·H lanes in `a` and in `b` becomes H lanes
-// of a's sums and H of b's; half of them stay where they are.
-template <int H, int... I>
-ANABRANCH_INLINE vf fold(vf a, vf b, std::integer_sequence<int, I...>) {
-  return ANABRANCH_SHUFFLE(vi, a, b, (I / H % 2 ? W + I : I)...) +
-         ANABRANCH_SHUFFLE(vi, a, b, (I / H % 2 ? W + I - H : I + H)...);
+// N vectors, each combined over its lanes by `op`, as the first N lanes of one; N is a power of two. fold: a block of 2·H
+// lanes in `a` and in `b` becomes H lanes of a's and H of b's; half of them stay where they are.
+template <int H, class Op, int... I>
+ANABRANCH_INLINE vf fold(vf a, vf b, Op op, std::integer_sequence<int, I...>) {
+  return op(ANABRANCH_SHUFFLE(vi, a, b, (I / H % 2 ? W + I : I)...),
+            ANABRANCH_SHUFFLE(vi, a, b, (I / H % 2 ? W + I - H : I + H)...));
 }
-template <int H = W / 2>
-ANABRANCH_INLINE vf sums(vf* x) {
+template <int N, int H, class Op, int... I>
+ANABRANCH_INLINE vf folds(vf* x, Op op, std::integer_sequence<int, I...> lanes) {
+  constexpr int PAIRS = N > 1 ? N / 2 : 1;  // a vector alone, folded with itself, comes to hold each result twice
 #pragma GCC unroll 8
-  for (int i = 0; i < H; ++i) x[i] = fold<H>(x[i], x[i + H], std::make_integer_sequence<int, W>());
-  if constexpr (H > 1) return sums<H / 2>(x);
+  for (int i = 0; i < PAIRS; ++i) x[i] = fold<H>(x[i], x[N > 1 ? i + PAIRS : i], op, lanes);
+  if constexpr (H > 1) return folds<PAIRS, H / 2>(x, op, lanes);
   else return x[0];
+}
+template <int N, int... I>
+ANABRANCH_INLINE vf one_of_each(vf x, std::integer_sequence<int, I...>) {  // N results in equally many lanes each
+  return ANABRANCH_SHUFFLE(vi, x, x, (I % N * (W / N))...);
+}
+template <int N = W, class Op>
+ANABRANCH_INLINE vf across(vf* x, Op op) {
+  const auto lanes = std::make_integer_sequence<int, W>();
+  const vf y = folds<N, W / 2>(x, op, lanes);
+  if constexpr (N == W) return y;
+  else return one_of_each<N>(y, lanes);
+}
+template <int N = W>
+ANABRANCH_INLINE vf sums(vf* x) {
+  return across<N>(x, [](vf a, vf b) { return a + b; });
 }
 
 // 2·W bfloat16 of each of two rows, as pairs.

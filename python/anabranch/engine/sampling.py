@@ -313,12 +313,12 @@ def _without(logits: torch.Tensor, banned: list[int]) -> Iterator[torch.Tensor]:
     if logits.is_inference() and not torch.is_inference_mode_enabled():
         logits = logits.clone()
     columns = torch.tensor(banned, device=logits.device)
-    before = logits[:, columns]
-    logits[:, columns] = -inf
+    before = logits.index_select(1, columns)
+    logits.index_fill_(1, columns, -inf)
     try:
         yield logits
     finally:
-        logits[:, columns] = before
+        logits.index_copy_(1, columns, before)
 
 
 def _draw(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

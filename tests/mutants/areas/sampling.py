@@ -39,7 +39,7 @@ MUTANTS = [
         "length <= p.min_length else ()", f"{OPTIONS}::test_a_minimum_keeps_an_end_away_for_just_so_many",
     ),
     Mutant(
-        "scores stay banned after the token is chosen", SAMPLING, "        logits[:, columns] = before\n",
+        "scores stay banned after the token is chosen", SAMPLING, "        logits.index_copy_(1, columns, before)\n",
         "        pass\n", f"{OPTIONS} {SCORES}",
     ),
     Mutant(

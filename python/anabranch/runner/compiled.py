@@ -45,7 +45,7 @@ AUTO_SECONDS = 120.0
 AUTO_GAIN = 0.95  # most of eager's time that a compiled step may take for "auto" to keep it
 USUAL, USUAL_SECONDS = 16, 3.0  # a step of 1, 2, … so many tokens is recorded at once, as long as that takes no longer
 # Rows of a step that reads prompts, beyond which it runs as it is. What is compiled is for one thread, as few rows need
-# it: SmolLM2's forward of 80, 128, 200 and 400 rows takes 0.84, 0.85, 0.97 and 1.09 of eager's time (2 cores, Zen 4).
+# it: SmolLM2's forward of 100, 184 and 256 rows takes 0.9 of eager's time, of 400 rows 1.09 (2 cores, Zen 4).
 MOST_READ = 256
 MOST_CHANGES = 3  # times that a model may change under its compiled forward before it stays eager
 QUIET_SECONDS = 3.0  # a wait for the compiler that is longer is told

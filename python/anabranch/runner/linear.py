@@ -36,8 +36,8 @@ FEW_ROWS = 64
 # With AVX-512, in float32. On two cores of a Zen 4 torch takes 1.0 to 1.6 times as long for 64 to 256 rows of 576 to
 # 8,192 channels (but 0.8 to 0.9 times for one shape); whole forwards of SmolLM2 1.3 to 1.0 times for 72 to 300 rows.
 MORE_ROWS = 256
-# Rows of bfloat16 that are shorter than this. There, on two cores of a Zen 4, compiled forwards of SmolLM2 (576 and 1,536
-# channels) take torch 1.15 times as long for 160 and 184 rows, 1.1 times for 256, and 0.98 times for 400.
+# Rows of bfloat16 that are shorter than this. There, on two cores of a Zen 4, compiled forwards of SmolLM2 (576 and
+# 1,536 channels) take torch 1.15 times as long for 160 and 184 rows, 1.1 times for 256, and 0.98 times for 400.
 SHORT_CHANNELS, FEW_SHORT_ROWS = 2048, 256
 # Longer rows of bfloat16 outgrow the first-level cache: from 4,096 channels torch is as fast at 16 rows, then faster.
 LONG_CHANNELS, FEW_LONG_ROWS = 2048, 16

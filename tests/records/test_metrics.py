@@ -42,3 +42,10 @@ def test_overhead_is_what_deciding_takes_of_all_phases():
     assert overhead_of(seconds) == (2.0, 0.2) and overhead_of({}) == (0, 0.0)
     s = summary([of(1, 0, 1, seconds=seconds), of(1, 0, 1, seconds={"prefill": 10.0})])
     assert (s["prefill_seconds"], s["overhead_seconds"], s["overhead"]) == (11.0, 2.0, 0.1)
+
+
+def test_overhead_is_a_share_of_a_calls_time():
+    seconds = {"prefill": 1.0, "decode": 2.0, "sampling": 0.5, "plan": 0.3, "strategy": 0.2}
+    counts = dict(sampled=1, inserted=0, in_threads=0, critical=1, max_concurrency=1, longest_context=1)
+    m = measure(blocks=[], seconds=seconds, **counts)
+    assert m.overhead == pytest.approx(0.125)

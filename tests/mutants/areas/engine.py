@@ -133,7 +133,7 @@ MUTANTS = [
     Mutant(
         "an EOS before a stop id", f"{THREADS}ops/decode.py",
         "    if token in op.stop_ids:\n", "    if token in op.stop_ids - sampler.eos_ids:\n",
-        "tests/strategies/test_strategies.py::test_which_of_several_things_that_end_a_decode_at_once_is_named",
+        "tests/strategies/test_protocol.py::test_which_of_several_things_that_end_a_decode_at_once_is_named",
     ),
     Mutant(
         "fresh threads of several turns are one block", f"{THREADS}books.py",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from engine_kit import assert_nothing_held, make_engine, make_model
+from engine_kit import Does, assert_nothing_held, make_engine, make_model
 from naive_engine import Run
 
 import anabranch as ab
@@ -15,16 +14,6 @@ from anabranch.strategies import SelfConsistency, Strategy
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
 FREE = dict(eos_token_id=None, max_new_tokens=100)
-
-
-@dataclass(frozen=True)
-class Does(Strategy):
-    """A strategy from a generator function."""
-
-    program: Callable[..., Any]
-
-    def run(self, trunk):
-        return (yield from self.program(trunk))
 
 
 def generate(program: Callable[..., Any], prompt: Any = PROMPT, **options: Any) -> ab.Result:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -84,6 +86,16 @@ class Recorder(LogitsProcessor):
         assert input_ids.shape[0] == 1
         self.seen.append((tuple(input_ids[0].tolist()), scores[0].cpu().clone()))
         return scores
+
+
+@dataclass(frozen=True)
+class Does(Strategy):
+    """A strategy from a generator function of the trunk."""
+
+    program: Callable[..., Any]
+
+    def run(self, trunk):
+        return (yield from self.program(trunk))
 
 
 @dataclass(frozen=True)

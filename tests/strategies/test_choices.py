@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
-from engine_kit import Dense, Recorder, assert_nothing_held, make_engine, make_model
+from engine_kit import Dense, Does, Recorder, assert_nothing_held, make_engine, make_model
 from hf_kit import FAMILIES, build
 
 import anabranch as ab
-from anabranch.strategies import Strategy
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
 
 
 def doing(run, prompt=PROMPT, engine=None, **options):
-    """What a generator function of the trunk returns."""
-
-    @dataclass(frozen=True)
-    class Does(Strategy):
-        def run(self, trunk):
-            return (yield from run(trunk))
-
+    """Generate with a strategy that does this."""
     engine = engine or make_engine()
     try:
-        return engine.generate(prompt, strategy=Does(), **({"max_new_tokens": 20} | options))
+        return engine.generate(prompt, strategy=Does(run), **({"max_new_tokens": 20} | options))
     finally:
         assert_nothing_held(engine)
 
@@ -196,12 +187,7 @@ def test_batch_invariant_to_the_bit():
     engine = make_engine(batch_invariant=True, num_pages=600)
     alone = doing(run, engine=engine).answers
 
-    @dataclass(frozen=True)
-    class Does(Strategy):
-        def run(self, trunk):
-            return (yield from run(trunk))
-
-    together = engine.generate([PROMPT, [1, 2, 3], list(range(50))], strategy=Does(), max_new_tokens=20)
+    together = engine.generate([PROMPT, [1, 2, 3], list(range(50))], strategy=Does(run), max_new_tokens=20)
     assert together[0].answers == alone
     options = dict(strategy=ab.BeamSearch(width=3), max_new_tokens=6)
     beams = engine.generate(PROMPT, **options)

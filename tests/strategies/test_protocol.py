@@ -5,31 +5,34 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from engine_kit import EOS, Dense, Recorder, assert_dense, assert_nothing_held, byte_tokenizer, make_engine, make_model
+from engine_kit import (
+    EOS,
+    Dense,
+    Does,
+    Recorder,
+    assert_dense,
+    assert_nothing_held,
+    byte_tokenizer,
+    make_engine,
+    make_model,
+)
 from programs_of_threads import Anything
 
 from anabranch.records.metrics import summary
-from anabranch.strategies import Ended, SelfConsistency, Strategy, gather
+from anabranch.strategies import Ended, SelfConsistency, gather
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
 
 
 def run(body, prompt=PROMPT, engine=None, **options):
-    """Generate with a strategy whose run() is `body`."""
-
-    @dataclass(frozen=True)
-    class Probe(Strategy):
-        def run(self, trunk):
-            return (yield from body(trunk))
-
+    """Generate with a strategy that does what `body` says."""
     engine = engine or make_engine(tokenizer=byte_tokenizer())
     try:
-        return engine.generate(prompt, strategy=Probe(), **({"eos_token_id": None} | options))
+        return engine.generate(prompt, strategy=Does(body), **({"eos_token_id": None} | options))
     finally:
         assert_nothing_held(engine)
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 import pytest
 import torch
-from engine_kit import assert_nothing_held
+from engine_kit import Does, assert_nothing_held
 from text_kit import BUILDERS, TEXTS, engine_for, made, own_decoding
 from transformers import LogitsProcessor
 
 import anabranch as ab
 from anabranch.engine import Finish, Join, Token
-from anabranch.strategies import Strategy
 
 SHAPES = ("byte-level", "byte fallback, prepend", "unigram, always", "word piece", "word ends", "slow bytes")
 
@@ -29,14 +27,6 @@ class Script(LogitsProcessor):
         scores = torch.full_like(scores, -1e4)
         scores[:, self.line[size] if context == self.line[:size] and size < len(self.line) else self.other] = 0.0
         return scores
-
-
-@dataclass(frozen=True)
-class Run(Strategy):
-    body: object
-
-    def run(self, trunk):
-        return (yield from self.body(trunk))
 
 
 def streamed(engine, prompt, **options):
@@ -125,7 +115,7 @@ def test_text_goes_on_where_it_is_put(name):
     engine = engine_for(tokenizer)
     writes = Script([], tokenizer("he ok", add_special_tokens=False)["input_ids"][-1])
     events, result, told = streamed(
-        engine, "the he", strategy=Run(body), max_new_tokens=6, eos_token_id=None, logits_processor=[writes]
+        engine, "the he", strategy=Does(body), max_new_tokens=6, eos_token_id=None, logits_processor=[writes]
     )
     written = texts["kids"][0].removeprefix(header)
     assert texts["kids"] == [header + written] * 2 and written and texts["scored"] >= 1
@@ -153,7 +143,7 @@ def test_text_waits_for_what_it_stands_behind():
 
     engine = engine_for(tokenizer)
     result = engine.generate(
-        prompt, strategy=Run(body), logits_processor=[Script([*prompt, inner])], max_new_tokens=3, eos_token_id=None
+        prompt, strategy=Does(body), logits_processor=[Script([*prompt, inner])], max_new_tokens=3, eos_token_id=None
     )
     assert result.text == " ab"
 
@@ -170,7 +160,7 @@ def test_a_character_shared_by_two_decodes_is_told_once_and_whole(name):
 
     script = [Script([*prompt, *ids])]
     options = dict(max_new_tokens=len(ids), logits_processor=script, eos_token_id=None)
-    _, result, told = streamed(engine_for(tokenizer), prompt, strategy=Run(body), **options)
+    _, result, told = streamed(engine_for(tokenizer), prompt, strategy=Does(body), **options)
     assert result.text == told["0"] == "龘𠮷 ok"
     for cut in range(1, len(ids)):  # the same, with the prompt ending there
         front = [*prompt, *ids[:cut]]
@@ -195,7 +185,7 @@ def test_what_a_trunk_held_is_told_before_its_children_come_back(name):
 
     script = [Script([*prompt, *first], x)]
     options = dict(logits_processor=script, max_new_tokens=40, eos_token_id=None)
-    events, result, told = streamed(engine_for(tokenizer), prompt, strategy=Run(body), **options)
+    events, result, told = streamed(engine_for(tokenizer), prompt, strategy=Does(body), **options)
     joined = next(i for i, e in enumerate(events) if isinstance(e, Join))
     before = "".join(e.text for e in events[:joined] if isinstance(e, Token) and e.thread == "0")
     assert before == "龘\n" and told["0.0"] == told["0.1"] == "x"
@@ -214,7 +204,7 @@ def test_what_is_cut_off_before_it_was_told_never_is():
         yield trunk
 
     script = Script([*ids, 2])
-    _, result, told = streamed(engine_for(tokenizer), prompt, strategy=Run(body), logits_processor=[script])
+    _, result, told = streamed(engine_for(tokenizer), prompt, strategy=Does(body), logits_processor=[script])
     assert result.text == told["0"] == " ok on"
 
 
@@ -235,7 +225,7 @@ def test_a_stop_string_ends_it_with_the_token_that_completes_it(name, stop, how)
 
     options = {"stop_strings": ["never", stop]} if how == "config" else {}
     _, result, told = streamed(
-        engine_for(tokenizer), prompt, strategy=Run(body), logits_processor=[Script([*prompt, *ids])],
+        engine_for(tokenizer), prompt, strategy=Does(body), logits_processor=[Script([*prompt, *ids])],
         max_new_tokens=len(ids), eos_token_id=None, **options,
     )  # fmt: skip
     size = next(n for n in range(1, len(ids) + 1) if stop in own_decoding(tokenizer, prompt, ids[:n]))
@@ -252,7 +242,7 @@ def test_a_decodes_stops_look_at_what_it_samples_and_the_configs_at_all_of_the_t
 
     script = [Script([*prompt, *ids])]
     options = dict(logits_processor=script, max_new_tokens=len(ids), eos_token_id=None)
-    assert engine_for(tokenizer).generate(prompt, strategy=Run(body), **options).text == "字 and 漢字"
+    assert engine_for(tokenizer).generate(prompt, strategy=Does(body), **options).text == "字 and 漢字"
     assert engine_for(tokenizer).generate(prompt, stop_strings="漢字", **options).text == "字"
     with pytest.raises(ValueError, match="stop_strings holds an empty string"):
         engine_for(tokenizer).generate(prompt, stop_strings=["x", ""])
@@ -266,7 +256,7 @@ def test_until_reads_the_text_so_far():
     def body(trunk):
         yield trunk.decode(until=lambda d: seen.append(d.text))
 
-    options = dict(strategy=Run(body), logits_processor=[Script(ids)], max_new_tokens=len(ids) - len(prompt))
+    options = dict(strategy=Does(body), logits_processor=[Script(ids)], max_new_tokens=len(ids) - len(prompt))
     engine_for(tokenizer).generate(prompt, **options)
     assert seen == [own_decoding(tokenizer, prompt, ids[len(prompt) : n]) for n in range(len(prompt) + 1, len(ids) + 1)]
 
@@ -304,6 +294,6 @@ def test_a_decode_keeps_its_text_when_its_thread_decodes_again(name):
         return first.text, ended.text
 
     engine = engine_for(tokenizer)
-    options = dict(strategy=Run(body), max_new_tokens=9, logits_processor=[Script(line)])
+    options = dict(strategy=Does(body), max_new_tokens=9, logits_processor=[Script(line)])
     kept, text = engine.generate(prompt, **options).answers
     assert kept == text and text.startswith(" ")

@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from branch_kit import computed, expected, random_graph, random_tree, relative, tensors
+from threads_kit import torch_threads
 
 import anabranch as ab
 from anabranch import _cpu
@@ -86,14 +87,10 @@ def test_cpu_16_bits(dtype):
 def test_cpu_long_segments_and_many_threads():
     """Several tiles of rows and of columns, several parts of the backward, windows that drop whole blocks."""
     mask = BranchMask.from_tree([300, 120, 1, 150, 40], [-1, 0, 0, 0, 3])
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 3, 8):
-            torch.set_num_threads(count)
+    for count in (1, 3, 8):
+        with torch_threads(count):
             for options in ({}, dict(window=40), dict(window=200, softcap=4.0)):
                 check("cpu", mask, 2, 1, 32, torch.float32, options, 1e-5)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_cpu_many_short_segments():
@@ -191,14 +188,10 @@ def test_extreme_scores(backend):
 def test_same_bits_every_time():
     mask = random_graph(4, longest=40)
     given = tensors(0, mask.num_tokens, 4, 2, 64, torch.float32)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(4)
+    with torch_threads(4):
         first = computed(attend("cpu"), *given, mask)
         for _ in range(3):
             assert all(torch.equal(x, y) for x, y in zip(computed(attend("cpu"), *given, mask), first, strict=True))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_a_row_does_not_depend_on_its_neighbours():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from engine_kit import Nested, assert_nothing_held, byte_tokenizer, make_engine, make_model
+from threads_kit import torch_threads
 
 import anabranch as ab
 from anabranch import training
@@ -128,16 +129,6 @@ def default_dtype(dtype):
 
 
 @contextmanager
-def threads(n):
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
 def reseeded():
     torch.manual_seed(99)
     np.random.seed(99)
@@ -159,7 +150,7 @@ SURROUNDINGS = {
     "gradients": torch.enable_grad,
     "no gradients": torch.no_grad,
     "inference mode": torch.inference_mode,
-    "one thread": lambda: threads(1),
+    "one thread": lambda: torch_threads(1),
     "another seed": reseeded,
     "warnings are errors": warnings_are_errors,
 }

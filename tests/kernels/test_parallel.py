@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from threads_kit import torch_threads
 
 import anabranch as ab
 from anabranch import _cpu
@@ -236,10 +237,8 @@ def test_idle_workers_sleep():
 
 @pytest.mark.skipif(not _cpu.info()["openmp"], reason="torch has no OpenMP here")
 def test_torch_keeps_to_one_thread_within_the_block():
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
     inside, others = [], []
-    try:
+    with torch_threads(3):
         wanted = threads.count()
         with threads.torch_on_one():
             inside += [torch.get_num_threads(), threads.count()]
@@ -254,5 +253,3 @@ def test_torch_keeps_to_one_thread_within_the_block():
         assert torch.get_num_threads() == 3
         with threads.torch_on_one(False):
             assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from deep_trees import grown_twins, random_deep_batch, tree_batch
 from plan_kit import BOUNDS, Batch, check_attention, random_options
+from threads_kit import torch_threads
 
 import anabranch as ab
 from anabranch import _cpu
@@ -23,10 +24,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture(autouse=True)
 def one_thread_and_the_default_isa() -> Iterator[None]:
     """One thread: with more, the planner cuts a small tree into more items, and the subtrees there are gone."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield
     _cpu.use("")
 
 

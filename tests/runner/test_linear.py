@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads_kit import torch_threads
 from torch import nn
 
 import anabranch as ab
@@ -106,20 +107,15 @@ def test_no_worse_than_torch(dtype, rng):
 def test_rows_are_independent(isa, rng):
     """To the bit: alone, among others, on one thread or two."""
     _cpu.use(isa)
-    threads = torch.get_num_threads()
     for dtype in DTYPES:
         x, w = draw(rng, 300, 1300, dtype=dtype), draw(rng, 250, 1300, dtype=dtype, scale=0.03)
         whole = linear(x, w)
         for m in (1, 2, 3, 4, 5, 6, 7, 8, 9, 33, 64, 65):
             assert torch.equal(linear(x[:m], w), whole[:m]), m
             assert torch.equal(linear(x[299 - m : 299], w), whole[299 - m : 299]), m
-        try:
-            torch.set_num_threads(1)
-            assert torch.equal(linear(x, w), whole)
-            torch.set_num_threads(3)
-            assert torch.equal(linear(x, w), whole)
-        finally:
-            torch.set_num_threads(threads)
+        for count in (1, 3):
+            with torch_threads(count):
+                assert torch.equal(linear(x, w), whole)
 
 
 @settings(max_examples=30, deadline=None)
